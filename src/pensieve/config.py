@@ -1,0 +1,89 @@
+"""Frozen settings, checked when built, units in their names. Knows no hardware and reads no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pensieve.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The numbers of a decoder-only transformer that sizes and costs depend on."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int  # width of one MLP (of one expert, for a mixture)
+    vocab_size: int
+    max_positions: int  # longest context the model was built for, tokens
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes of K and V of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TierConfig:
+    """One tier of the cache: its name and its room."""
+
+    name: str  # "gpu", "cpu", "disk"
+    num_slots: int  # chunks it holds
+
+    def __post_init__(self) -> None:
+        if self.num_slots < 0:
+            raise ConfigError(f"tier {self.name!r} must have at least 0 slots, got {self.num_slots}")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Sizes of the tiered cache."""
+
+    tiers: tuple[TierConfig, ...]  # fastest first; the first is where the model reads
+    chunk_tokens: int = 32  # tokens of one chunk (paper §4.3.1)
+    keep_share: float = 0.5  # share of the slots that user keeps may hold (of the lower tiers; of the first if alone)
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
+        if not self.tiers:
+            raise ConfigError("a cache needs at least one tier, got none")
+        if self.tiers[0].num_slots < 1:
+            raise ConfigError(
+                f"tier {self.tiers[0].name!r} holds no chunk: give it the bytes of at least one chunk of {self.chunk_tokens} tokens"
+            )
+        if not 0.0 <= self.keep_share <= 0.9:
+            raise ConfigError(f"keep_share must lie in [0, 0.9], got {self.keep_share}")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How steps are filled."""
+
+    max_batch_tokens: int = 512  # token budget of one step
+    max_running: int = 64  # requests in one step
+    max_waiting: int = 4096  # beyond it a submission is refused (Overloaded)
+    reserve_share: float = 0.10  # first-tier share that new requests leave to running ones (paper §4.3.5)
+    copy_ahead_share: float = 0.25  # below this free-or-reclaimable share, copy down ahead of time (paper §4.3.2)
+    max_copies_in_flight: int = 256  # swap-outs under way at once, chunks
+    retain: bool = True  # False: the stateless baseline, nothing kept between turns
+
+    def __post_init__(self) -> None:
+        if self.max_running < 1:
+            raise ConfigError(f"max_running must be at least 1, got {self.max_running}")
+        if self.max_batch_tokens < self.max_running:
+            raise ConfigError(
+                f"max_batch_tokens must be at least max_running ({self.max_running}), one token a running request, got {self.max_batch_tokens}"
+            )
+        for name in ("reserve_share", "copy_ahead_share"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+def slots_for_bytes(budget_bytes: int, chunk_bytes: int) -> int:
+    """How many whole chunks of `chunk_bytes` fit in `budget_bytes`."""
+    return budget_bytes // chunk_bytes

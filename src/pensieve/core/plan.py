@@ -1,0 +1,141 @@
+"""The seam between deciding and doing: what one step computes and copies, and what came of it.
+
+Everything here is frozen and picklable. A plan names slots and token ids; it never holds bytes, text or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pensieve.core.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A half-open token range of one request's sequence to be computed in this step.
+
+    The worker first writes K and V of `[start, stop)` to the request's slots, then lets each of these
+    tokens attend `[0, its own position]`. A decode is a span of length 1, a prompt a longer one, a dropped
+    prefix one more with `emits_token=False`. Spans of one request come in ascending order.
+    """
+
+    request_id: str
+    start: int
+    stop: int
+    token_ids: tuple[int, ...] | None  # stop - start ids; None: the token sampled last for this request
+    emits_token: bool  # sample from the logits of the last position
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One chunk copied from a slot of one tier to a slot of another."""
+
+    copy_id: int  # unique for the scheduler's life
+    src_tier: int  # index into the ordered tiers
+    src_slot: int
+    dst_tier: int
+    dst_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStart:
+    """What the worker must know of a request before its first span."""
+
+    request_id: str
+    sampling: SamplingParams
+    prompt: tuple[int, ...]  # the whole prompt path, for penalties
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTableUpdate:
+    """The first-tier slots of a request's chunks, from chunk index `first` on; what lay beyond is void."""
+
+    request_id: str
+    first: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: what moves, then what is computed. Made by `Scheduler.schedule`, never changed after."""
+
+    step_id: int  # 0, 1, 2, ...: plans run in this order
+    spans: tuple[Span, ...]
+    swap_in: tuple[Copy, ...]  # into the first tier; spans of this plan may attend them, so they go first
+    swap_out: tuple[Copy, ...]  # away from the first tier, or further down; may still run when the step has ended
+    started: tuple[RequestStart, ...]
+    tables: tuple[BlockTableUpdate, ...]
+    ended: tuple[str, ...]  # requests whose worker-side state may go (their last span lies in an earlier plan)
+    reclaimed: tuple[tuple[int, int], ...]  # (tier, slot) taken from a cached chunk and given to another in this plan
+
+    @property
+    def num_tokens(self) -> int:
+        """Sum of the span lengths."""
+        return sum(span.stop - span.start for span in self.spans)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute, copy or forget."""
+        return not (self.spans or self.swap_in or self.swap_out or self.ended)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One token sampled for a span that emits."""
+
+    request_id: str
+    token_id: int
+    logprob: float | None = None  # natural log, of the model's distribution before temperature and filters
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFailure:
+    """A copy that raised."""
+
+    copy_id: int
+    source_lost: bool  # the source cannot be read either; False: it is still good
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailure:
+    """A request that failed alone (in sampling, say); the rest of the step is good."""
+
+    request_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of one plan. Copies reported may belong to any earlier plan."""
+
+    step_id: int
+    tokens: tuple[SampledToken, ...] = ()
+    copies_done: tuple[int, ...] = ()
+    copies_failed: tuple[CopyFailure, ...] = ()
+    requests_failed: tuple[RequestFailure, ...] = ()
+    forward_error: str | None = None  # the forward raised: nothing this plan computed is valid
+
+
+class Worker(Protocol):
+    """Does what a plan says. Three bodies: the real one, the simulator's, the tests' fake."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Start the plan's copies, run its spans, sample. Returns when the spans are done.
+
+        Every swap-in of the plan has settled when this returns (its copy is in `copies_done` or
+        `copies_failed`); swap-outs are reported by whichever later call finds them finished. Does not raise
+        for anything a plan can meet: failures are in the result.
+        """
+        ...
+
+    def set_waker(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, from any thread, whenever a swap-out settles while no `run` is under way."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads and give the memory back."""
+        ...

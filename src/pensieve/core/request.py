@@ -1,0 +1,65 @@
+"""A request and what it wants sampled. Knows token ids and positions; never text, tensors or slots."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pensieve.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from pensieve.core.sequence import Sequence
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token of one request is chosen. Defaults are greedy."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output, as in CTRL (arXiv:1909.05858)
+    presence_penalty: float = 0.0  # over the output, as OpenAI defines it
+    frequency_penalty: float = 0.0  # over the output, as OpenAI defines it
+    seed: int | None = None  # None = drawn by the worker
+    stop_token_ids: frozenset[int] = frozenset()  # a sampled one ends the answer and stays in the token log
+    logprobs: int | None = None  # None = none; k = the sampled token's and the k likeliest
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, limit: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"{name} must be {limit}, got {getattr(self, name)}")
+
+        check(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "in [0, 100]")
+        check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
+        check(self.top_k >= 0, "top_k", "0 (all) or positive")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
+        check(math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0, "repetition_penalty", "positive")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
+        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"in [0, {MAX_LOGPROBS}]")
+
+
+class RequestState(enum.Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"  # in the queue, holds no lease
+    RUNNING = "running"  # every chunk it needs is leased
+    SUSPENDED = "suspended"  # ran, lost its room, is back in the queue in arrival order
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"  # a stop token, or the caller found a stop string
+    LENGTH = "length"  # max_new_tokens, the context, or the memory of the last running request
+    ABORT = "abort"
+    ERROR = "error"

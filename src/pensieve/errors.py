@@ -1,0 +1,100 @@
+"""Every error a user can meet. Knows HTTP statuses and stable codes; knows nothing of who raises what.
+
+A message names the value that was wrong, the limit it broke and the way out. `assert` is for our own
+bugs; these classes are for the world's.
+"""
+
+from __future__ import annotations
+
+
+class PensieveError(Exception):
+    """Base of all errors meant for a user.
+
+    Attributes:
+        code: stable, machine-readable name, the `code` of an OpenAI-style error body.
+        http_status: status a server answers with.
+    """
+
+    code = "internal_error"
+    http_status = 500
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(PensieveError):
+    """A setting is out of its range or contradicts another."""
+
+    code = "invalid_config"
+    http_status = 400
+
+
+class InvalidRequest(PensieveError):
+    """A request's own parameters are wrong (an unknown role, a negative temperature, ...)."""
+
+    code = "invalid_request"
+    http_status = 400
+
+
+class ContextLengthExceeded(PensieveError):
+    """A prompt is longer than the context the engine was started with."""
+
+    code = "context_length_exceeded"
+    http_status = 400
+
+
+class RequestTooLarge(PensieveError):
+    """A request could not run even alone in the whole first tier."""
+
+    code = "request_too_large"
+    http_status = 400
+
+
+class KeepRefused(PensieveError):
+    """A user's keep (pin) would take more than the share of slots that keeps may hold."""
+
+    code = "keep_refused"
+    http_status = 409
+
+
+class Overloaded(PensieveError):
+    """The waiting queue is full."""
+
+    code = "overloaded"
+    http_status = 429
+
+
+class ConversationNotFound(PensieveError):
+    """No such conversation in this namespace."""
+
+    code = "conversation_not_found"
+    http_status = 404
+
+
+class ModelUnavailable(PensieveError):
+    """Weights (or a tokenizer) cannot be reached from here."""
+
+    code = "model_unavailable"
+    http_status = 503
+
+
+class ModelRefused(PensieveError):
+    """A model was found but cannot be served right: it fails the load-time gate or does not fit in memory."""
+
+    code = "model_refused"
+    http_status = 400
+
+
+class StoreError(PensieveError):
+    """The conversation store failed: disk full, file locked, schema newer than this program."""
+
+    code = "store_error"
+    http_status = 500
+
+
+class WorkerFailed(PensieveError):
+    """Computing a request failed, twice, the second time alone in its batch."""
+
+    code = "worker_failed"
+    http_status = 500
