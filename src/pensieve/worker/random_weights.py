@@ -1,0 +1,168 @@
+"""Random weights of a given shape, fast, and whether weights fit in memory at all. Knows no names, files or network.
+
+Random weights time what real ones would: the same matrices at the same sizes. They are drawn once as a block of a few
+million normals and tiled over every matrix, at the speed of memory; drawing billions one by one takes minutes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pensieve.errors import ModelRefused
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# A prime, so that no matrix width divides it: rows of a matrix start at different places of the block.
+_BLOCK_NUMBERS = 4_194_301
+_STD = 0.02  # of every matrix: with normalised inputs, logits come out of order 1
+_SLACK_BYTES = 256 << 20  # what a process needs besides its weights before it can do anything
+_PROC = Path("/proc")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Number of weights of this architecture, tied matrices once; nothing is allocated.
+
+    Raises:
+        ModelRefused: transformers has no causal language model for this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError) as error:
+        raise ModelRefused(f"transformers has no causal language model for model_type {config.model_type!r}: {error}") from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: int = 0) -> PreTrainedModel:
+    """A model of this architecture with seeded random weights; the same seed gives the same weights on every device.
+
+    Norms and biases start as training would start them, matrices are normal with deviation 0.02.
+    The caller checks first that it fits (`require_room`).
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        block = (torch.randn(_BLOCK_NUMBERS) * _STD).to(device=device, dtype=dtype)
+        _fill(model, block)
+    return model.requires_grad_(False).eval()
+
+
+def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
+    """Tile `block` (N,) over all matrices, one continuing where the last stopped; vectors get the model's own start."""
+    offset = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(map(id, own))
+        if not any(p.ndim >= 2 for p in own):
+            model._init_weights(module)  # norms, attention sinks, buffers: small, and only the model knows their start
+            continue
+        for parameter in own:
+            if parameter.ndim < 2:
+                parameter.zero_()
+                continue
+            flat = parameter.view(-1)
+            for piece in _pieces(flat, block, offset):
+                piece[0].copy_(piece[1])
+            offset = (offset + flat.numel()) % block.numel()
+
+
+def _pieces(flat: torch.Tensor, block: torch.Tensor, offset: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs (part of `flat`, part of `block`) that cover `flat`, reading `block` round and round from `offset`."""
+    start = 0
+    while start < flat.numel():
+        length = min(flat.numel() - start, block.numel() - offset)
+        yield flat[start : start + length], block[offset : offset + length]
+        start += length
+        offset = 0
+
+
+def require_room(label: str, num_parameters: int, dtype: torch.dtype, device: str) -> None:
+    """Refuse a model whose weights do not fit, before anything is allocated.
+
+    Raises:
+        ModelRefused: with the size needed, the size there is, and the ways out.
+    """
+    need = num_parameters * dtype.itemsize
+    room = available_bytes(device)
+    if room is None or need + _SLACK_BYTES <= room:
+        return
+    name = str(dtype).removeprefix("torch.")
+    raise ModelRefused(
+        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in {name}, "
+        f"{room / 1e9:.1f} GB of memory are available on {device!r}. Ways out: a smaller model (`pensieve models` lists their sizes)"
+        + (", --dtype bfloat16" if dtype.itemsize > 2 else "")
+        + ", or a machine with more memory"
+    )
+
+
+def available_bytes(device: str = "cpu") -> int | None:
+    """Memory this process may still take on a device; None where the system does not say.
+
+    In main memory: what the kernel calls available, or what is left under the tightest control group, whichever is less.
+    """
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(torch.device(device))
+        return free
+    rooms = [room for room in (_system_room(), *_cgroup_rooms()) if room is not None]
+    return min(rooms, default=None)
+
+
+def _system_room() -> int | None:
+    try:
+        for line in (_PROC / "meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _cgroup_rooms() -> Iterator[int]:
+    """What is left under each limit from this process's control group up to the root (version 2, then version 1)."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, cache = _CGROUP, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, used, cache = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        here = root / path.lstrip("/")
+        # In a container the path may be the host's while only the group's own files are mounted, at the root.
+        for group in [here, *here.parents]:
+            if (room := _group_room(group, limit, used, cache)) is not None:
+                yield room
+            if group == root:
+                break
+
+
+def _group_room(group: Path, limit: str, used: str, cache: str) -> int | None:
+    try:
+        most = (group / limit).read_text().strip()
+        if most == "max":
+            return None
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int(most) - int((group / used).read_text()) + int(stat.get(cache, 0)))  # cached files give way
+    except (OSError, ValueError):
+        return None

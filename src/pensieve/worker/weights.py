@@ -1,0 +1,347 @@
+"""Where weights come from: the embedded default, a folder, the hub, a GGUF file, or random ones of a known shape.
+
+Turns what a user typed after `--model` into a `ResolvedModel`, and that into a Hugging Face model. Knows nothing of
+attention, batches or caches. `python -m pensieve.worker.weights fetch` gets the default model ahead of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable, PensieveError
+from pensieve.worker import embedded
+from pensieve.worker.gguf_convert import Progress, ensure_converted, file_hash, is_sound, quiet, read_manifest
+from pensieve.worker.presets import BY_HUB_ID, PRESETS, Preset
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# torch and transformers are imported where they are used: listing models and fetching the default need neither.
+
+Source = Literal["embedded", "folder", "hub", "gguf", "random"]
+DTYPES = ("float32", "bfloat16", "float16")
+_EMBEDDED_PRESET = "smollm2-135m"  # the architecture of the embedded default
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model found, not yet loaded. Picklable."""
+
+    spec: str  # as the user named it
+    label: str  # for people
+    source: Source
+    weights: Literal["real", "random"]
+    folder: Path | None  # config.json + weights + tokenizer files; None for random weights
+    config: PretrainedConfig
+    tokenizer_dir: Path | None  # None: there is no tokenizer, token ids must be drawn
+    eos_token_ids: tuple[int, ...]  # sampled ones end an answer; empty for random weights, which never mean it
+    num_parameters: int
+    note: str | None = None  # what the user should know, why the weights are random for instance
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """One line of `pensieve models`."""
+
+    name: str
+    kind: Literal["embedded", "preset", "how-to"]
+    num_parameters: int | None
+    weight_bytes: int | None  # in bfloat16
+    kv_bytes_per_token: int | None  # in bfloat16
+    max_context: int | None  # tokens
+    detail: str
+
+
+def resolve(
+    spec: str = embedded.NAME,
+    weights: Literal["auto", "random"] = "auto",
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    allow_random: bool = True,
+    progress: Progress | None = None,
+) -> ResolvedModel:
+    """Find the model a user named.
+
+    Args:
+        spec: `smollm2`, a preset's name, a folder, a `.gguf` file, or a hub id.
+        weights: "auto" takes real weights where they can be had and random ones of the same shape where they cannot
+            (`note` says why); "random" asks for random ones and reaches for nothing.
+        dtype: number type it will be loaded in; with `device`, decides whether a download would fit.
+        device: where it will be loaded.
+        allow_random: False for callers that talk: no real weights, no model.
+        progress: called with (what takes time, share done or None).
+
+    Raises:
+        ConfigError: no such model; the message lists names that are near.
+        ModelUnavailable: real weights cannot be had and random ones will not do; the message says the ways out.
+        ModelRefused: found, but too large or of a kind transformers cannot build.
+    """
+    if weights not in ("auto", "random"):
+        raise ConfigError(f"weights must be 'auto' or 'random', got {weights!r}")
+    if weights == "random" and not allow_random:
+        raise ConfigError("random weights cannot talk: use --weights auto here")
+    number_type = torch_dtype(dtype)
+    if spec == embedded.NAME:
+        if weights == "random":
+            return _random(spec, PRESETS[_EMBEDDED_PRESET].config(), "asked for")
+        return _from_conversion(spec, "embedded", embedded.ensure_default(progress))
+    path = Path(spec).expanduser()
+    if spec.lower().endswith(".gguf"):
+        return _from_gguf(spec, path, weights, progress)
+    preset = PRESETS.get(spec.lower())
+    if preset is None and path.is_dir():
+        return _from_folder(spec, path, "folder", weights, allow_random)
+    preset = preset or BY_HUB_ID.get(spec.lower())
+    repo = preset.hub_id if preset is not None else spec
+    if preset is None and not _looks_like_hub_id(spec):
+        raise ConfigError(f"there is no model {spec!r}: it is no preset, folder, .gguf file or hub id (ORG/NAME).{_near(spec)}")
+    if weights == "random" and preset is not None:
+        return _random(spec, preset.config(), "asked for")
+    return _from_hub(spec, repo, preset, weights, number_type, device, allow_random, progress)
+
+
+def load(resolved: ResolvedModel, dtype: str | torch.dtype = "bfloat16", device: str = "cpu") -> PreTrainedModel:
+    """The model itself, in evaluation mode, without gradients, on `device`.
+
+    A damaged conversion is found here at the latest, built again, and loaded.
+
+    Raises:
+        ModelRefused: the weights do not fit in memory (nothing was allocated), or the files cannot be loaded.
+        ModelUnavailable: a damaged conversion could not be built again.
+    """
+    from pensieve.worker.random_weights import build, require_room
+
+    number_type = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    require_room(resolved.label, resolved.num_parameters, number_type, device)
+    if resolved.weights == "random":
+        return build(resolved.config, number_type, device)
+    assert resolved.folder is not None
+    try:
+        return _load_folder(resolved.folder, number_type, device)
+    except Exception as error:  # safetensors, pickle, tokenizers and transformers each have their own kinds
+        if resolved.source in ("embedded", "gguf") and (folder := _rebuilt(resolved)) is not None:
+            return _load_folder(folder, number_type, device)
+        raise ModelRefused(f"{resolved.label} could not be loaded from {resolved.folder}: {type(error).__name__}: {error}") from error
+
+
+def fetch_default(progress: Progress | None = None) -> Path:
+    """Fetch and convert the embedded default ahead of its first use; returns the folder it loads from.
+
+    Raises:
+        ModelUnavailable: as `resolve`.
+    """
+    return embedded.ensure_default(progress)
+
+
+def describe_models() -> list[ModelRow]:
+    """What can be loaded, for `pensieve models`: the embedded default, the presets, and how to name other models."""
+    rows = [_preset_row(PRESETS[_EMBEDDED_PRESET], embedded.NAME, "embedded", f"SmolLM2-135M-Instruct, the default: {embedded.state()}")]
+    for preset in PRESETS.values():
+        detail = f"real weights: {preset.hub_id}" if preset.hub_id else "random weights only (never published)"
+        rows.append(_preset_row(preset, preset.name, "preset", detail))
+    how_to = {
+        "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline",
+        "FOLDER": "a local folder with config.json, safetensors (or .bin) files and a tokenizer",
+        "FILE.gguf": "a GGUF file: converted to bfloat16 once, kept in the cache (needs pensieve-serve[gguf])",
+    }
+    rows.extend(ModelRow(name, "how-to", None, None, None, None, detail) for name, detail in how_to.items())
+    return rows
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """A torch dtype by its name.
+
+    Raises:
+        ConfigError: not one of `DTYPES`.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _preset_row(preset: Preset, name: str, kind: Literal["embedded", "preset"], detail: str) -> ModelRow:
+    count, shape = preset.num_parameters, preset.shape
+    return ModelRow(name, kind, count, 2 * count, shape.kv_bytes_per_token(2), shape.max_positions, detail)
+
+
+def _random(spec: str, config: PretrainedConfig, reason: str, tokenizer_dir: Path | None = None) -> ResolvedModel:
+    from pensieve.worker.random_weights import count_parameters
+
+    note = f"random weights of this shape ({reason}): they time, they do not talk"
+    return ResolvedModel(spec, spec, "random", "random", None, config, tokenizer_dir, (), count_parameters(config), note)
+
+
+def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
+    manifest = read_manifest(folder)
+    stop = tuple(manifest["eos_token_ids"])
+    label = spec if source == "embedded" else manifest["source"]["name"]
+    return ResolvedModel(
+        spec, label, source, "real", folder, _config_of(folder), folder, stop, manifest["num_parameters"], manifest["note"]
+    )
+
+
+def _from_gguf(spec: str, path: Path, weights: str, progress: Progress | None) -> ResolvedModel:
+    if not path.is_file():
+        raise ConfigError(f"there is no file {spec!r}")
+    found = _from_conversion(spec, "gguf", ensure_converted(lambda: path, file_hash(path, progress), progress))
+    return found if weights == "auto" else _random(spec, found.config, "asked for", found.tokenizer_dir)
+
+
+def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_random: bool) -> ResolvedModel:
+    from pensieve.worker.hub import has_weights
+    from pensieve.worker.random_weights import count_parameters
+
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"the folder {spec!r} holds no config.json, so it is no Hugging Face model")
+    config = _config_of(folder)
+    tokenizer_dir = folder if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
+    if weights == "random":
+        return _random(spec, config, "asked for", tokenizer_dir)
+    if not has_weights(folder):
+        reason = f"{folder} lacks weight files (model.safetensors, its shards, or pytorch_model.bin)"
+        if not allow_random:
+            raise ModelUnavailable(f"{reason}: complete it, or name another model")
+        return _random(spec, config, reason, tokenizer_dir)
+    stop = _stop_ids(folder, config)
+    return ResolvedModel(spec, spec, source, "real", folder, config, tokenizer_dir, stop, count_parameters(config))
+
+
+def _from_hub(
+    spec: str,
+    repo: str | None,
+    preset: Preset | None,
+    weights: str,
+    dtype: torch.dtype,
+    device: str,
+    allow_random: bool,
+    progress: Progress | None,
+) -> ResolvedModel:
+    """From the local cache, else the hub, else random weights of the shape that the preset or a cached config gives."""
+    from pensieve.worker.hub import HubOutOfReach, HubUnknown, cached_folder, fetch, has_weights
+
+    folder = cached_folder(repo) if repo is not None else None
+    if folder is not None and (weights == "random" or has_weights(folder)):
+        return _from_folder(spec, folder, "hub", weights, allow_random)
+    reason = "weights of this shape were never published"
+    if repo is not None:
+        try:
+            return _from_folder(spec, fetch(repo, dtype, device, progress), "hub", weights, allow_random)
+        except HubUnknown as error:
+            if preset is None:
+                raise ConfigError(f"{error}.{_near(spec)}") from error
+            reason = str(error)
+        except HubOutOfReach as error:
+            reason = str(error)
+    if not allow_random or (preset is None and folder is None):
+        raise ModelUnavailable(
+            f"no real weights for {spec!r} ({reason}). Ways out: --model FOLDER with a copy of it, --model FILE.gguf, "
+            f"or the embedded default, --model {embedded.NAME}"
+        )
+    if preset is not None:
+        return _random(spec, preset.config(), reason)
+    assert folder is not None
+    return _random(spec, _config_of(folder), reason)
+
+
+def _config_of(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelRefused(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+    return config
+
+
+def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
+    """Token ids that end an answer: those of generation_config.json, the config and the tokenizer, in this order."""
+    named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
+    named.append(config.get_text_config().eos_token_id)
+    text = _read_json(folder / "tokenizer_config.json").get("eos_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
+    named.append([token["id"] for token in added if token["content"] == text])
+    flat = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    return tuple(dict.fromkeys(flat))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelRefused(f"{path} is not JSON ({error}): fetch the model again") from error
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    # With accelerate, weights go straight to the device; without it, through main memory.
+    straight = device != "cpu" and importlib.util.find_spec("accelerate") is not None
+    with quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, device_map={"": device} if straight else None
+        )
+    return model.to(device).requires_grad_(False).eval()
+
+
+def _rebuilt(resolved: ResolvedModel) -> Path | None:
+    """A fresh conversion in place of a damaged one; None when it is whole, so that the failure was not its fault."""
+    assert resolved.folder is not None
+    if is_sound(resolved.folder, full=True):
+        return None
+    if resolved.source == "embedded":
+        return embedded.ensure_default(full_check=True)
+    path = Path(resolved.spec).expanduser()
+    return ensure_converted(lambda: path, file_hash(path), full_check=True)
+
+
+def _looks_like_hub_id(spec: str) -> bool:
+    organisation, slash, name = spec.partition("/")
+    return bool(slash and organisation and name) and "/" not in name and not spec.startswith((".", "~"))
+
+
+def _near(spec: str) -> str:
+    """A sentence with the known names that resemble `spec`, or with where to find them."""
+    names = [embedded.NAME, *PRESETS]
+    near = difflib.get_close_matches(spec.lower().rsplit("/", 1)[-1], names, n=4, cutoff=0.5)
+    return f" Near: {', '.join(near)}." if near else " `pensieve models` lists what can be loaded."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m pensieve.worker.weights fetch`: get the default model ready, with progress on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m pensieve.worker.weights", description="Get the default model ready.")
+    parser.add_argument("action", choices=["fetch"], help="fetch and convert the embedded default model")
+    parser.parse_args(arguments)
+    shown: dict[str, int] = {}
+
+    def show(what: str, share: float | None) -> None:
+        percent = 0 if share is None else int(share * 10) * 10
+        if shown.get(what, -1) < percent:
+            shown[what] = percent
+            print(what if share is None else f"{what}: {percent} %", file=sys.stderr, flush=True)
+
+    try:
+        print(fetch_default(show))
+    except PensieveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
