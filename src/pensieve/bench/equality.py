@@ -1,0 +1,234 @@
+"""Did two systems say the same? Knows token ids and log-probabilities of two runs; nothing of speed or of systems.
+
+The contract (docs/architecture.md, "same tokens"): reuse, swapping and recomputing change nothing but the order in which floating-point sums
+are taken. So with the same context before them two systems choose the same token, unless the two likeliest are so close that
+rounding decides (a *near tie*). After a near tie the answers may differ, and nothing that follows in this turn can be
+compared; the next turn can, because a replay puts the first run's answer into both histories.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pensieve.bench.runs import Run
+from pensieve.bench.systems import TurnResult
+from pensieve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far two log-probabilities (natural log) of the same token may lie apart: `absolute + relative * the larger`."""
+
+    relative: float
+    absolute: float  # nats
+
+    def allows(self, a: float, b: float) -> bool:
+        """The two are equal under this tolerance (not, if either is not a number)."""
+        return abs(a - b) <= self.absolute + self.relative * max(abs(a), abs(b))
+
+    def __str__(self) -> str:
+        return f"{self.absolute:g} nats + {self.relative:g} relative"
+
+
+_TOLERANCES = {
+    "float32": Tolerance(1e-4, 1e-3),
+    "float16": Tolerance(0.0, 0.05),
+    "bfloat16": Tolerance(0.0, 0.25),
+}
+
+
+def default_tolerance(dtype: str) -> Tolerance:
+    """The tolerance that goes with the type a model computes in.
+
+    float32 is the contract's 1e-4 relative, with 1e-3 nats as a floor for log-probabilities near 0. bfloat16 keeps 8 bits: one
+    rounding of a logit of 16 to 32 moves it by up to 0.0625, and a few such roundings, differently ordered for each
+    batch shape, meet in every logit; 0.25 nats is four of them. float16 keeps 3 bits more: a fifth of that.
+
+    Raises:
+        ConfigError: the type is none of these.
+    """
+    name = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}.get(dtype.removeprefix("torch."), dtype)
+    name = name.removeprefix("torch.")
+    if name not in _TOLERANCES:
+        raise ConfigError(f"no tolerance is known for {dtype!r}: give one, or use {', '.join(_TOLERANCES)}")
+    return _TOLERANCES[name]
+
+
+class Verdict(enum.Enum):
+    """What became of one turn in two runs."""
+
+    IDENTICAL = "identical"  # the same tokens, log-probabilities within tolerance
+    NEAR_TIE = "near tie"  # differ from a position on where rounding decides
+    DIFFERENT = "DIFFERENT"  # differ for no reason the contract knows: a bug, or other weights
+    CONTEXT = "other context"  # the two were not asked the same thing
+    FAILED = "failed in one"  # one answered, the other did not, or they failed differently
+    BOTH_FAILED = "failed in both"  # with the same code, a full context for instance
+    UNTOLD = "not told"  # a system does not tell its tokens: nothing to compare
+
+
+@dataclass(frozen=True, slots=True)
+class TurnComparison:
+    """One turn of two runs."""
+
+    conversation_id: str
+    turn_index: int
+    verdict: Verdict
+    position: int | None  # first output token that differs, or whose log-probability does
+    gap: float | None  # at a divergence: nats between the two candidates, the smaller of what the two runs saw
+    max_delta: float  # largest |difference| of a log-probability both runs gave to the same token in the same context, nats
+    reason: str  # for people; empty if identical
+
+
+@dataclass(frozen=True, slots=True)
+class Equality:
+    """All turns of two runs compared."""
+
+    first: str
+    second: str
+    dtype: str
+    tolerance: Tolerance
+    turns: tuple[TurnComparison, ...]
+
+    @property
+    def counts(self) -> dict[Verdict, int]:
+        """Turns by verdict; every verdict is there."""
+        found = Counter(turn.verdict for turn in self.turns)
+        return {verdict: found[verdict] for verdict in Verdict}
+
+    @property
+    def equal(self) -> bool | None:
+        """The contract holds. None: not a single turn could be compared."""
+        counts = self.counts
+        if counts[Verdict.DIFFERENT] or counts[Verdict.CONTEXT] or counts[Verdict.FAILED]:
+            return False
+        return True if counts[Verdict.IDENTICAL] or counts[Verdict.NEAR_TIE] else None
+
+    @property
+    def max_delta(self) -> float:
+        """Largest difference of a log-probability in any turn, nats."""
+        return max((turn.max_delta for turn in self.turns), default=0.0)
+
+    @property
+    def example(self) -> TurnComparison | None:
+        """A turn worth showing: the first that breaks the contract, else the widest near tie, else None."""
+        for verdict in (Verdict.DIFFERENT, Verdict.CONTEXT, Verdict.FAILED):
+            for turn in self.turns:
+                if turn.verdict is verdict:
+                    return turn
+        ties = [turn for turn in self.turns if turn.verdict is Verdict.NEAR_TIE]
+        return max(ties, key=lambda turn: turn.gap or 0.0, default=None)
+
+    def verdict_line(self) -> str:
+        """One line that says whether the outputs are equal under the contract, with the counts."""
+        told = ", ".join(f"{n} {verdict.value}" for verdict, n in self.counts.items() if n) or "no turn"
+        head = {True: "equal outputs", False: "DIFFERENT outputs", None: "outputs not comparable"}[self.equal]
+        if self.equal is None:
+            return f"{head}: {told}"
+        return f"{head} under the contract ({self.dtype}, tolerance {self.tolerance}): {told}; largest log-probability difference {self.max_delta:.2g}"
+
+
+def compare_outputs(run_a: Run, run_b: Run, dtype: str, tolerance: Tolerance | None = None) -> Equality:
+    """Compare two runs turn by turn, the second being a replay of the first.
+
+    A turn is fine if both gave the same tokens with log-probabilities within tolerance, or if at the first token that differs
+    the two candidates lie within tolerance of each other, in either run's view, and every log-probability that both
+    runs gave in the same context (of the tokens before, and of the candidates) agrees within tolerance too.
+
+    Args:
+        run_a: the first run.
+        run_b: the second.
+        dtype: what the models compute in ("float32", "bfloat16", "float16").
+        tolerance: None is `default_tolerance(dtype)`.
+
+    Raises:
+        ConfigError: the type has no tolerance and none is given.
+    """
+    allowed = tolerance if tolerance is not None else default_tolerance(dtype)
+    b_records = run_b.by_key()
+    turns = []
+    for (conversation_id, turn_index), a_record in run_a.by_key().items():
+        b_record = b_records.pop((conversation_id, turn_index), None)
+        found = _compare(a_record.result, b_record.result, allowed) if b_record else _not_asked(run_b)
+        turns.append(TurnComparison(conversation_id, turn_index, *found))
+    for conversation_id, turn_index in b_records:
+        turns.append(TurnComparison(conversation_id, turn_index, *_not_asked(run_a)))
+    return Equality(run_a.system, run_b.system, dtype, allowed, tuple(turns))
+
+
+_Finding = tuple[Verdict, int | None, float | None, float, str]  # TurnComparison from `verdict` on
+
+
+def _not_asked(run: Run) -> _Finding:
+    return Verdict.FAILED, None, None, 0.0, f"{run.system} was not asked: its conversation had ended"
+
+
+def _compare(a: TurnResult, b: TurnResult, allowed: Tolerance) -> _Finding:
+    if not (a.ok and b.ok):
+        if a.error_code == b.error_code:
+            return Verdict.BOTH_FAILED, None, None, 0.0, str(a.error_code)
+        return Verdict.FAILED, None, None, 0.0, f"{a.error_code or 'answered'} against {b.error_code or 'answered'}"
+    if not a.prompt_path or not b.prompt_path:
+        return Verdict.UNTOLD, None, None, 0.0, "a system does not tell its tokens"
+    if a.prompt_path != b.prompt_path:
+        where = _first_difference(a.prompt_path, b.prompt_path)
+        sizes = f"{len(a.prompt_path)} and {len(b.prompt_path)} tokens"
+        return Verdict.CONTEXT, None, None, 0.0, f"the prompts ({sizes}) differ from token {where} on"
+    end = _first_difference(a.output, b.output)
+    drift, max_delta = _drift(a.logprobs[:end], b.logprobs[:end], allowed)
+    if drift is not None:
+        pair = f"{a.logprobs[drift]:.6g} against {b.logprobs[drift]:.6g}"
+        return Verdict.DIFFERENT, drift, None, max_delta, f"log-probability of token {drift} of the answer: {pair}"
+    if end is None:
+        return Verdict.IDENTICAL, None, None, max_delta, ""
+    if end in (len(a.output), len(b.output)):
+        ends = f"{len(a.output)} tokens ({a.finish_reason}) against {len(b.output)} ({b.finish_reason})"
+        return Verdict.DIFFERENT, end, None, max_delta, f"one answer goes on where the other ends: {ends}"
+    return _at_divergence(a, b, end, max_delta, allowed)
+
+
+def _at_divergence(a: TurnResult, b: TurnResult, at: int, max_delta: float, allowed: Tolerance) -> _Finding:
+    """The two chose different tokens at `at` with the same context: a near tie, or a bug."""
+    chosen = a.output[at], b.output[at]
+    pair = f"token {at} of the answer: {chosen[0]} against {chosen[1]}"
+    views = [_view(a, at), _view(b, at)]
+    told = [(view[chosen[0]], view[chosen[1]]) for view in views if chosen[0] in view and chosen[1] in view]
+    if not told:
+        return Verdict.DIFFERENT, at, None, max_delta, f"{pair}, and neither run has both among its likeliest"
+    gap = min(abs(x - y) for x, y in told)
+    for token in chosen:
+        if token in views[0] and token in views[1]:
+            max_delta = max(max_delta, abs(views[0][token] - views[1][token]))
+            if not allowed.allows(views[0][token], views[1][token]):
+                moved = f"{views[0][token]:.6g} against {views[1][token]:.6g}"
+                return Verdict.DIFFERENT, at, gap, max_delta, f"{pair}, and the log-probability of {token} moved: {moved}"
+    if any(allowed.allows(x, y) for x, y in told):
+        return Verdict.NEAR_TIE, at, gap, max_delta, f"{pair}, {gap:.2g} nats apart"
+    return Verdict.DIFFERENT, at, gap, max_delta, f"{pair}, {gap:.2g} nats apart"
+
+
+def _view(result: TurnResult, at: int) -> dict[int, float]:
+    """What a run said of the candidates at one position: token id to log-probability."""
+    view = dict(result.tops[at]) if at < len(result.tops) else {}
+    if at < len(result.logprobs):
+        view[result.output[at]] = result.logprobs[at]
+    return view
+
+
+def _drift(a: Sequence[float], b: Sequence[float], allowed: Tolerance) -> tuple[int | None, float]:
+    """The first position where two log-probabilities of one token disagree, and the largest difference."""
+    first, largest = None, 0.0
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        largest = max(largest, abs(x - y))
+        if first is None and not allowed.allows(x, y):
+            first = index
+    return first, largest
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first difference (the shorter's length if it is a prefix); None if equal."""
+    if a == b:
+        return None
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
