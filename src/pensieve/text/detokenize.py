@@ -1,0 +1,88 @@
+"""Token ids to text, a few at a time. Knows a decoding function and two sets of ids; never templates or requests.
+
+A decoder is not a sum over tokens: a character may be spread over several tokens, and sentencepiece-like
+decoders drop the space that the first token begins with. So a short window of past tokens is decoded again with
+every push, and what is new in the result is emitted. The window slides, which keeps the cost of a token constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+KEEP = 6  # tokens that stay in the window when it slides; a UTF-8 character has at most 4 bytes, hence tokens
+SLIDE_AT = 24  # tokens in the window that make it slide
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character (yet)
+
+
+class Detokenizer:
+    """Turns one answer's tokens into text that never ends within a character.
+
+    What `push` returned over time plus what `finish` returns equals `decode` of all the ids together.
+
+    Args:
+        decode: ids -> text, of any length. Called with windows of the ids; no special ids among them.
+        special_ids: ids that have no text (left out).
+        byte_ids: ids that stand for one byte each in a vocabulary with byte fallback. Their decoder judges a run
+            of them as a whole (one invalid byte makes the whole run unreadable), so a run is shown when it is over.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        special_ids: Collection[int] = frozenset(),
+        byte_ids: Collection[int] = frozenset(),
+    ) -> None:
+        self._decode = decode
+        self._special_ids = special_ids
+        self._byte_ids = byte_ids
+        self._window: list[int] = []
+        self._emitted = 0  # leading characters of the window's text that were returned already
+        self._slide_at = SLIDE_AT
+        self._holds_back = False
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the ids pushed so far end in something that is not shown yet."""
+        return self._holds_back
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take the next ids; returns the text that they complete, perhaps empty."""
+        fresh = [token_id for token_id in ids if token_id not in self._special_ids]
+        if not fresh:
+            return ""
+        self._window += fresh
+        if self._window[-1] in self._byte_ids:
+            self._holds_back = True
+            return ""
+        text = self._decode(self._window)
+        # Only the last replacement character can still become something else: the decoder writes one for a
+        # whole unfinished character, and those before it are followed by bytes that do not continue them.
+        self._holds_back = text.endswith(REPLACEMENT)
+        stable = len(text) - self._holds_back
+        new = text[self._emitted : stable]
+        self._emitted = max(self._emitted, stable)
+        if len(self._window) >= self._slide_at:
+            self._slide(text)
+        return new
+
+    def finish(self) -> str:
+        """The answer ended: the text that was held back."""
+        new = self._decode(self._window)[self._emitted :] if self._window else ""
+        self._window, self._emitted, self._slide_at, self._holds_back = [], 0, SLIDE_AT, False
+        return new
+
+    def _slide(self, text: str) -> None:
+        """Shorten the window to its last tokens, where `text`, the window's, can be cut.
+
+        A cut is good if the tail alone decodes to the end of `text` (it does not begin within a character; a
+        dropped leading space is fine) and begins with something already shown.
+        """
+        for start in range(len(self._window) - KEEP, 0, -1):
+            tail = self._decode(self._window[start:])
+            emitted = self._emitted - (len(text) - len(tail))
+            if tail and emitted > 0 and text.endswith(tail):
+                self._window, self._emitted, self._slide_at = self._window[start:], emitted, SLIDE_AT
+                return
+            if len(self._window) - start > SLIDE_AT:
+                break
+        self._slide_at = 2 * len(self._window)  # nowhere to cut: try again when the cost has been earned

@@ -1,0 +1,54 @@
+"""A chat that outgrew its context: which messages to leave out. Knows messages and a way to count; never tokens themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pensieve.errors import ContextLengthExceeded
+from pensieve.text.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated:
+    """What is left of a chat."""
+
+    messages: tuple[Message, ...]
+    dropped: int  # messages left out
+
+
+def truncate(messages: Sequence[Message], max_tokens: int, count: Callable[[Sequence[Message]], int]) -> Truncated:
+    """Leave out the oldest turns until the rest fits.
+
+    A turn is a user message and everything up to the next one, and goes as a whole, so that no answer is left
+    without its question. The system messages at the beginning stay, and so does the newest turn.
+
+    Args:
+        messages: the chat, oldest first.
+        max_tokens: the most tokens that `count` may say.
+        count: messages -> tokens of their rendering; must not grow when a turn is left out.
+
+    Raises:
+        ContextLengthExceeded: not even the system messages and the newest turn fit.
+    """
+    head = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    turns = [i for i in range(head, len(messages)) if messages[i].role == "user"]
+    cuts = [head, *(i for i in turns if i > head)]  # the messages [head, cut) are left out
+
+    def without(cut: int) -> tuple[Message, ...]:
+        return (*messages[:head], *messages[cut:])
+
+    low, high = 0, len(cuts) - 1  # the answer lies in [low, high], if there is one
+    smallest = count(without(cuts[high]))
+    if smallest > max_tokens:
+        raise ContextLengthExceeded(
+            f"the system prompt and the newest turn alone have {smallest} tokens, the context holds {max_tokens}:"
+            " shorten the message, or start with a larger --max-context"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if count(without(cuts[middle])) <= max_tokens:
+            high = middle
+        else:
+            low = middle + 1
+    return Truncated(without(cuts[low]), cuts[low] - head)
