@@ -63,3 +63,65 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_new_tokens, the context, or the memory of the last running request
     ABORT = "abort"
     ERROR = "error"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One turn on its way. Written by the scheduler only."""
+
+    request_id: str
+    namespace: str
+    sequence_id: str
+    tokens: list[int]  # the prompt path, then what was sampled; the token log of this sequence
+    history_tokens: int
+    sampling: SamplingParams
+    arrival: int  # order of submission
+    submitted_s: float
+    salt: str = ""  # what the chain hashes start from: the namespace
+    num_prompt: int = 0
+    digests: list[bytes] = field(default_factory=list)  # chain hashes of the full chunks of `tokens`
+    sequence: Sequence | None = None
+    state: RequestState = RequestState.WAITING
+
+    missing: list[tuple[int, int]] = field(default_factory=list)  # token ranges admitted and not scheduled yet
+    num_pending: int = 0  # tokens being sampled by plans not committed yet
+    in_flight: int = 0  # plans not committed yet that name this request
+    started: bool = False  # the worker knows it
+    ending: FinishReason | None = None  # has ended; what it holds is given back once no plan names it
+    suspending: bool = False  # goes back to the queue once no plan names it
+    failed: bool = False  # suspending because a forward or a swap-in failed: its plans in flight are void
+    suspect: bool = False  # a forward failed with it: runs alone until one succeeds
+    num_failures: int = 0
+    error: str | None = None
+    error_code: str = "worker_failed"
+
+    gpu_tokens: int = 0  # the receipt's numbers, see messages.Receipt
+    cpu_tokens: int = 0
+    recomputed_tokens: int = 0
+    new_tokens: int = 0
+    resume_cpu_tokens: int = 0
+    resume_recomputed_tokens: int = 0
+    chunks_in: int = 0
+    chunks_out: int = 0
+    suspensions: int = 0
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+        self.salt = self.salt or self.namespace
+
+    @property
+    def output(self) -> list[int]:
+        """The tokens sampled so far."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        """How many tokens were sampled so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def plannable(self) -> bool:
+        """May be given spans: it runs, and nothing ends or suspends it."""
+        return self.state is RequestState.RUNNING and self.ending is None and not self.suspending

@@ -1,0 +1,252 @@
+"""Where every chunk lies: slots, copies under way, leases. Knows chunks and tiers; never sequences' tokens, policies' reasons or time.
+
+Sole writer of `Chunk.slots`, `.copy`, `.computing`, `.leases`, `.queues` and of the pools. Part of `TieredCache`, which alone calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pensieve.config import CacheConfig
+from pensieve.core.chunk import Chunk, CopyRecord, Event
+from pensieve.core.eviction import PolicyFactory
+from pensieve.core.plan import Copy
+from pensieve.core.pool import SlotPool
+from pensieve.core.sequence import Sequence
+from pensieve.core.victims import Duplicates, VictimQueue
+
+
+class Places:
+    """The table of moves, carried out on slots. Every move is checked before anything changes."""
+
+    def __init__(self, config: CacheConfig, policy: PolicyFactory, on_vanish: Callable[[Chunk], None]) -> None:
+        """`on_vanish(chunk)` is told when a chunk's last copy is gone for another reason than its owners' own wish."""
+        tiers = range(len(config.tiers))
+        self.num_tiers = len(config.tiers)
+        self.pools = [SlotPool(tier.num_slots) for tier in config.tiers]
+        self.clean = [VictimQueue(1 << (3 * tier), policy()) for tier in tiers]  # a lower copy exists: reclaimed at no cost
+        self.sole = [VictimQueue(2 << (3 * tier), policy()) for tier in tiers]  # no lower copy: copied down, released or dropped
+        self.duplicates = [Duplicates(4 << (3 * tier)) for tier in tiers]  # lower copies of leased chunks
+        self.copies: dict[int, CopyRecord] = {}
+        self.copies_down = [0] * self.num_tiers  # of those, downward ones by source tier
+        self.begun_in: list[Copy] = []  # since the last plan
+        self.begun_out: list[Copy] = []
+        self.reclaimed: list[tuple[int, int]] = []
+        self.num_reclaimed = 0
+        self.num_dropped = 0
+        self.num_chunks = 0
+        self.version = 0  # grows whenever a slot or a chunk may have become available
+        self._on_vanish = on_vanish
+        self._next_copy_id = 0
+
+    # -- computing
+
+    def begin_compute(self, chunk: Chunk, slot: int) -> None:
+        """DROPPED -> COMPUTING in a first-tier slot already taken; leased once, by whoever computes it."""
+        chunk.require(Event.BEGIN_COMPUTE, 0, 0)
+        chunk.computing, chunk.slots[0], chunk.leases = True, slot, chunk.leases + 1
+        self.num_chunks += 1
+
+    def finish_compute(self, chunk: Chunk, num_tokens: int) -> None:
+        """COMPUTING -> first tier, with `num_tokens` valid."""
+        chunk.require(Event.FINISH_COMPUTE, 0, 0)
+        chunk.computing, chunk.num_tokens = False, num_tokens
+        self.version += 1
+        self.reindex(chunk)
+
+    def fail_compute(self, chunk: Chunk) -> None:
+        """COMPUTING -> DROPPED; the slot is free."""
+        chunk.require(Event.FAIL_COMPUTE, 0, 0)
+        self._vanish(chunk)
+
+    def append(self, chunk: Chunk, num_tokens: int) -> None:
+        """More tokens became valid in the first tier; lower copies are stale and freed in the same move."""
+        chunk.require(Event.APPEND, 0, self._next_copy_below(chunk, 0))
+        if chunk.copy is not None:
+            chunk.copy.stale = True
+        for tier in range(1, self.num_tiers):
+            self._free_slot(chunk, tier)
+        chunk.num_tokens = num_tokens
+        self.reindex(chunk)
+
+    # -- copies
+
+    def begin_copy(self, chunk: Chunk, src_tier: int, dst_tier: int, dst_slot: int) -> Copy:
+        """Start a copy into a slot already taken: down (a swap-out) or up to the first tier (a swap-in)."""
+        if src_tier < dst_tier:
+            chunk.require(Event.BEGIN_SWAP_OUT, src_tier, dst_tier)
+        else:
+            chunk.require(Event.BEGIN_SWAP_IN, dst_tier, src_tier)
+        src_slot = chunk.slots[src_tier]
+        assert src_slot is not None
+        record = CopyRecord(self._next_copy_id, chunk, src_tier, dst_tier, dst_slot)
+        self._next_copy_id += 1
+        chunk.copy = record
+        self.copies[record.copy_id] = record
+        copy = Copy(record.copy_id, src_tier, src_slot, dst_tier, dst_slot)
+        if src_tier < dst_tier:
+            self.copies_down[src_tier] += 1
+            if src_tier == 0 and isinstance(chunk.owner, Sequence):
+                chunk.owner.num_copied_out += 1
+            self.begun_out.append(copy)
+        else:
+            self.begun_in.append(copy)
+        self.reindex(chunk)
+        return copy
+
+    def finish_copy(self, copy_id: int) -> CopyRecord:
+        """A copy is done: its target is valid, unless an append made it stale or nobody wants the chunk any more."""
+        record = self._settle(copy_id, Event.FINISH_SWAP_OUT, Event.FINISH_SWAP_IN)
+        chunk = record.chunk
+        if record.orphan:
+            self._forget_orphan(record)
+        elif record.stale:
+            self.pools[record.dst_tier].release(record.dst_slot)
+            self.reindex(chunk)
+        else:
+            chunk.slots[record.dst_tier] = record.dst_slot
+            self.reindex(chunk)
+        return record
+
+    def fail_copy(self, copy_id: int, source_lost: bool) -> CopyRecord:
+        """A copy raised: its target slot is free; a swap-in whose source cannot be read loses the chunk."""
+        record = self._settle(copy_id, Event.FAIL_SWAP_OUT, Event.LOSE if source_lost else Event.FAIL_SWAP_IN)
+        chunk = record.chunk
+        if record.orphan:
+            self._forget_orphan(record)
+            return record
+        self.pools[record.dst_tier].release(record.dst_slot)
+        if record.dst_tier < record.src_tier and source_lost:
+            self._vanish(chunk)
+        else:
+            self.reindex(chunk)
+        return record
+
+    # -- giving slots away
+
+    def reclaim(self, chunk: Chunk, tier: int) -> int:
+        """Take the slot of a clean copy from `tier`; the chunk lives on below. Returns the slot, still taken."""
+        chunk.require(Event.RECLAIM, tier, self._next_copy_below(chunk, tier))
+        slot = chunk.slots[tier]
+        assert slot is not None
+        chunk.slots[tier] = None
+        self.num_reclaimed += 1
+        self.reclaimed.append((tier, slot))
+        self.reindex(chunk)
+        return slot
+
+    def release_lower(self, chunk: Chunk, tier: int) -> None:
+        """Free the copy in `tier` of a chunk that also lies in a faster one."""
+        upper = next((t for t in range(tier - 1, -1, -1) if chunk.slots[t] is not None), tier - 1)
+        chunk.require(Event.RELEASE_LOWER, upper, tier)
+        self._free_slot(chunk, tier)
+        self.reindex(chunk)
+
+    def drop(self, chunk: Chunk) -> None:
+        """Free every copy: what was computed is forgotten."""
+        place = chunk.place or 0
+        chunk.require(Event.DROP, place, self._next_copy_below(chunk, place))
+        self.num_dropped += 1
+        self._vanish(chunk)
+
+    def discard(self, chunk: Chunk) -> None:
+        """The last owner let go: free its slots now, or when the copy under way settles."""
+        assert not chunk.leases, f"{chunk!r} discarded while leased"
+        if chunk.copy is not None:
+            chunk.copy.orphan = True
+            self.leave_queues(chunk)
+        else:
+            self._free_all(chunk)
+
+    # -- leases and queues
+
+    def lease(self, chunk: Chunk, change: int) -> None:
+        """Count one more or one fewer request that needs the chunk."""
+        assert chunk.leases + change >= 0, f"{chunk!r}: a lease given back twice"
+        chunk.leases += change
+        self.version += change < 0
+        self.reindex(chunk)
+
+    def reindex(self, chunk: Chunk) -> None:
+        """Put a chunk into exactly the queues its state says."""
+        wanted, present = self.wanted_queues(chunk), chunk.queues
+        if wanted == present:
+            return
+        for tier in range(self.num_tiers):
+            for queue in (self.clean[tier], self.sole[tier], self.duplicates[tier]):
+                if (wanted ^ present) & queue.bit:
+                    if wanted & queue.bit:
+                        queue.add(chunk)
+                    else:
+                        queue.discard(chunk)
+
+    def wanted_queues(self, chunk: Chunk) -> int:
+        """The bits of the queues a chunk belongs to."""
+        if chunk.computing or chunk.copy is not None:
+            return 0
+        bits, slots = 0, chunk.slots
+        if chunk.leases:
+            if slots[0] is not None:
+                for tier in range(1, self.num_tiers):
+                    if slots[tier] is not None:
+                        bits |= self.duplicates[tier].bit
+            return bits
+        has_lower = False
+        for tier in range(self.num_tiers - 1, -1, -1):
+            if slots[tier] is None:
+                continue
+            if has_lower:
+                bits |= self.clean[tier].bit
+            elif tier < self.num_tiers - 1 or not chunk.keeps:
+                bits |= self.sole[tier].bit  # (in the last tier a kept chunk stays: it has nowhere to go)
+            has_lower = True
+        return bits
+
+    def leave_queues(self, chunk: Chunk) -> None:
+        """Take a chunk out of its queues while its owner changes; `reindex` puts it back."""
+        if chunk.queues:
+            for tier in range(self.num_tiers):
+                for queue in (self.clean[tier], self.sole[tier], self.duplicates[tier]):
+                    if chunk.queues & queue.bit:
+                        queue.discard(chunk)
+
+    # -- inside
+
+    def _next_copy_below(self, chunk: Chunk, tier: int) -> int:
+        lower = range(tier + 1, self.num_tiers)
+        return next((t for t in lower if chunk.slots[t] is not None), min(tier + 1, self.num_tiers - 1))
+
+    def _settle(self, copy_id: int, if_down: Event, if_up: Event) -> CopyRecord:
+        record = self.copies[copy_id]
+        if record.src_tier < record.dst_tier:
+            record.chunk.require(if_down, record.src_tier, record.dst_tier)
+            self.copies_down[record.src_tier] -= 1
+        else:
+            record.chunk.require(if_up, record.dst_tier, record.src_tier)
+        del self.copies[copy_id]
+        self.version += 1
+        record.chunk.copy = None
+        return record
+
+    def _forget_orphan(self, record: CopyRecord) -> None:
+        self.pools[record.dst_tier].release(record.dst_slot)
+        self._free_all(record.chunk)
+
+    def _free_slot(self, chunk: Chunk, tier: int) -> None:
+        slot = chunk.slots[tier]
+        if slot is not None:
+            chunk.slots[tier] = None
+            self.pools[tier].release(slot)
+            self.version += 1
+
+    def _free_all(self, chunk: Chunk) -> None:
+        self.leave_queues(chunk)
+        for tier in range(self.num_tiers):
+            self._free_slot(chunk, tier)
+        chunk.computing, chunk.num_tokens = False, 0
+        self.num_chunks -= 1
+
+    def _vanish(self, chunk: Chunk) -> None:
+        self._free_all(chunk)
+        chunk.leases = 0
+        self._on_vanish(chunk)

@@ -1,0 +1,115 @@
+"""Finding room: which idle chunk gives up its slot, and how. Knows tiers and worth; never requests.
+
+Each tier gives slots in this order: free ones, clean copies (a lower copy exists), and then at a price: the lowest retention value is
+copied down, or dropped where nothing lower has room for it.
+"""
+
+from __future__ import annotations
+
+from pensieve.core.chunk import Chunk
+from pensieve.core.places import Places
+
+
+class Room:
+    """Questions about room, and the acts that make it. Acts through `Places` only."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+
+    def available(self, tier: int) -> int:
+        """Slots of a tier that can be had now, at no cost."""
+        return self._places.pools[tier].num_free + self._places.clean[tier].count
+
+    def coming(self, tier: int) -> int:
+        """Slots that copies under way will make reclaimable (fewer, if their chunks are leased meanwhile)."""
+        return self._places.copies_down[tier]
+
+    def evictable(self, tier: int) -> int:
+        """Slots whose chunk would have to be copied down or dropped first."""
+        return self._places.sole[tier].count
+
+    def take(self, tier: int, now_s: float) -> int:
+        """A slot of `tier`: a free one, or that of the worst clean copy. The caller has seen that one is available."""
+        places = self._places
+        slot = places.pools[tier].take()
+        if slot is None:
+            victim = places.clean[tier].worst(now_s)
+            assert victim is not None, f"no slot available in tier {tier}"
+            slot = places.reclaim(victim, tier)
+        return slot
+
+    def make(self, tier: int, num_slots: int, now_s: float) -> None:
+        """Evict from `tier`, worst first, until `num_slots` are available or on their way. Does what it can."""
+        queue = self._places.sole[tier]
+        stuck: list[Chunk] = []  # kept chunks for which nothing below can be had: others go instead of them
+        while self.available(tier) + self.coming(tier) < num_slots:
+            victim = queue.worst(now_s)
+            if victim is None:
+                break
+            if not self._evict(victim, tier, now_s):
+                if not victim.keeps:
+                    break
+                queue.discard(victim)
+                stuck.append(victim)
+        for chunk in stuck:
+            queue.add(chunk)
+
+    def copy_ahead(self, share: float, max_in_flight: int, now_s: float) -> None:
+        """Copy the lowest retention values down before room is needed (paper §4.3.2).
+
+        In each tier but the last, until `share` of its slots are free, reclaimable or on their way to be; never at the cost of
+        something below that is worth more.
+        """
+        places = self._places
+        for tier in range(places.num_tiers - 1):
+            target = share * places.pools[tier].num_slots
+            while len(places.copies) < max_in_flight and self.available(tier) + self.coming(tier) < target:
+                victim = places.sole[tier].worst(now_s)
+                if victim is None or victim.place != tier:
+                    break
+                slot = self._obtain_below(tier + 1, victim, now_s, at_any_price=False)
+                if slot is None:
+                    break
+                places.begin_copy(victim, tier, tier + 1, slot)
+
+    def _evict(self, victim: Chunk, tier: int, now_s: float) -> bool:
+        """Begin to free the slot of a chunk without a lower copy; False if that is not possible now."""
+        places = self._places
+        if victim.place != tier and not victim.keeps:  # a faster tier has it too (a kept one would only come back)
+            places.release_lower(victim, tier)
+            return True
+        if tier + 1 < places.num_tiers:
+            slot = self._obtain_below(tier + 1, victim, now_s, at_any_price=victim.keeps > 0)
+            if slot is not None:
+                places.begin_copy(victim, tier, tier + 1, slot)
+                return True
+            if places.copies_down[tier + 1]:
+                return False  # room below is on its way: better wait for it than forget
+        if victim.keeps:
+            return False
+        places.drop(victim)
+        return True
+
+    def _obtain_below(self, tier: int, incoming: Chunk, now_s: float, at_any_price: bool) -> int | None:
+        """A slot of a lower tier for `incoming`, at the cost only of what is worth less than it (unless at any price)."""
+        places = self._places
+        slot = places.pools[tier].take()
+        if slot is not None:
+            return slot
+        duplicate = places.duplicates[tier].any()
+        if duplicate is not None:
+            places.release_lower(duplicate, tier)
+            return places.pools[tier].take()
+        clean = places.clean[tier].worst(now_s)
+        if clean is not None:
+            if clean.place == tier:
+                return places.reclaim(clean, tier)
+            places.release_lower(clean, tier)
+            return places.pools[tier].take()
+        queue = places.sole[tier]
+        victim = queue.worst(now_s)
+        if victim is None or not (at_any_price or queue.worth(victim, now_s) < queue.worth(incoming, now_s)):
+            return None
+        if not self._evict(victim, tier, now_s):
+            return None
+        return places.pools[tier].take()

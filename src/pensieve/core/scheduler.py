@@ -1,0 +1,501 @@
+"""Scheduling: who runs, what each step computes, who waits. Knows token counts, requests and time as told; never tensors, text or a clock.
+
+One step is `schedule(now_s) -> StepPlan`, run by a worker, then `commit(plan, result)`. State advances in `schedule`, so the next step may be
+planned before this one's result is in: a token not sampled yet is "the one sampled last", and whatever a plan names stays leased until it is
+committed.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+from pensieve.config import SchedulerConfig
+from pensieve.core.cache import Admission, TieredCache
+from pensieve.core.plan import BlockTableUpdate, RequestStart, SampledToken, Span, StepPlan, StepResult
+from pensieve.core.recovery import cut
+from pensieve.core.request import FinishReason, Request, RequestState, SamplingParams
+from pensieve.core.sequence import extend_digests
+from pensieve.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    ConversationNotFound,
+    InvalidRequest,
+    KeepRefused,
+    Overloaded,
+    RequestTooLarge,
+)
+
+MAX_FAILURES = 4  # failed copies under one request before it is given up; each time it falls back to recomputing
+
+
+@dataclass(slots=True)
+class StepEvents:
+    """What a commit means for those who wait for answers."""
+
+    tokens: list[tuple[Request, SampledToken]] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)  # with `ending` and perhaps `error`
+
+
+@dataclass(slots=True)
+class _Step:
+    """A plan being filled."""
+
+    budget: int  # tokens left
+    spans: list[Span] = field(default_factory=list)
+    tables: list[BlockTableUpdate] = field(default_factory=list)
+    started: list[RequestStart] = field(default_factory=list)
+    named: list[Request] = field(default_factory=list)
+    num_unmet: int = 0  # running requests that found no slot for their next token
+
+
+class Scheduler:
+    """Sole writer of the waiting and running queues, the token budget and every `Request`."""
+
+    def __init__(self, config: SchedulerConfig, cache: TieredCache, max_context: int) -> None:
+        """`max_context` is the longest sequence in tokens, prompt and answer together."""
+        self.config = config
+        self.cache = cache
+        self.max_context = max_context
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []  # in arrival order
+        self._waiting: list[Request] = []  # in arrival order; the first is next
+        self._behind: dict[tuple[str, str], deque[Request]] = {}  # turns that wait for an earlier turn of their conversation
+        self._ended: list[str] = []  # for the worker to forget
+        self._finished: list[Request] = []  # ended outside of a commit, reported by the next `schedule` or `commit`
+        self._num_arrived = 0
+        self._next_step = 0
+        self._refused_at: tuple[Request, tuple[int, int, int]] | None = None  # the head of the queue and the room it did not fit in
+        self.num_forwards_failed = 0
+        self.num_copies_failed = 0
+        self.num_suspensions = 0
+        if config.max_batch_tokens < cache.chunk_tokens + config.max_running:
+            raise ConfigError(
+                f"max_batch_tokens must be at least chunk_tokens + max_running = {cache.chunk_tokens + config.max_running}, "
+                f"got {config.max_batch_tokens}"
+            )
+
+    # -- requests in
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for room, or for an earlier turn of their conversation."""
+        return len(self._waiting) + sum(len(turns) for turns in self._behind.values())
+
+    @property
+    def has_work(self) -> bool:
+        """A step may have something to do: a request is not finished, or the worker has something to forget."""
+        return bool(self.requests or self._ended or self._finished)
+
+    def submit(
+        self,
+        request_id: str,
+        namespace: str,
+        sequence_id: str,
+        tokens: tuple[int, ...],
+        history_tokens: int,
+        sampling: SamplingParams,
+        now_s: float,
+    ) -> Request:
+        """Queue a turn. `tokens` is its whole path, of which an earlier turn had put `history_tokens` before the model.
+
+        Raises:
+            InvalidRequest: no tokens, a negative or too long history, or a request id in use.
+            ContextLengthExceeded: the prompt leaves no room for one new token within `max_context`.
+            RequestTooLarge: its chunks would not fit in the first tier even alone.
+            Overloaded: the queue is full.
+        """
+        if not tokens:
+            raise InvalidRequest("a prompt needs at least one token, got none")
+        if not 0 <= history_tokens <= len(tokens):
+            raise InvalidRequest(f"history_tokens must lie in [0, {len(tokens)}] (the prompt's length), got {history_tokens}")
+        if request_id in self.requests:
+            raise InvalidRequest(f"request id {request_id!r} is in use")
+        if len(tokens) >= self.max_context:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(tokens)} tokens, but at most {self.max_context - 1} fit in the context of {self.max_context}: "
+                "shorten it, start a new conversation, or allow the oldest turns to be dropped (--overflow truncate)"
+            )
+        size, capacity = self.cache.chunk_tokens, self._first_tier_limit()
+        if (need := -(-len(tokens) // size)) > capacity:
+            raise RequestTooLarge(
+                f"the prompt has {len(tokens)} tokens and needs {need} chunks of {size}, but the first tier has {capacity} for one request: "
+                "shorten it, or start with a larger first tier"
+            )
+        if self.num_waiting >= self.config.max_waiting:
+            raise Overloaded(f"{self.num_waiting} requests wait already, at most {self.config.max_waiting} may: try again later")
+        request = Request(request_id, namespace, sequence_id, list(tokens), history_tokens, sampling, self._num_arrived, now_s)
+        if not self.config.retain:
+            request.salt = f"{namespace}\0{request_id}"  # a stateless baseline shares nothing, not even between running requests
+        extend_digests(request.digests, request.salt, request.tokens, size)
+        self._num_arrived += 1
+        self.requests[request_id] = request
+        key = (request.namespace, sequence_id)
+        if key in self._behind:
+            self._behind[key].append(request)
+        else:
+            self._behind[key] = deque()
+            self._enqueue(request, now_s)
+        return request
+
+    def abort(self, request_id: str, now_s: float) -> None:
+        """End a request in whatever state it is; one that has ended already, or never was, is left alone."""
+        request = self.requests.get(request_id)
+        if request is not None and request.ending is None:
+            self._end(request, FinishReason.ABORT, now_s)
+
+    def stop(self, request_id: str, num_output_tokens: int, now_s: float) -> None:
+        """End a request's answer after its first `num_output_tokens` tokens (a stop string was found in them)."""
+        request = self.requests.get(request_id)
+        if request is None or request.ending not in (None, FinishReason.STOP, FinishReason.LENGTH):
+            return
+        del request.tokens[request.num_prompt + max(0, num_output_tokens) :]
+        del request.digests[len(request.tokens) // self.cache.chunk_tokens :]
+        if request.ending is None:
+            self._end(request, FinishReason.STOP, now_s)
+        else:
+            request.ending = FinishReason.STOP
+
+    def forget(self, namespace: str, sequence_id: str, now_s: float) -> bool:
+        """Abort every turn of a conversation and free its cache. False: turns are still in flight, ask again after the next commit."""
+        for request in list(self.requests.values()):
+            if (request.namespace, request.sequence_id) == (namespace, sequence_id):
+                self.abort(request.request_id, now_s)
+        sequence = self.cache.find(namespace, sequence_id)
+        if sequence is not None and sequence.leased:
+            return False
+        if sequence is not None:
+            self.cache.forget(sequence)
+        return True
+
+    def set_keep(self, namespace: str, sequence_id: str, keep: bool) -> None:
+        """Set or lift a user's keep on what is cached of a conversation.
+
+        Raises:
+            ConversationNotFound: nothing is cached under this id.
+            KeepRefused: the keeps would exceed their share of the slots, or leave a queued request without room.
+        """
+        sequence = self.cache.find(namespace, sequence_id)
+        if sequence is None:
+            raise ConversationNotFound(f"nothing is cached for conversation {sequence_id!r}: it can be kept after its next turn")
+        self.cache.set_keep(sequence, keep)
+        size, limit = self.cache.chunk_tokens, self._first_tier_limit()
+        largest = max((-(-len(request.tokens) // size) for request in self.requests.values()), default=0)
+        if keep and largest > limit:
+            self.cache.set_keep(sequence, False)
+            raise KeepRefused(
+                f"keeping {sequence_id!r} would leave {limit} chunks to a queued request that needs {largest}: try again later"
+            )
+
+    def take_finished(self) -> list[Request]:
+        """Requests that ended outside of a commit since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    # -- one step
+
+    def schedule(self, now_s: float) -> StepPlan:
+        """Plan the next step: spans for running requests, admissions, copies. May be empty."""
+        step = _Step(self.config.max_batch_tokens)
+        suspect = next((r for r in self.running if r.suspect and r.plannable), None)
+        if suspect is not None:  # alone, so that a request which breaks the forward breaks nobody else's again
+            self._plan_decode(step, suspect, now_s)
+            self._plan_missing(step, suspect)
+        else:
+            for request in list(self.running):
+                self._plan_decode(step, request, now_s)
+            for request in self.running:
+                self._plan_missing(step, request)
+            self._admit(step, now_s)
+        self.cache.room.copy_ahead(self.config.copy_ahead_share, self.config.max_copies_in_flight, now_s)
+        moves = self.cache.collect_moves()
+        for request in step.named:
+            request.in_flight += 1
+        ended, self._ended = tuple(self._ended), []
+        plan = StepPlan(
+            self._next_step,
+            tuple(step.spans),
+            moves.swap_in,
+            moves.swap_out,
+            tuple(step.started),
+            tuple(step.tables),
+            ended,
+            moves.reclaimed,
+        )
+        self._next_step += 1
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> StepEvents:
+        """Take in what came of a plan. Plans are committed in the order they were scheduled."""
+        assert plan.step_id == result.step_id, f"plan {plan.step_id} committed with the result of {result.step_id}"
+        events = StepEvents()
+        self._settle_copies(result)
+        if result.forward_error is not None:
+            self._fail_forward(plan, result.forward_error, now_s)
+        for failure in result.requests_failed:
+            broken = self.requests.get(failure.request_id)
+            if broken is not None and broken.ending is None:
+                broken.error = failure.message
+                self._end(broken, FinishReason.ERROR, now_s)
+        sampled = {token.request_id: token for token in result.tokens}
+        named: dict[str, Request] = {}
+        for span in plan.spans:
+            request = self.requests[span.request_id]
+            named[span.request_id] = request
+            if span.emits_token:
+                request.num_pending -= 1
+            if request.failed or request.ending is not None:
+                continue
+            assert request.sequence is not None
+            if span.stop // self.cache.chunk_tokens > len(request.digests):
+                extend_digests(request.digests, request.salt, request.tokens, self.cache.chunk_tokens)
+            self.cache.commit(request.sequence, span.start, span.stop, request.digests)
+            request.suspect = False
+            if span.emits_token:
+                self._take_token(request, sampled[span.request_id], events, now_s)
+        for request in named.values():
+            request.in_flight -= 1
+            if request.in_flight == 0:
+                self._settle(request, now_s)
+        events.finished += self.take_finished()
+        return events
+
+    # -- planning
+
+    def _plan_decode(self, step: _Step, request: Request, now_s: float) -> None:
+        """The span of one token of a request whose prompt is computed, if it may have one more and finds room for it."""
+        if not request.plannable or request.missing:
+            return
+        length = len(request.tokens) + request.num_pending
+        if request.num_output + request.num_pending >= request.sampling.max_new_tokens or length >= self.max_context:
+            return  # its last token is on its way
+        sequence = request.sequence
+        assert sequence is not None
+        start = length - 1
+        if start // self.cache.chunk_tokens == len(sequence.chunks):
+            slot = self._grow(step, request, now_s)
+            if slot is None:
+                return
+            step.tables.append(BlockTableUpdate(request.request_id, len(sequence.chunks) - 1, (slot,)))
+        token_ids = None if request.num_pending else (request.tokens[-1],)
+        self._add_span(step, request, Span(request.request_id, start, length, token_ids, emits_token=True))
+
+    def _grow(self, step: _Step, request: Request, now_s: float) -> int | None:
+        """A slot for a decoding request's next chunk; None: it waits, is suspended, or ends for lack of room (paper §4.3.5)."""
+        assert request.sequence is not None
+        room = self.cache.room
+        step.num_unmet += 1
+        while True:
+            if room.available(0) == 0:
+                room.make(0, step.num_unmet, now_s)
+            slot = self.cache.grow(request.sequence, now_s)
+            if slot is not None:
+                step.num_unmet -= 1
+                return slot
+            if room.coming(0) or any(r.suspending or r.ending for r in self.running):
+                return None  # room is on its way
+            latest = next(r for r in reversed(self.running) if r.plannable)
+            if latest is not request:  # it comes later in this step's order too: nothing is planned for it yet
+                self._suspend(latest, now_s)
+            elif len(self.running) > 1:
+                self._suspend(request, now_s)
+                return None
+            else:
+                if not request.in_flight:
+                    self._end(request, FinishReason.LENGTH, now_s)
+                return None
+
+    def _plan_missing(self, step: _Step, request: Request) -> None:
+        """Spans for what an admitted request still lacks, as far as the budget goes."""
+        if not request.missing or not request.plannable:
+            return
+        taken, request.missing = cut(request.missing, step.budget, self.cache.chunk_tokens)
+        for start, stop in taken:
+            emits = not request.missing and (start, stop) == taken[-1]
+            self._add_span(step, request, Span(request.request_id, start, stop, tuple(request.tokens[start:stop]), emits))
+
+    def _add_span(self, step: _Step, request: Request, span: Span) -> None:
+        step.spans.append(span)
+        step.budget -= span.stop - span.start
+        request.num_pending += span.emits_token
+        if not step.named or step.named[-1] is not request:
+            step.named.append(request)
+
+    # -- admission
+
+    def _admit(self, step: _Step, now_s: float) -> None:
+        """First come, first served: everything a request needs, or nothing (DESIGN §4)."""
+        while self._waiting and step.budget >= self.cache.chunk_tokens and len(self.running) < self.config.max_running:
+            request = self._waiting[0]
+            if any(r.suspect for r in self.running) or (request.suspect and self.running):
+                return
+            if not self._fits(step, request, now_s):
+                return
+            del self._waiting[0]
+            self._start(step, request, now_s)
+            self._plan_missing(step, request)
+
+    def _fits(self, step: _Step, request: Request, now_s: float) -> bool:
+        """Whether the head of the queue can be admitted now; if room must be made first, begins to make it."""
+        cache, room, sequence = self.cache, self.cache.room, request.sequence
+        assert sequence is not None
+        places = cache.places
+        if self._refused_at == (request, self._room_state(step)):
+            return False
+        cache.attach(sequence, request.tokens, request.digests)
+        need = cache.survey(sequence, len(request.tokens))
+        reserve = math.ceil(self.config.reserve_share * places.pools[0].num_slots) if self.running else 0
+        wanted = need.slots + reserve + step.num_unmet
+        at_once = room.available(0) - need.own_clean
+        in_time = at_once + room.coming(0) + room.evictable(0) - need.own_sole
+        if not need.blocked and at_once < wanted <= in_time:
+            with cache.protected(sequence):
+                room.make(0, wanted, now_s)
+                at_once = room.available(0)
+            if at_once < wanted and not (self.running or room.coming(0)):
+                # Kept chunks fill what its own lower copies leave: some of those must be recomputed after all.
+                room.make(0, wanted, now_s)
+        if not need.blocked and at_once >= wanted:
+            self._refused_at = None
+            return True
+        self._refused_at = (request, self._room_state(step))
+        return False
+
+    def _room_state(self, step: _Step) -> tuple[int, int, int]:
+        """Equal to an earlier value only if no chunk has become available or found since."""
+        return self.cache.places.version, len(self.running), step.num_unmet
+
+    def _start(self, step: _Step, request: Request, now_s: float) -> None:
+        sequence = request.sequence
+        assert sequence is not None
+        admission = self.cache.admit(sequence, len(request.tokens), request.digests, now_s)
+        request.state = RequestState.RUNNING
+        request.missing = list(admission.missing)
+        request.chunks_in += admission.num_swapped_in
+        request.chunks_out += sequence.num_copied_out
+        sequence.num_copied_out = 0
+        self._account(request, admission, now_s)
+        insort(self.running, request, key=lambda r: r.arrival)
+        if not request.started:
+            request.started = True
+            step.started.append(RequestStart(request.request_id, request.sampling, tuple(request.tokens[: request.num_prompt])))
+        step.tables.append(BlockTableUpdate(request.request_id, 0, self.cache.slots_of(sequence)))
+
+    def _account(self, request: Request, admission: Admission, now_s: float) -> None:
+        if request.admitted_s is not None:
+            request.resume_cpu_tokens += admission.cpu_tokens
+            request.resume_recomputed_tokens += sum(stop - start for start, stop in admission.missing)
+            return
+        request.admitted_s = now_s
+        request.gpu_tokens, request.cpu_tokens = admission.gpu_tokens, admission.cpu_tokens
+        history = request.history_tokens
+        request.recomputed_tokens = sum(max(0, min(stop, history) - start) for start, stop in admission.missing)
+        request.new_tokens = sum(max(0, stop - max(start, history)) for start, stop in admission.missing)
+
+    def _first_tier_limit(self) -> int:
+        kept = self.cache.num_kept if self.cache.keep_takes_first_tier else 0
+        return self.cache.places.pools[0].num_slots - kept
+
+    # -- endings
+
+    def _take_token(self, request: Request, token: SampledToken, events: StepEvents, now_s: float) -> None:
+        request.tokens.append(token.token_id)
+        if request.first_token_s is None:
+            request.first_token_s = now_s
+        events.tokens.append((request, token))
+        if token.token_id in request.sampling.stop_token_ids:
+            self._end(request, FinishReason.STOP, now_s)
+        elif request.num_output >= request.sampling.max_new_tokens or len(request.tokens) >= self.max_context:
+            self._end(request, FinishReason.LENGTH, now_s)
+
+    def _end(self, request: Request, reason: FinishReason, now_s: float) -> None:
+        request.ending = reason
+        if request.in_flight == 0:
+            self._settle(request, now_s)
+
+    def _suspend(self, request: Request, now_s: float) -> None:
+        request.suspending = True
+        if request.in_flight == 0:
+            self._settle(request, now_s)
+
+    def _settle(self, request: Request, now_s: float) -> None:
+        """No plan names the request any more: carry out what was decided of it."""
+        if request.state is RequestState.FINISHED or (request.ending is None and not request.suspending):
+            return
+        sequence = request.sequence
+        if request.state is RequestState.RUNNING:
+            assert sequence is not None
+            self.running.remove(request)
+            request.missing = []
+            self.cache.release(sequence, request.tokens, request.digests)
+            if request.failed:
+                self.cache.drop_unread(sequence)
+        if request.ending is None and -(-len(request.tokens) // self.cache.chunk_tokens) > self._first_tier_limit():
+            request.ending = FinishReason.LENGTH  # it had grown to the whole tier: it could not come back
+        if request.ending is not None:
+            self._finish(request, now_s)
+            return
+        request.state, request.suspending, request.failed = RequestState.SUSPENDED, False, False
+        request.suspensions += 1
+        self.num_suspensions += 1
+        extend_digests(request.digests, request.salt, request.tokens, self.cache.chunk_tokens)
+        insort(self._waiting, request, key=lambda r: r.arrival)
+
+    def _finish(self, request: Request, now_s: float) -> None:
+        key = (request.namespace, request.sequence_id)
+        if request in self._waiting:
+            self._waiting.remove(request)
+        request.state = RequestState.FINISHED
+        del self.requests[request.request_id]
+        if request.started:
+            self._ended.append(request.request_id)
+        self._finished.append(request)
+        behind = self._behind[key]
+        if request in behind:
+            behind.remove(request)
+            return
+        sequence = request.sequence
+        assert sequence is not None
+        if not self.config.retain:
+            self.cache.forget(sequence)
+        self.cache.close(sequence, now_s)
+        if behind:
+            self._enqueue(behind.popleft(), now_s)
+        else:
+            del self._behind[key]
+
+    def _enqueue(self, request: Request, now_s: float) -> None:
+        request.sequence = self.cache.open(request.namespace, request.sequence_id, now_s)
+        insort(self._waiting, request, key=lambda r: r.arrival)
+
+    # -- failures
+
+    def _settle_copies(self, result: StepResult) -> None:
+        for copy_id in result.copies_done:
+            self.cache.finish_copy(copy_id)
+        for failure in result.copies_failed:
+            self.num_copies_failed += 1
+            counting = self.cache.fail_copy(failure.copy_id, failure.source_lost)
+            for request in [r for r in self.running if r.sequence in counting]:
+                self._fail(request, f"a copy of its cache failed: {failure.message}")
+
+    def _fail_forward(self, plan: StepPlan, message: str, now_s: float) -> None:
+        """Nothing a plan computed is valid. Its requests go on from what they had; one that fails again, alone, is given up."""
+        self.num_forwards_failed += 1
+        named = {span.request_id: self.requests[span.request_id] for span in plan.spans}
+        for request in named.values():
+            if request.suspect and not request.failed and len(named) == 1 and request.ending is None:
+                request.error = f"computing it failed twice, the second time alone: {message}"
+                self._end(request, FinishReason.ERROR, now_s)
+            request.suspect = True
+            self._fail(request, message)
+
+    def _fail(self, request: Request, message: str) -> None:
+        """Void what is in flight for a request; it goes back to the queue and recomputes what it lost."""
+        request.num_failures += 1
+        request.failed = request.suspending = True
+        if request.num_failures > MAX_FAILURES and request.ending is None:
+            request.error = f"gave up after {request.num_failures} failures: {message}"
+            request.ending = FinishReason.ERROR

@@ -1,0 +1,90 @@
+"""A sequence: the token path of one conversation, as a list of chunks. Knows counts and hashes; never tiers' bytes or text."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence as Tokens
+from typing import Protocol
+
+from pensieve.core.chunk import Chunk
+
+DIGEST_BYTES = 16
+
+
+class Owner(Protocol):
+    """Who holds a chunk: one sequence, or several that share it."""
+
+    last_active_s: float
+    num_active: int  # of its sequences' requests, those queued, running or suspended
+
+    def sequences(self) -> Tokens[Sequence]:
+        """The sequences through the chunk."""
+        ...
+
+
+class Sequence:
+    """One conversation's chunks, left to right; None where a chunk was dropped. Written by `TieredCache` only."""
+
+    __slots__ = ("chunks", "kept", "key", "last_active_s", "leased", "num_active", "num_copied_out", "tail", "tail_parent")
+
+    def __init__(self, key: tuple[str, str], now_s: float) -> None:
+        self.key = key  # (namespace, sequence id)
+        self.chunks: list[Chunk | None] = []
+        self.tail: tuple[int, ...] = ()  # token ids of the last chunk while it is partial and nobody leases it
+        self.tail_parent = b""  # chain hash of what comes before the tail
+        self.last_active_s = now_s
+        self.num_active = 0
+        self.num_copied_out = 0  # chunks, since a receipt last said so
+        self.leased = False
+        self.kept = False
+
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Itself: a private chunk has one owner."""
+        return (self,)
+
+    def __repr__(self) -> str:
+        return f"<sequence {self.key[1]!r} chunks={len(self.chunks)}>"
+
+
+class Sharers:
+    """The sequences through a shared chunk, and when the latest of them was active."""
+
+    __slots__ = ("last_active_s", "members", "num_active")
+
+    def __init__(self, members: set[Sequence]) -> None:
+        self.members = members
+        self.last_active_s = max(member.last_active_s for member in members)
+        self.num_active = sum(member.num_active for member in members)
+
+    def add(self, sequence: Sequence) -> None:
+        """One more."""
+        self.members.add(sequence)
+        self.num_active += sequence.num_active
+        self.last_active_s = max(self.last_active_s, sequence.last_active_s)
+
+    def discard(self, sequence: Sequence) -> None:
+        """One fewer. The time of last activity stays: it was a use of the chunk all the same."""
+        self.members.discard(sequence)
+        self.num_active -= sequence.num_active
+
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All of them."""
+        return tuple(self.members)
+
+
+def root_digest(namespace: str) -> bytes:
+    """The hash that every chain of a namespace starts from: equal tokens of two namespaces never match."""
+    return hashlib.blake2b(namespace.encode(), digest_size=DIGEST_BYTES, person=b"pensieve-root").digest()
+
+
+def extend_digests(digests: list[bytes], namespace: str, tokens: Tokens[int], chunk_tokens: int) -> None:
+    """Append the chain hashes of the full chunks of `tokens` that `digests` does not cover yet.
+
+    digest[i] = H(digest[i-1] + tokens of chunk i), so equal digests mean equal tokens from the root on.
+    """
+    parent = digests[-1] if digests else root_digest(namespace)
+    for index in range(len(digests), len(tokens) // chunk_tokens):
+        ids = array("I", tokens[index * chunk_tokens : (index + 1) * chunk_tokens])
+        parent = hashlib.blake2b(parent + ids.tobytes(), digest_size=DIGEST_BYTES).digest()
+        digests.append(parent)

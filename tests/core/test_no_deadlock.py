@@ -1,0 +1,165 @@
+"""Random arrivals through tiny tiers: every request ends, every answer is what a fresh stateless run gives, nothing leaks."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_worker import FakeWorker, LateWorker, expected_answer
+from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.core.cache import TieredCache
+from pensieve.core.cost import CostProfile
+from pensieve.core.eviction import POLICIES
+from pensieve.core.request import FinishReason, Request, SamplingParams
+from pensieve.core.scheduler import Scheduler
+from pensieve.errors import PensieveError, RequestTooLarge
+
+CHUNK = 4
+MAX_CONTEXT = 64
+
+
+class World:
+    """A scheduler, a fake worker, a virtual clock, and what each answer should be."""
+
+    def __init__(self, rng: random.Random, tiers: list[int], policy: str, lag: int, *, failures: bool, retain: bool = True) -> None:
+        config = CacheConfig(tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), tiers, strict=False)), CHUNK)
+        cost = CostProfile([(CHUNK, 1.0), (MAX_CONTEXT, 3.0)], CHUNK)
+        self.cache = TieredCache(config, lambda: POLICIES[policy](cost.of_chunk))
+        budget = rng.choice([CHUNK + 4, 16, 64])
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_batch_tokens=budget, max_running=rng.choice([1, 2, 4]), retain=retain), self.cache, MAX_CONTEXT
+        )
+        worker = FakeWorker(
+            tiers,
+            CHUNK,
+            rng=rng,
+            swap_out_delay=rng.choice([0, 0, 3]),
+            copy_failure_rate=0.1 if failures else 0.0,
+            forward_failure_rate=0.02 if failures else 0.0,
+        )
+        self.late = LateWorker(worker, lag)
+        self.rng = rng
+        self.now_s = 100.0
+        self.done: dict[str, Request] = {}
+        self.failures = failures
+
+    def step(self) -> bool:
+        """One schedule and the commits that are due; False if nothing moved."""
+        self.now_s += self.rng.choice([0.0, 0.001, 0.5, 30.0])
+        plan = self.scheduler.schedule(self.now_s)
+        self.cache.check()
+        self.late.submit(plan)
+        idle = plan.is_empty
+        for settled, result in self.late.ready(drain=idle):
+            events = self.scheduler.commit(settled, result, self.now_s)
+            self.cache.check()
+            self.collect(events.finished)
+            idle &= not (result.tokens or result.copies_done or result.copies_failed or events.finished)
+        self.collect(self.scheduler.take_finished())
+        return not idle or bool(self.late.worker.settling)
+
+    def collect(self, finished: list[Request]) -> None:
+        for request in finished:
+            self.done[request.request_id] = request
+
+    def run(self, limit: int = 4000) -> None:
+        idle = 0
+        for _ in range(limit):
+            if not self.scheduler.requests:
+                return
+            idle = 0 if self.step() else idle + 1
+            assert idle < 10, f"deadlock: {[(r.request_id, r.state) for r in self.scheduler.requests.values()]}"
+        raise AssertionError("too many steps")
+
+
+def check_answer(request: Request, vocab: int = 50) -> None:
+    prompt = request.tokens[: request.num_prompt]
+    want = expected_answer(prompt, request.sampling.max_new_tokens, vocab, request.sampling.stop_token_ids)
+    if request.ending in (FinishReason.LENGTH, FinishReason.ABORT):
+        assert request.output == want[: request.num_output]
+    elif request.ending is FinishReason.STOP:
+        assert request.output == want
+    served = request.gpu_tokens + request.cpu_tokens + request.recomputed_tokens + request.new_tokens
+    assert request.admitted_s is None or served == request.num_prompt
+
+
+def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, retain: bool = True) -> None:
+    rng = random.Random(seed)
+    world = World(rng, tiers, policy, lag, failures=failures, retain=retain)
+    system = [rng.randrange(50) for _ in range(rng.choice([0, 3, 9]))]
+    logs = {f"c{i}": list(system) for i in range(rng.randint(2, 6))}
+    pending: dict[str, str] = {}
+    for turn in range(rng.randint(4, 14)):
+        name = rng.choice(sorted(logs))
+        if rng.random() < 0.15 and logs[name]:
+            logs[name] = logs[name][: rng.randrange(len(logs[name]))]  # a shortened history
+        prompt = logs[name] + [rng.randrange(50) for _ in range(rng.randint(1, 14))]
+        sampling = SamplingParams(max_new_tokens=rng.randint(1, 12), stop_token_ids=frozenset(rng.sample(range(50), rng.choice([0, 2]))))
+        request_id = f"r{turn}"
+        try:
+            world.scheduler.submit(request_id, "n", name, tuple(prompt), rng.randint(0, len(logs[name])), sampling, world.now_s)
+        except PensieveError:
+            logs[name] = list(system)
+            continue
+        pending[request_id] = name
+        for _ in range(rng.choice([0, 1, 3, 50])):
+            world.step()
+        if rng.random() < 0.1:
+            world.scheduler.abort(rng.choice(sorted(pending)), world.now_s)
+        if rng.random() < 0.1:
+            world.scheduler.forget("n", rng.choice(sorted(logs)), world.now_s)
+        if rng.random() < 0.2:
+            try:
+                world.scheduler.set_keep("n", rng.choice(sorted(logs)), rng.random() < 0.7)
+            except PensieveError:
+                pass
+        world.cache.check()
+        for done_id, request in world.done.items():
+            if done_id in pending and request.ending in (FinishReason.STOP, FinishReason.LENGTH):
+                logs[pending.pop(done_id)] = list(request.tokens)
+    world.run()
+    for request in world.done.values():
+        assert request.ending is not FinishReason.ERROR or world.failures, request.error
+        check_answer(request)
+    for name in logs:
+        world.scheduler.forget("n", name, world.now_s)
+    while world.step():
+        pass
+    world.cache.check()
+    assert not world.cache.sequences and not world.cache.index
+    for pool in world.cache.places.pools:
+        assert pool.num_used == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 32),
+    gpu=st.integers(1, 20),
+    cpu=st.sampled_from([0, 1, 3, 8, 40]),
+    policy=st.sampled_from(sorted(POLICIES)),
+    lag=st.sampled_from([0, 0, 1, 2]),
+    failures=st.booleans(),
+)
+def test_every_request_ends_with_the_stateless_answer(seed: int, gpu: int, cpu: int, policy: str, lag: int, failures: bool) -> None:
+    play(seed, [gpu, cpu] if cpu else [gpu], policy, lag, failures=failures)
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 1 << 32), gpu=st.integers(2, 12), lag=st.sampled_from([0, 2]), failures=st.booleans())
+def test_a_third_tier_needs_no_change(seed: int, gpu: int, lag: int, failures: bool) -> None:
+    play(seed, [gpu, 5, 30], "retention", lag, failures=failures)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1 << 32), gpu=st.integers(2, 12))
+def test_the_stateless_baseline_keeps_nothing(seed: int, gpu: int) -> None:
+    play(seed, [gpu, 6], "retention", 0, failures=False, retain=False)
+
+
+def test_a_prompt_that_cannot_fit_alone_is_refused_with_its_size() -> None:
+    world = World(random.Random(1), [3, 4], "retention", 0, failures=False)
+    with pytest.raises(RequestTooLarge, match=r"needs 4 chunks of 4, but the first tier has 3"):
+        world.scheduler.submit("r", "n", "c", tuple(range(13)), 0, SamplingParams(), 0.0)
