@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pensieve.core.request import FinishReason, SamplingParams
 
@@ -44,6 +44,7 @@ class Forget:
     """Free everything cached for a sequence (its conversation was deleted)."""
 
     sequence_id: str
+    namespace: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Keep:
     """Set or lift a user's keep (pin) on all chunks of a sequence. Answered with `KeepAnswer`."""
 
     sequence_id: str
+    namespace: str
     keep: bool
 
 
@@ -88,7 +90,7 @@ class Receipt:
     new_tokens: int  # never computed before for this conversation
     output_tokens: int
     bytes_in: int  # swapped in for this request, resumptions included
-    bytes_out: int  # swapped out because this request was suspended
+    bytes_out: int  # of this conversation, swapped out since its previous receipt
     suspensions: int
     resume_cpu_tokens: int  # swapped in again after suspensions
     resume_recomputed_tokens: int  # computed again after suspensions and failures
@@ -159,7 +161,6 @@ class Stats:
     suspensions: int = 0
     copies_failed: int = 0
     forwards_failed: int = 0
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 Event = Token | Finished | Failed | KeepAnswer | Stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -112,10 +113,8 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
         if rng.random() < 0.1:
             world.scheduler.forget("n", rng.choice(sorted(logs)), world.now_s)
         if rng.random() < 0.2:
-            try:
+            with contextlib.suppress(PensieveError):
                 world.scheduler.set_keep("n", rng.choice(sorted(logs)), rng.random() < 0.7)
-            except PensieveError:
-                pass
         world.cache.check()
         for done_id, request in world.done.items():
             if done_id in pending and request.ending in (FinishReason.STOP, FinishReason.LENGTH):

@@ -43,20 +43,20 @@ class Places:
 
     def begin_compute(self, chunk: Chunk, slot: int) -> None:
         """DROPPED -> COMPUTING in a first-tier slot already taken; leased once, by whoever computes it."""
-        chunk.require(Event.BEGIN_COMPUTE, 0, 0)
+        chunk.require(Event.BEGIN_COMPUTE, 0, self._next_copy_below(chunk, 0))
         chunk.computing, chunk.slots[0], chunk.leases = True, slot, chunk.leases + 1
         self.num_chunks += 1
 
     def finish_compute(self, chunk: Chunk, num_tokens: int) -> None:
         """COMPUTING -> first tier, with `num_tokens` valid."""
-        chunk.require(Event.FINISH_COMPUTE, 0, 0)
+        chunk.require(Event.FINISH_COMPUTE, 0, self._next_copy_below(chunk, 0))
         chunk.computing, chunk.num_tokens = False, num_tokens
         self.version += 1
         self.reindex(chunk)
 
     def fail_compute(self, chunk: Chunk) -> None:
         """COMPUTING -> DROPPED; the slot is free."""
-        chunk.require(Event.FAIL_COMPUTE, 0, 0)
+        chunk.require(Event.FAIL_COMPUTE, 0, self._next_copy_below(chunk, 0))
         self._vanish(chunk)
 
     def append(self, chunk: Chunk, num_tokens: int) -> None:

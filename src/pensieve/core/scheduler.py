@@ -473,9 +473,13 @@ class Scheduler:
     # -- failures
 
     def _settle_copies(self, result: StepResult) -> None:
+        known = self.cache.places.copies  # (a worker that raised may yet report a copy that was given up)
         for copy_id in result.copies_done:
-            self.cache.finish_copy(copy_id)
+            if copy_id in known:
+                self.cache.finish_copy(copy_id)
         for failure in result.copies_failed:
+            if failure.copy_id not in known:
+                continue
             self.num_copies_failed += 1
             counting = self.cache.fail_copy(failure.copy_id, failure.source_lost)
             for request in [r for r in self.running if r.sequence in counting]:
