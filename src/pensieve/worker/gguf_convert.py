@@ -7,16 +7,17 @@ manifest lists every file's size, modification time and hash: a folder that disa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars of transformers: progress is told once, by us."""
     from transformers.utils import logging as transformers_logging
@@ -121,6 +122,8 @@ def ensure_converted(gguf: Callable[[], Path], sha256: str, progress: Progress |
         if folder.exists():
             log.warning("the converted model in %s is damaged; converting it again", folder)
         require_packages()  # before anything is fetched
+        for leftover in folder.parent.glob(f".{sha256[:16]}-*"):  # of a process that was killed: the lock is ours
+            shutil.rmtree(leftover, ignore_errors=True)
         path = gguf()
         with tempfile.TemporaryDirectory(prefix=f".{sha256[:16]}-", dir=folder.parent) as scratch:
             fresh = Path(scratch) / "model"
@@ -160,9 +163,14 @@ def file_hash(gguf: Path, progress: Progress | None = None) -> str:
 
 
 def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None) -> None:
+    import torch
+
+    from pensieve.worker.random_weights import require_room
+
     if progress:
         progress(f"converting {gguf.name}", None)
     metadata, num_parameters, tensor_names = _read_header(gguf)
+    require_room(gguf.name, num_parameters, torch.bfloat16, "cpu")
     _require_disk(gguf, into, 2 * num_parameters)
     eos = _stop_ids(metadata)
     model = _load(gguf, metadata, eos)
@@ -236,9 +244,15 @@ def _load(gguf: Path, metadata: dict[str, Any], eos: tuple[int, ...]) -> PreTrai
     from transformers import AutoModelForCausalLM, GgufConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), local_files_only=True
-        )
+        # The reader of GGUF files has a progress bar of its own, which `quiet` does not reach.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                local_files_only=True,
+            )
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise ModelRefused(
             f"transformers cannot read {gguf} (architecture {metadata.get('general.architecture')!r}): {error}. "

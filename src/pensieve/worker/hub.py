@@ -6,15 +6,21 @@ The local cache answers first, without the network. A hub that cannot be reached
 from __future__ import annotations
 
 import json
+import queue
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from pensieve.errors import ConfigError, ModelUnavailable
 from pensieve.worker.gguf_convert import Progress
 from pensieve.worker.random_weights import require_room
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 _PROBE_S = 3.0  # how long the hub may take to answer at all
 _SIDE_FILES = ("config.json", "generation_config.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
@@ -31,16 +37,15 @@ class HubUnknown(Exception):
 
 def cached_folder(repo: str) -> Path | None:
     """The folder of a repository in the local cache, if it holds a config; no network."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
+        # Not snapshot_download(local_files_only=True): that wants the repository's every file, also those never asked for.
+        config = try_to_load_from_cache(repo, "config.json")
     except HFValidationError as error:
         raise ConfigError(f"{repo!r} is not a hub id (ORG/NAME): {error}") from error
-    except (OSError, ValueError):  # LocalEntryNotFoundError is both, by version
-        return None
-    return folder if (folder / "config.json").exists() else None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def has_weights(folder: Path) -> bool:
@@ -60,14 +65,15 @@ def has_weights(folder: Path) -> bool:
     return False
 
 
-def fetch(repo: str, dtype: torch.dtype, device: str, progress: Progress | None = None) -> Path:
-    """Download a repository's config, tokenizer and weights into the local cache.
+def fetch(repo: str, dtype: torch.dtype, device: str, progress: Progress | None = None, *, with_weights: bool = True) -> Path:
+    """Download a repository's config, tokenizer and weights into the local cache; returns the folder.
 
     Args:
         repo: hub id.
         dtype: number type it will be loaded in: a model too large for `device` is refused before it is fetched.
         device: where it will be loaded.
         progress: told when the download starts.
+        with_weights: False: only the small files.
 
     Raises:
         HubOutOfReach: no answer, an answer that denies access, or a download that broke.
@@ -75,25 +81,14 @@ def fetch(repo: str, dtype: torch.dtype, device: str, progress: Progress | None 
         ModelRefused: its weights would not fit in memory.
         ModelUnavailable: its files would not fit on the disk.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import constants, snapshot_download
 
-    try:
-        info = HfApi().model_info(repo, timeout=_PROBE_S, files_metadata=True)
-    except GatedRepoError as error:
-        raise HubOutOfReach(f"{repo} is gated: accept its licence on its hub page, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise HubUnknown(f"the hub has no model {repo!r}, or not for you (`hf auth login`)") from error
-    except OfflineModeIsEnabled as error:
-        raise HubOutOfReach("HF_HUB_OFFLINE is set") from error
-    except Exception as error:  # whichever HTTP library the hub client is built on raises its own kinds
-        raise HubOutOfReach(f"the hub does not answer ({type(error).__name__}: {error})") from error
-
+    info = _ask(repo)
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
-    names = wanted_files(sizes)
+    names = wanted_files(sizes, with_weights=with_weights)
     size = sum(sizes[name] for name in names)
-    num_parameters = info.safetensors.total if info.safetensors is not None else size // 2
-    require_room(repo, num_parameters, dtype, device)
+    if with_weights:
+        require_room(repo, info.safetensors.total if info.safetensors is not None else size // 2, dtype, device)
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(cache).free) < size:
@@ -106,10 +101,43 @@ def fetch(repo: str, dtype: torch.dtype, device: str, progress: Progress | None 
         raise HubOutOfReach(f"fetching {repo} broke off ({type(error).__name__}: {error})") from error
 
 
-def wanted_files(names: Iterable[str]) -> list[str]:
+def _ask(repo: str) -> ModelInfo:
+    """What the hub knows of a repository, or why it does not say, within seconds."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    answers: queue.SimpleQueue[ModelInfo | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(HfApi().model_info(repo, timeout=_PROBE_S, files_metadata=True))
+        except Exception as error:  # whichever HTTP library the hub client is built on raises its own kinds
+            answers.put(error)
+
+    # A thread, because looking a name up without a name server takes as long as it takes and heeds no timeout.
+    threading.Thread(target=ask, name="hub-probe", daemon=True).start()
+    try:
+        answer = answers.get(timeout=3 * _PROBE_S)
+    except queue.Empty:
+        raise HubOutOfReach(f"the hub did not answer within {3 * _PROBE_S:.0f} s") from None
+    match answer:
+        case GatedRepoError():
+            raise HubOutOfReach(f"{repo} is gated: accept its licence on its hub page, then `hf auth login`") from answer
+        case RepositoryNotFoundError():
+            raise HubUnknown(f"the hub has no model {repo!r}, or none that you may see (`hf auth login`)") from answer
+        case OfflineModeIsEnabled():
+            raise HubOutOfReach("HF_HUB_OFFLINE is set") from answer
+        case Exception():
+            raise HubOutOfReach(f"the hub does not answer ({type(answer).__name__}: {answer})") from answer
+    return answer
+
+
+def wanted_files(names: Iterable[str], *, with_weights: bool = True) -> list[str]:
     """Of a repository's files, those a model is loaded from: one kind of weights, safetensors first, and no folders."""
     top = [name for name in names if "/" not in name]
     side = [name for name in top if name in _SIDE_FILES or name.startswith(_SIDE_PREFIXES)]
+    if not with_weights:
+        return side
     safetensors = [name for name in top if name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))]
     pickled = [name for name in top if name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))]
     return side + (safetensors or pickled)

@@ -43,7 +43,7 @@ def count_parameters(config: PretrainedConfig) -> int:
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of this architecture with seeded random weights; the same seed gives the same weights on every device.
+    """A model of this architecture with seeded random weights; the same seed gives the same weights on the same device.
 
     Norms and biases start as training would start them, matrices are normal with deviation 0.02.
     The caller checks first that it fits (`require_room`).
@@ -54,7 +54,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: in
     with no_init_weights(), torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
         block = (torch.randn(_BLOCK_NUMBERS) * _STD).to(device=device, dtype=dtype)
         _fill(model, block)
@@ -76,8 +76,8 @@ def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
                 parameter.zero_()
                 continue
             flat = parameter.view(-1)
-            for piece in _pieces(flat, block, offset):
-                piece[0].copy_(piece[1])
+            for target, source in _pieces(flat, block, offset):
+                target.copy_(source)
             offset = (offset + flat.numel()) % block.numel()
 
 

@@ -75,7 +75,7 @@ def resolve(
     Args:
         spec: `smollm2`, a preset's name, a folder, a `.gguf` file, or a hub id.
         weights: "auto" takes real weights where they can be had and random ones of the same shape where they cannot
-            (`note` says why); "random" asks for random ones and reaches for nothing.
+            (`note` says why); "random" asks for random ones, for which a config suffices.
         dtype: number type it will be loaded in; with `device`, decides whether a download would fit.
         device: where it will be loaded.
         allow_random: False for callers that talk: no real weights, no model.
@@ -90,6 +90,8 @@ def resolve(
         raise ConfigError(f"weights must be 'auto' or 'random', got {weights!r}")
     if weights == "random" and not allow_random:
         raise ConfigError("random weights cannot talk: use --weights auto here")
+    if not spec.strip():
+        raise ConfigError(f"--model is empty. The default is {embedded.NAME!r}; `pensieve models` lists what can be loaded")
     number_type = torch_dtype(dtype)
     if spec == embedded.NAME:
         if weights == "random":
@@ -180,6 +182,8 @@ def _preset_row(preset: Preset, name: str, kind: Literal["embedded", "preset"], 
 def _random(spec: str, config: PretrainedConfig, reason: str, tokenizer_dir: Path | None = None) -> ResolvedModel:
     from pensieve.worker.random_weights import count_parameters
 
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # random weights are plain
     note = f"random weights of this shape ({reason}): they time, they do not talk"
     return ResolvedModel(spec, spec, "random", "random", None, config, tokenizer_dir, (), count_parameters(config), note)
 
@@ -187,7 +191,7 @@ def _random(spec: str, config: PretrainedConfig, reason: str, tokenizer_dir: Pat
 def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
     manifest = read_manifest(folder)
     stop = tuple(manifest["eos_token_ids"])
-    label = spec if source == "embedded" else manifest["source"]["name"]
+    label = spec if source == "embedded" else Path(spec).name
     return ResolvedModel(
         spec, label, source, "real", folder, _config_of(folder), folder, stop, manifest["num_parameters"], manifest["note"]
     )
@@ -238,7 +242,7 @@ def _from_hub(
     reason = "weights of this shape were never published"
     if repo is not None:
         try:
-            return _from_folder(spec, fetch(repo, dtype, device, progress), "hub", weights, allow_random)
+            return _from_folder(spec, fetch(repo, dtype, device, progress, with_weights=weights == "auto"), "hub", weights, allow_random)
         except HubUnknown as error:
             if preset is None:
                 raise ConfigError(f"{error}.{_near(spec)}") from error
