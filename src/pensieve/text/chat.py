@@ -267,14 +267,14 @@ def _anchors(backend: Any) -> list[tuple[str, list[int]]]:
     """Beginnings, with their ids, after which a tokenizer takes text as it is; the first that does not merge with it serves.
 
     A special token is enough for most. Older sentencepiece conversions put a space even after that one, but not
-    after a line break (which is a byte of its own there).
+    after a character from no script at all, which they spell in bytes.
     """
     added = sorted(backend.get_added_tokens_decoder().items())
     special = next((str(token.content) for _, token in added if token.special and token.content and not token.rstrip), None)
     if special is None:
         return []
     puts_space = backend.decode(backend.encode(special + "x", add_special_tokens=False).ids, skip_special_tokens=False) != special + "x"
-    texts = [special + "\n", special] if puts_space else [special]
+    texts = [special + "\ue000", special] if puts_space else [special]
     return [(text, list(backend.encode(text, add_special_tokens=False).ids)) for text in texts]
 
 

@@ -1,0 +1,154 @@
+"""The SQLite database's tables and how old files are brought up to date. Knows connections; never conversations' meaning.
+
+`PRAGMA user_version` holds the version. To change the schema, append a function to `MIGRATIONS`; never edit one that
+was released.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pensieve.errors import StoreError
+
+APPLICATION_ID = 0x50454E53  # marks a file as ours
+RETRY_S = 0.01
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    """From an empty file to version 1."""
+    # `owner` outlives its conversation while a fork still needs the turn, so it is no foreign key.
+    connection.execute(
+        """
+        CREATE TABLE turns (
+            id           TEXT PRIMARY KEY NOT NULL,
+            namespace    TEXT NOT NULL,
+            owner        INTEGER NOT NULL,  -- conversations.key of the conversation that added it
+            root         TEXT NOT NULL,     -- the first turn of its tree, perhaps itself
+            parent       TEXT REFERENCES turns (id),
+            start        INTEGER NOT NULL,  -- tokens of the parent's path in front of token_ids
+            stop         INTEGER NOT NULL,  -- tokens of the path up to and with this turn
+            token_ids    BLOB NOT NULL,     -- uint32, little-endian
+            messages     TEXT NOT NULL,     -- JSON: [[role, content], ...]
+            reply_reason TEXT,
+            created_s    REAL NOT NULL
+        )
+        """
+    )
+    connection.execute("CREATE INDEX turns_by_root ON turns (root)")
+    connection.execute("CREATE INDEX turns_by_owner ON turns (owner)")
+    connection.execute("CREATE INDEX turns_by_parent ON turns (parent)")  # the foreign key is checked with it on deletion
+    connection.execute(
+        """
+        CREATE TABLE conversations (
+            key       INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: turns may outlive their owner
+            namespace TEXT NOT NULL,
+            id        TEXT NOT NULL,
+            leaf      TEXT REFERENCES turns (id),
+            created_s REAL NOT NULL,
+            updated_s REAL NOT NULL,
+            title     TEXT,
+            metadata  TEXT NOT NULL,  -- JSON object
+            UNIQUE (namespace, id)
+        )
+        """
+    )
+    connection.execute("CREATE INDEX conversations_by_leaf ON conversations (leaf)")
+    connection.execute("CREATE INDEX conversations_by_use ON conversations (namespace, updated_s)")
+
+
+Migration = Callable[[sqlite3.Connection], None]
+MIGRATIONS: tuple[Migration, ...] = (_create,)  # the n-th brings version n to n + 1
+
+
+def connect(path: Path | None, busy_timeout_s: float, *, read_only: bool = False) -> sqlite3.Connection:
+    """A connection in autocommit mode that may be handed from thread to thread.
+
+    Args:
+        path: the file; None = in memory.
+        busy_timeout_s: how long to wait for a lock that another process holds.
+        read_only: refuse to write.
+    """
+    connection = sqlite3.connect(
+        ":memory:" if path is None else path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
+    )
+    connection.execute(f"PRAGMA busy_timeout = {round(busy_timeout_s * 1000)}")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = FULL")  # a commit returns when it would survive a power loss
+    connection.execute("PRAGMA fullfsync = ON")  # on macOS a plain fsync stops at the drive's cache
+    connection.execute("PRAGMA secure_delete = ON")  # what a user deleted is overwritten, not just unlinked
+    if read_only:
+        connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+def open_for_writing(path: Path | None, busy_timeout_s: float, migrations: Sequence[Migration]) -> sqlite3.Connection:
+    """Open a database, made if it is not there, and bring it up to date.
+
+    Raises:
+        StoreError: it cannot be opened, is not ours, or was written by a newer program.
+    """
+    name = ":memory:" if path is None else str(path)
+    connection: sqlite3.Connection | None = None
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # conversations are their owner's to read
+        connection = connect(path, busy_timeout_s)
+        _check(connection, name, len(migrations))  # before anything is changed, the journal mode included
+        _use_wal(connection, busy_timeout_s)
+        _migrate(connection, name, migrations)
+    except BaseException as error:
+        if connection is not None:
+            connection.close()
+        if isinstance(error, (sqlite3.Error, OSError)):
+            raise StoreError(f"cannot open the conversation store {name}: {error}") from error
+        raise
+    return connection
+
+
+def _check(connection: sqlite3.Connection, name: str, newest: int) -> int:
+    """The version of the file, if we may use it."""
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    application_id = connection.execute("PRAGMA application_id").fetchone()[0]
+    empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+    if application_id != APPLICATION_ID and not (empty and version == 0):
+        raise StoreError(f"{name} is a database of some other program: choose another path for the conversation store")
+    if version > newest:
+        raise StoreError(
+            f"the conversation store {name} has schema version {version}, this program knows versions up to {newest}:"
+            " use the newer program that wrote it, or another path"
+        )
+    return version
+
+
+def _use_wal(connection: sqlite3.Connection, busy_timeout_s: float) -> None:
+    """Let readers read while the writer writes. Two processes may try this at once, and SQLite does not wait here."""
+    deadline_s = time.monotonic() + busy_timeout_s
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() >= deadline_s:
+                raise
+            time.sleep(RETRY_S)
+
+
+def _migrate(connection: sqlite3.Connection, name: str, migrations: Sequence[Migration]) -> None:
+    """Run the migrations that are missing, all or none."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        version = _check(connection, name, len(migrations))  # again: another process may have been faster
+        for migration in migrations[version:]:
+            migration(connection)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {len(migrations)}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
