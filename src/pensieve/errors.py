@@ -98,3 +98,18 @@ class WorkerFailed(PensieveError):
 
     code = "worker_failed"
     http_status = 500
+
+
+class EngineClosed(PensieveError):
+    """The engine stopped before this request ended."""
+
+    code = "engine_closed"
+    http_status = 503
+
+
+def error_from(code: str, message: str) -> PensieveError:
+    """The error of a `code` that came as plain data (from another thread or process)."""
+    for kind in PensieveError.__subclasses__():
+        if kind.code == code:
+            return kind(message)
+    return PensieveError(message)

@@ -1,0 +1,220 @@
+"""Turns of conversations over a real engine, a real store and a worker whose answers can be computed from token ids alone."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+
+import pytest
+from text_tokenizers import CHATML, THINKING, chat
+
+from fake_worker import FakeWorker, expected_answer
+from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.core.cache import TieredCache
+from pensieve.core.cost import CostProfile
+from pensieve.core.eviction import RetentionValue
+from pensieve.core.request import FinishReason, SamplingParams
+from pensieve.core.scheduler import Scheduler
+from pensieve.engine import Engine
+from pensieve.errors import ContextLengthExceeded, EngineClosed, PensieveError
+from pensieve.messages import KeepAnswer, Stats
+from pensieve.service import ConversationService, Path, TurnDone
+from pensieve.store.base import path_messages, path_tokens
+from pensieve.store.sqlite import SqliteStore
+from pensieve.text import ChatText, Message
+
+CHUNK = 8
+VOCAB = 400  # below the special tokens of the test tokenizer
+COST = CostProfile([(8, 1.0), (512, 3.0)], CHUNK)
+
+
+@contextmanager
+def running(
+    store: SqliteStore | None,
+    text: ChatText | None = None,
+    *,
+    slots: tuple[int, int] = (64, 64),
+    max_context: int = 400,
+    overflow: str = "refuse",
+) -> Iterator[ConversationService]:
+    cache = TieredCache(
+        CacheConfig((TierConfig("gpu", slots[0]), TierConfig("cpu", slots[1])), CHUNK), lambda: RetentionValue(COST.of_chunk)
+    )
+    service = ConversationService(text or chat(CHATML), store, max_context=max_context, overflow=overflow)
+    worker = FakeWorker(list(slots), CHUNK, vocab=VOCAB)
+    engine = Engine(
+        Scheduler(SchedulerConfig(max_batch_tokens=128), cache, max_context), worker, chunk_bytes=1000, emit=service.handle, debug=True
+    )
+    service.connect(engine.post)
+    engine.start()
+    try:
+        yield service
+    finally:
+        engine.close()
+        service.close()
+
+
+@pytest.fixture
+def store() -> Iterator[SqliteStore]:
+    store = SqliteStore(":memory:")
+    yield store
+    store.close()
+
+
+def ask(service: ConversationService, text: str, conversation: str = "c", n: int = 12, **options: object) -> TurnDone:
+    return service.send(conversation, [Message("user", text)], SamplingParams(max_new_tokens=n), **options).future.result(20)
+
+
+def test_a_second_turn_finds_the_first_in_the_cache(store: SqliteStore) -> None:
+    with running(store) as service:
+        first = ask(service, "hello there")
+        second = ask(service, "and again")
+    assert first.receipt.new_tokens == first.receipt.prompt_tokens == len(first.prompt)
+    assert second.prompt[: len(first.prompt) + len(first.output)] == first.prompt + first.output
+    known = len(first.prompt) + len(first.output) - 1  # the last sampled token has no KV yet
+    assert second.receipt.gpu_tokens == known
+    assert second.receipt.recomputed_tokens == 1
+    for turn in (first, second):
+        assert list(turn.output) == expected_answer(list(turn.prompt), len(turn.output), VOCAB)
+        r = turn.receipt
+        assert r.gpu_tokens + r.cpu_tokens + r.recomputed_tokens + r.new_tokens == r.prompt_tokens
+
+
+def test_what_is_acknowledged_is_stored_and_goes_on_after_a_restart(tmp_path: FilePath) -> None:
+    store = SqliteStore(tmp_path / "c.db")
+    with running(store) as service:
+        first = ask(service, "hello there")
+    store.close()
+    store = SqliteStore(tmp_path / "c.db")
+    turns = store.path("default", store.get("default", "c").leaf)
+    assert [(m.role, m.content) for m in path_messages(turns)] == [("user", "hello there"), ("assistant", first.text)]
+    assert tuple(path_tokens(turns)) == first.prompt + first.output
+    with running(store) as service:  # a new engine: everything is recomputed from raw tokens
+        second = ask(service, "and again")
+    assert second.prompt[: len(first.prompt) + len(first.output)] == first.prompt + first.output
+    assert second.receipt.recomputed_tokens == len(first.prompt) + len(first.output)
+    assert second.receipt.gpu_tokens == second.receipt.cpu_tokens == 0
+    assert list(second.output) == expected_answer(list(second.prompt), len(second.output), VOCAB)
+    store.close()
+
+
+def test_two_turns_of_one_conversation_queue(store: SqliteStore) -> None:
+    with running(store) as service:
+        turns = [service.send("c", [Message("user", f"turn {i}")], SamplingParams(max_new_tokens=5)) for i in range(6)]
+        done = [turn.future.result(20) for turn in turns]
+    for before, after in itertools.pairwise(done):
+        assert after.prompt[: len(before.prompt) + len(before.output)] == before.prompt + before.output
+
+
+def test_many_conversations_under_pressure_all_answer_right(store: SqliteStore) -> None:
+    with running(store, slots=(34, 20)) as service:
+        turns = [
+            service.send(f"c{i % 7}", [Message("user", f"message {i} of some length")], SamplingParams(max_new_tokens=9)) for i in range(28)
+        ]
+        done = [turn.future.result(60) for turn in turns]
+        stats = service.stats().result(20)
+    assert isinstance(stats, Stats)
+    assert stats.running == stats.waiting == 0
+    assert stats.recomputed_tokens > 0
+    for turn in done:
+        assert list(turn.output) == expected_answer(list(turn.prompt), len(turn.output), VOCAB)
+
+
+def test_text_streams_and_sums_to_the_answer(store: SqliteStore) -> None:
+    pieces: list[str] = []
+    with running(store) as service:
+        done = ask(service, "stream please", n=40, on_text=pieces.append)
+    assert "".join(pieces) == done.text
+    assert len(pieces) > 3
+
+
+def test_a_stop_string_ends_the_answer_and_the_log_goes_on_from_what_was_kept(store: SqliteStore) -> None:
+    with running(store) as service:
+        free = ask(service, "hello there", "free", n=40)
+        middle = len(free.text) // 2
+        stop = free.text[middle : middle + 4]
+        cut = ask(service, "hello there", "cut", n=40, stop=[stop])
+        assert cut.reason is FinishReason.STOP
+        assert cut.text == free.text[: free.text.index(stop)]
+        following = ask(service, "go on", "cut")
+    assert following.prompt[: len(cut.prompt) + len(cut.output)] == cut.prompt + cut.output
+    assert list(following.output) == expected_answer(list(following.prompt), len(following.output), VOCAB)
+
+
+def test_an_aborted_turn_keeps_what_was_said(store: SqliteStore) -> None:
+    begun = threading.Event()
+    with running(store) as service:
+        turn = service.send("c", [Message("user", "talk for long")], SamplingParams(max_new_tokens=300), on_text=lambda piece: begun.set())
+        assert begun.wait(20)
+        service.abort(turn)
+        done = turn.future.result(20)
+        assert done.reason is FinishReason.ABORT
+        assert 0 < len(done.output) < 300
+        following = ask(service, "go on")
+    assert following.prompt[: len(done.prompt) + len(done.output)] == done.prompt + done.output
+
+
+def test_a_prompt_past_the_context_is_refused_and_the_conversation_is_unharmed(store: SqliteStore) -> None:
+    with running(store, max_context=60) as service:
+        first = ask(service, "hi", n=4)
+        with pytest.raises(ContextLengthExceeded, match=r"tokens, but at most 59 fit in the context of 60"):
+            ask(service, "word " * 60)
+        second = ask(service, "hi", n=4)
+    assert second.prompt[: len(first.prompt) + len(first.output)] == first.prompt + first.output
+
+
+def test_overflow_truncate_keeps_the_system_prompt_and_says_what_it_cost(store: SqliteStore) -> None:
+    with running(store, max_context=160, overflow="truncate") as service:
+        service.send("c", [Message("system", "be brief"), Message("user", "hello")], SamplingParams(max_new_tokens=8)).future.result(20)
+        done = [ask(service, f"turn number {i}", n=8) for i in range(12)]
+    cut = [turn for turn in done if turn.receipt.truncated_tokens]
+    assert cut
+    assert len(cut) < len(done) // 2, "after a cut the next turns append again"
+    first = cut[0]
+    assert "left out" in first.warning
+    assert len(first.prompt) < 160
+    assert chat(CHATML).decode_all(first.prompt).startswith("<|im_start|>system\nbe brief")
+    assert first.receipt.recomputed_tokens > 0
+    for turn in done:
+        assert list(turn.output) == expected_answer(list(turn.prompt), len(turn.output), VOCAB)
+
+
+def test_a_template_that_rewrites_earlier_turns_reuses_the_common_prefix_and_warns(store: SqliteStore) -> None:
+    text = chat(THINKING)
+    with running(store, text) as service:
+        history = (Message("user", "why is it so"), Message("assistant", "<think>\nhmm\n</think>\n\nbecause"))
+        tokens = tuple(text.first(history, add_generation_prompt=False))
+        done = ask(service, "and then", forced=Path(history, tokens))
+    assert done.warning is not None
+    assert "think" not in text.decode_all(done.prompt)
+    assert done.turn_id is None, "a replay stores nothing"
+
+
+def test_a_keep_is_answered_and_a_delete_frees_everything(store: SqliteStore) -> None:
+    with running(store) as service:
+        ask(service, "hello there, keep me")
+        kept = service.keep("c", True).result(20)
+        assert kept == KeepAnswer("c", True)
+        assert service.keep("nobody", True).result(20).error is not None
+        service.delete("c").result(20)
+        stats = service.stats().result(20)
+        assert [tier.used for tier in stats.tiers] == [0, 0]
+        with pytest.raises(PensieveError):
+            store.get("default", "c")
+
+
+def test_closing_fails_what_is_under_way() -> None:
+    with running(None) as service:
+        turn = service.send("c", [Message("user", "talk")], SamplingParams(max_new_tokens=350))
+    with pytest.raises(EngineClosed):
+        turn.future.result(1)
+
+
+def test_token_ids_alone_need_no_text(store: SqliteStore) -> None:
+    with running(store) as service:
+        done = service.complete("s", [1, 2, 3], 0, SamplingParams(max_new_tokens=4)).future.result(20)
+    assert list(done.output) == expected_answer([1, 2, 3], 4, VOCAB)
+    assert done.text == ""
