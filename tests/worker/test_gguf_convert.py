@@ -145,6 +145,14 @@ def test_a_damaged_conversion_is_built_again(made: tuple[LlamaForCausalLM, Path,
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
 
 
+def test_a_short_file_is_seen_by_its_size_alone(made: tuple[LlamaForCausalLM, Path, Path], cache: Path) -> None:
+    folder = converted_path(sha256_of(made[1]))
+    entry = read_manifest(folder)["files"]["model.safetensors"]
+    os.truncate(folder / "model.safetensors", entry["bytes"] - 1)
+    os.utime(folder / "model.safetensors", ns=(entry["mtime_ns"], entry["mtime_ns"]))
+    assert not is_sound(folder)
+
+
 def test_damage_that_keeps_size_and_time_is_found_when_loading_fails(made: tuple[LlamaForCausalLM, Path, Path], cache: Path) -> None:
     found = resolve(str(made[1]))
     assert found.folder is not None

@@ -52,6 +52,8 @@ def test_the_same_seed_gives_the_same_weights_and_disturbs_no_generator() -> Non
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    first, second = (one.model.layers[i].mlp.up_proj.weight for i in (0, 1))
+    assert not torch.equal(first, second)
     assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in one.parameters())
     assert not one.training

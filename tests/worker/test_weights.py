@@ -397,7 +397,7 @@ def test_the_list_of_models_has_sizes_and_says_how_to_name_others(tmp_path: Path
     assert rows[0].name == "smollm2" and rows[0].kind == "embedded" and "not fetched yet" in rows[0].detail
     assert {row.name for row in rows if row.kind == "preset"} == set(PRESETS)
     opt = next(row for row in rows if row.name == "opt-13b")
-    assert (opt.weight_bytes, opt.kv_bytes_per_token, opt.max_context) == (26_000_000_000, 819_200, 2048)
+    assert (opt.weight_bytes, opt.kv_bytes_per_token, opt.max_context) == (25_706_946_560, 819_200, 2048)
     assert [row.name for row in rows if row.kind == "how-to"] == ["ORG/NAME", "FOLDER", "FILE.gguf"]
 
 

@@ -25,7 +25,7 @@ class Preset:
     name: str
     family: str  # the `model_type` of transformers
     hub_id: str | None  # where real weights are published; None: never published
-    num_parameters: int  # published count, tied matrices once
+    num_parameters: int  # exact count, tied matrices once
     shape: ModelShape
     config_kwargs: Mapping[str, Any] = field(compare=False)  # arguments of the family's config class
 
@@ -165,12 +165,12 @@ _ALL: tuple[Preset, ...] = (
     _gpt2("gpt2-medium", "openai-community/gpt2-medium", 354_823_168, layers=24, hidden=1024, heads=16),
     _gpt2("gpt2-large", "openai-community/gpt2-large", 774_030_080, layers=36, hidden=1280, heads=20),
     _gpt2("gpt2-xl", "openai-community/gpt2-xl", 1_557_611_200, layers=48, hidden=1600, heads=25),
-    _opt("opt-125m", 125_000_000, layers=12, hidden=768, heads=12),
-    _opt("opt-1.3b", 1_300_000_000, layers=24, hidden=2048, heads=32),
-    _opt("opt-6.7b", 6_700_000_000, layers=32, hidden=4096, heads=32),
-    _opt("opt-13b", 13_000_000_000, layers=40, hidden=5120, heads=40),
-    _opt("opt-30b", 30_000_000_000, layers=48, hidden=7168, heads=56),
-    _opt("opt-66b", 66_000_000_000, layers=64, hidden=9216, heads=72),
+    _opt("opt-125m", 125_239_296, layers=12, hidden=768, heads=12),
+    _opt("opt-1.3b", 1_315_758_080, layers=24, hidden=2048, heads=32),
+    _opt("opt-6.7b", 6_658_473_984, layers=32, hidden=4096, heads=32),
+    _opt("opt-13b", 12_853_473_280, layers=40, hidden=5120, heads=40),
+    _opt("opt-30b", 29_974_540_288, layers=48, hidden=7168, heads=56),
+    _opt("opt-66b", 65_719_701_504, layers=64, hidden=9216, heads=72),
     _llama2("llama2-7b", "meta-llama/Llama-2-7b-chat-hf", 6_738_415_616, layers=32, hidden=4096, heads=32, kv_heads=32, mlp=11008),
     _llama2("llama2-13b", "meta-llama/Llama-2-13b-chat-hf", 13_015_864_320, layers=40, hidden=5120, heads=40, kv_heads=40, mlp=13824),
     _llama2("llama2-13b-gqa", None, 11_443_000_320, layers=40, hidden=5120, heads=40, kv_heads=10, mlp=13824, context=16_384),

@@ -73,7 +73,8 @@ def resolve(
     """Find the model a user named.
 
     Args:
-        spec: `smollm2`, a preset's name, a folder, a `.gguf` file, or a hub id.
+        spec: `smollm2`, a `.gguf` file, a preset's name, a folder, or a hub id; the first that fits, in this order
+            (`./gpt2` names a folder that is called as a preset is).
         weights: "auto" takes real weights where they can be had and random ones of the same shape where they cannot
             (`note` says why); "random" asks for random ones, for which a config suffices.
         dtype: number type it will be loaded in; with `device`, decides whether a download would fit.
