@@ -1,0 +1,334 @@
+"""An OpenAI-compatible server as a chat system. Knows HTTP, server-sent events and text; never tokens, or how the server works.
+
+It is what `compare --baseline-url` measures: a server that is sent the whole history with every turn, as its API demands.
+Times are taken on this side of the network. Whatever the server, the network or the stream does wrong becomes a failed turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pensieve.bench.systems import CONTEXT_FULL, TurnRequest, TurnResult, failed_turn
+from pensieve.errors import ConfigError, ModelUnavailable
+from pensieve.messages import Receipt
+
+if TYPE_CHECKING:
+    import httpx
+
+_TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum context|too many tokens|exceeds? .*context", re.IGNORECASE)
+_ERROR_CHARS = 500  # of a server's own words, in a message
+
+
+@dataclass(slots=True)
+class _History:
+    """What was said in one conversation, and what the server told of its size."""
+
+    messages: list[dict[str, str]] = field(default_factory=list)
+    tokens: int = 0  # prompt and answer of the last turn, by the server's count
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One streamed answer as it comes in."""
+
+    text: str = ""
+    deltas: int = 0  # pieces with something in them, the count of tokens if the server gives none
+    first_s: float | None = None  # of the local clock
+    finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
+    done: bool = False  # the stream said [DONE]
+
+
+class _TurnFailed(Exception):
+    """Why a turn has no answer: a code and words."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class OpenAISystem:
+    """Streams chat completions from a server, one thread for each turn under way.
+
+    Sole owner of the conversations' histories. Answers are greedy (temperature 0). Tokens found in the server's cache are
+    read from `usage.prompt_tokens_details.cached_tokens` where the server reports it (vLLM does with
+    `--enable-prompt-tokens-details`); they are counted as found on the gpu. Token ids are not told by this
+    protocol, so outputs cannot be compared under the contract.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        name: str = "baseline",
+        max_concurrent: int = 256,
+        connect_timeout_s: float = 10.0,
+        read_timeout_s: float = 600.0,
+    ) -> None:
+        """Connect to the server at `base_url` (with or without `/v1`).
+
+        Args:
+            base_url: `http://host:port` or `http://host:port/v1`.
+            model: the name to ask for; None takes the first that the server lists.
+            api_key: sent as a bearer token, never shown.
+            name: for tables and legends.
+            max_concurrent: connections at once; more turns wait for one here, and their waiting counts.
+            connect_timeout_s: for a connection.
+            read_timeout_s: for the next bytes of an answer.
+
+        Raises:
+            ConfigError: the URL is not one of HTTP, or `httpx` is not installed.
+            ModelUnavailable: the model's name must be asked for and the server does not answer.
+        """
+        try:
+            import httpx
+        except ImportError as error:
+            raise ConfigError("a baseline over HTTP needs the package httpx: pip install httpx") from error
+        root = base_url.rstrip("/")
+        if not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", root):
+            raise ConfigError(f"the baseline's URL must look like http://host:port or http://host:port/v1, got {base_url!r}")
+        self._url = root if root.endswith("/v1") else f"{root}/v1"
+        self._httpx = httpx
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(read_timeout_s, connect=connect_timeout_s, pool=None),
+            limits=httpx.Limits(max_connections=max_concurrent, max_keepalive_connections=max_concurrent),
+        )
+        self.name = name
+        self._lock = threading.Lock()
+        self._histories: dict[str, _History] = {}
+        self._under_way: dict[Future[TurnResult], float] = {}  # when each was submitted
+        self._closed = False
+        try:
+            self.model = model or self._first_model()
+        except BaseException:
+            self._client.close()
+            raise
+
+    def start_turn(self, turn: TurnRequest) -> Future[TurnResult]:
+        """Send the history and the turn; see `ChatSystem`."""
+        submitted_s = time.monotonic()
+        if (text := turn.user_text) is None:
+            return _settled(
+                failed_turn(
+                    "invalid_request", "a server of chat completions takes text, not token ids", submitted_s=submitted_s, total_s=0.0
+                )
+            )
+        future: Future[TurnResult] = Future()
+        with self._lock:
+            if self._closed:
+                return _settled(failed_turn("cancelled", "the system is closed", submitted_s=submitted_s, total_s=0.0))
+            self._under_way[future] = submitted_s
+        # Daemons: a read that hangs cannot be interrupted, and must not keep the program from ending.
+        work = threading.Thread(
+            target=lambda: self._settle(future, self._answer(turn, text, submitted_s)), name=f"{self.name} turn", daemon=True
+        )
+        work.start()
+        return future
+
+    def end_conversation(self, conversation_id: str) -> None:
+        """Forget the history."""
+        with self._lock:
+            self._histories.pop(conversation_id, None)
+
+    def close(self) -> None:
+        """Close the connections and fail what is under way."""
+        with self._lock:
+            self._closed = True
+            under_way = list(self._under_way.items())
+        for future, submitted_s in under_way:
+            total_s = time.monotonic() - submitted_s
+            self._settle(
+                future, failed_turn("cancelled", "closed before the server had answered", submitted_s=submitted_s, total_s=total_s)
+            )
+        self._client.close()
+
+    def _settle(self, future: Future[TurnResult], result: TurnResult) -> None:
+        """Give a turn its result, once: an answer and `close` may come together."""
+        with self._lock:
+            if self._under_way.pop(future, None) is None:
+                return
+        future.set_result(result)
+
+    def _first_model(self) -> str:
+        try:
+            response = self._client.get(f"{self._url}/models")
+            response.raise_for_status()
+            return str(response.json()["data"][0]["id"])
+        except (self._httpx.HTTPError, self._httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ModelUnavailable(
+                f"{self._url}/models does not name a model ({type(error).__name__}: {error}): is the server up?"
+            ) from error
+
+    def _answer(self, turn: TurnRequest, user_text: str, submitted_s: float) -> TurnResult:
+        """One turn from request to the end of its stream, in a thread of its own. Does not raise."""
+        with self._lock:
+            history = self._histories.setdefault(turn.conversation_id, _History())
+        if turn.system_text is not None and not history.messages:
+            history.messages.append({"role": "system", "content": turn.system_text})
+        if turn.forced_answer is not None and history.messages and history.messages[-1]["role"] == "assistant":
+            history.messages[-1]["content"] = turn.forced_answer
+        asked = {"role": "user", "content": user_text}
+        answer = _Answer()
+        try:
+            self._stream(turn, [*history.messages, asked], answer)
+            _check_complete(answer)
+        except _TurnFailed as failure:
+            return failed_turn(
+                failure.code, failure.message, submitted_s=submitted_s, total_s=time.monotonic() - submitted_s, text=answer.text
+            )
+        except Exception as error:  # a server may send anything at all; the turn fails, the run goes on
+            message = f"{type(error).__name__}: {error}"
+            return failed_turn("bad_answer", message, submitted_s=submitted_s, total_s=time.monotonic() - submitted_s, text=answer.text)
+        total_s = time.monotonic() - submitted_s
+        history.messages += [asked, {"role": "assistant", "content": answer.text}]
+        return _result(answer, history, submitted_s, total_s)
+
+    def _stream(self, turn: TurnRequest, messages: list[dict[str, str]], answer: _Answer) -> None:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": turn.max_new_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if turn.fixed_length:  # vLLM's and SGLang's words; a server without them ends where its model does
+            body |= {"ignore_eos": True, "min_tokens": turn.max_new_tokens}
+        try:
+            with self._client.stream("POST", f"{self._url}/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _refusal(response)
+                for event in _events(response.iter_lines()):
+                    _take(event, answer)
+                    if answer.done:
+                        return
+        except self._httpx.TimeoutException as error:
+            raise _TurnFailed("timeout", f"{type(error).__name__}: the server was silent for too long") from error
+        except self._httpx.ConnectError as error:
+            raise _TurnFailed("unreachable", f"{self._url}: {error}") from error
+        except (self._httpx.HTTPError, self._httpx.StreamError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
+            raise _TurnFailed("stream_broken", f"{type(error).__name__}: {error}") from error
+
+
+def _settled(result: TurnResult) -> Future[TurnResult]:
+    future: Future[TurnResult] = Future()
+    future.set_result(result)
+    return future
+
+
+def _events(lines: Iterator[str]) -> Iterator[str]:
+    """The data of each server-sent event (WHATWG HTML, section 9.2: several data lines make one event, others are skipped)."""
+    data: list[str] = []
+    for line in lines:
+        if line.startswith("data:"):
+            data.append(line[5:].removeprefix(" "))
+        elif not line and data:
+            yield "\n".join(data)
+            data = []
+    if data:
+        yield "\n".join(data)
+
+
+def _take(event: str, answer: _Answer) -> None:
+    """Add one event to the answer."""
+    if event.strip() == "[DONE]":
+        answer.done = True
+        return
+    try:
+        chunk = json.loads(event)
+    except ValueError as error:
+        raise _TurnFailed("stream_broken", f"an event is not JSON: {event[:_ERROR_CHARS]!r}") from error
+    if not isinstance(chunk, dict):
+        raise _TurnFailed("stream_broken", f"an event is not an object: {event[:_ERROR_CHARS]!r}")
+    if chunk.get("error"):
+        raise _TurnFailed(*_words(chunk, "server_error"))
+    if chunk.get("usage"):
+        answer.usage = chunk["usage"]
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta") or {}
+        content = delta.get("content") or ""
+        if content or delta.get("reasoning_content") or delta.get("reasoning"):
+            answer.deltas += 1
+            answer.text += content
+            if answer.first_s is None:
+                answer.first_s = time.monotonic()
+        answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+
+
+def _check_complete(answer: _Answer) -> None:
+    if not answer.done and answer.finish_reason is None:
+        raise _TurnFailed("stream_broken", f"the stream ended after {answer.deltas} pieces without a finish_reason or [DONE]")
+
+
+def _refusal(response: httpx.Response) -> _TurnFailed:
+    """What an HTTP error says, by its body where that is OpenAI's form."""
+    code = f"http_{response.status_code}"
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        return _TurnFailed(code, f"HTTP {response.status_code}: {response.text[:_ERROR_CHARS]}")
+    found, message = _words(body, code)
+    return _TurnFailed(found, f"HTTP {response.status_code}: {message}")
+
+
+def _words(body: dict[str, Any], code: str) -> tuple[str, str]:
+    """Code and message of an error body; a prompt that is too long gets our own code, however it is said."""
+    error = body.get("error")
+    inner = error if isinstance(error, dict) else body
+    message = str(inner.get("message") or error or body)[:_ERROR_CHARS]
+    said = inner.get("code")
+    if said == CONTEXT_FULL or _TOO_LONG.search(message):
+        return CONTEXT_FULL, message
+    return (said if isinstance(said, str) and said else code), message
+
+
+def _result(answer: _Answer, history: _History, submitted_s: float, total_s: float) -> TurnResult:
+    usage = answer.usage or {}
+    first_token_s = None if answer.first_s is None else answer.first_s - submitted_s
+    prompt_tokens, output_tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    receipt = None
+    if prompt_tokens is not None and cached is not None:
+        recomputed = max(0, min(history.tokens, prompt_tokens) - cached)
+        receipt = Receipt(
+            prompt_tokens=prompt_tokens,
+            gpu_tokens=cached,
+            cpu_tokens=0,
+            recomputed_tokens=recomputed,
+            new_tokens=prompt_tokens - cached - recomputed,
+            output_tokens=output_tokens or answer.deltas,
+            bytes_in=0,
+            bytes_out=0,
+            suspensions=0,
+            resume_cpu_tokens=0,
+            resume_recomputed_tokens=0,
+            queue_s=0.0,
+            first_token_s=first_token_s,
+            total_s=total_s,
+        )
+    history.tokens = (prompt_tokens or 0) + (output_tokens or 0)
+    reason = answer.finish_reason or "stop"
+    counted = output_tokens if output_tokens is not None else answer.deltas
+    return TurnResult(
+        (), (), answer.text, (), (), submitted_s, None, first_token_s, total_s, receipt, reason, reported_output_tokens=counted
+    )
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
