@@ -9,6 +9,7 @@ compared; the next turn can, because a replay puts the first run's answer into b
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ class Tolerance:
     absolute: float  # nats
 
     def allows(self, a: float, b: float) -> bool:
-        """The two are equal under this tolerance (not, if either is not a number)."""
-        return abs(a - b) <= self.absolute + self.relative * max(abs(a), abs(b))
+        """The two are equal under this tolerance (not, if either is not a finite number)."""
+        return math.isfinite(a) and math.isfinite(b) and abs(a - b) <= self.absolute + self.relative * max(abs(a), abs(b))
 
     def __str__(self) -> str:
         return f"{self.absolute:g} nats + {self.relative:g} relative"
