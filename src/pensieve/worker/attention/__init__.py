@@ -1,0 +1,35 @@
+"""Multi-token attention over paged KV: the registry of backends. Knows their names and what they can serve, not how they work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pensieve.errors import ConfigError
+from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry
+from pensieve.worker.attention.cpu import CpuAttention
+from pensieve.worker.attention.reference import ReferenceAttention
+
+__all__ = ["BACKENDS", "AttentionArgs", "AttentionBackend", "KVGeometry", "make_backend"]
+
+BACKENDS: dict[str, type[AttentionBackend[Any]]] = {  # "auto" takes the first that can
+    backend.name: backend for backend in (CpuAttention, ReferenceAttention)
+}
+
+
+def make_backend(name: str, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> AttentionBackend[Any]:
+    """The backend of this name, or with "auto" the first that can serve such a cache.
+
+    Raises:
+        ConfigError: no such backend, or it cannot.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ConfigError(f"attention must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    reasons = []
+    for candidate in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
+        reason = candidate.why_not(geometry, chunk_tokens, device)
+        if reason is None:
+            return candidate(geometry, chunk_tokens)
+        reasons.append(f"{candidate.name}: {reason}")
+    raise ConfigError(f"no attention backend can serve this cache ({'; '.join(reasons)}): choose another model, dtype or device")

@@ -1,0 +1,76 @@
+"""What an attention backend is: a layout of KV inside a slot, and multi-token attention over it. Knows no models and no plans.
+
+In each layer the new K and V of all spans are written first, then every token attends `[0, its own position]` of its sequence, in
+whatever slots those chunks lie (paper §4.4). A backend chooses the layout that its kernel reads fastest; nobody else looks inside.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+
+from pensieve.worker.batch import Batch
+from pensieve.worker.kv_store import KVStore
+
+
+@dataclass(frozen=True, slots=True)
+class KVGeometry:
+    """What one token leaves behind in each layer."""
+
+    num_layers: int  # L
+    num_kv_heads: int  # Hkv
+    head_dim: int  # D
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionArgs:
+    """How one layer attends, beyond causality."""
+
+    scaling: float
+    sliding_window: int | None = None  # a key is visible iff 0 <= query position - key position < window
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    sinks: torch.Tensor | None = None  # (H,), a logit per head that takes part in the softmax and carries no value
+
+
+Prepared = TypeVar("Prepared")  # what a backend works out once per step and shares between layers
+
+
+class AttentionBackend(ABC, Generic[Prepared]):
+    """One way to write and attend paged KV."""
+
+    name: ClassVar[str]
+
+    def __init__(self, geometry: KVGeometry, chunk_tokens: int) -> None:
+        self.geometry = geometry
+        self.chunk_tokens = chunk_tokens
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
+        """Why this backend cannot serve such a cache on such a device; None: it can."""
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer of one slot."""
+        geometry = self.geometry
+        return 2 * self.chunk_tokens * geometry.num_kv_heads * geometry.head_dim * geometry.dtype.itemsize
+
+    @abstractmethod
+    def bind(self, store: KVStore) -> None:
+        """Take the first tier's store: where KV is written and read from now on."""
+
+    @abstractmethod
+    def prepare(self, batch: Batch) -> Prepared:
+        """Everything that all layers of this step share: indices, masks."""
+
+    @abstractmethod
+    def write(self, prepared: Prepared, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put the new K and V of all spans, each (T, Hkv, D), into their slots."""
+
+    @abstractmethod
+    def attend(self, prepared: Prepared, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D). Cells beyond a context are never used."""

@@ -1,0 +1,139 @@
+"""Any Hugging Face causal language model over paged KV. Knows transformers; never plans, slots or sampling.
+
+The one hook is transformers' attention interface: we register an attention function, and the model's own code does the rest. No mask
+function is registered, so that transformers builds no mask. The model sees all tokens of a step as one row; what belongs together
+is known to the attention only, which reaches it as a keyword argument of the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+
+from pensieve.config import ModelShape
+from pensieve.worker import gate
+from pensieve.worker.attention import AttentionArgs, KVGeometry
+from pensieve.worker.batch import Batch
+
+_INTERFACE = "pensieve"
+
+
+class Attending(Protocol):
+    """What stands behind the attention function during one forward."""
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        """(T, H, D), (T, Hkv, D), (T, Hkv, D) -> (T, H, D)."""
+        ...
+
+
+class CausalModel:
+    """A model that passed the gate."""
+
+    def __init__(self, model: PreTrainedModel, label: str = "", *, self_test: bool = True) -> None:
+        """Take over a loaded model: from now on it computes attention through us.
+
+        Args:
+            model: in evaluation mode, on its device.
+            label: its name for people; the config's if empty.
+            self_test: compare with the model's own eager attention on random ids.
+
+        Raises:
+            ModelRefused: it would run and answer wrong; the message says why.
+        """
+        self.label = label or model.config.name_or_path or model.config.model_type
+        gate.check_config(model, self.label)
+        AttentionInterface.register(_INTERFACE, _attention)
+        self.model = model
+        self.config: PretrainedConfig = model.config.get_text_config()
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.shape = shape_of(model.config)
+        # Asked whether padding was forgotten, transformers would compare all ids with this, a wait for the GPU in every step.
+        model.config.pad_token_id = None
+        model.eval()
+        with torch.inference_mode():
+            model.set_attn_implementation(_INTERFACE)
+            self.geometry: KVGeometry = gate.probe(self)
+            if self_test:
+                gate.self_test(self)
+
+    def forward(self, batch: Batch, attending: Attending) -> torch.Tensor:
+        """Logits of the last token of each emitting span, (E, V), in the model's dtype."""
+        return self.logits(batch.input_ids, batch.position_ids, batch.logit_rows, attending)
+
+    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, attending: Attending) -> torch.Tensor:
+        """Logits of some tokens of a row.
+
+        Args:
+            input_ids: (1, T).
+            position_ids: (1, T).
+            rows: (E,), which of the T.
+            attending: called once in each layer.
+        """
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=rows, pensieve_attending=attending
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    @contextmanager
+    def eager(self) -> Iterator[PreTrainedModel]:
+        """The model as transformers computes it, for comparisons."""
+        self.model.set_attn_implementation("eager")
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(_INTERFACE)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    pensieve_attending: Attending | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function transformers calls in each layer: q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, T, H, D)."""
+    assert pensieve_attending is not None, "this model is served by Pensieve: call it through CausalModel"
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    args = AttentionArgs(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    output = pensieve_attending(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), args)
+    return output[None], None
+
+
+def shape_of(config: PretrainedConfig) -> ModelShape:
+    """The numbers of a model from its Hugging Face config, whatever its family calls them."""
+    text = config.get_text_config()
+
+    def first(*names: str) -> int | None:
+        return next((int(value) for name in names if (value := getattr(text, name, None)) is not None), None)
+
+    def need(*names: str) -> int:
+        value = first(*names)
+        assert value is not None, f"the config of {text.model_type!r} has none of {', '.join(names)}"
+        return value
+
+    hidden, heads = need("hidden_size", "n_embd"), need("num_attention_heads", "n_head")
+    return ModelShape(
+        num_layers=need("num_hidden_layers", "n_layer"),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=first("num_key_value_heads") or heads,
+        head_dim=first("head_dim") or hidden // heads,
+        intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
+        vocab_size=need("vocab_size"),
+        max_positions=need("max_position_embeddings", "n_positions"),
+    )

@@ -1,0 +1,161 @@
+"""One step, done: data moved, the model run, tokens sampled. Wires the room together; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pensieve.config import TierConfig
+from pensieve.core.plan import Copy, RequestFailure, SampledToken, StepPlan, StepResult
+from pensieve.errors import ConfigError
+from pensieve.worker.attention import AttentionArgs, make_backend
+from pensieve.worker.batch import Batch, BatchBuilder
+from pensieve.worker.kv_store import KVStore
+from pensieve.worker.model import CausalModel
+from pensieve.worker.random_weights import available_bytes
+from pensieve.worker.sampler import Sampler
+from pensieve.worker.transfer import SwapIn, Transfer
+
+_SLACK_BYTES = 256 << 20  # activations and staging, which the tiers must leave room for
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Where a test may make things fail: each is called before the thing, and may raise."""
+
+    before_copy: Callable[[Copy], None] = lambda copy: None
+    before_forward: Callable[[StepPlan], None] = lambda plan: None
+    before_sample: Callable[[str], None] = lambda request_id: None  # request id
+
+
+class ModelWorker:
+    """The worker that computes with a real model; see `core.plan.Worker`. One thread may call `run` at a time."""
+
+    def __init__(
+        self, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int = 32, *, attention: str = "auto", hooks: Hooks = Hooks()
+    ) -> None:
+        """Allocate all tiers, once.
+
+        Args:
+            model: a model that passed the gate.
+            tiers: fastest first; the first lies on the model's device, the others in main memory.
+            chunk_tokens: tokens of one slot.
+            attention: a backend's name, or "auto".
+            hooks: for tests of failures.
+
+        Raises:
+            ConfigError: the tiers do not fit in memory, or the backend cannot serve this model.
+        """
+        self._model = model
+        self._backend: Any = make_backend(attention, model.geometry, chunk_tokens, model.device)
+        self._hooks = hooks
+        require_room(tiers, self.chunk_bytes, model.device)
+        self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(tiers))
+        self._backend.bind(self._stores[0])
+        self._builder = BatchBuilder(chunk_tokens, model.device)
+        self._sampler = Sampler(before_sample=hooks.before_sample)
+        self._transfer = Transfer(self._stores, before_copy=hooks.before_copy)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one slot, in every tier."""
+        num_bytes: int = self._backend.layer_bytes * self._model.geometry.num_layers
+        return num_bytes
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention backend in use."""
+        name: str = self._backend.name
+        return name
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Start the plan's copies, run its spans, sample; see `core.plan.Worker.run`."""
+        self._sampler.forget(plan.ended)
+        self._builder.forget(plan.ended)
+        self._sampler.start(plan.started)
+        self._builder.update(plan.tables)
+        swap_in = self._transfer.start(plan.swap_in, plan.swap_out)
+        tokens: list[SampledToken] = []
+        broken: list[RequestFailure] = []
+        forward_error = None
+        try:
+            logits, batch = self._forward(plan, swap_in)
+        except Exception as error:  # a plan's failure is its result; the next plan may be fine
+            forward_error = f"{type(error).__name__}: {error}"
+            swap_in.wait()
+        else:
+            swap_in.wait()
+            if batch is not None:
+                tokens, broken = self._sample(batch, logits, swap_in)
+        done, failed = self._transfer.end_step()
+        return StepResult(plan.step_id, tuple(tokens), done, failed, tuple(broken), forward_error)
+
+    def set_waker(self, wake: Callable[[], None]) -> None:
+        """`wake` is called from the copying thread when a swap-out settles while no `run` is under way."""
+        self._transfer.set_waker(wake)
+
+    def close(self) -> None:
+        """Stop the copying thread and give the tiers' memory back. Safe to call twice."""
+        self._transfer.close()
+        self._stores = ()
+        self._backend = None
+
+    def _forward(self, plan: StepPlan, swap_in: SwapIn) -> tuple[torch.Tensor, Batch | None]:
+        """Logits (E, V) and their batch; no batch for a plan of copies alone."""
+        self._hooks.before_forward(plan)
+        if not plan.spans:
+            return torch.empty(0), None
+        batch = self._builder.build(plan.spans, self._sampler.last_token)
+        backend = self._backend
+        with torch.inference_mode():
+            prepared = backend.prepare(batch)
+
+        def attending(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+            swap_in.wait_layer(layer)
+            backend.write(prepared, layer, key, value)
+            out: torch.Tensor = backend.attend(prepared, layer, query, args)
+            return out
+
+        return self._model.forward(batch, attending), batch
+
+    def _sample(self, batch: Batch, logits: torch.Tensor, swap_in: SwapIn) -> tuple[list[SampledToken], list[RequestFailure]]:
+        """Sample for the spans whose context came in whole; the others computed over nothing, and the scheduler plans them again."""
+        lost = {slot for _, slot in swap_in.failed_slots}
+        spans = batch.emitting
+        with torch.inference_mode():
+            if lost:
+                good = [row for row, span in enumerate(spans) if lost.isdisjoint(self._builder.slots_of(span).tolist())]
+                spans, logits = tuple(spans[row] for row in good), logits[good]
+            return self._sampler.sample(spans, logits)
+
+    def _make_store(self, tier: TierConfig, *, first: bool) -> KVStore:
+        device = self._model.device if first else torch.device("cpu")
+        pinned = not first and self._model.device.type == "cuda"  # without CUDA, torch cannot pin
+        return KVStore(tier.num_slots, self._model.geometry.num_layers, self._backend.layer_bytes, device, pinned=pinned)
+
+
+def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Memory this process may still take on a device, limits of its control groups included; None where nobody says."""
+    return available_bytes(str(device))
+
+
+def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device) -> None:
+    """Refuse tiers that do not fit, before anything is allocated.
+
+    Raises:
+        ConfigError: with the size of each tier, the size there is, and the way out.
+    """
+    places = {"cpu": torch.device("cpu"), str(device): device}
+    for name, place in places.items():
+        here = [tier for index, tier in enumerate(tiers) if str(device if index == 0 else torch.device("cpu")) == name]
+        need = sum(tier.num_slots for tier in here) * chunk_bytes
+        room = memory_available_bytes(place)
+        if here and room is not None and need + _SLACK_BYTES > room:
+            sizes = ", ".join(f"{tier.name} {tier.num_slots} chunks = {tier.num_slots * chunk_bytes / 1e9:.2f} GB" for tier in here)
+            raise ConfigError(
+                f"the cache does not fit in the memory of {name}: {sizes}; {room / 1e9:.2f} GB are available, "
+                f"{_SLACK_BYTES / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes"
+            )
