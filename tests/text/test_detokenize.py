@@ -136,3 +136,13 @@ def test_a_stream_of_invalid_bytes_costs_no_more() -> None:
     shown = [detokenizer.push((bad,)) for _ in range(2000)]
     assert "".join(shown) + detokenizer.finish() == text.decode([bad] * 2000)
     assert sum(sizes) <= 2 * SLIDE_AT * 2000
+
+
+def test_tokens_without_text_do_not_swallow_the_next_space() -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return "".join({0: "", 1: " word"}[token_id] for token_id in ids).removeprefix(" ")
+
+    for silent in (5, SLIDE_AT, 5 * SLIDE_AT):
+        ids = [1] * SLIDE_AT + [0] * silent + [1] * 3
+        detokenizer = Detokenizer(decode)
+        assert "".join(detokenizer.push((token_id,)) for token_id in ids) + detokenizer.finish() == decode(ids)

@@ -133,12 +133,7 @@ class ChatText:
         before, _, after = with_hole.partition(hole)
         answer = self._guard.hide(history[-1].content, "assistant", mark)
         asked = self._render(history[:-1], mark) if len(history) > 1 else before
-        if (
-            with_hole.count(hole) == 1
-            and asked.rstrip() == before.rstrip()
-            and _fills(whole, before, after, answer)
-            and self._begins_with(log, history, whole, mark)
-        ):
+        if asked.rstrip() == before.rstrip() and _fills(whole, before, after, answer) and self._begins_with(log, history, whole, mark):
             return Extension([*log, *self._closing(log, after, mark)], len(log), None)
         tokens = self._guard.encode(whole, mark)
         reused = _common_prefix(log, tokens)

@@ -72,17 +72,14 @@ class Detokenizer:
         return new
 
     def _slide(self, text: str) -> None:
-        """Shorten the window to its last tokens, where `text`, the window's, can be cut.
+        """Shorten the window to its last tokens; `text` is the whole window's.
 
-        A cut is good if the tail alone decodes to the end of `text` (it does not begin within a character; a
-        dropped leading space is fine) and begins with something already shown.
+        The tail alone may decode differently at its beginning (a dropped space, half a character) but not after it,
+        so lengths tell what of it was shown, provided that it begins with something that was.
         """
-        for start in range(len(self._window) - KEEP, 0, -1):
-            tail = self._decode(self._window[start:])
-            emitted = self._emitted - (len(text) - len(tail))
-            if tail and emitted > 0 and text.endswith(tail):
+        for start in range(len(self._window) - KEEP, max(0, len(self._window) - SLIDE_AT), -1):
+            emitted = self._emitted - (len(text) - len(self._decode(self._window[start:])))
+            if emitted > 0:
                 self._window, self._emitted, self._slide_at = self._window[start:], emitted, SLIDE_AT
                 return
-            if len(self._window) - start > SLIDE_AT:
-                break
-        self._slide_at = 2 * len(self._window)  # nowhere to cut: try again when the cost has been earned
+        self._slide_at = 2 * len(self._window)  # nothing but tokens without text: try again when the cost has been earned
