@@ -1,0 +1,204 @@
+"""The composition root: finds a model, sizes the tiers, and wires worker, scheduler, engine, text and store into one runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pensieve.config import CacheConfig, ModelShape, SchedulerConfig, TierConfig, slots_for_bytes
+from pensieve.core.cache import TieredCache
+from pensieve.core.cost import CostProfile
+from pensieve.core.eviction import POLICIES
+from pensieve.core.scheduler import Scheduler
+from pensieve.engine import Engine
+from pensieve.errors import ConfigError
+from pensieve.service import ConversationService
+from pensieve.store.base import ConversationStore
+
+if TYPE_CHECKING:
+    from pensieve.text import ChatText
+    from pensieve.worker.model import CausalModel
+    from pensieve.worker.weights import ResolvedModel
+
+GB = 1_000_000_000
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may choose when an engine is started."""
+
+    model: str = "smollm2"
+    weights: Literal["auto", "random"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str = "cpu"
+    gpu_cache_gb: float = 1.0
+    cpu_cache_gb: float = 2.0
+    max_context: int | None = None
+    overflow: Literal["refuse", "truncate"] = "refuse"
+    policy: str = "retention"
+    chunk_tokens: int = 32
+    max_batch_tokens: int | None = None
+    max_running: int = 64
+    threads: int | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_cache_gb", "cpu_cache_gb"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
+        if self.max_context is not None and self.max_context < 2:
+            raise ConfigError(f"--max-context must be at least 2 tokens, got {self.max_context}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory, ready for any number of runtimes one after the other."""
+
+    resolved: ResolvedModel
+    model: CausalModel
+    shape: ModelShape
+    text: ChatText | None  # None: no tokenizer can be had, token ids are drawn
+
+    @property
+    def talks(self) -> bool:
+        """Its answers mean something."""
+        return self.text is not None and self.resolved.weights == "real"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the tiers came out."""
+
+    chunk_bytes: int
+    tiers: tuple[TierConfig, ...]
+    max_context: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For a report."""
+        return {"chunk_bytes": self.chunk_bytes, "max_context": self.max_context, "slots": {t.name: t.num_slots for t in self.tiers}}
+
+
+@dataclass(slots=True)
+class Runtime:
+    """A running engine and its service. Close it to free the tiers."""
+
+    engine: Engine
+    service: ConversationService
+    sizes: Sizes
+    cost_source: str  # where Cost(l) came from
+
+    def close(self) -> None:
+        """Stop the engine, then the service, and give the memory back."""
+        self.engine.close()
+        self.service.close()
+
+
+def load_model(options: Options, *, must_talk: bool, say: Say) -> LoadedModel:
+    """Find and load a model, and prove that it can be served right (the load-time gate).
+
+    Raises:
+        ModelUnavailable, ModelRefused, ConfigError: see `worker.weights` and `worker.model`.
+    """
+    import torch
+
+    from pensieve.worker.model import CausalModel, shape_of
+    from pensieve.worker.weights import load, resolve
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {options.device}: this machine (or this PyTorch) has no CUDA device; use --device cpu")
+
+    def progress(what: str, share: float | None) -> None:
+        say(what if share is None else f"{what} {share:4.0%}")
+
+    resolved = resolve(
+        options.model, options.weights, dtype=options.dtype, device=options.device, allow_random=not must_talk, progress=progress
+    )
+    say(f"loading {resolved.label}")
+    model = CausalModel(load(resolved, options.dtype, options.device), label=resolved.label)
+    text = None
+    if resolved.tokenizer_dir is not None and resolved.weights == "real":
+        from pensieve.text import ChatText
+
+        text = ChatText.load(resolved.tokenizer_dir)
+    return LoadedModel(resolved, model, shape_of(resolved.config), text)
+
+
+def size_tiers(options: Options, shape: ModelShape, *, total_as_one: bool = False) -> Sizes:
+    """Slots of each tier, and the context that fits.
+
+    Args:
+        options: budgets in GB.
+        shape: what a chunk's size follows from.
+        total_as_one: the first tier gets the bytes of both, the second none (the stateless baseline, which has no use for a second).
+
+    Raises:
+        ConfigError: the first tier cannot hold two chunks, or --max-context is more than model or first tier can hold.
+    """
+    chunk_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[options.dtype]) * options.chunk_tokens
+    gpu_bytes, cpu_bytes = int(options.gpu_cache_gb * GB), int(options.cpu_cache_gb * GB)
+    if total_as_one:
+        gpu_bytes, cpu_bytes = gpu_bytes + cpu_bytes, 0
+    gpu_slots, cpu_slots = slots_for_bytes(gpu_bytes, chunk_bytes), slots_for_bytes(cpu_bytes, chunk_bytes)
+    if gpu_slots < 2:
+        raise ConfigError(
+            f"--gpu-cache {options.gpu_cache_gb:g} holds {gpu_slots} chunks of {chunk_bytes / 1e6:.2f} MB; at least 2 are needed: "
+            f"give it {2 * chunk_bytes / GB:.3f} GB or more"
+        )
+    tiers = [TierConfig("gpu", gpu_slots)]
+    if cpu_slots:
+        tiers.append(TierConfig("cpu", cpu_slots))
+    holds = slots_for_bytes(int(options.gpu_cache_gb * GB), chunk_bytes) * options.chunk_tokens
+    limit = min(shape.max_positions, holds)
+    if options.max_context is not None and options.max_context > limit:
+        what = "the model was built for" if shape.max_positions < holds else "the first tier holds (--gpu-cache)"
+        raise ConfigError(f"--max-context {options.max_context} is more than the {limit} tokens {what}")
+    return Sizes(chunk_bytes, tuple(tiers), options.max_context or limit)
+
+
+def start(
+    options: Options,
+    loaded: LoadedModel,
+    *,
+    store: ConversationStore | None,
+    retain: bool = True,
+    say: Say = lambda message: None,
+) -> Runtime:
+    """Wire everything up and start the engine's thread. `retain=False` is the stateless baseline."""
+    from pensieve.worker.worker import ModelWorker
+
+    sizes = size_tiers(options, loaded.shape, total_as_one=not retain)
+    cost, cost_source = cost_profile(options, loaded)
+    worker = ModelWorker(loaded.model, sizes.tiers, options.chunk_tokens)
+    assert worker.chunk_bytes == sizes.chunk_bytes, f"a chunk has {worker.chunk_bytes} bytes, {sizes.chunk_bytes} were reckoned"
+    cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), lambda: POLICIES[options.policy](cost.of_chunk))
+    budget = options.max_batch_tokens or (CUDA_BATCH_TOKENS if options.device.startswith("cuda") else CPU_BATCH_TOKENS)
+    config = SchedulerConfig(max_batch_tokens=budget, max_running=options.max_running, retain=retain)
+    scheduler = Scheduler(config, cache, sizes.max_context)
+    service = ConversationService(loaded.text, store, max_context=sizes.max_context, overflow=options.overflow)
+    engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=service.handle, debug=options.debug)
+    service.connect(engine.post)
+    engine.start()
+    return Runtime(engine, service, sizes, cost_source)
+
+
+def cost_profile(options: Options, loaded: LoadedModel) -> tuple[CostProfile, str]:
+    """Cost(l) as measured on this machine by `pensieve profile`, or else from arithmetic; and which of the two."""
+    from pensieve.worker.profile import load_profile
+
+    measured = load_profile(label=loaded.resolved.label, dtype=options.dtype, device=options.device, chunk_tokens=options.chunk_tokens)
+    if measured is not None:
+        return CostProfile(measured.points, options.chunk_tokens), "measured (pensieve profile)"
+    return CostProfile.from_shape(loaded.shape, options.chunk_tokens), "arithmetic (run `pensieve profile` to measure it)"
+
+
+def as_json(options: Options) -> dict[str, Any]:
+    """The options as plain data, for a report."""
+    return dict(json.loads(json.dumps({name: getattr(options, name) for name in Options.__slots__})))

@@ -1,0 +1,195 @@
+"""`pensieve chat`: a streaming terminal chat that outlives the process, with a receipt after every turn."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
+
+import click
+
+from pensieve.cli.build import GB, Runtime, load_model, start
+from pensieve.cli.options import cache_options, model_options, pick
+from pensieve.core.request import SamplingParams
+from pensieve.errors import ConversationNotFound, PensieveError
+from pensieve.messages import Receipt
+from pensieve.service import DEFAULT_NAMESPACE, TurnDone
+from pensieve.store.base import path_messages
+from pensieve.store.sqlite import SqliteStore, default_path
+from pensieve.text.messages import Message
+
+HELP = "Commands: /receipt (stats of the cache), /history, /new, /quit. Ctrl-C ends an answer, Ctrl-D the chat."
+
+
+@click.command()
+@click.option(
+    "--conversation", "conversation_id", default=None, help="Go on with (or begin) the conversation of this id; it is kept on disk."
+)
+@click.option("--system", default=None, help="System prompt of a new conversation.")
+@click.option(
+    "--store", "store_path", default=None, help="Where conversations are kept (default: your data directory; :memory: keeps none)."
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=None)
+@click.option("--stateless", is_flag=True, help="Keep nothing between turns: the baseline.")
+@model_options
+@cache_options
+def chat(
+    conversation_id: str | None,
+    system: str | None,
+    store_path: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stateless: bool,
+    **shared: Any,
+) -> None:
+    """Chat in the terminal. Every turn ends with where its tokens came from and what it cost."""
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    run_chat(shared, conversation_id, system, store_path, sampling, retain=not stateless)
+
+
+def run_chat(
+    shared: dict[str, Any],
+    conversation_id: str | None,
+    system: str | None,
+    store_path: str | None,
+    sampling: SamplingParams,
+    *,
+    retain: bool,
+) -> None:
+    """The chat behind `pensieve chat` and `main.py --interactive`.
+
+    Raises:
+        ModelUnavailable: the model's weights cannot be had from here: a chat needs real ones.
+    """
+    options = pick(shared)
+    loaded = load_model(options, must_talk=True, say=_say)
+    path = store_path or str(default_path())
+    store = SqliteStore(path)
+    runtime = start(options, loaded, store=store, retain=retain)
+    try:
+        tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in runtime.sizes.tiers)
+        mode = "stateful" if retain else "stateless (Pensieve's engine, nothing kept between turns)"
+        click.secho(
+            f"{loaded.resolved.label}, {options.dtype} on {options.device}; {mode}; {tiers}; context {runtime.sizes.max_context} tokens",
+            fg="cyan",
+        )
+        if loaded.text is not None and loaded.text.note:
+            click.secho(f"note: {loaded.text.note}", fg="yellow")
+        click.secho(HELP, dim=True)
+        _Chat(runtime, store, sampling, system).talk(conversation_id)
+    finally:
+        runtime.close()
+        store.close()
+
+
+class _Chat:
+    """One terminal."""
+
+    def __init__(self, runtime: Runtime, store: SqliteStore, sampling: SamplingParams, system: str | None) -> None:
+        self.runtime, self.store, self.sampling, self.system = runtime, store, sampling, system
+
+    def talk(self, conversation_id: str | None) -> None:
+        """Read, answer, repeat."""
+        conversation_id, is_new = self._open(conversation_id)
+        while True:
+            try:
+                line = input("\nyou> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                click.echo()
+                break
+            if not line:
+                continue
+            if line in ("/quit", "/exit"):
+                break
+            if line == "/new":
+                conversation_id, is_new = self._open(None)
+            elif line == "/history":
+                self._history(conversation_id)
+            elif line == "/receipt":
+                click.echo(self.runtime.service.stats().result())
+            elif line.startswith("/"):
+                click.echo(HELP)
+            else:
+                is_new = not self._turn(conversation_id, line, is_new) and is_new
+        click.secho(f"go on with: pensieve chat --conversation {conversation_id}", dim=True)
+
+    def _open(self, conversation_id: str | None) -> tuple[str, bool]:
+        try:
+            if conversation_id is None:
+                raise ConversationNotFound("a new one")
+            leaf = self.store.get(DEFAULT_NAMESPACE, conversation_id).leaf
+            turns = len(self.store.path(DEFAULT_NAMESPACE, leaf))
+            click.secho(f"conversation {conversation_id}, {turns} turns so far", fg="cyan")
+            return conversation_id, turns == 0
+        except ConversationNotFound:
+            conversation = self.store.create(DEFAULT_NAMESPACE, conversation_id)
+            click.secho(f"conversation {conversation.id}, new", fg="cyan")
+            return conversation.id, True
+
+    def _history(self, conversation_id: str) -> None:
+        leaf = self.store.get(DEFAULT_NAMESPACE, conversation_id).leaf
+        for message in path_messages(self.store.path(DEFAULT_NAMESPACE, leaf)):
+            click.echo(click.style(f"{message.role}: ", bold=True) + message.content)
+
+    def _turn(self, conversation_id: str, line: str, is_new: bool) -> bool:
+        """One turn; False if it failed."""
+        messages = [Message("user", line)]
+        if is_new and self.system:
+            messages.insert(0, Message("system", self.system))
+        turn = self.runtime.service.send(conversation_id, messages, self.sampling, on_text=_stream)
+        while True:
+            try:
+                done = turn.future.result(timeout=0.2)  # (a wait without a timeout would not see Ctrl-C)
+                break
+            except NotYet:
+                continue
+            except KeyboardInterrupt:
+                self.runtime.service.abort(turn)
+            except PensieveError as error:
+                click.secho(f"\n{error.code}: {error.message}", fg="red", err=True)
+                return False
+        click.echo()
+        if done.warning:
+            click.secho(f"note: {done.warning}", fg="yellow")
+        click.secho(receipt_line(done), dim=True)
+        return True
+
+
+def receipt_line(done: TurnDone) -> str:
+    """A turn's receipt in one line."""
+    r = done.receipt
+    first = "-" if r.first_token_s is None else f"{1e3 * r.first_token_s:.0f} ms"
+    parts = [
+        f"prompt {r.prompt_tokens} tokens = gpu {r.gpu_tokens} + cpu {r.cpu_tokens} + recomputed {r.recomputed_tokens} + new {r.new_tokens}",
+        f"out {r.output_tokens} ({done.reason.value})",
+        f"moved {_bytes(r.bytes_in)} in, {_bytes(r.bytes_out)} out",
+        f"queue {1e3 * r.queue_s:.0f} ms, first token {first}, total {1e3 * r.total_s:.0f} ms",
+    ]
+    return "[" + " | ".join(parts) + _extras(r) + "]"
+
+
+def _extras(r: Receipt) -> str:
+    extras = ""
+    if r.truncated_tokens:
+        extras += f" | left out {r.truncated_tokens} tokens"
+    if r.suspensions:
+        extras += f" | suspended {r.suspensions}x: {r.resume_cpu_tokens} swapped in, {r.resume_recomputed_tokens} recomputed again"
+    return extras
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < GB else f"{count / GB:.2f} GB"
+
+
+def _stream(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _say(message: str) -> None:
+    click.secho(message, dim=True, err=True)

@@ -1,0 +1,71 @@
+"""Options that several commands share, once. Knows click; never models or engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from pensieve.cli.build import DTYPE_BYTES, Options
+from pensieve.core.eviction import POLICIES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DEFAULTS = Options()
+
+_MODEL = (
+    click.option(
+        "--model", default=_DEFAULTS.model, show_default=True, help="smollm2, a hub id, a folder, a .gguf file or a named architecture."
+    ),
+    click.option(
+        "--weights",
+        type=click.Choice(["auto", "random"]),
+        default="auto",
+        show_default=True,
+        help="auto: real weights where they can be had, else random ones of that shape; random: random ones.",
+    ),
+    click.option("--dtype", type=click.Choice(sorted(DTYPE_BYTES)), default=_DEFAULTS.dtype, show_default=True),
+    click.option("--device", default=_DEFAULTS.device, show_default=True, help="cpu or cuda."),
+    click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads of the model (default: PyTorch's choice)."),
+)
+_CACHE = (
+    click.option(
+        "--gpu-cache", "gpu_cache_gb", type=float, default=_DEFAULTS.gpu_cache_gb, show_default=True, help="First tier, GB (RAM on a CPU)."
+    ),
+    click.option("--cpu-cache", "cpu_cache_gb", type=float, default=_DEFAULTS.cpu_cache_gb, show_default=True, help="Second tier, GB."),
+    click.option("--max-context", type=int, default=None, help="Tokens of prompt and answer (default: what model and first tier hold)."),
+    click.option(
+        "--overflow",
+        type=click.Choice(["refuse", "truncate"]),
+        default=_DEFAULTS.overflow,
+        show_default=True,
+        help="A prompt past the context: refuse it, or leave out the oldest turns.",
+    ),
+    click.option(
+        "--policy", type=click.Choice(sorted(POLICIES)), default=_DEFAULTS.policy, show_default=True, help="What is evicted first."
+    ),
+    click.option("--max-batch-tokens", type=int, default=None, help="Token budget of a step (default: 512 on a CPU, 4096 on CUDA)."),
+    click.option("--debug", is_flag=True, help="Verify every cache invariant after every step (slow)."),
+)
+
+
+def model_options(function: F) -> F:
+    """--model, --weights, --dtype, --device, --threads."""
+    return _apply(_MODEL, function)
+
+
+def cache_options(function: F) -> F:
+    """Tier budgets, context, overflow, policy."""
+    return _apply(_CACHE, function)
+
+
+def pick(arguments: dict[str, Any]) -> Options:
+    """Take the shared options out of a command's arguments."""
+    return Options(**{name: arguments.pop(name) for name in list(arguments) if name in Options.__slots__})
+
+
+def _apply(options: tuple[Callable[[F], F], ...], function: F) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
