@@ -137,6 +137,7 @@ class SqliteStore:
         reply_reason: str | None = None,
     ) -> Future[Turn]:
         """See `ConversationStore.append`."""
+        messages, token_ids = tuple(messages), tuple(token_ids)  # the caller's lists may have changed when the job runs
         try:
             blob = _pack(token_ids)
         except InvalidRequest as error:
@@ -159,7 +160,7 @@ class SqliteStore:
                 (turn_id, namespace, key, root, parent, begins, begins + len(token_ids), blob, text, reply_reason, now_s),
             )
             connection.execute("UPDATE conversations SET leaf = ?, updated_s = ? WHERE key = ?", (turn_id, now_s, key))
-            return Turn(turn_id, parent, tuple(messages), tuple(token_ids), begins, reply_reason, now_s)
+            return Turn(turn_id, parent, messages, token_ids, begins, reply_reason, now_s)
 
         return self._writer.submit(job)
 
