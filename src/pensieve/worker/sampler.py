@@ -6,7 +6,6 @@ gives the same tokens whatever else is in the batch, and a token sampled again (
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,7 @@ from pensieve.core.plan import RequestFailure, RequestStart, SampledToken, Span
 from pensieve.core.request import SamplingParams
 
 _MASK = (1 << 64) - 1
+_LEAST_TEMPERATURE = 1e-6  # below it only exact ties would differ, and fp32 would divide by 0
 _TOP_GUESS = 512  # candidates tried first for top_p; a full sort only where they hold too little
 
 
@@ -101,10 +101,6 @@ class Sampler:
     def _sample_one(self, span: Span, row: torch.Tensor, greedy: int) -> SampledToken:
         state = self._states[span.request_id]
         params = state.params
-        if span.token_ids is not None:  # what the plan knows is what was kept
-            for position, token in enumerate(span.token_ids[-1:], span.stop - 1):
-                if position >= len(state.tokens) or state.tokens[position] != token:
-                    state.append(position, token)
         state.truncate(span.stop)
         adjusted = _penalised(row, state) if _has_penalties(params) else row
         if params.temperature == 0.0:
@@ -155,16 +151,20 @@ def draw(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
     """Sample from logits (V,) by inverting the cumulative distribution at `number` in [0, 1).
 
     Temperature, then top_k, then top_p of what is left, then min_p against the likeliest; each renormalises. Candidates are ordered
-    by falling probability where a filter is set, else by id.
+    by falling probability where top_k or top_p is set, else by id.
     """
-    scaled = logits.float() / params.temperature
-    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
-        return _invert(torch.softmax(scaled, dim=-1), number)
+    values = logits.float()
+    scaled = (values - values.max()) / max(params.temperature, _LEAST_TEMPERATURE)
+    if params.top_k == 0 and params.top_p == 1.0:
+        probabilities = torch.softmax(scaled, dim=-1)
+        if params.min_p > 0.0:
+            probabilities = probabilities * (probabilities >= params.min_p * probabilities.max())
+        return _invert(probabilities, number)
     probabilities, ids = _candidates(scaled, params)
     keep = probabilities >= params.min_p * probabilities[0]
     if params.top_p < 1.0:
-        before = probabilities.cumsum(0) - probabilities
-        keep &= before < params.top_p * probabilities.sum()  # the first one that reaches top_p is kept too
+        before = probabilities.cumsum(0, dtype=torch.float64) - probabilities
+        keep &= before < params.top_p  # the one that reaches top_p is kept too
     keep[0] = True
     return int(ids[_invert(probabilities * keep, number)])
 
@@ -174,23 +174,19 @@ def _candidates(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
     size = len(scaled)
     if 0 < params.top_k < size:
         values, ids = scaled.topk(params.top_k)
-        return torch.softmax(values.double(), dim=-1), ids
-    probabilities = torch.softmax(scaled.double(), dim=-1)
+        return torch.softmax(values, dim=-1), ids
+    probabilities = torch.softmax(scaled, dim=-1)
     if params.top_p < 1.0 and size > _TOP_GUESS:
         values, ids = probabilities.topk(_TOP_GUESS)
-        # `draw` measures top_p against the sum of what it gets: hand it the rest as one last candidate that is never kept.
-        held = float(values.sum())
-        if held >= params.top_p:
-            return torch.cat([values, values.new_tensor([max(0.0, 1.0 - held)])]), torch.cat([ids, ids[-1:]])
+        if float(values.sum()) >= params.top_p:
+            return values, ids
     values, ids = probabilities.sort(descending=True, stable=True)
     return values, ids
 
 
 def _invert(weights: torch.Tensor, number: float) -> int:
-    """The index whose share of the cumulative weights holds `number`; never one of weight 0."""
-    cumulative = weights.double().cumsum(0)
-    target = number * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    if index >= len(weights) or not math.isfinite(target):
-        index = int(weights.nonzero()[-1])
-    return index
+    """The index whose share of the cumulative weights (not all 0) holds `number`; never one of weight 0."""
+    cumulative = weights.cumsum(0, dtype=torch.float64)
+    index = int(torch.searchsorted(cumulative, number * float(cumulative[-1]), right=True))
+    # The first index past the target has a weight; past the end, after rounding, the last that has one is meant.
+    return index if index < len(weights) else int(weights.nonzero()[-1])
