@@ -94,3 +94,16 @@ class Run:
     def by_key(self) -> dict[tuple[str, int], TurnRecord]:
         """Turns by conversation and index."""
         return {record.key: record for record in self.records}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What was measured, in the words of titles and records."""
+
+    model: str
+    weights: str  # "real" or "random"
+    dtype: str  # what it computes in, "float32" for instance
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.weights} weights, {self.dtype} on {self.device}"
