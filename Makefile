@@ -1,0 +1,68 @@
+# From a fresh machine to a demo or a test run. Needs Python 3.11 or newer with venv, and PyPI; everything else lands in $(VENV).
+#
+#   PY=python3.12     another interpreter
+#   VENV=/some/venv   another virtual environment (one that exists is used as it is, and installed into)
+#   TORCH="..."       what pip is told for PyTorch, a CPU-only index for instance:
+#                     TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   ARGS="..."        more options for `demo`, `test`, `check-slow` and `bench`
+
+PY    ?= python3
+VENV  ?= .venv
+TORCH ?= torch==2.13.0
+ARGS  ?=
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+PROJECT := pyproject.toml constraints.txt src/pensieve/__init__.py
+TREES   := src tests scripts benchmarks $(wildcard main.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check-slow bench lint format model clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
+
+demo: $(VENV)/.ready model ## install, fetch the default model, then compare stateful with stateless on the shipped conversations
+	$(BIN)/pensieve compare $(ARGS)
+
+test: lint model ## install, fetch the default model, lint, check types and imports, run the tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(VENV)/.dev-ready model ## measure the engine; the last line is JSON
+	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+lint: $(VENV)/.dev-ready ## style, format, types, which room imports which
+	$(BIN)/ruff check $(TREES)
+	$(BIN)/ruff format --check $(TREES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev-ready ## put every file into the house's format
+	$(BIN)/ruff format $(TREES)
+	$(BIN)/ruff check --fix $(TREES)
+
+model: $(VENV)/.ready # the default model into the user's cache; at once if it is there
+	$(BIN)/python -m pensieve.worker.weights fetch
+
+clean: ## remove caches and outputs, not the virtual environment
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Pensieve needs Python 3.11 or newer; $(PY) is $$($(PY) --version 2>&1). Name another: make PY=python3.12 ..." >&2; exit 1; }
+	$(PY) -m venv $(VENV) || { \
+	  rm -rf $(VENV); echo "$(PY) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# PyTorch goes first and by exact version: left to the resolver, another build may be chosen.
+$(VENV)/.ready: $(PROJECT) | $(BIN)/python
+	$(BIN)/python -m pip --disable-pip-version-check install $(TORCH)
+	$(PIP) -e ".[gguf,plot]"
+	@touch $@
+
+$(VENV)/.dev-ready: $(VENV)/.ready
+	$(PIP) -e ".[dev]"
+	@touch $@
