@@ -112,6 +112,13 @@ def test_the_report_says_everything_in_80_columns() -> None:
     assert "note: 2 are [repeats]" in text
 
 
+def test_a_long_name_is_told_once_and_short_in_the_tables() -> None:
+    text = printed(FAST, replace(SLOW, system="stateless (nothing kept between turns)"))
+    assert text.count("fast against stateless (nothing kept between turns)") == 1
+    assert "fast against stateless (above 1×" in text
+    assert ["stateless", "2", "900", "260", "180", "15", "5", "30"] in [line.split() for line in text.splitlines()]
+
+
 def test_a_report_of_one_run_has_no_speedup() -> None:
     text = printed(FAST)
     assert "×" not in text

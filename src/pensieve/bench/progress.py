@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pensieve.bench.compare import RunListener
-from pensieve.bench.runs import EarlyEnd, TurnRecord
+from pensieve.bench.runs import EarlyEnd, TurnRecord, short_name
 
 _LINES = 10  # a run of many turns says this many lines where there is no terminal
 
@@ -26,7 +27,7 @@ class _Count:
         self.done = 0
 
     def start(self, system: str, num_turns: int) -> None:
-        self.system, self.total, self.done = system, num_turns, 0
+        self.system, self.total, self.done = short_name(system), num_turns, 0
 
 
 class _Bar:
@@ -49,7 +50,7 @@ class _Bar:
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._progress.add_task(system, total=num_turns, in_flight=0)
+        self._task = self._progress.add_task(escape(self._count.system), total=num_turns, in_flight=0)
         self._progress.start()
 
     def sent(self, in_flight: int) -> None:

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pensieve.bench.equality import Equality
-from pensieve.bench.runs import EarlyEnd, Run, Subject, TurnRecord
+from pensieve.bench.runs import EarlyEnd, Run, Subject, TurnRecord, short_name
 from pensieve.workloads.arrivals import ThinkClass
+
+_NAME_CHARS = 12  # of a system's name in a table of many columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ def print_report(
 
     line("")
     line(str(subject))
+    if any(_is_long(summary.system) for summary in summaries):
+        line(" against ".join(summary.system for summary in summaries))
     line("n answers; medians of time to first token and of normalized latency; mean tokens a turn by where they came from\n")
     console.print(_group_table("By turn", "turn", [s.by_turn for s in summaries], summaries))
     line("")
@@ -203,7 +207,7 @@ def _group_table(title: str, what: str, sides: Sequence[Sequence[Group]], summar
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
     )  # fits 80 columns
     table.add_column(what, no_wrap=True)
-    table.add_column("system", max_width=12, overflow="ellipsis", no_wrap=True)
+    table.add_column("system", max_width=_NAME_CHARS, overflow="ellipsis", no_wrap=True)
     for name in ("n", "TTFT ms", "ms/token", "gpu", "cpu", "recomp.", "new", *(["TTFT ×"] if len(sides) == 2 else [])):
         table.add_column(name, justify="right", no_wrap=True)
     labels = list(dict.fromkeys(group.label for side in sides for group in side))
@@ -212,7 +216,7 @@ def _group_table(title: str, what: str, sides: Sequence[Sequence[Group]], summar
         for index, group in enumerate(found):
             if group is None:
                 continue
-            row = [label if index == 0 or found[0] is None else "", summaries[index].system, str(group.answers)]
+            row = [label if index == 0 or found[0] is None else "", short_name(summaries[index].system), str(group.answers)]
             row += [_ms(group.first_token_median_s), _ms(group.normalized_median_s)]
             row += [_tokens(n) for n in (group.gpu_tokens, group.cpu_tokens, group.recomputed_tokens, group.new_tokens)]
             if len(sides) == 2:
@@ -244,7 +248,7 @@ def _totals_table(summaries: Sequence[RunSummary]) -> Table:
     table = Table(title="Totals", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("")
     for summary in summaries:
-        table.add_column(summary.system, justify="right")
+        table.add_column(short_name(summary.system), justify="right")
     for name, show in _TOTAL_ROWS:
         table.add_row(name, *(show(summary.totals) for summary in summaries))
     return table
@@ -260,21 +264,26 @@ def _speedup_line(first: RunSummary, second: RunSummary) -> str:
         ("output tokens/s", ratios.output_tokens_per_s),
     )
     words = ", ".join(f"{name} {_times(ratio)}" for name, ratio in told if ratio is not None)
-    return f"{first.system} against {second.system} (above 1× is better): {words or 'nothing to compare'}"
+    return f"{short_name(first.system)} against {short_name(second.system)} (above 1× is better): {words or 'nothing to compare'}"
 
 
 def _end_lines(summaries: Sequence[RunSummary]) -> list[str]:
     """Conversations that ended early; full contexts in one line, since they are the workload's doing."""
     lines = []
     for summary in summaries:
+        name = short_name(summary.system)
         full = [end for end in summary.early_ends if end.context_full]
         if full:
             names = ", ".join(f"{end.conversation_id} at turn {end.turn_index + 1}" for end in full)
-            lines.append(f"{summary.system}: ended: context full: {names}")
-        lines += [f"{summary.system}: {end}" for end in summary.early_ends if not end.context_full]
+            lines.append(f"{name}: ended: context full: {names}")
+        lines += [f"{name}: {end}" for end in summary.early_ends if not end.context_full]
         if summary.totals.truncated_tokens:
-            lines.append(f"{summary.system}: {summary.totals.truncated_tokens} tokens of history were left out to fit the context")
+            lines.append(f"{name}: {summary.totals.truncated_tokens} tokens of history were left out to fit the context")
     return lines
+
+
+def _is_long(name: str) -> bool:
+    return name != short_name(name) or len(name) > _NAME_CHARS
 
 
 def _ms(value_s: float | None) -> str:

@@ -96,6 +96,11 @@ class Run:
         return {record.key: record for record in self.records}
 
 
+def short_name(system: str) -> str:
+    """A system's name without what it says in brackets: for columns and bars."""
+    return system.partition(" (")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """What was measured, in the words of titles and records."""
