@@ -283,12 +283,16 @@ class ConversationStoreContract:
             else:
                 store.delete("a", id)
                 del leaves[id]
-                needed: set[str] = set()
-                for turn_id in [*(t for t in logs if owners[t] in leaves), *leaves.values()]:
-                    while turn_id is not None and turn_id not in needed:
-                        needed.add(turn_id)
-                        turn_id = parents[turn_id]
-                for turn_id in set(logs) - needed:
+                heirs: dict[str, str] = {}
+                for heir in leaves:  # in the order they were made
+                    for turn_id in [*(t for t in logs if owners[t] == heir), leaves[heir]]:
+                        while turn_id is not None:
+                            heirs.setdefault(turn_id, heir)
+                            turn_id = parents[turn_id]
+                for turn_id in [t for t in logs if owners[t] == id]:
+                    if turn_id in heirs:
+                        owners[turn_id] = heirs[turn_id]
+                        continue
                     del logs[turn_id]
                     with pytest.raises(ConversationNotFound):
                         store.path("a", turn_id)

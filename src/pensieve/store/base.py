@@ -171,7 +171,7 @@ class ConversationStore(Protocol):
         ...
 
     def delete(self, namespace: str, id: str) -> None:
-        """Delete a conversation and its turns, except those that another conversation's path runs through.
+        """Delete a conversation and its turns; those that another conversation's paths run through become that one's.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.

@@ -20,13 +20,13 @@ RETRY_S = 0.01
 
 def _create(connection: sqlite3.Connection) -> None:
     """From an empty file to version 1."""
-    # `owner` outlives its conversation while a fork still needs the turn, so it is no foreign key.
+    # A turn goes when its owner does, unless another conversation needs it and so inherits it.
     connection.execute(
         """
         CREATE TABLE turns (
             id           TEXT PRIMARY KEY NOT NULL,
             namespace    TEXT NOT NULL,
-            owner        INTEGER NOT NULL,  -- conversations.key of the conversation that added it
+            owner        INTEGER NOT NULL REFERENCES conversations (key),  -- who added or inherited it
             root         TEXT NOT NULL,     -- the first turn of its tree, perhaps itself
             parent       TEXT REFERENCES turns (id),
             start        INTEGER NOT NULL,  -- tokens of the parent's path in front of token_ids
@@ -44,7 +44,7 @@ def _create(connection: sqlite3.Connection) -> None:
     connection.execute(
         """
         CREATE TABLE conversations (
-            key       INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: turns may outlive their owner
+            key       INTEGER PRIMARY KEY,
             namespace TEXT NOT NULL,
             id        TEXT NOT NULL,
             leaf      TEXT REFERENCES turns (id),

@@ -207,14 +207,10 @@ class SqliteStore:
 
         def job(connection: sqlite3.Connection) -> None:
             key = _key(connection, namespace, id)
-            roots = connection.execute(
-                "SELECT root FROM turns WHERE owner = ?"
-                " UNION SELECT turns.root FROM turns JOIN conversations ON turns.id = conversations.leaf WHERE conversations.key = ?",
-                (key, key),
-            ).fetchall()
+            connection.executemany("UPDATE turns SET owner = ? WHERE id = ?", _heirs(connection, key))
+            connection.execute("UPDATE conversations SET leaf = NULL WHERE key = ?", (key,))
+            connection.execute("DELETE FROM turns WHERE owner = ?", (key,))
             connection.execute("DELETE FROM conversations WHERE key = ?", (key,))
-            for (root,) in roots:
-                _prune(connection, root)
 
         self._writer.call(job)
 
@@ -291,19 +287,24 @@ def _check_turn(connection: sqlite3.Connection, namespace: str, turn_id: str) ->
     return str(row[0]), int(row[1])
 
 
-def _prune(connection: sqlite3.Connection, root: str) -> None:
-    """Delete the turns of a tree that no conversation has a use for: neither its own nor on the way to its leaf or its own."""
-    connection.execute(
+def _heirs(connection: sqlite3.Connection, key: int) -> Sequence[tuple[int, str]]:
+    """Turns of a conversation that others need, each with the first who does: those with turns below it, or their leaf."""
+    return connection.execute(
         """
-        WITH RECURSIVE needed (id, parent) AS (
-            SELECT id, parent FROM turns WHERE root = :root AND owner IN (SELECT key FROM conversations)
-            UNION SELECT turns.id, turns.parent FROM turns JOIN conversations ON conversations.leaf = turns.id WHERE turns.root = :root
-            UNION SELECT turns.id, turns.parent FROM turns JOIN needed ON turns.id = needed.parent
-        )
-        DELETE FROM turns WHERE root = :root AND id NOT IN (SELECT id FROM needed)
+        WITH RECURSIVE
+            trees (root) AS (SELECT DISTINCT root FROM turns WHERE owner = :key),
+            needed (id, parent, key) AS (
+                SELECT id, parent, owner FROM turns WHERE root IN (SELECT root FROM trees) AND owner <> :key
+                UNION
+                SELECT turns.id, turns.parent, conversations.key FROM turns JOIN conversations ON conversations.leaf = turns.id
+                WHERE turns.root IN (SELECT root FROM trees) AND conversations.key <> :key
+                UNION
+                SELECT turns.id, turns.parent, needed.key FROM turns JOIN needed ON turns.id = needed.parent
+            )
+        SELECT min(needed.key), turns.id FROM needed JOIN turns ON turns.id = needed.id WHERE turns.owner = :key GROUP BY turns.id
         """,
-        {"root": root},
-    )
+        {"key": key},
+    ).fetchall()
 
 
 def _conversation(row: tuple[Any, ...]) -> Conversation:
