@@ -14,7 +14,7 @@ ARGS  ?=
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PROJECT := pyproject.toml constraints.txt src/pensieve/__init__.py
-TREES   := src tests scripts benchmarks $(wildcard main.py)
+TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check-slow bench lint format model clean
@@ -49,7 +49,7 @@ model: $(VENV)/.ready # the default model into the user's cache; at once if it i
 
 clean: ## remove caches and outputs, not the virtual environment
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
-	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(TREES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
