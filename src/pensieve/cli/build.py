@@ -191,12 +191,12 @@ def start(
 
 def cost_profile(options: Options, loaded: LoadedModel) -> tuple[CostProfile, str]:
     """Cost(l) as measured on this machine by `pensieve profile`, or else from arithmetic; and which of the two."""
-    from pensieve.worker.profile import load_profile
+    from pensieve.worker import profile
 
-    measured = load_profile(label=loaded.resolved.label, dtype=options.dtype, device=options.device, chunk_tokens=options.chunk_tokens)
+    measured = profile.find(loaded.model, options.chunk_tokens)
     if measured is not None:
-        return CostProfile(measured.points, options.chunk_tokens), "measured (pensieve profile)"
-    return CostProfile.from_shape(loaded.shape, options.chunk_tokens), "arithmetic (run `pensieve profile` to measure it)"
+        return CostProfile(measured.points, options.chunk_tokens), "measurement (pensieve profile)"
+    return CostProfile.from_shape(loaded.shape, options.chunk_tokens), "arithmetic (`pensieve profile` measures it)"
 
 
 def as_json(options: Options) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def load_or_measure(
     return profile
 
 
+def find(model: CausalModel, chunk_tokens: int = 32, *, attention: str = "auto", folder: Path | None = None) -> Profile | None:
+    """The profile of this model on this machine if one was kept, of whatever longest context; nothing is measured."""
+    return load((folder or _default_folder()) / f"{_key(model, chunk_tokens, attention)}.json")
+
+
 def contexts(max_context: int, chunk_tokens: int) -> list[int]:
     """Where Cost(l) is measured: powers of two times the chunk, up to `max_context`; at least one chunk."""
     found = [chunk_tokens]

@@ -1,0 +1,48 @@
+"""`pensieve profile`: measure Cost(l) of a model on this machine, and keep it for eviction (and for the simulator)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from pensieve.cli.build import load_model
+from pensieve.cli.options import model_options, pick
+
+
+@click.command()
+@click.option(
+    "--max-context", type=click.IntRange(min=32), default=None, help="Longest context measured (default: the model's, at most 8192)."
+)
+@click.option("--fresh", is_flag=True, help="Measure again even if a profile is kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@model_options
+def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) -> None:
+    """Measure what recomputing a chunk costs at each context length (Cost(l), paper §4.3.1), and keep it."""
+    from pensieve.worker.profile import load_or_measure
+
+    options = pick(shared)
+    loaded = load_model(options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True))
+    note = f": {loaded.resolved.note}" if loaded.resolved.note else ""
+    click.secho(
+        f"{loaded.resolved.label}, {loaded.resolved.weights} weights, {options.dtype} on {options.device}{note}", fg="cyan", err=as_json
+    )
+    longest = max_context or min(loaded.shape.max_positions, 8192)
+    measured = load_or_measure(
+        loaded.model,
+        longest,
+        options.chunk_tokens,
+        fresh=fresh,
+        progress=lambda what, share: click.secho(f"{share:4.0%} {what}", dim=True, err=True),
+    )
+    if as_json:
+        click.echo(json.dumps({"model": loaded.resolved.label, "weights": loaded.resolved.weights, **dataclasses.asdict(measured)}))
+        return
+    click.echo(f"\n{'context':>8}  {'ms a chunk':>10}  {'of it attention':>15}")
+    for context, seconds in measured.points:
+        click.echo(f"{context:>8}  {1e3 * seconds:>10.2f}  {max(0.0, 1 - measured.rest_s / seconds):>15.0%}")
+    click.echo(f"\nprefill {measured.prefill_tokens_per_s:,.0f} tokens/s, decode step {1e3 * measured.decode_step_s:.1f} ms")
+    for direction, speed in measured.copy_bytes_per_s.items():
+        click.echo(f"copy {direction} {speed / 1e9:.1f} GB/s")
