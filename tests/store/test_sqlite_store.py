@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import stat
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pensieve.errors import StoreError
-from pensieve.store import SqliteStore, default_path
+from pensieve.store import SqliteStore, default_path, schema
 from pensieve.store.schema import APPLICATION_ID, MIGRATIONS, connect
 from store.store_contract import ConversationStoreContract, log, say, user
 
@@ -172,6 +173,42 @@ def test_a_commit_that_fails_is_tried_turn_by_turn(path: Path) -> None:
         assert log(store, "one") == [2]
 
 
+def test_a_job_that_fails_halfway_leaves_nothing(path: Path) -> None:
+    with SqliteStore(path) as store:
+        store.create("a", "one")
+        turn = say(store, "one", "x", [1])
+
+        def half(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE conversations SET leaf = NULL")
+            raise RuntimeError("halfway")
+
+        release = hold(store)
+        failed = store._writer.submit(half)
+        after = store.append("a", "one", turn.id, user("y"), [2])
+        seen = store._writer.submit(
+            lambda connection: connection.execute("SELECT count(*) FROM conversations WHERE leaf IS NULL").fetchone()
+        )
+        release.set()
+        assert isinstance(failed.exception(timeout=30), RuntimeError)
+        assert seen.result(timeout=30) == (0,)
+        assert store.get("a", "one").leaf == after.result(timeout=30).id
+
+
+def test_nobody_waits_for_a_job_that_breaks_the_writer(path: Path) -> None:
+    with SqliteStore(path) as store:
+        store.create("a", "one")
+
+        def broken(connection: sqlite3.Connection) -> None:
+            raise SystemExit
+
+        release = hold(store)
+        futures = [store.append("a", "one", None, user("x"), [1]), store._writer.submit(broken)]
+        release.set()
+        for future in futures:
+            assert isinstance(future.exception(timeout=30), StoreError)
+        assert say(store, "one", "x", [2]).token_ids == (2,)
+
+
 def test_a_lock_that_does_not_end_fails_the_turn(path: Path) -> None:
     with SqliteStore(path, busy_timeout_s=0.05) as store:
         store.create("a", "one")
@@ -257,6 +294,28 @@ def test_many_open_a_new_file_at_once(path: Path) -> None:
     for store in made:
         assert isinstance(store, SqliteStore)
         store.close()
+
+
+def test_a_file_that_another_makes_while_we_look_is_ours(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one state for all that is looked at: no mark of ours yet, but tables already."""
+    meddled: list[str] = []
+
+    def interrupted(path: Path | None, busy_timeout_s: float) -> sqlite3.Connection:
+        connection = connect(path, busy_timeout_s)
+
+        def meddle(statement: str) -> None:
+            if "sqlite_master" in statement and not meddled:
+                meddled.append(statement)
+                with contextlib.suppress(StoreError):  # locked out, as it should be
+                    SqliteStore(str(path), busy_timeout_s=0).close()
+
+        connection.set_trace_callback(meddle)
+        return connection
+
+    monkeypatch.setattr(schema, "connect", interrupted)
+    with SqliteStore(path) as store:
+        assert store.create("a", "one").id == "one"
+    assert meddled
 
 
 # -- schema versions

@@ -98,7 +98,9 @@ def open_for_writing(path: Path | None, busy_timeout_s: float, migrations: Seque
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # conversations are their owner's to read
         connection = connect(path, busy_timeout_s)
+        connection.execute("BEGIN")  # one state for all that is looked at: another process may be making the tables right now
         _check(connection, name, len(migrations))  # before anything is changed, the journal mode included
+        connection.execute("ROLLBACK")
         _use_wal(connection, busy_timeout_s)
         _migrate(connection, name, migrations)
     except BaseException as error:

@@ -80,8 +80,19 @@ class GroupWriter:
             open_ = items[-1] is not None
             group = [item for item in items if item is not None]
             # a job that was cancelled while it waited is left out
-            self._run([(job, future) for job, future in group if future.set_running_or_notify_cancel()])
+            self._run_safely([(job, future) for job, future in group if future.set_running_or_notify_cancel()])
         self._connection.close()
+
+    def _run_safely(self, group: list[tuple[Job[Any], Future[Any]]]) -> None:
+        """Run a group whatever happens: nobody must wait for a future of a thread that died."""
+        try:
+            self._run(group)
+        except BaseException as error:  # out of memory, or a job of ours that left the transaction
+            failure = self._failure(error)
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(failure)
+            self._roll_back()
 
     def _run(self, group: list[tuple[Job[Any], Future[Any]]]) -> None:
         """Run a group in one transaction and resolve its futures; if that fails, in one transaction each."""
@@ -128,7 +139,7 @@ class GroupWriter:
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
 
-    def _failure(self, error: Exception) -> StoreError:
+    def _failure(self, error: BaseException) -> StoreError:
         failure = StoreError(f"the conversation store {self._name} failed: {error}; take what was being written as not stored")
         failure.__cause__ = error
         return failure
