@@ -74,6 +74,7 @@ def build_record(
             "verdict": equality.verdict_line(),
             "tolerance": equality.tolerance,
             "max_logprob_difference": equality.max_delta,
+            "mean_logprob_difference": equality.mean_delta,
             "counts": {verdict.value: count for verdict, count in equality.counts.items()},
             "turns": equality.turns,
         }
