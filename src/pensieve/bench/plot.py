@@ -37,7 +37,7 @@ def plot_first_token(path: str | Path, runs: Sequence[Run], subject: Subject) ->
     if not any(points for _, points in curves):
         raise ConfigError("there is nothing to plot: no run has an answer")
     with matplotlib.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(8.0, 4.8), dpi=150, layout="constrained")
+        figure = Figure(figsize=(8.0, 5.6), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for index, (run, points) in enumerate(curves):
@@ -52,7 +52,7 @@ def plot_first_token(path: str | Path, runs: Sequence[Run], subject: Subject) ->
         axes.set_ylabel("time to first token, ms")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, title="median, middle half of the users shaded", alignment="left")
+        figure.legend(loc="outside lower left", frameon=False, title="median; the middle half of the users is shaded", alignment="left")
         users = len({record.user for record in runs[0].records})
         figure.suptitle("Time to first token by turn", fontsize=14, fontweight="bold", x=0.01, ha="left")
         axes.set_title(f"{subject}\n{users} users at once, {runs[0].started_at[:10]}", fontsize=10, color="#444444", loc="left")
