@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from pensieve.config import ModelShape
+from pensieve.errors import ModelRefused
 from pensieve.worker import gate
 from pensieve.worker.attention import AttentionArgs, KVGeometry
 from pensieve.worker.batch import Batch
@@ -47,20 +48,23 @@ class CausalModel:
         """
         self.label = label or model.config.name_or_path or model.config.model_type
         gate.check_config(model, self.label)
-        AttentionInterface.register(_INTERFACE, _attention)
-        self.model = model
+        self.model = model.eval()
         self.config: PretrainedConfig = model.config.get_text_config()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.shape = shape_of(model.config)
         # Asked whether padding was forgotten, transformers would compare all ids with this, a wait for the GPU in every step.
         model.config.pad_token_id = None
-        model.eval()
-        with torch.inference_mode():
-            model.set_attn_implementation(_INTERFACE)
+        AttentionInterface.register(_INTERFACE, _attention)
+        before = model.config._attn_implementation
+        model.set_attn_implementation(_INTERFACE)
+        try:
             self.geometry: KVGeometry = gate.probe(self)
             if self_test:
                 gate.self_test(self)
+        except ModelRefused:
+            model.set_attn_implementation(before)  # whoever holds it may still use it without us
+            raise
 
     def forward(self, batch: Batch, attending: Attending) -> torch.Tensor:
         """Logits of the last token of each emitting span, (E, V), in the model's dtype."""
@@ -115,15 +119,27 @@ def _attention(
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
-    """The numbers of a model from its Hugging Face config, whatever its family calls them."""
+    """The numbers of a model from its Hugging Face config, whatever its family calls them.
+
+    Raises:
+        ModelRefused: the config does not say them, or says one for each layer.
+    """
     text = config.get_text_config()
 
     def first(*names: str) -> int | None:
-        return next((int(value) for name in names if (value := getattr(text, name, None)) is not None), None)
+        for name in names:
+            try:
+                value = getattr(text, name, None)
+            except Exception as error:  # transformers' own kind, for a number that differs between layers
+                raise ModelRefused(f"the layers of {text.model_type!r} differ in {name}: {error}") from error
+            if value is not None:
+                return int(value)
+        return None
 
     def need(*names: str) -> int:
         value = first(*names)
-        assert value is not None, f"the config of {text.model_type!r} has none of {', '.join(names)}"
+        if value is None:
+            raise ModelRefused(f"the config of {text.model_type!r} has none of {', '.join(names)}: its shape is unknown")
         return value
 
     hidden, heads = need("hidden_size", "n_embd"), need("num_attention_heads", "n_head")

@@ -23,6 +23,8 @@ class TokenRows:
         width = geometry.num_kv_heads * geometry.head_dim
         self._tokens = numbers.view(-1, width)
         self._chunks = numbers.view(-1, chunk_tokens * width)
+        # Room for gathered chunks, kept: fresh memory for every layer would cost more in page faults than the copying itself.
+        self._gathered = self._chunks.new_empty((2, 0, chunk_tokens * width))
 
     def first_rows(self, batch: Batch) -> torch.Tensor:
         """(T,), the row of each new token's K in layer 0."""
@@ -37,8 +39,14 @@ class TokenRows:
         self._tokens.index_copy_(0, rows + self._chunk_tokens, value.reshape(len(rows), -1))
 
     def gather(self, slots: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the chunks in these slots (N,), each (N * C, Hkv, D); cells beyond the context included."""
+        """K and V of the chunks in these slots (N,), each (N * C, Hkv, D); cells beyond the context included. Valid until the next call."""
         geometry = self._geometry
         rows = slots * (2 * geometry.num_layers) + 2 * layer
-        shape = (len(slots) * self._chunk_tokens, geometry.num_kv_heads, geometry.head_dim)
-        return self._chunks.index_select(0, rows).view(shape), self._chunks.index_select(0, rows + 1).view(shape)
+        count = len(slots)
+        if count > self._gathered.shape[1]:
+            self._gathered = self._chunks.new_empty((2, count, self._chunks.shape[1]))
+        shape = (count * self._chunk_tokens, geometry.num_kv_heads, geometry.head_dim)
+        key, value = self._gathered[0, :count], self._gathered[1, :count]
+        torch.index_select(self._chunks, 0, rows, out=key)
+        torch.index_select(self._chunks, 0, rows + 1, out=value)
+        return key.view(shape), value.view(shape)
