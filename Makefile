@@ -10,6 +10,8 @@ PY    ?= python3
 VENV  ?= .venv
 TORCH ?= torch==2.13.0
 ARGS  ?=
+# Tiers too small for all six conversations, so that chunks are copied down, swapped in, dropped and recomputed before your eyes.
+DEMO  := --users 6 --turns 8 --gpu-cache 0.06 --cpu-cache 0.06
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
@@ -23,7 +25,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
 
 demo: $(VENV)/.ready model ## install, fetch the default model, then compare stateful with stateless on the shipped conversations
-	$(BIN)/pensieve compare $(ARGS)
+	$(BIN)/pensieve compare $(DEMO) $(ARGS)
 
 test: lint model ## install, fetch the default model, lint, check types and imports, run the tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -60,7 +62,7 @@ $(BIN)/python:
 # PyTorch goes first and by exact version: left to the resolver, another build may be chosen.
 $(VENV)/.ready: $(PROJECT) | $(BIN)/python
 	$(BIN)/python -m pip --disable-pip-version-check install $(TORCH)
-	$(PIP) -e ".[gguf,plot]"
+	$(PIP) -e ".[gguf,plot,baseline]"
 	@touch $@
 
 $(VENV)/.dev-ready: $(VENV)/.ready

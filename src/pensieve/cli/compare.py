@@ -96,7 +96,9 @@ def run_compare(options: Options, workload: Workload, *, baseline_url: str | Non
     if baseline_url is not None:
         other = OpenAISystem(baseline_url, name=f"server at {baseline_url}")
         try:
-            second = run_users(other, selection.conversations, replace(settings, vocab_size=None), listener)
+            second = run_users(
+                other, selection.conversations, replace(settings, vocab_size=None), listener, replay=first if loaded.talks else None
+            )
         finally:
             other.close()
         equality = None
