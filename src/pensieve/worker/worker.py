@@ -82,14 +82,13 @@ class ModelWorker:
         broken: list[RequestFailure] = []
         forward_error = None
         try:
-            logits, batch = self._forward(plan, swap_in)
+            if plan.spans:
+                batch, logits = self._forward(plan, swap_in)
+                swap_in.wait()
+                tokens, broken = self._sample(batch, logits, swap_in)
         except Exception as error:  # a plan's failure is its result; the next plan may be fine
             forward_error = f"{type(error).__name__}: {error}"
-            swap_in.wait()
-        else:
-            swap_in.wait()
-            if batch is not None:
-                tokens, broken = self._sample(batch, logits, swap_in)
+        swap_in.wait()
         done, failed = self._transfer.end_step()
         return StepResult(plan.step_id, tuple(tokens), done, failed, tuple(broken), forward_error)
 
@@ -103,11 +102,9 @@ class ModelWorker:
         self._stores = ()
         self._backend = None
 
-    def _forward(self, plan: StepPlan, swap_in: SwapIn) -> tuple[torch.Tensor, Batch | None]:
-        """Logits (E, V) and their batch; no batch for a plan of copies alone."""
+    def _forward(self, plan: StepPlan, swap_in: SwapIn) -> tuple[Batch, torch.Tensor]:
+        """The batch of a plan with spans, and its logits (E, V)."""
         self._hooks.before_forward(plan)
-        if not plan.spans:
-            return torch.empty(0), None
         batch = self._builder.build(plan.spans, self._sampler.last_token)
         backend = self._backend
         with torch.inference_mode():
@@ -119,7 +116,7 @@ class ModelWorker:
             out: torch.Tensor = backend.attend(prepared, layer, query, args)
             return out
 
-        return self._model.forward(batch, attending), batch
+        return batch, self._model.forward(batch, attending)
 
     def _sample(self, batch: Batch, logits: torch.Tensor, swap_in: SwapIn) -> tuple[list[SampledToken], list[RequestFailure]]:
         """Sample for the spans whose context came in whole; the others computed over nothing, and the scheduler plans them again."""

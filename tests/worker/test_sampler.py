@@ -1,0 +1,253 @@
+"""Tokens follow the exact filtered distribution, a seed decides them alone, and one request's trouble is its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pensieve.core.plan import RequestStart, Span
+from pensieve.core.request import SamplingParams
+from pensieve.worker import sampler as sampler_module
+from pensieve.worker.sampler import Sampler, draw, uniform
+
+torch.set_num_threads(1)
+
+LOGITS = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.9, 0.0, -3.0, 1.9])
+
+
+def emitting(request: str, position: int) -> Span:
+    """The span whose sampled token stands at `position`."""
+    return Span(request, position - 1, position, None, True)
+
+
+def one(sampling: SamplingParams, logits: torch.Tensor, prompt: tuple[int, ...] = (1, 2), position: int | None = None) -> Any:
+    sampler = Sampler()
+    sampler.start([RequestStart("r", sampling, prompt)])
+    tokens, failures = sampler.sample([emitting("r", len(prompt) if position is None else position)], logits[None])
+    assert failures == []
+    return tokens[0]
+
+
+def exact(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The distribution by definition: temperature, top_k, top_p, min_p, each renormalising."""
+    p = torch.softmax(logits.double() / params.temperature, dim=-1)
+    order = p.argsort(descending=True, stable=True).tolist()
+    if params.top_k:
+        for token in order[params.top_k :]:
+            p[token] = 0.0
+        p /= p.sum()
+    held = 0.0
+    for token in order:
+        if held >= params.top_p:
+            p[token] = 0.0
+        held += float(p[token])
+    p /= p.sum()
+    p[p < params.min_p * p.max()] = 0.0
+    return p / p.sum()
+
+
+FILTERS = {
+    "plain": SamplingParams(temperature=1.0),
+    "hot": SamplingParams(temperature=2.5),
+    "cold": SamplingParams(temperature=0.3),
+    "top_p": SamplingParams(temperature=1.0, top_p=0.7),
+    "top_k": SamplingParams(temperature=1.3, top_k=3),
+    "min_p": SamplingParams(temperature=1.0, min_p=0.3),
+    "all": SamplingParams(temperature=1.2, top_k=5, top_p=0.85, min_p=0.2),
+    "tiny top_p": SamplingParams(temperature=1.0, top_p=0.01),
+}
+
+
+@pytest.mark.parametrize("params", FILTERS.values(), ids=FILTERS.keys())
+def test_draws_follow_the_exact_filtered_distribution(params: SamplingParams) -> None:
+    """Numbers spread evenly over [0, 1) must reproduce every probability to a grid step: no statistics needed."""
+    steps = 4000
+    counts = torch.zeros(len(LOGITS))
+    for step in range(steps):
+        counts[draw(LOGITS, params, (step + 0.5) / steps)] += 1
+    expected = exact(LOGITS, params)
+    assert ((counts / steps - expected).abs() <= 1.5 / steps).all(), (counts / steps, expected)
+
+
+def test_the_hash_is_uniform_and_without_memory() -> None:
+    """Chi-squared over 100 cells, for positions of one seed, seeds of one position, and pairs of neighbours."""
+    count, cells = 20_000, 100
+    limit = cells - 1 + 6 * math.sqrt(2 * (cells - 1))  # six standard deviations
+    series = {
+        "positions": [uniform(42, position) for position in range(count)],
+        "seeds": [uniform(seed, 7) for seed in range(count)],
+    }
+    for name, numbers in series.items():
+        counts = torch.tensor(numbers).mul(cells).long().bincount(minlength=cells).double()
+        assert float(((counts - count / cells) ** 2 / (count / cells)).sum()) < limit, name
+        pairs = torch.tensor([int(a * 10) * 10 + int(b * 10) for a, b in itertools.pairwise(numbers)])
+        counts = pairs.bincount(minlength=cells).double()
+        assert float(((counts - count / cells) ** 2 / (count / cells)).sum()) < limit, f"pairs of {name}"
+    assert all(0.0 <= number < 1.0 for numbers in series.values() for number in numbers)
+
+
+def test_sampled_tokens_of_many_seeds_follow_the_distribution() -> None:
+    params = FILTERS["all"]
+    count = 3000
+    sampler = Sampler()
+    sampler.start(
+        RequestStart(f"r{seed}", SamplingParams(temperature=1.2, top_k=5, top_p=0.85, min_p=0.2, seed=seed), (1,)) for seed in range(count)
+    )
+    tokens, _ = sampler.sample([emitting(f"r{seed}", 1) for seed in range(count)], LOGITS.expand(count, -1))
+    counts = torch.tensor([token.token_id for token in tokens]).bincount(minlength=len(LOGITS)).double()
+    expected = exact(LOGITS, params)
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((counts / count - expected).abs() <= 5 * deviation + 1e-12).all()
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1.0 - 2.0**-53])
+@pytest.mark.parametrize("params", FILTERS.values(), ids=FILTERS.keys())
+def test_the_ends_of_the_unit_interval_never_leave_the_filter(params: SamplingParams, number: float) -> None:
+    assert exact(LOGITS, params)[draw(LOGITS, params, number)] > 0
+
+
+def test_top_p_looks_beyond_its_first_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 0.1  # nearly flat
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    wide = [draw(logits, params, step / 500) for step in range(500)]
+    monkeypatch.setattr(sampler_module, "_TOP_GUESS", 8)
+    assert [draw(logits, params, step / 500) for step in range(500)] == wide
+    assert len(set(wide)) > 200
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-6, 1e-3])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    assert all(draw(LOGITS, SamplingParams(temperature=temperature), number / 10) == 0 for number in range(10))
+
+
+def test_greedy_takes_the_likeliest_of_every_row() -> None:
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3)).bfloat16()
+    sampler = Sampler()
+    sampler.start(RequestStart(f"r{row}", SamplingParams(), (1,)) for row in range(5))
+    tokens, failures = sampler.sample([emitting(f"r{row}", 1) for row in range(5)], logits)
+    assert [token.token_id for token in tokens] == logits.argmax(-1).tolist() and failures == []
+    assert all(token.logprob is None and token.top == () for token in tokens)
+
+
+def test_a_seed_gives_the_same_tokens_whatever_the_neighbours_and_interruptions() -> None:
+    def answer(neighbours: int, *, twice: bool) -> list[int]:
+        logits = torch.randn(12, 60, generator=torch.Generator().manual_seed(5))
+        sampler = Sampler()
+        params = SamplingParams(temperature=1.5, seed=11)
+        sampler.start([RequestStart("r", params, (1, 2, 3))])
+        sampler.start(RequestStart(f"n{i}", SamplingParams(temperature=1.0), (1, 2, 3)) for i in range(neighbours))
+        found = []
+        for step in range(12):
+            spans = [*(emitting(f"n{i}", 3 + step) for i in range(neighbours)), emitting("r", 3 + step)]
+            for _ in range(2 if twice and step % 3 == 0 else 1):  # a step that was void is done again
+                tokens, _ = sampler.sample(spans, logits[step].expand(len(spans), -1))
+            found.append(tokens[-1].token_id)
+            assert sampler.last_token(Span("r", 3 + step, 4 + step, None, True)) == found[-1]
+        return found
+
+    alone = answer(0, twice=False)
+    assert answer(4, twice=False) == alone
+    assert answer(1, twice=True) == alone
+    assert len(set(alone)) > 3
+
+
+def test_without_a_seed_two_requests_differ() -> None:
+    logits = torch.zeros(2, 1 << 16)
+    sampler = Sampler()
+    sampler.start(RequestStart(name, SamplingParams(temperature=1.0), (1,)) for name in "ab")
+    tokens, _ = sampler.sample([emitting("a", 1), emitting("b", 1)], logits)
+    assert tokens[0].token_id != tokens[1].token_id  # by chance equal once in 65,536 runs
+
+
+def test_repetition_penalty_covers_prompt_and_output() -> None:
+    """Positive logits are divided, negative ones multiplied (arXiv:1909.05858)."""
+    logits = torch.tensor([1.0, 3.0, 2.9, -0.1])
+    sampler = Sampler()
+    sampler.start([RequestStart("r", SamplingParams(repetition_penalty=2.0), (1,))])
+    found = []
+    for position in range(1, 4):
+        tokens, _ = sampler.sample([emitting("r", position)], logits[None])
+        found.append(tokens[0].token_id)
+    assert found == [2, 1, 1]  # 1 counts 1.5 from the start; then 2 counts 1.45
+
+
+def test_presence_and_frequency_penalties_cover_the_output_only() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, 0.0])
+
+    def answer(**penalty: float) -> list[int]:
+        sampler = Sampler()
+        sampler.start([RequestStart("r", SamplingParams(**penalty), (1, 1, 1))])  # type: ignore[arg-type]
+        return [sampler.sample([emitting("r", position)], logits[None])[0][0].token_id for position in range(3, 8)]
+
+    assert answer(presence_penalty=1.5) == [1, 2, 1, 1, 1]  # once: 3.0 -> 1.5 against 2.0, then both are 1.5 and 0.5
+    assert answer(frequency_penalty=0.6) == [1, 1, 2, 1, 2]
+    assert answer(presence_penalty=-1.0) == [1, 1, 1, 1, 1]
+
+
+def test_a_void_token_leaves_no_trace_in_the_penalties() -> None:
+    sampler = Sampler()
+    sampler.start([RequestStart("r", SamplingParams(frequency_penalty=2.0), (0,))])
+    likes = {token: torch.nn.functional.one_hot(torch.tensor(token), 4).float()[None] for token in range(4)}
+    sampler.sample([emitting("r", 1)], likes[3])
+    sampler.sample([emitting("r", 2)], likes[3])  # its step turns out void, and is planned again
+    again, _ = sampler.sample([emitting("r", 1)], likes[3])
+    assert again[0].token_id == 3
+    assert sampler._states["r"].tokens == [0, 3] and +sampler._states["r"].counts == {3: 1}
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    expected = torch.log_softmax(LOGITS, dim=-1)
+    token = one(SamplingParams(temperature=3.0, top_k=1, presence_penalty=2.0, logprobs=3), LOGITS)
+    assert token.token_id == 0 and token.logprob == pytest.approx(float(expected[0]))
+    assert [token_id for token_id, _ in token.top] == [0, 7, 2]
+    assert [value for _, value in token.top] == pytest.approx(expected.sort(descending=True).values[:3].tolist())
+    assert one(SamplingParams(logprobs=0), LOGITS).top == () and one(SamplingParams(logprobs=0), LOGITS).logprob is not None
+    assert len(one(SamplingParams(logprobs=20), LOGITS).top) == len(LOGITS)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_fail_their_request_alone(bad: float, temperature: float) -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 6] = bad
+    sampler = Sampler()
+    sampler.start(RequestStart(name, SamplingParams(temperature=temperature), (1,)) for name in "abc")
+    tokens, failures = sampler.sample([emitting(name, 1) for name in "abc"], logits)
+    assert [token.request_id for token in tokens] == ["a", "c"]
+    assert [failure.request_id for failure in failures] == ["b"] and "not finite" in failures[0].message
+
+
+def test_forbidden_tokens_may_have_minus_infinity() -> None:
+    logits = LOGITS.clone()
+    logits[3] = float("-inf")
+    assert one(SamplingParams(), logits).token_id == 0
+    assert one(SamplingParams(temperature=1.0, seed=1, repetition_penalty=1.2), logits).token_id != 3
+
+
+def test_a_request_that_breaks_in_sampling_fails_alone() -> None:
+    def hook(request_id: str) -> None:
+        if request_id == "b":
+            raise ValueError("no grammar")
+
+    sampler = Sampler(before_sample=hook)
+    sampler.start(RequestStart(name, SamplingParams(), (1,)) for name in "abc")
+    tokens, failures = sampler.sample([emitting(name, 1) for name in "abc"], LOGITS.repeat(3, 1))
+    assert [token.request_id for token in tokens] == ["a", "c"]
+    assert [(f.request_id, f.message) for f in failures] == [("b", "sampling failed: ValueError: no grammar")]
+
+
+def test_only_ended_requests_are_forgotten() -> None:
+    sampler = Sampler()
+    sampler.start(RequestStart(name, SamplingParams(), (5,)) for name in "ab")
+    sampler.forget(["a", "never started"])
+    assert sampler.last_token(Span("b", 0, 1, None, True)) == 5
+    with pytest.raises(KeyError):
+        sampler.last_token(Span("a", 0, 1, None, True))
+
+
+def test_nothing_to_sample() -> None:
+    assert Sampler().sample([], torch.empty(0, 7)) == ([], [])
