@@ -23,13 +23,14 @@ _TOP_GUESS = 512  # candidates tried first for top_p; a full sort only where the
 class _State:
     """What is remembered of one request: its tokens by position, and counts of them where penalties need them."""
 
-    __slots__ = ("counts", "num_prompt", "params", "seed", "tokens")
+    __slots__ = ("counts", "num_prompt", "params", "prompt_ids", "seed", "tokens")
 
     def __init__(self, start: RequestStart) -> None:
         self.params = start.sampling
         self.seed = secrets.randbits(64) if start.sampling.seed is None else start.sampling.seed
         self.tokens = list(start.prompt)
         self.num_prompt = len(start.prompt)
+        self.prompt_ids = frozenset(start.prompt if start.sampling.repetition_penalty != 1.0 else ())
         self.counts: Counter[int] = Counter()  # of the output
 
     def truncate(self, length: int) -> None:
@@ -135,11 +136,11 @@ def _penalised(row: torch.Tensor, state: _State) -> torch.Tensor:
     """Logits (V,) in fp32 after repetition (over prompt and output), then presence and frequency penalties (over the output)."""
     params = state.params
     logits = row.float().clone()
+    counts = {token: count for token, count in state.counts.items() if count > 0}
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(state.tokens)), dtype=torch.int64, device=row.device)
+        seen = torch.tensor(list(state.prompt_ids | counts.keys()), dtype=torch.int64, device=row.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    counts = {token: count for token, count in state.counts.items() if count > 0}
     if counts and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
         ids = torch.tensor(list(counts), dtype=torch.int64, device=row.device)
         times = torch.tensor(list(counts.values()), dtype=torch.float32, device=row.device)
