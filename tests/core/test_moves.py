@@ -113,13 +113,19 @@ SETTLES_DOWN = {Event.FINISH_SWAP_OUT, Event.FAIL_SWAP_OUT}
 SETTLES_UP = {Event.FINISH_SWAP_IN, Event.FAIL_SWAP_IN, Event.LOSE}
 
 
-@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, Event)), ids=lambda value: value.name)
+# What settles a copy is one call for both directions: the copy's own makes it a swap-out's event or a swap-in's.
+CASES = [
+    (state, event)
+    for state, event in itertools.product(State, Event)
+    if not (event in SETTLES_DOWN and state is State.LOWER_COPYING) and not (event in SETTLES_UP and state is State.UPPER_COPYING)
+]
+
+
+@pytest.mark.parametrize(("state", "event"), CASES, ids=lambda value: value.name)
 def test_every_pair_of_state_and_event(state: State, event: Event) -> None:
     bench = Bench()
     bench.bring_to(state)
     assert bench.chunk.state(0, 1) is state
-    if (event in SETTLES_DOWN and state is State.LOWER_COPYING) or (event in SETTLES_UP and state is State.UPPER_COPYING):
-        pytest.skip("the same call: the copy's direction makes it the other event")
     before = bench.snapshot()
     target = MOVES.get((state, event))
     if target is None:

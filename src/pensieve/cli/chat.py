@@ -12,13 +12,13 @@ from pensieve.cli.build import GB, Runtime, load_model, start
 from pensieve.cli.options import cache_options, model_options, pick
 from pensieve.core.request import SamplingParams
 from pensieve.errors import ConversationNotFound, PensieveError
-from pensieve.messages import Receipt
+from pensieve.messages import Receipt, Stats
 from pensieve.service import DEFAULT_NAMESPACE, TurnDone
 from pensieve.store.base import path_messages
 from pensieve.store.sqlite import SqliteStore, default_path
 from pensieve.text.messages import Message
 
-HELP = "Commands: /receipt (stats of the cache), /history, /new, /quit. Ctrl-C ends an answer, Ctrl-D the chat."
+HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an answer, Ctrl-D the chat."
 
 
 @click.command()
@@ -110,8 +110,8 @@ class _Chat:
                 conversation_id, is_new = self._open(None)
             elif line == "/history":
                 self._history(conversation_id)
-            elif line == "/receipt":
-                click.echo(self.runtime.service.stats().result())
+            elif line == "/cache":
+                self._cache()
             elif line.startswith("/"):
                 click.echo(HELP)
             else:
@@ -130,6 +130,17 @@ class _Chat:
             conversation = self.store.create(DEFAULT_NAMESPACE, conversation_id)
             click.secho(f"conversation {conversation.id}, new", fg="cyan")
             return conversation.id, True
+
+    def _cache(self) -> None:
+        stats = self.runtime.service.stats().result()
+        assert isinstance(stats, Stats)
+        for tier in stats.tiers:
+            click.echo(f"{tier.name}: {tier.used} of {tier.num_slots} chunks used, {tier.reclaimable} of them reclaimable at no cost")
+        click.echo(
+            f"since the start: gpu {stats.gpu_tokens}, cpu {stats.cpu_tokens}, recomputed {stats.recomputed_tokens}, new {stats.new_tokens}, "
+            f"out {stats.output_tokens} tokens; {_bytes(stats.bytes_in)} swapped in, {_bytes(stats.bytes_out)} out; "
+            f"{stats.chunks_dropped} chunks dropped, {stats.suspensions} suspensions, {stats.steps} steps"
+        )
 
     def _history(self, conversation_id: str) -> None:
         leaf = self.store.get(DEFAULT_NAMESPACE, conversation_id).leaf

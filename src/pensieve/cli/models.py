@@ -6,6 +6,8 @@ import click
 
 from pensieve.worker.weights import describe_models
 
+MIN_WIDTH = 130
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -41,6 +43,8 @@ def models(as_json: bool) -> None:
             row.detail,
         )
     console = Console()
+    if console.width < MIN_WIDTH:
+        console = Console(width=MIN_WIDTH)  # a line that the terminal wraps reads better than a column of syllables
     console.print(table)
     for row in rows:
         if row.kind == "how-to":

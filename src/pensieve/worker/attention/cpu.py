@@ -24,6 +24,7 @@ _FOLD_QUERIES = 128  # folded queries need a mask row each; beyond this many the
 # Single tokens go in one batch while the K they read, padded, stays in a core's cache: up to 2 times as fast as one by one for
 # contexts of 40 tokens, 1.3 times for 500; beyond it slower (SmolLM2's shape, one core).
 _BATCH_BYTES = 2 << 20
+_MOST_SCORES = 32 << 20  # of one span that are held at once, 64 MB each of scores and of weights
 _MIN_VALUE = float("-inf")
 
 
@@ -107,7 +108,7 @@ class CpuAttention(AttentionBackend[Step]):
         num_queries, num_heads, head_dim = query.shape
         group = num_heads // key.shape[1]
         plain = args.softcap is None and args.sinks is None
-        by_products = _products_pay(query.dtype, run, key.shape[2])
+        by_products = _products_pay(query, run, key.shape[2])
         if plain and not by_products and (run.is_causal or group * num_queries > _FOLD_QUERIES):
             queries = query.transpose(0, 1)[None]  # (1, H, Q, D)
             out = scaled_dot_product_attention(
@@ -230,13 +231,16 @@ def _causal_mask(num_queries: int, like: torch.Tensor) -> torch.Tensor:
     return torch.full((num_queries, num_queries), _MIN_VALUE, dtype=like.dtype, device=like.device).triu_(1)
 
 
-def _products_pay(dtype: torch.dtype, run: Run, num_keys: int) -> bool:
+def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
     """Whether two plain matrix products beat torch's fused kernel.
 
     Its blocks are small, and for bfloat16 each is a call into oneDNN: 60 queries over 1,084 keys take 1.4 ms a layer against 0.8 (SmolLM2's
-    shape, 2 cores of an EPYC with AVX512-BF16). In float32, and where it can skip the half above the diagonal, it wins.
+    shape, 2 cores of an EPYC with AVX512-BF16). In float32, and where it can skip the half above the diagonal, it wins; and it never holds
+    all scores at once, which for many queries over a long context would be more memory than a step may take.
     """
-    return dtype == torch.bfloat16 and not run.is_causal and (run.mask is not None or num_keys >= 1024)
+    if query.dtype != torch.bfloat16 or run.is_causal or (run.mask is None and num_keys < 1024):
+        return False
+    return query.shape[0] * query.shape[1] * num_keys <= _MOST_SCORES
 
 
 def _attend_by_products(
