@@ -39,7 +39,7 @@ from pensieve.errors import PensieveError
 @click.option("--num-conversations", type=click.IntRange(min=1), default=None, help="How many are used (default: one a user).")
 @click.option("--min-turns", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--max-turns", type=click.IntRange(min=1), default=6, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=None, help="[default: 32, interactive: 256]")
 @click.option("--num-concurrent-users", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option(
     "--request-interval",
@@ -55,6 +55,7 @@ from pensieve.errors import PensieveError
 def experiment(
     mode: str,
     interactive: bool,
+    max_new_tokens: int | None,
     gpu_cache_gb: float | None,
     cpu_cache_gb: float | None,
     baseline_url: str | None,
@@ -68,7 +69,7 @@ def experiment(
         num_conversations=arguments.pop("num_conversations"),
         min_turns=arguments.pop("min_turns"),
         max_turns=arguments.pop("max_turns"),
-        max_new_tokens=arguments.pop("max_new_tokens"),
+        max_new_tokens=max_new_tokens or 32,
         request_interval_s=arguments.pop("request_interval"),
     )
     small = mode == "demo"
@@ -77,7 +78,7 @@ def experiment(
     if interactive:
         if mode not in ("pensieve", "vllm"):
             raise click.UsageError(f"--interactive chats with one system: use --mode pensieve or --mode vllm, not {mode}")
-        sampling = SamplingParams(max_new_tokens=workload.max_new_tokens if workload.max_new_tokens != 32 else 256)
+        sampling = SamplingParams(max_new_tokens=max_new_tokens or 256)
         run_chat(arguments, None, None, None, sampling, retain=mode == "pensieve")
     elif mode in ("compare", "demo"):
         run_compare(Options(**arguments), workload, baseline_url=baseline_url, out_dir=out_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pensieve.core.eviction import RetentionValue
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
-from pensieve.errors import ContextLengthExceeded, EngineClosed, PensieveError
+from pensieve.errors import ContextLengthExceeded, ConversationConflict, EngineClosed, InvalidRequest, PensieveError
 from pensieve.messages import KeepAnswer, Stats
 from pensieve.service import ConversationService, Path, TurnDone
 from pensieve.store.base import path_messages, path_tokens
@@ -178,6 +179,7 @@ def test_overflow_truncate_keeps_the_system_prompt_and_says_what_it_cost(store: 
     assert len(first.prompt) < 160
     assert chat(CHATML).decode_all(first.prompt).startswith("<|im_start|>system\nbe brief")
     assert first.receipt.recomputed_tokens > 0
+    assert first.receipt.new_tokens > 0, "the newest message was never computed before"
     for turn in done:
         assert list(turn.output) == expected_answer(list(turn.prompt), len(turn.output), VOCAB)
 
@@ -197,7 +199,8 @@ def test_a_keep_is_answered_and_a_delete_frees_everything(store: SqliteStore) ->
     with running(store) as service:
         ask(service, "hello there, keep me")
         kept = service.keep("c", True).result(20)
-        assert kept == KeepAnswer("c", True)
+        assert isinstance(kept, KeepAnswer)
+        assert kept.error is None
         assert service.keep("nobody", True).result(20).error is not None
         service.delete("c").result(20)
         stats = service.stats().result(20)
@@ -218,3 +221,89 @@ def test_token_ids_alone_need_no_text(store: SqliteStore) -> None:
         done = service.complete("s", [1, 2, 3], 0, SamplingParams(max_new_tokens=4)).future.result(20)
     assert list(done.output) == expected_answer([1, 2, 3], 4, VOCAB)
     assert done.text == ""
+
+
+def test_one_bad_request_disturbs_nobody(store: SqliteStore) -> None:
+    with running(store) as service:
+        for bad in ([-1] * 10, [2**32] * 10, ["x"] * 10):
+            with pytest.raises(InvalidRequest, match="token ids must be integers"):
+                service.complete("bad", bad, 0, SamplingParams()).future.result(20)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match="namespace"):
+            service.complete("bad", [1, 2], 0, SamplingParams(), namespace="\ud800").future.result(20)
+        assert ask(service, "hello").text
+
+
+def test_a_cancelled_turn_does_not_take_others_along(store: SqliteStore) -> None:
+    with running(store) as service:
+        turns = [service.send(f"c{i}", [Message("user", "hello")], SamplingParams(max_new_tokens=30)) for i in range(4)]
+        assert turns[0].future.cancel()
+        for turn in turns[1:]:
+            assert turn.future.result(20).text
+
+
+def test_an_engine_that_breaks_says_so_to_everybody_and_to_who_comes_later(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Scheduler, now_s: float) -> None:
+        raise RuntimeError("planted")
+
+    with running(store) as service:
+        assert ask(service, "hello").text
+        monkeypatch.setattr(Scheduler, "schedule", broken)
+        for _ in range(2):
+            with pytest.raises(EngineClosed, match="planted"):
+                ask(service, "again")
+        assert service.keep("c", True).result(20).error is not None
+
+
+def test_after_closing_everything_is_refused_at_once(store: SqliteStore) -> None:
+    with running(store) as service:
+        pass
+    with pytest.raises(EngineClosed):
+        ask(service, "too late")
+    for future in (service.stats(), service.keep("c", True), service.delete("c")):
+        with pytest.raises(EngineClosed):
+            future.result(5)
+
+
+def test_two_keeps_in_a_row_are_both_answered(store: SqliteStore) -> None:
+    with running(store) as service:
+        ask(service, "hello")
+        answers = [service.keep("c", True), service.keep("c", True), service.keep("c", False)]
+        assert all(answer.result(20).error is None for answer in answers)
+
+
+def test_a_turn_answered_elsewhere_meanwhile_is_a_conflict_and_nothing_is_lost(tmp_path: FilePath) -> None:
+    first, second = SqliteStore(tmp_path / "c.db"), SqliteStore(tmp_path / "c.db")
+    with running(first) as a, running(second) as b:
+        ask(a, "the beginning")
+        sent = {
+            text: service.send("c", [Message("user", text)], SamplingParams(max_new_tokens=200))
+            for text, service in (("from here", a), ("from there", b))
+        }
+        acknowledged = []
+        for text, turn in sent.items():
+            with contextlib.suppress(ConversationConflict):
+                turn.future.result(20)
+                acknowledged.append(text)
+    said = [m.content for m in path_messages(first.path("default", first.get("default", "c").leaf)) if m.role == "user"]
+    first.close()
+    second.close()
+    assert acknowledged
+    assert said == ["the beginning", *acknowledged], "an acknowledged turn is not in its conversation"
+
+
+def test_a_turn_behind_a_deleted_conversation_does_not_bring_it_back(store: SqliteStore) -> None:
+    with running(store) as service:
+        turns = [service.send("c", [Message("user", "hello")], SamplingParams(max_new_tokens=200)) for _ in range(2)]
+        service.delete("c").result(20)
+        for turn in turns:
+            with contextlib.suppress(PensieveError):  # the first may have ended before
+                turn.future.result(20)
+        with pytest.raises(PensieveError):
+            store.get("default", "c")
+
+
+def test_the_receipt_counts_the_time_spent_behind_an_earlier_turn(store: SqliteStore) -> None:
+    with running(store) as service:
+        turns = [service.send("c", [Message("user", "hello")], SamplingParams(max_new_tokens=100)) for _ in range(2)]
+        first, second = (turn.future.result(20).receipt for turn in turns)
+    assert second.queue_s >= first.total_s * 0.9

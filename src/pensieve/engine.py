@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pensieve.core.plan import CopyFailure, StepPlan, StepResult, Worker
 from pensieve.core.request import FinishReason, Request
 from pensieve.core.scheduler import Scheduler
-from pensieve.errors import PensieveError
+from pensieve.errors import EngineClosed, PensieveError
 from pensieve.messages import (
     Abort,
     Command,
@@ -84,7 +84,7 @@ class Engine:
     def close(self) -> None:
         """Stop the loop after the step under way, abort what is left, stop the worker."""
         self._closing = True
-        self._wake.set()
+        self.post(GetStats())  # whatever the loop waits on, this wakes it
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._worker.close()
@@ -93,15 +93,24 @@ class Engine:
 
     def run(self) -> None:
         """Step until closed; sleep while there is nothing to do."""
-        while not self._closing:
-            self._wake.clear()
-            if not self.step():
-                self._wake.wait(COPY_POLL_S if self._scheduler.cache.places.copies else None)
-        leftover: list[Event] = [
-            Failed(request_id, "engine_closed", "the engine was closed before this request ended")
-            for request_id in self._scheduler.requests
-        ]
-        self._emit(leftover)
+        why = "the engine was closed before this request ended"
+        try:
+            while not self._closing:
+                self._wake.clear()
+                if not self.step():
+                    self._wake.wait(COPY_POLL_S if self._scheduler.cache.places.copies else None)
+        except Exception as error:  # our own bug: say so to everybody who waits rather than leave them waiting
+            log.exception("the engine stopped")
+            why = f"the engine stopped on an error of its own: {type(error).__name__}: {error}"
+        self._emit([Failed(request_id, EngineClosed.code, why) for request_id in self._scheduler.requests])
+        while not self._closing:  # (only after an error) whoever comes now is told at once
+            command = self._inbox.get()
+            if isinstance(command, Submit):
+                self._emit([Failed(command.request_id, EngineClosed.code, why)])
+            elif isinstance(command, Keep):
+                self._emit([KeepAnswer(command.sequence_id, command.keep, why, command.tag)])
+            elif isinstance(command, GetStats):
+                self._emit([self._stats(command.tag)])
 
     def step(self) -> bool:
         """One step; False if there was nothing to do and nothing came of it."""
@@ -136,7 +145,12 @@ class Engine:
                 command = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            self._take(command, events)
+            try:
+                self._take(command, events)
+            except Exception as error:  # a command that trips over a bug of ours fails alone
+                log.exception("the command %s failed", type(command).__name__)
+                if isinstance(command, Submit):
+                    events.append(Failed(command.request_id, PensieveError.code, f"{type(error).__name__}: {error}"))
 
     def _take(self, command: Command, events: list[Event]) -> None:
         now_s = self._clock()
@@ -174,8 +188,8 @@ class Engine:
         try:
             self._scheduler.set_keep(command.namespace, command.sequence_id, command.keep)
         except PensieveError as error:
-            return KeepAnswer(command.sequence_id, command.keep, error.message)
-        return KeepAnswer(command.sequence_id, command.keep)
+            return KeepAnswer(command.sequence_id, command.keep, error.message, command.tag)
+        return KeepAnswer(command.sequence_id, command.keep, None, command.tag)
 
     # -- what to say
 

@@ -93,6 +93,13 @@ class StoreError(PensieveError):
     http_status = 500
 
 
+class ConversationConflict(PensieveError):
+    """Somebody else went on with the conversation meanwhile: another process on the same store."""
+
+    code = "conversation_conflict"
+    http_status = 409
+
+
 class WorkerFailed(PensieveError):
     """Computing a request failed, twice, the second time alone in its batch."""
 

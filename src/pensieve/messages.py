@@ -54,6 +54,7 @@ class Keep:
     sequence_id: str
     namespace: str
     keep: bool
+    tag: str = ""  # comes back with the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class KeepAnswer:
     sequence_id: str
     keep: bool
     error: str | None = None
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)

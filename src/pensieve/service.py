@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 import uuid
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import ContextLengthExceeded, ConversationNotFound, EngineClosed, PensieveError, StoreError, error_from
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 DEFAULT_NAMESPACE = "default"
 # After an overflow the chat is cut to this share of the context, so that the next turns append again instead of cutting (and recomputing) each time.
 TRUNCATE_TO = 0.75
+ANSWER_SHARE = 0.25  # of the context, at most, that --overflow truncate makes free for the answer
+MAX_SHORTENED = 1024  # conversations whose shortened path is remembered; the others' is cut anew at their next turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +86,13 @@ class PendingTurn:
     stop: tuple[str, ...]
     on_text: Callable[[str], None] | None
     forced: Path | None  # go on from here instead of what is stored, and store nothing
-    raw: tuple[tuple[int, ...], int] | None  # (tokens, history tokens) of a completion without text
+    raw: tuple[tuple[int, ...], int] | None  # (tokens, history tokens): the prompt as it is, nothing stored
+    submitted_s: float
     future: Future[TurnDone] = field(default_factory=Future)
 
     tokens: tuple[int, ...] = ()
     parent: str | None = None  # the turn it follows
+    history_tokens: int = 0  # of `tokens`, those of earlier turns
     reused_tokens: int = 0  # of the parent's log
     path: Path = field(default_factory=Path)
     truncated_tokens: int = 0
@@ -120,9 +125,12 @@ class ConversationService:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._turns: dict[str, PendingTurn] = {}
         self._lines: dict[tuple[str, str], deque[PendingTurn]] = {}  # conversations with a turn under way, and who waits behind it
-        self._shortened: dict[tuple[str, str], tuple[str, Path]] = {}  # after an overflow: leaf turn id, and what its log still holds
+        self._shortened: OrderedDict[tuple[str, str], tuple[str, Path]] = (
+            OrderedDict()
+        )  # after an overflow: leaf turn id, what its log holds
         self._answers: dict[object, Future[object]] = {}  # who waits for Stats and KeepAnswer
         self._closed = False
+        self._gate = threading.Lock()  # nothing is queued behind the end mark
         self._thread = threading.Thread(target=self._run, name="pensieve-service", daemon=True)
         self._thread.start()
 
@@ -134,7 +142,7 @@ class ConversationService:
 
     def handle(self, events: list[Event]) -> None:
         """Take an engine's events in (this is the engine's `emit`). Returns at once."""
-        self._jobs.put(lambda: self._take_all(events))
+        self._enqueue(lambda: self._take_all(events))
 
     def send(
         self,
@@ -147,36 +155,39 @@ class ConversationService:
         ignore_eos: bool = False,
         on_text: Callable[[str], None] | None = None,
         forced: Path | None = None,
+        replay: tuple[tuple[int, ...], int] | None = None,
     ) -> PendingTurn:
         """Append messages to a conversation (made if new) and answer them.
 
         `on_text` gets the answer's text piece by piece, on the service's thread. With `forced` the conversation goes on from that path
-        instead, and nothing is stored: a replay. The future fails with a `PensieveError`; nothing is stored then.
+        instead; with `replay` the prompt is these tokens, of which so many are history, whatever the messages say. Nothing is stored then.
+        The future fails with a `PensieveError`, and nothing is stored.
         """
         assert self._text is not None, "a service without text answers token ids only: complete()"
         if not ignore_eos:
             sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | self._text.stop_token_ids)
             stop = (*stop, *self._text.stop_strings)
-        turn = PendingTurn(_new_id(), namespace, conversation_id, tuple(messages), sampling, tuple(stop), on_text, forced, None)
-        self._jobs.put(lambda: self._line_up(turn))
-        return turn
+        new, now_s = tuple(messages), time.monotonic()
+        return self._accept(
+            PendingTurn(_new_id(), namespace, conversation_id, new, sampling, tuple(stop), on_text, forced, replay, submitted_s=now_s)
+        )
 
     def complete(
         self, sequence_id: str, tokens: Sequence[int], history_tokens: int, sampling: SamplingParams, *, namespace: str = DEFAULT_NAMESPACE
     ) -> PendingTurn:
         """Answer a path of token ids, of which `history_tokens` were put before the model by an earlier turn. No text, nothing stored."""
-        turn = PendingTurn(_new_id(), namespace, sequence_id, (), sampling, (), None, None, (tuple(tokens), history_tokens))
-        self._jobs.put(lambda: self._line_up(turn))
-        return turn
+        raw, now_s = (tuple(tokens), history_tokens), time.monotonic()
+        return self._accept(PendingTurn(_new_id(), namespace, sequence_id, (), sampling, (), None, None, raw, submitted_s=now_s))
 
     def abort(self, turn: PendingTurn) -> None:
         """End a turn early; what was said of the answer is kept and stored."""
-        self._jobs.put(lambda: self._abort(turn))
+        self._enqueue(lambda: self._abort(turn))
 
     def delete(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> Future[None]:
         """Delete a conversation: its turns in the store, and what is cached of it."""
         done: Future[None] = Future()
-        self._jobs.put(lambda: self._delete(namespace, conversation_id, done))
+        if not self._enqueue(lambda: self._delete(namespace, conversation_id, done)):
+            done.set_exception(EngineClosed("the service is closed"))
         return done
 
     def forget(self, sequence_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
@@ -185,7 +196,8 @@ class ConversationService:
 
     def keep(self, conversation_id: str, keep: bool, *, namespace: str = DEFAULT_NAMESPACE) -> Future[object]:
         """Set or lift a keep on a conversation's cache; a `KeepAnswer` says what came of it."""
-        return self._ask((conversation_id, keep), Keep(conversation_id, namespace, keep))
+        tag = _new_id()
+        return self._ask(tag, Keep(conversation_id, namespace, keep, tag))
 
     def stats(self) -> Future[object]:
         """The engine's `Stats`."""
@@ -194,10 +206,11 @@ class ConversationService:
 
     def close(self) -> None:
         """Stop the thread after what is queued; turns still under way fail with `EngineClosed`. Close the engine first."""
-        if not self._closed:
-            self._closed = True
-            self._jobs.put(None)
-            self._thread.join()
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+        self._thread.join()
 
     # -- the thread
 
@@ -207,9 +220,23 @@ class ConversationService:
                 job()
             except Exception:  # one turn's trouble must not end the others'
                 log.exception("a job of the conversation service raised")
+        error = EngineClosed("the engine was closed before this turn ended")
         for turn in list(self._turns.values()) + [turn for line in self._lines.values() for turn in line]:
-            if not turn.future.done():
-                turn.future.set_exception(EngineClosed("the engine was closed before this turn ended"))
+            _settle(turn.future, error=error)
+        for answer in self._answers.values():
+            _settle(answer, error=error)
+
+    def _enqueue(self, job: Callable[[], None]) -> bool:
+        """Hand a job to the thread; False if the service is closed."""
+        with self._gate:
+            if not self._closed:
+                self._jobs.put(job)
+            return not self._closed
+
+    def _accept(self, turn: PendingTurn) -> PendingTurn:
+        if not self._enqueue(lambda: self._line_up(turn)):
+            _settle(turn.future, error=EngineClosed("the service is closed"))
+        return turn
 
     def _ask(self, key: object, command: Command) -> Future[object]:
         answer: Future[object] = Future()
@@ -218,7 +245,8 @@ class ConversationService:
             self._answers[key] = answer
             self._post(command)
 
-        self._jobs.put(ask)
+        if not self._enqueue(ask):
+            _settle(answer, error=EngineClosed("the service is closed"))
         return answer
 
     def _line_up(self, turn: PendingTurn) -> None:
@@ -241,14 +269,17 @@ class ConversationService:
             log.exception("a turn could not be prepared")
             self._fail(turn, PensieveError(f"the turn could not be prepared: {type(error).__name__}: {error}"))
             return
-        history = turn.raw[1] if turn.raw else min(len(turn.path.tokens), len(turn.tokens))
         self._turns[turn.request_id] = turn
-        self._post(Submit(turn.request_id, turn.conversation_id, turn.namespace, turn.tokens, history, turn.sampling))
+        history = min(turn.history_tokens, len(turn.tokens))
+        self._post(Submit(turn.request_id, turn.conversation_id, turn.namespace, turn.tokens, history, turn.sampling, turn.submitted_s))
 
     def _prepare(self, turn: PendingTurn) -> None:
         """Find the path that the turn goes on from, and make its tokens."""
+        if self._text is not None:
+            turn.detokenizer = self._text.detokenizer() if turn.new else None
+            turn.stops = StopStrings(turn.stop)
         if turn.raw is not None:
-            turn.tokens = turn.raw[0]
+            turn.tokens, turn.history_tokens = turn.raw
             return
         assert self._text is not None
         turn.path = turn.forced if turn.forced is not None else self._stored_path(turn)
@@ -256,12 +287,16 @@ class ConversationService:
         if history and history[-1].role == "assistant":
             extension = self._text.extend(turn.path.tokens, history, turn.new)
             turn.tokens, turn.reused_tokens, turn.warning = tuple(extension.tokens), extension.reused_tokens, extension.rewritten
+            turn.history_tokens = len(turn.path.tokens) if turn.warning is None else self._count_history(history)
         else:
             turn.tokens = tuple(self._text.first([*history, *turn.new]))
-        if len(turn.tokens) >= self._max_context and self._overflow == "truncate":
-            self._truncate(turn)
-        turn.detokenizer = self._text.detokenizer()
-        turn.stops = StopStrings(turn.stop)
+        answer = min(turn.sampling.max_new_tokens, int(ANSWER_SHARE * self._max_context))
+        if self._overflow == "truncate" and len(turn.tokens) + answer > self._max_context:
+            self._truncate(turn, self._max_context - answer)
+
+    def _count_history(self, messages: Sequence[Message]) -> int:
+        assert self._text is not None
+        return len(self._text.first(messages, add_generation_prompt=False)) if messages else 0
 
     def _stored_path(self, turn: PendingTurn) -> Path:
         if self._store is None:
@@ -277,18 +312,20 @@ class ConversationService:
         turns = self._store.path(turn.namespace, conversation.leaf)
         return Path(tuple(Message(m.role, m.content) for m in path_messages(turns)), tuple(path_tokens(turns)))
 
-    def _truncate(self, turn: PendingTurn) -> None:
+    def _truncate(self, turn: PendingTurn, room: int) -> None:
         """Leave out the oldest turns; what is left is a new path, computed anew after the system prompt."""
         assert self._text is not None
-        limit = self._max_context - 1
         messages = [*turn.path.messages, *turn.new]
         try:
-            kept = truncate(messages, int(TRUNCATE_TO * limit), self._text.count)
+            kept = truncate(messages, min(room, int(TRUNCATE_TO * self._max_context)), self._text.count)
         except ContextLengthExceeded:
-            kept = truncate(messages, limit, self._text.count)
+            kept = truncate(messages, self._max_context - 1, self._text.count)
+        if not kept.dropped:
+            return
         before = len(turn.tokens)
         turn.tokens, turn.reused_tokens = tuple(self._text.first(kept.messages)), 0
         turn.path = Path(kept.messages[: len(kept.messages) - len(turn.new)], turn.path.tokens)
+        turn.history_tokens = self._count_history(turn.path.messages)
         turn.truncated_tokens = before - len(turn.tokens)
         turn.warning = (
             f"the context of {self._max_context} tokens is full: the oldest {kept.dropped} messages ({turn.truncated_tokens} tokens) were left out, "
@@ -299,7 +336,14 @@ class ConversationService:
 
     def _take_all(self, events: list[Event]) -> None:
         for event in events:
-            self._take(event)
+            try:
+                self._take(event)
+            except Exception as error:  # one turn's trouble is that turn's
+                log.exception("an event could not be handled")
+                request_id = getattr(event, "request_id", None)
+                if request_id in self._turns:
+                    self._post(Abort(request_id))
+                    self._fail(self._turns[request_id], PensieveError(f"the answer could not be handled: {type(error).__name__}: {error}"))
 
     def _take(self, event: Event) -> None:
         match event:
@@ -313,13 +357,13 @@ class ConversationService:
                 if (turn := self._turns.get(event.request_id)) is not None:
                     self._fail(turn, error_from(event.code, event.message))
             case KeepAnswer():
-                self._answer((event.sequence_id, event.keep), event)
+                self._answer(event.tag, event)
             case Stats():
                 self._answer(event.tag, event)
 
     def _answer(self, key: object, value: object) -> None:
         if (future := self._answers.pop(key, None)) is not None:
-            future.set_result(value)
+            _settle(future, value)
 
     def _take_token(self, turn: PendingTurn, token: Token) -> None:
         turn.sampled.append(token)
@@ -380,6 +424,7 @@ class ConversationService:
             (*turn.tokens[turn.reused_tokens :], *output),
             start=turn.reused_tokens,
             reply_reason=reason.value,
+            only_if_leaf=True,
         )
         appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
 
@@ -394,17 +439,20 @@ class ConversationService:
         if turn.truncated_tokens or key in self._shortened:
             messages = (*turn.path.messages, *turn.new, Message("assistant", done.text))
             self._shortened[key] = (turn_id, Path(messages, (*turn.tokens, *done.output)))
+            self._shortened.move_to_end(key)
+            if len(self._shortened) > MAX_SHORTENED:
+                self._shortened.popitem(last=False)
         self._finish(turn, replace(done, turn_id=turn_id))
 
     # -- endings
 
     def _finish(self, turn: PendingTurn, done: TurnDone) -> None:
         self._leave(turn)
-        turn.future.set_result(done)
+        _settle(turn.future, done)
 
     def _fail(self, turn: PendingTurn, error: PensieveError) -> None:
         self._leave(turn)
-        turn.future.set_exception(error)
+        _settle(turn.future, error=error)
 
     def _leave(self, turn: PendingTurn) -> None:
         self._turns.pop(turn.request_id, None)
@@ -422,15 +470,28 @@ class ConversationService:
             self._post(Abort(turn.request_id))
 
     def _delete(self, namespace: str, conversation_id: str, done: Future[None]) -> None:
+        line = self._lines.get((namespace, conversation_id), deque())
+        while line:
+            _settle(line.popleft().future, error=ConversationNotFound(f"conversation {conversation_id!r} was deleted"))
         try:
             if self._store is not None:
                 self._store.delete(namespace, conversation_id)
             self._shortened.pop((namespace, conversation_id), None)
             self._post(Forget(conversation_id, namespace))
         except PensieveError as error:
-            done.set_exception(error)
+            _settle(done, error=error)
         else:
-            done.set_result(None)
+            _settle(done, None)
+
+
+def _settle(future: Future[Any], value: object = None, *, error: PensieveError | None = None) -> None:
+    """Resolve a future that its owner may have cancelled meanwhile."""
+    if future.done() or not future.set_running_or_notify_cancel():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(value)
 
 
 def _new_id() -> str:

@@ -252,6 +252,7 @@ class _Driver:
             fixed_length=settings.fixed_length,
             system_text=system_text if tokens is None else None,
             forced_answer=before.text if before is not None and turn and tokens is None else None,
+            forced_prompt=self._replayed[conversation.id, turn].result.prompt_path or None if self._replayed is not None else None,
         )
 
     def _draw(self, text: str, vocab_size: int) -> tuple[int, ...]:

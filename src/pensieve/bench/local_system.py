@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import Future
 
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
 from pensieve.core.request import SamplingParams
 from pensieve.errors import PensieveError
-from pensieve.service import ConversationService, Path, PendingTurn, TurnDone
+from pensieve.service import ConversationService, PendingTurn, TurnDone
 from pensieve.text.messages import Message
 
 NUM_TOPS = 2  # the two likeliest tokens of each position: what the equality contract compares
@@ -21,7 +22,6 @@ class LocalSystem:
         self._name = name
         self._service = service
         self._logs: dict[str, tuple[int, ...]] = {}  # token paths of conversations without text
-        self._messages: dict[str, list[Message]] = {}  # of conversations that are replayed
 
     @property
     def name(self) -> str:
@@ -40,7 +40,6 @@ class LocalSystem:
     def end_conversation(self, conversation_id: str) -> None:
         """See `ChatSystem`."""
         self._logs.pop(conversation_id, None)
-        self._messages.pop(conversation_id, None)
         self._service.forget(conversation_id)
 
     def close(self) -> None:
@@ -51,17 +50,16 @@ class LocalSystem:
         new = [Message("user", turn.user_text)]
         if turn.system_text is not None:
             new.insert(0, Message("system", turn.system_text))
-        forced = None
-        if turn.forced_history is not None:
-            messages = self._messages.setdefault(turn.conversation_id, [])
-            if turn.forced_answer is not None:
-                messages.append(Message("assistant", turn.forced_answer))
-            forced = Path(tuple(messages), turn.forced_history)
-            messages += new
-        return self._service.send(turn.conversation_id, new, sampling, ignore_eos=turn.fixed_length, forced=forced)
+        replay = None
+        if turn.forced_prompt is not None:
+            # its history is what both prompts begin with; a prompt that was shortened on the way begins differently
+            pairs = zip(turn.forced_prompt, turn.forced_history or (), strict=False)
+            replay = (turn.forced_prompt, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        return self._service.send(turn.conversation_id, new, sampling, ignore_eos=turn.fixed_length, replay=replay)
 
     def _send_tokens(self, turn: TurnRequest, tokens: tuple[int, ...], sampling: SamplingParams) -> PendingTurn:
         history = turn.forced_history if turn.forced_history is not None else self._logs.get(turn.conversation_id, ())
+        # (drawn tokens are never shortened, so history and new tokens are the prompt that was replayed)
         return self._service.complete(turn.conversation_id, (*history, *tokens), len(history), sampling)
 
     def _result(self, turn: TurnRequest, pending: Future[TurnDone], begun_s: float) -> TurnResult:

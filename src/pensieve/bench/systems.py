@@ -30,6 +30,7 @@ class TurnRequest:
     fixed_length: bool  # answer with exactly max_new_tokens, whatever the model thinks of stopping
     system_text: str | None = None  # the conversation's system prompt; turn 0 only, and only with `user_text`
     forced_answer: str | None = None  # in a replay: the text that was answered to the turn before this one
+    forced_prompt: tuple[int, ...] | None = None  # in a replay: every token of the prompt, history and this turn's; None: not known
 
     def __post_init__(self) -> None:
         assert (self.user_text is None) != (self.tokens is None), "a turn is text or tokens, not both and not neither"

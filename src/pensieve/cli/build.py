@@ -181,7 +181,7 @@ def start(
     cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), lambda: POLICIES[options.policy](cost.of_chunk))
     budget = options.max_batch_tokens or (CUDA_BATCH_TOKENS if options.device.startswith("cuda") else CPU_BATCH_TOKENS)
     config = SchedulerConfig(max_batch_tokens=budget, max_running=options.max_running, retain=retain)
-    scheduler = Scheduler(config, cache, sizes.max_context)
+    scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size)
     service = ConversationService(loaded.text, store, max_context=sizes.max_context, overflow=options.overflow)
     engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=service.handle, debug=options.debug)
     service.connect(engine.post)

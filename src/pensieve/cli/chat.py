@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
@@ -148,7 +149,7 @@ class _Chat:
             click.echo(click.style(f"{message.role}: ", bold=True) + message.content)
 
     def _turn(self, conversation_id: str, line: str, is_new: bool) -> bool:
-        """One turn; False if it failed."""
+        """One turn; False if it was not kept."""
         messages = [Message("user", line)]
         if is_new and self.system:
             messages.insert(0, Message("system", self.system))
@@ -160,15 +161,18 @@ class _Chat:
             except NotYet:
                 continue
             except KeyboardInterrupt:
-                self.runtime.service.abort(turn)
+                with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C is no reason to leave the chat
+                    self.runtime.service.abort(turn)
             except PensieveError as error:
                 click.secho(f"\n{error.code}: {error.message}", fg="red", err=True)
                 return False
         click.echo()
         if done.warning:
             click.secho(f"note: {done.warning}", fg="yellow")
+        if done.turn_id is None:
+            click.secho("nothing was answered yet: this turn was not kept", fg="yellow")
         click.secho(receipt_line(done), dim=True)
-        return True
+        return done.turn_id is not None
 
 
 def receipt_line(done: TurnDone) -> str:

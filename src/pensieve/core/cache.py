@@ -264,8 +264,12 @@ class TieredCache:
     def drop_unread(self, sequence: Sequence) -> None:
         """Drop what a released sequence has below the first tier, so that it is recomputed rather than read once more."""
         for chunk in list(sequence.chunks):
-            if chunk is None or chunk.place in (None, 0) or chunk.leases or chunk.keeps or chunk.copy:
+            if chunk is None or chunk.place in (None, 0) or chunk.leases or chunk.copy:
                 continue
+            for held in self._kept.values():  # a keep is a wish about eviction; what cannot be read cannot be kept
+                if chunk in held:
+                    held.remove(chunk)
+                    self._change_keeps(chunk, -1)
             for tier in range(self.places.num_tiers - 1, (chunk.place or 0), -1):
                 if chunk.slots[tier] is not None:
                     self.places.release_lower(chunk, tier)
@@ -393,14 +397,14 @@ class TieredCache:
         for queue in queues:
             queue.withdraw(sequence)
         sequence.num_active += change
-        sequence.last_active_s = now_s
+        sequence.last_active_s = max(sequence.last_active_s, now_s)  # (a request may say that it was submitted earlier)
         for queue in queues:
             queue.offer(sequence)
         for chunk in sequence.chunks:
             if chunk is not None and isinstance(chunk.owner, Sharers):
                 self.places.leave_queues(chunk)
                 chunk.owner.num_active += change
-                chunk.owner.last_active_s = now_s
+                chunk.owner.last_active_s = max(chunk.owner.last_active_s, now_s)
                 self.places.reindex(chunk)
 
     def _share(self, sequence: Sequence, chunk: Chunk) -> None:

@@ -29,6 +29,7 @@ class Places:
         self.duplicates = [Duplicates(4 << (3 * tier)) for tier in tiers]  # lower copies of leased chunks
         self.copies: dict[int, CopyRecord] = {}
         self.copies_down = [0] * self.num_tiers  # of those, downward ones by source tier
+        self.failed_down = [0] * self.num_tiers  # downward copies into a tier that failed in a row
         self.begun_in: list[Copy] = []  # since the last plan
         self.begun_out: list[Copy] = []
         self.reclaimed: list[tuple[int, int]] = []
@@ -106,12 +107,15 @@ class Places:
         else:
             chunk.slots[record.dst_tier] = record.dst_slot
             self.reindex(chunk)
+        if record.src_tier < record.dst_tier:
+            self.failed_down[record.dst_tier] = 0
         return record
 
     def fail_copy(self, copy_id: int, source_lost: bool) -> CopyRecord:
         """A copy raised: its target slot is free; a swap-in whose source cannot be read loses the chunk."""
         record = self._settle(copy_id, Event.FAIL_SWAP_OUT, Event.LOSE if source_lost else Event.FAIL_SWAP_IN)
         chunk = record.chunk
+        self.failed_down[record.dst_tier] += record.src_tier < record.dst_tier
         if record.orphan:
             self._forget_orphan(record)
             return record

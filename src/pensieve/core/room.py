@@ -9,12 +9,16 @@ from __future__ import annotations
 from pensieve.core.chunk import Chunk
 from pensieve.core.places import Places
 
+# A tier into which so many copies failed in a row is left alone, but for one try now and then: what would go there is dropped instead.
+FAILED_TIER, FAILED_TIER_RETRY_S = 3, 1.0
+
 
 class Room:
     """Questions about room, and the acts that make it. Acts through `Places` only."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
+        self._retry_s = [0.0] * places.num_tiers
 
     def available(self, tier: int) -> int:
         """Slots of a tier that can be had now, at no cost."""
@@ -65,7 +69,7 @@ class Room:
             target = share * places.pools[tier].num_slots
             while len(places.copies) < max_in_flight and self.available(tier) + self.coming(tier) < target:
                 victim = places.sole[tier].worst(now_s)
-                if victim is None or victim.place != tier:
+                if victim is None or victim.place != tier or not self._takes_copies(tier + 1, now_s):
                     break
                 slot = self._obtain_below(tier + 1, victim, now_s, at_any_price=False)
                 if slot is None:
@@ -78,7 +82,7 @@ class Room:
         if victim.place != tier and not victim.keeps:  # a faster tier has it too (a kept one would only come back)
             places.release_lower(victim, tier)
             return True
-        if tier + 1 < places.num_tiers:
+        if tier + 1 < places.num_tiers and self._takes_copies(tier + 1, now_s):
             slot = self._obtain_below(tier + 1, victim, now_s, at_any_price=victim.keeps > 0)
             if slot is not None:
                 places.begin_copy(victim, tier, tier + 1, slot)
@@ -88,6 +92,14 @@ class Room:
         if victim.keeps:
             return False
         places.drop(victim)
+        return True
+
+    def _takes_copies(self, tier: int, now_s: float) -> bool:
+        if self._places.failed_down[tier] < FAILED_TIER:
+            return True
+        if now_s < self._retry_s[tier]:
+            return False
+        self._retry_s[tier] = now_s + FAILED_TIER_RETRY_S
         return True
 
     def _obtain_below(self, tier: int, incoming: Chunk, now_s: float, at_any_price: bool) -> int | None:

@@ -17,7 +17,7 @@ from pensieve.core.cache import Admission, TieredCache
 from pensieve.core.plan import BlockTableUpdate, RequestStart, SampledToken, Span, StepPlan, StepResult
 from pensieve.core.recovery import cut
 from pensieve.core.request import FinishReason, Request, RequestState, SamplingParams
-from pensieve.core.sequence import extend_digests
+from pensieve.core.sequence import Sequence, extend_digests
 from pensieve.errors import (
     ConfigError,
     ContextLengthExceeded,
@@ -28,7 +28,8 @@ from pensieve.errors import (
     RequestTooLarge,
 )
 
-MAX_FAILURES = 4  # failed copies under one request before it is given up; each time it falls back to recomputing
+MAX_FAILURES = 4  # in a row, without a token computed between them, before a request is given up
+MAX_TOKEN_ID = (1 << 32) - 1  # what a chain hash and the store can hold
 
 
 @dataclass(slots=True)
@@ -54,11 +55,12 @@ class _Step:
 class Scheduler:
     """Sole writer of the waiting and running queues, the token budget and every `Request`."""
 
-    def __init__(self, config: SchedulerConfig, cache: TieredCache, max_context: int) -> None:
-        """`max_context` is the longest sequence in tokens, prompt and answer together."""
+    def __init__(self, config: SchedulerConfig, cache: TieredCache, max_context: int, vocab_size: int = MAX_TOKEN_ID + 1) -> None:
+        """`max_context` is the longest sequence in tokens, prompt and answer together; token ids lie in [0, vocab_size)."""
         self.config = config
         self.cache = cache
         self.max_context = max_context
+        self.vocab_size = vocab_size
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []  # in arrival order
         self._waiting: list[Request] = []  # in arrival order; the first is next
@@ -102,13 +104,20 @@ class Scheduler:
         """Queue a turn. `tokens` is its whole path, of which an earlier turn had put `history_tokens` before the model.
 
         Raises:
-            InvalidRequest: no tokens, a negative or too long history, or a request id in use.
+            InvalidRequest: no tokens, an id outside the vocabulary, a negative or too long history, or a request id in use.
             ContextLengthExceeded: the prompt leaves no room for one new token within `max_context`.
             RequestTooLarge: its chunks would not fit in the first tier even alone.
             Overloaded: the queue is full.
         """
         if not tokens:
             raise InvalidRequest("a prompt needs at least one token, got none")
+        wrong = next((token for token in tokens if not (isinstance(token, int) and 0 <= token < self.vocab_size)), None)
+        if wrong is not None:
+            raise InvalidRequest(f"token ids must be integers in [0, {self.vocab_size}) (the vocabulary), got {wrong!r}")
+        try:
+            namespace.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the namespace {namespace!r} is not valid text: {error}") from error
         if not 0 <= history_tokens <= len(tokens):
             raise InvalidRequest(f"history_tokens must lie in [0, {len(tokens)}] (the prompt's length), got {history_tokens}")
         if request_id in self.requests:
@@ -118,7 +127,7 @@ class Scheduler:
                 f"the prompt has {len(tokens)} tokens, but at most {self.max_context - 1} fit in the context of {self.max_context}: "
                 "shorten it, start a new conversation, or allow the oldest turns to be dropped (--overflow truncate)"
             )
-        size, capacity = self.cache.chunk_tokens, self._first_tier_limit()
+        size, capacity = self.cache.chunk_tokens, self._first_tier_limit(self.cache.find(namespace, sequence_id))
         if (need := -(-len(tokens) // size)) > capacity:
             raise RequestTooLarge(
                 f"the prompt has {len(tokens)} tokens and needs {need} chunks of {size}, but the first tier has {capacity} for one request: "
@@ -181,13 +190,14 @@ class Scheduler:
         if sequence is None:
             raise ConversationNotFound(f"nothing is cached for conversation {sequence_id!r}: it can be kept after its next turn")
         self.cache.set_keep(sequence, keep)
-        size, limit = self.cache.chunk_tokens, self._first_tier_limit()
-        largest = max((-(-len(request.tokens) // size) for request in self.requests.values()), default=0)
-        if keep and largest > limit:
-            self.cache.set_keep(sequence, False)
-            raise KeepRefused(
-                f"keeping {sequence_id!r} would leave {limit} chunks to a queued request that needs {largest}: try again later"
-            )
+        size = self.cache.chunk_tokens
+        for request in self.requests.values() if keep else ():
+            need, limit = -(-len(request.tokens) // size), self._first_tier_limit(request.sequence)
+            if need > limit:
+                self.cache.set_keep(sequence, False)
+                raise KeepRefused(
+                    f"keeping {sequence_id!r} would leave {limit} chunks to a queued request that needs {need}: try again later"
+                )
 
     def take_finished(self) -> list[Request]:
         """Requests that ended outside of a commit since the last call."""
@@ -199,7 +209,7 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan:
         """Plan the next step: spans for running requests, admissions, copies. May be empty."""
         step = _Step(self.config.max_batch_tokens)
-        suspect = next((r for r in self.running if r.suspect and r.plannable), None)
+        suspect = self._next_suspect(step, now_s)
         if suspect is not None:  # alone, so that a request which breaks the forward breaks nobody else's again
             self._plan_decode(step, suspect, now_s)
             self._plan_missing(step, suspect)
@@ -252,7 +262,7 @@ class Scheduler:
             if span.stop // self.cache.chunk_tokens > len(request.digests):
                 extend_digests(request.digests, request.salt, request.tokens, self.cache.chunk_tokens)
             self.cache.commit(request.sequence, span.start, span.stop, request.digests)
-            request.suspect = False
+            request.suspect, request.num_failures = False, 0
             if span.emits_token:
                 self._take_token(request, sampled[span.request_id], events, now_s)
         for request in named.values():
@@ -329,13 +339,23 @@ class Scheduler:
         """First come, first served: everything a request needs, or nothing (DESIGN §4)."""
         while self._waiting and step.budget >= self.cache.chunk_tokens and len(self.running) < self.config.max_running:
             request = self._waiting[0]
-            if any(r.suspect for r in self.running) or (request.suspect and self.running):
-                return
-            if not self._fits(step, request, now_s):
+            if request.suspect or not self._fits(step, request, now_s):
                 return
             del self._waiting[0]
             self._start(step, request, now_s)
             self._plan_missing(step, request)
+
+    def _next_suspect(self, step: _Step, now_s: float) -> Request | None:
+        """The request that has this step for itself because a forward failed with it, admitted if it is the queue's head."""
+        for request in self.running:
+            if request.suspect and request.plannable:
+                return request
+        head = self._waiting[0] if self._waiting else None
+        if head is None or not head.suspect or len(self.running) >= self.config.max_running or not self._fits(step, head, now_s):
+            return None
+        del self._waiting[0]
+        self._start(step, head, now_s)
+        return head
 
     def _fits(self, step: _Step, request: Request, now_s: float) -> bool:
         """Whether the head of the queue can be admitted now; if room must be made first, begins to make it."""
@@ -394,9 +414,13 @@ class Scheduler:
         request.recomputed_tokens = sum(max(0, min(stop, history) - start) for start, stop in admission.missing)
         request.new_tokens = sum(max(0, stop - max(start, history)) for start, stop in admission.missing)
 
-    def _first_tier_limit(self) -> int:
-        kept = self.cache.num_kept if self.cache.keep_takes_first_tier else 0
-        return self.cache.places.pools[0].num_slots - kept
+    def _first_tier_limit(self, sequence: Sequence | None) -> int:
+        """First-tier slots that one request of `sequence` can have: all but those that others' keeps hold there for good."""
+        others = 0
+        if self.cache.keep_takes_first_tier:
+            own = sum(chunk is not None and chunk.keeps > 0 for chunk in sequence.chunks) if sequence is not None else 0
+            others = self.cache.num_kept - own
+        return self.cache.places.pools[0].num_slots - others
 
     # -- endings
 
@@ -432,7 +456,7 @@ class Scheduler:
             self.cache.release(sequence, request.tokens, request.digests)
             if request.failed:
                 self.cache.drop_unread(sequence)
-        if request.ending is None and -(-len(request.tokens) // self.cache.chunk_tokens) > self._first_tier_limit():
+        if request.ending is None and -(-len(request.tokens) // self.cache.chunk_tokens) > self._first_tier_limit(sequence):
             request.ending = FinishReason.LENGTH  # it had grown to the whole tier: it could not come back
         if request.ending is not None:
             self._finish(request, now_s)
@@ -477,13 +501,16 @@ class Scheduler:
         for copy_id in result.copies_done:
             if copy_id in known:
                 self.cache.finish_copy(copy_id)
+        affected: dict[Sequence, str] = {}  # however many copies of one failed, that is one failure
         for failure in result.copies_failed:
             if failure.copy_id not in known:
                 continue
             self.num_copies_failed += 1
-            counting = self.cache.fail_copy(failure.copy_id, failure.source_lost)
-            for request in [r for r in self.running if r.sequence in counting]:
-                self._fail(request, f"a copy of its cache failed: {failure.message}")
+            for sequence in self.cache.fail_copy(failure.copy_id, failure.source_lost):
+                affected.setdefault(sequence, failure.message)
+        for request in self.running:
+            if request.sequence in affected:
+                self._fail(request, f"a copy of its cache failed: {affected[request.sequence]}")
 
     def _fail_forward(self, plan: StepPlan, message: str, now_s: float) -> None:
         """Nothing a plan computed is valid. Its requests go on from what they had; one that fails again, alone, is given up."""

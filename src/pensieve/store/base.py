@@ -125,6 +125,7 @@ class ConversationStore(Protocol):
         *,
         start: int | None = None,
         reply_reason: str | None = None,
+        only_if_leaf: bool = False,
     ) -> Future[Turn]:
         """Add a turn and make it the conversation's leaf. Returns at once; the work is done elsewhere.
 
@@ -136,10 +137,12 @@ class ConversationStore(Protocol):
             token_ids: what it adds to the token log, each in [0, 2**32).
             start: how many tokens of the parent's path are kept in front of them; None = all.
             reply_reason: why the answer ended.
+            only_if_leaf: refuse to begin a branch: the conversation must still end with `parent`.
 
         Returns:
             A future that has the turn once it is durable, and not before. It fails with `ConversationNotFound` (no such
-            conversation or parent), `InvalidRequest` (`start` or an id out of range) or `StoreError`; nothing is stored then.
+            conversation or parent), `ConversationConflict` (`only_if_leaf`, and it is not), `InvalidRequest` (`start` or an id out of
+            range) or `StoreError`; nothing is stored then.
             Its callbacks run on the store's thread: keep them short.
         """
         ...

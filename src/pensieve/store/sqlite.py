@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from pensieve.errors import ConversationNotFound, InvalidRequest, StoreError
+from pensieve.errors import ConversationConflict, ConversationNotFound, InvalidRequest, StoreError
 from pensieve.store.base import Conversation, StoredMessage, Turn
 from pensieve.store.schema import MIGRATIONS, Migration, connect, open_for_writing
 from pensieve.store.writer import GroupWriter
@@ -135,6 +135,7 @@ class SqliteStore:
         *,
         start: int | None = None,
         reply_reason: str | None = None,
+        only_if_leaf: bool = False,
     ) -> Future[Turn]:
         """See `ConversationStore.append`."""
         messages, token_ids = tuple(messages), tuple(token_ids)  # the caller's lists may have changed when the job runs
@@ -149,6 +150,13 @@ class SqliteStore:
 
         def job(connection: sqlite3.Connection) -> Turn:
             key = _key(connection, namespace, conversation_id)
+            if only_if_leaf:
+                (leaf,) = connection.execute("SELECT leaf FROM conversations WHERE key = ?", (key,)).fetchone()
+                if leaf != parent:
+                    raise ConversationConflict(
+                        f"conversation {conversation_id!r} went on elsewhere while this turn was answered (another process uses the same store): "
+                        "it was not stored; ask again"
+                    )
             root, parent_stop = (turn_id, 0) if parent is None else _check_turn(connection, namespace, parent)
             begins = parent_stop if start is None else start
             if not 0 <= begins <= parent_stop:

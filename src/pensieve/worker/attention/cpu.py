@@ -38,6 +38,7 @@ class Run:
     key_start: int  # of the gathered cells, [key_start, key_stop) are the keys
     key_stop: int
     mask: torch.Tensor | None  # (Q, K) to be added to the scores; None: every query sees every key
+    masked_from: int  # every query sees all keys before this one
     is_causal: bool  # query i sees keys 0 to i: the kernel needs no mask for that
 
 
@@ -117,7 +118,7 @@ class CpuAttention(AttentionBackend[Step]):
             return out[0].transpose(0, 1)
         folded = query.view(num_queries, -1, group, head_dim).permute(1, 2, 0, 3).reshape(1, -1, group * num_queries, head_dim)
         if plain and by_products:
-            out = _attend_by_products(folded, key, value, run.mask, args.scaling)
+            out = _attend_by_products(folded, key, value, run, args.scaling)
         elif plain:
             mask = None if run.mask is None else run.mask.repeat(group, 1)
             out = scaled_dot_product_attention(folded, key, value, mask, scale=args.scaling)
@@ -181,7 +182,8 @@ class CpuAttention(AttentionBackend[Step]):
                 hidden |= distance >= window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, _MIN_VALUE)
         offset = first_chunk * size
-        return Run(row, row + num_queries, slots, lowest - offset, context - offset, mask, is_causal)
+        masked_from = spans[0].start - lowest if window is None else 0
+        return Run(row, row + num_queries, slots, lowest - offset, context - offset, mask, masked_from, is_causal)
 
     def _token_batches(
         self, batch: Batch, singles: list[tuple[int, int, int, Span]], most: int, window: int | None, dtype: torch.dtype
@@ -243,24 +245,22 @@ def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
     return query.shape[0] * query.shape[1] * num_keys <= _MOST_SCORES
 
 
-def _attend_by_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
+def _attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: Run, scaling: float) -> torch.Tensor:
     """Softmax(query key^T scaling + mask) value, as two batched products; scores are rounded as eager attention rounds them.
 
     Args:
         query: (1, Hkv, G * Q, D).
         key: (1, Hkv, K, D).
         value: (1, Hkv, K, D).
-        mask: (Q, K), added to the scores; None: every query sees every key.
+        run: its mask; only the columns that hide something are added.
         scaling: of the scores.
 
     Returns:
         (1, Hkv, G * Q, D).
     """
     scores = torch.bmm((query[0] * scaling), key[0].contiguous().transpose(1, 2))  # (Hkv, G * Q, K)
-    if mask is not None:
-        scores.view(scores.shape[0], -1, *mask.shape).add_(mask)
+    if run.mask is not None:
+        scores.view(scores.shape[0], -1, *run.mask.shape)[..., run.masked_from :].add_(run.mask[:, run.masked_from :])
     return torch.bmm(torch.softmax(scores, dim=-1), value[0].contiguous())[None]
 
 

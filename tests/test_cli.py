@@ -1,0 +1,121 @@
+"""The commands as users type them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.model
+
+
+def run(*arguments: str, given: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], input=given, capture_output=True, text=True, timeout=240, check=False, cwd=cwd, env=environment()
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "COLUMNS": "120"}
+
+
+def test_compare_reports_both_systems_and_their_equality(tmp_path: Path) -> None:
+    result = run(
+        *("-m", "pensieve", "compare", "--users", "3", "--turns", "3", "--max-new-tokens", "6", "--request-interval", "0.05"),
+        *("--gpu-cache", "0.03", "--cpu-cache", "0.01", "--out", str(tmp_path), "--debug"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for words in ("By turn", "By user", "requests/s", "equal outputs under the contract", "recomputed"):
+        assert words in result.stdout, result.stdout
+    assert "DIFFERENT" not in result.stdout
+    (record_path,) = tmp_path.glob("*.json")
+    (plot_path,) = tmp_path.glob("*.png")
+    assert plot_path.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(record_path.read_text())
+    assert record["subject"]["weights"] == "real"
+    assert len(record["runs"]) == 2
+    assert all(len(run_["requests"]) == 9 for run_ in record["runs"])
+
+
+def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_path: Path) -> None:
+    dataset = tmp_path / "chats.json"
+    turns = [{"from": "human", "value": "word " * 900}, {"from": "gpt", "value": "yes"}, {"from": "human", "value": "and then? " * 200}]
+    dataset.write_text(json.dumps([{"id": f"chat-{i}", "conversations": turns} for i in range(2)]))
+    result = run(
+        *(str(ROOT / "main.py"), "--mode", "compare", "--model", "gpt2", "--weights", "random", "--num-concurrent-users", "2"),
+        *("--max-turns", "2", "--max-new-tokens", "3", "--request-interval", "0", "--dataset", str(dataset), "--out", str(tmp_path)),
+        *("--gpu-cache", "0.2", "--cpu-cache", "0.1"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "random weights" in result.stdout.splitlines()[0]
+    assert "context full" in result.stdout, "gpt2 has 1,024 positions"
+    (record_path,) = tmp_path.glob("compare-*.json")
+    assert json.loads(record_path.read_text())["subject"]["weights"] == "random"
+
+
+def test_chat_goes_on_after_kill_9_from_raw_tokens(tmp_path: Path) -> None:
+    arguments = ["-m", "pensieve", "chat", "--conversation", "trip", "--store", str(tmp_path / "c.db"), "--max-new-tokens", "12"]
+    arguments += ["--gpu-cache", "0.05", "--cpu-cache", "0.05"]
+    first = subprocess.Popen(
+        [sys.executable, "-u", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    assert first.stdin is not None
+    assert first.stdout is not None
+    first.stdin.write("What is the capital of France? Answer briefly.\n")
+    first.stdin.flush()
+    receipt = next(line for line in first.stdout if line.startswith("[prompt"))
+    first.send_signal(signal.SIGKILL)  # the receipt was shown, so the turn is durable
+    first.wait()
+    prompt, answer = (int(re.search(pattern, receipt).group(1)) for pattern in (r"prompt (\d+)", r"out (\d+)"))  # type: ignore[union-attr]
+
+    second = run(*arguments, given="/history\nAnd of Italy?\n/cache\n/quit\n")
+    assert second.returncode == 0, second.stderr
+    assert "trip, 1 turns so far" in second.stdout
+    assert "What is the capital of France?" in second.stdout
+    assert "Paris" in second.stdout
+    again = next(line for line in second.stdout.splitlines() if "[prompt" in line)
+    assert f"gpu 0 + cpu 0 + recomputed {prompt + answer} + new" in again
+
+
+def test_chat_without_real_weights_fails_with_the_ways_out() -> None:
+    result = run("-m", "pensieve", "chat", "--model", "opt-125m")
+    assert result.returncode == 2
+    assert "model_unavailable" in result.stderr
+    assert "smollm2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["compare", "--model", "nosuch"], "invalid_config", "there is no model 'nosuch'"),
+        (["compare", "--model", "opt-66b", "--weights", "random"], "model_refused", "131.4 GB"),
+        (["compare", "--gpu-cache", "0.001"], "invalid_config", "at least 2 are needed"),
+        (["compare", "--max-context", "9999999"], "invalid_config", "more than the 8192 tokens"),
+        (["compare", "--dataset", "/nonexistent.json"], "invalid_config", "/nonexistent.json"),
+        (["chat", "--temperature", "-1"], "invalid_request", "temperature must be in [0, 100], got -1.0"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(arguments: list[str], code: str, words: str) -> None:
+    result = run("-m", "pensieve", *arguments)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"pensieve: {code}: ")
+    assert words in last
+
+
+def test_models_names_what_can_be_loaded() -> None:
+    result = run("-m", "pensieve", "models", "--json")
+    names = {row["name"] for row in json.loads(result.stdout)}
+    assert {"smollm2", "gpt2", "opt-125m", "opt-13b", "opt-66b", "llama2-13b-gqa", "llama2-70b", "llama3-8b", "qwen3-0.6b"} <= names
