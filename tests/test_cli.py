@@ -39,14 +39,14 @@ def test_compare_reports_both_systems_and_their_equality(tmp_path: Path) -> None
     (plot_path,) = tmp_path.glob("*.png")
     assert plot_path.read_bytes().startswith(b"\x89PNG")
     record = json.loads(record_path.read_text())
-    assert record["subject"]["weights"] == "real"
+    assert record["weights"] == "real"
     assert len(record["runs"]) == 2
     assert all(len(run_["requests"]) == 9 for run_ in record["runs"])
 
 
 def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_path: Path) -> None:
     dataset = tmp_path / "chats.json"
-    turns = [{"from": "human", "value": "word " * 900}, {"from": "gpt", "value": "yes"}, {"from": "human", "value": "and then? " * 200}]
+    turns = [{"from": "human", "value": "word " * 500}, {"from": "gpt", "value": "yes"}, {"from": "human", "value": "and then? " * 300}]
     dataset.write_text(json.dumps([{"id": f"chat-{i}", "conversations": turns} for i in range(2)]))
     result = run(
         *(str(ROOT / "main.py"), "--mode", "compare", "--model", "gpt2", "--weights", "random", "--num-concurrent-users", "2"),
@@ -57,7 +57,7 @@ def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_pa
     assert "random weights" in result.stdout.splitlines()[0]
     assert "context full" in result.stdout, "gpt2 has 1,024 positions"
     (record_path,) = tmp_path.glob("compare-*.json")
-    assert json.loads(record_path.read_text())["subject"]["weights"] == "random"
+    assert json.loads(record_path.read_text())["weights"] == "random"
 
 
 def test_chat_goes_on_after_kill_9_from_raw_tokens(tmp_path: Path) -> None:

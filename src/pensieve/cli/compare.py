@@ -183,5 +183,8 @@ def _report(
     config = {"options": as_json(options), "workload": asdict(workload), "sizes": sizes, "stats": asdict(stats)}
     record = build_record(runs, subject, config, equality=equality, notes=notes)
     json_path = write_record(folder / f"{stem}.json", record)
-    plot_path = plot_first_token(folder / f"{stem}.png", runs, subject)
-    click.echo(f"plot: {plot_path}\njson: {json_path}")
+    if any(True for run in runs for _ in run.answered()):
+        click.echo(f"plot: {plot_first_token(folder / f'{stem}.png', runs, subject)}")
+    else:
+        click.echo("plot: none, no turn was answered")
+    click.echo(f"json: {json_path}")

@@ -11,6 +11,7 @@ import torch
 from pensieve.config import TierConfig
 from pensieve.core.plan import Copy, RequestFailure, SampledToken, StepPlan, StepResult
 from pensieve.errors import ConfigError
+from pensieve.worker.allocator import keep_freed_memory
 from pensieve.worker.attention import AttentionArgs, make_backend
 from pensieve.worker.batch import Batch, BatchBuilder
 from pensieve.worker.kv_store import KVStore
@@ -52,6 +53,8 @@ class ModelWorker:
         self._model = model
         self._backend: Any = make_backend(attention, model.geometry, chunk_tokens, model.device)
         self._hooks = hooks
+        if model.device.type == "cpu":
+            keep_freed_memory()
         require_room(tiers, self.chunk_bytes, model.device)
         self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(tiers))
         self._backend.bind(self._stores[0])
