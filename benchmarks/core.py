@@ -124,7 +124,8 @@ def main() -> None:
     rng = random.Random(options.seed)
     print("filling the cache ...", file=sys.stderr)
     # a first tier too small for all, so that steps reclaim, and copy down, and drop
-    gpu, cpu = options.chunks // 3, options.chunks - options.chunks // 3
+    gpu = options.chunks // 3
+    cpu = options.chunks - gpu + gpu // 4 + 64  # a quarter of the first tier lies in both
     cache = new_cache(gpu, cpu, "retention")
     gc.collect()
     tracemalloc.start()

@@ -1,0 +1,209 @@
+"""What the scheduler and the cache do, told on tiers of a few slots, with the expected victims written out."""
+
+from __future__ import annotations
+
+import pytest
+
+from fake_worker import FakeWorker, expected_answer
+from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.core.cache import TieredCache
+from pensieve.core.cost import CostProfile
+from pensieve.core.eviction import RetentionValue
+from pensieve.core.plan import StepPlan
+from pensieve.core.request import FinishReason, Request, RequestState, SamplingParams
+from pensieve.core.scheduler import Scheduler
+from pensieve.errors import ContextLengthExceeded, KeepRefused, Overloaded
+
+CHUNK = 4
+COST = CostProfile([(4, 1.0), (64, 2.0)], CHUNK)
+
+
+class World:
+    """A scheduler over a fake worker, stepped by hand; a second passes between steps."""
+
+    def __init__(self, gpu: int, cpu: int, **config: float) -> None:
+        tiers = (TierConfig("gpu", gpu), *((TierConfig("cpu", cpu),) if cpu else ()))
+        self.cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: RetentionValue(COST.of_chunk))
+        settings = {"max_batch_tokens": 64, "max_running": 8, **config}
+        self.scheduler = Scheduler(SchedulerConfig(**settings), self.cache, max_context=100)  # type: ignore[arg-type]
+        self.worker = FakeWorker([tier.num_slots for tier in tiers], CHUNK)
+        self.now_s = 0.0
+        self.done: dict[str, Request] = {}
+
+    def submit(self, name: str, tokens: list[int], answer: int = 1, *, conversation: str | None = None, namespace: str = "n") -> Request:
+        sampling = SamplingParams(max_new_tokens=answer)
+        return self.scheduler.submit(name, namespace, conversation or name, tuple(tokens), 0, sampling, self.now_s)
+
+    def step(self) -> StepPlan:
+        self.now_s += 1.0
+        plan = self.scheduler.schedule(self.now_s)
+        for request in self.scheduler.commit(plan, self.worker.run(plan), self.now_s).finished + self.scheduler.take_finished():
+            self.done[request.request_id] = request
+        self.cache.check()
+        return plan
+
+    def run(self) -> None:
+        for _ in range(500):
+            if not self.scheduler.requests:
+                return
+            self.step()
+        raise AssertionError("not done")
+
+    def turn(self, name: str, tokens: list[int], answer: int = 1, **where: str) -> Request:
+        self.submit(name, tokens, answer, **where)  # type: ignore[arg-type]
+        self.run()
+        request = self.done[name]
+        assert request.output == expected_answer(tokens, request.num_output)
+        return request
+
+    def places(self, conversation: str) -> list[str]:
+        sequence = self.cache.find("n", conversation)
+        names = {(True, True): "both", (True, False): "gpu", (False, True): "cpu"}
+        return [
+            "-" if chunk is None else names[chunk.slots[0] is not None, len(chunk.slots) > 1 and chunk.slots[1] is not None]
+            for chunk in (sequence.chunks if sequence else [])
+        ]
+
+
+SYSTEM = [40, 41, 42, 43, 44, 45, 46, 47]
+
+
+def test_another_conversation_with_the_same_system_prompt_hits() -> None:
+    world = World(20, 0)
+    world.turn("a", [*SYSTEM, 1, 2, 3])
+    second = world.turn("b", [*SYSTEM, 4, 5, 6])
+    assert (second.gpu_tokens, second.new_tokens) == (8, 3)
+
+
+def test_another_namespace_never_hits() -> None:
+    world = World(20, 0)
+    world.turn("a", [*SYSTEM, 1, 2, 3])
+    assert world.turn("b", [*SYSTEM, 4, 5, 6], namespace="other").gpu_tokens == 0
+
+
+def test_of_two_that_miss_the_same_chunks_one_computes_and_the_other_waits() -> None:
+    world = World(20, 0)
+    world.submit("a", [*SYSTEM, 1, 2, 3])
+    world.submit("b", [*SYSTEM, 4, 5, 6])
+    first = world.step()
+    assert {span.request_id for span in first.spans} == {"a"}
+    world.run()
+    assert world.done["b"].gpu_tokens == 8
+
+
+def test_at_least_one_token_is_left_to_compute() -> None:
+    world = World(20, 0)
+    world.turn("a", SYSTEM)
+    again = world.turn("b", SYSTEM)
+    assert again.gpu_tokens == 4
+    assert again.new_tokens == 4
+
+
+def test_a_branch_reuses_everything_before_the_point_of_divergence() -> None:
+    world = World(20, 0)
+    log = world.turn("a", [*SYSTEM, 1, 2, 3, 4, 5, 6], answer=3, conversation="c").tokens
+    branch = world.turn("b", [*log[:12], 30, 31, 32], conversation="c")
+    assert branch.gpu_tokens == 12
+
+
+def test_leading_chunks_leave_first_and_lazily() -> None:
+    world = World(8, 8, copy_ahead_share=0.5)
+    world.turn("old", list(range(20)), answer=1)  # 5 chunks
+    world.step()
+    assert world.places("old") == ["both", "gpu", "gpu", "gpu", "gpu"], "one copy makes half of the slots free or reclaimable"
+    world.turn("next", [30 + i for i in range(14)], answer=1)  # 4 chunks: the 3 free slots and the clean one
+    assert world.places("old")[0] == "cpu"
+    assert "cpu" not in world.places("old")[1:]
+
+
+def test_a_hit_before_the_slot_is_reclaimed_costs_nothing() -> None:
+    world = World(8, 8, copy_ahead_share=0.9)
+    log = world.turn("old", list(range(20)), answer=1).tokens
+    for _ in range(3):
+        world.step()
+    assert world.places("old") == ["both"] * 5
+    again = world.turn("again", [*log, 7], conversation="old")
+    assert again.gpu_tokens == 20
+    assert world.worker.num_swapped_in == 0
+
+
+def test_first_come_first_served_and_all_or_nothing() -> None:
+    world = World(10, 0)
+    world.submit("running", [1, 2, 3], answer=30)
+    world.step()
+    world.submit("large", list(range(33)))  # 9 chunks: with the reserve they do not fit beside it
+    world.submit("small", [5])
+    plan = world.step()
+    assert {span.request_id for span in plan.spans} == {"running"}
+    assert world.scheduler.requests["large"].state is RequestState.WAITING
+    assert all(chunk is None or not chunk.leases for chunk in world.scheduler.requests["large"].sequence.chunks)  # type: ignore[union-attr]
+    world.run()
+    assert list(world.done) == ["running", "large", "small"]
+
+
+def test_new_requests_leave_a_reserve_to_the_running_ones() -> None:
+    world = World(10, 0, reserve_share=0.3)
+    world.submit("a", [1, 2, 3], answer=20)
+    world.step()
+    world.submit("b", list(range(25)))  # 7 of the 9 free slots: 3 must stay
+    assert {span.request_id for span in world.step().spans} == {"a"}
+    world.scheduler.abort("a", world.now_s)
+    assert {span.request_id for span in world.step().spans} == {"b"}, "the reserve does not apply when nothing runs"
+
+
+def test_the_latest_arrival_is_suspended_and_comes_back() -> None:
+    world = World(6, 6, reserve_share=0.0, copy_ahead_share=0.0)
+    first, second = world.submit("first", [1, 2, 3], answer=14), world.submit("second", [4, 5, 6], answer=14)
+    states = set()
+    while world.scheduler.requests:
+        world.step()
+        states.add((first.state, second.state))
+    assert (RequestState.RUNNING, RequestState.SUSPENDED) in states
+    assert (RequestState.SUSPENDED, RequestState.RUNNING) not in states
+    assert first.suspensions == 0
+    assert second.suspensions >= 1
+    for request in (first, second):
+        assert request.output == expected_answer(request.tokens[: request.num_prompt], 14)
+
+
+def test_the_last_running_request_that_cannot_grow_ends_with_length() -> None:
+    world = World(4, 0)
+    request = world.submit("r", [1, 2, 3], answer=50)
+    world.run()
+    assert request.ending is FinishReason.LENGTH
+    assert len(request.tokens) == 4 * CHUNK + 1, "four full chunks, and one token that has no KV"
+
+
+def test_a_long_prompt_is_cut_at_chunk_boundaries() -> None:
+    world = World(20, 0, max_batch_tokens=13, max_running=2)
+    world.submit("r", list(range(30)))
+    spans = [span for _ in range(4) for span in world.step().spans]
+    assert [(span.start, span.stop, span.emits_token) for span in spans] == [(0, 12, False), (12, 24, False), (24, 30, True)]
+
+
+def test_a_turn_waits_for_the_earlier_one_of_its_conversation() -> None:
+    world = World(20, 0)
+    world.submit("one", [1, 2, 3], answer=5, conversation="c")
+    world.submit("two", [1, 2, 3, 9], answer=1, conversation="c")
+    world.submit("other", [7, 7], answer=1)
+    assert {span.request_id for span in world.step().spans} == {"one", "other"}
+    world.run()
+    assert set(world.done) == {"one", "two", "other"}
+
+
+def test_refusals_name_the_numbers() -> None:
+    world = World(40, 0, max_waiting=1)
+    with pytest.raises(ContextLengthExceeded, match="has 100 tokens, but at most 99 fit in the context of 100"):
+        world.submit("r", list(range(100)))
+    world.submit("a", [1])
+    with pytest.raises(Overloaded, match="1 requests wait already, at most 1 may"):
+        world.submit("b", [1])
+
+
+def test_keeps_in_a_single_tier_leave_room_to_who_waits() -> None:
+    world = World(10, 0)
+    world.turn("kept", [i % 5 for i in range(19)])
+    world.submit("large", [i % 7 for i in range(33)])
+    with pytest.raises(KeepRefused, match="a queued request that needs 9"):
+        world.scheduler.set_keep("n", "kept", True)
+    world.run()
