@@ -16,9 +16,10 @@ if sys.argv[1] == "keep":
 def work():
     parts = [torch.ones(n << 18) for n in (1, 2, 3, 4)]  # 1 to 4 MB each
     return sum(float(part[0]) for part in parts)
-work()
+for _ in range(20):
+    work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(50):
+for _ in range(100):
     work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -31,4 +32,4 @@ def faults(mode: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 def test_steps_after_the_first_get_no_fresh_pages() -> None:
-    assert faults("keep") < faults("default") / 4
+    assert faults("keep") < 100  # one a step; without it there are 50 to 2,000 a step, as huge pages have it
