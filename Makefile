@@ -11,7 +11,7 @@ VENV  ?= .venv
 TORCH ?= torch==2.13.0
 ARGS  ?=
 # Tiers too small for all six conversations, so that chunks are copied down, swapped in, dropped and recomputed before your eyes.
-DEMO  := --users 6 --turns 8 --gpu-cache 0.06 --cpu-cache 0.06
+DEMO  := --users 6 --turns 8 --gpu-cache 0.09 --cpu-cache 0.02
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt

@@ -30,8 +30,8 @@ from pensieve.errors import PensieveError
 )
 @click.option("--model", default="smollm2", show_default=True, help="smollm2, a hub id, a folder, a .gguf file or a named architecture.")
 @click.option("--weights", type=click.Choice(["auto", "random"]), default="auto", show_default=True)
-@click.option("--gpu-cache", "gpu_cache_gb", type=float, default=None, help="First tier, GB.  [default: 1, demo: 0.06]")
-@click.option("--cpu-cache", "cpu_cache_gb", type=float, default=None, help="Second tier, GB.  [default: 2, demo: 0.06]")
+@click.option("--gpu-cache", "gpu_cache_gb", type=float, default=None, help="First tier, GB.  [default: 1, demo: 0.09]")
+@click.option("--cpu-cache", "cpu_cache_gb", type=float, default=None, help="Second tier, GB.  [default: 2, demo: 0.02]")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
 @click.option("--interactive", is_flag=True, help="Chat in the terminal instead of running a workload (modes pensieve and vllm).")
@@ -73,8 +73,8 @@ def experiment(
         request_interval_s=arguments.pop("request_interval"),
     )
     small = mode == "demo"
-    arguments["gpu_cache_gb"] = gpu_cache_gb if gpu_cache_gb is not None else 0.06 if small else 1.0
-    arguments["cpu_cache_gb"] = cpu_cache_gb if cpu_cache_gb is not None else 0.06 if small else 2.0
+    arguments["gpu_cache_gb"] = gpu_cache_gb if gpu_cache_gb is not None else 0.09 if small else 1.0
+    arguments["cpu_cache_gb"] = cpu_cache_gb if cpu_cache_gb is not None else 0.02 if small else 2.0
     if interactive:
         if mode not in ("pensieve", "vllm"):
             raise click.UsageError(f"--interactive chats with one system: use --mode pensieve or --mode vllm, not {mode}")

@@ -29,7 +29,7 @@ from pensieve.workloads.conversations import Selection, load_dataset, random_tok
 
 STATEFUL = "Pensieve"
 STATELESS = "stateless (Pensieve's engine, nothing kept between turns)"
-WARM_UP_TOKENS = 300
+WARM_UP_TOKENS, WARM_UP_USERS = 300, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +136,21 @@ def _system(options: Options, loaded: LoadedModel, *, retain: bool) -> Iterator[
 def _warm_up(runtime: Runtime, loaded: LoadedModel) -> None:
     """First steps are slow everywhere (kernels are chosen, memory is touched); both systems get the same ones, untimed."""
     length = min(WARM_UP_TOKENS, runtime.sizes.max_context // 2)
-    tokens = random_tokens(length, loaded.shape.vocab_size, seed="warm-up")
-    for part in (tokens, tokens[: length // 4]):
-        name = f"warm-up-{len(part)}"
-        runtime.service.complete(name, part, 0, SamplingParams(max_new_tokens=8, logprobs=2), namespace="warm-up").future.result()
-        runtime.service.forget(name, namespace="warm-up")
+    for part in (length, length, length // 4):
+        names = [f"warm-up-{part}-{user}" for user in range(WARM_UP_USERS)]
+        turns = [
+            runtime.service.complete(
+                name,
+                random_tokens(part, loaded.shape.vocab_size, seed=name),
+                0,
+                SamplingParams(max_new_tokens=8, logprobs=2),
+                namespace="warm-up",
+            )
+            for name in names
+        ]
+        for turn, name in zip(turns, names, strict=True):
+            turn.future.result()
+            runtime.service.forget(name, namespace="warm-up")
 
 
 def _load(options: Options) -> LoadedModel:
