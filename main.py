@@ -7,16 +7,15 @@ python main.py --mode demo
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
+from pensieve.cli import run_command
 from pensieve.cli.build import Options
 from pensieve.cli.chat import run_chat
 from pensieve.cli.compare import Workload, run_compare, run_one
 from pensieve.core.request import SamplingParams
-from pensieve.errors import PensieveError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -86,19 +85,5 @@ def experiment(
         run_one(Options(**arguments), workload, retain=mode == "pensieve", out_dir=out_dir)
 
 
-def main() -> None:
-    """Run; a `PensieveError` becomes one line on stderr and exit status 2."""
-    try:
-        experiment.main(prog_name="main.py", standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except PensieveError as error:
-        click.echo(f"main.py: {error.code}: {error.message}", err=True)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(experiment, "main.py")

@@ -25,14 +25,19 @@ for _command in (chat, compare, models, profile):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a `PensieveError` becomes one line on stderr and exit status 2."""
+    """Run the command line."""
+    run_command(cli, "pensieve", arguments)
+
+
+def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:
+    """Run a click command as a program; a `PensieveError` becomes one line on stderr and exit status 2."""
     try:
-        cli.main(arguments, prog_name="pensieve", standalone_mode=False)
+        command.main(arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except PensieveError as error:
-        click.echo(f"pensieve: {error.code}: {error.message}", err=True)
+        click.echo(f"{name}: {error.code}: {error.message}", err=True)
         sys.exit(2)
