@@ -126,6 +126,19 @@ class CacheMachine(RuleBasedStateMachine):
     def everything_agrees(self) -> None:
         self.cache.check()
 
+    @invariant()
+    def every_queue_offers_what_brute_force_over_all_its_chunks_finds(self) -> None:
+        places = self.cache.places
+        chunks = {chunk for sequence in self.cache.sequences.values() for chunk in sequence.chunks if chunk is not None}
+        for queue in (*places.clean, *places.sole):
+            members = [chunk for chunk in chunks if chunk.queues & queue.bit]
+            worst = queue.worst(self.now_s)
+            assert (worst is None) == (not members)
+            if worst is not None:
+                lowest = min(queue.worth(chunk, self.now_s) for chunk in members)
+                assert worst in members
+                assert abs(queue.worth(worst, self.now_s) - lowest) <= 1e-9 * lowest
+
     def teardown(self) -> None:
         for name in list(self.running):
             sequence, tokens = self.running.pop(name)
