@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pensieve.chat import Message
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import ContextLengthExceeded, ConversationNotFound, EngineClosed, PensieveError, StoreError, error_from
 from pensieve.messages import (
@@ -35,10 +36,9 @@ from pensieve.messages import (
     Submit,
     Token,
 )
-from pensieve.store.base import ConversationStore, StoredMessage, Turn, path_messages, path_tokens
+from pensieve.store.base import ConversationStore, Turn, path_messages, path_tokens
 from pensieve.text.chat import ChatText
 from pensieve.text.detokenize import Detokenizer
-from pensieve.text.messages import Message
 from pensieve.text.overflow import truncate
 from pensieve.text.stop import StopStrings, keep_tokens
 
@@ -310,7 +310,7 @@ class ConversationService:
         if leaf is not None and leaf == conversation.leaf:
             return shortened
         turns = self._store.path(turn.namespace, conversation.leaf)
-        return Path(tuple(Message(m.role, m.content) for m in path_messages(turns)), tuple(path_tokens(turns)))
+        return Path(tuple(path_messages(turns)), tuple(path_tokens(turns)))
 
     def _truncate(self, turn: PendingTurn, room: int) -> None:
         """Leave out the oldest turns; what is left is a new path, computed anew after the system prompt."""
@@ -415,7 +415,7 @@ class ConversationService:
         if self._store is None or turn.forced is not None or turn.raw is not None or (reason is FinishReason.ABORT and not output):
             self._finish(turn, done)
             return
-        messages = [StoredMessage(message.role, message.content) for message in (*turn.new, Message("assistant", done.text))]
+        messages = (*turn.new, Message("assistant", done.text))
         appended = self._store.append(
             turn.namespace,
             turn.conversation_id,

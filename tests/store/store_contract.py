@@ -11,15 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pensieve.chat import Message
 from pensieve.errors import ConversationNotFound, InvalidRequest, StoreError
-from pensieve.store import ConversationStore, StoredMessage, Turn, path_messages, path_tokens
+from pensieve.store import ConversationStore, Turn, path_messages, path_tokens
 
 # Fixtures are shared by the examples on purpose (each begins with names or a store of its own), and so are tests by classes.
 INHERITED = [HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
 
 
-def user(text: str) -> list[StoredMessage]:
-    return [StoredMessage("user", text)]
+def user(text: str) -> list[Message]:
+    return [Message("user", text)]
 
 
 def say(store: ConversationStore, id: str, text: str, token_ids: list[int], **options: Any) -> Turn:
@@ -122,21 +123,19 @@ class ConversationStoreContract:
         assert store.path("a", second.id) == [first, second]
         assert (first.parent, second.parent, first.start, second.start, second.stop) == (None, first.id, 0, 3, 5)
         assert log(store, "one") == [1, 2, 3, 4, 5]
-        assert path_messages([first, second]) == [StoredMessage("user", "hi"), StoredMessage("user", "bye")]
+        assert path_messages([first, second]) == [Message("user", "hi"), Message("user", "bye")]
         conversation = store.get("a", "one")
         assert conversation.leaf == second.id
         assert conversation.updated_s == second.created_s
 
     @settings(max_examples=25, deadline=None, suppress_health_check=INHERITED)
     @given(
-        messages=st.lists(
-            st.builds(StoredMessage, st.sampled_from(["system", "user", "tool"]), st.text() | st.just("\ud800\x00")), max_size=4
-        ),
+        messages=st.lists(st.builds(Message, st.sampled_from(["system", "user", "tool"]), st.text() | st.just("\ud800\x00")), max_size=4),
         token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=40),
         title=st.none() | st.text(),
     )
     def test_anything_said_comes_back(
-        self, store: ConversationStore, messages: list[StoredMessage], token_ids: list[int], title: str | None
+        self, store: ConversationStore, messages: list[Message], token_ids: list[int], title: str | None
     ) -> None:
         id = store.create("a", title=title, metadata={title or "": title}).id
         turn = store.append("a", id, None, messages, token_ids).result(timeout=30)
@@ -184,7 +183,7 @@ class ConversationStoreContract:
         token_ids[:], messages[:] = [], []
         turn = future.result(timeout=30)
         assert store.path("a", turn.id) == [turn]
-        assert (turn.token_ids, turn.messages, turn.stop) == ((1, 2), (StoredMessage("user", "hi"),), 2)
+        assert (turn.token_ids, turn.messages, turn.stop) == ((1, 2), (Message("user", "hi"),), 2)
 
     # -- branches and forks
 

@@ -249,10 +249,11 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
 
 CHILD = """
 import sys
-from pensieve.store import SqliteStore, StoredMessage
+from pensieve.chat import Message
+from pensieve.store import SqliteStore
 store = SqliteStore(sys.argv[1], busy_timeout_s=30)
 for i in range(30):
-    store.append("a", sys.argv[2], store.get("a", sys.argv[2]).leaf, [StoredMessage("user", "x")], [i]).result()
+    store.append("a", sys.argv[2], store.get("a", sys.argv[2]).leaf, [Message("user", "x")], [i]).result()
 store.close()
 """
 

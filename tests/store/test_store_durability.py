@@ -18,7 +18,8 @@ ROUNDS = 10
 # Several threads append; each acknowledgement is printed only after its future resolved.
 CHILD = """
 import sys, threading
-from pensieve.store import SqliteStore, StoredMessage
+from pensieve.chat import Message
+from pensieve.store import SqliteStore
 
 store = SqliteStore(sys.argv[1])
 lock = threading.Lock()
@@ -27,7 +28,7 @@ def converse(name):
     parent = store.get("a", name).leaf
     number = len(store.path("a", parent))
     while True:
-        turn = store.append("a", name, parent, [StoredMessage("user", f"{name} {number}")], [number] * (1 + number % 300)).result()
+        turn = store.append("a", name, parent, [Message("user", f"{name} {number}")], [number] * (1 + number % 300)).result()
         parent, number = turn.id, number + 1
         with lock:
             print(name, number, turn.id, flush=True)

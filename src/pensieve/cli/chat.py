@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pensieve.chat import Message
 from pensieve.cli.build import GB, Runtime, load_model, start
 from pensieve.cli.options import cache_options, model_options, pick
 from pensieve.core.request import SamplingParams
@@ -17,7 +18,6 @@ from pensieve.messages import Receipt, Stats
 from pensieve.service import DEFAULT_NAMESPACE, TurnDone
 from pensieve.store.base import path_messages
 from pensieve.store.sqlite import SqliteStore, default_path
-from pensieve.text.messages import Message
 
 HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an answer, Ctrl-D the chat."
 

@@ -3,14 +3,13 @@
 Knows trees of turns in a database; never models, caches or text rendering.
 """
 
-from pensieve.store.base import Conversation, ConversationStore, StoredMessage, Turn, path_messages, path_tokens
+from pensieve.store.base import Conversation, ConversationStore, Turn, path_messages, path_tokens
 from pensieve.store.sqlite import SqliteStore, default_path
 
 __all__ = [
     "Conversation",
     "ConversationStore",
     "SqliteStore",
-    "StoredMessage",
     "Turn",
     "default_path",
     "path_messages",

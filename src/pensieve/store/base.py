@@ -15,13 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class StoredMessage:
-    """One message of a turn."""
-
-    role: str
-    content: str
+from pensieve.chat import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +24,7 @@ class Turn:
 
     id: str  # unique in the store; not a credential
     parent: str | None  # turn id; None = the first of its path
-    messages: tuple[StoredMessage, ...]  # what this turn added to the chat
+    messages: tuple[Message, ...]  # what this turn added to the chat
     token_ids: tuple[int, ...]  # what this turn added to the token log: its prompt's new ids, then the sampled ones
     start: int  # position in the path's token log of the first of `token_ids`; what the parent's path has after it is void
     reply_reason: str | None  # why the answer ended, such as "stop" or "length"; None = no answer in this turn
@@ -73,7 +67,7 @@ def path_tokens(turns: Iterable[Turn]) -> list[int]:
     return log
 
 
-def path_messages(turns: Iterable[Turn]) -> list[StoredMessage]:
+def path_messages(turns: Iterable[Turn]) -> list[Message]:
     """The messages of a path, oldest first."""
     return [message for turn in turns for message in turn.messages]
 
@@ -120,7 +114,7 @@ class ConversationStore(Protocol):
         namespace: str,
         conversation_id: str,
         parent: str | None,
-        messages: Sequence[StoredMessage],
+        messages: Sequence[Message],
         token_ids: Sequence[int],
         *,
         start: int | None = None,

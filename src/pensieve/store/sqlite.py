@@ -19,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from pensieve.chat import Message
 from pensieve.errors import ConversationConflict, ConversationNotFound, InvalidRequest, StoreError
-from pensieve.store.base import Conversation, StoredMessage, Turn
+from pensieve.store.base import Conversation, Turn
 from pensieve.store.schema import MIGRATIONS, Migration, connect, open_for_writing
 from pensieve.store.writer import GroupWriter
 
@@ -130,7 +131,7 @@ class SqliteStore:
         namespace: str,
         conversation_id: str,
         parent: str | None,
-        messages: Sequence[StoredMessage],
+        messages: Sequence[Message],
         token_ids: Sequence[int],
         *,
         start: int | None = None,
@@ -322,7 +323,7 @@ def _conversation(row: tuple[Any, ...]) -> Conversation:
 
 def _turn(row: tuple[Any, ...]) -> Turn:
     id, parent, messages, blob, start, reply_reason, created_s = row
-    stored = tuple(StoredMessage(role, content) for role, content in json.loads(messages))
+    stored = tuple(Message(role, content) for role, content in json.loads(messages))
     return Turn(id, parent, stored, _unpack(blob), start, reply_reason, created_s)
 
 

@@ -4,9 +4,9 @@ Knows text and token ids; never weights, caches or conversations on disk. Import
 is imported when a tokenizer is.
 """
 
+from pensieve.chat import ROLES, Message
 from pensieve.text.chat import ChatText, Extension
 from pensieve.text.detokenize import Detokenizer
-from pensieve.text.messages import ROLES, Message
 from pensieve.text.overflow import Truncated, truncate
 from pensieve.text.stop import StopStrings, keep_tokens
 

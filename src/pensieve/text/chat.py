@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pensieve.chat import Message
 from pensieve.errors import InvalidRequest, ModelUnavailable
 from pensieve.text.control import ControlGuard, unused_marks
 from pensieve.text.detokenize import Detokenizer
-from pensieve.text.messages import Message
 
 # For models without a template. Each message is a paragraph that begins with its speaker's name.
 PLAIN_TEMPLATE = (

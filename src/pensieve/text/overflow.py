@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pensieve.chat import Message
 from pensieve.errors import ContextLengthExceeded
-from pensieve.text.messages import Message
 
 
 @dataclass(frozen=True, slots=True)

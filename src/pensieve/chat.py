@@ -1,0 +1,76 @@
+"""What people and models say to each other: messages, tool calls, and the hash that recognises a history. Knows no tokens, templates or turns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pensieve.errors import InvalidRequest
+
+ROLES = ("system", "user", "assistant", "tool")
+DIGEST_BYTES = 16
+ROOT_DIGEST = hashlib.blake2b(b"", digest_size=DIGEST_BYTES, person=b"pensieve-chat").digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One function that an assistant's message asks to be called."""
+
+    id: str  # unique in its conversation; a tool's answer names it
+    name: str
+    arguments: str  # JSON text, as the model wrote it: perhaps not valid
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a chat.
+
+    Raises:
+        InvalidRequest: the role is not one of `ROLES`, the content is not text, or a tool's fields stand on another role's message.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str | None = None  # of a tool: the call that it answers
+    name: str | None = None  # of a tool: the function that was called
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise InvalidRequest(f"a message's role must be one of {', '.join(ROLES)}, got {self.role!r}")
+        if not isinstance(self.content, str):
+            raise InvalidRequest(f"a message's content must be text, got {type(self.content).__name__} (role {self.role!r})")
+        if self.tool_calls and self.role != "assistant":
+            raise InvalidRequest(f"only an assistant's message can call tools, got tool_calls on a {self.role} message")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise InvalidRequest(f"only a tool's message answers a call, got tool_call_id on a {self.role} message")
+
+
+def extend_digest(parent: bytes, message: Message) -> bytes:
+    """The hash of a history with one more message: equal hashes mean the same messages from the first one on.
+
+    White space around an assistant's words does not count (clients trim it), nor do the ids of tool calls (some clients make their own).
+    """
+    calls = [[call.name, _canonical(call.arguments)] for call in message.tool_calls]
+    content = message.content.strip() if message.role == "assistant" else message.content
+    text = json.dumps([message.role, content, calls])  # ASCII: holds any string, lone surrogates included
+    return hashlib.blake2b(parent + text.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def path_digests(messages: Iterable[Message], parent: bytes = ROOT_DIGEST) -> list[bytes]:
+    """The hash of the history up to and with each message."""
+    digests = []
+    for message in messages:
+        parent = extend_digest(parent, message)
+        digests.append(parent)
+    return digests
+
+
+def _canonical(arguments: str) -> str:
+    """A call's arguments with the white space and order of keys that everybody writes alike; as they are if they are not JSON."""
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True)
+    except ValueError:
+        return arguments
