@@ -1,0 +1,256 @@
+"""`pensieve serve`: the engine in a process of its own, and an HTTP server in front of it. Chooses, wires, starts."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pensieve.cli.build import Options
+from pensieve.cli.options import cache_options, model_options, pick
+from pensieve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pensieve.engine_process import EngineInfo, EngineProcess
+    from pensieve.server.context import ServerConfig
+    from pensieve.server.keys import KeyFile
+    from pensieve.service import ConversationService
+    from pensieve.store.base import ConversationStore
+    from pensieve.text import ChatText
+
+DEFAULT_PORT = 8000
+BACKLOG = 1024
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; beyond this machine only with --api-key-file.")
+@click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0: any free one, printed.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), default=None, help="Who may ask (see `pensieve keys add`); read again when it changes.")
+@click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
+@click.option("--store", "store_url", default=None, help="sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]")
+@click.option("--name", "model_name", default=None, help="What clients call the model.  [default: what --model says]")
+@click.option("--max-open", type=click.IntRange(min=1), default=256, show_default=True, help="Requests running and waiting; beyond it: 429.")
+@click.option("--max-body", "max_body_mb", type=click.FloatRange(min=0.001), default=16.0, show_default=True, help="MB of a request's body.")
+@click.option("--queue-timeout", "queue_timeout_s", type=float, default=120.0, show_default=True, help="Seconds to a request's first token.")
+@click.option("--request-timeout", "request_timeout_s", type=float, default=900.0, show_default=True, help="Seconds of a whole request.")
+@click.option("--stall-timeout", "stall_timeout_s", type=float, default=60.0, show_default=True, help="Seconds that a client may read nothing.")
+@click.option("--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM.")
+@click.option("--access-log", is_flag=True, help="Log a line a request: never its content.")
+@model_options
+@cache_options
+def serve(**arguments: Any) -> None:
+    """Serve conversations over HTTP, as any OpenAI client expects them; they outlive the process."""
+    options = pick(arguments)
+    run_server(options, **arguments)
+
+
+def run_server(
+    options: Options,
+    *,
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    insecure: bool,
+    store_url: str | None,
+    model_name: str | None,
+    max_open: int,
+    max_body_mb: float,
+    access_log: bool,
+    **timeouts: float,
+) -> None:
+    """Start everything, serve until told to stop, end everything in order.
+
+    Raises:
+        ConfigError: an option is wrong, or the server packages are not installed.
+        ModelUnavailable, ModelRefused, StoreError: what could not be had.
+    """
+    begun_s = time.perf_counter()
+    try:
+        import uvicorn
+        from prometheus_client import CollectorRegistry  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"`pensieve serve` needs the server packages ({error.name}): pip install 'pensieve-serve[server]'") from error
+    from pensieve.server.context import ServerConfig
+    from pensieve.server.keys import KeyFile
+
+    config = ServerConfig(
+        model=model_name or options.model, max_open=max_open, max_body_bytes=int(max_body_mb * (1 << 20)), **timeouts
+    )
+    keys = None if api_key_file is None else KeyFile(api_key_file)
+    if keys is None and not insecure and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached from other machines: give --api-key-file (see `pensieve keys add`), or --insecure if everybody may ask"
+        )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    listener = _listen(host, port)  # first: a port that is taken should not cost the loading of a model
+    try:
+        parts = _start(options, store_url)
+    except BaseException:
+        listener.close()
+        raise
+    app = parts.application(config, keys)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{listener.getsockname()[1]}"
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                info = parts.info
+                tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in info.tiers)
+                click.secho(
+                    f"{info.label} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention); {tiers}; "
+                    f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
+                    fg="cyan",
+                )
+                click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/)" + ("" if keys else "  without keys"), bold=True)
+                sys.stdout.flush()
+
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=access_log,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
+            backlog=BACKLOG,
+            server_header=False,
+        )
+    )
+    _on_terminate(server, parts, config)
+    try:
+        asyncio.run(server.serve(sockets=[listener]))
+    finally:
+        parts.close()
+
+
+class _Parts:
+    """What stands behind the HTTP server."""
+
+    def __init__(
+        self, process: EngineProcess, info: EngineInfo, text: ChatText, store: ConversationStore, ephemeral: ConversationStore, service: ConversationService
+    ) -> None:
+        self.process, self.info, self.text = process, info, text
+        self.store, self.ephemeral, self.service = store, ephemeral, service
+        self.context: Any = None
+        self._closed = False
+
+    def application(self, config: ServerConfig, keys: KeyFile | None) -> Any:
+        from pensieve.server.app import create_app
+        from pensieve.server.context import Context
+        from pensieve.server.metrics import Metrics
+        from pensieve.server.turns import Answer, Turns
+
+        metrics = Metrics()
+
+        def on_end(answer: Answer) -> None:
+            if answer.done is not None:
+                metrics.observe(answer.done.receipt)
+
+        def make_context() -> Context:
+            turns = Turns(
+                self.service,
+                max_open=config.max_open,
+                queue_timeout_s=config.queue_timeout_s,
+                request_timeout_s=config.request_timeout_s,
+                on_end=on_end,
+            )
+            self.context = Context(
+                config, self.info, self.text, self.store, self.service, turns, self.process, keys, metrics, names=frozenset({self.info.label})
+            )
+            return self.context
+
+        return create_app(make_context, metrics, config.max_body_bytes, self.close)
+
+    def close(self) -> None:
+        """The engine first, whose turns then fail, then the service that says so, then the store."""
+        if not self._closed:
+            self._closed = True
+            self.process.close()
+            self.service.close()
+            self.store.close()
+            self.ephemeral.close()
+
+
+def _start(options: Options, store_url: str | None) -> _Parts:
+    """Start the engine's process; load the tokenizer and open the store while it loads the model."""
+    from pensieve.cli import engine_main
+    from pensieve.cli.build import load_text
+    from pensieve.engine_process import EngineProcess
+    from pensieve.service import ConversationService
+    from pensieve.store import MEMORY, SqliteStore, default_path, open_store
+
+    services: list[ConversationService] = []
+
+    def emit(events: Any) -> None:
+        if services:
+            services[0].handle(events)
+
+    process = EngineProcess(engine_main.run, (options,), emit=emit)
+    store = None
+    try:
+        text = load_text(options)
+        store = open_store(store_url or str(default_path()))
+        recovered = store.recover_drafts(None)
+        if recovered:
+            logging.getLogger("pensieve").info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
+        info = process.ready()
+    except BaseException:
+        process.close()
+        if store is not None:
+            store.close()
+        raise
+    ephemeral = SqliteStore(MEMORY)
+    service = ConversationService(
+        text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=f"{socket.gethostname()}:{os.getpid()}"
+    )
+    services.append(service)
+    service.connect(process.post)
+    return _Parts(process, info, text, store, ephemeral, service)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --port or --host") from error
+    return listener
+
+
+def _on_terminate(server: Any, parts: _Parts, config: ServerConfig) -> None:
+    """SIGTERM: take nothing new and let open answers end; uvicorn then closes the connections."""
+    before = server.handle_exit
+
+    def handle_exit(number: int, frame: Any) -> None:
+        if parts.context is not None and number == signal.SIGTERM:
+            parts.context.turns.draining = True
+        before(number, frame)
+
+    server.handle_exit = handle_exit

@@ -1,0 +1,158 @@
+"""The application: routes, limits, what happens at start and end. Knows the pieces and their order; never what they do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pensieve import __version__
+from pensieve.errors import PensieveError
+from pensieve.server import chat, completions, conversations, errors, native, ops, responses
+from pensieve.server.context import Context
+from pensieve.server.errors import ApiError, error_response
+from pensieve.server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 5.0  # how often conversations whose time is up are looked for
+MAX_SWEPT = 64  # at a time
+IDEMPOTENCY_S = 24 * 3600.0  # how long a key is remembered
+PURGE_S = 3600.0
+
+MakeContext = Callable[[], Context]  # called in the event loop
+Ended = Callable[[], None]  # called in a thread, after the last answer
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every failure has this form."""
+
+    error: ErrorDetail
+
+
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is wrong; the message says what and how to mend it"},
+    401: {"model": ErrorBody, "description": "An API key is needed"},
+    404: {"model": ErrorBody, "description": "Not there, or not this key's"},
+    409: {"model": ErrorBody, "description": "In conflict with another request"},
+    413: {"model": ErrorBody, "description": "The body is too large"},
+    422: {"model": ErrorBody, "description": "An Idempotency-Key that was used for another request"},
+    429: {"model": ErrorBody, "description": "Too many requests: try again after Retry-After seconds"},
+    500: {"model": ErrorBody, "description": "The server failed"},
+    503: {"model": ErrorBody, "description": "Not ready: try again after Retry-After seconds"},
+    504: {"model": ErrorBody, "description": "The answer took too long"},
+}
+
+
+def create_app(make_context: MakeContext, metrics: Metrics, max_body_bytes: int, on_end: Ended = lambda: None) -> FastAPI:
+    """The ASGI application."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        context = app.state.context = make_context()
+        sweeper = asyncio.ensure_future(_sweep(context))
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeper
+            await context.turns.drain(context.config.drain_timeout_s)
+            await asyncio.to_thread(on_end)
+
+    app = FastAPI(
+        title="Pensieve",
+        version=__version__,
+        summary="Conversations with a large language model that keep their KV cache between turns",
+        docs_url=None,  # (their pages come from a CDN)
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=_FAILURES,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    errors.install(app)
+    for module in (chat, completions, responses, conversations, native, ops):
+        app.include_router(module.router)
+    app.add_middleware(Door, metrics=metrics, max_body_bytes=max_body_bytes)
+    return app
+
+
+class Door:
+    """Counts requests and refuses bodies that are too large, before anything reads them."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        status = 0
+
+        async def counting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        num_bytes = 0
+
+        async def limited_receive() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise HTTPException(413, self._too_large(num_bytes))
+            return message
+
+        try:
+            if length.isdigit() and int(length) > self._max_body_bytes:
+                too_large = ApiError(413, self._too_large(int(length)), code="request_too_large", headers={"Connection": "close"})
+                await error_response(too_large)(scope, receive, counting_send)
+                return
+            await self._app(scope, limited_receive, counting_send)
+        finally:
+            route = scope.get("route")
+            self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
+
+    def _too_large(self, num_bytes: int) -> str:
+        return f"the body has {num_bytes} bytes or more, at most {self._max_body_bytes} are taken (--max-body)"
+
+
+async def _sweep(context: Context) -> None:
+    """Delete conversations whose time is up, and forget old idempotency keys."""
+    purged_s = 0.0
+    while True:
+        try:
+            for conversation in await asyncio.to_thread(context.store.expired, time.time(), MAX_SWEPT):
+                await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace))
+                log.info("conversation %s is deleted: its time was up", conversation.id)
+            if time.time() - purged_s > PURGE_S:
+                purged_s = time.time()
+                await asyncio.to_thread(context.store.purge, purged_s - IDEMPOTENCY_S)
+        except PensieveError as error:
+            log.warning("looking for conversations whose time is up failed: %s", error.message)
+        except Exception:
+            log.exception("looking for conversations whose time is up failed")
+        await asyncio.sleep(SWEEP_S)

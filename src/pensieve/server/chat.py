@@ -1,0 +1,268 @@
+"""POST /v1/chat/completions: the whole history comes with every request, and is recognised. Knows that API; never the cache."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from starlette.responses import JSONResponse, Response
+
+from pensieve import __version__
+from pensieve.server import idempotency
+from pensieve.server.answers import Completed, completed_before, completed_now, composer, finish_reason, logprob_items
+from pensieve.server.context import Asking, Caller, Context, Server
+from pensieve.server.errors import ApiError, unsupported
+from pensieve.server.output import CallBegin, CallDelta, ContentDelta, Output, OutputEvent, OutputForm, ReasoningDelta
+from pensieve.server.schemas import ChatRequest, ChosenTool, tools_of
+from pensieve.server.sse import DONE, EventStream, data, unless_gone
+from pensieve.server.turns import Answer
+from pensieve.service import TurnSpec
+from pensieve.text import ChatText
+
+router = APIRouter()
+
+EARLY_S = 5.0  # an error that comes so soon gets a status of its own; later, a stream has begun
+
+
+@router.post("/v1/chat/completions", summary="Answer a chat; its history is recognised and not computed again")
+async def chat_completions(
+    request: Request,
+    body: ChatRequest,
+    context: Server,
+    caller: Asking,
+    idempotency_key: Annotated[str | None, Header()] = None,
+    x_session_id: Annotated[str | None, Header()] = None,
+    x_openwebui_chat_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """OpenAI's chat completions, streaming and not."""
+    body.refuse()
+    context.check_model(body.model)
+    spec, form = _spec(body, context, caller, x_session_id or x_openwebui_chat_id)
+    held = await idempotency.claim(context, caller, idempotency_key, "chat", body, spec.turn_id)
+    if isinstance(held, idempotency.Retry):
+        if held.stored is not None:
+            return _again(body, context, completed_before(held.stored, None))
+        assert held.live is not None
+        answer = held.live
+    else:
+        created = Answer.now()
+        spec = composer(spec, context.text, form, created, {"api": "chat", "metadata": body.metadata or {}})
+        answer = context.turns.start(spec, created=created)
+        idempotency.release_on_failure(context, held, answer)
+
+    def gone() -> None:
+        if idempotency_key is None:  # who sent a key will come back for the answer
+            context.turns.abort(answer)
+
+    if body.stream:
+        await unless_gone(request, _early(answer), gone)
+        if answer.error is not None:
+            raise answer.error
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(
+            _stream(context, answer, form, include_usage),
+            on_gone=gone,
+            stall_timeout_s=context.config.stall_timeout_s,
+            on_open=context.metrics.streams.inc,
+            headers=_headers(answer.turn.conversation_id),
+        )
+    done = await unless_gone(request, answer.result(), gone)
+    completed = completed_now(answer, done, form, context.text, {})
+    return JSONResponse(completion_json(context, completed), headers=_headers(completed.conversation_id))
+
+
+def form_of(body: ChatRequest, text: ChatText) -> OutputForm:
+    """How the answer is read: which tools it may call, and which it must.
+
+    Raises:
+        ApiError: the choice names a function that is not there.
+    """
+    tools = tools_of(body.tools)
+    choice = body.tool_choice
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise ApiError(400, "tool_choice needs tools", code="invalid_value", param="tool_choice")
+        return OutputForm(reasoning=text.has_reasoning)
+    if choice == "none":
+        return OutputForm(reasoning=text.has_reasoning)
+    forced = None
+    if isinstance(choice, ChosenTool):
+        forced = choice.function.name
+        if all(_name_of(tool) != forced for tool in tools):
+            raise ApiError(400, f"tool_choice names {forced!r}, which is none of the tools", code="invalid_value", param="tool_choice")
+        if forced == "required":
+            raise unsupported("tool_choice", "a function called 'required' cannot be chosen by name: call it something else")
+    elif choice == "required":
+        forced = "required"
+    return OutputForm(tools, body.parallel_tool_calls is not False, forced, text.has_reasoning and forced is None)
+
+
+def _name_of(tool: Mapping[str, object]) -> object:
+    function = tool["function"]
+    return function["name"] if isinstance(function, dict) else None
+
+
+def _spec(body: ChatRequest, context: Context, caller: Caller, hint: str | None) -> tuple[TurnSpec, OutputForm]:
+    if len(body.messages) > context.config.max_messages:
+        raise ApiError(
+            400, f"messages has {len(body.messages)} entries, at most {context.config.max_messages} are taken", code="too_many_messages", param="messages"
+        )
+    messages = tuple(message.message(f"messages.{index}") for index, message in enumerate(body.messages))
+    form = form_of(body, context.text)
+    spec = TurnSpec(
+        caller.namespace,
+        None,
+        messages,
+        body.sampling(body.max_new_tokens, body.num_logprobs),
+        body.stops(),
+        bool(body.ignore_eos),
+        hint=hint,
+        tools=form.tools,
+        prefix=form.prefix(context.text),
+        durable=body.store is not False,
+    )
+    return spec, form
+
+
+async def _early(answer: Answer) -> None:
+    """Wait until the answer has begun or failed, but not for long."""
+    try:
+        async with asyncio.timeout(EARLY_S):
+            while not (answer.pieces or answer.ended):
+                await answer.changed()
+    except TimeoutError:
+        return
+
+
+def _headers(conversation_id: str | None) -> dict[str, str]:
+    return {} if not conversation_id else {"X-Pensieve-Conversation": conversation_id}
+
+
+# -- bodies
+
+
+def completion_json(context: Context, completed: Completed) -> dict[str, Any]:
+    """A `chat.completion`."""
+    message: dict[str, Any] = {"role": "assistant", "content": completed.message.content, "refusal": None}
+    if completed.message.tool_calls:
+        message["content"] = completed.message.content or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in completed.message.tool_calls
+        ]
+    choice = {
+        "index": 0,
+        "message": message,
+        "logprobs": {"content": logprob_items(completed.logprobs, context.text), "refusal": None} if completed.logprobs else None,
+        "finish_reason": finish_reason(completed.reason, completed.message),
+    }
+    return _head(context, completed.turn_id, completed.created, "chat.completion") | {
+        "choices": [choice],
+        "usage": usage_json(completed.usage),
+        "pensieve": pensieve_json(completed),
+    }
+
+
+def usage_json(usage: Mapping[str, int]) -> dict[str, Any]:
+    """`usage` of completions."""
+    return {
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"],
+        "prompt_tokens_details": {"cached_tokens": usage["cached_tokens"]},
+    }
+
+
+def pensieve_json(completed: Completed) -> dict[str, Any]:
+    """Our own part of an answer: the receipt, and where the turn lies."""
+    return {"conversation": completed.conversation_id, "turn": completed.turn_id, **completed.receipt}
+
+
+def _head(context: Context, turn_id: str, created: int, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{turn_id}",
+        "object": kind,
+        "created": created,
+        "model": context.config.model,
+        "system_fingerprint": f"pensieve-{__version__}",
+    }
+
+
+# -- streams
+
+
+def _again(body: ChatRequest, context: Context, completed: Completed) -> Response:
+    """A stored answer, as the request asks for it."""
+    if not body.stream:
+        return JSONResponse(completion_json(context, completed))
+    include_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+    async def events() -> AsyncIterator[bytes]:
+        chunks = _Chunks(context, completed.turn_id, completed.created)
+        yield chunks.delta({"role": "assistant", "content": completed.message.content})
+        for index, call in enumerate(completed.message.tool_calls):
+            yield chunks.delta({"tool_calls": [_call_json(index, call.id, call.name, call.arguments)]})
+        for piece in chunks.end(completed, include_usage):
+            yield piece
+
+    return EventStream(events(), on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s)
+
+
+async def _stream(context: Context, answer: Answer, form: OutputForm, include_usage: bool) -> AsyncIterator[bytes]:
+    chunks = _Chunks(context, answer.id, answer.created)
+    output = Output(context.text, form, answer.id)
+    yield chunks.delta({"role": "assistant", "content": ""})
+    for event in output.feed(answer.turn.spec.prefix) if answer.turn.spec.prefix else ():
+        if (delta := _delta(event)) is not None:
+            yield chunks.delta(delta)
+    with_logprobs = answer.turn.spec.sampling.logprobs is not None
+    async for piece in answer.read():
+        logprobs = {"content": logprob_items(piece.tokens, context.text), "refusal": None} if with_logprobs else None
+        for event in output.feed(piece.text):
+            if (delta := _delta(event)) is not None:
+                yield chunks.delta(delta, logprobs)
+                logprobs = None
+        if logprobs is not None:
+            yield chunks.delta({}, logprobs)
+    for event in output.finish():
+        if (delta := _delta(event)) is not None:
+            yield chunks.delta(delta)
+    done = await answer.result()
+    for last in chunks.end(completed_now(answer, done, form, context.text, {}), include_usage):
+        yield last
+
+
+def _delta(event: OutputEvent) -> dict[str, Any] | None:
+    match event:
+        case ContentDelta():
+            return {"content": event.text}
+        case ReasoningDelta():
+            return {"reasoning_content": event.text}
+        case CallBegin():
+            return {"tool_calls": [_call_json(event.index, event.id, event.name, "")]}
+        case CallDelta():
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments_text}}]}
+    return None
+
+
+def _call_json(index: int, call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"index": index, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+class _Chunks:
+    """The events of one stream of chat completions."""
+
+    def __init__(self, context: Context, turn_id: str, created: int) -> None:
+        self._head = _head(context, turn_id, created, "chat.completion.chunk")
+
+    def delta(self, delta: dict[str, Any], logprobs: Any = None) -> bytes:
+        return data(self._head | {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}]})
+
+    def end(self, completed: Completed, include_usage: bool) -> list[bytes]:
+        reason = finish_reason(completed.reason, completed.message)
+        choices = [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": reason}]
+        events = [data(self._head | {"choices": choices, "pensieve": pensieve_json(completed)})]
+        if include_usage:
+            events.append(data(self._head | {"choices": [], "usage": usage_json(completed.usage)}))
+        return [*events, DONE]

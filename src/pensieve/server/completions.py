@@ -1,0 +1,114 @@
+"""POST /v1/completions: text goes on as text. Knows that API; its cache is found by tokens alone, no conversation is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from pensieve.messages import Token
+from pensieve.server.answers import receipt_json, usage_of
+from pensieve.server.chat import EARLY_S, usage_json
+from pensieve.server.context import Asking, Context, Server
+from pensieve.server.schemas import CompletionRequest
+from pensieve.server.sse import DONE, EventStream, data, unless_gone
+from pensieve.server.turns import Answer
+from pensieve.service import TurnDone, TurnSpec
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", summary="Go on with a text")
+async def completions(request: Request, body: CompletionRequest, context: Server, caller: Asking) -> Response:
+    """OpenAI's (older) text completions, streaming and not."""
+    body.refuse()
+    context.check_model(body.model)
+    prompt = body.one_prompt()
+    tokens = tuple(context.text.encode_prompt(prompt)) if isinstance(prompt, str) else tuple(prompt)
+    spec = TurnSpec(
+        caller.namespace,
+        None,
+        (),
+        body.sampling(body.max_tokens if body.max_tokens is not None else 16, body.logprobs),
+        body.stops(),
+        bool(body.ignore_eos),
+        raw=(tokens, 0),
+        raw_text=True,
+    )
+    answer = context.turns.start(spec)
+
+    def gone() -> None:
+        context.turns.abort(answer)
+
+    echo = (prompt if isinstance(prompt, str) else context.text.decode_all(prompt)) if body.echo else ""
+    if body.stream:
+        await unless_gone(request, _early(answer), gone)
+        if answer.error is not None:
+            raise answer.error
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = _stream(context, answer, echo, include_usage)
+        return EventStream(events, on_gone=gone, stall_timeout_s=context.config.stall_timeout_s, on_open=context.metrics.streams.inc)
+    done = await unless_gone(request, answer.result(), gone)
+    logprobs = None
+    if spec.sampling.logprobs is not None:
+        logprobs = _logprobs(context, answer.turn.sampled[: len(done.output)], len(echo))
+    choice = {"index": 0, "text": echo + done.text, "logprobs": logprobs, "finish_reason": _reason(done)}
+    return JSONResponse(
+        _head(context, answer)
+        | {"choices": [choice], "usage": usage_json(usage_of(done)), "pensieve": receipt_json(done.receipt, done.warning)}
+    )
+
+
+async def _early(answer: Answer) -> None:
+    try:
+        async with asyncio.timeout(EARLY_S):
+            while not (answer.pieces or answer.ended):
+                await answer.changed()
+    except TimeoutError:
+        return
+
+
+async def _stream(context: Context, answer: Answer, echo: str, include_usage: bool) -> AsyncIterator[bytes]:
+    head = _head(context, answer)
+    offset = len(echo)
+
+    def chunk(text: str, logprobs: Any = None, reason: str | None = None, **more: Any) -> bytes:
+        return data(head | {"choices": [{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}], **more})
+
+    if echo:
+        yield chunk(echo)
+    async for piece in answer.read():
+        logprobs = _logprobs(context, piece.tokens, offset) if answer.turn.spec.sampling.logprobs is not None else None
+        offset += len(piece.text)
+        yield chunk(piece.text, logprobs)
+    done = await answer.result()
+    yield chunk("", None, _reason(done), pensieve=receipt_json(done.receipt, done.warning))
+    if include_usage:
+        yield data(head | {"choices": [], "usage": usage_json(usage_of(done))})
+    yield DONE
+
+
+def _head(context: Context, answer: Answer) -> dict[str, Any]:
+    return {"id": f"cmpl-{answer.id}", "object": "text_completion", "created": answer.created, "model": context.config.model}
+
+
+def _reason(done: TurnDone) -> str:
+    return "length" if done.reason.value == "length" else "stop"
+
+
+def _logprobs(context: Context, tokens: tuple[Token, ...] | list[Token], offset: int) -> dict[str, Any]:
+    """The older form: four lists side by side."""
+    written = [context.text.decode_all([token.token_id]) for token in tokens]
+    offsets = []
+    for text in written:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": written,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{context.text.decode_all([token_id]): logprob for token_id, logprob in token.top} for token in tokens],
+        "text_offset": offsets,
+    }

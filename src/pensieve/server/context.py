@@ -1,0 +1,128 @@
+"""What the routes of one server share, and who is asking. Knows the pieces' types; never routes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, Request
+
+from pensieve.engine_process import EngineInfo
+from pensieve.errors import ConfigError
+from pensieve.server.errors import ApiError
+from pensieve.server.keys import SALT_MARK, KeyFile
+from pensieve.server.metrics import Metrics
+from pensieve.server.turns import Turns
+from pensieve.service import DEFAULT_NAMESPACE, ConversationService
+from pensieve.store.base import ConversationStore
+from pensieve.text import ChatText
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Limits and names of a server."""
+
+    model: str  # the name that clients use
+    max_open: int = 256  # answers running and waiting
+    max_body_bytes: int = 16 << 20
+    max_messages: int = 4096
+    queue_timeout_s: float = 120.0  # to the first token
+    request_timeout_s: float = 900.0
+    stall_timeout_s: float = 60.0  # a client that reads nothing for so long is cut off
+    drain_timeout_s: float = 30.0
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_open", "max_body_bytes", "max_messages", "queue_timeout_s", "request_timeout_s", "stall_timeout_s", "drain_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.removesuffix('_s').replace('_', '-')} must be positive, got {getattr(self, name)}")
+
+
+class EngineState(Protocol):
+    """What the server asks of whoever runs the engine."""
+
+    @property
+    def state(self) -> str:
+        """starting, ready, restarting, failed or closed."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine was started again."""
+        ...
+
+
+@dataclass(slots=True)
+class Context:
+    """One server."""
+
+    config: ServerConfig
+    info: EngineInfo
+    text: ChatText
+    store: ConversationStore
+    service: ConversationService
+    turns: Turns
+    engine: EngineState
+    keys: KeyFile | None
+    metrics: Metrics
+    started_s: float = field(default_factory=time.time)
+    names: frozenset[str] = frozenset()  # other names of the model that are taken
+
+    def check_model(self, name: str) -> None:
+        """Refuse a model that is not served here."""
+        if name != self.config.model and name not in self.names:
+            raise ApiError(
+                404, f"the model {name!r} is not served here; this server has {self.config.model!r}", code="model_not_found", param="model"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is asking."""
+
+    tenant: str
+    namespace: str  # whose conversations and KV
+
+
+def context_of(request: Request) -> Context:
+    """The server that a request came to."""
+    context: Context = request.app.state.context
+    return context
+
+
+def authenticate(request: Request) -> Caller:
+    """The caller, by their key.
+
+    Raises:
+        ApiError: there are keys and the request has none of them.
+    """
+    context = context_of(request)
+    if context.keys is None:
+        tenant = DEFAULT_NAMESPACE
+    else:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        found = context.keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
+        if found is None:
+            raise ApiError(
+                401,
+                "this server needs an API key: send it as `Authorization: Bearer KEY`" if not key else "this API key is not valid here",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        tenant = found
+    salt = request.headers.get("x-cache-salt", "")
+    if len(salt) > 128 or SALT_MARK in salt:
+        raise ApiError(400, "X-Cache-Salt must have at most 128 characters", code="invalid_value", param="X-Cache-Salt")
+    return Caller(tenant, tenant + SALT_MARK + salt if salt else tenant)
+
+
+Server = Annotated[Context, Depends(context_of)]
+Asking = Annotated[Caller, Depends(authenticate)]
+
+
+async def in_thread(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Run something that waits (for a database) off the event loop."""
+    return await asyncio.to_thread(function, *arguments, **keywords)

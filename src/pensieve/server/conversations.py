@@ -1,0 +1,194 @@
+"""/v1/conversations: conversations by name, and their items. Knows that API; never answers or the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from pensieve.chat import Message
+from pensieve.errors import ConversationNotFound
+from pensieve.server.context import Asking, Caller, Context, Server, in_thread
+from pensieve.server.errors import ApiError, not_found
+from pensieve.server.items import InputItem, Order, items_of, locate_item, messages_of, page, path_items
+from pensieve.server.schemas import Body, Metadata
+from pensieve.store.base import Conversation, Turn
+
+router = APIRouter()
+
+MAX_NEW_ITEMS = 20  # OpenAI's limit of one call
+
+
+class CreateConversation(Body):
+    """POST /v1/conversations."""
+
+    metadata: Metadata = None
+    items: list[InputItem] | None = None
+
+
+class UpdateConversation(Body):
+    """POST /v1/conversations/{id}."""
+
+    metadata: Metadata
+
+
+class CreateItems(Body):
+    """POST /v1/conversations/{id}/items."""
+
+    items: list[InputItem]
+
+
+@router.post("/v1/conversations", summary="Begin a conversation")
+async def create(context: Server, caller: Asking, body: CreateConversation | None = None) -> dict[str, Any]:
+    """Begin a conversation, with items if there are some already."""
+    body = body or CreateConversation()
+    messages = _messages(body.items or [])
+    conversation = await in_thread(context.store.create, caller.namespace, f"conv_{uuid.uuid4().hex}", metadata=body.metadata or {})
+    if messages:
+        await _append(context, caller, conversation, messages)
+    return conversation_json(conversation)
+
+
+@router.get("/v1/conversations/{conversation_id}", summary="A conversation")
+async def retrieve(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """A conversation."""
+    return conversation_json(await get(context, caller, conversation_id))
+
+
+@router.post("/v1/conversations/{conversation_id}", summary="Change a conversation's metadata")
+async def update(conversation_id: str, body: UpdateConversation, context: Server, caller: Asking) -> dict[str, Any]:
+    """Replace a conversation's metadata."""
+    conversation = await get(context, caller, conversation_id)
+    changed = await in_thread(
+        context.store.describe, caller.namespace, conversation.id, title=conversation.title, metadata=body.metadata or {}
+    )
+    return conversation_json(changed)
+
+
+@router.delete("/v1/conversations/{conversation_id}", summary="Delete a conversation, erasing what it left")
+async def delete(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """Delete a conversation with erasure: rows and KV are overwritten."""
+    await get(context, caller, conversation_id)
+    erased = await erase(context, caller, conversation_id)
+    return {"id": conversation_id, "object": "conversation.deleted", "deleted": True, **erased}
+
+
+@router.get("/v1/conversations/{conversation_id}/items", summary="A conversation's items")
+async def list_items(
+    conversation_id: str,
+    context: Server,
+    caller: Asking,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Order = "desc",
+    after: str | None = None,
+    include: Annotated[list[str] | None, Query()] = None,
+) -> dict[str, Any]:
+    """A page of a conversation's items."""
+    return page(path_items(await _turns(context, caller, conversation_id)), limit, order, after)
+
+
+@router.post("/v1/conversations/{conversation_id}/items", summary="Add items to a conversation")
+async def create_items(
+    conversation_id: str, body: CreateItems, context: Server, caller: Asking, include: Annotated[list[str] | None, Query()] = None
+) -> dict[str, Any]:
+    """Add items without having them answered; the next turn puts them before the model."""
+    messages = _messages(body.items)
+    if not messages:
+        raise ApiError(400, "items must not be empty", code="invalid_value", param="items")
+    turn = await _append(context, caller, await get(context, caller, conversation_id), messages)
+    items = items_of(turn.id, turn.messages)
+    return page(items, len(items), "asc", None)
+
+
+@router.get("/v1/conversations/{conversation_id}/items/{item_id}", summary="An item of a conversation")
+async def retrieve_item(
+    conversation_id: str, item_id: str, context: Server, caller: Asking, include: Annotated[list[str] | None, Query()] = None
+) -> dict[str, Any]:
+    """One item."""
+    for item in path_items(await _turns(context, caller, conversation_id)):
+        if item["id"] == item_id:
+            return item
+    raise not_found(f"there is no item {item_id!r} in conversation {conversation_id!r}", "item_id")
+
+
+@router.delete("/v1/conversations/{conversation_id}/items/{item_id}", summary="Delete an item of a conversation")
+async def delete_item(conversation_id: str, item_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """Go on without an item: from its turn on the conversation becomes a branch that does not have it, computed again at its next turn."""
+    conversation = await get(context, caller, conversation_id)
+    turns = await in_thread(context.store.path, caller.namespace, conversation.leaf)
+    place = locate_item(turns, item_id)
+    if place is None:
+        raise not_found(f"there is no item {item_id!r} in conversation {conversation_id!r}", "item_id")
+    turn, index, call = place
+    first = next(i for i, other in enumerate(turns) if other.id == turn.id)
+    messages = [message for other in turns[first:] for message in other.messages]
+    kept = _without_call(messages[index], call) if call is not None else None
+    messages[index : index + 1] = [] if kept is None else [kept]
+    await in_thread(context.store.set_leaf, caller.namespace, conversation.id, turn.parent)
+    if messages:
+        appended = context.store.append(caller.namespace, conversation.id, turn.parent, messages, ())
+        await in_thread(appended.result)
+    return conversation_json(conversation)
+
+
+# -- shared with the other routes of conversations
+
+
+async def get(context: Context, caller: Caller, conversation_id: str) -> Conversation:
+    """A conversation of the caller's.
+
+    Raises:
+        ApiError: there is none of this id.
+    """
+    try:
+        conversation: Conversation = await in_thread(context.store.get, caller.namespace, conversation_id)
+    except ConversationNotFound as error:
+        raise not_found(error.message, "conversation_id", error.code) from error
+    return conversation
+
+
+async def erase(context: Context, caller: Caller, conversation_id: str) -> dict[str, Any]:
+    erasure = await asyncio.wrap_future(context.service.erase(conversation_id, namespace=caller.namespace))
+    return {
+        "turns": erasure.turns,
+        "store_bytes": erasure.store_bytes,
+        "kv_bytes": erasure.kv_bytes,
+        "kv_chunks": erasure.kv_slots,
+        "complete": erasure.complete,
+    }
+
+
+
+
+def conversation_json(conversation: Conversation) -> dict[str, Any]:
+    """A conversation as OpenAI shows it."""
+    return {
+        "id": conversation.id,
+        "object": "conversation",
+        "created_at": int(conversation.created_s),
+        "metadata": dict(conversation.metadata),
+    }
+
+
+def _messages(items: list[InputItem]) -> tuple[Message, ...]:
+    if len(items) > MAX_NEW_ITEMS:
+        raise ApiError(400, f"at most {MAX_NEW_ITEMS} items can be added at a time, got {len(items)}", code="invalid_value", param="items")
+    return messages_of(items, "items")
+
+
+async def _append(context: Context, caller: Caller, conversation: Conversation, messages: tuple[Message, ...]) -> Turn:
+    appended = context.store.append(caller.namespace, conversation.id, conversation.leaf, messages, (), only_if_leaf=True)
+    turn: Turn = await in_thread(appended.result)
+    return turn
+
+
+async def _turns(context: Context, caller: Caller, conversation_id: str) -> list[Turn]:
+    conversation = await get(context, caller, conversation_id)
+    return list(await in_thread(context.store.path, caller.namespace, conversation.leaf))
+
+
+def _without_call(message: Message, call: int) -> Message | None:
+    calls = tuple(other for index, other in enumerate(message.tool_calls) if index != call)
+    return Message(message.role, message.content, calls) if calls or message.content else None

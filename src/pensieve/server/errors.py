@@ -1,0 +1,128 @@
+"""Errors as OpenAI's clients expect them. Knows statuses and bodies; never what went wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from pensieve.errors import PensieveError
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2  # what a client is told where nothing better is known
+
+
+class ApiError(PensieveError):
+    """A request that is refused at the door."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.api_code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    """A field that the API has and this server has not: refused, never ignored."""
+    return ApiError(400, message, code="unsupported_parameter", param=param)
+
+
+def not_found(what: str, param: str | None = None, code: str = "not_found") -> ApiError:
+    """Something is not there, or not this key's."""
+    return ApiError(404, what, code=code, param=param)
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status of an error."""
+    if isinstance(error, ApiError):
+        return error.status
+    return error.http_status if isinstance(error, PensieveError) else 500
+
+
+def error_body(error: BaseException) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`."""
+    status = status_of(error)
+    if isinstance(error, ApiError):
+        message, code, param = error.message, error.api_code, error.param
+    elif isinstance(error, PensieveError):
+        message, code, param = error.message, error.code, None
+    else:
+        message, code, param = "the server failed on an error of its own; it is in its log", "internal_error", None
+    return {"error": {"message": message, "type": _type_of(status), "param": param, "code": code}}
+
+
+def error_headers(error: BaseException) -> dict[str, str]:
+    """Headers that belong to an error."""
+    headers = dict(error.headers) if isinstance(error, ApiError) else {}
+    if status_of(error) in (429, 503):
+        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+    return headers
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """The whole answer."""
+    return JSONResponse(error_body(error), status_of(error), error_headers(error))
+
+
+def install(app: FastAPI) -> None:
+    """Make every failure of a route an answer of this form."""
+
+    @app.exception_handler(PensieveError)
+    async def ours(request: Request, error: PensieveError) -> JSONResponse:
+        if status_of(error) == 500:
+            log.error("%s %s failed: %s", request.method, request.url.path, error.message)
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(from_validation(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        known = {404: f"there is nothing at {request.method} {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
+        message = known.get(error.status_code, str(error.detail))
+        return error_response(ApiError(error.status_code, message, code=_code_of(error.status_code), headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return error_response(error)
+
+
+def from_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, in one sentence."""
+    first = error.errors()[0]
+    path = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path", "header")]
+    where = ".".join(path) or None
+    if first.get("type") == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
+    if first.get("type") == "extra_forbidden":
+        return ApiError(400, f"unknown parameter {where!r}: this server does not know it", code="unknown_parameter", param=where)
+    if first.get("type") == "missing":
+        return ApiError(400, f"{where or 'the body'} is required", code="missing_required_parameter", param=where)
+    message = str(first.get("msg", "is not valid")).removeprefix("Value error, ")
+    return ApiError(400, f"{where}: {message}" if where else message, code="invalid_value", param=where)
+
+
+def _type_of(status: int) -> str:
+    return {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
+        status, "invalid_request_error" if status < 500 else "server_error"
+    )
+
+
+def _code_of(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase.lower().replace(" ", "_")
+    except ValueError:
+        return "error"

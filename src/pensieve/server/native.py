@@ -1,0 +1,237 @@
+"""/v1/pensieve: where conversations lie, hints about them, and what a server knows of itself. Knows that API; never chunks' meaning."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from pensieve.errors import ConversationNotFound, KeepRefused
+from pensieve.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats
+from pensieve.server.context import Asking, Caller, Context, Server, in_thread
+from pensieve.server.conversations import erase, get
+from pensieve.server.errors import ApiError
+from pensieve.server.responses import turn_of
+from pensieve.server.schemas import ForkRequest, TtlRequest
+from pensieve.store.base import Conversation, path_messages
+
+router = APIRouter(prefix="/v1/pensieve")
+
+MAX_ROWS = 500
+TITLE_CHARS = 60
+
+
+@router.get("/map", summary="Where every conversation's chunks lie")
+async def cache_map(
+    context: Server, caller: Asking, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=0, le=MAX_ROWS)] = 200
+) -> dict[str, Any]:
+    """Tiers, counters, and a row a conversation, the latest active first; only the caller's own rows."""
+    asked = asyncio.wrap_future(context.service.map(offset, limit, namespaces=(caller.namespace,)))
+    stats, rows = await asyncio.gather(asyncio.wrap_future(context.service.stats()), asked)
+    assert isinstance(rows, CacheMap) and isinstance(stats, Stats)
+    titles = await in_thread(_titles, context, caller, [row.sequence_id for row in rows.rows])
+    return {
+        "now": time.time(),
+        "chunk_tokens": rows.chunk_tokens,
+        "total": rows.total,
+        "tiers": [
+            {"name": tier.name, "num_slots": tier.num_slots, "used": tier.used, "reclaimable": tier.reclaimable, "free": tier.num_slots - tier.used}
+            for tier in stats.tiers
+        ],
+        "stats": _stats_json(stats, context),
+        "rows": [_row_json(row, titles.get(row.sequence_id)) for row in rows.rows],
+    }
+
+
+@router.get("/conversations", summary="The caller's conversations, and what resuming each would cost")
+async def list_conversations(
+    context: Server, caller: Asking, limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50, offset: Annotated[int, Query(ge=0)] = 0
+) -> dict[str, Any]:
+    """The latest used first."""
+    conversations, total = await asyncio.gather(
+        in_thread(context.store.list, caller.namespace, limit, offset), in_thread(context.store.count, caller.namespace)
+    )
+    rows = await _rows(context, caller, [conversation.id for conversation in conversations])
+    titles = await in_thread(_titles, context, caller, [conversation.id for conversation in conversations])
+    return {
+        "object": "list",
+        "data": [_conversation_json(one, rows.get(one.id), titles.get(one.id)) for one in conversations],
+        "total": total,
+        "has_more": offset + len(conversations) < total,
+    }
+
+
+@router.get("/conversations/{conversation_id}", summary="A conversation with its messages")
+async def show_conversation(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """One conversation: its messages, where its chunks are, what resuming it would cost."""
+    conversation = await get(context, caller, conversation_id)
+    turns = await in_thread(context.store.path, caller.namespace, conversation.leaf)
+    rows = await _rows(context, caller, [conversation.id])
+    titles = await in_thread(_titles, context, caller, [conversation.id])
+    messages = [
+        {
+            "role": message.role,
+            "content": message.content,
+            **({"tool_calls": [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in message.tool_calls]} if message.tool_calls else {}),
+        }
+        for message in path_messages(turns)
+    ]
+    return _conversation_json(conversation, rows.get(conversation.id), titles.get(conversation.id)) | {
+        "messages": messages,
+        "turns": [{"id": turn.id, "reply_reason": turn.reply_reason, "tokens": turn.stop, "created_at": turn.created_s} for turn in turns],
+    }
+
+
+@router.post("/conversations/{conversation_id}/warm", summary="The user is typing: swap in now")
+async def warm(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """Bring a conversation's chunks up to the first tier, if there is room that nobody needs more."""
+    await get(context, caller, conversation_id)
+    return _hint_json(conversation_id, await asyncio.wrap_future(context.service.warm(conversation_id, namespace=caller.namespace)))
+
+
+@router.post("/conversations/{conversation_id}/idle", summary="The user is done for now: its cache may go first")
+async def idle(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """Let a conversation's chunks be the first to leave when room is needed."""
+    await get(context, caller, conversation_id)
+    return _hint_json(conversation_id, await asyncio.wrap_future(context.service.idle(conversation_id, namespace=caller.namespace)))
+
+
+@router.post("/conversations/{conversation_id}/pin", summary="Never drop a conversation's cache")
+async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """Keep a conversation's chunks: they may change tier but are not dropped. Refused where the budget of pins is used up."""
+    conversation = await get(context, caller, conversation_id)
+    answer = await asyncio.wrap_future(context.service.keep(conversation_id, True, namespace=caller.namespace))
+    assert isinstance(answer, KeepAnswer)
+    if answer.error is not None and not answer.error.startswith("nothing is cached"):
+        raise KeepRefused(answer.error)
+    await in_thread(context.store.set_pinned, caller.namespace, conversation.id, True)
+    row = (await _rows(context, caller, [conversation_id])).get(conversation_id)
+    note = None if answer.error is None else "nothing is cached of it now: it is pinned from its next turn on"
+    return {"id": conversation_id, "pinned": True, "chunks": 0 if row is None else len(row.cells), "note": note}
+
+
+@router.post("/conversations/{conversation_id}/unpin", summary="Lift a pin")
+async def unpin(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """A pin that is not there is lifted too."""
+    conversation = await get(context, caller, conversation_id)
+    await asyncio.wrap_future(context.service.keep(conversation_id, False, namespace=caller.namespace))
+    await in_thread(context.store.set_pinned, caller.namespace, conversation.id, False)
+    return {"id": conversation_id, "pinned": False, "chunks": 0, "note": None}
+
+
+@router.post("/conversations/{conversation_id}/fork", summary="Begin a conversation that shares another's turns")
+async def fork(conversation_id: str, context: Server, caller: Asking, body: ForkRequest | None = None) -> dict[str, Any]:
+    """The fork shares turns and cache up to `at`."""
+    at = body.at if body is not None else None
+    if at is not None and at.startswith("resp_"):
+        at = turn_of(at)
+    await get(context, caller, conversation_id)
+    try:
+        forked = await in_thread(context.store.fork, caller.namespace, conversation_id, at)
+    except ConversationNotFound as error:
+        raise ApiError(404, error.message, code="not_found", param="at") from error
+    return _conversation_json(forked, None, None)
+
+
+@router.post("/conversations/{conversation_id}/ttl", summary="Delete a conversation when it has been left alone for so long")
+async def ttl(conversation_id: str, body: TtlRequest, context: Server, caller: Asking) -> dict[str, Any]:
+    """Set when a conversation is deleted, with erasure; null: never."""
+    await get(context, caller, conversation_id)
+    expires_s = None if body.seconds is None else time.time() + body.seconds
+    changed = await in_thread(context.store.set_ttl, caller.namespace, conversation_id, expires_s)
+    return _conversation_json(changed, None, None)
+
+
+@router.delete("/conversations/{conversation_id}", summary="Delete a conversation, erasing what it left")
+async def delete(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """Rows are overwritten and the log is truncated; KV is zeroed in every tier, shared KV with its last reference."""
+    await get(context, caller, conversation_id)
+    return {"id": conversation_id, "deleted": True, **await erase(context, caller, conversation_id)}
+
+
+@router.post("/check", summary="Verify every invariant of the cache")
+async def check(context: Server, caller: Asking) -> dict[str, Any]:
+    """For tests and doubts: slow with very many chunks."""
+    checked: Any = await asyncio.wrap_future(context.service.check())
+    return {"ok": checked.error is None, "error": checked.error, "leases": checked.leases, "used": list(checked.used)}
+
+
+# -- inside
+
+
+async def _rows(context: Context, caller: Caller, ids: list[str]) -> dict[str, MapRow]:
+    if not ids:
+        return {}
+    rows = await asyncio.wrap_future(context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids]))
+    assert isinstance(rows, CacheMap)
+    return {row.sequence_id: row for row in rows.rows}
+
+
+def _titles(context: Context, caller: Caller, ids: list[str]) -> dict[str, str]:
+    """What to call conversations: their title, or how they begin."""
+    return {id: title[:TITLE_CHARS] for id, title in context.store.titles(caller.namespace, ids).items() if title}
+
+
+def _row_json(row: MapRow, title: str | None) -> dict[str, Any]:
+    return {
+        "id": row.sequence_id,
+        "title": title or row.sequence_id,
+        "idle_s": round(row.idle_s, 3),
+        "active": row.active,
+        "pinned": row.kept,
+        "tokens": row.tokens,
+        "resume_ms": None if row.resume_s is None else round(1e3 * row.resume_s, 2),
+        "cells": row.cells,
+    }
+
+
+def _conversation_json(conversation: Conversation, row: MapRow | None, title: str | None) -> dict[str, Any]:
+    return {
+        "id": conversation.id,
+        "object": "pensieve.conversation",
+        "title": conversation.title or title or conversation.id,
+        "created_at": conversation.created_s,
+        "updated_at": conversation.updated_s,
+        "pinned": conversation.pinned,
+        "expires_at": conversation.expires_s,
+        "metadata": dict(conversation.metadata),
+        "cells": "" if row is None else row.cells,
+        "tokens": 0 if row is None else row.tokens,
+        "resume_ms": None if row is None or row.resume_s is None else round(1e3 * row.resume_s, 2),
+    }
+
+
+def _hint_json(conversation_id: str, answer: object) -> dict[str, Any]:
+    assert isinstance(answer, HintAnswer)
+    return {"id": conversation_id, "chunks": answer.chunks, "note": answer.error}
+
+
+def _stats_json(stats: Stats, context: Context) -> dict[str, Any]:
+    prompt = stats.gpu_tokens + stats.cpu_tokens + stats.recomputed_tokens + stats.new_tokens
+    names = ("gpu", "cpu", "recomputed", "new")
+    return {
+        "waiting": stats.waiting,
+        "running": stats.running,
+        "sequences": stats.sequences,
+        "chunks": stats.chunks,
+        "steps": stats.steps,
+        "gpu_tokens": stats.gpu_tokens,
+        "cpu_tokens": stats.cpu_tokens,
+        "recomputed_tokens": stats.recomputed_tokens,
+        "new_tokens": stats.new_tokens,
+        "output_tokens": stats.output_tokens,
+        "bytes_in": stats.bytes_in,
+        "bytes_out": stats.bytes_out,
+        "chunks_dropped": stats.chunks_dropped,
+        "chunks_reclaimed": stats.chunks_reclaimed,
+        "suspensions": stats.suspensions,
+        "copies_failed": stats.copies_failed,
+        "forwards_failed": stats.forwards_failed,
+        "evictions": dict(stats.evictions),
+        "kept_chunks": stats.kept_chunks,
+        "keep_limit": stats.keep_limit,
+        "engine_restarts": context.engine.restarts,
+        "hit_rates": {name: getattr(stats, f"{name}_tokens") / prompt if prompt else 0.0 for name in names},
+    }

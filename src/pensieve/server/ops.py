@@ -1,0 +1,136 @@
+"""What operators and clients ask of a server itself: models, tokens, health, metrics, the page. Knows no conversations."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from pensieve import __version__
+from pensieve.messages import Stats
+from pensieve.server.context import Asking, Context, Server, in_thread
+from pensieve.server.errors import ApiError, not_found
+from pensieve.server.schemas import DetokenizeRequest, TokenizeRequest
+
+router = APIRouter()
+
+STATIC = Path(__file__).parent / "static"
+# Scripts and styles come from here and nowhere else, whatever a model or a user wrote into a chat.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png"}
+STATS_TIMEOUT_S = 2.0
+
+
+@router.get("/v1/models", summary="The model that is served")
+async def models(context: Server, caller: Asking) -> dict[str, Any]:
+    """A list of one."""
+    return {"object": "list", "data": [_model_json(context)]}
+
+
+@router.get("/v1/models/{model:path}", summary="A model")
+async def model(model: str, context: Server, caller: Asking) -> dict[str, Any]:
+    """The model, if it is the one that is served."""
+    context.check_model(model)
+    return _model_json(context)
+
+
+@router.post("/tokenize", summary="Text or messages to token ids")
+async def tokenize(body: TokenizeRequest, context: Server, caller: Asking) -> dict[str, Any]:
+    """What a prompt, or a chat, is as token ids."""
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "send either prompt or messages", code="invalid_value", param="prompt")
+    if body.messages is not None:
+        messages = [message.message(f"messages.{index}") for index, message in enumerate(body.messages)]
+        tokens = await in_thread(context.text.first, messages, body.add_generation_prompt)
+    else:
+        tokens = await in_thread(context.text.encode_prompt, body.prompt, body.add_special_tokens)
+    return {"tokens": list(tokens), "count": len(tokens), "max_model_len": context.info.max_context}
+
+
+@router.post("/detokenize", summary="Token ids to text")
+async def detokenize(body: DetokenizeRequest, context: Server, caller: Asking) -> dict[str, Any]:
+    """The text of token ids, control tokens written out."""
+    wrong = next((token for token in body.tokens if token >= context.info.vocab_size), None)
+    if wrong is not None:
+        raise ApiError(400, f"token ids lie in [0, {context.info.vocab_size}), got {wrong}", code="invalid_value", param="tokens")
+    return {"prompt": await in_thread(context.text.decode_all, body.tokens)}
+
+
+@router.get("/health", summary="Alive")
+async def health(context: Server) -> dict[str, str]:
+    """This process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/ready", summary="Ready for turns")
+async def ready(context: Server) -> Response:
+    """Whether a turn sent now would be taken at once."""
+    state = "draining" if context.turns.draining else context.engine.state
+    body = {"status": state, "engine_restarts": context.engine.restarts}
+    return JSONResponse(body, 200 if state == "ready" else 503)
+
+
+@router.get("/version", summary="Version")
+async def version(context: Server) -> dict[str, Any]:
+    """What runs here."""
+    info = context.info
+    return {
+        "version": __version__,
+        "model": info.label,
+        "weights": info.weights,
+        "dtype": info.dtype,
+        "device": info.device,
+        "max_context": info.max_context,
+        "chunk_tokens": info.chunk_tokens,
+    }
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(context: Server) -> Response:
+    """The text that Prometheus reads."""
+    stats: object = None
+    if context.engine.state == "ready":
+        try:
+            stats = await asyncio.wait_for(asyncio.wrap_future(context.service.stats()), STATS_TIMEOUT_S)
+        except Exception:  # the engine is busy or starting again: its counters are left out this time
+            stats = None
+    text = context.metrics.render(stats if isinstance(stats, Stats) else None, context.engine.restarts)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """The page."""
+    return _file("index.html")
+
+
+@router.get("/static/{name:path}", include_in_schema=False)
+async def asset(name: str) -> Response:
+    """The page's parts."""
+    return _file(name)
+
+
+def _file(name: str) -> Response:
+    path = (STATIC / name).resolve()
+    if not path.is_relative_to(STATIC) or not path.is_file() or path.suffix not in MEDIA_TYPES:
+        raise not_found(f"there is no {name!r} here")
+    return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers=PAGE_HEADERS)
+
+
+def _model_json(context: Context) -> dict[str, Any]:
+    return {
+        "id": context.config.model,
+        "object": "model",
+        "created": int(context.started_s),
+        "owned_by": "pensieve",
+        "max_model_len": context.info.max_context,
+    }

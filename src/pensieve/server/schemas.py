@@ -1,0 +1,465 @@
+"""What clients may send: bodies as types, checked. Knows OpenAI's field names; never conversations or answers.
+
+A field that is not listed is refused. One that is listed and not supported may only have the value that means nothing; `refuse` says so.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from pensieve.chat import Message, ToolCall
+from pensieve.core.request import MAX_LOGPROBS, SamplingParams
+from pensieve.server.errors import ApiError, unsupported
+
+MAX_STOPS = 16
+MAX_TOOLS = 128
+MAX_METADATA = 16  # OpenAI's limits
+MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512
+DEFAULT_NEW_TOKENS = 1024  # where a client sets no limit; the context's end comes first
+
+
+def _valid_unicode(value: Any) -> Any:
+    """JSON can spell half a surrogate pair, which is no text: no tokenizer takes it."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            if not item.isascii():
+                try:
+                    item.encode()
+                except UnicodeEncodeError:
+                    raise ValueError("a text in the body is not valid Unicode: it holds half of a surrogate pair") from None
+        elif isinstance(item, dict):
+            stack += item
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+    return value
+
+
+class Strict(BaseModel):
+    """Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Body(Strict):
+    """A whole request body."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unicode(cls, value: Any) -> Any:
+        return _valid_unicode(value)
+
+
+def _check_metadata(value: dict[str, str] | None) -> dict[str, str] | None:
+    for key, text in (value or {}).items():
+        if len(key) > MAX_METADATA_KEY or len(text) > MAX_METADATA_VALUE:
+            raise ValueError(f"keys have at most {MAX_METADATA_KEY} characters and values {MAX_METADATA_VALUE}, got {key[:80]!r}")
+    if value is not None and len(value) > MAX_METADATA:
+        raise ValueError(f"at most {MAX_METADATA} entries, got {len(value)}")
+    return value
+
+
+Metadata = Annotated[dict[StrictStr, StrictStr] | None, AfterValidator(_check_metadata)]
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Count = Annotated[StrictInt, Field(ge=1, le=1 << 20)]
+Seed = Annotated[StrictInt, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
+Stops = StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_STOPS)]
+Name = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+Identifier = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+
+
+class Sampling(Body):
+    """Fields of sampling that chat and text completions share."""
+
+    model: StrictStr
+    max_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    n: StrictInt | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stops | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Seed | None = None
+    user: StrictStr | None = None
+    # beyond OpenAI's, under the names that vLLM and others use
+    top_k: Annotated[StrictInt, Field(ge=-1, le=1 << 20)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
+    ignore_eos: StrictBool | None = None
+
+    def refuse_common(self) -> None:
+        """Refuse what this server has not, in any of its forms."""
+        if self.n not in (None, 1):
+            raise unsupported("n", f"n must be 1: this server gives one answer a request, got {self.n}")
+        if self.logit_bias:
+            raise unsupported("logit_bias", "logit_bias is not supported: leave it out")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", code="invalid_value", param="stream_options")
+
+    def sampling(self, max_new_tokens: int | None, logprobs: int | None = None) -> SamplingParams:
+        """How the answer's tokens are chosen."""
+        return sampling_params(
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            logprobs=logprobs,
+        )
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings; empty ones mean nothing."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in stops if stop)
+
+
+class StreamOptions(Strict):
+    """`stream_options`."""
+
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None  # padding against guessing by length: never added, false is what happens
+
+
+def sampling_params(
+    *,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    seed: int | None = None,
+    logprobs: int | None = None,
+) -> SamplingParams:
+    """Sampling as the API's fields say; what is None has OpenAI's default."""
+    return SamplingParams(
+        max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS,
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=max(0, top_k or 0),
+        min_p=min_p or 0.0,
+        repetition_penalty=repetition_penalty or 1.0,
+        presence_penalty=presence_penalty or 0.0,
+        frequency_penalty=frequency_penalty or 0.0,
+        seed=seed,
+        logprobs=logprobs,
+    )
+
+
+# -- chat completions
+
+
+class ContentPart(BaseModel):
+    """A part of a message. Only text is taken; the other fields belong to parts that are refused by name."""
+
+    model_config = ConfigDict(extra="allow")
+    type: StrictStr
+    text: StrictStr | None = None
+    refusal: StrictStr | None = None
+
+
+class FunctionCall(Strict):
+    """What an assistant's message asks to be called."""
+
+    name: Name
+    arguments: StrictStr
+
+
+class CallItem(Strict):
+    """A tool call of an assistant's message."""
+
+    id: Identifier
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: StrictInt | None = None  # some clients send their stream's objects back
+
+
+class ChatMessage(BaseModel):
+    """A message as clients resend it: answers come back with fields that mean nothing here, such as `refusal` and `annotations`."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: StrictStr
+    content: StrictStr | list[ContentPart] | None = None
+    name: StrictStr | None = None
+    tool_calls: list[CallItem] | None = None
+    tool_call_id: Identifier | None = None
+    refusal: StrictStr | None = None
+    annotations: list[Any] | None = None
+    audio: Any = None
+    function_call: Any = None
+    reasoning: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+
+    def message(self, where: str) -> Message:
+        """Ours.
+
+        Raises:
+            ApiError: naming the field that cannot be had.
+        """
+        role = {"developer": "system"}.get(self.role, self.role)
+        if role not in ("system", "user", "assistant", "tool"):
+            hint = ": answer calls with the role 'tool'" if role == "function" else ""
+            raise ApiError(
+                400,
+                f"{where}.role must be system, developer, user, assistant or tool, got {self.role!r}{hint}",
+                code="invalid_value",
+                param=f"{where}.role",
+            )
+        if self.function_call is not None:
+            raise unsupported(f"{where}.function_call", "function_call is the old form of tool_calls: send tool_calls")
+        if self.audio is not None:
+            raise unsupported(f"{where}.audio", "audio is not supported: this server reads and writes text")
+        text = self.refusal if self.content is None and self.refusal else text_of(self.content, f"{where}.content")
+        if self.content is None and role != "assistant":
+            raise ApiError(400, f"{where}.content is required for role {self.role!r}", code="missing_required_parameter", param=f"{where}.content")
+        calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
+        if calls and role != "assistant":
+            raise ApiError(400, f"{where}.tool_calls belongs to an assistant's message", code="invalid_value", param=f"{where}.tool_calls")
+        if role == "tool" and self.tool_call_id is None:
+            raise ApiError(400, f"{where}.tool_call_id is required for role 'tool'", code="missing_required_parameter", param=f"{where}.tool_call_id")
+        return Message(role, text, calls, self.tool_call_id if role == "tool" else None, self.name if role == "tool" else None)
+
+
+def text_of(content: str | list[ContentPart] | None, where: str) -> str:
+    """The text of a message's content.
+
+    Raises:
+        ApiError: a part is no text.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        if part.type in ("text", "input_text", "output_text") and part.text is not None:
+            texts.append(part.text)
+        elif part.type == "refusal" and part.refusal is not None:
+            texts.append(part.refusal)
+        else:
+            what = {"image_url": "images", "input_image": "images", "input_audio": "audio", "file": "files", "input_file": "files"}.get(part.type)
+            message = f"{what} are not supported" if what else f"a content part of type {part.type!r} without text is not supported"
+            raise unsupported(f"{where}.{index}", f"{where}.{index}: {message}: this server reads text")
+    return "".join(texts)
+
+
+class FunctionSpec(Strict):
+    """A function that the model may call."""
+
+    name: Name
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+    def tool(self) -> dict[str, object]:
+        """As chat templates expect it."""
+        if self.strict:
+            raise unsupported("tools", f"strict is not supported (function {self.name!r}): answers are not constrained to a schema here")
+        function: dict[str, object] = {"name": self.name, "description": self.description or ""}
+        function["parameters"] = self.parameters if self.parameters is not None else {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
+
+
+class Tool(BaseModel):
+    """An entry of `tools`."""
+
+    model_config = ConfigDict(extra="allow")
+    type: StrictStr
+    function: FunctionSpec | None = None
+
+
+class ChosenFunction(Strict):
+    """The name in a `tool_choice`."""
+
+    name: Name
+
+
+class ChosenTool(Strict):
+    """A `tool_choice` that names a function."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`."""
+
+    model_config = ConfigDict(extra="allow")
+    type: StrictStr
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: StrictBool | None = None
+    metadata: Metadata = None
+    store: StrictBool | None = None
+    prompt_cache_key: Annotated[StrictStr, Field(max_length=64)] | None = None
+    # known and not to be had, but for the value that means nothing
+    response_format: ResponseFormat | None = None
+    modalities: list[StrictStr] | None = None
+    audio: Any = None
+    prediction: Any = None
+    functions: Any = None
+    function_call: Any = None
+    web_search_options: Any = None
+    reasoning_effort: StrictStr | None = None
+    verbosity: StrictStr | None = None
+    service_tier: StrictStr | None = None
+    safety_identifier: StrictStr | None = None
+    prompt_cache_retention: StrictStr | None = None
+
+    def refuse(self) -> None:
+        """Refuse what this server has not."""
+        self.refuse_common()
+        if self.response_format is not None and self.response_format.type != "text":
+            raise unsupported(
+                "response_format",
+                f"response_format {self.response_format.type!r} is not supported: answers are not constrained here; ask for JSON in the prompt",
+            )
+        if self.modalities not in (None, ["text"]):
+            raise unsupported("modalities", f"modalities must be ['text'], got {self.modalities}: this server reads and writes text")
+        gone = {"functions": "send tools", "function_call": "send tool_choice"}
+        for field, way_out in gone.items():
+            if getattr(self, field) is not None:
+                raise unsupported(field, f"{field} is the old form: {way_out}")
+        for field in ("audio", "prediction", "web_search_options"):
+            if getattr(self, field) is not None:
+                raise unsupported(field, f"{field} is not supported: leave it out")
+        refuse_tuning(self.reasoning_effort, self.verbosity, self.service_tier, self.prompt_cache_retention)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The limit, under either name."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives; None: no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def refuse_tuning(effort: str | None, verbosity: str | None, service_tier: str | None, retention: str | None) -> None:
+    """Fields that tune OpenAI's own service: taken where they ask for what happens anyway."""
+    if effort not in (None, "none"):
+        raise unsupported("reasoning_effort", f"reasoning_effort {effort!r} is not supported: leave it out")
+    if verbosity not in (None, "medium"):
+        raise unsupported("verbosity", f"verbosity {verbosity!r} is not supported: leave it out")
+    if service_tier not in (None, "auto", "default"):
+        raise unsupported("service_tier", f"service_tier must be 'auto' or 'default', got {service_tier!r}")
+    if retention not in (None, "in_memory", "in-memory"):
+        raise unsupported("prompt_cache_retention", f"prompt_cache_retention {retention!r} is not supported: pin the conversation or set its ttl")
+
+
+def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
+    """The functions as chat templates expect them.
+
+    Raises:
+        ApiError: a tool is no function, or two have one name.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for index, tool in enumerate(tools or ()):
+        if tool.type != "function" or tool.function is None:
+            raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")
+        if tool.function.name in found:
+            raise ApiError(400, f"tools.{index}: two functions are called {tool.function.name!r}", code="invalid_value", param=f"tools.{index}")
+        found[tool.function.name] = tool.function.tool()
+    return tuple(found.values())
+
+
+# -- text completions
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
+    echo: StrictBool | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: StrictInt | None = None
+    suffix: StrictStr | None = None
+    prompt_cache_key: Annotated[StrictStr, Field(max_length=64)] | None = None
+
+    def refuse(self) -> None:
+        """Refuse what this server has not."""
+        self.refuse_common()
+        if self.best_of not in (None, 1):
+            raise unsupported("best_of", f"best_of must be 1: this server gives one answer a request, got {self.best_of}")
+        if self.suffix:
+            raise unsupported("suffix", "suffix is not supported: leave it out")
+
+    def one_prompt(self) -> str | list[int]:
+        """The prompt; a list of one counts as that one."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) != 1:
+                raise unsupported("prompt", f"one prompt a request, got {len(prompt)}: send them one by one")
+            first = prompt[0]
+            assert not isinstance(first, int)
+            return first
+        if not prompt:
+            raise ApiError(400, "prompt must not be empty", code="invalid_value", param="prompt")
+        return prompt  # type: ignore[return-value]
+
+
+# -- tokens
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a text, or messages as a chat would be put before the model."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: StrictBool = True
+    add_generation_prompt: StrictBool = True
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: StrictStr | None = None
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 32)]], Field(max_length=1 << 20)]
+
+
+# -- conversations
+
+
+class ForkRequest(Body):
+    """POST /v1/pensieve/conversations/{id}/fork."""
+
+    at: Identifier | None = None  # a response's id, or a turn's; None: the end
+
+
+class TtlRequest(Body):
+    """POST /v1/pensieve/conversations/{id}/ttl."""
+
+    seconds: Annotated[float, Field(gt=0, le=10 * 366 * 86400.0)] | None
+
+
+Sampling.model_rebuild()
+ChatRequest.model_rebuild()
+CompletionRequest.model_rebuild()

@@ -1,0 +1,136 @@
+"""Server-sent events, and noticing that a client has gone. Knows ASGI; never what the events mean."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pensieve.server.errors import error_body
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PING_S = 15.0  # a comment, so that nobody between us and the client thinks the connection dead
+PING = b": still here\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def data(value: Any) -> bytes:
+    """An event without a name."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def event(name: str, value: Any) -> bytes:
+    """An event with a name."""
+    return b"event: " + name.encode() + b"\n" + data(value)
+
+
+class EventStream(Response):
+    """A response that sends events as they come, no faster than its client reads.
+
+    Args:
+        events: bytes of whole events. What it raises becomes a last event, an error.
+        on_gone: called once if the client went away, or read nothing for `stall_timeout_s`, before the end.
+        stall_timeout_s: how long one event may take to leave.
+        on_open: told +1 at the start and -1 at the end.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        on_gone: Callable[[], None],
+        stall_timeout_s: float,
+        on_open: Callable[[int], None] = lambda change: None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        self._events = events
+        self._on_gone = on_gone
+        self._stall_timeout_s = stall_timeout_s
+        self._on_open = on_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything, or stop when the client has gone."""
+        self._on_open(+1)
+        sender = asyncio.ensure_future(self._send_all(send))
+        watcher = asyncio.ensure_future(_wait_gone(receive))
+        try:
+            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not sender.done():
+                self._on_gone()
+        finally:
+            watcher.cancel()
+            if not sender.done():
+                sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                await sender
+            self._on_open(-1)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for piece in with_pings(self._events):
+                try:
+                    async with asyncio.timeout(self._stall_timeout_s):
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                except (TimeoutError, OSError):
+                    self._on_gone()
+                    return
+        except Exception as error:
+            if not hasattr(error, "message"):
+                log.exception("a stream broke")
+            await send({"type": "http.response.body", "body": data(error_body(error)), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def with_pings(events: AsyncIterator[bytes], every_s: float = PING_S) -> AsyncIterator[bytes]:
+    """The events, and a comment whenever none has come for a while."""
+    following = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=every_s)
+            if not done:
+                yield PING
+                continue
+            piece = following.result()
+            if piece is None:
+                return
+            yield piece
+            following = asyncio.ensure_future(anext(events, None))
+    finally:
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await following
+
+
+async def unless_gone(request: Request, work: Awaitable[T], on_gone: Callable[[], None]) -> T:
+    """Wait for `work`; if the client goes away meanwhile, say so once and go on waiting (the work then ends by itself)."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_wait_gone(request.receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            on_gone()
+        return await task
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+
+
+async def _wait_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,613 @@
+"""Turns of many conversations over one engine: queued, answered, streamed, made durable, acknowledged. Knows no tensors, slots or HTTP.
+
+Everything here happens on one thread of its own, fed by a queue: calls, engine events and the store's acknowledgements take turns, so nothing
+needs a lock, and neither detokenising nor the database runs on the engine's step.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from pensieve.chat import Message
+from pensieve.core.request import FinishReason, SamplingParams
+from pensieve.errors import (
+    ConversationConflict,
+    ConversationNotFound,
+    EngineClosed,
+    InvalidRequest,
+    PensieveError,
+    StoreError,
+    error_from,
+)
+from pensieve.messages import (
+    Abort,
+    CacheMap,
+    Check,
+    Checked,
+    Command,
+    Event,
+    Failed,
+    Finished,
+    Forget,
+    Forgotten,
+    GetMap,
+    GetRows,
+    GetStats,
+    HintAnswer,
+    Idle,
+    Keep,
+    KeepAnswer,
+    Lost,
+    Miss,
+    Receipt,
+    Stats,
+    Stop,
+    Submit,
+    Token,
+    Warm,
+)
+from pensieve.service.prompt import INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
+from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
+from pensieve.store.base import ConversationStore, Erased, Turn
+from pensieve.text import ChatText, StopStrings, keep_tokens
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NAMESPACE = "default"
+EPHEMERAL = "temp_"  # what the ids of conversations begin with that are kept in memory only
+DRAFT_TOKENS = 32  # an answer under way is in the store up to its last so many tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """What deleting a conversation erased."""
+
+    turns: int
+    store_bytes: int
+    kv_slots: int
+    kv_bytes: int
+    complete: bool  # False: the rows are gone, but the write-ahead log could not be truncated yet (somebody reads it)
+
+
+class ConversationService:
+    """Turns of many conversations; turns of one conversation queue behind each other."""
+
+    def __init__(
+        self,
+        text: ChatText | None,
+        store: ConversationStore | None,
+        *,
+        max_context: int,
+        overflow: Literal["refuse", "truncate"] = "refuse",
+        ephemeral: ConversationStore | None = None,
+        drafts: str | None = None,
+    ) -> None:
+        """Call `connect` before use.
+
+        Args:
+            text: None where only token ids are sent.
+            store: None where nothing is to be kept.
+            max_context: tokens of prompt and answer.
+            overflow: what becomes of a prompt past it.
+            ephemeral: where turns go that are not to be durable; None: nowhere.
+            drafts: this process's name in the store, under which answers are kept while they are made; None: only whole answers are kept.
+        """
+        self._text = text
+        self._durable = store
+        self._ephemeral = ephemeral
+        self._drafts = drafts
+        self._prompts = Prompts(text, self._store_of, max_context, overflow)
+        self._post: Callable[[Command], None] = _not_connected
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._turns: dict[str, PendingTurn] = {}
+        self._lines: dict[tuple[str, str], deque[PendingTurn]] = {}  # conversations with a turn under way, and who waits behind it
+        self._answers: dict[str, Future[object]] = {}  # who waits for the engine's answer, by tag
+        self._closed = False
+        self._gate = threading.Lock()  # nothing is queued behind the end mark
+        self._thread = threading.Thread(target=self._run, name="pensieve-service", daemon=True)
+        self._thread.start()
+
+    def connect(self, post: Callable[[Command], None]) -> None:
+        """Say where commands go: an engine's `post`."""
+        self._post = post
+
+    @property
+    def text(self) -> ChatText | None:
+        """The model's tokenizer and template."""
+        return self._text
+
+    # -- turns, from any thread
+
+    def handle(self, events: list[Event]) -> None:
+        """Take an engine's events in (this is the engine's `emit`). Returns at once."""
+        self._enqueue(lambda: self._take_all(events))
+
+    def start(self, spec: TurnSpec, on_piece: Callable[[Piece], None] | None = None) -> PendingTurn:
+        """Answer a turn. `on_piece` gets the answer piece by piece, on the service's thread.
+
+        The future fails with a `PensieveError`, and nothing is stored then.
+        """
+        turn = PendingTurn(spec, time.monotonic(), on_piece)
+        self.begin(turn)
+        return turn
+
+    def begin(self, turn: PendingTurn) -> None:
+        """Answer a turn that its caller has made, see `start`."""
+        if not self._enqueue(lambda: self._line_up(turn)):
+            settle(turn.future, error=EngineClosed("the service is closed"))
+
+    def send(
+        self,
+        conversation_id: str,
+        messages: Sequence[Message],
+        sampling: SamplingParams,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        on_text: Callable[[str], None] | None = None,
+        forced: Path | None = None,
+        replay: tuple[tuple[int, ...], int] | None = None,
+    ) -> PendingTurn:
+        """Append messages to a conversation (made if new) and answer them; `on_text` gets the answer's text piece by piece.
+
+        With `forced` the conversation goes on from that path instead; with `replay` the prompt is these tokens, of which so many are history,
+        whatever the messages say. Nothing is stored then.
+        """
+        spec = TurnSpec(
+            namespace, conversation_id, tuple(messages), sampling, tuple(stop), ignore_eos, forced=forced, raw=replay, raw_text=True
+        )
+        return self.start(spec, None if on_text is None else lambda piece: on_text(piece.text) if piece.text else None)
+
+    def complete(
+        self, sequence_id: str, tokens: Sequence[int], history_tokens: int, sampling: SamplingParams, *, namespace: str = DEFAULT_NAMESPACE
+    ) -> PendingTurn:
+        """Answer a path of token ids, of which `history_tokens` were put before the model by an earlier turn. No text, nothing stored."""
+        return self.start(TurnSpec(namespace, sequence_id, (), sampling, ignore_eos=True, raw=(tuple(tokens), history_tokens)))
+
+    def abort(self, turn: PendingTurn) -> None:
+        """End a turn early; what was said of the answer is kept and stored."""
+        self._enqueue(lambda: self._abort(turn))
+
+    # -- conversations, from any thread
+
+    def delete(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> Future[None]:
+        """Delete a conversation: its turns in the store, and what is cached of it."""
+        done: Future[None] = Future()
+        self._ask_thread(done, lambda: self._delete(namespace, conversation_id, done))
+        return done
+
+    def erase(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> Future[Erasure]:
+        """Delete a conversation and overwrite what it left: its rows, and its KV in every tier (shared KV with its last reference)."""
+        done: Future[Erasure] = Future()
+        self._ask_thread(done, lambda: self._erase(namespace, conversation_id, done))
+        return done
+
+    def forget(self, sequence_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
+        """Free what is cached of a conversation; its turns stay."""
+        self._post(Forget(sequence_id, namespace))
+
+    def keep(self, conversation_id: str, keep: bool, *, namespace: str = DEFAULT_NAMESPACE) -> Future[object]:
+        """Set or lift a keep on a conversation's cache; a `KeepAnswer` says what came of it."""
+        return self._ask(lambda tag: Keep(conversation_id, namespace, keep, tag))
+
+    def warm(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> Future[object]:
+        """Its user is typing: swap in what lies below. A `HintAnswer` says what came of it."""
+        return self._ask(lambda tag: Warm(conversation_id, namespace, tag))
+
+    def idle(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> Future[object]:
+        """Its user is done for now: its cache may go first. A `HintAnswer` says what came of it."""
+        return self._ask(lambda tag: Idle(conversation_id, namespace, tag))
+
+    # -- the engine, from any thread
+
+    def stats(self) -> Future[object]:
+        """The engine's `Stats`."""
+        return self._ask(GetStats)
+
+    def map(self, offset: int, limit: int, *, namespaces: tuple[str, ...] | None = None, tenant: str | None = None) -> Future[object]:
+        """Where chunks lie, a row a conversation, the latest active first: a `CacheMap`."""
+        return self._ask(lambda tag: GetMap(tag, offset, limit, namespaces, tenant))
+
+    def rows(self, keys: Sequence[tuple[str, str]]) -> Future[object]:
+        """The rows of some conversations, by namespace and id: a `CacheMap`."""
+        return self._ask(lambda tag: GetRows(tag, tuple(keys)))
+
+    def check(self) -> Future[object]:
+        """Verify every invariant of the cache: a `Checked`."""
+        return self._ask(Check)
+
+    def close(self) -> None:
+        """Stop the thread after what is queued; turns still under way fail with `EngineClosed`. Close the engine first."""
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+        self._thread.join()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception:  # one turn's trouble must not end the others'
+                log.exception("a job of the conversation service raised")
+        error = EngineClosed("the engine was closed before this turn ended")
+        for turn in list(self._turns.values()) + [turn for line in self._lines.values() for turn in line]:
+            settle(turn.future, error=error)
+        for answer in self._answers.values():
+            settle(answer, error=error)
+
+    def _enqueue(self, job: Callable[[], None]) -> bool:
+        """Hand a job to the thread; False if the service is closed."""
+        with self._gate:
+            if not self._closed:
+                self._jobs.put(job)
+            return not self._closed
+
+    def _ask_thread(self, done: Future[object] | Future[None] | Future[Erasure], job: Callable[[], None]) -> None:
+        if not self._enqueue(job):
+            settle(done, error=EngineClosed("the service is closed"))
+
+    def _ask(self, command: Callable[[str], Command]) -> Future[object]:
+        answer: Future[object] = Future()
+        tag = uuid.uuid4().hex
+
+        def ask() -> None:
+            self._answers[tag] = answer
+            self._post(command(tag))
+
+        self._ask_thread(answer, ask)
+        return answer
+
+    def _store_of(self, conversation_id: str) -> ConversationStore | None:
+        return self._ephemeral if conversation_id.startswith(EPHEMERAL) else self._durable
+
+    # -- turns begin
+
+    def _line_up(self, turn: PendingTurn) -> None:
+        """Find the turn's conversation, and its place behind a turn of it that is under way."""
+        spec = turn.spec
+        try:
+            if spec.conversation_id is not None:
+                turn.conversation_id = spec.conversation_id
+                place = None
+            else:
+                place = self._recognise(spec)
+                turn.conversation_id = place.conversation_id
+        except Exception as error:
+            settle(turn.future, error=_as_ours("the turn's history could not be looked up", error))
+            return
+        if turn.key in self._lines:
+            self._lines[turn.key].append(turn)
+        else:
+            self._lines[turn.key] = deque()
+            self._begin(turn, place)
+
+    def _recognise(self, spec: TurnSpec) -> Place:
+        new_id = ("chat_" if spec.durable else EPHEMERAL) + uuid.uuid4().hex
+        stores = [store for store in (self._durable, self._ephemeral) if store is not None]
+        return self._prompts.recognise(spec, stores, lambda conversation_id: (spec.namespace, conversation_id) in self._lines, new_id)
+
+    def _begin(self, turn: PendingTurn, place: Place | None = None) -> None:
+        try:
+            if turn.aborted:
+                raise EngineClosed("the turn was aborted while it waited for the one before it")
+            sampling = self._prepare(turn, place)
+        except Exception as error:
+            self._fail(turn, _as_ours("the turn could not be prepared", error))
+            return
+        self._turns[turn.request_id] = turn
+        prompt = turn.prompt
+        self._post(
+            Submit(turn.request_id, turn.conversation_id, turn.namespace, prompt.tokens, prompt.history_tokens, sampling, turn.submitted_s)
+        )
+
+    def _prepare(self, turn: PendingTurn, place: Place | None) -> SamplingParams:
+        """Make the turn's prompt, its conversation and its draft; returns how it is sampled."""
+        spec, sampling, stop = turn.spec, turn.spec.sampling, turn.spec.stop
+        if self._text is not None and (spec.raw is None or spec.raw_text):
+            turn.detokenizer = self._text.detokenizer()
+            if not spec.ignore_eos:
+                sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | self._text.stop_token_ids)
+                stop = (*stop, *self._text.stop_strings)
+        turn.stops = StopStrings(stop)
+        if spec.raw is not None:
+            tokens, history_tokens = spec.raw
+            turn.prompt = Prompt(tokens, min(history_tokens, len(tokens)))
+            return sampling
+        if self._text is None:
+            raise InvalidRequest("this model has no tokenizer here: send token ids")
+        conversation = None
+        if place is None:
+            place, conversation = self._prompts.locate(spec, turn.conversation_id)
+        turn.prompt, turn.pinned = self._prompts.make(spec, place), place.pinned
+        store = self._store_of(turn.conversation_id)
+        if turn.stored and store is not None:
+            if conversation is None:
+                self._create(store, turn)
+            if self._drafts is not None and store is self._durable:
+                store.draft(
+                    turn.namespace,
+                    turn.conversation_id,
+                    turn.prompt.parent,
+                    turn.request_id,
+                    turn.prompt.new,
+                    turn.prompt.tokens[turn.prompt.reused_tokens :],
+                    start=turn.prompt.reused_tokens,
+                    meta=self._meta(turn),
+                    owner=self._drafts,
+                )
+                turn.drafted = True
+        return sampling
+
+    def _create(self, store: ConversationStore, turn: PendingTurn) -> None:
+        try:
+            store.get(turn.namespace, turn.conversation_id)
+        except ConversationNotFound:
+            store.create(turn.namespace, turn.conversation_id)
+
+    def _meta(self, turn: PendingTurn) -> dict[str, object]:
+        """What is stored with a turn: the caller's words, and what a later turn's prompt needs to know."""
+        meta: dict[str, object] = dict(turn.spec.meta)
+        if turn.prompt.path.left_out:
+            meta[LEFT_OUT] = turn.prompt.path.left_out
+        if turn.spec.instructions is not None:
+            meta[INSTRUCTIONS] = turn.spec.instructions
+        if turn.spec.tools:
+            meta[TOOLS] = [dict(tool) for tool in turn.spec.tools]
+        return meta
+
+    # -- engine events
+
+    def _take_all(self, events: list[Event]) -> None:
+        for event in events:
+            try:
+                self._take(event)
+            except Exception as error:  # one turn's trouble is that turn's
+                log.exception("an event could not be handled")
+                request_id = getattr(event, "request_id", None)
+                if request_id in self._turns:
+                    self._post(Abort(request_id))
+                    self._fail(self._turns[request_id], _as_ours("the answer could not be handled", error))
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Token():
+                if (turn := self._turns.get(event.request_id)) is not None:
+                    self._take_token(turn, event)
+            case Finished():
+                if (turn := self._turns.get(event.request_id)) is not None:
+                    self._take_end(turn, event)
+            case Failed():
+                if (turn := self._turns.get(event.request_id)) is not None:
+                    self._fail(turn, error_from(event.code, event.message))
+            case KeepAnswer() | Stats() | Forgotten() | HintAnswer() | CacheMap() | Checked() | Lost():
+                if (future := self._answers.pop(event.tag, None)) is None:
+                    return
+                if isinstance(event, Lost):
+                    settle(future, error=error_from("engine_restarted", event.message))
+                else:
+                    settle(future, event)
+
+    def _take_token(self, turn: PendingTurn, token: Token) -> None:
+        turn.sampled.append(token)
+        turn.unshown.append(token)
+        if turn.detokenizer is not None and turn.cut is None:
+            self._show(turn, turn.detokenizer.push((token.token_id,)))
+            if turn.cut is not None:
+                self._post(Stop(turn.request_id, turn.cut[0]))
+        if turn.drafted and len(turn.sampled) - turn.num_drafted >= DRAFT_TOKENS and turn.cut is None:
+            self._extend_draft(turn)
+
+    def _extend_draft(self, turn: PendingTurn) -> None:
+        store = self._store_of(turn.conversation_id)
+        assert store is not None
+        ids = [token.token_id for token in turn.sampled[turn.num_drafted :]]
+        store.extend_draft(turn.request_id, ids, "".join(turn.shown[turn.text_drafted :]))
+        turn.num_drafted, turn.text_drafted = len(turn.sampled), len(turn.shown)
+
+    def _show(self, turn: PendingTurn, text: str) -> None:
+        assert turn.stops is not None
+        text, hit = turn.stops.feed(text)
+        self._say(turn, text)
+        if hit is not None or (text and turn.spec.watch is not None and turn.spec.watch(text)):
+            assert self._text is not None
+            turn.cut = keep_tokens(self._text.detokenizer(), [token.token_id for token in turn.sampled], "".join(turn.shown))
+
+    def _say(self, turn: PendingTurn, text: str) -> None:
+        if text:
+            turn.shown.append(text)
+        if turn.on_piece is not None and (text or turn.spec.sampling.logprobs is not None):
+            piece = Piece(text, tuple(turn.unshown))
+            turn.unshown.clear()
+            try:
+                turn.on_piece(piece)
+            except Exception:
+                log.exception("on_piece raised; the turn goes on without it")
+                turn.on_piece = None
+
+    # -- turns end
+
+    def _take_end(self, turn: PendingTurn, event: Finished) -> None:
+        output, reason, prompt = event.output, event.reason, turn.prompt
+        if turn.detokenizer is not None and turn.cut is None:
+            assert turn.stops is not None
+            self._show(turn, turn.detokenizer.finish())
+            if turn.cut is None:
+                self._say(turn, turn.stops.finish())
+        if turn.cut is not None:
+            assert self._text is not None
+            reason = FinishReason.STOP
+            output = (*output[: turn.cut[0]], *(self._text.encode_text(turn.cut[1]) if turn.cut[1] else ()))
+        done = TurnDone(
+            text="".join(turn.shown),
+            prompt=prompt.tokens,
+            output=output,
+            logprobs=tuple(token.logprob for token in turn.sampled[: len(output)] if token.logprob is not None),
+            tops=tuple(token.top for token in turn.sampled[: len(output)]) if turn.spec.sampling.logprobs else (),
+            reason=reason,
+            receipt=self._receipt(turn, event.receipt, len(output)),
+            turn_id=None,
+            warning=prompt.warning,
+        )
+        store = self._store_of(turn.conversation_id)
+        if store is None or not turn.stored or (reason is FinishReason.ABORT and not output):
+            self._finish(turn, done)
+            return
+        composed = Composed(Message("assistant", turn.spec.prefix + done.text)) if turn.spec.compose is None else turn.spec.compose(done)
+        done = replace(done, message=composed.message)
+        appended = store.append(
+            turn.namespace,
+            turn.conversation_id,
+            prompt.parent,
+            (*prompt.new, composed.message),
+            (*prompt.tokens[prompt.reused_tokens :], *output),
+            start=prompt.reused_tokens,
+            reply_reason=reason.value,
+            only_if_leaf=turn.spec.after is LEAF and turn.spec.conversation_id is not None,
+            turn_id=turn.request_id,
+            meta=self._meta(turn) | dict(composed.meta),
+        )
+        appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
+
+    def _receipt(self, turn: PendingTurn, receipt: Receipt, num_output: int) -> Receipt:
+        """The engine's receipt with what only the text knows: what was truncated, and where a template's rewriting is to blame."""
+        misses, at = receipt.misses, turn.prompt.rewritten_at
+        if at is not None:
+            misses = tuple(part for miss in misses for part in _blame_template(miss, at, turn.prompt.history_tokens))
+        return replace(receipt, truncated_tokens=turn.prompt.truncated_tokens, output_tokens=num_output, misses=misses)
+
+    def _acknowledge(self, turn: PendingTurn, done: TurnDone, appended: Future[Turn]) -> None:
+        """The turn is durable, or could not be made so."""
+        error = appended.exception()
+        if error is not None:
+            self._fail(turn, error if isinstance(error, PensieveError) else StoreError(f"the turn was not stored: {error}"))
+            return
+        turn.drafted = False  # (the store dropped the draft in the same transaction)
+        assert done.message is not None
+        path = turn.prompt.path
+        messages = (*path.messages, *turn.prompt.new, done.message)
+        self._prompts.remember(
+            turn.namespace,
+            turn.request_id,
+            Path(messages, (*turn.prompt.tokens, *done.output), path.left_out, instructions=turn.spec.instructions),
+        )
+        if turn.pinned:
+            self._post(Keep(turn.conversation_id, turn.namespace, True))
+        self._finish(turn, replace(done, turn_id=appended.result().id))
+
+    def _finish(self, turn: PendingTurn, done: TurnDone) -> None:
+        self._leave(turn)
+        settle(turn.future, done)
+
+    def _fail(self, turn: PendingTurn, error: PensieveError) -> None:
+        self._leave(turn)
+        settle(turn.future, error=error)
+
+    def _leave(self, turn: PendingTurn) -> None:
+        self._turns.pop(turn.request_id, None)
+        if turn.drafted:
+            turn.drafted = False
+            store = self._store_of(turn.conversation_id)
+            assert store is not None
+            store.discard_draft(turn.request_id)
+        line = self._lines[turn.key]
+        if line:
+            following = line.popleft()
+            self._jobs.put(lambda: self._begin(following))
+        else:
+            del self._lines[turn.key]
+
+    def _abort(self, turn: PendingTurn) -> None:
+        turn.aborted = True
+        if turn.request_id in self._turns:
+            self._post(Abort(turn.request_id))
+
+    # -- conversations end
+
+    def _stop_line(self, namespace: str, conversation_id: str) -> None:
+        """Nobody waits for a conversation that is being deleted; the turn under way is aborted by the engine."""
+        line = self._lines.get((namespace, conversation_id), deque())
+        while line:
+            settle(line.popleft().future, error=ConversationNotFound(f"conversation {conversation_id!r} was deleted"))
+        self._prompts.forget(namespace)
+
+    def _delete(self, namespace: str, conversation_id: str, done: Future[None]) -> None:
+        self._stop_line(namespace, conversation_id)
+        try:
+            if (store := self._store_of(conversation_id)) is not None:
+                store.delete(namespace, conversation_id)
+            self._post(Forget(conversation_id, namespace))
+        except PensieveError as error:
+            settle(done, error=error)
+        else:
+            settle(done, None)
+
+    def _erase(self, namespace: str, conversation_id: str, done: Future[Erasure]) -> None:
+        """First the turn under way, whose end would otherwise write again; then, off this thread, the rows; then the KV."""
+        store = self._store_of(conversation_id)
+        try:
+            if store is not None:
+                store.get(namespace, conversation_id)  # raises if there is none, before anything is stopped
+        except PensieveError as error:
+            settle(done, error=error)
+            return
+        self._stop_line(namespace, conversation_id)
+        under_way = [turn for turn in self._turns.values() if turn.key == (namespace, conversation_id)]
+        waits: list[Future[TurnDone]] = []
+        for turn in under_way:
+            self._abort(turn)
+            waits.append(turn.future)
+
+        def carry_out() -> None:
+            try:
+                for wait in waits:
+                    wait.exception(timeout=ERASE_WAIT_S)
+                erased = Erased(0, 0, True) if store is None else store.erase(namespace, conversation_id)
+                try:
+                    forgotten = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag)).result()
+                except PensieveError:  # the engine died meanwhile, and its memory with it
+                    forgotten = Forgotten("", 0, 0)
+                kv = cast(Forgotten, forgotten)
+                settle(done, Erasure(erased.turns, erased.bytes, kv.slots, kv.bytes, erased.complete))
+            except BaseException as error:
+                settle(done, error=_as_ours("the conversation could not be erased", error))
+
+        threading.Thread(target=carry_out, name="pensieve-erase", daemon=True).start()
+
+
+ERASE_WAIT_S = 60.0  # how long an erasure waits for the turn under way to end
+
+
+def _blame_template(miss: Miss, at: int, history_tokens: int) -> list[Miss]:
+    """Of what was missed, what lies between the rewritten token and the end of the history is the template's doing."""
+    if miss.why in ("on_cpu", "dropped", "failed") or miss.stop <= at or miss.start >= history_tokens:
+        return [miss]
+    start, stop = max(miss.start, at), min(miss.stop, history_tokens)
+    parts = [replace(miss, stop=start)] if miss.start < start else []
+    parts.append(Miss(start, stop, "template_changed"))
+    if stop < miss.stop:
+        parts.append(replace(miss, start=stop))
+    return parts
+
+
+def _as_ours(what: str, error: BaseException) -> PensieveError:
+    if isinstance(error, PensieveError):
+        return error
+    log.error("%s", what, exc_info=error)
+    return PensieveError(f"{what}: {type(error).__name__}: {error}")
+
+
+def _not_connected(command: Command) -> None:
+    raise EngineClosed(f"no engine is connected to answer {type(command).__name__}")
