@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pensieve.chat import Message
+from pensieve.chat import Message, ToolCall, path_digests
 from pensieve.errors import ConversationNotFound, InvalidRequest, StoreError
-from pensieve.store import ConversationStore, Turn, path_messages, path_tokens
+from pensieve.store import CLAIM_S, INTERRUPTED, Claim, ConversationStore, Turn, path_messages, path_tokens
 
 # Fixtures are shared by the examples on purpose (each begins with names or a store of its own), and so are tests by classes.
 INHERITED = [HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
@@ -298,6 +299,389 @@ class ConversationStoreContract:
             assert {c.id: c.leaf for c in store.list("a")} == leaves
             assert {turn_id: path_tokens(store.path("a", turn_id)) for turn_id in logs} == logs
         store.close()
+
+    # -- what a turn keeps
+
+    def test_messages_keep_all_their_fields(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        said = [
+            Message("user", "What is 1 + 1? \x00 \ud800"),
+            Message("assistant", "", (ToolCall("c1", "add", '{"a": 1}'), ToolCall("c2", "add", "no JSON \x00"))),
+            Message("tool", "2", tool_call_id="c1", name="add"),
+            Message("assistant", "2."),
+        ]
+        turn = store.append("a", "one", None, said, [1]).result(timeout=30)
+        assert store.turn("a", turn.id) == turn
+        assert turn.messages == tuple(said)
+        assert turn.digest == path_digests(said)[-1]
+
+    def test_a_turn_carries_the_hash_of_its_whole_path(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        root = say(store, "one", "hi", [1])
+        branches = [store.append("a", "one", root.id, user(text), [2]).result(timeout=30) for text in ("left", "right")]
+        empty = store.append("a", "one", branches[1].id, [], []).result(timeout=30)
+        assert [branch.digest for branch in branches] == [path_digests(user("hi") + user(text))[-1] for text in ("left", "right")]
+        assert empty.digest == branches[1].digest
+        assert [turn.digest for turn in store.path("a", empty.id)] == [root.digest, branches[1].digest, empty.digest]
+
+    def test_a_turn_keeps_the_callers_id_and_meta(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        turn = say(store, "one", "hi", [1], turn_id="resp_1", meta={"model": "m", "list": [1, None]})
+        assert (turn.id, turn.meta) == ("resp_1", {"model": "m", "list": [1, None]})
+        assert store.turn("a", "resp_1") == turn
+        assert say(store, "one", "there", [2]).meta == {}
+        for namespace, id in (("a", "one"), ("b", "other")):
+            if namespace == "b":
+                store.create("b", "other")
+            with pytest.raises(InvalidRequest, match="'resp_1' is taken"):
+                store.append(namespace, id, None, user("again"), [3], turn_id="resp_1").result(timeout=30)
+        assert log(store, "one") == [1, 2]
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"meta": {"k": object()}}, "a turn's meta"),
+            ({"turn_id": "\ud800"}, "turn id must be valid Unicode"),
+            ({"turn_id": "x" * 1025}, "turn id must be at most 1024 bytes long, got 1025"),
+        ],
+    )
+    def test_what_no_column_holds_is_refused(self, store: ConversationStore, options: dict[str, Any], said: str) -> None:
+        store.create("a", "one")
+        with pytest.raises(InvalidRequest, match=said):
+            say(store, "one", "hi", [1], **options)
+        assert store.get("a", "one").leaf is None
+
+    @pytest.mark.parametrize("name", ["\x00", "\ud800", "x\x00y"])
+    def test_names_that_cannot_be_are_not_found(self, store: ConversationStore, name: str) -> None:
+        with pytest.raises(InvalidRequest, match="valid Unicode without NUL"):
+            store.create("a", name)
+        for lookup in (store.get, store.turn, store.path):
+            for namespace, id in (("a", name), (name, "one")):
+                with pytest.raises(ConversationNotFound):
+                    lookup(namespace, id)
+        assert (store.list(name), store.count(name), store.leaves("a", name)) == ([], 0, [])
+        assert store.find(name, [b"x"]) is None
+
+    def test_turns_are_looked_up_by_namespace(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        turn = say(store, "one", "hi", [1])
+        with pytest.raises(ConversationNotFound, match=turn.id):
+            store.turn("b", turn.id)
+        assert store.leaves("b", turn.id) == []
+        with pytest.raises(ConversationNotFound):
+            store.delete_turn("b", turn.id)
+
+    def test_leaves_are_the_conversations_that_end_there(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        turn = say(store, "one", "hi", [1])
+        store.fork("a", "one", new_id="two")
+        assert [c.id for c in store.leaves("a", turn.id)] == ["two", "one"]
+        store.set_leaf("a", "one", turn.id)  # used again
+        assert [c.id for c in store.leaves("a", turn.id)] == ["one", "two"]
+        say(store, "one", "on", [2])
+        assert [c.id for c in store.leaves("a", turn.id)] == ["two"]
+        assert store.leaves("a", "none") == []
+
+    # -- recognising a history
+
+    def test_a_resent_history_is_recognised(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        turns = []
+        history: list[Message] = []
+        for i in range(3):
+            said = [Message("user", f"q{i}"), Message("assistant", f"a{i}")]
+            turns.append(store.append("a", "one", turns[-1].id if turns else None, said, [i]).result(timeout=30))
+            history += said
+        asked = [*history, Message("user", "next")]
+        assert store.find("a", path_digests(asked)) == (5, turns[2])
+        assert store.find("a", path_digests(asked[:5])) == (3, turns[1])  # "a2" was edited away
+        assert store.find("a", path_digests([*history[:2], Message("user", "other")])) == (1, turns[0])
+        assert store.find("a", path_digests([Message("user", "never said")])) is None
+        assert store.find("a", path_digests(asked[1:])) is None  # the same words, but not from the beginning
+        assert store.find("a", []) is None
+        assert store.find("b", path_digests(asked)) is None
+
+    def test_of_equal_histories_a_leaf_is_found_then_the_newest(self, store: ConversationStore) -> None:
+        digests = path_digests(user("hi"))
+        made = []
+        for i in range(3):
+            store.create("a", f"c{i}")
+            made.append(say(store, f"c{i}", "hi", [i]))
+        assert store.find("a", digests) == (0, made[2])
+        for i in (2, 1):
+            say(store, f"c{i}", "on", [9])
+            assert store.find("a", digests) == (0, made[i - 1])
+        say(store, "c0", "on", [9])
+        assert store.find("a", digests) == (0, made[2])
+
+    def test_a_long_history_is_found_wherever_it_ends(self, store: ConversationStore) -> None:
+        history = [Message("user", str(i)) for i in range(1201)]
+        digests = path_digests(history)
+        store.create("a", "one")
+        parent: str | None = None
+        known = []
+        for stop in (1, 500, 501, 700, 701, 1201):
+            before = known[-1][0] if known else 0
+            turn = store.append("a", "one", parent, history[before:stop], [stop]).result(timeout=30)
+            known.append((stop, turn))
+            parent = turn.id
+        for stop, turn in known:
+            assert store.find("a", digests[:stop]) == (stop - 1, turn)
+        assert store.find("a", digests[:1200]) == (700, known[4][1])
+        assert store.find("a", digests[:499]) == (0, known[0][1])
+
+    # -- drafts
+
+    def test_a_draft_is_no_turn_and_goes_when_its_turn_comes(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        root = say(store, "one", "hi", [1])
+        store.draft("a", "one", root.id, "t", user("q"), [2, 3], 1, 3, {"k": 1}, owner="me").result(timeout=30)
+        store.extend_draft("t", [4], "An ans").result(timeout=30)
+        assert store.get("a", "one").leaf == root.id
+        with pytest.raises(ConversationNotFound):
+            store.turn("a", "t")
+        turn = store.append("a", "one", root.id, [*user("q"), Message("assistant", "An answer")], [2, 3, 4, 5], turn_id="t").result(
+            timeout=30
+        )
+        assert store.recover_drafts() == 0
+        assert store.path("a", "t") == [root, turn]
+        with pytest.raises(ConversationNotFound, match="'t' under way"):
+            store.extend_draft("t", [6], "!").result(timeout=30)
+
+    def test_an_interrupted_answer_becomes_a_branch(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        root = say(store, "one", "hi", [1])
+        store.draft("a", "one", root.id, "t", user("q"), [2, 3], None, 3, {"k": 1})
+        for ids, text in (([4, 5], "An "), ([], "\ud83d\x00"), ([6], "")):
+            store.extend_draft("t", ids, text).result(timeout=30)
+        assert store.recover_drafts() == 1
+        turn = store.turn("a", "t")
+        assert (turn.parent, turn.token_ids, turn.start, turn.reply_reason, turn.meta) == (
+            root.id,
+            (2, 3, 4, 5, 6),
+            1,
+            INTERRUPTED,
+            {"k": 1},
+        )
+        assert turn.messages == (Message("user", "q"), Message("assistant", "An \ud83d\x00"))
+        assert turn.digest == path_digests(path_messages([root, turn]))[-1]
+        assert store.get("a", "one").leaf == root.id
+        assert store.leaves("a", "t") == []
+        assert store.recover_drafts() == 0
+        on = store.append("a", "one", "t", user("go on"), [7]).result(timeout=30)
+        assert path_tokens(store.path("a", on.id)) == [1, 2, 3, 4, 5, 6, 7]
+        assert store.find("a", [turn.digest]) == (0, turn)
+
+    def test_an_answer_that_had_not_begun_is_recovered_empty(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        store.draft("a", "one", None, "t", user("q"), [1], None, 1).result(timeout=30)
+        assert store.recover_drafts() == 1
+        assert store.turn("a", "t").messages == (Message("user", "q"), Message("assistant", ""))
+
+    def test_a_draft_that_begins_anew_forgets_what_it_had(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        for text in ("old", "new"):
+            store.draft("a", "one", None, "t", user(text), [1], 0, 1)
+            store.extend_draft("t", [2], text).result(timeout=30)
+        store.recover_drafts()
+        assert [message.content for message in store.turn("a", "t").messages] == ["new", "new"]
+        assert store.turn("a", "t").token_ids == (1, 2)
+
+    def test_a_discarded_draft_is_gone(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        store.draft("a", "one", None, "t", user("q"), [1], 0, 1)
+        store.extend_draft("t", [2], "x")
+        store.discard_draft("t").result(timeout=30)
+        store.discard_draft("t").result(timeout=30)
+        assert store.recover_drafts() == 0
+        with pytest.raises(ConversationNotFound):
+            store.turn("a", "t")
+
+    def test_only_a_dead_owners_drafts_are_recovered(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        for owner in ("dead", "alive"):
+            store.draft("a", "one", None, owner, user("q"), [1], 0, 1, owner=owner).result(timeout=30)
+        assert store.recover_drafts("dead") == 1
+        assert store.turn("a", "dead").reply_reason == INTERRUPTED
+        store.extend_draft("alive", [2], "goes on").result(timeout=30)
+        assert store.recover_drafts("nobody") == 0
+        assert store.recover_drafts() == 1
+
+    def test_drafts_go_with_their_conversation_and_hold_what_they_follow(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        root = say(store, "one", "hi", [1])
+        store.create("a", "two")
+        store.draft("a", "one", root.id, "mine", user("q"), [2], 1, 2)
+        store.draft("a", "two", root.id, "theirs", user("q"), [3], 1, 2).result(timeout=30)
+        store.delete("a", "one")
+        assert store.recover_drafts() == 1
+        assert store.path("a", "theirs")[0] == root  # it became the other's
+        store.draft("a", "two", root.id, "last", user("q"), [2], 1, 2).result(timeout=30)
+        store.delete("a", "two")
+        assert store.recover_drafts() == 0
+        with pytest.raises(ConversationNotFound):
+            store.turn("a", root.id)
+
+    def test_a_draft_is_checked_as_a_turn_is(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        store.create("a", "two")
+        turn = say(store, "one", "hi", [1])
+        store.draft("a", "one", None, "t", [], [], None, 0).result(timeout=30)
+        for attempt, error, said in (
+            (lambda: store.draft("a", "none", None, "u", [], [], None, 0), ConversationNotFound, "'none'"),
+            (lambda: store.draft("b", "one", None, "u", [], [], None, 0), ConversationNotFound, "'one'"),
+            (lambda: store.draft("a", "one", "none", "u", [], [], None, 0), ConversationNotFound, "'none'"),
+            (lambda: store.draft("a", "one", turn.id, "u", [], [], 2, 2), InvalidRequest, r"\[0, 1\].*got 2"),
+            (lambda: store.draft("a", "one", turn.id, "u", [], [5], 1, 0), InvalidRequest, r"output_start.*\[1, 2\].*got 0"),
+            (lambda: store.draft("a", "one", turn.id, "u", [], [5], 1, 3), InvalidRequest, r"output_start.*\[1, 2\].*got 3"),
+            (lambda: store.draft("a", "one", None, turn.id, [], [], None, 0), InvalidRequest, "is taken"),
+            (lambda: store.draft("a", "two", None, "t", [], [], None, 0), InvalidRequest, "'t' is taken"),
+            (lambda: store.append("a", "two", None, [], [], turn_id="t"), InvalidRequest, "'t' is taken"),
+            (lambda: store.draft("a", "one", None, "u", [], [-1], None, 0), InvalidRequest, "got -1"),
+            (lambda: store.extend_draft("t", [-1], ""), InvalidRequest, "got -1"),
+            (lambda: store.extend_draft("u", [1], ""), ConversationNotFound, "'u' under way"),
+        ):
+            with pytest.raises(error, match=said):
+                attempt().result(timeout=30)
+
+    def test_a_failed_append_keeps_the_draft(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        store.draft("a", "one", None, "t", user("q"), [1], 0, 1).result(timeout=30)
+        with pytest.raises(InvalidRequest):
+            store.append("a", "one", None, user("q"), [1], start=5, turn_id="t").result(timeout=30)
+        assert store.recover_drafts() == 1
+
+    # -- claims
+
+    def test_the_first_claim_holds(self, store: ConversationStore) -> None:
+        assert store.claim("a", "key", b"print", "t1") == Claim("t1", b"print", fresh=True)
+        assert store.claim("a", "key", b"other", "t2") == Claim("t1", b"print", fresh=False)
+        assert store.claim("b", "key", b"other", "t2").fresh
+        store.release("a", "key")
+        store.release("a", "key")
+        assert store.claim("a", "key", b"other", "t2") == Claim("t2", b"other", fresh=True)
+
+    def test_of_many_claims_at_once_one_is_fresh(self, store: ConversationStore) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            claims = list(pool.map(lambda i: store.claim("a", "key", b"", f"t{i}"), range(24)))
+        assert sum(claim.fresh for claim in claims) == 1
+        assert {claim.turn_id for claim in claims} == {claim.turn_id for claim in claims if claim.fresh}
+
+    def test_claims_end_after_a_day_or_when_purged(self, store: ConversationStore) -> None:
+        store.claim("a", "key", b"", "t1", now_s=1000.0)
+        assert not store.claim("a", "key", b"", "t2", now_s=1000.0 + CLAIM_S - 1).fresh
+        assert store.claim("a", "key", b"", "t2", now_s=1000.0 + CLAIM_S).fresh
+        store.claim("a", "old", b"", "t3", now_s=500.0)
+        assert store.purge(1000.0) == 1
+        assert store.purge(1000.0) == 0
+        assert store.claim("a", "old", b"", "t4", now_s=600.0).fresh
+        with pytest.raises(InvalidRequest, match="idempotency key"):
+            store.claim("a", "\x00", b"", "t")
+
+    # -- time to live
+
+    def test_conversations_expire_unless_pinned(self, store: ConversationStore) -> None:
+        for namespace, name, expires_s in (("a", "late", 300.0), ("b", "soon", 100.0), ("a", "never", None), ("a", "pinned", 100.0)):
+            store.create(namespace, name)
+            assert store.set_ttl(namespace, name, expires_s) == store.get(namespace, name)
+            assert store.get(namespace, name).expires_s == expires_s
+        assert store.set_pinned("a", "pinned", True).pinned
+        assert store.expired(99.9) == []
+        assert [c.id for c in store.expired(100)] == ["soon"]
+        assert [c.id for c in store.expired(1000)] == ["soon", "late"]
+        assert [c.id for c in store.expired(1000, limit=1)] == ["soon"]
+        store.set_ttl("a", "late", None)
+        assert not store.set_pinned("a", "pinned", False).pinned
+        assert [c.id for c in store.expired(1000)] == ["soon", "pinned"]  # of equal times the first made
+        assert {c.id for c in store.list("a")} == {"late", "never", "pinned"}
+
+    def test_a_fork_expires_with_its_origin_and_is_not_pinned(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        store.set_ttl("a", "one", 100.0)
+        store.set_pinned("a", "one", True)
+        fork = store.fork("a", "one")
+        assert (fork.expires_s, fork.pinned) == (100.0, False)
+
+    def test_ttl_and_pins_are_checked(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        for attempt in (lambda: store.set_ttl("b", "one", 1.0), lambda: store.set_pinned("b", "one", True)):
+            with pytest.raises(ConversationNotFound):
+                attempt()
+        for wrong in (float("nan"), float("inf")):
+            with pytest.raises(InvalidRequest, match="expires_s"):
+                store.set_ttl("a", "one", wrong)
+        with pytest.raises(InvalidRequest, match="limit"):
+            store.expired(0.0, limit=-1)
+
+    def test_conversations_are_counted(self, store: ConversationStore) -> None:
+        for namespace, name in (("a", "one"), ("a", "two"), ("b", "one")):
+            store.create(namespace, name)
+        store.delete("a", "two")
+        assert [store.count(namespace) for namespace in ("a", "b", "c")] == [1, 1, 0]
+
+    # -- erasing
+
+    def test_erasing_says_what_went(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        root = say(store, "one", "hi", [1])
+        store.fork("a", "one", new_id="two")
+        say(store, "one", "mine", [1, 2], turn_id="t", meta={"k": 1})
+        store.draft("a", "one", root.id, "d", user("q"), [9], 1, 2)
+        store.extend_draft("d", [9, 9], "xy").result(timeout=30)
+        store.claim("a", "key", b"", "t")
+        store.claim("a", "draft", b"", "d")
+        store.claim("a", "kept", b"", root.id)
+        erased = store.erase("a", "one")
+        sizes = [
+            *(len('[["user", "mine"]]'), 2 * 4, len('{"k": 1}')),  # the turn
+            *(len('[["user", "q"]]'), 4, len("{}"), 2 * 4, len('"xy"')),  # the draft
+        ]
+        assert (erased.turns, erased.bytes) == (1, sum(sizes))
+        with pytest.raises(ConversationNotFound):
+            store.get("a", "one")
+        for gone in ("t", "d"):
+            with pytest.raises(ConversationNotFound):
+                store.turn("a", gone)
+        assert store.recover_drafts() == 0
+        assert store.claim("a", "key", b"", "new").fresh
+        assert store.claim("a", "draft", b"", "new").fresh
+        assert not store.claim("a", "kept", b"", "new").fresh
+        assert store.path("a", store.get("a", "two").leaf) == [root]
+        with pytest.raises(ConversationNotFound):
+            store.erase("a", "one")
+
+    def test_a_turn_that_nobody_needs_can_be_deleted(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        root = say(store, "one", "hi", [1])
+        last = say(store, "one", "there", [2])
+        store.claim("a", "key", b"", last.id)
+        assert store.delete_turn("a", last.id)
+        assert store.get("a", "one").leaf == root.id
+        assert store.claim("a", "key", b"", "new").fresh
+        with pytest.raises(ConversationNotFound):
+            store.turn("a", last.id)
+        branch = say(store, "one", "branch", [3])
+        store.set_leaf("a", "one", root.id)
+        assert store.delete_turn("a", branch.id)
+        assert store.get("a", "one").leaf == root.id
+        assert store.delete_turn("a", root.id)
+        assert store.get("a", "one").leaf is None
+
+    @pytest.mark.parametrize("dependent", ["turn", "conversation", "draft"])
+    def test_a_turn_that_is_needed_is_marked(self, store: ConversationStore, dependent: str) -> None:
+        store.create("a", "one")
+        turn = say(store, "one", "hi", [1], meta={"k": 1})
+        if dependent == "turn":
+            say(store, "one", "on", [2])
+        elif dependent == "conversation":
+            store.fork("a", "one")
+        else:
+            store.draft("a", "one", turn.id, "d", [], [], None, 1).result(timeout=30)
+        leaf = store.get("a", "one").leaf
+        assert not store.delete_turn("a", turn.id)
+        assert store.turn("a", turn.id) == replace(turn, meta={"k": 1, "deleted": True})
+        assert store.get("a", "one").leaf == leaf
+        assert not store.delete_turn("a", turn.id)
 
     # -- threads and ends
 

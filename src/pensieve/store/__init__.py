@@ -3,15 +3,31 @@
 Knows trees of turns in a database; never models, caches or text rendering.
 """
 
-from pensieve.store.base import Conversation, ConversationStore, Turn, path_messages, path_tokens
+from pensieve.store.base import (
+    CLAIM_S,
+    INTERRUPTED,
+    Claim,
+    Conversation,
+    ConversationStore,
+    Erased,
+    Turn,
+    path_messages,
+    path_tokens,
+)
+from pensieve.store.opening import open_store
 from pensieve.store.sqlite import SqliteStore, default_path
 
 __all__ = [
+    "CLAIM_S",
+    "Claim",
     "Conversation",
     "ConversationStore",
+    "Erased",
+    "INTERRUPTED",
     "SqliteStore",
     "Turn",
     "default_path",
+    "open_store",
     "path_messages",
     "path_tokens",
 ]

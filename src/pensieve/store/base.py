@@ -1,7 +1,11 @@
 """Conversations on disk: what is kept, and what any store promises. Knows messages and token ids; never text rendering or caches.
 
 Turns form trees: a turn has a parent, a conversation points to its newest turn, its leaf. Editing an old message
-makes a branch; a fork is a second conversation that points into the same tree. Nothing in a turn ever changes.
+makes a branch; a fork is a second conversation that points into the same tree. Nothing in a turn ever changes, but that
+one which was to go and is still needed is marked so.
+
+An answer under way is a draft: what of it is there survives a crash, and becomes a turn of its own then. A claim remembers
+which turn a caller's idempotency key stands for.
 
 A turn stores only what it added to its parent's path. Its `start` says where in the path's token log its ids begin:
 normally at the parent's end, but further ahead when a chat template rewrote earlier turns. So one rule rebuilds
@@ -17,6 +21,9 @@ from typing import Protocol
 
 from pensieve.chat import Message
 
+INTERRUPTED = "interrupted"  # the reply_reason of an answer that a crash cut short
+CLAIM_S = 24 * 3600.0  # how long a claim holds
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -29,6 +36,8 @@ class Turn:
     start: int  # position in the path's token log of the first of `token_ids`; what the parent's path has after it is void
     reply_reason: str | None  # why the answer ended, such as "stop" or "length"; None = no answer in this turn
     created_s: float  # seconds since the epoch
+    digest: bytes  # `chat.extend_digest` over all messages of the path that ends with this turn
+    meta: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
 
     @property
     def stop(self) -> int:
@@ -47,11 +56,31 @@ class Conversation:
     updated_s: float  # when the leaf last moved, seconds since the epoch
     title: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
+    expires_s: float | None = None  # when it may be erased, seconds since the epoch; None = never
+    pinned: bool = False  # to be kept: does not expire while it is
 
     @property
     def key(self) -> str:
         """A name that no other conversation of any namespace has."""
         return f"{len(self.namespace)}:{self.namespace}:{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What an idempotency key stands for."""
+
+    turn_id: str  # the turn of the caller who came first
+    fingerprint: bytes  # of the first caller's request
+    fresh: bool  # nobody had this key: the caller is the first
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What was erased with a conversation."""
+
+    turns: int  # those that no other conversation's paths run through
+    bytes: int  # of their messages, token ids and meta, and of drafts
+    complete: bool  # nothing of it is left in the store's files; False = could not be done, or (PostgreSQL) cannot be known
 
 
 def path_tokens(turns: Iterable[Turn]) -> list[int]:
@@ -109,6 +138,31 @@ class ConversationStore(Protocol):
         """
         ...
 
+    def turn(self, namespace: str, turn_id: str) -> Turn:
+        """Look a turn up.
+
+        Raises:
+            ConversationNotFound: no such turn in this namespace.
+        """
+        ...
+
+    def leaves(self, namespace: str, turn_id: str) -> Sequence[Conversation]:
+        """The conversations that end with this turn, the latest used first."""
+        ...
+
+    def find(self, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
+        """Recognise a history that was sent again: the longest part of it, from its first message on, that a stored turn ends with.
+
+        Args:
+            namespace: the caller's.
+            digests: `chat.path_digests` of the history, one for each message, oldest first.
+
+        Returns:
+            Index into `digests` and the turn; of several such turns one that is a conversation's leaf rather than another, then the
+            newest. None = nothing of it is known.
+        """
+        ...
+
     def append(
         self,
         namespace: str,
@@ -120,8 +174,10 @@ class ConversationStore(Protocol):
         start: int | None = None,
         reply_reason: str | None = None,
         only_if_leaf: bool = False,
+        turn_id: str | None = None,
+        meta: Mapping[str, object] | None = None,
     ) -> Future[Turn]:
-        """Add a turn and make it the conversation's leaf. Returns at once; the work is done elsewhere.
+        """Add a turn and make it the conversation's leaf; a draft of its id goes with that. Returns at once; the work is done elsewhere.
 
         Args:
             namespace: the caller's.
@@ -132,17 +188,107 @@ class ConversationStore(Protocol):
             start: how many tokens of the parent's path are kept in front of them; None = all.
             reply_reason: why the answer ended.
             only_if_leaf: refuse to begin a branch: the conversation must still end with `parent`.
+            turn_id: the turn's id; None = a random one.
+            meta: kept with the turn.
 
         Returns:
             A future that has the turn once it is durable, and not before. It fails with `ConversationNotFound` (no such
-            conversation or parent), `ConversationConflict` (`only_if_leaf`, and it is not), `InvalidRequest` (`start` or an id out of
-            range) or `StoreError`; nothing is stored then.
+            conversation or parent), `ConversationConflict` (`only_if_leaf`, and it is not), `InvalidRequest` (`start` or a token id out of
+            range, `turn_id` taken, meta that JSON cannot hold) or `StoreError`; nothing is stored then, unless the error says that this is unknown.
             Its callbacks run on the store's thread: keep them short.
         """
         ...
 
+    def draft(
+        self,
+        namespace: str,
+        conversation_id: str,
+        parent: str | None,
+        turn_id: str,
+        messages: Sequence[Message],
+        token_ids: Sequence[int],
+        start: int | None,
+        output_start: int,
+        meta: Mapping[str, object] | None = None,
+        *,
+        owner: str = "",
+    ) -> Future[None]:
+        """An answer begins: keep its turn's prompt side. A draft that has this id already begins anew.
+
+        The draft ends with `append` of the same `turn_id`, with `discard_draft`, or with its conversation.
+
+        Args:
+            namespace: the caller's.
+            conversation_id: the conversation that goes on.
+            parent: turn that it follows.
+            turn_id: what the turn will be called.
+            messages: what the turn adds to the chat, without the answer.
+            token_ids: what it adds to the token log before the answer (and the answer's first ids, if it has any).
+            start: how many tokens of the parent's path are kept in front of them; None = all.
+            output_start: position in the path's token log at which the answer begins; checked to lie within or at the end of `token_ids`.
+            meta: kept with the turn.
+            owner: who writes the answer: the process, so that another can recover its drafts when it is dead.
+
+        Returns:
+            A future that resolves when the draft is durable. It fails as `append`'s does.
+        """
+        ...
+
+    def extend_draft(self, turn_id: str, output_ids: Sequence[int], text: str) -> Future[None]:
+        """An answer goes on: keep these ids and this text behind what the draft has. Costs the same however long the answer is.
+
+        Returns:
+            A future that resolves when they are durable. It fails with `ConversationNotFound` (no such draft), `InvalidRequest` (a token id
+            out of range) or `StoreError`.
+        """
+        ...
+
+    def discard_draft(self, turn_id: str) -> Future[None]:
+        """Forget a draft; nothing happens if there is none of this id."""
+        ...
+
+    def recover_drafts(self, owner: str | None = None) -> int:
+        """Make a turn of each draft whose writer is dead: a branch that no conversation ends with, and that can be gone on from.
+
+        Its last message is the assistant's, as far as it came; its `reply_reason` is `INTERRUPTED`. For the start of the only process that
+        answers, or when another is known to be dead: a draft that is still written to would be cut in two.
+
+        Args:
+            owner: whose; None = everybody's.
+
+        Returns:
+            How many there were.
+        """
+        ...
+
+    def claim(self, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float | None = None) -> Claim:
+        """Say which turn an idempotency key stands for, unless somebody else did within the last `CLAIM_S`. Durable on return.
+
+        Args:
+            namespace: the caller's; the same key of another one is another key.
+            key: as the caller sent it.
+            fingerprint: of the request, so that the same key with another request can be told.
+            turn_id: the turn that will answer it.
+            now_s: seconds since the epoch; None = the store's clock.
+
+        Returns:
+            This claim, `fresh`, or the first one.
+
+        Raises:
+            InvalidRequest: the key is nothing that a database can hold.
+        """
+        ...
+
+    def release(self, namespace: str, key: str) -> None:
+        """Let go of a key whose answer failed, so that the next try is the first; nothing happens if it is not claimed."""
+        ...
+
+    def purge(self, before_s: float) -> int:
+        """Remove the claims made before this time; how many there were."""
+        ...
+
     def fork(self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None) -> Conversation:
-        """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title and metadata.
+        """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title, its metadata and its time to expire.
 
         Raises:
             ConversationNotFound: no such conversation or turn in this namespace.
@@ -167,11 +313,59 @@ class ConversationStore(Protocol):
         """
         ...
 
-    def delete(self, namespace: str, id: str) -> None:
-        """Delete a conversation and its turns; those that another conversation's paths run through become that one's.
+    def set_ttl(self, namespace: str, id: str, expires_s: float | None) -> Conversation:
+        """Say when a conversation may be erased (seconds since the epoch), or that it never may: None.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
+            InvalidRequest: not a time.
+        """
+        ...
+
+    def set_pinned(self, namespace: str, id: str, pinned: bool) -> Conversation:
+        """Say whether a conversation is to be kept.
+
+        Raises:
+            ConversationNotFound: no such conversation in this namespace.
+        """
+        ...
+
+    def expired(self, now_s: float, limit: int = 100) -> Sequence[Conversation]:
+        """Conversations of all namespaces whose time has come and that are not pinned, the longest overdue first."""
+        ...
+
+    def count(self, namespace: str) -> int:
+        """How many conversations a namespace has."""
+        ...
+
+    def delete(self, namespace: str, id: str) -> None:
+        """Delete a conversation, its drafts and its turns; those that another conversation's paths run through become that one's.
+
+        Raises:
+            ConversationNotFound: no such conversation in this namespace.
+        """
+        ...
+
+    def erase(self, namespace: str, id: str) -> Erased:
+        """Delete a conversation as `delete` does, then overwrite what the storage still has of it. May take seconds.
+
+        What lies outside the store's files is not reached: backups, snapshots and spare blocks of the file system or the drive.
+
+        Raises:
+            ConversationNotFound: no such conversation in this namespace.
+        """
+        ...
+
+    def delete_turn(self, namespace: str, turn_id: str) -> bool:
+        """Delete a turn if nothing depends on it: no turn, no draft and no conversation but its own, which then ends with the turn's parent.
+
+        Otherwise it stays, its meta marked `{"deleted": true}`.
+
+        Returns:
+            Whether it went.
+
+        Raises:
+            ConversationNotFound: no such turn in this namespace.
         """
         ...
 

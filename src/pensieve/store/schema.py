@@ -1,4 +1,4 @@
-"""The SQLite database's tables and how old files are brought up to date. Knows connections; never conversations' meaning.
+"""The SQLite database's tables and how old files are brought up to date. Knows connections and columns; never what uses them.
 
 `PRAGMA user_version` holds the version. To change the schema, append a function to `MIGRATIONS`; never edit one that
 was released.
@@ -6,12 +6,14 @@ was released.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pensieve.chat import ROOT_DIGEST, Message, extend_digest
 from pensieve.errors import StoreError
 
 APPLICATION_ID = 0x50454E53  # marks a file as ours
@@ -60,8 +62,85 @@ def _create(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX conversations_by_use ON conversations (namespace, updated_s)")
 
 
+def _answers(connection: sqlite3.Connection) -> None:
+    """Version 1 to 2: histories can be recognised, answers under way survive, retries are told, conversations expire."""
+    connection.execute("ALTER TABLE turns ADD COLUMN digest BLOB NOT NULL DEFAULT x''")  # chat.extend_digest over the path's messages
+    connection.execute("ALTER TABLE turns ADD COLUMN meta TEXT NOT NULL DEFAULT '{}'")  # JSON object
+    for (root,) in connection.execute("SELECT id FROM turns WHERE parent IS NULL").fetchall():
+        _add_digests(connection, root)
+    connection.execute("CREATE INDEX turns_by_digest ON turns (namespace, digest, created_s)")
+
+    connection.execute("ALTER TABLE conversations ADD COLUMN expires_s REAL")  # NULL = never
+    connection.execute("ALTER TABLE conversations ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0")
+    for key, title in connection.execute("SELECT key, title FROM conversations WHERE title IS NOT NULL").fetchall():
+        connection.execute("UPDATE conversations SET title = ? WHERE key = ?", (json.dumps(title), key))  # from now on a JSON string
+    connection.execute("CREATE INDEX conversations_by_expiry ON conversations (expires_s) WHERE expires_s IS NOT NULL")
+
+    connection.execute(
+        """
+        CREATE TABLE drafts (
+            turn_id      TEXT PRIMARY KEY NOT NULL,  -- what the turn will be called
+            owner        TEXT NOT NULL,  -- the process that writes it, by the name it gave
+            conversation INTEGER NOT NULL REFERENCES conversations (key),
+            parent       TEXT REFERENCES turns (id),
+            start        INTEGER NOT NULL,  -- as a turn's
+            token_ids    BLOB NOT NULL,
+            messages     TEXT NOT NULL,
+            meta         TEXT NOT NULL,
+            created_s    REAL NOT NULL
+        )
+        """
+    )
+    connection.execute("CREATE INDEX drafts_by_conversation ON drafts (conversation)")
+    connection.execute("CREATE INDEX drafts_by_parent ON drafts (parent)")
+    connection.execute(
+        """
+        CREATE TABLE draft_tokens (
+            turn_id  TEXT NOT NULL REFERENCES drafts (turn_id),
+            position INTEGER NOT NULL,  -- which piece of the answer, from 0 on
+            ids      BLOB NOT NULL,     -- uint32, little-endian
+            text     TEXT NOT NULL,     -- JSON string
+            PRIMARY KEY (turn_id, position)
+        )
+        """
+    )
+    connection.execute(
+        """
+        CREATE TABLE claims (
+            namespace   TEXT NOT NULL,
+            key         TEXT NOT NULL,
+            fingerprint BLOB NOT NULL,
+            turn_id     TEXT NOT NULL,  -- of a turn that may not be there yet
+            created_s   REAL NOT NULL,
+            PRIMARY KEY (namespace, key)
+        )
+        """
+    )
+    connection.execute("CREATE INDEX claims_by_turn ON claims (turn_id)")
+    connection.execute("CREATE INDEX claims_by_age ON claims (created_s)")
+
+
+def _add_digests(connection: sqlite3.Connection, root: str) -> None:
+    """Hash the messages of a tree's turns, parents before children."""
+    down = """
+        WITH RECURSIVE down (id, height) AS (
+            SELECT id, 0 FROM turns WHERE id = ?
+            UNION ALL SELECT turns.id, height + 1 FROM turns JOIN down ON turns.parent = down.id
+        )
+        SELECT id FROM down ORDER BY height
+        """
+    for (id,) in connection.execute(down, (root,)).fetchall():
+        parent, messages = connection.execute("SELECT parent, messages FROM turns WHERE id = ?", (id,)).fetchone()
+        digest = ROOT_DIGEST
+        if parent is not None:
+            (digest,) = connection.execute("SELECT digest FROM turns WHERE id = ?", (parent,)).fetchone()
+        for role, content in json.loads(messages):  # as version 1 wrote them
+            digest = extend_digest(digest, Message(role, content))
+        connection.execute("UPDATE turns SET digest = ? WHERE id = ?", (digest, id))
+
+
 Migration = Callable[[sqlite3.Connection], None]
-MIGRATIONS: tuple[Migration, ...] = (_create,)  # the n-th brings version n to n + 1
+MIGRATIONS: tuple[Migration, ...] = (_create, _answers)  # the n-th brings version n to n + 1
 
 
 def connect(path: Path | None, busy_timeout_s: float, *, read_only: bool = False) -> sqlite3.Connection:

@@ -1,0 +1,153 @@
+"""The PostgreSQL tables and how old ones are brought up to date. Knows connections and columns; never what uses them.
+
+All tables lie in a schema of their own. Its table `schema_version` holds the version. To change the schema, append a
+function to `MIGRATIONS`; never edit one that was released.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from pensieve.errors import StoreError
+from pensieve.store.writer import Connection
+
+
+def _create(connection: Connection) -> None:
+    """From an empty schema to version 1. What the columns mean stands in `schema`, SQLite's."""
+    connection.execute(
+        """
+        CREATE TABLE turns (
+            id           TEXT PRIMARY KEY,
+            namespace    TEXT NOT NULL,
+            owner        BIGINT NOT NULL,
+            root         TEXT NOT NULL,
+            parent       TEXT REFERENCES turns (id),
+            start        BIGINT NOT NULL,
+            stop         BIGINT NOT NULL,
+            token_ids    BYTEA NOT NULL,
+            messages     TEXT NOT NULL,  -- as text: JSON types refuse NUL and lone surrogates, even escaped
+            reply_reason TEXT,
+            created_s    DOUBLE PRECISION NOT NULL,
+            digest       BYTEA NOT NULL,
+            meta         TEXT NOT NULL
+        )
+        """
+    )
+    connection.execute(
+        """
+        CREATE TABLE conversations (
+            key       BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            namespace TEXT NOT NULL,
+            id        TEXT NOT NULL,
+            leaf      TEXT REFERENCES turns (id),
+            created_s DOUBLE PRECISION NOT NULL,
+            updated_s DOUBLE PRECISION NOT NULL,
+            title     TEXT,
+            metadata  TEXT NOT NULL,
+            expires_s DOUBLE PRECISION,
+            pinned    INTEGER NOT NULL,
+            UNIQUE (namespace, id)
+        )
+        """
+    )
+    connection.execute("ALTER TABLE turns ADD FOREIGN KEY (owner) REFERENCES conversations (key)")
+    connection.execute(
+        """
+        CREATE TABLE drafts (
+            turn_id      TEXT PRIMARY KEY,
+            owner        TEXT NOT NULL,
+            conversation BIGINT NOT NULL REFERENCES conversations (key),
+            parent       TEXT REFERENCES turns (id),
+            start        BIGINT NOT NULL,
+            token_ids    BYTEA NOT NULL,
+            messages     TEXT NOT NULL,
+            meta         TEXT NOT NULL,
+            created_s    DOUBLE PRECISION NOT NULL
+        )
+        """
+    )
+    connection.execute(
+        """
+        CREATE TABLE draft_tokens (
+            turn_id  TEXT NOT NULL REFERENCES drafts (turn_id),
+            position BIGINT NOT NULL,
+            ids      BYTEA NOT NULL,
+            text     TEXT NOT NULL,
+            PRIMARY KEY (turn_id, position)
+        )
+        """
+    )
+    connection.execute(
+        """
+        CREATE TABLE claims (
+            namespace   TEXT NOT NULL,
+            key         TEXT NOT NULL,
+            fingerprint BYTEA NOT NULL,
+            turn_id     TEXT NOT NULL,
+            created_s   DOUBLE PRECISION NOT NULL,
+            PRIMARY KEY (namespace, key)
+        )
+        """
+    )
+    for index in (
+        "turns_by_root ON turns (root)",
+        "turns_by_owner ON turns (owner)",
+        "turns_by_parent ON turns (parent)",
+        "turns_by_digest ON turns (namespace, digest, created_s)",
+        "conversations_by_leaf ON conversations (leaf)",
+        "conversations_by_use ON conversations (namespace, updated_s)",
+        "conversations_by_expiry ON conversations (expires_s) WHERE expires_s IS NOT NULL",
+        "drafts_by_conversation ON drafts (conversation)",
+        "drafts_by_parent ON drafts (parent)",
+        "claims_by_turn ON claims (turn_id)",
+        "claims_by_age ON claims (created_s)",
+    ):
+        connection.execute(f"CREATE INDEX {index}")
+
+
+TABLES = ("conversations", "turns", "drafts", "draft_tokens", "claims")
+Migration = Callable[[Connection], None]
+MIGRATIONS: tuple[Migration, ...] = (_create,)  # the n-th brings version n to n + 1
+
+
+def lock_key(schema: str) -> int:
+    """The number of the advisory lock that everybody who writes to this schema holds."""
+    return int.from_bytes(hashlib.blake2b(f"pensieve.{schema}".encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def bring_up_to_date(connection: Connection, name: str, schema: str, migrations: Sequence[Migration]) -> None:
+    """Make the schema and run the migrations that are missing, all or none, alone.
+
+    Args:
+        connection: in a transaction, its search path on the schema.
+        name: what messages call the database.
+        schema: where the tables are.
+        migrations: the schema's history.
+
+    Raises:
+        StoreError: the schema holds another program's tables, or those of a newer one of ours.
+    """
+    connection.execute("SELECT pg_advisory_xact_lock(?)", (lock_key(schema),))
+    if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = ?", (schema,)).fetchone() is None:
+        connection.execute(f"CREATE SCHEMA {schema}")
+    tables = {row[0] for row in connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (schema,))}
+    if "schema_version" in tables:
+        (version,) = connection.execute("SELECT version FROM schema_version").fetchone()
+    elif tables:
+        raise StoreError(
+            f"the schema {schema} of {name} holds tables of some other program: choose another database for the conversation store"
+        )
+    else:
+        version = 0
+        connection.execute("CREATE TABLE schema_version (version INTEGER NOT NULL)")
+        connection.execute("INSERT INTO schema_version VALUES (0)")
+    if version > len(migrations):
+        raise StoreError(
+            f"the conversation store {name} has schema version {version}, this program knows versions up to {len(migrations)}:"
+            " use the newer program that wrote it, or another database"
+        )
+    if version < len(migrations):
+        for migration in migrations[version:]:
+            migration(connection)
+        connection.execute("UPDATE schema_version SET version = ?", (len(migrations),))

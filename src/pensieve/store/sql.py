@@ -1,0 +1,290 @@
+"""A conversation store in any SQL database: threads, checks of what callers pass, and the steps of `trees` and `answers` in transactions.
+
+Knows the promises of `base`; never which database it is, tokens' meaning, models or caches. One thread writes (`writer`), with group
+commit; how reading goes and how deleted bytes are overwritten is the database's own business.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from pensieve.chat import Message
+from pensieve.errors import ConversationConflict, InvalidRequest
+from pensieve.store import answers, rows, trees
+from pensieve.store.base import Claim, Conversation, Erased, Turn
+from pensieve.store.writer import C, Connection, GroupWriter, Job
+
+T = TypeVar("T")
+
+
+class SqlStore(Generic[C]):
+    """A `ConversationStore` over a writer; a database's own class adds `_read` and `_scrub`."""
+
+    _writer: GroupWriter[C]
+    _clock: Callable[[], float]  # seconds since the epoch
+
+    def _read(self, query: Job[Connection, T]) -> T:
+        """Run a query that sees one state, beside the writer."""
+        raise NotImplementedError
+
+    def _scrub(self) -> bool:
+        """Overwrite what deleted rows left in the store's files: whether nothing is left."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See `ConversationStore.close`."""
+        self._writer.close()
+
+    # -- conversations
+
+    def create(
+        self, namespace: str, id: str | None = None, *, title: str | None = None, metadata: Mapping[str, object] | None = None
+    ) -> Conversation:
+        """See `ConversationStore.create`."""
+        id = rows.new_id() if id is None else id
+        rows.check_names(namespace=namespace, conversation_id=id)
+        rows.json_text(metadata, "a conversation's metadata")
+
+        def job(connection: Connection) -> Conversation:
+            now_s = self._clock()
+            return trees.insert_conversation(connection, Conversation(id, namespace, None, now_s, now_s, title, metadata or {}))
+
+        return self._writer.call(job)
+
+    def get(self, namespace: str, id: str) -> Conversation:
+        """See `ConversationStore.get`."""
+        return self._read(lambda connection: trees.get(connection, namespace, id))
+
+    def list(self, namespace: str, limit: int = 50, offset: int = 0) -> Sequence[Conversation]:
+        """See `ConversationStore.list`."""
+        if limit < 0 or offset < 0:
+            raise InvalidRequest(f"limit and offset must be at least 0, got limit={limit}, offset={offset}")
+        condition = "namespace = ? ORDER BY updated_s DESC, key DESC LIMIT ? OFFSET ?"
+        return self._conversations(condition, (namespace, limit, offset)) if rows.is_name(namespace) else []
+
+    def count(self, namespace: str) -> int:
+        """See `ConversationStore.count`."""
+        if not rows.is_name(namespace):
+            return 0
+        query = "SELECT count(*) FROM conversations WHERE namespace = ?"
+        return int(self._read(lambda connection: connection.execute(query, (namespace,)).fetchone()[0]))
+
+    def expired(self, now_s: float, limit: int = 100) -> Sequence[Conversation]:
+        """See `ConversationStore.expired`."""
+        if limit < 0:
+            raise InvalidRequest(f"limit must be at least 0, got {limit}")
+        return self._conversations("expires_s <= ? AND pinned = 0 ORDER BY expires_s, key LIMIT ?", (now_s, limit))
+
+    def fork(self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None) -> Conversation:
+        """See `ConversationStore.fork`."""
+        new_id = rows.new_id() if new_id is None else new_id
+        rows.check_names(conversation_id=new_id)
+
+        def job(connection: Connection) -> Conversation:
+            origin = trees.get(connection, namespace, id)
+            if at is not None:
+                trees.check_turn(connection, namespace, at)
+            now_s, leaf = self._clock(), origin.leaf if at is None else at
+            fork = Conversation(new_id, namespace, leaf, now_s, now_s, origin.title, origin.metadata, origin.expires_s)
+            return trees.insert_conversation(connection, fork)
+
+        return self._writer.call(job)
+
+    def set_leaf(self, namespace: str, id: str, turn_id: str | None) -> Conversation:
+        """See `ConversationStore.set_leaf`."""
+
+        def job(connection: Connection) -> Conversation:
+            key = trees.key_of(connection, namespace, id)
+            if turn_id is not None:
+                trees.check_turn(connection, namespace, turn_id)
+            trees.set_leaf(connection, key, turn_id, self._clock())
+            return trees.get(connection, namespace, id)
+
+        return self._writer.call(job)
+
+    def describe(self, namespace: str, id: str, *, title: str | None, metadata: Mapping[str, object]) -> Conversation:
+        """See `ConversationStore.describe`."""
+        text = rows.json_text(metadata, "a conversation's metadata")
+        return self._set(namespace, id, title=rows.title_text(title), metadata=text)
+
+    def set_ttl(self, namespace: str, id: str, expires_s: float | None) -> Conversation:
+        """See `ConversationStore.set_ttl`."""
+        if expires_s is not None and not math.isfinite(expires_s):
+            raise InvalidRequest(f"expires_s must be a time in seconds since the epoch, or None for never, got {expires_s}")
+        return self._set(namespace, id, expires_s=None if expires_s is None else float(expires_s))
+
+    def set_pinned(self, namespace: str, id: str, pinned: bool) -> Conversation:
+        """See `ConversationStore.set_pinned`."""
+        return self._set(namespace, id, pinned=int(pinned))
+
+    def delete(self, namespace: str, id: str) -> None:
+        """See `ConversationStore.delete`."""
+        self._writer.call(lambda connection: trees.delete_conversation(connection, namespace, id))
+
+    def erase(self, namespace: str, id: str) -> Erased:
+        """See `ConversationStore.erase`."""
+        turns, size = self._writer.call(lambda connection: trees.delete_conversation(connection, namespace, id))
+        return Erased(turns, size, self._scrub())
+
+    # -- turns
+
+    def path(self, namespace: str, turn_id: str | None) -> Sequence[Turn]:
+        """See `ConversationStore.path`."""
+        return [] if turn_id is None else self._read(lambda connection: trees.path(connection, namespace, turn_id))
+
+    def turn(self, namespace: str, turn_id: str) -> Turn:
+        """See `ConversationStore.turn`."""
+        return self._read(lambda connection: trees.get_turn(connection, namespace, turn_id))
+
+    def leaves(self, namespace: str, turn_id: str) -> Sequence[Conversation]:
+        """See `ConversationStore.leaves`."""
+        return self._read(lambda connection: trees.leaves(connection, namespace, turn_id))
+
+    def find(self, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
+        """See `ConversationStore.find`."""
+        return self._read(lambda connection: trees.find(connection, namespace, digests))
+
+    def append(
+        self,
+        namespace: str,
+        conversation_id: str,
+        parent: str | None,
+        messages: Sequence[Message],
+        token_ids: Sequence[int],
+        *,
+        start: int | None = None,
+        reply_reason: str | None = None,
+        only_if_leaf: bool = False,
+        turn_id: str | None = None,
+        meta: Mapping[str, object] | None = None,
+    ) -> Future[Turn]:
+        """See `ConversationStore.append`."""
+        try:
+            content = rows.Content.of(messages, token_ids, meta)
+            rows.check_names(turn_id=turn_id, reply_reason=reply_reason)
+        except InvalidRequest as error:
+            return _failed(error)
+        chosen, made = turn_id is not None, rows.new_id() if turn_id is None else turn_id
+
+        def job(connection: Connection) -> Turn:
+            key = trees.key_of(connection, namespace, conversation_id)
+            if only_if_leaf and trees.get(connection, namespace, conversation_id).leaf != parent:
+                raise ConversationConflict(
+                    f"conversation {conversation_id!r} went on elsewhere while this turn was answered (another process uses the same store): "
+                    "it was not stored; ask again"
+                )
+            if chosen:
+                answers.check_free(connection, made, key)
+                answers.discard_draft(connection, made)
+            at = trees.place(connection, namespace, key, parent, start, made)
+            now_s = self._clock()
+            turn = trees.insert_turn(connection, namespace, at, made, content, reply_reason, now_s)
+            trees.set_leaf(connection, key, made, now_s)
+            return turn
+
+        return self._writer.submit(job)
+
+    def delete_turn(self, namespace: str, turn_id: str) -> bool:
+        """See `ConversationStore.delete_turn`."""
+        return self._writer.call(lambda connection: trees.delete_turn(connection, namespace, turn_id, self._clock()))
+
+    # -- answers under way
+
+    def draft(
+        self,
+        namespace: str,
+        conversation_id: str,
+        parent: str | None,
+        turn_id: str,
+        messages: Sequence[Message],
+        token_ids: Sequence[int],
+        start: int | None,
+        output_start: int,
+        meta: Mapping[str, object] | None = None,
+        *,
+        owner: str = "",
+    ) -> Future[None]:
+        """See `ConversationStore.draft`."""
+        try:
+            content = rows.Content.of(messages, token_ids, meta)
+            rows.check_names(turn_id=turn_id, owner=owner)
+        except InvalidRequest as error:
+            return _failed(error)
+
+        def job(connection: Connection) -> None:
+            key = trees.key_of(connection, namespace, conversation_id)
+            at = trees.place(connection, namespace, key, parent, start, turn_id)
+            answers.begin_draft(connection, at, turn_id, content, output_start, owner, self._clock())
+
+        return self._writer.submit(job)
+
+    def extend_draft(self, turn_id: str, output_ids: Sequence[int], text: str) -> Future[None]:
+        """See `ConversationStore.extend_draft`."""
+        try:
+            ids = rows.pack(tuple(output_ids))
+            rows.check_names(turn_id=turn_id)
+        except InvalidRequest as error:
+            return _failed(error)
+        return self._writer.submit(lambda connection: answers.extend_draft(connection, turn_id, ids, text))
+
+    def discard_draft(self, turn_id: str) -> Future[None]:
+        """See `ConversationStore.discard_draft`."""
+        try:
+            rows.check_names(turn_id=turn_id)
+        except InvalidRequest as error:
+            return _failed(error)
+        return self._writer.submit(lambda connection: answers.discard_draft(connection, turn_id))
+
+    def recover_drafts(self, owner: str | None = None) -> int:
+        """See `ConversationStore.recover_drafts`."""
+        rows.check_names(owner=owner)
+        return self._writer.call(lambda connection: answers.recover_drafts(connection, owner))
+
+    def claim(self, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float | None = None) -> Claim:
+        """See `ConversationStore.claim`."""
+        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
+        now_s = self._clock() if now_s is None else now_s
+        return self._writer.call(lambda connection: answers.claim(connection, namespace, key, fingerprint, turn_id, now_s))
+
+    def release(self, namespace: str, key: str) -> None:
+        """See `ConversationStore.release`."""
+        rows.check_names(namespace=namespace, idempotency_key=key)
+        self._writer.call(lambda connection: answers.release(connection, namespace, key))
+
+    def purge(self, before_s: float) -> int:
+        """See `ConversationStore.purge`."""
+        return self._writer.call(lambda connection: answers.purge(connection, before_s))
+
+    # -- inside
+
+    def _conversations(self, condition: str, values: Sequence[Any]) -> builtins.list[Conversation]:
+        query = f"SELECT {rows.CONVERSATION} FROM conversations WHERE {condition}"
+        return self._read(lambda connection: [rows.conversation(row) for row in connection.execute(query, values)])
+
+    def _set(self, namespace: str, id: str, **changed: str | float | None) -> Conversation:
+        """Replace columns of a conversation."""
+        columns = ", ".join(f"{column} = ?" for column in changed)
+
+        def job(connection: Connection) -> Conversation:
+            key = trees.key_of(connection, namespace, id)
+            connection.execute(f"UPDATE conversations SET {columns} WHERE key = ?", (*changed.values(), key))
+            return trees.get(connection, namespace, id)
+
+        return self._writer.call(job)
+
+
+def _failed(error: InvalidRequest) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future

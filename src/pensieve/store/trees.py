@@ -1,0 +1,254 @@
+"""Conversations and their trees of turns in SQL, as steps inside a transaction. Knows tables; never threads, nor which database it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pensieve.chat import ROOT_DIGEST, path_digests
+from pensieve.errors import ConversationNotFound, InvalidRequest
+from pensieve.store import rows
+from pensieve.store.base import Conversation, Turn
+from pensieve.store.writer import Connection
+
+MAX_ASKED = 500  # digests in one query: each takes two of the values that a statement may have
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a tree a new turn goes."""
+
+    conversation: int  # key
+    parent: str | None
+    root: str  # the tree's first turn, perhaps the new one
+    start: int  # position in the path's token log of the turn's first id
+    digest: bytes  # of the parent's path
+
+
+def get(connection: Connection, namespace: str, id: str) -> Conversation:
+    """A conversation, or `ConversationNotFound`."""
+    row = None
+    if rows.is_name(namespace) and rows.is_name(id):
+        row = connection.execute(
+            f"SELECT {rows.CONVERSATION} FROM conversations WHERE namespace = ? AND id = ?", (namespace, id)
+        ).fetchone()
+    if row is None:
+        raise ConversationNotFound(f"there is no conversation {id!r}")
+    return rows.conversation(row)
+
+
+def key_of(connection: Connection, namespace: str, id: str) -> int:
+    """A conversation's key, or `ConversationNotFound`."""
+    row = None
+    if rows.is_name(namespace) and rows.is_name(id):
+        row = connection.execute("SELECT key FROM conversations WHERE namespace = ? AND id = ?", (namespace, id)).fetchone()
+    if row is None:
+        raise ConversationNotFound(f"there is no conversation {id!r}")
+    return int(row[0])
+
+
+def insert_conversation(connection: Connection, made: Conversation) -> Conversation:
+    """Add a conversation, or `InvalidRequest` if its id is taken."""
+    taken = connection.execute("SELECT 1 FROM conversations WHERE namespace = ? AND id = ?", (made.namespace, made.id)).fetchone()
+    if taken is not None:
+        raise InvalidRequest(f"there is a conversation {made.id!r} already: choose another id, or go on with that one")
+    connection.execute(
+        f"INSERT INTO conversations ({rows.CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            made.id,
+            made.namespace,
+            made.leaf,
+            made.created_s,
+            made.updated_s,
+            rows.title_text(made.title),
+            rows.json_text(made.metadata, "a conversation's metadata"),
+            made.expires_s,
+            int(made.pinned),
+        ),
+    )
+    return get(connection, made.namespace, made.id)
+
+
+def get_turn(connection: Connection, namespace: str, turn_id: str) -> Turn:
+    """A turn, or `ConversationNotFound`."""
+    row = None
+    if rows.is_name(namespace) and rows.is_name(turn_id):
+        row = connection.execute(f"SELECT {rows.TURN} FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)).fetchone()
+    if row is None:
+        raise ConversationNotFound(f"there is no turn {turn_id!r} in any conversation here")
+    return rows.turn(row)
+
+
+def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[str, int, bytes]:
+    """The root of a turn's tree, and the number of tokens and the digest of its path; or `ConversationNotFound`."""
+    row = None
+    if rows.is_name(namespace) and rows.is_name(turn_id):
+        row = connection.execute("SELECT root, stop, digest FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)).fetchone()
+    if row is None:
+        raise ConversationNotFound(f"there is no turn {turn_id!r} in any conversation here")
+    return str(row[0]), int(row[1]), bytes(row[2])
+
+
+def place(connection: Connection, namespace: str, conversation: int, parent: str | None, start: int | None, turn_id: str) -> Place:
+    """Where a turn behind `parent` goes; `ConversationNotFound` or `InvalidRequest` if it cannot."""
+    root, parent_stop, digest = (turn_id, 0, ROOT_DIGEST) if parent is None else check_turn(connection, namespace, parent)
+    begins = parent_stop if start is None else start
+    if not 0 <= begins <= parent_stop:
+        raise InvalidRequest(f"a turn's start must lie in [0, {parent_stop}], the tokens of its parent's path, got {start}")
+    return Place(conversation, parent, root, begins, digest)
+
+
+def insert_turn(
+    connection: Connection, namespace: str, at: Place, turn_id: str, content: rows.Content, reply_reason: str | None, created_s: float
+) -> Turn:
+    """Add a turn. No conversation's leaf moves."""
+    digest = path_digests(content.messages, at.digest)[-1] if content.messages else at.digest
+    stop = at.start + len(content.token_ids)
+    connection.execute(
+        f"INSERT INTO turns ({rows.TURN}, namespace, owner, root, stop) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(turn_id, at.parent, content.messages_text, content.blob, at.start, reply_reason, created_s, digest, content.meta_text),
+            *(namespace, at.conversation, at.root, stop),
+        ),
+    )
+    meta = json.loads(content.meta_text)
+    return Turn(turn_id, at.parent, content.messages, content.token_ids, at.start, reply_reason, created_s, digest, meta)
+
+
+def set_leaf(connection: Connection, conversation: int, turn_id: str | None, now_s: float) -> None:
+    """Let a conversation end with a turn."""
+    connection.execute("UPDATE conversations SET leaf = ?, updated_s = ? WHERE key = ?", (turn_id, now_s, conversation))
+
+
+def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]:
+    """The turns from the root to this one."""
+    check_turn(connection, namespace, turn_id)
+    found = connection.execute(
+        f"""
+        WITH RECURSIVE up (id, parent, height) AS (
+            SELECT id, parent, 0 FROM turns WHERE id = ?
+            UNION ALL SELECT turns.id, turns.parent, height + 1 FROM turns JOIN up ON turns.id = up.parent
+        )
+        SELECT {rows.columns(rows.TURN, "turns")} FROM up JOIN turns ON turns.id = up.id ORDER BY height DESC
+        """,
+        (turn_id,),
+    )
+    return [rows.turn(row) for row in found]
+
+
+def leaves(connection: Connection, namespace: str, turn_id: str) -> Sequence[Conversation]:
+    """The conversations that end with a turn."""
+    if not (rows.is_name(namespace) and rows.is_name(turn_id)):
+        return []
+    found = connection.execute(
+        f"SELECT {rows.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? ORDER BY updated_s DESC, key DESC",
+        (turn_id, namespace),
+    )
+    return [rows.conversation(row) for row in found]
+
+
+def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
+    """The longest part of a history that a turn ends with. Its end is looked at first: most histories are known but for the last message."""
+    if not rows.is_name(namespace):
+        return None
+    for stop in range(len(digests), 0, -MAX_ASKED):
+        asked = {digest: index for index, digest in enumerate(digests[max(0, stop - MAX_ASKED) : stop], max(0, stop - MAX_ASKED))}
+        values = ", ".join(["(?, ?)"] * len(asked))
+        row = connection.execute(
+            f"""
+            WITH asked (number, digest) AS (VALUES {values})
+            SELECT number, digest FROM asked
+            WHERE EXISTS (SELECT 1 FROM turns WHERE turns.namespace = ? AND turns.digest = asked.digest) ORDER BY number DESC LIMIT 1
+            """,
+            (*(value for digest, index in asked.items() for value in (index, digest)), namespace),
+        ).fetchone()
+        if row is not None:
+            return int(row[0]), _best(connection, namespace, bytes(row[1]))
+    return None
+
+
+def _best(connection: Connection, namespace: str, digest: bytes) -> Turn:
+    """Of the turns with this digest a leaf, then the newest. Each query walks an index from the newest on and stops at the first."""
+    for condition in ("AND EXISTS (SELECT 1 FROM conversations WHERE conversations.leaf = turns.id)", ""):
+        row = connection.execute(
+            f"SELECT {rows.TURN} FROM turns WHERE namespace = ? AND digest = ? {condition} ORDER BY created_s DESC LIMIT 1",
+            (namespace, digest),
+        ).fetchone()
+        if row is not None:
+            return rows.turn(row)
+    raise AssertionError("a turn vanished inside a transaction")
+
+
+def delete_conversation(connection: Connection, namespace: str, id: str) -> tuple[int, int]:
+    """Delete a conversation, its drafts and claims, and its turns that nobody else needs: how many, and their bytes with the drafts'."""
+    key = key_of(connection, namespace, id)
+    drafts = "SELECT turn_id FROM drafts WHERE conversation = ?"
+    size = _sum(connection, f"SELECT sum(length(ids) + length(text)) FROM draft_tokens WHERE turn_id IN ({drafts})", key)
+    size += _sum(connection, "SELECT sum(length(messages) + length(token_ids) + length(meta)) FROM drafts WHERE conversation = ?", key)
+    connection.execute(f"DELETE FROM claims WHERE turn_id IN ({drafts})", (key,))
+    connection.execute(f"DELETE FROM draft_tokens WHERE turn_id IN ({drafts})", (key,))
+    connection.execute("DELETE FROM drafts WHERE conversation = ?", (key,))
+    for heir, turn_id in _heirs(connection, key):
+        connection.execute("UPDATE turns SET owner = ? WHERE id = ?", (heir, turn_id))
+    turns = _sum(connection, "SELECT count(*) FROM turns WHERE owner = ?", key)
+    size += _sum(connection, "SELECT sum(length(messages) + length(token_ids) + length(meta)) FROM turns WHERE owner = ?", key)
+    connection.execute("UPDATE conversations SET leaf = NULL WHERE key = ?", (key,))
+    connection.execute("DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE owner = ?)", (key,))
+    connection.execute("DELETE FROM turns WHERE owner = ?", (key,))
+    connection.execute("DELETE FROM conversations WHERE key = ?", (key,))
+    return turns, size
+
+
+def _sum(connection: Connection, sql: str, key: int) -> int:
+    return int(connection.execute(sql, (key,)).fetchone()[0] or 0)
+
+
+def _heirs(connection: Connection, key: int) -> Sequence[tuple[int, str]]:
+    """Turns of a conversation that others need, each with the first who does: those with turns or drafts below it, or their leaf."""
+    return connection.execute(
+        """
+        WITH RECURSIVE
+            trees (root) AS (SELECT DISTINCT root FROM turns WHERE owner = ?),
+            users (id, parent, key) AS (
+                SELECT id, parent, owner FROM turns WHERE root IN (SELECT root FROM trees)
+                UNION
+                SELECT turns.id, turns.parent, conversations.key FROM turns JOIN conversations ON conversations.leaf = turns.id
+                WHERE turns.root IN (SELECT root FROM trees)
+                UNION
+                SELECT turns.id, turns.parent, drafts.conversation FROM turns JOIN drafts ON drafts.parent = turns.id
+                WHERE turns.root IN (SELECT root FROM trees)
+            ),
+            needed (id, parent, key) AS (
+                SELECT id, parent, key FROM users WHERE key <> ?
+                UNION
+                SELECT turns.id, turns.parent, needed.key FROM turns JOIN needed ON turns.id = needed.parent
+            )
+        SELECT min(needed.key), turns.id FROM needed JOIN turns ON turns.id = needed.id WHERE turns.owner = ? GROUP BY turns.id
+        """,
+        (key, key, key),
+    ).fetchall()
+
+
+def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: float) -> bool:
+    """Delete a turn that nothing but its own conversation depends on, or mark it: whether it went."""
+    turn = get_turn(connection, namespace, turn_id)
+    (owner,) = connection.execute("SELECT owner FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    needed = connection.execute(
+        """
+        SELECT 1 FROM turns WHERE parent = ?
+        UNION ALL SELECT 1 FROM drafts WHERE parent = ?
+        UNION ALL SELECT 1 FROM conversations WHERE leaf = ? AND key <> ?
+        LIMIT 1
+        """,
+        (turn_id, turn_id, turn_id, owner),
+    ).fetchone()
+    if needed is not None:
+        marked = rows.json_text({**turn.meta, "deleted": True}, "a turn's meta")
+        connection.execute("UPDATE turns SET meta = ? WHERE id = ?", (marked, turn_id))
+        return False
+    for (key,) in connection.execute("SELECT key FROM conversations WHERE leaf = ?", (turn_id,)).fetchall():
+        set_leaf(connection, key, turn.parent, now_s)
+    connection.execute("DELETE FROM claims WHERE turn_id = ?", (turn_id,))
+    connection.execute("DELETE FROM turns WHERE id = ?", (turn_id,))
+    return True
