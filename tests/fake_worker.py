@@ -13,7 +13,8 @@ from dataclasses import replace
 from pensieve.core.plan import Copy, CopyFailure, RequestFailure, SampledToken, StepPlan, StepResult
 
 MODULUS = (1 << 61) - 1
-GARBAGE = -7
+GARBAGE = -7  # what a failed copy leaves
+ZERO = 0  # what a slot holds that was never used, or wiped
 
 
 def mix(state: int, value: int) -> int:
@@ -64,7 +65,7 @@ class FakeWorker:
     ) -> None:
         self.size = chunk_tokens
         self.vocab = vocab
-        self.tiers = [[[GARBAGE] * chunk_tokens for _ in range(n)] for n in tier_slots]
+        self.tiers = [[[ZERO] * chunk_tokens for _ in range(n)] for n in tier_slots]
         self.tables: dict[str, list[int]] = {}
         self.last: dict[str, int] = {}
         self.rng = rng or random.Random(0)
@@ -92,6 +93,8 @@ class FakeWorker:
             table.extend(update.slots)
         done: list[int] = []
         failed: list[CopyFailure] = []
+        for tier, slot in plan.wiped:
+            self.wipe(tier, slot)
         for copy in plan.swap_in:  # before any swap-out writes below
             if self.rng.random() < self.copy_failure_rate:
                 failed.append(CopyFailure(copy.copy_id, self.rng.random() < 0.5, "injected"))
@@ -108,6 +111,9 @@ class FakeWorker:
             self.tables.pop(request_id, None)
             self.last.pop(request_id, None)
         return StepResult(plan.step_id, tuple(tokens), tuple(done), tuple(failed), tuple(broken), error)
+
+    def wipe(self, tier: int, slot: int) -> None:
+        self.tiers[tier][slot] = [ZERO] * self.size
 
     def _forward(self, plan: StepPlan) -> tuple[list[SampledToken], list[RequestFailure], str | None]:
         tokens: list[SampledToken] = []

@@ -9,21 +9,34 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 
+from pensieve.core.cache import TieredCache
+from pensieve.core.cost import ResumeQuote
+from pensieve.core.overview import Overview, latest_first
 from pensieve.core.plan import CopyFailure, StepPlan, StepResult, Worker
 from pensieve.core.request import FinishReason, Request
 from pensieve.core.scheduler import Scheduler
+from pensieve.core.sequence import Sequence
+from pensieve.core.wipes import Erasure
 from pensieve.errors import EngineClosed, PensieveError
 from pensieve.messages import (
     Abort,
+    CacheMap,
+    Check,
+    Checked,
     Command,
     Event,
     Failed,
     Finished,
     Forget,
+    Forgotten,
+    GetMap,
+    GetRows,
     GetStats,
+    HintAnswer,
+    Idle,
     Keep,
     KeepAnswer,
     Receipt,
@@ -32,6 +45,7 @@ from pensieve.messages import (
     Submit,
     TierStats,
     Token,
+    Warm,
 )
 
 log = logging.getLogger(__name__)
@@ -52,19 +66,32 @@ class Engine:
         emit: Callable[[list[Event]], None],
         clock: Callable[[], float] = time.monotonic,
         debug: bool = False,
+        quote: ResumeQuote | None = None,
     ) -> None:
-        """`chunk_bytes` turns chunks moved into bytes for receipts. `debug` verifies every cache invariant after every step."""
+        """Nothing runs yet: see `start`.
+
+        Args:
+            scheduler: decides; used on the engine's thread only from now on.
+            worker: does.
+            chunk_bytes: turns chunks moved into bytes for receipts.
+            emit: takes the events of a step.
+            clock: seconds, never backwards.
+            debug: verify every cache invariant after every step.
+            quote: what resuming a conversation takes, where it was measured in seconds.
+        """
         self._scheduler = scheduler
         self._worker = worker
         self._chunk_bytes = chunk_bytes
         self._emit = emit
         self._clock = clock
         self._debug = debug
+        self._quote = quote
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._to_forget: list[Forget] = []
+        self._to_forget: list[tuple[Forget, Erasure | None]] = []  # None: turns of it are still in flight
+        self._maps: deque[tuple[str, int, Overview]] = deque()  # (tag, total, rows so far)
         self._num_steps = 0
         self._totals: Counter[str] = Counter()
         worker.set_waker(self._wake.set)
@@ -103,14 +130,10 @@ class Engine:
             log.exception("the engine stopped")
             why = f"the engine stopped on an error of its own: {type(error).__name__}: {error}"
         self._emit([Failed(request_id, EngineClosed.code, why) for request_id in self._scheduler.requests])
+        self._emit([Forgotten(command.tag, 0, 0, why) for command, _ in self._to_forget if command.tag])
+        self._emit([CacheMap(tag, total, self._cache.chunk_tokens, self._tiers(), ()) for tag, total, _ in self._maps])
         while not self._closing:  # (only after an error) whoever comes now is told at once
-            command = self._inbox.get()
-            if isinstance(command, Submit):
-                self._emit([Failed(command.request_id, EngineClosed.code, why)])
-            elif isinstance(command, Keep):
-                self._emit([KeepAnswer(command.sequence_id, command.keep, why, command.tag)])
-            elif isinstance(command, GetStats):
-                self._emit([self._stats(command.tag)])
+            self._emit(self._refusal(self._inbox.get(), why))
 
     def step(self) -> bool:
         """One step; False if there was nothing to do and nothing came of it."""
@@ -123,12 +146,13 @@ class Engine:
             self._scheduler.cache.check()
         events += [Token(request.request_id, token.token_id, token.logprob, token.top) for request, token in outcome.tokens]
         events += [self._ending(request) for request in outcome.finished]
-        self._to_forget = [forget for forget in self._to_forget if not self._forget(forget)]
+        self._to_forget = [left for command, erasure in self._to_forget if (left := self._forget(command, erasure, events)) is not None]
+        self._build_map(events)
         if plan.spans:
             self._num_steps += 1
         if events:
             self._emit(events)
-        return bool(events or not plan.is_empty or result.copies_done or result.copies_failed)
+        return bool(events or self._maps or not plan.is_empty or result.copies_done or result.copies_failed)
 
     def _run(self, plan: StepPlan) -> StepResult:
         try:
@@ -137,7 +161,7 @@ class Engine:
             log.exception("the worker raised in step %d", plan.step_id)
             message = f"{type(error).__name__}: {error}"
             lost = tuple(CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out))
-            return StepResult(plan.step_id, copies_failed=lost, forward_error=message)
+            return StepResult(plan.step_id, copies_failed=lost, forward_error=message, wipe_error=message if plan.wiped else None)
 
     def _drain_inbox(self, events: list[Event]) -> None:
         while True:
@@ -149,8 +173,7 @@ class Engine:
                 self._take(command, events)
             except Exception as error:  # a command that trips over a bug of ours fails alone
                 log.exception("the command %s failed", type(command).__name__)
-                if isinstance(command, Submit):
-                    events.append(Failed(command.request_id, PensieveError.code, f"{type(error).__name__}: {error}"))
+                events += self._refusal(command, f"{type(error).__name__}: {error}", PensieveError.code)
 
     def _take(self, command: Command, events: list[Event]) -> None:
         now_s = self._clock()
@@ -173,16 +196,46 @@ class Engine:
             case Stop():
                 self._scheduler.stop(command.request_id, command.num_output_tokens, now_s)
             case Forget():
-                if not self._forget(command):
-                    self._to_forget.append(command)
+                if (left := self._forget(command, None, events)) is not None:
+                    self._to_forget.append(left)
             case Keep():
                 events.append(self._keep(command))
+            case Warm() | Idle():
+                events.append(self._hint(command, now_s))
             case GetStats():
                 events.append(self._stats(command.tag))
+            case GetMap():
+                found = latest_first(self._cache, command.namespaces, command.tenant)
+                first = max(0, command.offset)
+                self._queue_map(command.tag, len(found), found[first : first + max(0, command.limit)])
+            case GetRows():
+                rows = [sequence for key in command.keys if (sequence := self._cache.find(*key)) is not None]
+                self._queue_map(command.tag, len(rows), rows)
+            case Check():
+                events.append(self._check(command.tag))
         events += [self._ending(request) for request in self._scheduler.take_finished()]
 
-    def _forget(self, command: Forget) -> bool:
-        return self._scheduler.forget(command.namespace, command.sequence_id, self._clock())
+    @property
+    def _cache(self) -> TieredCache:
+        return self._scheduler.cache
+
+    def _forget(self, command: Forget, erasure: Erasure | None, events: list[Event]) -> tuple[Forget, Erasure | None] | None:
+        """Go on forgetting. Returns what is left to do, None if it is done."""
+        if erasure is None:
+            erasure = self._scheduler.forget(command.namespace, command.sequence_id, self._clock(), erase=command.erase)
+        if erasure is None or not erasure.done:
+            return command, erasure
+        if command.tag:
+            events.append(Forgotten(command.tag, erasure.num_slots, erasure.num_slots * self._chunk_bytes))
+        return None
+
+    def _hint(self, command: Warm | Idle, now_s: float) -> HintAnswer:
+        try:
+            if isinstance(command, Warm):
+                return HintAnswer(command.tag, self._scheduler.warm(command.namespace, command.sequence_id, now_s))
+            return HintAnswer(command.tag, self._scheduler.idle(command.namespace, command.sequence_id))
+        except PensieveError as error:
+            return HintAnswer(command.tag, 0, error.message)
 
     def _keep(self, command: Keep) -> KeepAnswer:
         try:
@@ -191,7 +244,49 @@ class Engine:
             return KeepAnswer(command.sequence_id, command.keep, error.message, command.tag)
         return KeepAnswer(command.sequence_id, command.keep, None, command.tag)
 
+    def _queue_map(self, tag: str, total: int, sequences: list[Sequence]) -> None:
+        self._maps.append((tag, total, Overview(self._cache, sequences, self._quote)))
+
+    def _build_map(self, events: list[Event]) -> None:
+        """Some rows of the oldest map asked for; never many between two steps."""
+        if not self._maps:
+            return
+        tag, total, overview = self._maps[0]
+        overview.build_some(self._clock())
+        if overview.done:
+            self._maps.popleft()
+            events.append(CacheMap(tag, total, self._cache.chunk_tokens, self._tiers(), tuple(overview.rows)))
+
+    def _check(self, tag: str) -> Checked:
+        error = None
+        try:
+            self._cache.check()
+        except AssertionError as broken:
+            error = str(broken)
+        leases = sum(chunk is not None for sequence in self._cache.sequences.values() if sequence.leased for chunk in sequence.chunks)
+        return Checked(tag, error, leases, tuple(pool.num_used for pool in self._cache.places.pools))
+
     # -- what to say
+
+    def _refusal(self, command: Command, why: str, code: str = EngineClosed.code) -> list[Event]:
+        """What to tell the sender of a command that cannot be carried out."""
+        match command:
+            case Submit():
+                return [Failed(command.request_id, code, why)]
+            case Keep():
+                return [KeepAnswer(command.sequence_id, command.keep, why, command.tag)]
+            case Warm() | Idle():
+                return [HintAnswer(command.tag, 0, why)]
+            case Forget():
+                return [Forgotten(command.tag, 0, 0, why)] if command.tag else []
+            case Check():
+                return [Checked(command.tag, why, 0, ())]
+            case GetMap() | GetRows():
+                return [CacheMap(command.tag, 0, self._cache.chunk_tokens, self._tiers(), ())]
+            case GetStats():
+                return [self._stats(command.tag)]
+            case Abort() | Stop():
+                return []
 
     def _ending(self, request: Request) -> Event:
         assert request.ending is not None
@@ -220,15 +315,25 @@ class Engine:
             queue_s=(now_s if request.admitted_s is None else request.admitted_s) - request.submitted_s,
             first_token_s=None if first_token_s is None else first_token_s - request.submitted_s,
             total_s=now_s - request.submitted_s,
+            misses=request.misses,
+        )
+
+    def _tiers(self) -> tuple[TierStats, ...]:
+        places = self._cache.places
+        return tuple(
+            TierStats(tier.name, pool.num_slots, pool.num_used, places.clean[index].count)
+            for index, (tier, pool) in enumerate(zip(self._cache.config.tiers, places.pools, strict=True))
         )
 
     def _stats(self, tag: str) -> Stats:
-        scheduler, cache = self._scheduler, self._scheduler.cache
+        scheduler, cache = self._scheduler, self._cache
         places = cache.places
-        tiers = tuple(
-            TierStats(tier.name, pool.num_slots, pool.num_used, places.clean[index].count)
-            for index, (tier, pool) in enumerate(zip(cache.config.tiers, places.pools, strict=True))
-        )
+        evictions = {
+            "copied_down": places.num_copied_down,
+            "reclaimed": places.num_reclaimed,
+            "dropped": places.num_dropped,
+            "failed": cache.history.num_failed,
+        }
         return Stats(
             tag=tag,
             waiting=scheduler.num_waiting,
@@ -236,11 +341,14 @@ class Engine:
             sequences=len(cache.sequences),
             chunks=places.num_chunks,
             steps=self._num_steps,
-            tiers=tiers,
+            tiers=self._tiers(),
             chunks_reclaimed=places.num_reclaimed,
             chunks_dropped=places.num_dropped,
             suspensions=scheduler.num_suspensions,
             copies_failed=scheduler.num_copies_failed,
             forwards_failed=scheduler.num_forwards_failed,
+            evictions=tuple(evictions.items()),
+            kept_chunks=cache.num_kept,
+            keep_limit=cache.keep_limit,
             **self._totals,
         )

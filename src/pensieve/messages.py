@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pensieve.core.misses import Miss as Miss
+from pensieve.core.overview import MapRow as MapRow
 from pensieve.core.request import FinishReason, SamplingParams
+from pensieve.core.sequence import tenant_of as tenant_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,12 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Free everything cached for a sequence (its conversation was deleted)."""
+    """Free everything cached for a sequence (its conversation was deleted). With a tag, answered with `Forgotten`."""
 
     sequence_id: str
     namespace: str
+    erase: bool = False  # and answer only when every byte of it is zero, in every tier
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,51 @@ class GetStats:
     tag: str = ""
 
 
-Command = Submit | Abort | Stop | Forget | Keep | GetStats
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """A user is typing: bring the sequence's chunks up now, never at the expense of requests. Answered with `HintAnswer`."""
+
+    sequence_id: str
+    namespace: str
+    tag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """A user is done for now: until its next activity, the sequence's chunks may go first. Answered with `HintAnswer`."""
+
+    sequence_id: str
+    namespace: str
+    tag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GetMap:
+    """Ask for a `CacheMap` of sequences, latest active first."""
+
+    tag: str
+    offset: int = 0
+    limit: int = 200
+    namespaces: tuple[str, ...] | None = None  # only these; None = all
+    tenant: str | None = None  # only this tenant's; None = all
+
+
+@dataclass(frozen=True, slots=True)
+class GetRows:
+    """Ask for a `CacheMap` with just these sequences' rows; those that are not cached have none."""
+
+    tag: str
+    keys: tuple[tuple[str, str], ...]  # (namespace, sequence id)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Verify every invariant of the cache from scratch: slow, for tests and debugging. Answered with `Checked`."""
+
+    tag: str = ""
+
+
+Command = Submit | Abort | Stop | Forget | Keep | Warm | Idle | GetStats | GetMap | GetRows | Check
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +148,7 @@ class Receipt:
     first_token_s: float | None  # from submission to the first token; None if there was none
     total_s: float  # from submission to the end
     truncated_tokens: int = 0  # history left out by --overflow truncate
+    misses: tuple[Miss, ...] = ()  # ascending; of the prompt, exactly what was not found in the first tier, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +181,35 @@ class KeepAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class HintAnswer:
+    """What came of a `Warm` or an `Idle`; `error` says why nothing."""
+
+    tag: str
+    chunks: int  # below the first tier, to come up as far as there is room; or cached, and now the first to go
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What came of a `Forget`: it is done. Chunks shared with other conversations stay theirs."""
+
+    tag: str
+    slots: int  # freed (erased: and zeroed) that only this conversation used, over all tiers
+    bytes: int  # in them
+    error: str | None = None  # the engine stopped before it was done
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a `Check` found."""
+
+    tag: str
+    error: str | None  # the first invariant that does not hold
+    leases: int  # held by running requests, over all chunks
+    used: tuple[int, ...]  # slots, a tier
+
+
+@dataclass(frozen=True, slots=True)
 class TierStats:
     """One tier as it stands."""
 
@@ -138,6 +217,17 @@ class TierStats:
     num_slots: int
     used: int
     reclaimable: int  # of the used ones, clean copies that may be taken at no cost
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMap:
+    """What is cached of whom."""
+
+    tag: str
+    total: int  # sequences there are to ask for; `rows` are those asked for
+    chunk_tokens: int
+    tiers: tuple[TierStats, ...]
+    rows: tuple[MapRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +253,9 @@ class Stats:
     suspensions: int = 0
     copies_failed: int = 0
     forwards_failed: int = 0
+    evictions: tuple[tuple[str, int], ...] = ()  # chunks by what happened to them: copied_down, reclaimed, dropped, failed (lost)
+    kept_chunks: int = 0
+    keep_limit: int = 0  # most chunks that keeps may hold
 
 
-Event = Token | Finished | Failed | KeepAnswer | Stats
+Event = Token | Finished | Failed | KeepAnswer | HintAnswer | Forgotten | Checked | CacheMap | Stats

@@ -96,7 +96,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.cache.places.copies:
             copy_id = data.draw(st.sampled_from(sorted(self.cache.places.copies)))
             if fails:
-                self.cache.fail_copy(copy_id, lost)
+                self.cache.fail_copy(copy_id, lost, self.now_s)
             else:
                 self.cache.finish_copy(copy_id)
 

@@ -15,11 +15,13 @@ from pensieve.config import CacheConfig
 from pensieve.core.checks import check_cache
 from pensieve.core.chunk import Chunk
 from pensieve.core.eviction import PolicyFactory
+from pensieve.core.history import History
 from pensieve.core.places import Places
 from pensieve.core.plan import Copy
 from pensieve.core.recovery import Range, missing_ranges
 from pensieve.core.room import Room
-from pensieve.core.sequence import Sequence, Sharers, root_digest
+from pensieve.core.sequence import IDLE_S, Key, Namespaces, Sequence, Sharers, root_digest
+from pensieve.core.wipes import Erasure
 from pensieve.errors import KeepRefused
 
 
@@ -39,17 +41,19 @@ class Admission:
 
     gpu_tokens: int  # found in the first tier
     cpu_tokens: int  # being swapped in
+    lower: tuple[Range, ...]  # token ranges of those, one a chunk
     missing: tuple[Range, ...]  # token ranges to compute, ascending, the last one ends at the sequence's end
     num_swapped_in: int  # chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """Copies begun and slots reclaimed since they were last collected, for the next plan."""
+    """Copies begun, slots reclaimed and slots to wipe since they were last collected, for the next plan."""
 
     swap_in: tuple[Copy, ...]
     swap_out: tuple[Copy, ...]
     reclaimed: tuple[tuple[int, int], ...]
+    wiped: tuple[tuple[int, int], ...]
 
 
 class TieredCache:
@@ -60,9 +64,11 @@ class TieredCache:
         self.config = config
         self.chunk_tokens = config.chunk_tokens
         self.places = Places(config, policy, self._on_vanish)
-        self.room = Room(self.places)
+        self.history = History()  # of chunks that are gone
+        self.room = Room(self.places, self.history)
         self.index: dict[bytes, Chunk] = {}  # chain hash -> the one chunk found by it
-        self.sequences: dict[tuple[str, str], Sequence] = {}
+        self.sequences: dict[Key, Sequence] = {}
+        self.namespaces = Namespaces()
         self.keep_takes_first_tier = len(config.tiers) == 1  # nowhere else for kept chunks to go
         self.keep_limit = math.floor(config.keep_share * config.tiers[-1].num_slots)
         self.num_kept = 0
@@ -80,6 +86,7 @@ class TieredCache:
         sequence = self.sequences.get(key)
         if sequence is None:
             sequence = self.sequences[key] = Sequence(key, now_s)
+            self.namespaces.add(namespace)
         self._set_activity(sequence, +1, now_s)
         return sequence
 
@@ -88,9 +95,11 @@ class TieredCache:
         self._set_activity(sequence, -1, now_s)
         self._forget_if_empty(sequence)
 
-    def forget(self, sequence: Sequence) -> None:
-        """Let go of every chunk of a sequence that nobody leases; a keep on it ends too."""
+    def forget(self, sequence: Sequence) -> int:
+        """Let go of every chunk of a sequence that nobody leases; a keep on it ends too. Returns how many slots it had for itself."""
         assert not sequence.leased, f"{sequence!r} forgotten while leased"
+        own = [chunk for chunk in sequence.chunks if chunk is not None and chunk.owner is sequence]
+        num_slots = sum(sum(slot is not None for slot in chunk.slots) + (chunk.copy is not None) for chunk in own)
         self.set_keep(sequence, False)
         for chunk in sequence.chunks:
             if chunk is not None:
@@ -98,6 +107,19 @@ class TieredCache:
         sequence.chunks.clear()
         sequence.tail = ()
         self._forget_if_empty(sequence)
+        return num_slots
+
+    def erase(self, sequence: Sequence | None) -> Erasure:
+        """Forget a sequence that nobody leases, and begin to zero what it leaves, in every tier, then and earlier.
+
+        A chunk shared with others stays theirs; its slots are wiped whenever it gives one back. None: nothing is cached of it any more,
+        but its bytes may still lie in slots that were given back.
+        """
+        num_slots = 0
+        if sequence is not None:
+            self.places.marked.update(chunk for chunk in sequence.chunks if chunk is not None)
+            num_slots = self.forget(sequence)
+        return self.places.wipes.erase(num_slots, self.places.copies)
 
     def attach(self, sequence: Sequence, tokens: Tokens[int], digests: Tokens[bytes]) -> None:
         """Make a sequence hold every chunk that its `tokens` can reuse, its own or a shared one, and no other.
@@ -171,6 +193,7 @@ class TieredCache:
         size = self.chunk_tokens
         sequence.leased, sequence.tail = True, ()
         gpu_tokens = cpu_tokens = num_swapped_in = 0
+        lower: list[Range] = []
         for chunk in sequence.chunks:
             if chunk is not None:
                 self.places.lease(chunk, +1)
@@ -188,10 +211,11 @@ class TieredCache:
                 gpu_tokens += chunk.num_tokens
             else:
                 cpu_tokens += chunk.num_tokens
+                lower.append((position * size, position * size + chunk.num_tokens))
                 if chunk.copy is None:
                     self._begin_swap_in(chunk, now_s)
                     num_swapped_in += 1
-        return Admission(gpu_tokens, cpu_tokens, tuple(missing_ranges(valid, num_tokens, size)), num_swapped_in)
+        return Admission(gpu_tokens, cpu_tokens, tuple(lower), tuple(missing_ranges(valid, num_tokens, size)), num_swapped_in)
 
     def grow(self, sequence: Sequence, now_s: float) -> int | None:
         """A first-tier slot for the next chunk of a leased sequence, or None, with nothing changed, when there is none."""
@@ -215,15 +239,18 @@ class TieredCache:
             if valid == size and position < len(digests):
                 chunk.digest = digests[position]
                 self.index.setdefault(chunk.digest, chunk)
+                self.history.found_again(chunk.digest)
 
-    def release(self, sequence: Sequence, tokens: Tokens[int], digests: Tokens[bytes]) -> None:
-        """Give the leases of a sequence back; what of it is not computed yet, will not be.
+    def release(self, sequence: Sequence, tokens: Tokens[int], digests: Tokens[bytes], failed_s: float | None = None) -> None:
+        """Give the leases of a sequence back; what of it is not computed yet, will not be (because of a failure, at `failed_s`, if any).
 
         `tokens` is its path, `digests` the chain hashes of its full chunks. A sequence longer than that (the answer was cut at a stop
         string) is shortened; the last, partial chunk's tokens are remembered, to match it by at the next turn.
         """
         for chunk in list(sequence.chunks):
             if chunk is not None and chunk.computing:
+                if failed_s is not None:
+                    self.history.note(chunk, "failed", failed_s)
                 self.places.fail_compute(chunk)
         sequence.leased = False
         for chunk in sequence.chunks:
@@ -247,21 +274,67 @@ class TieredCache:
             slots.append(slot)
         return tuple(slots)
 
+    # -- hints
+
+    def warm(self, sequence: Sequence, most: int, reserve: int, now_s: float) -> tuple[int, int]:
+        """Begin swap-ins of an idle sequence's lower chunks, leading ones first, into slots that are free or worth less than they.
+
+        At most `most`, and `reserve` slots of the first tier stay available. Returns how many were begun, and how many are left below.
+        """
+        below = [
+            c for c in sequence.chunks if c is not None and not c.computing and c.slots[0] is None and (c.copy is None or c.copy.dst_tier)
+        ]
+        ready = [chunk for chunk in below if chunk.copy is None]
+        places, begun = self.places, 0
+        with self.protected(sequence):
+            for chunk in ready[:most]:
+                if self.room.available(0) <= reserve:
+                    break
+                if not places.pools[0].num_free:
+                    victim = places.clean[0].worst(now_s)
+                    assert victim is not None
+                    if places.clean[0].worth(victim, now_s) >= places.clean[0].worth(chunk, now_s):
+                        break
+                self._begin_swap_in(chunk, now_s)
+                begun += 1
+        return begun, len(below) - begun
+
+    def touch(self, sequence: Sequence, now_s: float) -> None:
+        """Count as active now."""
+        self._set_activity(sequence, 0, now_s)
+
+    def idle(self, sequence: Sequence) -> int:
+        """Until its next activity, a sequence's chunks are the first to go; those it shares, once all their sequences are idle.
+
+        Returns how many chunks it has.
+        """
+        self._withdraw(sequence)
+        sequence.last_active_s = IDLE_S
+        self._offer(sequence)
+        for chunk in sequence.chunks:
+            if chunk is not None and isinstance(chunk.owner, Sharers) and all(m.last_active_s == IDLE_S for m in chunk.owner.members):
+                self.places.leave_queues(chunk)
+                chunk.owner.last_active_s = IDLE_S
+                self.places.reindex(chunk)
+        return sum(chunk is not None for chunk in sequence.chunks)
+
     # -- copies
 
     def finish_copy(self, copy_id: int) -> None:
         """A copy settled well."""
         self.places.finish_copy(copy_id)
 
-    def fail_copy(self, copy_id: int, source_lost: bool) -> tuple[Sequence, ...]:
+    def fail_copy(self, copy_id: int, source_lost: bool, now_s: float) -> tuple[Sequence, ...]:
         """A copy raised. Returns the leased sequences that counted on it: what they computed over it is void."""
         record = self.places.copies[copy_id]
         chunk, upward = record.chunk, record.dst_tier < record.src_tier
         counting = tuple(s for s in chunk.owner.sequences() if s.leased) if upward and not record.orphan else ()
+        if upward and source_lost and not record.orphan:
+            self.history.note(chunk, "failed", now_s)
         self.places.fail_copy(copy_id, source_lost)
         return counting
 
-    def drop_unread(self, sequence: Sequence) -> None:
+    def drop_unread(self, sequence: Sequence, now_s: float) -> None:
         """Drop what a released sequence has below the first tier, so that it is recomputed rather than read once more."""
         for chunk in list(sequence.chunks):
             if chunk is None or chunk.place in (None, 0) or chunk.leases or chunk.copy:
@@ -273,12 +346,13 @@ class TieredCache:
             for tier in range(self.places.num_tiers - 1, (chunk.place or 0), -1):
                 if chunk.slots[tier] is not None:
                     self.places.release_lower(chunk, tier)
+            self.history.note(chunk, "failed", now_s)
             self.places.drop(chunk)
 
     def collect_moves(self) -> Moves:
-        """The copies begun and slots reclaimed since the last call."""
+        """The copies begun and slots reclaimed since the last call, and slots to wipe."""
         places = self.places
-        moves = Moves(tuple(places.begun_in), tuple(places.begun_out), tuple(places.reclaimed))
+        moves = Moves(tuple(places.begun_in), tuple(places.begun_out), tuple(places.reclaimed), places.wipes.collect())
         places.begun_in.clear()
         places.begun_out.clear()
         places.reclaimed.clear()
@@ -393,19 +467,25 @@ class TieredCache:
         self.places.begin_copy(chunk, place, 0, self.room.take(0, now_s))
 
     def _set_activity(self, sequence: Sequence, change: int, now_s: float) -> None:
-        queues = (*self.places.clean, *self.places.sole)
-        for queue in queues:
-            queue.withdraw(sequence)
+        self._withdraw(sequence)
         sequence.num_active += change
-        sequence.last_active_s = max(sequence.last_active_s, now_s)  # (a request may say that it was submitted earlier)
-        for queue in queues:
-            queue.offer(sequence)
+        sequence.seen_s = max(sequence.seen_s, now_s)  # (a request may say that it was submitted earlier)
+        sequence.last_active_s = max(sequence.last_active_s, now_s)
+        self._offer(sequence)
         for chunk in sequence.chunks:
             if chunk is not None and isinstance(chunk.owner, Sharers):
                 self.places.leave_queues(chunk)
                 chunk.owner.num_active += change
                 chunk.owner.last_active_s = max(chunk.owner.last_active_s, now_s)
                 self.places.reindex(chunk)
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        for queue in (*self.places.clean, *self.places.sole):
+            queue.withdraw(sequence)
+
+    def _offer(self, sequence: Sequence) -> None:
+        for queue in (*self.places.clean, *self.places.sole):
+            queue.offer(sequence)
 
     def _share(self, sequence: Sequence, chunk: Chunk) -> None:
         """One more sequence runs through a chunk."""
@@ -455,4 +535,5 @@ class TieredCache:
     def _forget_if_empty(self, sequence: Sequence) -> None:
         if not sequence.chunks and not sequence.num_active:
             self.set_keep(sequence, False)
-            self.sequences.pop(sequence.key, None)
+            if self.sequences.pop(sequence.key, None) is not None:
+                self.namespaces.discard(sequence.key[0])

@@ -43,6 +43,9 @@ def _check_slots(cache: TieredCache, chunks: set[Chunk]) -> None:
         assert not both, f"tier {tier}: slots {sorted(both)} are free and taken"
         assert len(free) == pool.num_free, f"tier {tier}: {len(free)} free slots, {pool.num_free} counted"
         assert len(free) + len(taken) == pool.num_slots, f"tier {tier}: {pool.num_slots - len(free) - len(taken)} slots leaked"
+        places.wipes.check(tier, free)
+    places.wipes.check_erasures(places.copies)
+    assert places.marked <= chunks, f"marked chunks {places.marked - chunks} are gone"
     down = [0] * places.num_tiers
     for record in places.copies.values():
         down[record.src_tier] += record.src_tier < record.dst_tier
@@ -85,6 +88,8 @@ def _check_sequences(cache: TieredCache, chunks: set[Chunk]) -> None:
             assert chunk.computing or chunk.num_tokens == size, f"{chunk!r} is shared and partial"
             assert chunk.owner.num_active == sum(m.num_active for m in members), f"{chunk!r}: sharers' activity"
             assert chunk.owner.last_active_s >= max(m.last_active_s for m in members), f"{chunk!r}: sharers' last activity"
+    namespaces = Counter(namespace for namespace, _ in cache.sequences)
+    assert cache.namespaces.counts() == namespaces, f"namespaces {cache.namespaces.counts()} counted, {dict(namespaces)} found"
     for digest, chunk in cache.index.items():
         assert chunk in chunks and chunk.digest == digest, f"the index finds {chunk!r} by a hash that is not its own"
         assert chunk.computing or chunk.num_tokens == size, f"the index finds partial {chunk!r}"

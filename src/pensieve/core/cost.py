@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from pensieve.config import ModelShape
 from pensieve.errors import ConfigError
@@ -68,3 +69,20 @@ class CostProfile:
         while len(self._by_chunk) <= index:
             self._by_chunk.append(self.at((len(self._by_chunk) + 1) * self.chunk_tokens))
         return self._by_chunk[index]
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeQuote:
+    """What having a conversation in the first tier again would take, in seconds."""
+
+    cost: CostProfile  # measured: its points are seconds
+    chunk_bytes: int
+    copy_bytes_per_s: float  # from the lower tier up
+
+    def __post_init__(self) -> None:
+        if not self.copy_bytes_per_s > 0.0:
+            raise ConfigError(f"copy_bytes_per_s must be positive, got {self.copy_bytes_per_s}")
+
+    def seconds(self, dropped: Iterable[int], num_lower: int) -> float:
+        """To recompute the chunks at the positions `dropped` and swap `num_lower` in: the sum, though the two may overlap."""
+        return sum(map(self.cost.of_chunk, dropped)) + num_lower * self.chunk_bytes / self.copy_bytes_per_s

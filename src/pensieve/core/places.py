@@ -14,6 +14,7 @@ from pensieve.core.plan import Copy
 from pensieve.core.pool import SlotPool
 from pensieve.core.sequence import Sequence
 from pensieve.core.victims import Duplicates, VictimQueue
+from pensieve.core.wipes import Wipes
 
 
 class Places:
@@ -33,8 +34,11 @@ class Places:
         self.begun_in: list[Copy] = []  # since the last plan
         self.begun_out: list[Copy] = []
         self.reclaimed: list[tuple[int, int]] = []
+        self.wipes = Wipes(tier.num_slots for tier in config.tiers)
+        self.marked: set[Chunk] = set()  # an erased conversation ran through them: their slots are wiped when given back
         self.num_reclaimed = 0
         self.num_dropped = 0
+        self.num_copied_down = 0
         self.num_chunks = 0
         self.version = 0  # grows whenever a slot or a chunk may have become available
         self._on_vanish = on_vanish
@@ -46,6 +50,7 @@ class Places:
         """DROPPED -> COMPUTING in a first-tier slot already taken; leased once, by whoever computes it."""
         chunk.require(Event.BEGIN_COMPUTE, 0, self._next_copy_below(chunk, 0))
         chunk.computing, chunk.slots[0], chunk.leases = True, slot, chunk.leases + 1
+        self.wipes.taken(0, slot, to_compute=True)
         self.num_chunks += 1
 
     def finish_compute(self, chunk: Chunk, num_tokens: int) -> None:
@@ -83,6 +88,7 @@ class Places:
         record = CopyRecord(self._next_copy_id, chunk, src_tier, dst_tier, dst_slot)
         self._next_copy_id += 1
         chunk.copy = record
+        self.wipes.taken(dst_tier, dst_slot, to_compute=False)
         self.copies[record.copy_id] = record
         copy = Copy(record.copy_id, src_tier, src_slot, dst_tier, dst_slot)
         if src_tier < dst_tier:
@@ -99,16 +105,19 @@ class Places:
         """A copy is done: its target is valid, unless an append made it stale or nobody wants the chunk any more."""
         record = self._settle(copy_id, Event.FINISH_SWAP_OUT, Event.FINISH_SWAP_IN)
         chunk = record.chunk
+        down = record.src_tier < record.dst_tier
         if record.orphan:
             self._forget_orphan(record)
         elif record.stale:
-            self.pools[record.dst_tier].release(record.dst_slot)
+            self._release(chunk, record.dst_tier, record.dst_slot, copy_id)
             self.reindex(chunk)
         else:
             chunk.slots[record.dst_tier] = record.dst_slot
+            self.num_copied_down += down
             self.reindex(chunk)
-        if record.src_tier < record.dst_tier:
+        if down:
             self.failed_down[record.dst_tier] = 0
+        self.wipes.copy_settled(copy_id)
         return record
 
     def fail_copy(self, copy_id: int, source_lost: bool) -> CopyRecord:
@@ -118,12 +127,13 @@ class Places:
         self.failed_down[record.dst_tier] += record.src_tier < record.dst_tier
         if record.orphan:
             self._forget_orphan(record)
-            return record
-        self.pools[record.dst_tier].release(record.dst_slot)
-        if record.dst_tier < record.src_tier and source_lost:
-            self._vanish(chunk)
         else:
-            self.reindex(chunk)
+            self._release(chunk, record.dst_tier, record.dst_slot, copy_id)
+            if record.dst_tier < record.src_tier and source_lost:
+                self._vanish(chunk)
+            else:
+                self.reindex(chunk)
+        self.wipes.copy_settled(copy_id)
         return record
 
     # -- giving slots away
@@ -134,6 +144,8 @@ class Places:
         slot = chunk.slots[tier]
         assert slot is not None
         chunk.slots[tier] = None
+        if chunk in self.marked:
+            self.wipes.handed_over(tier, slot)
         self.num_reclaimed += 1
         self.reclaimed.append((tier, slot))
         self.reindex(chunk)
@@ -233,21 +245,26 @@ class Places:
         return record
 
     def _forget_orphan(self, record: CopyRecord) -> None:
-        self.pools[record.dst_tier].release(record.dst_slot)
-        self._free_all(record.chunk)
+        self._release(record.chunk, record.dst_tier, record.dst_slot, record.copy_id)
+        self._free_all(record.chunk, record.copy_id)
 
-    def _free_slot(self, chunk: Chunk, tier: int) -> None:
+    def _release(self, chunk: Chunk, tier: int, slot: int, copy_id: int | None = None) -> None:
+        self.pools[tier].release(slot)
+        self.wipes.released(tier, slot, erase=chunk in self.marked, copy_id=copy_id)
+        self.version += 1
+
+    def _free_slot(self, chunk: Chunk, tier: int, copy_id: int | None = None) -> None:
         slot = chunk.slots[tier]
         if slot is not None:
             chunk.slots[tier] = None
-            self.pools[tier].release(slot)
-            self.version += 1
+            self._release(chunk, tier, slot, copy_id)
 
-    def _free_all(self, chunk: Chunk) -> None:
+    def _free_all(self, chunk: Chunk, copy_id: int | None = None) -> None:
         self.leave_queues(chunk)
         for tier in range(self.num_tiers):
-            self._free_slot(chunk, tier)
+            self._free_slot(chunk, tier, copy_id)
         chunk.computing, chunk.num_tokens = False, 0
+        self.marked.discard(chunk)
         self.num_chunks -= 1
 
     def _vanish(self, chunk: Chunk) -> None:

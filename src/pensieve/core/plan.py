@@ -69,6 +69,7 @@ class StepPlan:
     tables: tuple[BlockTableUpdate, ...]
     ended: tuple[str, ...]  # requests whose worker-side state may go (their last span lies in an earlier plan)
     reclaimed: tuple[tuple[int, int], ...]  # (tier, slot) taken from a cached chunk and given to another in this plan
+    wiped: tuple[tuple[int, int], ...] = ()  # (tier, slot) to be zeroed before this plan's copies and spans
 
     @property
     def num_tokens(self) -> int:
@@ -77,8 +78,8 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing to compute, copy or forget."""
-        return not (self.spans or self.swap_in or self.swap_out or self.ended)
+        """Nothing to compute, copy, wipe or forget."""
+        return not (self.spans or self.swap_in or self.swap_out or self.ended or self.wiped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +119,14 @@ class StepResult:
     copies_failed: tuple[CopyFailure, ...] = ()
     requests_failed: tuple[RequestFailure, ...] = ()
     forward_error: str | None = None  # the forward raised: nothing this plan computed is valid
+    wipe_error: str | None = None  # a wipe raised: none of them counts, no copy was begun and nothing was computed
 
 
 class Worker(Protocol):
     """Does what a plan says. Three bodies: the real one, the simulator's, the tests' fake."""
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Start the plan's copies, run its spans, sample. Returns when the spans are done.
+        """Wipe what the plan says, start its copies, run its spans, sample. Returns when wipes and spans are done.
 
         Every swap-in of the plan has settled when this returns (its copy is in `copies_done` or
         `copies_failed`); swap-outs are reported by whichever later call finds them finished. Does not raise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pensieve.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from pensieve.core.misses import Miss
     from pensieve.core.sequence import Sequence
 
 MAX_LOGPROBS = 20
@@ -99,6 +100,7 @@ class Request:
     cpu_tokens: int = 0
     recomputed_tokens: int = 0
     new_tokens: int = 0
+    misses: tuple[Miss, ...] = ()
     resume_cpu_tokens: int = 0
     resume_recomputed_tokens: int = 0
     chunks_in: int = 0

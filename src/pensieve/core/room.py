@@ -7,17 +7,19 @@ copied down, or dropped where nothing lower has room for it.
 from __future__ import annotations
 
 from pensieve.core.chunk import Chunk
+from pensieve.core.history import History
 from pensieve.core.places import Places
+from pensieve.core.sequence import Key, Sequence
 
 # A tier into which so many copies failed in a row is left alone, but for one try now and then: what would go there is dropped instead.
 FAILED_TIER, FAILED_TIER_RETRY_S = 3, 1.0
 
 
 class Room:
-    """Questions about room, and the acts that make it. Acts through `Places` only."""
+    """Questions about room, and the acts that make it. Acts through `Places` only, and notes what is lost."""
 
-    def __init__(self, places: Places) -> None:
-        self._places = places
+    def __init__(self, places: Places, history: History) -> None:
+        self._places, self._history = places, history
         self._retry_s = [0.0] * places.num_tiers
 
     def available(self, tier: int) -> int:
@@ -42,7 +44,7 @@ class Room:
             slot = places.reclaim(victim, tier)
         return slot
 
-    def make(self, tier: int, num_slots: int, now_s: float) -> None:
+    def make(self, tier: int, num_slots: int, now_s: float, for_whom: Key | None = None) -> None:
         """Evict from `tier`, worst first, until `num_slots` are available or on their way. Does what it can."""
         queue = self._places.sole[tier]
         stuck: list[Chunk] = []  # kept chunks for which nothing below can be had: others go instead of them
@@ -50,7 +52,7 @@ class Room:
             victim = queue.worst(now_s)
             if victim is None:
                 break
-            if not self._evict(victim, tier, now_s):
+            if not self._evict(victim, tier, now_s, for_whom):
                 if not victim.keeps:
                     break
                 queue.discard(victim)
@@ -71,19 +73,20 @@ class Room:
                 victim = places.sole[tier].worst(now_s)
                 if victim is None or victim.place != tier or not self._takes_copies(tier + 1, now_s):
                     break
-                slot = self._obtain_below(tier + 1, victim, now_s, at_any_price=False)
+                for_whom = victim.owner.key if isinstance(victim.owner, Sequence) else None
+                slot = self._obtain_below(tier + 1, victim, now_s, for_whom, at_any_price=False)
                 if slot is None:
                     break
                 places.begin_copy(victim, tier, tier + 1, slot)
 
-    def _evict(self, victim: Chunk, tier: int, now_s: float) -> bool:
+    def _evict(self, victim: Chunk, tier: int, now_s: float, for_whom: Key | None) -> bool:
         """Begin to free the slot of a chunk without a lower copy; False if that is not possible now."""
         places = self._places
         if victim.place != tier and not victim.keeps:  # a faster tier has it too (a kept one would only come back)
             places.release_lower(victim, tier)
             return True
         if tier + 1 < places.num_tiers and self._takes_copies(tier + 1, now_s):
-            slot = self._obtain_below(tier + 1, victim, now_s, at_any_price=victim.keeps > 0)
+            slot = self._obtain_below(tier + 1, victim, now_s, for_whom, at_any_price=victim.keeps > 0)
             if slot is not None:
                 places.begin_copy(victim, tier, tier + 1, slot)
                 return True
@@ -91,6 +94,7 @@ class Room:
                 return False  # room below is on its way: better wait for it than forget
         if victim.keeps:
             return False
+        self._history.note(victim, "dropped", now_s, for_whom)
         places.drop(victim)
         return True
 
@@ -102,7 +106,7 @@ class Room:
         self._retry_s[tier] = now_s + FAILED_TIER_RETRY_S
         return True
 
-    def _obtain_below(self, tier: int, incoming: Chunk, now_s: float, at_any_price: bool) -> int | None:
+    def _obtain_below(self, tier: int, incoming: Chunk, now_s: float, for_whom: Key | None, *, at_any_price: bool) -> int | None:
         """A slot of a lower tier for `incoming`, at the cost only of what is worth less than it (unless at any price)."""
         places = self._places
         slot = places.pools[tier].take()
@@ -122,6 +126,6 @@ class Room:
         victim = queue.worst(now_s)
         if victim is None or not (at_any_price or queue.worth(victim, now_s) < queue.worth(incoming, now_s)):
             return None
-        if not self._evict(victim, tier, now_s):
+        if not self._evict(victim, tier, now_s, for_whom):
             return None
         return places.pools[tier].take()

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 
 from pensieve.config import SchedulerConfig
 from pensieve.core.cache import Admission, TieredCache
+from pensieve.core.misses import explain
 from pensieve.core.plan import BlockTableUpdate, RequestStart, SampledToken, Span, StepPlan, StepResult
 from pensieve.core.recovery import cut
 from pensieve.core.request import FinishReason, Request, RequestState, SamplingParams
 from pensieve.core.sequence import Sequence, extend_digests
+from pensieve.core.warming import Warming
+from pensieve.core.wipes import Erasure
 from pensieve.errors import (
     ConfigError,
     ContextLengthExceeded,
@@ -26,6 +29,7 @@ from pensieve.errors import (
     KeepRefused,
     Overloaded,
     RequestTooLarge,
+    WorkerFailed,
 )
 
 MAX_FAILURES = 4  # in a row, without a token computed between them, before a request is given up
@@ -67,6 +71,7 @@ class Scheduler:
         self._behind: dict[tuple[str, str], deque[Request]] = {}  # turns that wait for an earlier turn of their conversation
         self._ended: list[str] = []  # for the worker to forget
         self._finished: list[Request] = []  # ended outside of a commit, reported by the next `schedule` or `commit`
+        self._warming = Warming(cache, config.reserve_share)
         self._num_arrived = 0
         self._next_step = 0
         self._refused_at: tuple[Request, tuple[int, int, int]] | None = None  # the head of the queue and the room it did not fit in
@@ -88,8 +93,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """A step may have something to do: a request is not finished, or the worker has something to forget."""
-        return bool(self.requests or self._ended or self._finished)
+        """A step may have something to do: a request is not finished, a hint not carried out, or the worker has something to forget."""
+        return bool(self.requests or self._ended or self._finished or self._warming or self.cache.places.wipes.has_work)
 
     def submit(
         self,
@@ -167,17 +172,49 @@ class Scheduler:
         else:
             request.ending = FinishReason.STOP
 
-    def forget(self, namespace: str, sequence_id: str, now_s: float) -> bool:
-        """Abort every turn of a conversation and free its cache. False: turns are still in flight, ask again after the next commit."""
+    def forget(self, namespace: str, sequence_id: str, now_s: float, *, erase: bool = False) -> Erasure | None:
+        """Abort every turn of a conversation and free its cache. None: turns are still in flight, ask again after the next commit.
+
+        With `erase` the erasure is done when every byte that the conversation left in any tier is zero, a few steps later; without, at once.
+        """
         for request in list(self.requests.values()):
             if (request.namespace, request.sequence_id) == (namespace, sequence_id):
                 self.abort(request.request_id, now_s)
         sequence = self.cache.find(namespace, sequence_id)
         if sequence is not None and sequence.leased:
-            return False
-        if sequence is not None:
-            self.cache.forget(sequence)
-        return True
+            return None
+        self._warming.discard((namespace, sequence_id))
+        if erase:
+            return self.cache.erase(sequence)
+        return Erasure(self.cache.forget(sequence) if sequence is not None else 0)
+
+    def warm(self, namespace: str, sequence_id: str, now_s: float) -> int:
+        """A user is about to go on: bring the conversation's chunks up, never at the expense of running or queued requests.
+
+        Counts as activity. Returns how many chunks lie below the first tier; they come up over the next steps, as far as there is room.
+
+        Raises:
+            ConversationNotFound: nothing is cached under this id.
+        """
+        sequence = self._cached(namespace, sequence_id)
+        self.cache.touch(sequence, now_s)
+        return self._warming.add(sequence, now_s)
+
+    def idle(self, namespace: str, sequence_id: str) -> int:
+        """A user is done for now: until its next activity, the conversation's chunks are the first to go. Returns how many there are.
+
+        Raises:
+            ConversationNotFound: nothing is cached under this id.
+        """
+        sequence = self._cached(namespace, sequence_id)
+        self._warming.discard(sequence.key)
+        return self.cache.idle(sequence)
+
+    def _cached(self, namespace: str, sequence_id: str) -> Sequence:
+        sequence = self.cache.find(namespace, sequence_id)
+        if sequence is None or not sequence.chunks:
+            raise ConversationNotFound(f"nothing is cached for conversation {sequence_id!r}: hints help from its next turn on")
+        return sequence
 
     def set_keep(self, namespace: str, sequence_id: str, keep: bool) -> None:
         """Set or lift a user's keep on what is cached of a conversation.
@@ -219,6 +256,8 @@ class Scheduler:
             for request in self.running:
                 self._plan_missing(step, request)
             self._admit(step, now_s)
+            if not (self._waiting or step.num_unmet):
+                self._warming.begin(now_s)
         self.cache.room.copy_ahead(self.config.copy_ahead_share, self.config.max_copies_in_flight, now_s)
         moves = self.cache.collect_moves()
         for request in step.named:
@@ -233,15 +272,23 @@ class Scheduler:
             tuple(step.tables),
             ended,
             moves.reclaimed,
+            moves.wiped,
         )
         self._next_step += 1
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> StepEvents:
-        """Take in what came of a plan. Plans are committed in the order they were scheduled."""
+        """Take in what came of a plan. Plans are committed in the order they were scheduled.
+
+        Raises:
+            WorkerFailed: slots could not be zeroed several times in a row. What was to be erased cannot be: the engine must stop.
+        """
         assert plan.step_id == result.step_id, f"plan {plan.step_id} committed with the result of {result.step_id}"
         events = StepEvents()
-        self._settle_copies(result)
+        cannot_wipe = self.cache.places.wipes.settle(plan.wiped, result.wipe_error)  # before copies release slots anew
+        if cannot_wipe is not None:
+            raise WorkerFailed(cannot_wipe)
+        self._settle_copies(result, now_s)
         if result.forward_error is not None:
             self._fail_forward(plan, result.forward_error, now_s)
         for failure in result.requests_failed:
@@ -299,7 +346,7 @@ class Scheduler:
         step.num_unmet += 1
         while True:
             if room.available(0) == 0:
-                room.make(0, step.num_unmet, now_s)
+                room.make(0, step.num_unmet, now_s, request.sequence.key)
             slot = self.cache.grow(request.sequence, now_s)
             if slot is not None:
                 step.num_unmet -= 1
@@ -372,11 +419,11 @@ class Scheduler:
         in_time = at_once + room.coming(0) + room.evictable(0) - need.own_sole
         if not need.blocked and at_once < wanted <= in_time:
             with cache.protected(sequence):
-                room.make(0, wanted, now_s)
+                room.make(0, wanted, now_s, sequence.key)
                 at_once = room.available(0)
             if at_once < wanted and not (self.running or room.coming(0)):
                 # Kept chunks fill what its own lower copies leave: some of those must be recomputed after all.
-                room.make(0, wanted, now_s)
+                room.make(0, wanted, now_s, sequence.key)
         if not need.blocked and at_once >= wanted:
             self._refused_at = None
             return True
@@ -413,6 +460,8 @@ class Scheduler:
         history = request.history_tokens
         request.recomputed_tokens = sum(max(0, min(stop, history) - start) for start, stop in admission.missing)
         request.new_tokens = sum(max(0, stop - max(start, history)) for start, stop in admission.missing)
+        assert request.sequence is not None
+        request.misses = explain(self.cache, request.sequence.key, request.tokens, history, request.digests, admission)
 
     def _first_tier_limit(self, sequence: Sequence | None) -> int:
         """First-tier slots that one request of `sequence` can have: all but those that others' keeps hold there for good."""
@@ -453,9 +502,9 @@ class Scheduler:
             assert sequence is not None
             self.running.remove(request)
             request.missing = []
-            self.cache.release(sequence, request.tokens, request.digests)
+            self.cache.release(sequence, request.tokens, request.digests, now_s if request.failed else None)
             if request.failed:
-                self.cache.drop_unread(sequence)
+                self.cache.drop_unread(sequence, now_s)
         if request.ending is None and -(-len(request.tokens) // self.cache.chunk_tokens) > self._first_tier_limit(sequence):
             request.ending = FinishReason.LENGTH  # it had grown to the whole tier: it could not come back
         if request.ending is not None:
@@ -496,7 +545,7 @@ class Scheduler:
 
     # -- failures
 
-    def _settle_copies(self, result: StepResult) -> None:
+    def _settle_copies(self, result: StepResult, now_s: float) -> None:
         known = self.cache.places.copies  # (a worker that raised may yet report a copy that was given up)
         for copy_id in result.copies_done:
             if copy_id in known:
@@ -506,7 +555,7 @@ class Scheduler:
             if failure.copy_id not in known:
                 continue
             self.num_copies_failed += 1
-            for sequence in self.cache.fail_copy(failure.copy_id, failure.source_lost):
+            for sequence in self.cache.fail_copy(failure.copy_id, failure.source_lost, now_s):
                 affected.setdefault(sequence, failure.message)
         for request in self.running:
             if request.sequence in affected:

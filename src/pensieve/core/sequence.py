@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Sequence as Tokens
+from itertools import islice
 from typing import Protocol
 
 from pensieve.core.chunk import Chunk
 
 DIGEST_BYTES = 16
+IDLE_S = -1e12  # "last active" of a conversation whose user is done with it: long before anybody else
+TENANT_END = "\x1f"  # a namespace is a tenant's name, or that, this character and a salt
+
+Key = tuple[str, str]  # (namespace, sequence id)
 
 
 class Owner(Protocol):
@@ -26,14 +32,15 @@ class Owner(Protocol):
 class Sequence:
     """One conversation's chunks, left to right; None where a chunk was dropped. Written by `TieredCache` only."""
 
-    __slots__ = ("chunks", "kept", "key", "last_active_s", "leased", "num_active", "num_copied_out", "tail", "tail_parent")
+    __slots__ = ("chunks", "kept", "key", "last_active_s", "leased", "num_active", "num_copied_out", "seen_s", "tail", "tail_parent")
 
-    def __init__(self, key: tuple[str, str], now_s: float) -> None:
-        self.key = key  # (namespace, sequence id)
+    def __init__(self, key: Key, now_s: float) -> None:
+        self.key = key
         self.chunks: list[Chunk | None] = []
         self.tail: tuple[int, ...] = ()  # token ids of the last chunk while it is partial and nobody leases it
         self.tail_parent = b""  # chain hash of what comes before the tail
-        self.last_active_s = now_s
+        self.last_active_s = now_s  # as eviction sees it: IDLE_S after an `Idle`
+        self.seen_s = now_s  # as it was
         self.num_active = 0
         self.num_copied_out = 0  # chunks, since a receipt last said so
         self.leased = False
@@ -73,6 +80,45 @@ class Sharers:
         return tuple(self.members)
 
 
+class Namespaces:
+    """Which namespaces of a tenant hold sequences."""
+
+    def __init__(self) -> None:
+        self._of_tenant: dict[str, Counter[str]] = {}  # tenant -> namespace -> how many sequences
+
+    def add(self, namespace: str) -> None:
+        """One more sequence."""
+        self._of_tenant.setdefault(tenant_of(namespace), Counter())[namespace] += 1
+
+    def discard(self, namespace: str) -> None:
+        """One fewer."""
+        counts = self._of_tenant[tenant_of(namespace)]
+        counts[namespace] -= 1
+        if not counts[namespace]:
+            del counts[namespace]
+        if not counts:
+            del self._of_tenant[tenant_of(namespace)]
+
+    def siblings(self, namespace: str, most: int) -> list[str]:
+        """Other namespaces of the same tenant, at most so many."""
+        counts = self._of_tenant.get(tenant_of(namespace), Counter[str]())
+        return [other for other in islice(counts, most + 1) if other != namespace][:most]
+
+    def counts(self) -> dict[str, int]:
+        """Sequences by namespace (for `check`)."""
+        return {namespace: count for counts in self._of_tenant.values() for namespace, count in counts.items()}
+
+
+def tenant_of(namespace: str) -> str:
+    """The tenant (a credential's name) that a namespace belongs to."""
+    return namespace.partition(TENANT_END)[0]
+
+
+def chain_digest(parent: bytes, tokens: Tokens[int]) -> bytes:
+    """The chain hash of a chunk's tokens after what `parent` stands for."""
+    return hashlib.blake2b(parent + array("I", tokens).tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
 def root_digest(namespace: str) -> bytes:
     """The hash that every chain of a namespace starts from: equal tokens of two namespaces never match."""
     return hashlib.blake2b(namespace.encode(), digest_size=DIGEST_BYTES, person=b"pensieve-root").digest()
@@ -85,6 +131,5 @@ def extend_digests(digests: list[bytes], namespace: str, tokens: Tokens[int], ch
     """
     parent = digests[-1] if digests else root_digest(namespace)
     for index in range(len(digests), len(tokens) // chunk_tokens):
-        ids = array("I", tokens[index * chunk_tokens : (index + 1) * chunk_tokens])
-        parent = hashlib.blake2b(parent + ids.tobytes(), digest_size=DIGEST_BYTES).digest()
+        parent = chain_digest(parent, tokens[index * chunk_tokens : (index + 1) * chunk_tokens])
         digests.append(parent)

@@ -43,6 +43,11 @@ class KVStore:
         """A view of one layer of all slots, (num_slots, layer_bytes), strided."""
         return self.data[:, layer]
 
+    def wipe(self, slots: Sequence[int]) -> None:
+        """Make slots zero again. CUDA work is queued on the current stream."""
+        for slot in slots:
+            self.data[slot].zero_()
+
 
 def copy_slots(
     source: KVStore, source_slots: Sequence[int], target: KVStore, target_slots: Sequence[int], layer: int | None = None

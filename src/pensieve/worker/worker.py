@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pensieve.config import TierConfig
-from pensieve.core.plan import Copy, RequestFailure, SampledToken, StepPlan, StepResult
+from pensieve.core.plan import Copy, CopyFailure, RequestFailure, SampledToken, StepPlan, StepResult
 from pensieve.errors import ConfigError
 from pensieve.worker.allocator import keep_freed_memory
 from pensieve.worker.attention import AttentionArgs, make_backend
@@ -75,11 +75,15 @@ class ModelWorker:
         return name
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Start the plan's copies, run its spans, sample; see `core.plan.Worker.run`."""
+        """Wipe, start the plan's copies, run its spans, sample; see `core.plan.Worker.run`."""
         self._sampler.forget(plan.ended)
         self._builder.forget(plan.ended)
         self._sampler.start(plan.started)
         self._builder.update(plan.tables)
+        try:
+            self._wipe(plan.wiped)
+        except Exception as error:  # what was to be zero is not: nothing may be computed or copied over it
+            return self._without_wipes(plan, f"{type(error).__name__}: {error}")
         swap_in = self._transfer.start(plan.swap_in, plan.swap_out)
         tokens: list[SampledToken] = []
         broken: list[RequestFailure] = []
@@ -92,6 +96,8 @@ class ModelWorker:
         except Exception as error:  # a plan's failure is its result; the next plan may be fine
             forward_error = f"{type(error).__name__}: {error}"
         swap_in.wait()
+        if plan.wiped and self._model.device.type == "cuda":
+            torch.cuda.current_stream(self._model.device).synchronize()  # "wiped" is said when it is so
         done, failed = self._transfer.end_step()
         return StepResult(plan.step_id, tuple(tokens), done, failed, tuple(broken), forward_error)
 
@@ -104,6 +110,15 @@ class ModelWorker:
         self._transfer.close()
         self._stores = ()
         self._backend = None
+
+    def _wipe(self, wiped: tuple[tuple[int, int], ...]) -> None:
+        for tier, store in enumerate(self._stores) if wiped else ():
+            store.wipe([slot for place, slot in wiped if place == tier])
+
+    def _without_wipes(self, plan: StepPlan, message: str) -> StepResult:
+        lost = tuple(CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out))
+        done, failed = self._transfer.end_step()
+        return StepResult(plan.step_id, (), done, (*failed, *lost), (), message, message)
 
     def _forward(self, plan: StepPlan, swap_in: SwapIn) -> tuple[Batch, torch.Tensor]:
         """The batch of a plan with spans, and its logits (E, V)."""
