@@ -165,4 +165,13 @@ class Stats:
     forwards_failed: int = 0
 
 
-Event = Token | Finished | Failed | KeepAnswer | Stats
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A tagged command will have no other answer: its engine died, or cannot be had."""
+
+    tag: str
+    message: str
+    code: str = "engine_restarted"  # PensieveError.code
+
+
+Event = Token | Finished | Failed | KeepAnswer | Stats | Lost
