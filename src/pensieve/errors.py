@@ -114,6 +114,20 @@ class EngineClosed(PensieveError):
     http_status = 503
 
 
+class EngineRestarted(PensieveError):
+    """The engine's process died under this request, or did not come back in time. Asking again is safe."""
+
+    code = "engine_restarted"
+    http_status = 503
+
+
+class EngineNotReady(PensieveError):
+    """The engine is still starting: its model is being fetched or loaded."""
+
+    code = "engine_not_ready"
+    http_status = 503
+
+
 def error_from(code: str, message: str) -> PensieveError:
     """The error of a `code` that came as plain data (from another thread or process)."""
     for kind in PensieveError.__subclasses__():

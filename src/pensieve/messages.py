@@ -258,4 +258,13 @@ class Stats:
     keep_limit: int = 0  # most chunks that keeps may hold
 
 
-Event = Token | Finished | Failed | KeepAnswer | HintAnswer | Forgotten | Checked | CacheMap | Stats
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A tagged command will have no other answer: its engine died, or cannot be had."""
+
+    tag: str
+    message: str
+    code: str = "engine_restarted"  # PensieveError.code
+
+
+Event = Token | Finished | Failed | KeepAnswer | HintAnswer | Forgotten | Checked | CacheMap | Stats | Lost

@@ -1,10 +1,17 @@
-"""The composition root: finds a model, sizes the tiers, and wires worker, scheduler, engine, text and store into one runtime."""
+"""The composition root: finds a model, sizes the tiers, and wires worker, scheduler, engine, text and store into one runtime.
+
+The engine runs on a thread of this process (`start`: a chat in a terminal) or in a process of its own (`start_apart`: a server).
+What either needs is imported when it is needed: an engine's process has no text, the process in front of it no torch.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pensieve.config import CacheConfig, ModelShape, SchedulerConfig, TierConfig, slots_for_bytes
@@ -14,10 +21,12 @@ from pensieve.core.eviction import POLICIES
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
 from pensieve.errors import ConfigError
-from pensieve.service import ConversationService
-from pensieve.store.base import ConversationStore
+from pensieve.messages import Event
 
 if TYPE_CHECKING:
+    from pensieve.engine_process import EngineInfo, EngineProcess, State
+    from pensieve.service import ConversationService
+    from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
     from pensieve.worker.model import CausalModel
     from pensieve.worker.weights import ResolvedModel
@@ -63,12 +72,12 @@ class LoadedModel:
     resolved: ResolvedModel
     model: CausalModel
     shape: ModelShape
-    text: ChatText | None  # None: no tokenizer can be had, token ids are drawn
+    text: ChatText | None  # None: no tokenizer can be had (token ids are drawn then), or it was not asked for
 
     @property
     def talks(self) -> bool:
         """Its answers mean something."""
-        return self.text is not None and self.resolved.weights == "real"
+        return self.resolved.tokenizer_dir is not None and self.resolved.weights == "real"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,16 @@ class Sizes:
     def as_json(self) -> dict[str, Any]:
         """For a report."""
         return {"chunk_bytes": self.chunk_bytes, "max_context": self.max_context, "slots": {t.name: t.num_slots for t in self.tiers}}
+
+
+@dataclass(frozen=True, slots=True)
+class StartedEngine:
+    """An engine that runs, and how it came out."""
+
+    engine: Engine
+    sizes: Sizes
+    cost_source: str  # where Cost(l) came from
+    attention: str  # the backend's name
 
 
 @dataclass(slots=True)
@@ -99,8 +118,29 @@ class Runtime:
         self.service.close()
 
 
-def load_model(options: Options, *, must_talk: bool, say: Say) -> LoadedModel:
+@dataclass(slots=True)
+class ApartRuntime:
+    """An engine in a process of its own, and its service here."""
+
+    process: EngineProcess
+    service: ConversationService
+    info: EngineInfo  # of the first start
+    text: ChatText | None  # None: the model does not talk
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Stop the engine after the step under way, then the service."""
+        self.process.close(timeout_s)
+        self.service.close()
+
+
+def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool = True) -> LoadedModel:
     """Find and load a model, and prove that it can be served right (the load-time gate).
+
+    Args:
+        options: which model, and how.
+        must_talk: random weights will not do.
+        say: told what takes time.
+        with_text: load its tokenizer, too.
 
     Raises:
         ModelUnavailable, ModelRefused, ConfigError: see `worker.weights` and `worker.model`.
@@ -123,12 +163,21 @@ def load_model(options: Options, *, must_talk: bool, say: Say) -> LoadedModel:
     )
     say(f"loading {resolved.label}")
     model = CausalModel(load(resolved, options.dtype, options.device), label=resolved.label)
-    text = None
-    if resolved.tokenizer_dir is not None and resolved.weights == "real":
-        from pensieve.text import ChatText
-
-        text = ChatText.load(resolved.tokenizer_dir)
+    text = load_text(resolved.tokenizer_dir, resolved.weights) if with_text else None
     return LoadedModel(resolved, model, shape_of(resolved.config), text)
+
+
+def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"]) -> ChatText | None:
+    """The tokenizer of a model that talks; None for one that does not.
+
+    Raises:
+        ModelUnavailable: its tokenizer cannot be read.
+    """
+    if tokenizer_dir is None or weights == "random":
+        return None
+    from pensieve.text import ChatText
+
+    return ChatText.load(tokenizer_dir)
 
 
 def size_tiers(options: Options, shape: ModelShape, *, total_as_one: bool = False) -> Sizes:
@@ -172,6 +221,21 @@ def start(
     say: Say = lambda message: None,
 ) -> Runtime:
     """Wire everything up and start the engine's thread. `retain=False` is the stateless baseline."""
+    from pensieve.service import ConversationService
+
+    max_context = size_tiers(options, loaded.shape, total_as_one=not retain).max_context
+    service = ConversationService(loaded.text, store, max_context=max_context, overflow=options.overflow)
+    try:
+        started = start_engine(options, loaded, emit=service.handle, retain=retain)
+    except BaseException:
+        service.close()
+        raise
+    service.connect(started.engine.post)
+    return Runtime(started.engine, service, started.sizes, started.cost_source)
+
+
+def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[Event]], None], retain: bool = True) -> StartedEngine:
+    """The engine alone, its thread running; `emit` gets its events."""
     from pensieve.worker.worker import ModelWorker
 
     sizes = size_tiers(options, loaded.shape, total_as_one=not retain)
@@ -182,11 +246,71 @@ def start(
     budget = options.max_batch_tokens or (CUDA_BATCH_TOKENS if options.device.startswith("cuda") else CPU_BATCH_TOKENS)
     config = SchedulerConfig(max_batch_tokens=budget, max_running=options.max_running, retain=retain)
     scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size)
-    service = ConversationService(loaded.text, store, max_context=sizes.max_context, overflow=options.overflow)
-    engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=service.handle, debug=options.debug)
-    service.connect(engine.post)
+    engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug)
+    attention = worker.attention
     engine.start()
-    return Runtime(engine, service, sizes, cost_source)
+    return StartedEngine(engine, sizes, cost_source, attention)
+
+
+def start_apart(
+    options: Options,
+    *,
+    store: ConversationStore | None,
+    must_talk: bool = True,
+    retain: bool = True,
+    on_state: Callable[[State], None] | None = None,
+) -> ApartRuntime:
+    """Start an engine in a process of its own and wait until it is ready; tokenizer and service are here.
+
+    Raises:
+        ModelUnavailable, ModelRefused, ConfigError: as `load_model` and `size_tiers`, from the engine's process.
+    """
+    from pensieve.cli import engine_main
+    from pensieve.engine_process import EngineProcess
+    from pensieve.service import ConversationService
+
+    late: list[ConversationService] = []  # the engine speaks only when spoken to, and by then its service is there
+    process = EngineProcess(
+        engine_main.run,
+        (options, must_talk, retain),
+        emit=lambda events: late[0].handle(events),
+        on_state=on_state,
+    )
+    try:
+        import_tokenizers()  # while the engine loads
+        info = process.ready()
+        text = load_text(None if info.tokenizer_dir is None else Path(info.tokenizer_dir), info.weights)
+    except BaseException:
+        process.close(0.0)
+        raise
+    service = ConversationService(text, store, max_context=info.max_context, overflow=options.overflow)
+    late.append(service)
+    service.connect(process.post)
+    return ApartRuntime(process, service, info, text)
+
+
+def do_without_torch() -> None:
+    """Make this process one that never imports torch, once and for all: transformers then loads tokenizers without it.
+
+    For the process in front of an engine that has its own: torch would take 2 s of its start and 260 MB. Does nothing where torch is already.
+    """
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that there is no such module
+        before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would advise that models are not available
+        try:
+            import transformers  # noqa: F401
+        finally:
+            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+            if before is not None:
+                os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
+
+
+def import_tokenizers() -> None:
+    """Import what loading a tokenizer takes: about a second that can pass while an engine loads."""
+    import transformers
+
+    _ = transformers.AutoTokenizer
 
 
 def cost_profile(options: Options, loaded: LoadedModel) -> tuple[CostProfile, str]:

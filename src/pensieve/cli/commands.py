@@ -1,0 +1,21 @@
+"""The commands of `pensieve`, gathered."""
+
+from __future__ import annotations
+
+import click
+
+from pensieve import __version__
+from pensieve.cli.chat import chat
+from pensieve.cli.compare import compare
+from pensieve.cli.models import models
+from pensieve.cli.profile import profile
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="pensieve")
+def cli() -> None:
+    """Pensieve serves large language models to people in conversation, and remembers: the KV cache of a chat is kept between its turns."""
+
+
+for _command in (chat, compare, models, profile):
+    cli.add_command(_command)

@@ -1,0 +1,48 @@
+"""An engine's own process: model, cache, scheduler, worker. Needs no tokenizer, no store and nobody's requests to start."""
+
+from __future__ import annotations
+
+import os
+import time
+from multiprocessing.connection import Connection
+
+from pensieve.cli.build import Options, load_model, start_engine
+from pensieve.engine_child import Emit, EngineInfo, Say, ServedEngine, serve_engine
+
+
+def run(connection: Connection, options: Options, must_talk: bool = True, retain: bool = True) -> None:
+    """Load a model and serve it on `connection` until it is closed: the `main` of an `EngineProcess`.
+
+    Args:
+        connection: the pipe to the parent.
+        options: what a user chose.
+        must_talk: random weights will not do.
+        retain: False is the stateless baseline.
+    """
+    started_s = time.monotonic()
+
+    def build(emit: Emit, say: Say) -> tuple[ServedEngine, EngineInfo]:
+        loaded = load_model(options, must_talk=must_talk, say=say, with_text=False)
+        say("allocating the cache")
+        started = start_engine(options, loaded, emit=emit, retain=retain)
+        resolved = loaded.resolved
+        return started.engine, EngineInfo(
+            pid=os.getpid(),
+            model=resolved.label,
+            weights=resolved.weights,
+            num_parameters=resolved.num_parameters,
+            dtype=options.dtype,
+            device=options.device,
+            vocab_size=loaded.shape.vocab_size,
+            max_context=started.sizes.max_context,
+            chunk_tokens=options.chunk_tokens,
+            chunk_bytes=started.sizes.chunk_bytes,
+            tiers=started.sizes.tiers,
+            cost_source=started.cost_source,
+            attention=started.attention,
+            load_s=time.monotonic() - started_s,
+            tokenizer_dir=None if resolved.tokenizer_dir is None else str(resolved.tokenizer_dir),
+            note=resolved.note,
+        )
+
+    serve_engine(connection, build)

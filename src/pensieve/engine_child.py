@@ -1,0 +1,269 @@
+"""The engine's side of the pipe: a child process that serves one engine until its parent closes it or is gone.
+
+Knows a pipe, plain messages and that an engine has `post` and `close`; never models, text or who asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal, Protocol
+
+from pensieve.config import TierConfig
+from pensieve.errors import EngineClosed, PensieveError
+from pensieve.messages import Command, Event, Failed, GetStats, Stats
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0  # between two heartbeats
+ORPHAN_GRACE_S = 1.5  # how long a child whose parent is gone may take to close its engine
+_PING = "\0heartbeat"  # tag of the heartbeat's own question; no caller's tag begins so
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a parent should know about an engine that is ready."""
+
+    pid: int
+    model: str  # label, for people
+    weights: Literal["real", "random"]
+    num_parameters: int
+    dtype: str
+    device: str
+    vocab_size: int
+    max_context: int  # tokens
+    chunk_tokens: int
+    chunk_bytes: int
+    tiers: tuple[TierConfig, ...]
+    cost_source: str  # where Cost(l) came from
+    attention: str  # the backend's name
+    load_s: float  # from the child's first line to ready
+    tokenizer_dir: str | None = None  # None: there is no tokenizer
+    note: str | None = None  # what a user should know about the model
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Parent to child: end after the step under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Child to parent: what the start is busy with, a sign of life."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Child to parent: why it is about to exit."""
+
+    code: str  # PensieveError.code
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Child to parent, once a second, from a thread of its own."""
+
+    stalled_s: float  # since the step loop was asked for a sign of life; 0: it answered
+
+
+class ServedEngine(Protocol):
+    """What can be served: an `Engine`, started."""
+
+    def post(self, command: Command) -> None:
+        """Hand a command in; returns at once."""
+        ...
+
+    def close(self) -> None:
+        """End after the step under way; requests left get their `Failed`."""
+        ...
+
+
+Emit = Callable[[list[Event]], None]
+Say = Callable[[str], None]
+
+
+def send(connection: Connection, message: object) -> None:
+    """One message into the pipe."""
+    connection.send_bytes(pickle.dumps(message, protocol=5))
+
+
+def receive(connection: Connection) -> Any:
+    """The next message out of the pipe.
+
+    Raises:
+        EOFError, OSError: the other side is gone.
+    """
+    return pickle.loads(connection.recv_bytes())
+
+
+def serve_engine(connection: Connection, build: Callable[[Emit, Say], tuple[ServedEngine, EngineInfo]]) -> None:
+    """Build an engine and serve it until the parent asks to close, or is gone.
+
+    Args:
+        connection: the pipe to the parent.
+        build: makes a started engine from (where its events go, where to say what the start is busy with). What it raises,
+            the parent's `ready()` raises.
+    """
+    outbox = _Outbox(connection)
+    pulse = _Pulse(outbox)
+    try:
+        engine, info = build(pulse.emit, lambda text: outbox.put(Progress(text)))
+        outbox.put(info)
+        pulse.start(engine.post)
+        while True:
+            try:
+                message = receive(connection)
+            except (EOFError, OSError):  # the parent is gone: nobody would read what a long step still computes
+                threading.Thread(target=_exit_after, args=(ORPHAN_GRACE_S,), daemon=True).start()
+                break
+            if isinstance(message, Close):
+                break
+            engine.post(message)
+        pulse.stop()
+        engine.close()
+    finally:
+        outbox.close()
+
+
+class _Outbox:
+    """Sends from a thread of its own, so that a parent slow to read never holds up a step."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="pensieve-outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, message: object) -> None:
+        self._queue.put(message)
+
+    def close(self) -> None:
+        """Send what is queued, then stop."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        message = self._queue.get()
+        while message is not None:
+            following: object = _NOTHING
+            while isinstance(message, list) and not self._queue.empty():  # the parent is behind: let it catch up in fewer pieces
+                following = self._queue.get()
+                if not isinstance(following, list):
+                    break
+                message, following = [*message, *following], _NOTHING
+            try:
+                send(self._connection, message)
+            except OSError:
+                return  # the parent is gone
+            message = self._queue.get() if following is _NOTHING else following
+
+
+_NOTHING = object()
+
+
+class _Pulse:
+    """Passes an engine's events on, and finds out whether its loop still turns by asking it for `Stats` once a second."""
+
+    def __init__(self, outbox: _Outbox) -> None:
+        self._outbox = outbox
+        self._stopped = threading.Event()
+        self._asked_s: float | None = None  # when the loop was asked for a sign of life that has not come
+        self._thread: threading.Thread | None = None
+
+    def start(self, post: Callable[[Command], None]) -> None:
+        self._thread = threading.Thread(target=self._beat, args=(post,), name="pensieve-heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def emit(self, events: list[Event]) -> None:
+        """The engine's `emit`."""
+        others = []
+        for event in events:
+            if isinstance(event, Stats) and event.tag == _PING:
+                self._asked_s = None
+            elif isinstance(event, Failed) and event.code == EngineClosed.code and not self._stopped.is_set():
+                self._give_up(event.message)
+            else:
+                others.append(event)
+        if others:
+            self._outbox.put(others)
+
+    def _beat(self, post: Callable[[Command], None]) -> None:
+        while not self._stopped.wait(BEAT_S):
+            asked_s = self._asked_s
+            self._outbox.put(Beat(0.0 if asked_s is None else time.monotonic() - asked_s))
+            if asked_s is None:
+                self._asked_s = time.monotonic()
+                post(GetStats(_PING))
+
+    def _give_up(self, message: str) -> None:
+        """Nobody closed the engine, so it stopped on a bug of its own. In a process of its own there is a cure: a new process."""
+        self._outbox.put(Broken(EngineClosed.code, message))
+        self._outbox.close()
+        os._exit(1)
+
+
+def run_child(
+    main: Callable[..., None],
+    connection: Connection,
+    stderr: Connection,
+    parent_pid: int,
+    log_level: int,
+    environment: Mapping[str, str],
+    arguments: tuple[Any, ...],
+) -> None:
+    """The child process's first function: settle in, run `main(connection, *arguments)`, report what it raises."""
+    _settle_in(stderr, parent_pid, log_level, environment)
+    try:
+        main(connection, *arguments)
+    except Exception as error:
+        if isinstance(error, PensieveError):
+            broken = Broken(error.code, error.message)
+        else:
+            log.exception("the engine process ends")
+            broken = Broken(PensieveError.code, f"{type(error).__name__}: {error}")
+        try:
+            send(connection, broken)
+        except OSError:
+            log.error("nobody is there to be told: %s", broken.message)
+        sys.exit(1)
+
+
+def _settle_in(stderr: Connection, parent_pid: int, log_level: int, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)  # before anything that reads it when it is loaded, OpenMP for one
+    # Ctrl-C and service managers signal the whole group; whether to drain, and for how long, is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)  # it died before it could be watched
+    os.dup2(stderr.fileno(), 1)  # standard output is the parent's to speak on
+    os.dup2(stderr.fileno(), 2)
+    stderr.close()
+    faulthandler.enable()
+    logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
+
+
+def _exit_after(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(1)
