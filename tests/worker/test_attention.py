@@ -12,50 +12,61 @@ from hypothesis import strategies as st
 
 from pensieve.core.plan import BlockTableUpdate, Span
 from pensieve.errors import ConfigError
-from pensieve.worker.attention import BACKENDS, AttentionArgs, KVGeometry, cpu, make_backend
+from pensieve.worker.attention import AttentionArgs, KVGeometry, cpu, make_backend, native
+from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.attention.reference import attend_one
 from pensieve.worker.batch import Batch, BatchBuilder
 from pensieve.worker.kv_store import KVStore
 
 CPU = torch.device("cpu")
-CHUNK = 4
+CHUNK, NATIVE_CHUNK = 4, 32
 LAYERS = 2
 HEADS, DIM = 4, 8
-SLOTS = 96
 
 torch.set_num_threads(1)
 
+VARIANTS = ["cpu", "reference", *(f"native {level.name}" for level in native.levels())]
+NATIVE = VARIANTS[2:]
 
-def args_of(kind: str, window: int | None = None) -> AttentionArgs:
+
+def args_of(kind: str, window: int | None = None, heads: int = HEADS) -> AttentionArgs:
     generator = torch.Generator().manual_seed(7)
     return AttentionArgs(
         scaling=0.4,
         sliding_window=window,
         softcap=3.0 if kind == "softcap" else None,
-        sinks=torch.randn(HEADS, generator=generator) if kind == "sinks" else None,
+        sinks=torch.randn(heads, generator=generator) if kind == "sinks" else None,
     )
 
 
 class Bench:
     """Contexts of several requests in scattered slots; every cell that belongs to nobody is NaN."""
 
-    def __init__(self, name: str, contexts: dict[str, int], kv_heads: int, dtype: torch.dtype, seed: int = 0) -> None:
-        self.backend: Any = make_backend(name, KVGeometry(LAYERS, kv_heads, DIM, dtype), CHUNK, CPU)
-        self.store = KVStore(SLOTS, LAYERS, self.backend.layer_bytes, CPU)
+    def __init__(
+        self, variant: str, contexts: dict[str, int], kv_heads: int, dtype: torch.dtype, *, seed: int = 0, heads: int = HEADS, dim: int = DIM
+    ) -> None:
+        name, _, level = variant.partition(" ")
+        self.chunk = NATIVE_CHUNK if name == "native" else CHUNK
+        geometry = KVGeometry(LAYERS, kv_heads, dim, dtype)
+        self.backend: Any = make_backend(name, geometry, self.chunk, CPU)
+        if level:
+            self.backend = NativeAttention(geometry, self.chunk, native.Level[level])
+        counts = {request: -(-length // self.chunk) for request, length in contexts.items()}
+        self.store = KVStore(sum(counts.values()) + 8, LAYERS, self.backend.layer_bytes, CPU)
         self.backend.bind(self.store)
         self.store.data.fill_(0xFF)  # NaN
-        self.builder = BatchBuilder(CHUNK, CPU)
+        self.builder = BatchBuilder(self.chunk, CPU)
         self.generator = torch.Generator().manual_seed(seed)
-        free = torch.randperm(SLOTS, generator=self.generator).tolist()
-        for request, length in contexts.items():
-            self.builder.update([BlockTableUpdate(request, 0, tuple(free.pop() for _ in range(-(-length // CHUNK))))])
-        self.kv_heads, self.dtype = kv_heads, dtype
+        free = torch.randperm(self.store.num_slots, generator=self.generator).tolist()
+        for request, count in counts.items():
+            self.builder.update([BlockTableUpdate(request, 0, tuple(free.pop() for _ in range(count)))])
+        self.heads, self.dim, self.dtype = heads, dim, dtype
         self.contents = {
             (request, layer): self._random(2, length, kv_heads) for request, length in contexts.items() for layer in range(LAYERS)
         }
 
     def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, DIM, generator=self.generator).to(self.dtype)
+        return torch.randn(*shape, self.dim, generator=self.generator).to(self.dtype)
 
     def batch(self, *spans: Span) -> Batch:
         return self.builder.build(spans, lambda span: 0)
@@ -69,8 +80,8 @@ class Bench:
             self.backend.write(prepared, layer, key, value)
         return prepared
 
-    def check(self, spans: tuple[Span, ...], args: AttentionArgs) -> None:
-        """Everything before the spans is written by itself, then the spans; attention equals the definition."""
+    def fill(self, spans: tuple[Span, ...]) -> Any:
+        """Everything before the spans is written by itself, then the spans."""
         prompts: dict[str, int] = {}
         for span in spans:
             prompts.setdefault(span.request_id, span.start)
@@ -82,10 +93,14 @@ class Bench:
             if between < span.start:
                 self.write(ids(span.request_id, between, span.start))
             written[span.request_id] = span.stop
-        prepared = self.write(*spans)
+        return self.write(*spans)
+
+    def check(self, spans: tuple[Span, ...], args: AttentionArgs) -> None:
+        """Attention equals the definition."""
+        prepared = self.fill(spans)
         num_tokens = sum(span.stop - span.start for span in spans)
         for layer in range(LAYERS):
-            query = self._random(num_tokens, HEADS)
+            query = self._random(num_tokens, self.heads)
             ours = self.backend.attend(prepared, layer, query, args)
             assert ours.shape == query.shape and ours.dtype == query.dtype
             row = 0
@@ -100,6 +115,10 @@ class Bench:
 
 def ids(request: str, start: int, stop: int) -> Span:
     return Span(request, start, stop, (0,) * (stop - start), False)
+
+
+def contexts_of(spans: tuple[Span, ...]) -> dict[str, int]:
+    return {span.request_id: span.stop for span in spans}  # the last span of a request ends furthest
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6])
@@ -128,25 +147,35 @@ STORY = (
 CONTEXTS = {"prompt": 13, "more": 20, "hole": 23, "one": 17, "two": 6, "three": 8, "first": 1, "long": 46, "other": 30}
 
 
+# The same for chunks of 32: spans that begin and end inside chunks and at their borders, odd and even, longer than a tile and a block of rows.
+LONG_STORY = (
+    ids("prompt", 0, 77), ids("more", 45, 101), ids("hole", 0, 32), ids("hole", 64, 79), ids("hole", 130, 133), ids("one", 64, 65),
+    ids("two", 37, 38), ids("three", 31, 32), ids("first", 0, 1), ids("long", 290, 291), ids("end", 95, 96),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("name", sorted(BACKENDS))
-def test_ragged_spans_over_scattered_slots(name: str, kv_heads: int, kind: str, window: int | None, dtype: torch.dtype) -> None:
-    Bench(name, CONTEXTS, kv_heads, dtype).check(STORY, args_of(kind, window))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ragged_spans_over_scattered_slots(variant: str, kv_heads: int, kind: str, window: int | None, dtype: torch.dtype) -> None:
+    if variant in NATIVE:
+        Bench(variant, contexts_of(LONG_STORY), kv_heads, dtype, dim=16).check(LONG_STORY, args_of(kind, window))
+    else:
+        Bench(variant, CONTEXTS, kv_heads, dtype).check(STORY, args_of(kind, window))
 
 
 @st.composite
-def spans_of_a_step(draw: st.DrawFn) -> tuple[Span, ...]:
+def spans_of_a_step(draw: st.DrawFn, scale: int = 1) -> tuple[Span, ...]:
     spans = []
     for request in range(draw(st.integers(1, 6))):
-        position = draw(st.integers(0, 20))
+        position = draw(st.integers(0, 20 * scale))
         for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
-            stop = position + draw(st.sampled_from([1, 1, 2, 5, 40]))
-            spans.append(ids(f"r{request}", position, min(stop, 60)))
-            position = stop + draw(st.integers(1, 9))
-            if position >= 59:
+            stop = position + draw(st.sampled_from([1, 1, 2, 5 * scale, 40 * scale]))
+            spans.append(ids(f"r{request}", position, min(stop, 60 * scale)))
+            position = stop + draw(st.integers(1, 9 * scale))
+            if position >= 60 * scale - 1:
                 break
     return tuple(spans)
 
@@ -160,13 +189,10 @@ def test_any_step_on_the_fast_backend(
     spans: tuple[Span, ...], kind: str, window: int | None, kv_heads: int, batch_bytes: int, fold_queries: int
 ) -> None:
     """Whatever goes together and however heads are folded."""
-    contexts: dict[str, int] = {}
-    for span in spans:
-        contexts[span.request_id] = span.stop
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_BATCH_BYTES", batch_bytes)
         patch.setattr(cpu, "_FOLD_QUERIES", fold_queries)
-        Bench("cpu", contexts, kv_heads, torch.float32).check(spans, args_of(kind, window))
+        Bench("cpu", contexts_of(spans), kv_heads, torch.float32).check(spans, args_of(kind, window))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +217,7 @@ def test_what_another_request_left_in_a_slot_is_never_used(monkeypatch: pytest.M
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="'auto' or one of 'cpu', 'reference', got 'flash'"):
+    with pytest.raises(ConfigError, match="'auto' or one of 'native', 'cpu', 'reference', got 'flash'"):
         make_backend("flash", KVGeometry(1, 1, 8, torch.float32), CHUNK, CPU)
 
 

@@ -9,12 +9,13 @@ import torch
 from pensieve.errors import ConfigError
 from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry
 from pensieve.worker.attention.cpu import CpuAttention
+from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.attention.reference import ReferenceAttention
 
 __all__ = ["BACKENDS", "AttentionArgs", "AttentionBackend", "KVGeometry", "make_backend"]
 
 BACKENDS: dict[str, type[AttentionBackend[Any]]] = {  # "auto" takes the first that can
-    backend.name: backend for backend in (CpuAttention, ReferenceAttention)
+    backend.name: backend for backend in (NativeAttention, CpuAttention, ReferenceAttention)
 }
 
 

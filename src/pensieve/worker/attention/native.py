@@ -1,0 +1,208 @@
+"""Attention in place, by a kernel of our own in C (`kernel/`): for x86-64 CPUs with AVX2 or more. Knows pointers; never plans or models.
+
+Nothing is gathered: the kernel follows the block tables and reads each chunk where it lies, in a layout made for its products, so that a decode
+costs what reading K and V from memory costs. All spans of a step go in one call a layer. The threads are torch's own: a second pool would spin
+against the first.
+
+In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][32 tokens][2] and V [16 pairs of tokens][D][2]; in float32 [D][32] and
+[32][D].
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry
+from pensieve.worker.batch import Batch
+from pensieve.worker.kv_store import KVStore
+
+_CHUNK = 32  # tokens of a slot, fixed in the kernel
+_HEAD_STEP = 16  # numbers of its widest vector
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_UNBOUNDED = 1 << 40  # a window that hides nothing
+_PART_CHUNKS = 8  # a context is divided among threads into parts of at least so many chunks
+
+
+class Level(IntEnum):
+    """Instructions that the kernel is compiled for; each includes those before it."""
+
+    AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+
+
+class _Call(ctypes.Structure):
+    """`struct call` of kernel/call.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("store",)),
+        *((name, ctypes.c_int64) for name in ("slot_bytes", "layer_bytes", "kind", "num_kv_heads", "head_dim", "level", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("part_chunks",)),
+        *((name, ctypes.c_void_p) for name in ("first_rows", "stops", "tables", "slot_mapping")),
+        *((name, ctypes.c_int64) for name in ("num_spans", "table_width", "num_tokens", "layer")),
+        *((name, ctypes.c_void_p) for name in ("key", "value")),
+        *((name, ctypes.c_int64) for name in ("key_token_stride", "key_head_stride", "value_token_stride", "value_head_stride")),
+        *((name, ctypes.c_void_p) for name in ("query",)),
+        *((name, ctypes.c_int64) for name in ("query_token_stride", "query_head_stride", "num_heads")),
+        *((name, ctypes.c_void_p) for name in ("output", "sinks")),
+        *((name, ctypes.c_double) for name in ("scaling", "softcap")),
+        *((name, ctypes.c_int64) for name in ("window",)),
+        *((name, ctypes.c_void_p) for name in ("scratch",)),
+        *((name, ctypes.c_int64) for name in ("scratch_bytes",)),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's batch, whose tensors the call points into."""
+
+    batch: Batch
+    call: _Call
+
+
+class NativeAttention(AttentionBackend[Step]):
+    """The default on a CPU, where it was compiled."""
+
+    name = "native"
+
+    def __init__(self, geometry: KVGeometry, chunk_tokens: int, level: Level | None = None) -> None:
+        """Take the highest level of this CPU, or the one that is named."""
+        super().__init__(geometry, chunk_tokens)
+        library = _library()
+        assert not isinstance(library, str), library
+        self._kernel = library
+        self._level = levels()[-1] if level is None else level
+        assert self._level in levels(), f"this CPU has no {self._level.name}"
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    @classmethod
+    def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
+        """It serves bfloat16 and float32 in chunks of 32 tokens, heads of a multiple of 16, on a CPU it was compiled for."""
+        if device.type != "cpu":
+            return f"it runs on a CPU, not on {device}"
+        if geometry.dtype not in _KINDS:
+            return f"{geometry.dtype} is neither bfloat16 nor float32"
+        if chunk_tokens != _CHUNK:
+            return f"chunks have {chunk_tokens} tokens, not {_CHUNK}"
+        if geometry.head_dim % _HEAD_STEP:
+            return f"heads of {geometry.head_dim} numbers are no multiple of {_HEAD_STEP}"
+        library = _library()
+        return library if isinstance(library, str) else None
+
+    def bind(self, store: KVStore) -> None:
+        """Remember where the slots lie."""
+        self._store = store
+
+    def prepare(self, batch: Batch) -> Step:
+        """All that the layers share, as the kernel reads it."""
+        geometry, store = self.geometry, self._store
+        call = _Call(
+            store=store.data.data_ptr(),
+            slot_bytes=store.slot_bytes,
+            layer_bytes=store.layer_bytes,
+            kind=_KINDS[geometry.dtype],
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            level=self._level,
+            num_threads=torch.get_num_threads() if _threads() else 1,
+            part_chunks=_PART_CHUNKS,
+            first_rows=batch.cu_seqlens_q.data_ptr(),
+            stops=batch.context_lens.data_ptr(),
+            tables=batch.block_tables.data_ptr(),
+            slot_mapping=batch.slot_mapping.data_ptr(),
+            num_spans=len(batch.spans),
+            table_width=batch.block_tables.shape[1],
+            num_tokens=batch.num_tokens,
+            scratch=self._scratch.data_ptr(),
+            scratch_bytes=len(self._scratch),
+        )
+        return Step(batch, call)
+
+    def write(self, prepared: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put the new K and V, each (T, Hkv, D), into their slots."""
+        key, value = self._plain(key), self._plain(value)
+        call = prepared.call
+        call.layer = layer
+        call.key, call.value = key.data_ptr(), value.data_ptr()
+        call.key_token_stride, call.key_head_stride, _ = key.stride()
+        call.value_token_stride, call.value_head_stride, _ = value.stride()
+        self._kernel.pensieve_write(ctypes.byref(call))
+
+    def attend(self, prepared: Step, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        """(T, H, D) -> (T, H, D), in one call for all spans."""
+        rows = self._plain(query)
+        output = torch.empty(query.shape, dtype=rows.dtype)
+        sinks = None if args.sinks is None else args.sinks.float().contiguous()
+        call = prepared.call
+        call.layer = layer
+        call.query, call.output = rows.data_ptr(), output.data_ptr()
+        call.query_token_stride, call.query_head_stride, _ = rows.stride()
+        call.num_heads = query.shape[1]
+        call.sinks = None if sinks is None else sinks.data_ptr()
+        call.scaling, call.softcap = args.scaling, args.softcap or 0.0
+        call.window = _UNBOUNDED if args.sliding_window is None else args.sliding_window
+        need = self._kernel.pensieve_attend(ctypes.byref(call))
+        if need:
+            self._scratch = torch.empty(need, dtype=torch.uint8)
+            call.scratch, call.scratch_bytes = self._scratch.data_ptr(), need
+            need = self._kernel.pensieve_attend(ctypes.byref(call))
+            assert not need, "the kernel asked twice for room"
+        return output.to(query.dtype)
+
+    def _plain(self, rows: torch.Tensor) -> torch.Tensor:
+        """In the cache's dtype, each head's numbers side by side; as it is if it is so."""
+        if rows.dtype != self.geometry.dtype or rows.stride(2) != 1:
+            return rows.to(self.geometry.dtype).contiguous()
+        return rows
+
+
+@cache
+def levels() -> tuple[Level, ...]:
+    """The levels that this CPU can run, ascending; none where the kernel is missing."""
+    library = _library()
+    return () if isinstance(library, str) else tuple(level for level in Level if level <= library.pensieve_level())
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The kernel, ready to be called; or why there is none."""
+    places = [Path(__file__).with_name("_kernel" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        return "built without a C compiler: install one (gcc or clang), then this package again"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.pensieve_call_bytes.restype = library.pensieve_level.restype = library.pensieve_attend.restype = ctypes.c_int64
+        call_bytes = library.pensieve_call_bytes()
+    except (OSError, AttributeError) as error:
+        return f"{path.name} cannot be loaded ({error}): install this package again"
+    if call_bytes != ctypes.sizeof(_Call):
+        return f"{path.name} was built from other sources: install this package again"
+    if not library.pensieve_level():
+        return "this CPU has no AVX2 (or the compiler was neither gcc nor clang for x86-64)"
+    library.pensieve_write.restype = None
+    library.pensieve_write.argtypes = library.pensieve_attend.argtypes = [ctypes.c_void_p]
+    library.pensieve_use_threads.argtypes = [ctypes.c_void_p]
+    library.pensieve_use_threads(_threads())
+    return library
+
+
+@cache
+def _threads() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch itself runs on; None: torch uses another kind of threads."""
+    if not torch.backends.openmp.is_available():
+        return None
+    for library in (None, *sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))):
+        try:
+            function = ctypes.CDLL(None if library is None else str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None
