@@ -24,7 +24,18 @@ CSP = "default-src 'self'; style-src 'self'; script-src 'self'; connect-src 'sel
 CHUNK_TOKENS = 32
 CHUNK_BYTES = 720_896
 SLOTS = {"gpu": 24_000, "cpu": 60_000, "disk": 120_000}
-TOPICS = ("a trip to Lisbon", "sourdough", "tail latency", "a haiku", "tax forms", "bird songs", "old maps", "kernel panics", "chess openings", "the moon")
+TOPICS = (
+    "a trip to Lisbon",
+    "sourdough",
+    "tail latency",
+    "a haiku",
+    "tax forms",
+    "bird songs",
+    "old maps",
+    "kernel panics",
+    "chess openings",
+    "the moon",
+)
 OPENINGS = ("Tell me about", "Plan", "Explain", "Compare two books on", "Write a poem about", "Debug my notes on", "What is known of")
 WORDS = "the answer to this is short but it takes a few words to say so plainly and in order that each one can be seen to arrive".split()
 
@@ -86,7 +97,10 @@ class World:
             active=i < 2,
             created_s=int(time.time()) - 60 * i - 60,
         )
-        conversation.messages = [{"role": "user", "content": conversation.title}, {"role": "assistant", "content": "Gladly. " + " ".join(WORDS)}]
+        conversation.messages = [
+            {"role": "user", "content": conversation.title},
+            {"role": "assistant", "content": "Gladly. " + " ".join(WORDS)},
+        ]
         self.conversations[conversation.id] = conversation
 
     def latest_first(self) -> list[Conversation]:
@@ -134,7 +148,11 @@ class World:
         latest = self.latest_first()
         cells = "".join(c.cells for c in latest).lower()
         both = cells.count("b")
-        held = {"gpu": cells.count("g") + both + cells.count("*") + cells.count(">"), "cpu": cells.count("c") + both, "disk": cells.count("d")}
+        held = {
+            "gpu": cells.count("g") + both + cells.count("*") + cells.count(">"),
+            "cpu": cells.count("c") + both,
+            "disk": cells.count("d"),
+        }
         tiers = [
             {"name": name, "num_slots": slots, "used": held[name], "reclaimable": both if name == "gpu" else 0, "free": slots - held[name]}
             for name, slots in SLOTS.items()
@@ -143,7 +161,12 @@ class World:
         prompt_tokens = sum(sources.values()) or 1
         stats = {
             **self.counters,
-            **{"waiting": self.random.randrange(3), "running": sum(c.active for c in latest), "sequences": len(latest), "chunks": len(cells)},
+            **{
+                "waiting": self.random.randrange(3),
+                "running": sum(c.active for c in latest),
+                "sequences": len(latest),
+                "chunks": len(cells),
+            },
             "hit_rates": {name: tokens / prompt_tokens for name, tokens in sources.items()},
         }
         rows = [self.row(c) for c in latest[offset : offset + limit]]
@@ -210,7 +233,9 @@ class PageMock:
         port: 0 = any free one.
     """
 
-    def __init__(self, num_conversations: int = 12, max_chunks: int = 60, keys: tuple[str, ...] = (), token_delay_s: float = 0.01, port: int = 0) -> None:
+    def __init__(
+        self, num_conversations: int = 12, max_chunks: int = 60, keys: tuple[str, ...] = (), token_delay_s: float = 0.01, port: int = 0
+    ) -> None:
         self.world = World(num_conversations, max_chunks)
         self.keys = keys
         self.token_delay_s = token_delay_s
@@ -270,7 +295,11 @@ class Handler(BaseHTTPRequestHandler):
             if path == "/" or path.startswith("/static/"):
                 self.send_file(path)
                 return
-            if self.mock.keys and path.startswith("/v1/") and self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.mock.keys:
+            if (
+                self.mock.keys
+                and path.startswith("/v1/")
+                and self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.mock.keys
+            ):
                 raise Refused(401, "an API key is needed: Authorization: Bearer KEY")
             if (self.command, path) == ("POST", "/v1/responses"):
                 self.stream(body)
@@ -356,7 +385,9 @@ class Handler(BaseHTTPRequestHandler):
             for word in words:
                 time.sleep(self.mock.token_delay_s)
                 if word == "<fail>":
-                    self.send_event("response.failed", {"response": {"error": {"code": "forward_failed", "message": "the forward pass failed"}}})
+                    self.send_event(
+                        "response.failed", {"response": {"error": {"code": "forward_failed", "message": "the forward pass failed"}}}
+                    )
                     return
                 self.send_event("response.output_text.delta", {"delta": word})
                 first_s = first_s or time.time()
@@ -364,8 +395,14 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.mock.lock:
                 world.end_turn(conversation, "".join(sent), len(sent))
-        receipt |= {"queue_ms": 1.0, "first_token_ms": 1000 * ((first_s or started_s) - started_s), "total_ms": 1000 * (time.time() - started_s)}
-        self.send_event("response.completed", {"response": {"status": "completed", "usage": {"output_tokens": len(sent)}, "pensieve": receipt}})
+        receipt |= {
+            "queue_ms": 1.0,
+            "first_token_ms": 1000 * ((first_s or started_s) - started_s),
+            "total_ms": 1000 * (time.time() - started_s),
+        }
+        self.send_event(
+            "response.completed", {"response": {"status": "completed", "usage": {"output_tokens": len(sent)}, "pensieve": receipt}}
+        )
         self.close_connection = True
 
     # -- sending

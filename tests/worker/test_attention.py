@@ -43,7 +43,15 @@ class Bench:
     """Contexts of several requests in scattered slots; every cell that belongs to nobody is NaN."""
 
     def __init__(
-        self, variant: str, contexts: dict[str, int], kv_heads: int, dtype: torch.dtype, *, seed: int = 0, heads: int = HEADS, dim: int = DIM
+        self,
+        variant: str,
+        contexts: dict[str, int],
+        kv_heads: int,
+        dtype: torch.dtype,
+        *,
+        seed: int = 0,
+        heads: int = HEADS,
+        dim: int = DIM,
     ) -> None:
         name, _, level = variant.partition(" ")
         self.chunk = NATIVE_CHUNK if name == "native" else CHUNK

@@ -256,11 +256,15 @@ def start_apart(
     options: Options,
     *,
     store: ConversationStore | None,
+    ephemeral: ConversationStore | None = None,
+    drafts: str | None = None,
     must_talk: bool = True,
     retain: bool = True,
     on_state: Callable[[State], None] | None = None,
 ) -> ApartRuntime:
     """Start an engine in a process of its own and wait until it is ready; tokenizer and service are here.
+
+    `store`, `ephemeral` and `drafts` are the service's, see `ConversationService`.
 
     Raises:
         ModelUnavailable, ModelRefused, ConfigError: as `load_model` and `size_tiers`, from the engine's process.
@@ -283,7 +287,7 @@ def start_apart(
     except BaseException:
         process.close(0.0)
         raise
-    service = ConversationService(text, store, max_context=info.max_context, overflow=options.overflow)
+    service = ConversationService(text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts)
     late.append(service)
     service.connect(process.post)
     return ApartRuntime(process, service, info, text)

@@ -7,8 +7,11 @@ import click
 from pensieve import __version__
 from pensieve.cli.chat import chat
 from pensieve.cli.compare import compare
+from pensieve.cli.conversations import conversations
+from pensieve.cli.keys import keys
 from pensieve.cli.models import models
 from pensieve.cli.profile import profile
+from pensieve.cli.serve import serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -17,5 +20,5 @@ def cli() -> None:
     """Pensieve serves large language models to people in conversation, and remembers: the KV cache of a chat is kept between its turns."""
 
 
-for _command in (chat, compare, models, profile):
+for _command in (serve, chat, conversations, keys, compare, models, profile):
     cli.add_command(_command)

@@ -31,7 +31,9 @@ class Client:
         try:
             response = self._client.request(method, self._url + path, **keywords)
         except self._httpx.HTTPError as error:
-            raise ConfigError(f"no server answers at {self._url} ({error}): start one with `pensieve serve`, or name another with --url") from error
+            raise ConfigError(
+                f"no server answers at {self._url} ({error}): start one with `pensieve serve`, or name another with --url"
+            ) from error
         try:
             body: dict[str, Any] = response.json()
         except ValueError:
@@ -140,7 +142,8 @@ def delete(make: Any, conversation_id: str, yes: bool) -> None:
     answer = client.call("DELETE", _path(conversation_id))
     click.echo(
         f"{conversation_id} is deleted: {answer['turns']} turns, {answer['store_bytes']:,} bytes of text and tokens and "
-        f"{answer['kv_bytes']:,} bytes of KV overwritten" + ("" if answer["complete"] else "; the database's log could not be truncated yet")
+        f"{answer['kv_bytes']:,} bytes of KV overwritten"
+        + ("" if answer["complete"] else "; the database's log could not be truncated yet")
     )
 
 

@@ -17,15 +17,16 @@ import click
 
 from pensieve.cli.build import Options
 from pensieve.cli.options import cache_options, model_options, pick
-from pensieve.errors import ConfigError
+from pensieve.errors import ConfigError, ModelUnavailable
 
 if TYPE_CHECKING:
-    from pensieve.engine_process import EngineInfo, EngineProcess
-    from pensieve.server.context import ServerConfig
+    from pensieve.cli.build import ApartRuntime
+    from pensieve.server.context import Context, ServerConfig
     from pensieve.server.keys import KeyFile
-    from pensieve.service import ConversationService
     from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 BACKLOG = 1024
@@ -34,16 +35,33 @@ BACKLOG = 1024
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; beyond this machine only with --api-key-file.")
 @click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0: any free one, printed.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), default=None, help="Who may ask (see `pensieve keys add`); read again when it changes.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Who may ask (see `pensieve keys add`); read again when it changes.",
+)
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
-@click.option("--store", "store_url", default=None, help="sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]")
+@click.option(
+    "--store", "store_url", default=None, help="sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]"
+)
 @click.option("--name", "model_name", default=None, help="What clients call the model.  [default: what --model says]")
-@click.option("--max-open", type=click.IntRange(min=1), default=256, show_default=True, help="Requests running and waiting; beyond it: 429.")
-@click.option("--max-body", "max_body_mb", type=click.FloatRange(min=0.001), default=16.0, show_default=True, help="MB of a request's body.")
-@click.option("--queue-timeout", "queue_timeout_s", type=float, default=120.0, show_default=True, help="Seconds to a request's first token.")
+@click.option(
+    "--max-open", type=click.IntRange(min=1), default=256, show_default=True, help="Requests running and waiting; beyond it: 429."
+)
+@click.option(
+    "--max-body", "max_body_mb", type=click.FloatRange(min=0.001), default=16.0, show_default=True, help="MB of a request's body."
+)
+@click.option(
+    "--queue-timeout", "queue_timeout_s", type=float, default=120.0, show_default=True, help="Seconds to a request's first token."
+)
 @click.option("--request-timeout", "request_timeout_s", type=float, default=900.0, show_default=True, help="Seconds of a whole request.")
-@click.option("--stall-timeout", "stall_timeout_s", type=float, default=60.0, show_default=True, help="Seconds that a client may read nothing.")
-@click.option("--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM.")
+@click.option(
+    "--stall-timeout", "stall_timeout_s", type=float, default=60.0, show_default=True, help="Seconds that a client may read nothing."
+)
+@click.option(
+    "--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM."
+)
 @click.option("--access-log", is_flag=True, help="Log a line a request: never its content.")
 @model_options
 @cache_options
@@ -65,7 +83,10 @@ def run_server(
     max_open: int,
     max_body_mb: float,
     access_log: bool,
-    **timeouts: float,
+    queue_timeout_s: float,
+    request_timeout_s: float,
+    stall_timeout_s: float,
+    drain_timeout_s: float,
 ) -> None:
     """Start everything, serve until told to stop, end everything in order.
 
@@ -83,7 +104,13 @@ def run_server(
     from pensieve.server.keys import KeyFile
 
     config = ServerConfig(
-        model=model_name or options.model, max_open=max_open, max_body_bytes=int(max_body_mb * (1 << 20)), **timeouts
+        model=model_name or options.model,
+        max_open=max_open,
+        max_body_bytes=int(max_body_mb * (1 << 20)),
+        queue_timeout_s=queue_timeout_s,
+        request_timeout_s=request_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+        drain_timeout_s=drain_timeout_s,
     )
     keys = None if api_key_file is None else KeyFile(api_key_file)
     if keys is None and not insecure and not is_loopback(host):
@@ -105,10 +132,10 @@ def run_server(
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
-                info = parts.info
+                info = parts.runtime.info
                 tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in info.tiers)
                 click.secho(
-                    f"{info.label} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention); {tiers}; "
+                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention); {tiers}; "
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
                 )
@@ -126,7 +153,7 @@ def run_server(
             server_header=False,
         )
     )
-    _on_terminate(server, parts, config)
+    _on_terminate(server, parts)
     try:
         asyncio.run(server.serve(sockets=[listener]))
     finally:
@@ -136,21 +163,20 @@ def run_server(
 class _Parts:
     """What stands behind the HTTP server."""
 
-    def __init__(
-        self, process: EngineProcess, info: EngineInfo, text: ChatText, store: ConversationStore, ephemeral: ConversationStore, service: ConversationService
-    ) -> None:
-        self.process, self.info, self.text = process, info, text
-        self.store, self.ephemeral, self.service = store, ephemeral, service
-        self.context: Any = None
+    def __init__(self, runtime: ApartRuntime, text: ChatText, store: ConversationStore, ephemeral: ConversationStore) -> None:
+        self.runtime, self.text, self.store, self.ephemeral = runtime, text, store, ephemeral
+        self.context: Context | None = None
         self._closed = False
 
     def application(self, config: ServerConfig, keys: KeyFile | None) -> Any:
+        """The ASGI application; its context is made when it starts."""
         from pensieve.server.app import create_app
         from pensieve.server.context import Context
         from pensieve.server.metrics import Metrics
         from pensieve.server.turns import Answer, Turns
 
         metrics = Metrics()
+        runtime = self.runtime
 
         def on_end(answer: Answer) -> None:
             if answer.done is not None:
@@ -158,64 +184,57 @@ class _Parts:
 
         def make_context() -> Context:
             turns = Turns(
-                self.service,
+                runtime.service,
                 max_open=config.max_open,
                 queue_timeout_s=config.queue_timeout_s,
                 request_timeout_s=config.request_timeout_s,
                 on_end=on_end,
             )
             self.context = Context(
-                config, self.info, self.text, self.store, self.service, turns, self.process, keys, metrics, names=frozenset({self.info.label})
+                config,
+                runtime.info,
+                self.text,
+                self.store,
+                runtime.service,
+                turns,
+                runtime.process,
+                keys,
+                metrics,
+                names=frozenset({runtime.info.model}),
             )
             return self.context
 
         return create_app(make_context, metrics, config.max_body_bytes, self.close)
 
     def close(self) -> None:
-        """The engine first, whose turns then fail, then the service that says so, then the store."""
+        """The engine first, whose turns then fail, then the service that says so, then the stores."""
         if not self._closed:
             self._closed = True
-            self.process.close()
-            self.service.close()
+            self.runtime.close()
             self.store.close()
             self.ephemeral.close()
 
 
 def _start(options: Options, store_url: str | None) -> _Parts:
-    """Start the engine's process; load the tokenizer and open the store while it loads the model."""
-    from pensieve.cli import engine_main
-    from pensieve.cli.build import load_text
-    from pensieve.engine_process import EngineProcess
-    from pensieve.service import ConversationService
+    """Start the engine's process, and open the store while it loads the model."""
+    from pensieve.cli.build import do_without_torch, start_apart
     from pensieve.store import MEMORY, SqliteStore, default_path, open_store
 
-    services: list[ConversationService] = []
-
-    def emit(events: Any) -> None:
-        if services:
-            services[0].handle(events)
-
-    process = EngineProcess(engine_main.run, (options,), emit=emit)
-    store = None
+    do_without_torch()
+    store = open_store(store_url or str(default_path()))
     try:
-        text = load_text(options)
-        store = open_store(store_url or str(default_path()))
         recovered = store.recover_drafts(None)
         if recovered:
-            logging.getLogger("pensieve").info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
-        info = process.ready()
+            log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
+        ephemeral = SqliteStore(MEMORY)
+        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=f"{socket.gethostname()}:{os.getpid()}")
+        if runtime.text is None:
+            runtime.close()
+            raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")
     except BaseException:
-        process.close()
-        if store is not None:
-            store.close()
+        store.close()
         raise
-    ephemeral = SqliteStore(MEMORY)
-    service = ConversationService(
-        text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=f"{socket.gethostname()}:{os.getpid()}"
-    )
-    services.append(service)
-    service.connect(process.post)
-    return _Parts(process, info, text, store, ephemeral, service)
+    return _Parts(runtime, runtime.text, store, ephemeral)
 
 
 def is_loopback(host: str) -> bool:
@@ -244,7 +263,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _on_terminate(server: Any, parts: _Parts, config: ServerConfig) -> None:
+def _on_terminate(server: Any, parts: _Parts) -> None:
     """SIGTERM: take nothing new and let open answers end; uvicorn then closes the connections."""
     before = server.handle_exit
 

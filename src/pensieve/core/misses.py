@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_NAMESPACES = 64  # of the same tenant, looked into for one request
 MAX_HASHES = 2048  # computed for that
 
-Why = Literal["new", "never_seen", "on_cpu", "dropped", "failed", "unfinished", "other_namespace"]
+Why = Literal["new", "never_seen", "on_cpu", "dropped", "failed", "unfinished", "other_namespace", "template_changed"]
 SOMEBODY_ELSE = "another key's conversation"
 
 
@@ -25,7 +25,8 @@ class Miss:
 
     `why` is one of: "new" (never computed), "never_seen" (said to be history, but there is no trace of it, as after a restart), "on_cpu"
     (in a lower tier, swapped in), "dropped", "failed" (lost to a copy or a forward that failed), "unfinished" (a turn's last token, or the
-    rest of a partial chunk, has no KV yet), "other_namespace" (cached in another namespace of the same tenant, hence not shared).
+    rest of a partial chunk, has no KV yet), "other_namespace" (cached in another namespace of the same tenant, hence not shared);
+    "template_changed" (the chat template wrote earlier turns differently: said by who knows the text, never here).
     """
 
     start: int

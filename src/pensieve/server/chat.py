@@ -14,12 +14,12 @@ from pensieve.server import idempotency
 from pensieve.server.answers import Completed, completed_before, completed_now, composer, finish_reason, logprob_items
 from pensieve.server.context import Asking, Caller, Context, Server
 from pensieve.server.errors import ApiError, unsupported
-from pensieve.server.output import CallBegin, CallDelta, ContentDelta, Output, OutputEvent, OutputForm, ReasoningDelta
+from pensieve.server.output import Output, OutputEvent, OutputForm
 from pensieve.server.schemas import ChatRequest, ChosenTool, tools_of
 from pensieve.server.sse import DONE, EventStream, data, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import TurnSpec
-from pensieve.text import ChatText
+from pensieve.text import CallBegin, CallDelta, ChatText, ContentDelta, ReasoningDelta
 
 router = APIRouter()
 
@@ -107,7 +107,10 @@ def _name_of(tool: Mapping[str, object]) -> object:
 def _spec(body: ChatRequest, context: Context, caller: Caller, hint: str | None) -> tuple[TurnSpec, OutputForm]:
     if len(body.messages) > context.config.max_messages:
         raise ApiError(
-            400, f"messages has {len(body.messages)} entries, at most {context.config.max_messages} are taken", code="too_many_messages", param="messages"
+            400,
+            f"messages has {len(body.messages)} entries, at most {context.config.max_messages} are taken",
+            code="too_many_messages",
+            param="messages",
         )
     messages = tuple(message.message(f"messages.{index}") for index, message in enumerate(body.messages))
     form = form_of(body, context.text)
@@ -149,7 +152,8 @@ def completion_json(context: Context, completed: Completed) -> dict[str, Any]:
     if completed.message.tool_calls:
         message["content"] = completed.message.content or None
         message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in completed.message.tool_calls
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in completed.message.tool_calls
         ]
     choice = {
         "index": 0,
@@ -242,7 +246,7 @@ def _delta(event: OutputEvent) -> dict[str, Any] | None:
         case CallBegin():
             return {"tool_calls": [_call_json(event.index, event.id, event.name, "")]}
         case CallDelta():
-            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments_text}}]}
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]}
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
-from pensieve.engine_process import EngineInfo
+from pensieve.engine_child import EngineInfo
 from pensieve.errors import ConfigError
 from pensieve.server.errors import ApiError
 from pensieve.server.keys import SALT_MARK, KeyFile
@@ -33,10 +33,17 @@ class ServerConfig:
     request_timeout_s: float = 900.0
     stall_timeout_s: float = 60.0  # a client that reads nothing for so long is cut off
     drain_timeout_s: float = 30.0
-    log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_open", "max_body_bytes", "max_messages", "queue_timeout_s", "request_timeout_s", "stall_timeout_s", "drain_timeout_s"):
+        for name in (
+            "max_open",
+            "max_body_bytes",
+            "max_messages",
+            "queue_timeout_s",
+            "request_timeout_s",
+            "stall_timeout_s",
+            "drain_timeout_s",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.removesuffix('_s').replace('_', '-')} must be positive, got {getattr(self, name)}")
 

@@ -150,6 +150,7 @@ async def get(context: Context, caller: Caller, conversation_id: str) -> Convers
 
 
 async def erase(context: Context, caller: Caller, conversation_id: str) -> dict[str, Any]:
+    """Delete a conversation and overwrite what it left; what of it was erased."""
     erasure = await asyncio.wrap_future(context.service.erase(conversation_id, namespace=caller.namespace))
     return {
         "turns": erasure.turns,
@@ -158,8 +159,6 @@ async def erase(context: Context, caller: Caller, conversation_id: str) -> dict[
         "kv_chunks": erasure.kv_slots,
         "complete": erasure.complete,
     }
-
-
 
 
 def conversation_json(conversation: Conversation) -> dict[str, Any]:

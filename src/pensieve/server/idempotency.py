@@ -43,7 +43,9 @@ async def claim(context: Context, caller: Caller, key: str | None, endpoint: str
     if key is None:
         return None
     if not 1 <= len(key) <= MAX_KEY:
-        raise ApiError(400, f"Idempotency-Key must have 1 to {MAX_KEY} characters, got {len(key)}", code="invalid_value", param="Idempotency-Key")
+        raise ApiError(
+            400, f"Idempotency-Key must have 1 to {MAX_KEY} characters, got {len(key)}", code="invalid_value", param="Idempotency-Key"
+        )
     fingerprint = _fingerprint(endpoint, body)
     for _ in range(3):
         held = await in_thread(context.store.claim, caller.namespace, key, fingerprint, turn_id)
@@ -63,7 +65,9 @@ async def claim(context: Context, caller: Caller, key: str | None, endpoint: str
             return Retry(None, await in_thread(context.store.turn, caller.namespace, held.turn_id))
         except ConversationNotFound:  # the first try failed, or died with its process: nothing was stored, so this one is the first
             await in_thread(context.store.release, caller.namespace, key)
-    raise ApiError(409, f"Idempotency-Key {key!r} is being used by another request right now: try again", code="conflict", param="Idempotency-Key")
+    raise ApiError(
+        409, f"Idempotency-Key {key!r} is being used by another request right now: try again", code="conflict", param="Idempotency-Key"
+    )
 
 
 def release_on_failure(context: Context, held: Claimed | None, answer: Answer) -> None:

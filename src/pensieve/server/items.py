@@ -62,7 +62,9 @@ def messages_of(items: str | Sequence[InputItem], where: str = "input") -> tuple
         elif kind == "reasoning":
             continue  # what the model thought on the way is not put before it again, as OpenAI does it
         else:
-            raise unsupported(at, f"{at}: items of type {kind!r} are not supported: this server takes messages, function calls and their outputs")
+            raise unsupported(
+                at, f"{at}: items of type {kind!r} are not supported: this server takes messages, function calls and their outputs"
+            )
     return tuple(messages)
 
 
@@ -70,7 +72,9 @@ def items_of(turn_id: str, messages: Sequence[Message], first: int = 0) -> list[
     """The items of a turn's messages, numbered from `first`."""
     items: list[dict[str, Any]] = []
     for index, message in enumerate(messages, start=first):
-        items += output_items(f"{turn_id}_{index}", message) if message.role == "assistant" else [_input_item(f"{turn_id}_{index}", message)]
+        items += (
+            output_items(f"{turn_id}_{index}", message) if message.role == "assistant" else [_input_item(f"{turn_id}_{index}", message)]
+        )
     return items
 
 
@@ -125,7 +129,9 @@ def locate_item(turns: Sequence[Turn], item_id: str) -> tuple[Turn, int, int | N
 def _message(item: InputItem, at: str) -> Message:
     role = {"developer": "system"}.get(item.role or "", item.role)
     if role not in ("system", "user", "assistant"):
-        raise ApiError(400, f"{at}.role must be user, assistant, system or developer, got {item.role!r}", code="invalid_value", param=f"{at}.role")
+        raise ApiError(
+            400, f"{at}.role must be user, assistant, system or developer, got {item.role!r}", code="invalid_value", param=f"{at}.role"
+        )
     if item.content is None:
         raise ApiError(400, f"{at}.content is required", code="missing_required_parameter", param=f"{at}.content")
     return Message(role, text_of(item.content, f"{at}.content"))

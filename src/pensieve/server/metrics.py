@@ -25,7 +25,10 @@ class Metrics:
             "pensieve_requests", "Requests answered, by endpoint and HTTP status", ["endpoint", "status"], registry=self.registry
         )
         self.first_token = Histogram(
-            "pensieve_time_to_first_token_seconds", "From a turn's arrival to its first token", buckets=FIRST_TOKEN_S, registry=self.registry
+            "pensieve_time_to_first_token_seconds",
+            "From a turn's arrival to its first token",
+            buckets=FIRST_TOKEN_S,
+            registry=self.registry,
         )
         self.per_token = Histogram(
             "pensieve_time_per_output_token_seconds", "Between an answer's tokens, on average", buckets=PER_TOKEN_S, registry=self.registry

@@ -20,7 +20,6 @@ from pensieve.store.base import Conversation, path_messages
 router = APIRouter(prefix="/v1/pensieve")
 
 MAX_ROWS = 500
-TITLE_CHARS = 60
 
 
 @router.get("/map", summary="Where every conversation's chunks lie")
@@ -31,13 +30,19 @@ async def cache_map(
     asked = asyncio.wrap_future(context.service.map(offset, limit, namespaces=(caller.namespace,)))
     stats, rows = await asyncio.gather(asyncio.wrap_future(context.service.stats()), asked)
     assert isinstance(rows, CacheMap) and isinstance(stats, Stats)
-    titles = await in_thread(_titles, context, caller, [row.sequence_id for row in rows.rows])
+    titles = await in_thread(context.store.titles, caller.namespace, [row.sequence_id for row in rows.rows])
     return {
         "now": time.time(),
         "chunk_tokens": rows.chunk_tokens,
         "total": rows.total,
         "tiers": [
-            {"name": tier.name, "num_slots": tier.num_slots, "used": tier.used, "reclaimable": tier.reclaimable, "free": tier.num_slots - tier.used}
+            {
+                "name": tier.name,
+                "num_slots": tier.num_slots,
+                "used": tier.used,
+                "reclaimable": tier.reclaimable,
+                "free": tier.num_slots - tier.used,
+            }
             for tier in stats.tiers
         ],
         "stats": _stats_json(stats, context),
@@ -54,10 +59,9 @@ async def list_conversations(
         in_thread(context.store.list, caller.namespace, limit, offset), in_thread(context.store.count, caller.namespace)
     )
     rows = await _rows(context, caller, [conversation.id for conversation in conversations])
-    titles = await in_thread(_titles, context, caller, [conversation.id for conversation in conversations])
     return {
         "object": "list",
-        "data": [_conversation_json(one, rows.get(one.id), titles.get(one.id)) for one in conversations],
+        "data": [_conversation_json(one, rows.get(one.id)) for one in conversations],
         "total": total,
         "has_more": offset + len(conversations) < total,
     }
@@ -69,16 +73,19 @@ async def show_conversation(conversation_id: str, context: Server, caller: Askin
     conversation = await get(context, caller, conversation_id)
     turns = await in_thread(context.store.path, caller.namespace, conversation.leaf)
     rows = await _rows(context, caller, [conversation.id])
-    titles = await in_thread(_titles, context, caller, [conversation.id])
     messages = [
         {
             "role": message.role,
             "content": message.content,
-            **({"tool_calls": [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in message.tool_calls]} if message.tool_calls else {}),
+            **(
+                {"tool_calls": [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in message.tool_calls]}
+                if message.tool_calls
+                else {}
+            ),
         }
         for message in path_messages(turns)
     ]
-    return _conversation_json(conversation, rows.get(conversation.id), titles.get(conversation.id)) | {
+    return _conversation_json(conversation, rows.get(conversation.id)) | {
         "messages": messages,
         "turns": [{"id": turn.id, "reply_reason": turn.reply_reason, "tokens": turn.stop, "created_at": turn.created_s} for turn in turns],
     }
@@ -132,7 +139,7 @@ async def fork(conversation_id: str, context: Server, caller: Asking, body: Fork
         forked = await in_thread(context.store.fork, caller.namespace, conversation_id, at)
     except ConversationNotFound as error:
         raise ApiError(404, error.message, code="not_found", param="at") from error
-    return _conversation_json(forked, None, None)
+    return _conversation_json(forked, None)
 
 
 @router.post("/conversations/{conversation_id}/ttl", summary="Delete a conversation when it has been left alone for so long")
@@ -141,7 +148,7 @@ async def ttl(conversation_id: str, body: TtlRequest, context: Server, caller: A
     await get(context, caller, conversation_id)
     expires_s = None if body.seconds is None else time.time() + body.seconds
     changed = await in_thread(context.store.set_ttl, caller.namespace, conversation_id, expires_s)
-    return _conversation_json(changed, None, None)
+    return _conversation_json(changed, None)
 
 
 @router.delete("/conversations/{conversation_id}", summary="Delete a conversation, erasing what it left")
@@ -169,11 +176,6 @@ async def _rows(context: Context, caller: Caller, ids: list[str]) -> dict[str, M
     return {row.sequence_id: row for row in rows.rows}
 
 
-def _titles(context: Context, caller: Caller, ids: list[str]) -> dict[str, str]:
-    """What to call conversations: their title, or how they begin."""
-    return {id: title[:TITLE_CHARS] for id, title in context.store.titles(caller.namespace, ids).items() if title}
-
-
 def _row_json(row: MapRow, title: str | None) -> dict[str, Any]:
     return {
         "id": row.sequence_id,
@@ -187,11 +189,11 @@ def _row_json(row: MapRow, title: str | None) -> dict[str, Any]:
     }
 
 
-def _conversation_json(conversation: Conversation, row: MapRow | None, title: str | None) -> dict[str, Any]:
+def _conversation_json(conversation: Conversation, row: MapRow | None) -> dict[str, Any]:
     return {
         "id": conversation.id,
         "object": "pensieve.conversation",
-        "title": conversation.title or title or conversation.id,
+        "title": conversation.title or conversation.id,
         "created_at": conversation.created_s,
         "updated_at": conversation.updated_s,
         "pinned": conversation.pinned,

@@ -26,7 +26,13 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png"}
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
 STATS_TIMEOUT_S = 2.0
 
 
@@ -85,7 +91,7 @@ async def version(context: Server) -> dict[str, Any]:
     info = context.info
     return {
         "version": __version__,
-        "model": info.label,
+        "model": info.model,
         "weights": info.weights,
         "dtype": info.dtype,
         "device": info.device,

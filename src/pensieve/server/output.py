@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pensieve.chat import Message, ToolCall
 from pensieve.service.turn import Tools
-from pensieve.text import ChatText
-from pensieve.text.tools import CallBegin, CallDelta, CallEnd, ContentDelta, ToolCallParser, ToolEvent, force_prefix
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    """Some of what the model thought before it spoke."""
-
-    text: str
-
+from pensieve.text import CallBegin, CallDelta, CallEnd, ChatText, ContentDelta, ReasoningDelta, ToolCallParser, ToolEvent, force_prefix
 
 OutputEvent = ToolEvent | ReasoningDelta
 
@@ -59,7 +50,6 @@ class Output:
                 self.text.tool_format,
                 self.form.tools,
                 max_calls=None if self.form.parallel else 1,
-                make_id=lambda index: call_id(self.turn_id, index),
             )
             if self.form.tools
             else None
@@ -73,34 +63,40 @@ class Output:
 
     def feed(self, text: str) -> list[OutputEvent]:
         """Take the next piece."""
-        return self._take(*(self._splitter.feed(text) if self._splitter is not None else ("", text)), last=False)
+        return self._take(self._splitter.feed(text) if self._splitter is not None else [ContentDelta(text)], last=False)
 
     def finish(self) -> list[OutputEvent]:
         """The answer ended."""
-        return self._take(*(self._splitter.finish() if self._splitter is not None else ("", "")), last=True)
+        return self._take(self._splitter.finish() if self._splitter is not None else [], last=True)
 
     def message(self) -> Message:
         """The answer as a message, once it is finished."""
         return Message("assistant", "".join(self.content), tuple(self.calls))
 
-    def _take(self, reasoning: str, content: str, *, last: bool) -> list[OutputEvent]:
+    def _take(self, split: Sequence[ReasoningDelta | ContentDelta], *, last: bool) -> list[OutputEvent]:
         events: list[OutputEvent] = []
-        if reasoning:
-            self.reasoning.append(reasoning)
-            events.append(ReasoningDelta(reasoning))
-        if self._parser is None:
-            parsed: Sequence[ToolEvent] = [ContentDelta(content)] if content else []
-        else:
-            parsed = [*(self._parser.feed(content) if content else ()), *(self._parser.finish() if last else ())]
+        for part in split:
+            if isinstance(part, ReasoningDelta):
+                self.reasoning.append(part.text)
+                events.append(part)
+            elif part.text:
+                events += self._parse([part] if self._parser is None else self._parser.feed(part.text))
+        if last and self._parser is not None:
+            events += self._parse(self._parser.finish())
+        return events
+
+    def _parse(self, parsed: Sequence[ToolEvent]) -> list[OutputEvent]:
+        events: list[OutputEvent] = []
         for event in parsed:
             match event:
                 case ContentDelta():
                     self.content.append(event.text)
                 case CallBegin():
+                    event = replace(event, id=call_id(self.turn_id, event.index))
                     self.calls.append(ToolCall(event.id, event.name, ""))
                     self._arguments = []
                 case CallDelta():
-                    self._arguments.append(event.arguments_text)
+                    self._arguments.append(event.arguments)
                 case CallEnd():
                     call = self.calls[event.index]
                     self.calls[event.index] = ToolCall(call.id, call.name, "".join(self._arguments))

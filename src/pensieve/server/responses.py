@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Query, Request
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 from starlette.responses import JSONResponse, Response
 
+from pensieve.chat import ToolCall
 from pensieve.core.request import MAX_LOGPROBS, FinishReason
 from pensieve.errors import ConversationNotFound, PensieveError
 from pensieve.server import idempotency
@@ -19,7 +20,7 @@ from pensieve.server.chat import pensieve_json
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, error_body, not_found, unsupported
 from pensieve.server.items import Input, Order, call_item, items_of, message_item, messages_of, output_items, page, path_items, text_part
-from pensieve.server.output import CallBegin, CallDelta, CallEnd, ContentDelta, Output, OutputEvent, OutputForm
+from pensieve.server.output import Output, OutputEvent, OutputForm
 from pensieve.server.schemas import (
     Body,
     Count,
@@ -37,7 +38,7 @@ from pensieve.server.sse import EventStream, event, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import LEAF, TurnSpec
 from pensieve.store.base import Turn
-from pensieve.text import ChatText
+from pensieve.text import CallBegin, CallDelta, CallEnd, ChatText, ContentDelta
 
 router = APIRouter()
 
@@ -155,7 +156,10 @@ class ResponseRequest(Body):
                 raise unsupported("include", f"include {wanted!r} is not supported: this server has no such output")
         if self.previous_response_id is not None and self.conversation is not None:
             raise ApiError(
-                400, "previous_response_id and conversation exclude each other: both say what to go on from", code="invalid_value", param="conversation"
+                400,
+                "previous_response_id and conversation exclude each other: both say what to go on from",
+                code="invalid_value",
+                param="conversation",
             )
         if self.background and self.store is False:
             raise ApiError(400, "background needs store: the answer is fetched later", code="invalid_value", param="background")
@@ -278,7 +282,9 @@ async def cancel_response(response_id: str, context: Server, caller: Asking) -> 
     answer = context.turns.find(caller.namespace, turn_of(response_id))
     if answer is None or not isinstance(answer.record, Record):
         await _stored(context, caller, response_id)
-        raise ApiError(400, f"the response {response_id!r} has ended: there is nothing to cancel", code="invalid_value", param="response_id")
+        raise ApiError(
+            400, f"the response {response_id!r} has ended: there is nothing to cancel", code="invalid_value", param="response_id"
+        )
     context.turns.abort(answer)
     while not answer.ended:
         await answer.changed()
@@ -317,7 +323,12 @@ async def _spec(body: ResponseRequest, context: Context, caller: Caller) -> tupl
         raise ApiError(400, "input is required", code="missing_required_parameter", param="input")
     messages = messages_of(body.input) if body.input is not None else ()
     if len(messages) > context.config.max_messages:
-        raise ApiError(400, f"input has {len(messages)} messages, at most {context.config.max_messages} are taken", code="too_many_messages", param="input")
+        raise ApiError(
+            400,
+            f"input has {len(messages)} messages, at most {context.config.max_messages} are taken",
+            code="too_many_messages",
+            param="input",
+        )
     form = _form(body, context.text)
     conversation_id = body.conversation.id if isinstance(body.conversation, ConversationRef) else body.conversation
     after: Any = LEAF
@@ -346,7 +357,7 @@ async def _spec(body: ResponseRequest, context: Context, caller: Caller) -> tupl
         instructions=body.instructions,
         tools=form.tools,
         prefix=form.prefix(context.text),
-        overflow={"auto": "truncate", "disabled": "refuse", None: None}[body.truncation],  # type: ignore[arg-type]
+        overflow={"auto": "truncate", "disabled": "refuse", None: None}[body.truncation],
         durable=body.store is not False,
     )
     return spec, Record(body.params(), form, conversation_id is not None)
@@ -597,9 +608,9 @@ class _Items:
                     yield "response.output_item.added", {"output_index": self._count - 1, "item": item}
                 case CallDelta():
                     assert self._call is not None
-                    self._call[1].append(output_event.arguments_text)
+                    self._call[1].append(output_event.arguments)
                     place = {"item_id": f"fc_{self._name}_{output_event.index}", "output_index": self._count - 1}
-                    yield "response.function_call_arguments.delta", {**place, "delta": output_event.arguments_text}
+                    yield "response.function_call_arguments.delta", {**place, "delta": output_event.arguments}
                 case CallEnd():
                     yield from self._close_call("completed")
 
@@ -638,9 +649,5 @@ class _Items:
         yield "response.output_item.done", {"output_index": self._count - 1, "item": item}
 
 
-def _call(begun: CallBegin, arguments: str) -> Any:
-    from pensieve.chat import ToolCall
-
+def _call(begun: CallBegin, arguments: str) -> ToolCall:
     return ToolCall(begun.id, begun.name, arguments)
-
-

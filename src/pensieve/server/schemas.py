@@ -226,12 +226,16 @@ class ChatMessage(BaseModel):
             raise unsupported(f"{where}.audio", "audio is not supported: this server reads and writes text")
         text = self.refusal if self.content is None and self.refusal else text_of(self.content, f"{where}.content")
         if self.content is None and role != "assistant":
-            raise ApiError(400, f"{where}.content is required for role {self.role!r}", code="missing_required_parameter", param=f"{where}.content")
+            raise ApiError(
+                400, f"{where}.content is required for role {self.role!r}", code="missing_required_parameter", param=f"{where}.content"
+            )
         calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
         if calls and role != "assistant":
             raise ApiError(400, f"{where}.tool_calls belongs to an assistant's message", code="invalid_value", param=f"{where}.tool_calls")
         if role == "tool" and self.tool_call_id is None:
-            raise ApiError(400, f"{where}.tool_call_id is required for role 'tool'", code="missing_required_parameter", param=f"{where}.tool_call_id")
+            raise ApiError(
+                400, f"{where}.tool_call_id is required for role 'tool'", code="missing_required_parameter", param=f"{where}.tool_call_id"
+            )
         return Message(role, text, calls, self.tool_call_id if role == "tool" else None, self.name if role == "tool" else None)
 
 
@@ -252,7 +256,9 @@ def text_of(content: str | list[ContentPart] | None, where: str) -> str:
         elif part.type == "refusal" and part.refusal is not None:
             texts.append(part.refusal)
         else:
-            what = {"image_url": "images", "input_image": "images", "input_audio": "audio", "file": "files", "input_file": "files"}.get(part.type)
+            what = {"image_url": "images", "input_image": "images", "input_audio": "audio", "file": "files", "input_file": "files"}.get(
+                part.type
+            )
             message = f"{what} are not supported" if what else f"a content part of type {part.type!r} without text is not supported"
             raise unsupported(f"{where}.{index}", f"{where}.{index}: {message}: this server reads text")
     return "".join(texts)
@@ -371,7 +377,9 @@ def refuse_tuning(effort: str | None, verbosity: str | None, service_tier: str |
     if service_tier not in (None, "auto", "default"):
         raise unsupported("service_tier", f"service_tier must be 'auto' or 'default', got {service_tier!r}")
     if retention not in (None, "in_memory", "in-memory"):
-        raise unsupported("prompt_cache_retention", f"prompt_cache_retention {retention!r} is not supported: pin the conversation or set its ttl")
+        raise unsupported(
+            "prompt_cache_retention", f"prompt_cache_retention {retention!r} is not supported: pin the conversation or set its ttl"
+        )
 
 
 def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
@@ -385,7 +393,9 @@ def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
         if tool.type != "function" or tool.function is None:
             raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")
         if tool.function.name in found:
-            raise ApiError(400, f"tools.{index}: two functions are called {tool.function.name!r}", code="invalid_value", param=f"tools.{index}")
+            raise ApiError(
+                400, f"tools.{index}: two functions are called {tool.function.name!r}", code="invalid_value", param=f"tools.{index}"
+            )
         found[tool.function.name] = tool.function.tool()
     return tuple(found.values())
 

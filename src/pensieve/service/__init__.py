@@ -3,4 +3,15 @@
 from pensieve.service.service import DEFAULT_NAMESPACE, ConversationService, Erasure
 from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, TurnDone, TurnSpec
 
-__all__ = ["DEFAULT_NAMESPACE", "LEAF", "Composed", "ConversationService", "Erasure", "Path", "PendingTurn", "Piece", "TurnDone", "TurnSpec"]
+__all__ = [
+    "DEFAULT_NAMESPACE",
+    "LEAF",
+    "Composed",
+    "ConversationService",
+    "Erasure",
+    "Path",
+    "PendingTurn",
+    "Piece",
+    "TurnDone",
+    "TurnSpec",
+]

@@ -27,7 +27,11 @@ class Prompts:
     """Finds a turn's place and makes its prompt. Used by the service's thread alone."""
 
     def __init__(
-        self, text: ChatText | None, store: Callable[[str], ConversationStore | None], max_context: int, overflow: Literal["refuse", "truncate"]
+        self,
+        text: ChatText | None,
+        store: Callable[[str], ConversationStore | None],
+        max_context: int,
+        overflow: Literal["refuse", "truncate"],
     ) -> None:
         """`store(conversation_id)` is where a conversation is kept, None if nowhere."""
         self._text = text
@@ -198,7 +202,11 @@ def read_path(turns: Sequence[Turn]) -> Path:
         unlogged += len(turn.messages)
     instructions = turns[-1].meta.get(INSTRUCTIONS) if turns else None
     return Path(
-        tuple(messages), tuple(path_tokens(turns)), left_out, min(unlogged, len(messages)), instructions if isinstance(instructions, str) else None
+        tuple(messages),
+        tuple(path_tokens(turns)),
+        left_out,
+        min(unlogged, len(messages)),
+        instructions if isinstance(instructions, str) else None,
     )
 
 

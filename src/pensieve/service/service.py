@@ -20,7 +20,6 @@ from typing import Literal, cast
 from pensieve.chat import Message
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import (
-    ConversationConflict,
     ConversationNotFound,
     EngineClosed,
     InvalidRequest,
@@ -58,12 +57,13 @@ from pensieve.messages import (
 from pensieve.service.prompt import INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
 from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
 from pensieve.store.base import ConversationStore, Erased, Turn
-from pensieve.text import ChatText, StopStrings, keep_tokens
+from pensieve.text import ChatText, Detokenizer, StopStrings, keep_tokens
 
 log = logging.getLogger(__name__)
 
 DEFAULT_NAMESPACE = "default"
 EPHEMERAL = "temp_"  # what the ids of conversations begin with that are kept in memory only
+TITLE_CHARS = 60
 DRAFT_TOKENS = 32  # an answer under way is in the store up to its last so many tokens
 
 
@@ -200,6 +200,16 @@ class ConversationService:
         """Set or lift a keep on a conversation's cache; a `KeepAnswer` says what came of it."""
         return self._ask(lambda tag: Keep(conversation_id, namespace, keep, tag))
 
+    def delete_turn(self, turn_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
+        """Delete a turn that nothing stands on; one that something does stays, marked. Waits for the store.
+
+        Raises:
+            ConversationNotFound: there is no such turn in this namespace.
+        """
+        assert self._durable is not None
+        self._durable.delete_turn(namespace, turn_id)
+        self._enqueue(lambda: self._prompts.forget(namespace))
+
     def warm(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> Future[object]:
         """Its user is typing: swap in what lies below. A `HintAnswer` says what came of it."""
         return self._ask(lambda tag: Warm(conversation_id, namespace, tag))
@@ -317,7 +327,7 @@ class ConversationService:
         """Make the turn's prompt, its conversation and its draft; returns how it is sampled."""
         spec, sampling, stop = turn.spec, turn.spec.sampling, turn.spec.stop
         if self._text is not None and (spec.raw is None or spec.raw_text):
-            turn.detokenizer = self._text.detokenizer()
+            turn.detokenizer = self._detokenizer(spec)
             if not spec.ignore_eos:
                 sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | self._text.stop_token_ids)
                 stop = (*stop, *self._text.stop_strings)
@@ -336,6 +346,8 @@ class ConversationService:
         if turn.stored and store is not None:
             if conversation is None:
                 self._create(store, turn)
+            elif conversation.title is None and conversation.leaf is None:
+                store.describe(turn.namespace, conversation.id, title=_title(spec.messages), metadata=conversation.metadata)
             if self._drafts is not None and store is self._durable:
                 store.draft(
                     turn.namespace,
@@ -344,18 +356,24 @@ class ConversationService:
                     turn.request_id,
                     turn.prompt.new,
                     turn.prompt.tokens[turn.prompt.reused_tokens :],
-                    start=turn.prompt.reused_tokens,
-                    meta=self._meta(turn),
+                    turn.prompt.reused_tokens,
+                    len(turn.prompt.tokens),
+                    self._meta(turn),
                     owner=self._drafts,
                 )
                 turn.drafted = True
         return sampling
 
+    def _detokenizer(self, spec: TurnSpec) -> Detokenizer:
+        """Markers of calls and reasoning are text where somebody reads them."""
+        assert self._text is not None
+        return self._text.detokenizer(self._text.marker_ids if spec.tools or self._text.has_reasoning else ())
+
     def _create(self, store: ConversationStore, turn: PendingTurn) -> None:
         try:
             store.get(turn.namespace, turn.conversation_id)
         except ConversationNotFound:
-            store.create(turn.namespace, turn.conversation_id)
+            store.create(turn.namespace, turn.conversation_id, title=_title(turn.spec.messages))
 
     def _meta(self, turn: PendingTurn) -> dict[str, object]:
         """What is stored with a turn: the caller's words, and what a later turn's prompt needs to know."""
@@ -396,7 +414,7 @@ class ConversationService:
                 if (future := self._answers.pop(event.tag, None)) is None:
                     return
                 if isinstance(event, Lost):
-                    settle(future, error=error_from("engine_restarted", event.message))
+                    settle(future, error=error_from(event.code, event.message))
                 else:
                     settle(future, event)
 
@@ -423,7 +441,7 @@ class ConversationService:
         self._say(turn, text)
         if hit is not None or (text and turn.spec.watch is not None and turn.spec.watch(text)):
             assert self._text is not None
-            turn.cut = keep_tokens(self._text.detokenizer(), [token.token_id for token in turn.sampled], "".join(turn.shown))
+            turn.cut = keep_tokens(self._detokenizer(turn.spec), [token.token_id for token in turn.sampled], "".join(turn.shown))
 
     def _say(self, turn: PendingTurn, text: str) -> None:
         if text:
@@ -600,6 +618,12 @@ def _blame_template(miss: Miss, at: int, history_tokens: int) -> list[Miss]:
     if stop < miss.stop:
         parts.append(replace(miss, start=stop))
     return parts
+
+
+def _title(messages: Sequence[Message]) -> str | None:
+    """What to call a conversation that nobody named: how its user begins."""
+    words = next((message.content for message in messages if message.role == "user"), "").split()
+    return " ".join(words)[:TITLE_CHARS] or None
 
 
 def _as_ours(what: str, error: BaseException) -> PensieveError:

@@ -104,7 +104,7 @@ class TurnSpec:
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    after: str | None | Leaf = LEAF  # id of the turn that it follows; not the leaf: a branch. None: a new beginning
+    after: str | Leaf | None = LEAF  # id of the turn that it follows; not the leaf: a branch. None: a new beginning
     hint: str | None = None  # of a resent history: the conversation that it probably is
     instructions: str | None = None  # the system's words for this turn alone
     tools: Tools = ()

@@ -15,7 +15,7 @@ from pensieve.store.base import (
     path_tokens,
 )
 from pensieve.store.opening import open_store
-from pensieve.store.sqlite import SqliteStore, default_path
+from pensieve.store.sqlite import MEMORY, SqliteStore, default_path
 
 __all__ = [
     "CLAIM_S",
@@ -24,6 +24,7 @@ __all__ = [
     "ConversationStore",
     "Erased",
     "INTERRUPTED",
+    "MEMORY",
     "SqliteStore",
     "Turn",
     "default_path",

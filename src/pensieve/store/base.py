@@ -130,6 +130,10 @@ class ConversationStore(Protocol):
         """The conversations of a namespace, the latest used first."""
         ...
 
+    def titles(self, namespace: str, ids: Sequence[str]) -> Mapping[str, str]:
+        """The titles of those of these conversations that are there and have one."""
+        ...
+
     def path(self, namespace: str, turn_id: str | None) -> Sequence[Turn]:
         """The turns from the root to this one; none for None.
 

@@ -21,6 +21,8 @@ from pensieve.store.writer import C, Connection, GroupWriter, Job
 
 T = TypeVar("T")
 
+MAX_IDS = 500  # in one query
+
 
 class SqlStore(Generic[C]):
     """A `ConversationStore` over a writer; a database's own class adds `_read` and `_scrub`."""
@@ -72,6 +74,21 @@ class SqlStore(Generic[C]):
             raise InvalidRequest(f"limit and offset must be at least 0, got limit={limit}, offset={offset}")
         condition = "namespace = ? ORDER BY updated_s DESC, key DESC LIMIT ? OFFSET ?"
         return self._conversations(condition, (namespace, limit, offset)) if rows.is_name(namespace) else []
+
+    def titles(self, namespace: str, ids: Sequence[str]) -> Mapping[str, str]:
+        """See `ConversationStore.titles`."""
+        wanted = [id for id in ids if rows.is_name(id)] if rows.is_name(namespace) else []
+
+        def query(connection: Connection) -> Mapping[str, str]:
+            found: dict[str, str] = {}
+            for start in range(0, len(wanted), MAX_IDS):
+                some = wanted[start : start + MAX_IDS]
+                marks = ", ".join("?" * len(some))
+                sql = f"SELECT id, title FROM conversations WHERE namespace = ? AND title IS NOT NULL AND id IN ({marks})"
+                found |= {str(id): str(title) for id, title in connection.execute(sql, (namespace, *some)).fetchall()}
+            return found
+
+        return self._read(query)
 
     def count(self, namespace: str) -> int:
         """See `ConversationStore.count`."""

@@ -178,6 +178,15 @@ class ChatText:
             f" {len(log)} tokens in the log are void, and {len(tokens) - reused} of {len(tokens)} have to be computed",
         )
 
+    @property
+    def has_reasoning(self) -> bool:
+        """The template knows that answers may begin with `<think>`."""
+        return END_REASONING in self._template.source
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of text that is no chat, control tokens in it included: it is its sender's whole prompt, nobody else speaks in it."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
     def encode_text(self, text: str) -> list[int]:
         """Token ids of text that goes on an answer: no control tokens come out of it, and no leading space goes in."""
         (mark,) = unused_marks([text], 1)
@@ -209,8 +218,7 @@ class ChatText:
 
     def reasoning_splitter(self) -> ReasoningSplitter:
         """What sets an answer's reasoning apart from its content; passes all as content if the template knows no `</think>`."""
-        knows = END_REASONING in self._template.source
-        return ReasoningSplitter(enabled=knows, inside=knows and self._begins_thinking)
+        return ReasoningSplitter(enabled=self.has_reasoning, inside=self.has_reasoning and self._begins_thinking)
 
     def count(self, messages: Sequence[Message], *, tools: Tools | None = None) -> int:
         """How many tokens these messages have as a prompt of their own."""
