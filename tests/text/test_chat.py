@@ -180,7 +180,7 @@ def test_a_template_may_refuse() -> None:
     with pytest.raises(InvalidRequest, match="System role not supported"):
         chat(NO_SYSTEM).first([SYSTEM, ASK])
     with pytest.raises(InvalidRequest, match="only user and assistant roles are supported"):
-        turn(chat(MISTRAL), [ASK], "Paris.", [Message("tool", "x")])
+        turn(chat(MISTRAL), [ASK], "Paris.", [SYSTEM])
     with pytest.raises(InvalidRequest, match="at least one message"):
         chat(CHATML).first([])
     with pytest.raises(InvalidRequest, match="ends with a user message"):

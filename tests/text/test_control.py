@@ -66,7 +66,8 @@ def test_whatever_is_typed_stays_text(backend: str, role: str, pieces: list[str]
     ids = text.first([Message(role, content)])
     special = [name for name in specials(text, ids) if name in SPECIAL]
     assert special == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-    assert text.decode_all(ids) == f"<|im_start|>{role}\n{content}<|im_end|>\n<|im_start|>assistant\n"
+    said = f"user\n<tool_response>\n{content}\n</tool_response>" if role == "tool" else f"{role}\n{content}"  # CHATML knows no tools
+    assert text.decode_all(ids) == f"<|im_start|>{said}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @settings(max_examples=80, deadline=None)

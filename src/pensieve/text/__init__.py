@@ -1,13 +1,39 @@
-"""Text in and out of models: tokenizer, chat template, incremental detokeniser, stop strings.
+"""Text in and out of models: tokenizer, chat template, incremental detokeniser, stop strings, tool calls, reasoning.
 
 Knows text and token ids; never weights, caches or conversations on disk. Importing it loads no library: transformers
 is imported when a tokenizer is.
 """
 
-from pensieve.chat import ROLES, Message
+from pensieve.chat import ROLES, Message, ToolCall
 from pensieve.text.chat import ChatText, Extension
 from pensieve.text.detokenize import Detokenizer
 from pensieve.text.overflow import Truncated, truncate
+from pensieve.text.reasoning import ReasoningDelta, ReasoningSplitter
 from pensieve.text.stop import StopStrings, keep_tokens
+from pensieve.text.tool_format import ToolFormat, force_prefix, tool_names, tools_prompt
+from pensieve.text.tools import CallBegin, CallDelta, CallEnd, ContentDelta, ToolCallParser, ToolEvent
 
-__all__ = ["ROLES", "ChatText", "Detokenizer", "Extension", "Message", "StopStrings", "Truncated", "keep_tokens", "truncate"]
+__all__ = [
+    "CallBegin",
+    "CallDelta",
+    "CallEnd",
+    "ChatText",
+    "ContentDelta",
+    "Detokenizer",
+    "Extension",
+    "Message",
+    "ROLES",
+    "ReasoningDelta",
+    "ReasoningSplitter",
+    "StopStrings",
+    "ToolCall",
+    "ToolCallParser",
+    "ToolEvent",
+    "ToolFormat",
+    "Truncated",
+    "force_prefix",
+    "keep_tokens",
+    "tool_names",
+    "tools_prompt",
+    "truncate",
+]

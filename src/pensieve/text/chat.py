@@ -4,13 +4,16 @@ The token log is the truth: what a conversation's model saw and sampled, id by i
 to the log and changes nothing before them, so everything cached stays valid, and so do answers whose sampled ids
 are not the ones that encoding their text would give. Some templates forbid that: they render an earlier turn
 differently once a later one is there (an answer's thinking is stripped, the system prompt moves to the newest
-message, the date has changed). Then the log is rendered anew, and a sentence says what that costs.
+message, the date or the list of tools has changed). Then the log is rendered anew, and a sentence says what that costs.
+
+An answer that calls tools is such an answer too: the log holds it as the model wrote it, whatever a client makes of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,9 @@ from pensieve.chat import Message
 from pensieve.errors import InvalidRequest, ModelUnavailable
 from pensieve.text.control import ControlGuard, unused_marks
 from pensieve.text.detokenize import Detokenizer
-
-# For models without a template. Each message is a paragraph that begins with its speaker's name.
-PLAIN_TEMPLATE = (
-    "{{ plain_bos }}{% for message in messages %}"
-    "{% if message.role == 'system' %}{{ message.content }}\n\n"
-    "{% else %}{{ message.role | capitalize }}: {{ message.content | trim }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-PLAIN_STOPS = ("\nUser:",)
+from pensieve.text.reasoning import BEGIN_REASONING, END_REASONING, ReasoningSplitter
+from pensieve.text.template import PLAIN_STOPS, PROBE_TOOLS, PromptTemplate, Turn
+from pensieve.text.tool_format import PLAIN_MARKUP, ToolFormat, Tools, map_texts, texts_in, tool_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +35,23 @@ class Extension:
     rewritten: str | None  # None: only appended. Otherwise a sentence: where they part, and what has to be computed again
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """Messages and tools with placeholders for control tokens."""
+
+    turns: list[Turn]
+    tools: Tools | None
+    mark: str  # begins every placeholder
+    hole: str  # a character that occurs nowhere
+
+
 class ChatText:
     """Text in and out of one model.
+
+    Tools are given as the OpenAI API has them. A template that writes tools, calls and tools' answers itself is left to
+    do so. For any other (`writes_tools_plainly`) they are written as words: `tools_prompt` at the end of the system message
+    (made if there is none, or in front of the first user's words if the template has no system messages), calls as
+    `<tool_call>` into the assistant's words, tools' answers as a user's message `<tool_response>`.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend.
@@ -62,19 +74,16 @@ class ChatText:
         backend.no_padding()
         self._tokenizer = tokenizer
         self._backend = backend
-        self._options = dict(options or {})
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self._byte_ids = _byte_fallback_ids(backend)
+        self._template = PromptTemplate(tokenizer, options or {}, _bos_text(tokenizer, backend))
         self.note: str | None = None
         self.stop_strings: tuple[str, ...] = ()
-        if tokenizer.chat_template:
-            self._template = _template_of(tokenizer)
-        else:
-            self._template = PLAIN_TEMPLATE
-            self._options["plain_bos"] = _bos_text(tokenizer, backend)
+        if self._template.is_plain:
             self.stop_strings = PLAIN_STOPS
             self.note = 'this model has no chat template: messages are written as plain "User: ..." and "Assistant: ..." paragraphs'
-        self._guard = ControlGuard(backend, self._template)
+        markup = [] if self._template.writes_calls else [*PLAIN_MARKUP]
+        self._guard = ControlGuard(backend, "\n".join([self._template.source, self._template.tools_source, *markup]))
         self._anchors = _anchors(backend)
         self.stop_token_ids = self._find_stop_token_ids()
 
@@ -98,51 +107,74 @@ class ChatText:
     @property
     def template(self) -> str:
         """The source of the chat template in use."""
-        return self._template
+        return self._template.source
 
-    def first(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the template writes a list of tools that it is given."""
+        return self._template.supports_tools
+
+    @property
+    def writes_tools_plainly(self) -> bool:
+        """Whether tools and calls are written as words, because the template does not write them, or in no form that can be read."""
+        return not self._template.writes_calls
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls: as its template does, or as it is told to."""
+        return self._template.tool_format
+
+    @cached_property
+    def marker_ids(self) -> frozenset[int]:
+        """Special tokens that set calls and reasoning apart from words: what `detokenizer` has to keep for those who look for them."""
+        markers = (*self.tool_format.markers, BEGIN_REASONING, END_REASONING)
+        return frozenset(i for marker in markers if (i := self._backend.token_to_id(marker)) in self._special_ids)
+
+    def first(self, messages: Sequence[Message], add_generation_prompt: bool = True, *, tools: Tools | None = None) -> list[int]:
         """Token ids of a conversation's first turn.
 
         Raises:
-            InvalidRequest: the template refuses these messages.
+            InvalidRequest: the template refuses these messages, or a tool is none.
         """
-        mark, _ = _marks(messages)
-        return self._guard.encode(self._render(messages, mark, add_generation_prompt), mark)
+        prompt = self._prepare(messages, tools)
+        return self._guard.encode(self._template.render(prompt.turns, prompt.tools, add_generation_prompt), prompt.mark)
 
-    def extend(self, log: Sequence[int], history: Sequence[Message], new: Sequence[Message]) -> Extension:
+    def extend(self, log: Sequence[int], history: Sequence[Message], new: Sequence[Message], *, tools: Tools | None = None) -> Extension:
         """Append a turn to a token log.
 
         Args:
             log: ids that the model saw and sampled. Ends with the sampled ids of the last answer, with or without
                 an end-of-turn token (an answer can end by length, abort or a stop string).
-            history: the messages in the log; the last one is the assistant's answer.
-            new: the messages to append, such as the user's next.
+            history: the messages in the log; the last one is the assistant's answer, which may call tools.
+            new: the messages to append, such as the user's next, or what tools answered.
+            tools: the functions that the next answer may call. If they are not those that the log tells of, it is rewritten.
 
         Raises:
-            InvalidRequest: the template refuses these messages, or the history does not end with an answer.
+            InvalidRequest: the template refuses these messages, a tool is none, or the history does not end with an answer.
         """
         if not history or history[-1].role != "assistant":
             raise InvalidRequest(
                 "a conversation goes on after an assistant's message, this history"
                 + (f" ends with a {history[-1].role} message" if history else " is empty")
             )
-        messages = [*history, *new]
-        mark, hole = _marks(messages)
-        whole = self._render(messages, mark)
-        with_hole = self._render(messages, mark, hole_at=len(history) - 1, hole=hole)
-        before, _, after = with_hole.partition(hole)
-        answer = self._guard.hide(history[-1].content, "assistant", mark)
-        asked = self._render(history[:-1], mark) if len(history) > 1 else before
-        if asked.rstrip() == before.rstrip() and _fills(whole, before, after, answer) and self._begins_with(log, history, whole, mark):
-            return Extension([*log, *self._closing(log, after, mark)], len(log), None)
-        tokens = self._guard.encode(whole, mark)
+        prompt = self._prepare([*history, *new], tools)
+        whole = self._template.render(prompt.turns, prompt.tools)
+        told = len(history)
+        if not self._wander(log, tools):
+            after = (
+                self._after_calls(prompt, told, whole) if self._calls_natively(prompt, told) else self._after_answer(prompt, told, whole)
+            )
+            if after is not None and self._begins_with(log, prompt, whole):
+                return Extension([*log, *self._closing(log, after, prompt.mark)], len(log), None)
+        tokens = self._guard.encode(whole, prompt.mark)
         reused = _common_prefix(log, tokens)
         if reused == len(log):
             return Extension(tokens, reused, None)
+        because = "the list of tools changed, so " if self._tools_changed(log, prompt, reused) else ""
         return Extension(
             tokens,
             reused,
-            f"the chat template now writes earlier turns differently from token {reused} on: {len(log) - reused} of the"
+            f"{because}the chat template now writes earlier turns differently from token {reused} on: {len(log) - reused} of the"
             f" {len(log)} tokens in the log are void, and {len(tokens) - reused} of {len(tokens)} have to be computed",
         )
 
@@ -150,6 +182,14 @@ class ChatText:
         """Token ids of text that goes on an answer: no control tokens come out of it, and no leading space goes in."""
         (mark,) = unused_marks([text], 1)
         return self._encode_inside(self._guard.hide(text, "assistant", mark), mark)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of text that we make an answer begin with, such as `force_prefix` gives: markers in it become their tokens.
+
+        For our own text only: what a user wrote goes through `encode_text`.
+        """
+        (mark,) = unused_marks([text], 1)
+        return self._encode_inside(text, mark)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""
@@ -159,32 +199,84 @@ class ChatText:
         """The text of some ids, special tokens written out."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh incremental detokeniser for one answer."""
-        return Detokenizer(self.decode, self._special_ids, self._byte_ids)
+    def detokenizer(self, keep: Collection[int] = ()) -> Detokenizer:
+        """A fresh incremental detokeniser for one answer.
 
-    def count(self, messages: Sequence[Message]) -> int:
+        Args:
+            keep: special tokens that are written out, such as `marker_ids` for `ToolCallParser` and `ReasoningSplitter`.
+        """
+        return Detokenizer(self.decode_all, self._special_ids.difference(keep), self._byte_ids)
+
+    def reasoning_splitter(self) -> ReasoningSplitter:
+        """What sets an answer's reasoning apart from its content; passes all as content if the template knows no `</think>`."""
+        knows = END_REASONING in self._template.source
+        return ReasoningSplitter(enabled=knows, inside=knows and self._begins_thinking)
+
+    def count(self, messages: Sequence[Message], *, tools: Tools | None = None) -> int:
         """How many tokens these messages have as a prompt of their own."""
-        return len(self.first(messages))
+        return len(self.first(messages, tools=tools))
 
-    def _render(
-        self, messages: Sequence[Message], mark: str, add_generation_prompt: bool = True, hole_at: int | None = None, hole: str = ""
-    ) -> str:
-        """The template's text, with placeholders for control tokens and, if asked for, `hole` in place of one message."""
-        if not messages:
-            raise InvalidRequest("a prompt needs at least one message, got none")
-        dicts = [{"role": m.role, "content": self._guard.hide(m.content, m.role, mark)} for m in messages]
-        if hole_at is not None:
-            dicts[hole_at]["content"] = hole
+    def _prepare(self, messages: Sequence[Message], tools: Tools | None) -> _Prompt:
+        """Messages and tools as templates take them, control text that came with them swapped for placeholders."""
+        if tools:
+            tool_names(tools)
+        turns = self._template.variables(messages)
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    dicts, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt, **self._options
-                )
-            )
-        except Exception as error:  # a template is foreign code and fails in any way it likes
-            roles = ", ".join(message.role for message in messages)
-            raise InvalidRequest(f"the model's chat template refuses these messages ({roles}): {error}") from error
+            texts = [*texts_in(turns), *texts_in(tools or ())]
+            for text in texts:
+                text.encode()
+            mark, hole = unused_marks(texts, 2)
+
+            def hide(text: str) -> str:
+                return self._guard.hide(text, "tool", mark)
+
+            for turn in turns:
+                turn["content"] = self._guard.hide(turn["content"], turn["role"], mark)
+                for key in ("tool_calls", "tool_call_id", "name"):
+                    if key in turn:
+                        turn[key] = map_texts(turn[key], hide)
+            return _Prompt(turns, map_texts(tools, hide) if tools else None, mark, hole)
+        except RecursionError:
+            raise InvalidRequest("a tool or a call's arguments are nested too deeply to be written: flatten them") from None
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"a message or tool holds half a character (a lone surrogate, {error.object[error.start]!r})") from None
+
+    def _after_answer(self, prompt: _Prompt, told: int, whole: str) -> str | None:
+        """The rendering's text behind the last answer; None if the log cannot go on with it.
+
+        That is so if the template now writes what came before, or the answer itself, in another way.
+        """
+        turns, last = prompt.turns, prompt.turns[told - 1]
+        with_hole = [*turns[: told - 1], {"role": "assistant", "content": prompt.hole}, *turns[told:]]
+        before, _, after = self._template.render(with_hole, prompt.tools).partition(prompt.hole)
+        asked = self._template.render(turns[: told - 1], prompt.tools) if told > 1 else before
+        if asked.rstrip() == before.rstrip() and _fills(whole, before, after, self._template.said(last)):
+            return after
+        return None
+
+    def _calls_natively(self, prompt: _Prompt, told: int) -> bool:
+        return self._template.writes_calls and "tool_calls" in prompt.turns[told - 1]
+
+    def _after_calls(self, prompt: _Prompt, told: int, whole: str) -> str | None:
+        """The same behind an answer with calls, whose form is the template's own: nothing can be put in their place.
+
+        The answer is what a chat that ends with it has more than one that asks for it, up to the token that ends a turn.
+        The model need not have written it letter by letter like that, but it must be there.
+        """
+        turns, last = prompt.turns, prompt.turns[told - 1]
+        asked = self._template.render(turns[: told - 1], prompt.tools).rstrip() if told > 1 else ""
+        ended = self._template.render(turns[:told], prompt.tools, add_generation_prompt=False).rstrip()
+        if not (ended.startswith(asked) and whole.startswith(ended)):
+            return None
+        answer = ended[len(asked) :]
+        ends = (answer.rfind(self._backend.id_to_token(token_id)) for token_id in self.stop_token_ids)
+        answer = answer[: max((end for end in ends if end >= 0), default=len(answer))]
+        rest = "".join(answer.split())
+        for said in (last["content"], *(call["function"]["name"] for call in last["tool_calls"])):
+            _, found, rest = rest.partition("".join(said.split())) if said.strip() else ("", "-", rest)
+            if not found:
+                return None
+        return whole[len(asked) + len(answer) :]
 
     def _closing(self, log: Sequence[int], after: str, mark: str) -> list[int]:
         """Ids that end the last answer and begin the next one; the end-of-turn token only if the log lacks it."""
@@ -205,35 +297,66 @@ class ChatText:
                 return ids[len(anchor_ids) :]
         return self._guard.encode(text, mark)
 
-    def _begins_with(self, log: Sequence[int], history: Sequence[Message], whole: str, mark: str) -> bool:
+    def _begins_with(self, log: Sequence[int], prompt: _Prompt, whole: str) -> bool:
         """Whether the log begins as this template would begin it now, up to the first answer.
 
-        Not so when the system prompt depends on the date, or the log was made with another template.
+        Not so when the system prompt depends on the date, or the log was made with another template or other tools.
         """
-        head = next(i for i, message in enumerate(history) if message.role == "assistant")
-        if head == 0:
+        head = _head(prompt.turns)
+        if not head:
             return True
-        text = self._render(history[:head], mark)
+        text = self._template.render(head, prompt.tools)
         shared = text[: _common_prefix(text, whole)]
-        ids = self._guard.encode(shared, mark)
+        ids = self._guard.encode(shared, prompt.mark)
         return _common_prefix(ids, log) >= len(ids) - 1  # the last one may have merged with what followed
+
+    def _wander(self, log: Sequence[int], tools: Tools | None) -> bool:
+        """Whether a list of tools stands, or stood, somewhere behind the first answer, where nothing else would notice a change of it."""
+        return self._template.moves_tools and (bool(tools) or self._tools_opening in log)
+
+    def _tools_changed(self, log: Sequence[int], prompt: _Prompt, reused: int) -> bool:
+        """Whether the log parts from the new rendering after `reused` tokens because it tells of other tools."""
+        head = _head(prompt.turns)
+        if not head:
+            return False
+        with_tools = self._guard.encode(self._template.render(head, prompt.tools or PROBE_TOOLS), prompt.mark)
+        without = self._guard.encode(self._template.render(head, None), prompt.mark)
+        if _common_prefix(without if prompt.tools else with_tools, log) > reused:
+            return True  # the log had none, or it has some and there are none now
+        start = _common_prefix(with_tools, without)
+        stop = len(with_tools) - _common_prefix(with_tools[:start:-1], without[:start:-1])
+        return prompt.tools is not None and start < reused < stop
+
+    @cached_property
+    def _tools_opening(self) -> int | None:
+        """The control token that a list of tools begins with."""
+        bare, told = (self._backend.encode(text, add_special_tokens=False).ids for text in self._template.probe_tools())
+        opening = told[_common_prefix(bare, told)]
+        return opening if opening in self._backend.get_added_tokens_decoder() else None
+
+    @cached_property
+    def _begins_thinking(self) -> bool:
+        return self._template.begins_thinking()
 
     def _find_stop_token_ids(self) -> frozenset[int]:
         ids = {self._tokenizer.eos_token_id} if self._tokenizer.eos_token_id is not None else set()
-        mark, hole = unused_marks((), 2)
+        (hole,) = unused_marks((), 1)
+        turns: list[Turn] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": hole}]
         try:
-            rendered = self._render([Message("user", "?"), Message("assistant", hole)], mark, add_generation_prompt=False)
+            rendered = self._template.render(turns, None, add_generation_prompt=False)
         except InvalidRequest:
             return frozenset(ids)  # an unusual template: its users bring their own stop tokens
         closing = self._guard.leading_control(rendered.rpartition(hole)[2])
         if closing is not None and closing[1] in self._special_ids:
             ids.add(closing[1])
+        call = self._backend.encode(self._template.probe_call(), add_special_tokens=False).ids
+        ids.update([i for i in call if i in self._special_ids][-1:])  # calls may end with a token of their own
         return frozenset(ids)
 
 
-def _marks(messages: Sequence[Message]) -> tuple[str, str]:
-    mark, hole = unused_marks((message.content for message in messages), 2)
-    return mark, hole
+def _head(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The messages before the first answer."""
+    return turns[: next((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))]
 
 
 def _fills(whole: str, before: str, after: str, answer: str) -> bool:
@@ -249,13 +372,6 @@ def _common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
         if a != b:
             return index
     return min(len(left), len(right))
-
-
-def _template_of(tokenizer: Any) -> str:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:  # several templates, none of them the default
-        raise ModelUnavailable(f"the tokenizer's chat template cannot be used: {error}") from error
 
 
 def _anchors(backend: Any) -> list[tuple[str, list[int]]]:

@@ -1,0 +1,181 @@
+"""A chat template and what it can: messages and tools to text. Knows templates and template variables; never token ids, logs or whose text it is.
+
+What a template can do with tools is found out by trying: a tool and a call of it are rendered, and what comes out tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pensieve.chat import Message
+from pensieve.errors import InvalidRequest, ModelUnavailable
+from pensieve.text.tool_format import ToolFormat, Tools, format_of_call, map_texts, write_calls, write_plainly
+
+# For models without a template. Each message is a paragraph that begins with its speaker's name.
+PLAIN_TEMPLATE = (
+    "{{ plain_bos }}{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content }}\n\n"
+    "{% else %}{{ message.role | capitalize }}: {{ message.content | trim }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+PLAIN_STOPS = ("\nUser:",)
+
+Turn = dict[str, Any]  # a message as templates take it
+
+_PROBE = "pensieve_probe"
+PROBE_TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": _PROBE, "description": "?", "parameters": {"type": "object", "properties": {}}}}
+]
+_ASK: Turn = {"role": "user", "content": "?"}
+# Mistral's templates insist on ids of nine letters and digits.
+_CALL: Turn = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "pensieve1", "type": "function", "function": {"name": _PROBE, "arguments": {"x": 1}}}],
+}
+
+
+class PromptTemplate:
+    """Renders chats.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        options: variables for the template beyond the messages.
+        plain_bos: what a model without a template begins with.
+
+    Attributes:
+        source: the template's source.
+        tools_source: of the template in use when there are tools; nearly always the same.
+        supports_tools: whether the template writes a list of tools that it is given.
+        writes_calls: whether it also writes calls, in a form that can be read. If not, tools and calls are written plainly.
+        tool_format: how the model writes calls.
+        moves_tools: whether the list of tools moves to later messages as the chat goes on.
+
+    Raises:
+        ModelUnavailable: the tokenizer has several templates and no default.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, object], plain_bos: str) -> None:
+        self._tokenizer = tokenizer
+        self._options = dict(options)
+        self.is_plain = not tokenizer.chat_template
+        if self.is_plain:
+            self.source = self.tools_source = PLAIN_TEMPLATE
+            self._options["plain_bos"] = plain_bos
+        else:
+            self.source = _source_of(tokenizer)
+            several = isinstance(tokenizer.chat_template, dict)
+            self.tools_source = str(tokenizer.chat_template.get("tool_use", self.source)) if several else self.source
+        self.supports_tools = _PROBE in self._try([_ASK], PROBE_TOOLS)
+        written = self._try([_ASK, _CALL], PROBE_TOOLS, add_generation_prompt=False) if self.supports_tools else ""
+        native = format_of_call(written.rpartition("?")[2], _PROBE)
+        self.writes_calls = native is not None
+        self.tool_format = native or ToolFormat.HERMES
+        asked_twice = [_ASK, {"role": "assistant", "content": "#"}, _ASK]
+        self.moves_tools = self.writes_calls and _PROBE in self._try(asked_twice, PROBE_TOOLS).rpartition("#")[2]
+        self._takes_system = _PROBE in self._try([{"role": "system", "content": _PROBE}, _ASK], None)
+
+    def variables(self, messages: Sequence[Message]) -> list[Turn]:
+        """Messages as templates take them."""
+        names = {call.id: call.name for message in messages for call in message.tool_calls}
+        turns: list[Turn] = []
+        for message in messages:
+            turn: Turn = {"role": message.role, "content": message.content}
+            if message.tool_calls:
+                turn["tool_calls"] = [
+                    {"id": self._id(call.id), "type": "function", "function": {"name": call.name, "arguments": parsed(call.arguments)}}
+                    for call in message.tool_calls
+                ]
+            if message.tool_call_id is not None:
+                turn["tool_call_id"] = self._id(message.tool_call_id)
+            name = message.name or names.get(message.tool_call_id or "")
+            if name is not None:
+                turn["name"] = name
+            turns.append(turn)
+        return turns
+
+    def render(self, turns: Sequence[Turn], tools: Tools | None, add_generation_prompt: bool = True) -> str:
+        """The template's text.
+
+        Raises:
+            InvalidRequest: the template refuses these messages.
+        """
+        if not turns:
+            raise InvalidRequest("a prompt needs at least one message, got none")
+        try:
+            if self.writes_calls:
+                return self._write(turns, tools, add_generation_prompt)
+            return self._write(write_plainly(turns, tools, self._takes_system), None, add_generation_prompt)
+        except Exception as error:  # a template is foreign code and fails in any way it likes
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise InvalidRequest(f"the model's chat template refuses these messages ({roles}): {error}") from error
+
+    def said(self, turn: Turn) -> str:
+        """What an assistant's message has as content when it is rendered."""
+        return str(turn["content"]) if self.writes_calls else write_calls(turn)
+
+    def probe_call(self) -> str:
+        """A call of a function as the template ends it; empty if it does not write calls."""
+        written = self._try([_ASK, _CALL], PROBE_TOOLS, add_generation_prompt=False) if self.writes_calls else ""
+        return written.rpartition(_PROBE)[2]
+
+    def probe_tools(self) -> tuple[str, str]:
+        """The same question without and with a list of tools."""
+        return self._try([_ASK], None), self._try([_ASK], PROBE_TOOLS)
+
+    def begins_thinking(self) -> bool:
+        """Whether an answer begins inside `<think>`, because the template wrote that already."""
+        asked = self._try([_ASK], None)
+        return asked.rfind("<think>") > asked.rfind("</think>")
+
+    def _write(self, turns: Sequence[Turn], tools: Tools | None, add_generation_prompt: bool) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns],
+                tools=list(tools) if tools else None,
+                chat_template=self.tools_source if tools else self.source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._options,
+            )
+        )
+
+    def _try(self, turns: Sequence[Turn], tools: Tools | None, add_generation_prompt: bool = True) -> str:
+        """What the template makes of a probe; empty if it refuses."""
+        try:
+            return self._write(turns, tools, add_generation_prompt)
+        except Exception:  # foreign code, as above; a template that refuses a probe cannot do what was asked
+            return ""
+
+    def _id(self, call_id: str) -> str:
+        """A call's id as the template takes it."""
+        if self.tool_format not in (ToolFormat.MISTRAL, ToolFormat.MISTRAL_ARGS) or re.fullmatch(r"[a-zA-Z0-9]{9}", call_id):
+            return call_id
+        return hashlib.blake2b(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
+
+
+def parsed(arguments: str) -> Any:
+    """A call's arguments as data; the text itself where it is not JSON that can be written again."""
+    if not arguments.strip():
+        return {}
+    try:
+        value = json.loads(arguments, parse_constant=_no_constant)
+        json.dumps(map_texts(value, str), ensure_ascii=False).encode()  # half a surrogate pair has no bytes
+    except (ValueError, RecursionError):
+        return arguments
+    return value
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _source_of(tokenizer: Any) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:  # several templates, none of them the default
+        raise ModelUnavailable(f"the tokenizer's chat template cannot be used: {error}") from error
