@@ -64,6 +64,8 @@ class ObjectBody(CallBody):
         super().__init__(names, streams)
         self._needs_arguments = needs_arguments
         self._scanner = MemberScanner()
+        self._known: str | None = None
+        self._max_name = 2 + 12 * max(map(len, names), default=0)  # characters, when each is written as two escapes
         self._in_arguments = False  # of the begun call
 
     def push(self, char: str) -> Verdict:
@@ -96,17 +98,22 @@ class ObjectBody(CallBody):
     def _may_be_known(self) -> bool:
         """Whether the name, as far as it goes, is a known tool's."""
         scanner = self._scanner
+        if self._known is not None:
+            return True
         if "name" in scanner.members:
-            return self._known_name() is not None
+            self._known = self._named(scanner.members["name"])
+            return self._known is not None
         if scanner.key != "name" or scanner.value_start is None:
             return True
-        so_far = scanner.partial_value()
-        return so_far[0] == '"' and ("\\" in so_far or any(name.startswith(so_far[1:]) for name in self._names))
+        if scanner.value_begin != '"' or scanner.value_length > self._max_name:
+            return False
+        so_far = scanner.partial_value()[1:]
+        return "\\" in so_far or any(name.startswith(so_far) for name in self._names)
 
-    def _known_name(self) -> str | None:
+    def _named(self, text: str) -> str | None:
         try:
-            name = json.loads(self._scanner.members["name"])
-        except (KeyError, ValueError):
+            name = json.loads(text)
+        except ValueError:
             return None
         return name if isinstance(name, str) and name in self._names else None
 
@@ -115,19 +122,18 @@ class ObjectBody(CallBody):
 
     def _begin_early(self) -> None:
         """Begin, if the name is there and an object of arguments has begun."""
-        name, scanner = self._known_name(), self._scanner
-        if name is None:
+        if self._known is None:
             return
-        arguments = self._arguments()
+        arguments, scanner = self._arguments(), self._scanner
         if arguments is not None and arguments[0] == "{":
-            self._begin(name, arguments)
-        elif arguments is None and scanner.key in _ARGUMENTS and (partial := scanner.partial_value()).startswith("{"):
-            self._begin(name, partial)
+            self._begin(self._known, arguments)
+        elif arguments is None and scanner.key in _ARGUMENTS and scanner.value_begin == "{":
+            self._begin(self._known, scanner.partial_value())
             self._in_arguments = True
 
     def _begin_whole(self, text: str) -> bool:
         """Begin and end with the object's text, if it is a call."""
-        name, arguments = self._known_name(), self._arguments()
+        name, arguments = self._known, self._arguments()
         if name is None or not is_object(text) or (arguments is None and self._needs_arguments):
             return False
         if arguments is None or arguments == "null":

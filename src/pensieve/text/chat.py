@@ -82,7 +82,7 @@ class ChatText:
         if self._template.is_plain:
             self.stop_strings = PLAIN_STOPS
             self.note = 'this model has no chat template: messages are written as plain "User: ..." and "Assistant: ..." paragraphs'
-        markup = [] if self._template.writes_calls else [*PLAIN_MARKUP]
+        markup = self.tool_format.markers if self._template.writes_calls else PLAIN_MARKUP
         self._guard = ControlGuard(backend, "\n".join([self._template.source, self._template.tools_source, *markup]))
         self._anchors = _anchors(backend)
         self.stop_token_ids = self._find_stop_token_ids()
@@ -277,13 +277,10 @@ class ChatText:
         if not (ended.startswith(asked) and whole.startswith(ended)):
             return None
         answer = ended[len(asked) :]
-        ends = (answer.rfind(self._backend.id_to_token(token_id)) for token_id in self.stop_token_ids)
+        ends = (answer.rfind(token) for i in self.stop_token_ids if (token := self._backend.id_to_token(i)))
         answer = answer[: max((end for end in ends if end >= 0), default=len(answer))]
-        rest = "".join(answer.split())
-        for said in (last["content"], *(call["function"]["name"] for call in last["tool_calls"])):
-            _, found, rest = rest.partition("".join(said.split())) if said.strip() else ("", "-", rest)
-            if not found:
-                return None
+        if not _in_order(answer, [last["content"], *(call["function"]["name"] for call in last["tool_calls"])]):
+            return None
         return whole[len(asked) + len(answer) :]
 
     def _closing(self, log: Sequence[int], after: str, mark: str) -> list[int]:
@@ -327,8 +324,11 @@ class ChatText:
         head = _head(prompt.turns)
         if not head:
             return False
-        with_tools = self._guard.encode(self._template.render(head, prompt.tools or PROBE_TOOLS), prompt.mark)
-        without = self._guard.encode(self._template.render(head, None), prompt.mark)
+        try:
+            with_tools = self._guard.encode(self._template.render(head, prompt.tools or PROBE_TOOLS), prompt.mark)
+            without = self._guard.encode(self._template.render(head, None), prompt.mark)
+        except InvalidRequest:  # of a rendering that nobody asked for
+            return False
         if _common_prefix(without if prompt.tools else with_tools, log) > reused:
             return True  # the log had none, or it has some and there are none now
         start = _common_prefix(with_tools, without)
@@ -372,6 +372,17 @@ def _fills(whole: str, before: str, after: str, answer: str) -> bool:
     if not (whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before) + len(after)):
         return False
     return whole[len(before) : len(whole) - len(after)].split() == answer.split()
+
+
+def _in_order(text: str, parts: Sequence[str]) -> bool:
+    """Whether the parts follow each other in the text. White space does not count."""
+    rest = "".join(text.split())
+    for part in ("".join(part.split()) for part in parts):
+        at = rest.find(part)
+        if at < 0:
+            return False
+        rest = rest[at + len(part) :]
+    return True
 
 
 def _common_prefix(left: Sequence[object], right: Sequence[object]) -> int:

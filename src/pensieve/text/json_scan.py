@@ -74,6 +74,16 @@ class MemberScanner:
         """The object so far."""
         return "".join(self._chars)
 
+    @property
+    def value_begin(self) -> str:
+        """The first character of the value on its way; empty if there is none."""
+        return "" if self.value_start is None else self._chars[self.value_start]
+
+    @property
+    def value_length(self) -> int:
+        """Characters that are there of the value on its way."""
+        return 0 if self.value_start is None else len(self._chars) - self.value_start
+
     def partial_value(self) -> str:
         """What is there of the value on its way."""
         return "" if self.value_start is None else "".join(self._chars[self.value_start :])
@@ -117,11 +127,10 @@ class MemberScanner:
                 raise Malformed
 
     def _take_value(self, char: str) -> None:
-        assert self.value_start is not None
         if self._container is not None:
             if self._container.push(char):
                 self._end_value(char)
-        elif self._chars[self.value_start] == '"':
+        elif self.value_begin == '"':
             if self._ends_string(char):
                 self._end_value(char)
         elif char in JSON_SPACE or char in ",}":
