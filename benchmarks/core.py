@@ -59,7 +59,9 @@ def fill(cache: TieredCache, num_sequences: int, num_chunks: int, rng: random.Ra
 
 
 def settle(cache: TieredCache) -> None:
-    for copy in cache.collect_moves().swap_out:
+    moves = cache.collect_moves()
+    cache.places.wipes.settle(moves.wiped, None)
+    for copy in moves.swap_out:
         cache.finish_copy(copy.copy_id)
 
 

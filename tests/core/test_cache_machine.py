@@ -13,6 +13,7 @@ from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.sequence import Sequence, extend_digests
+from pensieve.core.wipes import Erasure
 from pensieve.errors import KeepRefused
 
 SIZE = 4
@@ -35,6 +36,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.logs: dict[str, list[int]] = {name: [1, 2, 3, 4, 5] for name in NAMES}
         self.running: dict[str, tuple[Sequence, list[int]]] = {}
         self.uncomputed: dict[str, list[tuple[int, int]]] = {}
+        self.plans: list[tuple[tuple[int, int], ...]] = []  # wipes of plans not committed yet
+        self.erasures: list[Erasure] = []
 
     @rule(name=st.sampled_from(NAMES), new=st.lists(st.integers(0, 3), min_size=1, max_size=9), cut=st.integers(0, 12))
     def begin_turn(self, name: str, new: list[int], cut: int) -> None:
@@ -122,6 +125,44 @@ class CacheMachine(RuleBasedStateMachine):
         if sequence is not None and name not in self.running:
             self.cache.forget(sequence)
 
+    @rule(name=st.sampled_from(NAMES), most=st.integers(1, 4), reserve=st.integers(0, 3))
+    def warm(self, name: str, most: int, reserve: int) -> None:
+        sequence = self.cache.find("n", name)
+        if sequence is None:
+            return
+        self.cache.touch(sequence, self.now_s)
+        before = self.cache.room.available(0)
+        dropped = self.cache.places.num_dropped
+        begun, left = self.cache.warm(sequence, most, reserve, self.now_s)
+        assert begun <= most
+        assert self.cache.places.num_dropped == dropped, "a hint made somebody lose a chunk"
+        assert begun == 0 or self.cache.room.available(0) >= min(before, reserve)
+        assert left >= 0
+        assert name not in self.running or begun == 0
+
+    @rule(name=st.sampled_from(NAMES))
+    def idle(self, name: str) -> None:
+        sequence = self.cache.find("n", name)
+        if sequence is not None and name not in self.running:
+            self.cache.idle(sequence)
+            chunks = [c for c in sequence.chunks if c is not None and c.owner is sequence and c.queues & self.cache.places.sole[0].bit]
+            worst = self.cache.places.sole[0].worst(self.now_s)
+            assert not chunks or (worst is not None and worst.owner.last_active_s == sequence.last_active_s), "others would go before it"
+
+    @rule(name=st.sampled_from(NAMES))
+    def erase(self, name: str) -> None:
+        if name not in self.running:
+            self.erasures.append(self.cache.erase(self.cache.find("n", name)))
+
+    @rule()
+    def make_a_plan(self) -> None:
+        self.plans.append(self.cache.collect_moves().wiped)
+
+    @precondition(lambda self: self.plans)
+    @rule(fails=st.booleans())
+    def commit_a_plan(self, fails: bool) -> None:
+        self.cache.places.wipes.settle(self.plans.pop(0), "injected" if fails else None)
+
     @invariant()
     def everything_agrees(self) -> None:
         self.cache.check()
@@ -148,6 +189,12 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.forget(sequence)
         for copy_id in list(self.cache.places.copies):
             self.cache.finish_copy(copy_id)
+        for _ in range(4):
+            self.plans.append(self.cache.collect_moves().wiped)
+            for wiped in self.plans:
+                self.cache.places.wipes.settle(wiped, None)
+            self.plans.clear()
+        assert all(erasure.done for erasure in self.erasures)
         self.cache.check()
         assert [pool.num_used for pool in self.cache.places.pools] == [0, 0], "slots leaked"
         assert not self.cache.sequences and not self.cache.index

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fake_worker import FakeWorker, LateWorker, expected_answer
+from fake_worker import FakeWorker, LateWorker, cells_of, expected_answer
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.request import FinishReason, Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
+from pensieve.core.wipes import Erasure
 from pensieve.errors import PensieveError, RequestTooLarge
 
 CHUNK = 4
@@ -46,6 +48,9 @@ class World:
         self.now_s = 100.0
         self.done: dict[str, Request] = {}
         self.failures = failures
+        self.requests: dict[str, Request] = {}
+        self.erasing: list[tuple[str, Erasure, set[int]]] = []
+        self.num_erased = 0
 
     def step(self) -> bool:
         """One schedule and the commits that are due; False if nothing moved."""
@@ -53,6 +58,7 @@ class World:
         plan = self.scheduler.schedule(self.now_s)
         self.cache.check()
         self.late.submit(plan)
+        self.check_zeros()
         idle = plan.is_empty
         for settled, result in self.late.ready(drain=idle):
             events = self.scheduler.commit(settled, result, self.now_s)
@@ -60,7 +66,43 @@ class World:
             self.collect(events.finished)
             idle &= not (result.tokens or result.copies_done or result.copies_failed or events.finished)
         self.collect(self.scheduler.take_finished())
+        for name, erasure, cells in self.erasing:
+            if erasure.done:
+                self.num_erased += 1
+                found = cells & {cell for tier in self.late.worker.tiers for slot in tier for cell in slot} - self.cells()
+                assert not found, f"{len(found)} cells of {name} are left"
+        self.erasing = [item for item in self.erasing if not item[1].done]
         return not idle or bool(self.late.worker.settling)
+
+    def check_zeros(self) -> None:
+        """A slot said to be clean is zero (all plans made so far have run), and nobody else's bytes lie behind a partial chunk's."""
+        wipes = self.cache.places.wipes
+        for tier, slots in enumerate(self.late.worker.tiers):
+            for slot, cells in enumerate(slots):
+                assert wipes.is_dirty(tier, slot) or not any(cells), f"slot {slot} of tier {tier} is not zero: {cells}"
+
+    def submit(self, request_id: str, name: str, prompt: list[int], history: int, sampling: SamplingParams) -> None:
+        self.requests[request_id] = self.scheduler.submit(request_id, "n", name, tuple(prompt), history, sampling, self.now_s)
+
+    def cells(self, only: str | None = None) -> set[int]:
+        """Every cell that the requests of a conversation, or of all, may have had."""
+        chosen = [request for request in self.requests.values() if only is None or request.sequence_id == only]
+        cells: set[int] = set()
+        for request in chosen:
+            prompt = request.tokens[: request.num_prompt]
+            cells.update(cells_of([*prompt, *expected_answer(prompt, request.sampling.max_new_tokens)])[0])
+        return cells
+
+    def erase(self, name: str) -> None:
+        erasure = self.scheduler.forget("n", name, self.now_s, erase=True)
+        while erasure is None:
+            self.step()
+            erasure = self.scheduler.forget("n", name, self.now_s, erase=True)
+        own = self.cells(name)
+        later = [request_id for request_id, request in self.requests.items() if request.sequence_id == name]
+        for request_id in later:
+            del self.requests[request_id]
+        self.erasing.append((name, erasure, own))  # but for what others have, or a later turn computes anew
 
     def collect(self, finished: list[Request]) -> None:
         for request in finished:
@@ -85,6 +127,17 @@ def check_answer(request: Request, vocab: int = 50) -> None:
         assert request.output == want
     served = request.gpu_tokens + request.cpu_tokens + request.recomputed_tokens + request.new_tokens
     assert request.admitted_s is None or served == request.num_prompt
+    misses = request.misses if request.admitted_s is not None else ()
+    missed = [(miss.why, miss.stop - miss.start) for miss in misses]
+    assert all(length > 0 for _, length in missed)
+    assert all(a.stop <= b.start for a, b in itertools.pairwise(misses))
+    assert all((a.stop, a.why, a.by) != (b.start, b.why, b.by) for a, b in itertools.pairwise(misses)), "not merged"
+    assert sum(length for why, length in missed if why == "on_cpu") == request.cpu_tokens
+    assert sum(length for why, length in missed if why != "on_cpu") == request.recomputed_tokens + request.new_tokens
+    for miss in misses:
+        assert miss.why != "new" or miss.start >= request.history_tokens
+        assert miss.why not in ("never_seen", "unfinished") or miss.stop <= request.history_tokens
+        assert (miss.at_s is not None) == (miss.why in ("dropped", "failed"))
 
 
 def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, retain: bool = True) -> None:
@@ -101,7 +154,7 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
         sampling = SamplingParams(max_new_tokens=rng.randint(1, 12), stop_token_ids=frozenset(rng.sample(range(50), rng.choice([0, 2]))))
         request_id = f"r{turn}"
         try:
-            world.scheduler.submit(request_id, "n", name, tuple(prompt), rng.randint(0, len(logs[name])), sampling, world.now_s)
+            world.submit(request_id, name, prompt, rng.randint(0, len(logs[name])), sampling)
         except PensieveError:
             logs[name] = list(system)
             continue
@@ -112,6 +165,12 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
             world.scheduler.abort(rng.choice(sorted(pending)), world.now_s)
         if rng.random() < 0.1:
             world.scheduler.forget("n", rng.choice(sorted(logs)), world.now_s)
+        if rng.random() < 0.15 and retain:
+            world.erase(rng.choice(sorted(logs)))
+        if rng.random() < 0.3:
+            hint = rng.choice([lambda name: world.scheduler.warm("n", name, world.now_s), lambda name: world.scheduler.idle("n", name)])
+            with contextlib.suppress(PensieveError):
+                hint(rng.choice(sorted(logs)))
         if rng.random() < 0.2:
             with contextlib.suppress(PensieveError):
                 world.scheduler.set_keep("n", rng.choice(sorted(logs)), rng.random() < 0.7)
@@ -129,6 +188,7 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
         pass
     world.cache.check()
     assert not world.cache.sequences and not world.cache.index
+    assert not world.erasing
     for pool in world.cache.places.pools:
         assert pool.num_used == 0
 

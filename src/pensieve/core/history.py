@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pensieve.core.chunk import Chunk
 from pensieve.core.sequence import Key, Sequence, chain_digest
@@ -12,8 +12,7 @@ from pensieve.core.sequence import Key, Sequence, chain_digest
 MAX_LOSSES = 16_384  # remembered; the oldest are forgotten first
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(NamedTuple):
     """One chunk that is gone."""
 
     why: Literal["dropped", "failed"]
@@ -28,7 +27,7 @@ class History:
 
     def __init__(self, limit: int = MAX_LOSSES) -> None:
         self._limit = limit
-        self._losses: dict[bytes | tuple[Key, int], Loss] = {}
+        self._losses: OrderedDict[bytes | tuple[Key, int], Loss] = OrderedDict()  # (a dict is slow at giving its first entry up)
         self.num_failed = 0  # chunks lost to a failed copy or forward
 
     def __len__(self) -> int:
@@ -47,10 +46,10 @@ class History:
             key, loss = (owner.key, chunk.index), Loss(why, now_s, by, chunk.num_tokens, digest)
         else:
             return
-        self._losses.pop(key, None)  # the latest loss is the one to tell of, and the last to be forgotten
         self._losses[key] = loss
+        self._losses.move_to_end(key)  # the latest loss is the one to tell of, and the last to be forgotten
         if len(self._losses) > self._limit:
-            del self._losses[next(iter(self._losses))]
+            self._losses.popitem(last=False)
 
     def found_again(self, digest: bytes) -> None:
         """A full chunk was computed: it is not lost any more."""

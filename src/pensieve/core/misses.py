@@ -95,7 +95,9 @@ class _Explanation:
                 return
         history = self._history
         was_sampled_last = start + 1 == history  # (the first token of its chunk: there is no chunk yet)
-        is_left_to_compute = stop == history == len(self._tokens)  # (of a prompt that ends with a full chunk, that one is computed)
+        is_left_to_compute = stop == history == len(self._tokens) and position < len(
+            digests
+        )  # (of a prompt that ends with a full chunk, that one is computed)
         if position and self._untraced != position - 1 and (was_sampled_last or is_left_to_compute):
             self._split(start, stop, "unfinished")
             return

@@ -34,6 +34,7 @@ class KVStore:
             self.data = _fresh_pages(num_slots * num_layers * layer_bytes).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self._host = self.data.numpy() if device.type == "cpu" else None
 
     @property
     def slot_bytes(self) -> int:
@@ -52,7 +53,10 @@ class KVStore:
     def wipe(self, slots: Sequence[int]) -> None:
         """Make slots zero again. CUDA work is queued on the current stream."""
         for slot in slots:
-            self.data[slot].zero_()
+            if self._host is None:
+                self.data[slot].zero_()
+            else:  # one thread writes at memory speed; waking torch's others can take far longer than the work
+                self._host[slot].fill(0)
 
 
 def _fresh_pages(num_bytes: int) -> torch.Tensor:

@@ -1,0 +1,131 @@
+"""A scheduler over a fake worker, stepped by hand, every invariant checked after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fake_worker import FakeWorker, LateWorker, cells_of, expected_answer
+from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.core.cache import TieredCache
+from pensieve.core.cost import CostProfile
+from pensieve.core.eviction import POLICIES
+from pensieve.core.plan import StepPlan, StepResult
+from pensieve.core.request import Request, SamplingParams
+from pensieve.core.scheduler import Scheduler
+from pensieve.core.wipes import Erasure
+
+CHUNK = 4
+
+
+class World:
+    """A second passes between steps; results may come `lag` plans late."""
+
+    def __init__(
+        self,
+        *slots: int,
+        policy: str = "retention",
+        worker: FakeWorker | None = None,
+        lag: int = 0,
+        names: str = "gpu cpu disk",
+        **config: float,
+    ) -> None:
+        tiers = tuple(TierConfig(name, count) for name, count in zip(names.split(), slots, strict=False))
+        cost = CostProfile([(4, 1.0), (64, 2.0)], CHUNK)
+        self.cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: POLICIES[policy](cost.of_chunk))
+        settings = {"max_batch_tokens": 64, "max_running": 8, **config}
+        self.scheduler = Scheduler(SchedulerConfig(**settings), self.cache, max_context=400)  # type: ignore[arg-type]
+        self.worker = worker or FakeWorker(list(slots), CHUNK)
+        self.late = LateWorker(self.worker, lag)
+        self.now_s = 0.0
+        self.done: dict[str, Request] = {}
+
+    def submit(
+        self, name: str, tokens: list[int], answer: int = 1, *, conversation: str | None = None, namespace: str = "n", history: int = 0
+    ) -> Request:
+        sampling = SamplingParams(max_new_tokens=answer)
+        return self.scheduler.submit(name, namespace, conversation or name, tuple(tokens), history, sampling, self.now_s)
+
+    def step(self, change: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result) -> StepPlan:
+        self.now_s += 1.0
+        plan = self.scheduler.schedule(self.now_s)
+        self.cache.check()
+        self.late.submit(plan)
+        for settled, result in self.late.ready(drain=plan.is_empty):
+            finished = self.scheduler.commit(settled, change(settled, result), self.now_s).finished
+            for request in finished:
+                self.done[request.request_id] = request
+            self.cache.check()
+        for request in self.scheduler.take_finished():
+            self.done[request.request_id] = request
+        return plan
+
+    def run(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.requests:
+                return
+            self.step()
+        raise AssertionError("not done")
+
+    def turn(
+        self, name: str, tokens: list[int], answer: int = 1, *, conversation: str | None = None, namespace: str = "n", history: int = 0
+    ) -> Request:
+        self.submit(name, tokens, answer, conversation=conversation, namespace=namespace, history=history)
+        self.run()
+        request = self.done[name]
+        assert request.output == expected_answer(tokens, request.num_output)
+        return request
+
+    def settle(self, steps: int = 6) -> None:
+        for _ in range(steps):
+            self.step()
+
+    def places(self, conversation: str) -> str:
+        """One character a chunk: both, gpu, lower, dropped."""
+        sequence = self.cache.find("n", conversation)
+        letters = {(True, True): "b", (True, False): "g", (False, True): "c"}
+        return "".join(
+            "." if chunk is None else letters[chunk.slots[0] is not None, any(slot is not None for slot in chunk.slots[1:])]
+            for chunk in (sequence.chunks if sequence else [])
+        )
+
+    def drop(self, conversation: str, *positions: int) -> None:
+        """Drop chunks without a word to anybody."""
+        sequence = self.cache.find("n", conversation)
+        assert sequence is not None
+        for position in positions:
+            chunk = sequence.chunks[position]
+            assert chunk is not None
+            for tier in range(self.cache.places.num_tiers - 1, chunk.place or 0, -1):
+                if chunk.slots[tier] is not None:
+                    self.cache.places.release_lower(chunk, tier)
+            self.cache.places.drop(chunk)
+
+    def erase(self, conversation: str) -> Erasure:
+        """Begin to erase, stepping until no turn of the conversation is in flight."""
+        for _ in range(20):
+            erasure = self.scheduler.forget("n", conversation, self.now_s, erase=True)
+            if erasure is not None:
+                return erasure
+            self.step()
+        raise AssertionError("turns stay in flight")
+
+    def finish(self, erasure: Erasure) -> int:
+        """Step until it is done. Returns the steps that took."""
+        for steps in range(200):
+            if erasure.done:
+                return steps
+            self.step()
+        raise AssertionError(f"never erased: {erasure.slots} {erasure.copies}")
+
+    def remains(self, tokens: list[int]) -> int:
+        """How many cells of a token path lie in any tier."""
+        cells = set(cells_of(tokens)[0])
+        return sum(cell in cells for tier in self.worker.tiers for slot in tier for cell in slot)
+
+    def unclean_free_slots(self) -> list[tuple[int, int]]:
+        return [
+            (tier, slot)
+            for tier, pool in enumerate(self.cache.places.pools)
+            for slot in sorted(pool.free_slots())
+            if any(self.worker.tiers[tier][slot])
+        ]
