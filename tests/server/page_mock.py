@@ -23,8 +23,18 @@ STATIC = Path(__file__).parents[2] / "src/pensieve/server/static"
 CSP = "default-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:"
 CHUNK_TOKENS = 32
 CHUNK_BYTES = 720_896
-SLOTS = {"gpu": 24_000, "cpu": 60_000, "disk": 120_000}
-TOPICS = ("a trip to Lisbon", "sourdough", "tail latency", "a haiku", "tax forms", "bird songs", "old maps", "kernel panics", "chess openings", "the moon")
+TOPICS = (
+    "a trip to Lisbon",
+    "sourdough",
+    "tail latency",
+    "a haiku",
+    "tax forms",
+    "bird songs",
+    "old maps",
+    "kernel panics",
+    "chess openings",
+    "the moon",
+)
 OPENINGS = ("Tell me about", "Plan", "Explain", "Compare two books on", "Write a poem about", "Debug my notes on", "What is known of")
 WORDS = "the answer to this is short but it takes a few words to say so plainly and in order that each one can be seen to arrive".split()
 
@@ -61,9 +71,11 @@ class World:
         self.conversations: dict[str, Conversation] = {}
         self.counters = dict.fromkeys(("steps", "gpu_tokens", "cpu_tokens", "recomputed_tokens", "new_tokens", "output_tokens"), 0)
         self.counters |= dict.fromkeys(("bytes_in", "bytes_out", "chunks_reclaimed", "chunks_dropped", "suspensions"), 0)
+        self.moving = False  # the cells of idle conversations too
         self.moved_s = time.time()
         for i in range(num_conversations):
             self.add_made_up(i, max_chunks)
+        self.slots = {name: 256 + int(room * held) for (name, held), room in zip(self.held().items(), (1.2, 1.4, 2.5), strict=True)}
         if num_conversations:
             self.counters |= {"gpu_tokens": 61_000, "cpu_tokens": 21_000, "recomputed_tokens": 6_200, "new_tokens": 17_000}
 
@@ -86,7 +98,10 @@ class World:
             active=i < 2,
             created_s=int(time.time()) - 60 * i - 60,
         )
-        conversation.messages = [{"role": "user", "content": conversation.title}, {"role": "assistant", "content": "Gladly. " + " ".join(WORDS)}]
+        conversation.messages = [
+            {"role": "user", "content": conversation.title},
+            {"role": "assistant", "content": "Gladly. " + " ".join(WORDS)},
+        ]
         self.conversations[conversation.id] = conversation
 
     def latest_first(self) -> list[Conversation]:
@@ -99,7 +114,7 @@ class World:
 
     def move(self) -> None:
         """Let about a second's worth of copying and computing happen, however often somebody asks."""
-        if time.time() - self.moved_s < 0.9 or len(self.conversations) < 10:
+        if not self.moving or time.time() - self.moved_s < 0.9:
             return
         self.moved_s = time.time()
         latest = self.latest_first()
@@ -107,7 +122,7 @@ class World:
             conversation.cells = conversation.cells.replace(">", "b").replace("*", "g")
             conversation.cells = conversation.cells.replace("c", ">", 3).replace("d", ">", 1).replace(".", "*", 2)
             conversation.last_active_s = time.time()
-        for conversation in self.random.sample(latest[2:], 12):
+        for conversation in self.random.sample(latest[2:], min(12, max(0, len(latest) - 2))):
             if conversation.pinned:
                 continue
             before = conversation.cells
@@ -118,6 +133,16 @@ class World:
         self.counters["bytes_out"] += int(CHUNK_BYTES * 40 * self.random.random())
         self.counters["gpu_tokens"] += 300
         self.counters["steps"] += 20
+
+    def held(self) -> dict[str, int]:
+        """Slots taken, by tier."""
+        cells = "".join(c.cells for c in self.conversations.values()).lower()
+        both = cells.count("b")
+        return {
+            "gpu": cells.count("g") + both + cells.count("*") + cells.count(">"),
+            "cpu": cells.count("c") + both,
+            "disk": cells.count("d"),
+        }
 
     # -- answers
 
@@ -132,18 +157,22 @@ class World:
     def map(self, offset: int, limit: int) -> dict[str, Any]:
         self.move()
         latest = self.latest_first()
-        cells = "".join(c.cells for c in latest).lower()
-        both = cells.count("b")
-        held = {"gpu": cells.count("g") + both + cells.count("*") + cells.count(">"), "cpu": cells.count("c") + both, "disk": cells.count("d")}
+        held = self.held()
+        both = sum(c.cells.lower().count("b") for c in latest)
         tiers = [
             {"name": name, "num_slots": slots, "used": held[name], "reclaimable": both if name == "gpu" else 0, "free": slots - held[name]}
-            for name, slots in SLOTS.items()
+            for name, slots in self.slots.items()
         ]
         sources = {name: self.counters[f"{name}_tokens"] for name in ("gpu", "cpu", "recomputed", "new")}
         prompt_tokens = sum(sources.values()) or 1
         stats = {
             **self.counters,
-            **{"waiting": self.random.randrange(3), "running": sum(c.active for c in latest), "sequences": len(latest), "chunks": len(cells)},
+            **{
+                "waiting": self.random.randrange(3),
+                "running": sum(c.active for c in latest),
+                "sequences": len(latest),
+                "chunks": sum(held.values()) - both,
+            },
             "hit_rates": {name: tokens / prompt_tokens for name, tokens in sources.items()},
         }
         rows = [self.row(c) for c in latest[offset : offset + limit]]
@@ -210,12 +239,15 @@ class PageMock:
         port: 0 = any free one.
     """
 
-    def __init__(self, num_conversations: int = 12, max_chunks: int = 60, keys: tuple[str, ...] = (), token_delay_s: float = 0.01, port: int = 0) -> None:
+    def __init__(
+        self, num_conversations: int = 12, max_chunks: int = 60, keys: tuple[str, ...] = (), token_delay_s: float = 0.01, port: int = 0
+    ) -> None:
         self.world = World(num_conversations, max_chunks)
         self.keys = keys
         self.token_delay_s = token_delay_s
         self.answer: Callable[[str], list[str]] = lambda words: [f"{word} " for word in (*WORDS, "you", "said", words)]
         self.busy_answers = 0  # so many turns are refused with 429 first
+        self.gone = False  # connections that are still open get no answer
         self.restarting = False  # /ready and the map say 503
         self.requests: list[tuple[str, str, Any]] = []  # (method, path, body)
         self.disconnected = threading.Event()  # a reader of an answer went away
@@ -236,6 +268,7 @@ class PageMock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.gone = True
         self.http.shutdown()
         self.http.server_close()
         self.thread.join()
@@ -264,13 +297,20 @@ class Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         path = urllib.parse.unquote(url.path)
         query = {name: int(values[0]) for name, values in urllib.parse.parse_qs(url.query).items()}
+        if self.mock.gone:
+            self.close_connection = True
+            return
         with self.mock.lock:
             self.mock.requests.append((self.command, path, body))
         try:
             if path == "/" or path.startswith("/static/"):
                 self.send_file(path)
                 return
-            if self.mock.keys and path.startswith("/v1/") and self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.mock.keys:
+            if (
+                self.mock.keys
+                and path.startswith("/v1/")
+                and self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.mock.keys
+            ):
                 raise Refused(401, "an API key is needed: Authorization: Bearer KEY")
             if (self.command, path) == ("POST", "/v1/responses"):
                 self.stream(body)
@@ -356,7 +396,9 @@ class Handler(BaseHTTPRequestHandler):
             for word in words:
                 time.sleep(self.mock.token_delay_s)
                 if word == "<fail>":
-                    self.send_event("response.failed", {"response": {"error": {"code": "forward_failed", "message": "the forward pass failed"}}})
+                    self.send_event(
+                        "response.failed", {"response": {"error": {"code": "forward_failed", "message": "the forward pass failed"}}}
+                    )
                     return
                 self.send_event("response.output_text.delta", {"delta": word})
                 first_s = first_s or time.time()
@@ -364,8 +406,14 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.mock.lock:
                 world.end_turn(conversation, "".join(sent), len(sent))
-        receipt |= {"queue_ms": 1.0, "first_token_ms": 1000 * ((first_s or started_s) - started_s), "total_ms": 1000 * (time.time() - started_s)}
-        self.send_event("response.completed", {"response": {"status": "completed", "usage": {"output_tokens": len(sent)}, "pensieve": receipt}})
+        receipt |= {
+            "queue_ms": 1.0,
+            "first_token_ms": 1000 * ((first_s or started_s) - started_s),
+            "total_ms": 1000 * (time.time() - started_s),
+        }
+        self.send_event(
+            "response.completed", {"response": {"status": "completed", "usage": {"output_tokens": len(sent)}, "pensieve": receipt}}
+        )
         self.close_connection = True
 
     # -- sending
@@ -401,6 +449,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=250)
     options = parser.parse_args()
     with PageMock(options.conversations, options.chunks, token_delay_s=0.05, port=options.port) as mock:
+        mock.world.moving = True
         print(f"the page is at {mock.url}, Ctrl-C ends it")
         try:
             threading.Event().wait()

@@ -15,7 +15,7 @@ import { Poller } from "./poll.js";
 
 const LIST_EVERY_MS = 15000;
 const VIEWS = ["list", "chat", "map"];
-const THEMES = { system: "Auto", light: "Light", dark: "Dark" };
+const THEMES = { system: "◐ Auto", light: "○ Light", dark: "● Dark" };
 
 const api = new Api(askForKey);
 const list = new ConversationList(api, { list: byId("conversations"), note: byId("list-note"), more: byId("more") });
@@ -193,7 +193,7 @@ function showTheme() {
   if (theme === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   setText(byId("theme"), THEMES[theme]);
-  byId("theme").setAttribute("aria-label", `Colours: ${THEMES[theme]}`);
+  byId("theme").setAttribute("aria-label", `Colours: ${theme}`);
   reink();
 }
 
