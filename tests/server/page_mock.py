@@ -7,6 +7,7 @@ Knows nothing of models: answers are words from a list, receipts follow from the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import mimetypes
 import random
@@ -36,7 +37,8 @@ TOPICS = (
     "the moon",
 )
 OPENINGS = ("Tell me about", "Plan", "Explain", "Compare two books on", "Write a poem about", "Debug my notes on", "What is known of")
-WORDS = "the answer to this is short but it takes a few words to say so plainly and in order that each one can be seen to arrive".split()
+ANSWER = "the answer to this is short but it takes a few words to say so plainly and in order that each one can be seen to arrive"
+WORDS = ANSWER.split()
 
 
 @dataclass
@@ -100,7 +102,7 @@ class World:
         )
         conversation.messages = [
             {"role": "user", "content": conversation.title},
-            {"role": "assistant", "content": "Gladly. " + " ".join(WORDS)},
+            {"role": "assistant", "content": f"Gladly. {ANSWER}"},
         ]
         self.conversations[conversation.id] = conversation
 
@@ -451,10 +453,8 @@ def main() -> None:
     with PageMock(options.conversations, options.chunks, token_delay_s=0.05, port=options.port) as mock:
         mock.world.moving = True
         print(f"the page is at {mock.url}, Ctrl-C ends it")
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ export class Gauges {
     }
     root.append(
       this.#tierBox,
-      make("div", { className: "gauge hits" }, make("h3", {}, "Prompt tokens by source"), this.#hit.bar, this.#hit.words),
+      make("div", { className: "gauge hits" }, make("h3", { title: "where prompt tokens came from, since the engine started" }, "Prompt tokens"), this.#hit.bar, this.#hit.words),
       make("div", { className: "gauge" }, make("h3", {}, "Swap traffic"), this.#line,
         make("p", { className: "numbers" }, this.#number("in", "source-in"), this.#number("out", "source-out"))),
       make("div", { className: "gauge" },

@@ -117,8 +117,14 @@ actions.addEventListener("done", ({ detail: { verb, id, answer } }) => {
     if (chat.openId === id) startNew();
     else if (map.chosenId === id) map.choose(null);
   }
-  if (verb !== "open") refreshList();
-  poller.kick();
+  if (verb === "pin" || verb === "unpin") {
+    for (const row of [map.row(id), list.get(id)]) if (row) row.pinned = verb === "pin"; // the same key means the opposite from now on
+    map.choose(map.chosenId);
+    showOpen();
+  }
+  if (verb === "open") return;
+  refreshList();
+  poller.startOver();
 });
 
 // -- the map
