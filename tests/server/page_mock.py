@@ -7,6 +7,7 @@ Knows nothing of models: answers are words from a list, receipts follow from the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import mimetypes
 import random
@@ -23,7 +24,6 @@ STATIC = Path(__file__).parents[2] / "src/pensieve/server/static"
 CSP = "default-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:"
 CHUNK_TOKENS = 32
 CHUNK_BYTES = 720_896
-SLOTS = {"gpu": 24_000, "cpu": 60_000, "disk": 120_000}
 TOPICS = (
     "a trip to Lisbon",
     "sourdough",
@@ -37,7 +37,8 @@ TOPICS = (
     "the moon",
 )
 OPENINGS = ("Tell me about", "Plan", "Explain", "Compare two books on", "Write a poem about", "Debug my notes on", "What is known of")
-WORDS = "the answer to this is short but it takes a few words to say so plainly and in order that each one can be seen to arrive".split()
+ANSWER = "the answer to this is short but it takes a few words to say so plainly and in order that each one can be seen to arrive"
+WORDS = ANSWER.split()
 
 
 @dataclass
@@ -72,9 +73,11 @@ class World:
         self.conversations: dict[str, Conversation] = {}
         self.counters = dict.fromkeys(("steps", "gpu_tokens", "cpu_tokens", "recomputed_tokens", "new_tokens", "output_tokens"), 0)
         self.counters |= dict.fromkeys(("bytes_in", "bytes_out", "chunks_reclaimed", "chunks_dropped", "suspensions"), 0)
+        self.moving = False  # the cells of idle conversations too
         self.moved_s = time.time()
         for i in range(num_conversations):
             self.add_made_up(i, max_chunks)
+        self.slots = {name: 256 + int(room * held) for (name, held), room in zip(self.held().items(), (1.2, 1.4, 2.5), strict=True)}
         if num_conversations:
             self.counters |= {"gpu_tokens": 61_000, "cpu_tokens": 21_000, "recomputed_tokens": 6_200, "new_tokens": 17_000}
 
@@ -99,7 +102,7 @@ class World:
         )
         conversation.messages = [
             {"role": "user", "content": conversation.title},
-            {"role": "assistant", "content": "Gladly. " + " ".join(WORDS)},
+            {"role": "assistant", "content": f"Gladly. {ANSWER}"},
         ]
         self.conversations[conversation.id] = conversation
 
@@ -113,7 +116,7 @@ class World:
 
     def move(self) -> None:
         """Let about a second's worth of copying and computing happen, however often somebody asks."""
-        if time.time() - self.moved_s < 0.9 or len(self.conversations) < 10:
+        if not self.moving or time.time() - self.moved_s < 0.9:
             return
         self.moved_s = time.time()
         latest = self.latest_first()
@@ -121,7 +124,7 @@ class World:
             conversation.cells = conversation.cells.replace(">", "b").replace("*", "g")
             conversation.cells = conversation.cells.replace("c", ">", 3).replace("d", ">", 1).replace(".", "*", 2)
             conversation.last_active_s = time.time()
-        for conversation in self.random.sample(latest[2:], 12):
+        for conversation in self.random.sample(latest[2:], min(12, max(0, len(latest) - 2))):
             if conversation.pinned:
                 continue
             before = conversation.cells
@@ -132,6 +135,16 @@ class World:
         self.counters["bytes_out"] += int(CHUNK_BYTES * 40 * self.random.random())
         self.counters["gpu_tokens"] += 300
         self.counters["steps"] += 20
+
+    def held(self) -> dict[str, int]:
+        """Slots taken, by tier."""
+        cells = "".join(c.cells for c in self.conversations.values()).lower()
+        both = cells.count("b")
+        return {
+            "gpu": cells.count("g") + both + cells.count("*") + cells.count(">"),
+            "cpu": cells.count("c") + both,
+            "disk": cells.count("d"),
+        }
 
     # -- answers
 
@@ -146,16 +159,11 @@ class World:
     def map(self, offset: int, limit: int) -> dict[str, Any]:
         self.move()
         latest = self.latest_first()
-        cells = "".join(c.cells for c in latest).lower()
-        both = cells.count("b")
-        held = {
-            "gpu": cells.count("g") + both + cells.count("*") + cells.count(">"),
-            "cpu": cells.count("c") + both,
-            "disk": cells.count("d"),
-        }
+        held = self.held()
+        both = sum(c.cells.lower().count("b") for c in latest)
         tiers = [
             {"name": name, "num_slots": slots, "used": held[name], "reclaimable": both if name == "gpu" else 0, "free": slots - held[name]}
-            for name, slots in SLOTS.items()
+            for name, slots in self.slots.items()
         ]
         sources = {name: self.counters[f"{name}_tokens"] for name in ("gpu", "cpu", "recomputed", "new")}
         prompt_tokens = sum(sources.values()) or 1
@@ -165,7 +173,7 @@ class World:
                 "waiting": self.random.randrange(3),
                 "running": sum(c.active for c in latest),
                 "sequences": len(latest),
-                "chunks": len(cells),
+                "chunks": sum(held.values()) - both,
             },
             "hit_rates": {name: tokens / prompt_tokens for name, tokens in sources.items()},
         }
@@ -241,6 +249,7 @@ class PageMock:
         self.token_delay_s = token_delay_s
         self.answer: Callable[[str], list[str]] = lambda words: [f"{word} " for word in (*WORDS, "you", "said", words)]
         self.busy_answers = 0  # so many turns are refused with 429 first
+        self.gone = False  # connections that are still open get no answer
         self.restarting = False  # /ready and the map say 503
         self.requests: list[tuple[str, str, Any]] = []  # (method, path, body)
         self.disconnected = threading.Event()  # a reader of an answer went away
@@ -261,6 +270,7 @@ class PageMock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.gone = True
         self.http.shutdown()
         self.http.server_close()
         self.thread.join()
@@ -289,6 +299,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         path = urllib.parse.unquote(url.path)
         query = {name: int(values[0]) for name, values in urllib.parse.parse_qs(url.query).items()}
+        if self.mock.gone:
+            self.close_connection = True
+            return
         with self.mock.lock:
             self.mock.requests.append((self.command, path, body))
         try:
@@ -438,11 +451,10 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=250)
     options = parser.parse_args()
     with PageMock(options.conversations, options.chunks, token_delay_s=0.05, port=options.port) as mock:
+        mock.world.moving = True
         print(f"the page is at {mock.url}, Ctrl-C ends it")
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

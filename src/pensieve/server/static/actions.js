@@ -17,7 +17,7 @@ const VERBS = {
 
 export const VERB_OF_KEY = new Map(Object.entries(VERBS).map(([verb, [, key]]) => [key, verb]));
 
-/** Does the verbs. Fires "done" with detail {verb, id, answer}. */
+/** Does the verbs. Fires "done" with detail {verb, id, answer}; verb "unpin" where "pin" meant that. */
 export class Actions extends EventTarget {
   #api;
 
@@ -35,7 +35,7 @@ export class Actions extends EventTarget {
   async run(verb, conversation) {
     const { id } = conversation;
     const title = titleText(conversation);
-    let answer = null;
+    let [done, answer] = [verb, null];
     if (verb === "open") location.hash = encodeURIComponent(id);
     else if (verb === "delete") {
       const cached = conversation.cells?.replaceAll(".", "").length ?? 0;
@@ -44,11 +44,11 @@ export class Actions extends EventTarget {
       answer = await this.#api.call("DELETE", conversationPath(id));
       say(`“${title}” is deleted: ${bytesText(answer.kv_bytes)} of cache and ${bytesText(answer.store_bytes)} of the store erased.`);
     } else {
-      const path = verb === "pin" && conversation.pinned ? "unpin" : verb;
-      answer = await this.#api.call("POST", conversationPath(id, path), { body: {} });
-      say(DONE[path](title, answer));
+      if (verb === "pin" && conversation.pinned) done = "unpin";
+      answer = await this.#api.call("POST", conversationPath(id, done), { body: {} });
+      say(DONE[done](title, answer));
     }
-    this.dispatchEvent(new CustomEvent("done", { detail: { verb, id, answer } }));
+    this.dispatchEvent(new CustomEvent("done", { detail: { verb: done, id, answer } }));
   }
 }
 

@@ -30,11 +30,12 @@ export class Gauges {
     }
     root.append(
       this.#tierBox,
-      make("div", { className: "gauge hits" }, make("h3", {}, "Prompt tokens by source"), this.#hit.bar, this.#hit.words),
+      make("div", { className: "gauge hits" }, make("h3", { title: "where prompt tokens came from, since the engine started" }, "Prompt tokens"), this.#hit.bar, this.#hit.words),
       make("div", { className: "gauge" }, make("h3", {}, "Swap traffic"), this.#line,
         make("p", { className: "numbers" }, this.#number("in", "source-in"), this.#number("out", "source-out"))),
-      make("div", { className: "gauge" }, make("h3", {}, "Queue"), make("p", { className: "numbers big" }, this.#number("running"), this.#number("waiting"))),
-      make("div", { className: "gauge" }, make("h3", {}, "Evictions"), make("p", { className: "numbers big" }, this.#number("reclaimed"), this.#number("dropped"))),
+      make("div", { className: "gauge" },
+        make("h3", {}, "Queue"), make("p", { className: "numbers" }, this.#number("running"), this.#number("waiting")),
+        make("h3", {}, "Evictions"), make("p", { className: "numbers" }, this.#number("reclaimed"), this.#number("dropped"))),
     );
   }
 
@@ -64,10 +65,9 @@ export class Gauges {
       const bar = make("div", { className: `meter tier-${name}`, role: "meter", "aria-label": `${name} tier`, "aria-valuemin": "0" });
       const [held, clean] = [make("span", { className: "held" }), make("span", { className: "clean" })];
       bar.append(held, clean);
-      const words = make("p", { className: "numbers" });
-      gauge = { bar, held, clean, words };
+      gauge = { bar, held, clean, fill: make("span", { className: "fill", title: "chunks used / room for" }), cleanWords: make("span"), freeWords: make("span") };
       this.#tiers.set(name, gauge);
-      this.#tierBox.append(make("div", { className: "gauge" }, make("h3", {}, name), bar, words));
+      this.#tierBox.append(make("div", { className: "gauge tier" }, make("h3", {}, name, gauge.fill), bar, make("p", { className: "numbers" }, gauge.cleanWords, gauge.freeWords)));
     }
     const percent = (count) => `${slots ? (100 * count) / slots : 0}%`;
     gauge.held.style.width = percent(used - reclaimable);
@@ -76,7 +76,9 @@ export class Gauges {
     gauge.bar.setAttribute("aria-valuenow", String(used));
     gauge.bar.setAttribute("aria-valuemax", String(slots));
     gauge.bar.setAttribute("aria-valuetext", words);
-    setText(gauge.words, `${countText(used - reclaimable)} held · ${countText(reclaimable)} reclaimable · ${countText(free)} free`);
+    setText(gauge.fill, `${countText(used)} / ${countText(slots)}`);
+    setText(gauge.cleanWords, `${countText(reclaimable)} reclaimable`);
+    setText(gauge.freeWords, `${countText(free)} free`);
     gauge.bar.title = words;
   }
 

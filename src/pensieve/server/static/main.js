@@ -15,7 +15,7 @@ import { Poller } from "./poll.js";
 
 const LIST_EVERY_MS = 15000;
 const VIEWS = ["list", "chat", "map"];
-const THEMES = { system: "Auto", light: "Light", dark: "Dark" };
+const THEMES = { system: "◐ Auto", light: "○ Light", dark: "● Dark" };
 
 const api = new Api(askForKey);
 const list = new ConversationList(api, { list: byId("conversations"), note: byId("list-note"), more: byId("more") });
@@ -117,8 +117,14 @@ actions.addEventListener("done", ({ detail: { verb, id, answer } }) => {
     if (chat.openId === id) startNew();
     else if (map.chosenId === id) map.choose(null);
   }
-  if (verb !== "open") refreshList();
-  poller.kick();
+  if (verb === "pin" || verb === "unpin") {
+    for (const row of [map.row(id), list.get(id)]) if (row) row.pinned = verb === "pin"; // the same key means the opposite from now on
+    map.choose(map.chosenId);
+    showOpen();
+  }
+  if (verb === "open") return;
+  refreshList();
+  poller.startOver();
 });
 
 // -- the map
@@ -193,7 +199,7 @@ function showTheme() {
   if (theme === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   setText(byId("theme"), THEMES[theme]);
-  byId("theme").setAttribute("aria-label", `Colours: ${THEMES[theme]}`);
+  byId("theme").setAttribute("aria-label", `Colours: ${theme}`);
   reink();
 }
 

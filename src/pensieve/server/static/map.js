@@ -5,13 +5,14 @@
  */
 
 import { make, setText } from "./dom.js";
-import { countText, durationText, titleText } from "./format.js";
+import { durationText, plural, titleText } from "./format.js";
 import { cellsSummary, cellWords, drawPinLine, drawStrip, prepareCanvas } from "./places.js";
 import { PAGE_ROWS } from "./poll.js";
 
 const OVERSCAN_PX = 240; // drawn above and below the window, so that scrolling never shows a gap
 const WIDE_PX = 700; // from here on titles stand beside their strips
-const WIDEST_FIT_PX = 12; // a cell of a short conversation when rows are fitted
+const WIDEST_FIT_PX = 10; // a cell of a short conversation when rows are fitted
+const MARGIN_PX = 12; // left of strips without a title beside them
 const END_PX = 8; // air right of a strip
 
 /** Fires "choose" {row}, "act" {key, row} and "need" (rows came into sight that are not loaded). */
@@ -53,7 +54,7 @@ export class TierMap extends EventTarget {
     this.#relayout();
   }
 
-  /** @param {CSSStyleDeclaration} inks colours of the theme */
+  /** @param {Record<string, string>} inks colours of the theme, see readInks */
   set inks(inks) {
     this.#inks = inks;
     this.#draw();
@@ -135,12 +136,14 @@ export class TierMap extends EventTarget {
   #relayout() {
     const wide = this.#scroller.clientWidth >= WIDE_PX;
     const shapes = {
-      roomy: wide ? { row: 26, label: 270, top: 5, strip: 15 } : { row: 43, label: 0, top: 22, strip: 15 },
-      compact: { row: 17, label: wide ? 200 : 104, top: 2, strip: 12 },
-      dense: { row: 6, label: 0, top: 0.5, strip: 5 },
+      roomy: wide ? { row: 26, label: 340, top: 5, strip: 15 } : { row: 43, label: MARGIN_PX, top: 22, strip: 15 },
+      compact: { row: 17, label: wide ? 200 : 120, top: 2, strip: 12 },
+      dense: { row: 6, label: MARGIN_PX, top: 0.5, strip: 5 },
     };
     this.#geometry = shapes[this.#density];
     this.#scroller.dataset.shape = this.#density === "roomy" && !wide ? "stacked" : this.#density;
+    this.#scroller.style.setProperty("--label", `${this.#geometry.label}px`);
+    this.#hideTooltip();
     this.#measure();
     this.#draw();
   }
@@ -176,6 +179,7 @@ export class TierMap extends EventTarget {
   }
 
   #onScroll() {
+    if (document.activeElement?.parentElement !== this.#content) this.#hideTooltip(); // the pointer now points at another row
     const { first, last } = this.#inSight();
     if (first < this.#drawn.first || last > this.#drawn.last || this.#scroller.scrollLeft !== this.#drawn.left) this.#draw();
     for (let index = first; index < last; index += 1) {
@@ -233,18 +237,28 @@ export class TierMap extends EventTarget {
       if (!this.#elements.has(row.id)) this.#elements.set(row.id, this.#makeElement(row.id));
       this.#fillElement(this.#elements.get(row.id), row, index);
     }
-    const hasTabStop = kept.has(this.#chosenId);
-    let isFirst = true;
+    this.#leaveDeleted();
+    const focusedId = this.#content.contains(document.activeElement) ? document.activeElement.closest(".map-row")?.dataset.id : undefined;
+    const tabStopId = kept.has(this.#chosenId) ? this.#chosenId : this.#rows.get(this.#inSight().first)?.id;
     for (const [id, { element }] of this.#elements) {
-      if (!kept.has(id) && element !== document.activeElement) {
+      if (kept.has(id) || id === focusedId) {
+        element.setAttribute("aria-selected", String(id === this.#chosenId));
+        element.tabIndex = id === tabStopId ? 0 : -1;
+      } else {
         element.remove();
         this.#elements.delete(id);
-        continue;
       }
-      element.setAttribute("aria-selected", String(id === this.#chosenId));
-      element.tabIndex = id === this.#chosenId || (!hasTabStop && isFirst) ? 0 : -1;
-      isFirst = false;
     }
+  }
+
+  /** Where the focused conversation is no more, focus goes to the row that took its place. */
+  #leaveDeleted() {
+    const element = document.activeElement;
+    if (element?.parentElement !== this.#content || this.#indexOf.has(element.dataset.id)) return;
+    const row = this.#rows.get(Math.min(Number(element.getAttribute("aria-rowindex")), this.#total) - 1);
+    this.#elements.get(row?.id)?.element.focus({ preventScroll: true });
+    if (document.activeElement === element) element.blur();
+    this.choose(row?.id ?? null);
   }
 
   #makeElement(id) {
@@ -263,8 +277,8 @@ export class TierMap extends EventTarget {
     const title = titleText(row);
     setText(label, title);
     pin.hidden = !row.pinned;
-    const state = row.active ? "active" : durationText(1000 * row.idle_s);
-    setText(note, `${countText(row.cells.length)} · ${state}`);
+    const state = row.active ? "active" : `${durationText(1000 * row.idle_s)} ago`;
+    setText(note, `${plural(row.cells.length, "chunk")} · ${state}`);
     const summary = `${title}: ${cellsSummary(row.cells)}${row.pinned ? ", pinned" : ""}${row.active ? ", active" : ""}`;
     if (element.getAttribute("aria-label") !== summary) element.setAttribute("aria-label", summary);
     element.classList.toggle("active", row.active);

@@ -11,8 +11,8 @@
 export const PLACES = [
   { code: "g", name: "gpu", words: "on gpu", height: 1 },
   { code: "b", name: "gpu + lower", words: "on gpu, with a copy in a lower tier", height: 1 },
-  { code: "c", name: "cpu", words: "in cpu memory", height: 0.66 },
-  { code: "d", name: "disk", words: "on disk", height: 0.4 },
+  { code: "c", name: "cpu", words: "in cpu memory", height: 0.75 },
+  { code: "d", name: "disk", words: "on disk", height: 0.5 },
   { code: ".", name: "dropped", words: "dropped, to be computed again", height: 0.14 },
   { code: "*", name: "computing", words: "being computed", height: 1 },
   { code: ">", name: "coming in", words: "being swapped in", height: 1 },
@@ -69,26 +69,26 @@ export function readInks() {
   };
   const inks = {
     g: ink("gpu"), b: ink("gpu"), c: ink("cpu"), d: ink("disk"), ".": ink("dropped"), "*": ink("computing"), ">": ink("incoming"), "?": ink("dropped"),
-    lower: ink("both"), cap: ink("text"), mark: ink("cell-mark"), pin: ink("text"), waiting: ink("line"), cursor: ink("text"),
+    lower: ink("both"), cap: ink("text"), mark: ink("cell-mark"), gpuMark: ink("gpu-mark"), pin: ink("text"), waiting: ink("line"), cursor: ink("text"),
   };
   probe.remove();
   return inks;
 }
 
 /**
- * A run of equal cells. Narrow cells (under 3 px) merge into one block; from 5 px on they are apart and patterned, from 11 px lettered.
+ * A run of equal cells. In low strips, and under 3 px, they merge into one block; from 5 px on they are patterned, from 11 px lettered.
  * @param {CanvasRenderingContext2D} context
  * @param {number} count how many equal cells
  * @param {number} cellWidth px
  */
-export function drawRun(context, inks, cell, count, x, y, cellWidth, stripHeight) {
+function drawRun(context, inks, cell, count, x, y, cellWidth, stripHeight) {
   const place = placeOf(cell);
   const height = Math.max(1, place.height * stripHeight);
   const top = y + stripHeight - height;
-  const gap = cellWidth >= 3 ? 1 : 0;
-  const blocks = gap ? count : 1;
-  const width = gap ? cellWidth - gap : cellWidth * count;
-  for (let i = 0; i < blocks; i += 1) {
+  const apart = cellWidth >= 3 && stripHeight >= 9;
+  const width = apart ? cellWidth - 1 : cellWidth * count;
+  const drawMark = !apart || cellWidth < 5 ? null : cellWidth >= 11 && stripHeight >= 14 ? drawLetter : drawPattern;
+  for (let i = 0; i < (apart ? count : 1); i += 1) {
     const left = x + i * cellWidth;
     context.fillStyle = inks[place.code];
     context.fillRect(left, top, width, height);
@@ -100,33 +100,42 @@ export function drawRun(context, inks, cell, count, x, y, cellWidth, stripHeight
       context.fillStyle = inks.cap;
       context.fillRect(left, y, width, Math.max(1, stripHeight / 8));
     }
-    if (cellWidth >= 5 && stripHeight >= 9) drawPattern(context, inks, place.code, left, top, width, height);
-    if (cellWidth >= 11 && stripHeight >= 12 && place.code !== ".") drawLetter(context, inks, cell, left + width / 2, y + stripHeight);
+    drawMark?.(context, inks, cell, left, top, width, height);
   }
 }
 
-function drawPattern(context, inks, code, left, top, width, height) {
+function drawPattern(context, inks, cell, left, top, width, height) {
+  const [across, down] = [left + width / 2, top + height / 2];
   context.fillStyle = inks.mark;
-  const middle = left + width / 2;
-  if (code === "c" && width < 10) for (let line = top + 2; line < top + height - 1; line += 3) context.fillRect(left, line, width, 1);
-  else if (code === "d" && width < 10) context.fillRect(middle - 1, top + height / 2 - 1, 2, 2);
-  else if (code === "*" && width < 10) context.fillRect(middle - 1.5, top + height / 2 - 1.5, 3, 3);
-  else if (code === ">" && width < 10) {
-    context.beginPath();
-    context.moveTo(middle - 1.5, top + height / 2 - 3);
-    context.lineTo(middle + 2, top + height / 2);
-    context.lineTo(middle - 1.5, top + height / 2 + 3);
-    context.fill();
+  switch (placeOf(cell).code) {
+    case "c":
+      for (let line = top + 2; line < top + height - 1; line += 3) context.fillRect(left, line, width, 1);
+      break;
+    case "d":
+      context.fillRect(across - 1, down - 1, 2, 2);
+      break;
+    case "*":
+      context.fillRect(across - 1.5, down - 1.5, 3, 3);
+      break;
+    case ">":
+      context.beginPath();
+      context.moveTo(across - 1.5, down - 3);
+      context.lineTo(across + 2, down);
+      context.lineTo(across - 1.5, down + 3);
+      context.fill();
+      break;
+    default: // plain
   }
 }
 
-function drawLetter(context, inks, cell, middle, bottom) {
-  context.fillStyle = inks.mark;
-  context.font = `600 ${cell === "*" ? 12 : 9}px system-ui, sans-serif`;
+function drawLetter(context, inks, cell, left, top, width, height) {
+  const { code } = placeOf(cell);
+  if (code === ".") return;
+  context.fillStyle = code === "g" ? inks.gpuMark : inks.mark;
+  context.font = `600 ${code === "*" ? 13 : code === "d" ? 8 : 9}px system-ui, sans-serif`;
   context.textAlign = "center";
   context.textBaseline = "alphabetic";
-  const base = cell === "*" ? bottom - 1 : bottom - (placeOf(cell).height < 0.6 ? 0.5 : 2);
-  context.fillText(cell, middle, base);
+  context.fillText(cell, left + width / 2, top + height - (code === "*" ? 1 : code === "d" ? 1 : 2.5));
 }
 
 /** A whole row of cells as runs. */
@@ -175,10 +184,10 @@ export function drawLegend(list, inks) {
     }
   }
   for (const canvas of list.querySelectorAll("canvas")) {
-    const context = prepareCanvas(canvas, 15, 17);
+    const context = prepareCanvas(canvas, 15, 18);
     const pinned = canvas.dataset.code === "pin";
-    drawStrip(context, inks, pinned ? "g" : canvas.dataset.code, 0, 0, 14, 14);
-    if (pinned) drawPinLine(context, inks, 0, 14.5, 13);
+    drawStrip(context, inks, pinned ? "g" : canvas.dataset.code, 0, 0, 14, 15);
+    if (pinned) drawPinLine(context, inks, 0, 16, 13);
   }
 }
 

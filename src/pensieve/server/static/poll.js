@@ -23,6 +23,7 @@ export class Poller extends EventTarget {
   #again = false;
   #failures = 0;
   #polls = 0;
+  #era = 0;
 
   /** @param {import("./api.js").Api} api @param {() => number[]} wantedPages page numbers in sight */
   constructor(api, wantedPages) {
@@ -43,12 +44,19 @@ export class Poller extends EventTarget {
     this.#poll();
   }
 
+  /** Poll now, and forget an answer that is on its way: it is older than what the user just did. */
+  startOver() {
+    this.#era += 1;
+    this.kick();
+  }
+
   async #poll() {
     this.#busy = true;
+    const era = this.#era;
     let delayMs = document.hidden ? HIDDEN_MS : VISIBLE_MS;
     try {
       const pages = await Promise.all(this.#wantedPages().map((page) => this.#page(page)));
-      this.dispatchEvent(new CustomEvent("map", { detail: pages }));
+      if (era === this.#era) this.dispatchEvent(new CustomEvent("map", { detail: pages }));
       this.#failures = 0;
       if (this.#polls % READY_EVERY === 0) await this.#tellReadiness(null);
       this.#polls += 1;
