@@ -1,13 +1,18 @@
-"""The fast backend against the reference, and the reference against the definition written out number by number."""
+"""The fast backends against the reference, and the reference against the definition written out number by number."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pensieve.core.plan import BlockTableUpdate, Span
@@ -19,7 +24,7 @@ from pensieve.worker.batch import Batch, BatchBuilder
 from pensieve.worker.kv_store import KVStore
 
 CPU = torch.device("cpu")
-CHUNK, NATIVE_CHUNK = 4, 32
+CHUNK = 4
 LAYERS = 2
 HEADS, DIM = 4, 8
 
@@ -49,12 +54,12 @@ class Bench:
         kv_heads: int,
         dtype: torch.dtype,
         *,
-        seed: int = 0,
         heads: int = HEADS,
         dim: int = DIM,
+        chunk: int = CHUNK,
     ) -> None:
+        self.chunk = chunk
         name, _, level = variant.partition(" ")
-        self.chunk = NATIVE_CHUNK if name == "native" else CHUNK
         geometry = KVGeometry(LAYERS, kv_heads, dim, dtype)
         self.backend: Any = make_backend(name, geometry, self.chunk, CPU)
         if level:
@@ -64,7 +69,7 @@ class Bench:
         self.backend.bind(self.store)
         self.store.data.fill_(0xFF)  # NaN
         self.builder = BatchBuilder(self.chunk, CPU)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(0)
         free = torch.randperm(self.store.num_slots, generator=self.generator).tolist()
         for request, count in counts.items():
             self.builder.update([BlockTableUpdate(request, 0, tuple(free.pop() for _ in range(count)))])
@@ -169,9 +174,24 @@ LONG_STORY = (
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ragged_spans_over_scattered_slots(variant: str, kv_heads: int, kind: str, window: int | None, dtype: torch.dtype) -> None:
     if variant in NATIVE:
-        Bench(variant, contexts_of(LONG_STORY), kv_heads, dtype, dim=16).check(LONG_STORY, args_of(kind, window))
-    else:
-        Bench(variant, CONTEXTS, kv_heads, dtype).check(STORY, args_of(kind, window))
+        Bench(variant, contexts_of(LONG_STORY), kv_heads, dtype, dim=16, chunk=32).check(LONG_STORY, args_of(kind, window))
+    Bench(variant, CONTEXTS, kv_heads, dtype, dim=16 if variant in NATIVE else DIM).check(STORY, args_of(kind, window))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("variant", NATIVE)
+def test_the_kernel_serves_every_head_size_and_group(variant: str, dim: int, group: int, dtype: torch.dtype) -> None:
+    bench = Bench(variant, contexts_of(LONG_STORY), 2, dtype, heads=2 * group, dim=dim, chunk=32)
+    bench.check(LONG_STORY, AttentionArgs(dim**-0.5, 50, 20.0, torch.linspace(-2, 2, 2 * group)))
+
+
+@pytest.mark.parametrize("chunk", [4, 6, 8, 16, 24, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", NATIVE)
+def test_the_kernel_serves_smaller_chunks(variant: str, dtype: torch.dtype, chunk: int) -> None:
+    Bench(variant, contexts_of(LONG_STORY), 2, dtype, dim=32, chunk=chunk).check(LONG_STORY, args_of("plain"))
 
 
 @st.composite
@@ -201,6 +221,184 @@ def test_any_step_on_the_fast_backend(
         patch.setattr(cpu, "_BATCH_BYTES", batch_bytes)
         patch.setattr(cpu, "_FOLD_QUERIES", fold_queries)
         Bench("cpu", contexts_of(spans), kv_heads, torch.float32).check(spans, args_of(kind, window))
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads, and contexts divided between them from one chunk on."""
+    monkeypatch.setattr(native, "_PART_CHUNKS", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("variant", NATIVE)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    spans_of_a_step(8), st.sampled_from(["plain", "softcap", "sinks"]), st.sampled_from([None, 2, 30, 200]), st.sampled_from([1, 2, 4]),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([8, 32]), st.sampled_from([16, 64]),
+)  # fmt: skip
+def test_any_step_on_the_kernel(
+    variant: str, spans: tuple[Span, ...], kind: str, window: int | None, kv_heads: int, dtype: torch.dtype, chunk: int, dim: int
+) -> None:
+    Bench(variant, contexts_of(spans), kv_heads, dtype, dim=dim, chunk=chunk).check(spans, args_of(kind, window))
+
+
+def parts_of(bench: Bench, prepared: Any) -> int:
+    """Into how many pieces of work the kernel cuts what it was asked last."""
+    return int(bench.backend._kernel.pensieve_count_parts(ctypes.byref(prepared.call)))
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1000])
+@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
+@pytest.mark.parametrize("variant", NATIVE)
+def test_a_long_context_is_divided_between_threads(variant: str, kind: str, window: int | None, dtype: torch.dtype) -> None:
+    spans = (ids("long", 2003, 2004), ids("short", 40, 41), ids("some", 900, 905))
+    bench = Bench(variant, contexts_of(spans), 2, dtype, dim=64, chunk=32)
+    bench.check(spans, args_of(kind, window))
+    prepared = bench.fill(spans)
+    bench.backend.attend(prepared, 0, bench._random(7, HEADS), args_of(kind, window))
+    assert parts_of(bench, prepared) > 3 * 2  # three spans, two KV heads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", NATIVE)
+def test_undivided_a_token_gets_the_same_bits_in_any_company(variant: str, dtype: torch.dtype) -> None:
+    bench = Bench(variant, contexts_of(LONG_STORY), 2, dtype, dim=64, chunk=32)
+    query = bench._random(sum(span.stop - span.start for span in LONG_STORY), HEADS)
+    together = bench.backend.attend(bench.fill(LONG_STORY), 1, query, args_of("sinks"))
+    row = 0
+    for span in LONG_STORY:
+        for position in range(span.start, span.stop):
+            alone = bench.backend.prepare(bench.batch(ids(span.request_id, position, position + 1)))
+            assert torch.equal(bench.backend.attend(alone, 1, query[row : row + 1], args_of("sinks"))[0], together[row])
+            row += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", NATIVE)
+def test_views_are_taken_as_they_are(variant: str, dtype: torch.dtype) -> None:
+    """Models hand over (H, T, D) transposed, or slices of one product; or another dtype."""
+    spans = (ids("a", 0, 70),)
+    plain, viewed = (Bench(variant, {"a": 70}, 2, dtype, dim=32, chunk=32) for _ in range(2))
+    prepared = [bench.backend.prepare(bench.batch(*spans)) for bench in (plain, viewed)]
+    query, key, value = plain._random(70, HEADS), plain._random(70, 2), plain._random(70, 2)
+    plain.backend.write(prepared[0], 0, key, value)
+    expected = plain.backend.attend(prepared[0], 0, query, args_of("plain"))
+
+    wide = torch.cat([query, key, value], dim=1)  # (T, H + 2 Hkv, D)
+    views = [
+        wide.transpose(0, 1).contiguous().transpose(0, 1),
+        wide.permute(2, 0, 1).contiguous().permute(1, 2, 0),  # each head's numbers apart
+        wide.double(),
+    ]
+    for view in (wide, *views):
+        query, key, value = view.split([HEADS, 2, 2], dim=1)
+        viewed.store.data.fill_(0xFF)
+        viewed.backend.write(prepared[1], 0, key, value)
+        ours = viewed.backend.attend(prepared[1], 0, query, args_of("plain"))
+        assert ours.dtype == view.dtype and torch.equal(ours.to(dtype), expected)
+
+
+@pytest.mark.parametrize("variant", NATIVE)
+def test_a_nan_of_its_own_is_not_hidden(variant: str) -> None:
+    bench = Bench(variant, {"a": 40}, 2, torch.bfloat16, dim=16, chunk=32)
+    bench.contents["a", 0][0, 35, 1, 3] = math.nan
+    prepared = bench.fill((ids("a", 0, 40),))
+    ours = bench.backend.attend(prepared, 0, bench._random(40, HEADS), args_of("plain"))
+    assert ours[:35].isfinite().all() and ours[35:, :2].isfinite().all()
+    assert ours[35:, 2:].isnan().all()
+
+
+@pytest.mark.skipif(not NATIVE, reason="the kernel is not built")
+@pytest.mark.usefixtures("two_threads")
+def test_the_kernel_runs_on_the_threads_of_torch() -> None:
+    bench = Bench("native", {"a": 3000}, 4, torch.float32, dim=64, chunk=32)
+    torch.mm(torch.ones(500, 500), torch.ones(500, 500))
+    before = psutil.Process().num_threads()
+    prepared = bench.fill((ids("a", 2900, 3000),))
+    assert prepared.call.num_threads == 2
+    bench.backend.attend(prepared, 0, bench._random(100, HEADS), args_of("plain"))
+    assert psutil.Process().num_threads() == before
+
+
+def test_where_there_is_a_compiler_the_kernel_is_built() -> None:
+    """Otherwise half of this file would be left out without a word."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))) or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no compiler, or no CPU it is written for")
+    assert not isinstance(native._library(), str), native._library()
+
+
+@pytest.mark.parametrize(
+    ("geometry", "chunk", "device", "reason"),
+    [
+        (KVGeometry(1, 1, 16, torch.float32), 32, "cuda", "it runs on a CPU, not on cuda"),
+        (KVGeometry(1, 1, 16, torch.float16), 32, "cpu", "torch.float16 is neither bfloat16 nor float32"),
+        (KVGeometry(1, 1, 24, torch.float32), 32, "cpu", "heads of 24 numbers are no multiple of 16"),
+        (KVGeometry(1, 1, 16, torch.float32), 64, "cpu", "chunks of 64 tokens are no even number from 4 to 32"),
+        (KVGeometry(1, 1, 16, torch.float32), 5, "cpu", "chunks of 5 tokens are no even number from 4 to 32"),
+    ],
+)
+def test_what_the_kernel_cannot_serve(geometry: KVGeometry, chunk: int, device: str, reason: str) -> None:
+    assert NativeAttention.why_not(geometry, chunk, torch.device(device)) == reason
+    if device == "cpu":
+        assert make_backend("auto", geometry, chunk, CPU).name == "cpu"
+
+
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_without_a_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.machinery.EXTENSION_SUFFIXES", [".none"])
+    geometry = KVGeometry(1, 1, 64, torch.bfloat16)
+    assert make_backend("auto", geometry, 32, CPU).name == "cpu"
+    with pytest.raises(ConfigError, match="native: built without a C compiler: install one"):
+        make_backend("native", geometry, 32, CPU)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the kernel is not built")
+@pytest.mark.usefixtures("fresh_library")
+def test_a_kernel_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_Call", type("_Call", (ctypes.Structure,), {"_fields_": native._Call._fields_[1:]}))
+    reason = NativeAttention.why_not(KVGeometry(1, 1, 64, torch.bfloat16), 32, CPU)
+    assert reason is not None and "was built from other sources" in reason
+
+
+@pytest.mark.parametrize("variant", NATIVE)
+@pytest.mark.parametrize(
+    ("window", "planted"),
+    [
+        (7, {"window": 8}),  # one key too many
+        (7, {"window": 6}),  # one too few
+        (None, {"window": 40}),  # a window where there is none
+        (None, {"query_head_stride": 0}),  # every head asks what the first one asks
+    ],
+)
+def test_a_planted_bug_in_the_call_is_caught(
+    monkeypatch: pytest.MonkeyPatch, variant: str, window: int | None, planted: dict[str, int]
+) -> None:
+    bench = Bench(variant, contexts_of(LONG_STORY), 2, torch.float32, dim=16, chunk=32)
+
+    class Kernel:
+        pensieve_write = bench.backend._kernel.pensieve_write
+
+        def pensieve_attend(self, call: Any) -> int:
+            for field, number in planted.items():
+                setattr(call._obj, field, number)
+            return int(native._library().pensieve_attend(call))  # type: ignore[union-attr]
+
+    monkeypatch.setattr(bench.backend, "_kernel", Kernel())
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        bench.check(LONG_STORY, args_of("plain", window))
 
 
 @pytest.mark.parametrize(

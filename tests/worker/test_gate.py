@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,8 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pensieve.config import ModelShape
 from pensieve.errors import ModelRefused
 from pensieve.worker import gate
-from pensieve.worker.attention import AttentionArgs, cpu
-from pensieve.worker.attention.token_rows import TokenRows
+from pensieve.worker.attention import BACKENDS, AttentionArgs
 from pensieve.worker.batch import BatchBuilder
 from pensieve.worker.model import CausalModel, shape_of
 from tiny_models import ARCHITECTURES, CONFIGS, WINDOW, tiny
@@ -126,8 +126,8 @@ def _no_extras(original: Any) -> Any:
 
 
 def _one_off(original: Any) -> Any:
-    def write(self: Any, rows: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        original(self, rows, layer, key, value.roll(1, 0))
+    def write(self: Any, prepared: Any, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        original(self, prepared, layer, key, value.roll(1, 0))
 
     return write
 
@@ -145,20 +145,21 @@ def _no_hole(original: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("architecture", "owner", "method", "bug"),
+    ("architecture", "owners", "method", "bug"),
     [
-        ("llama", cpu.CpuAttention, "attend", _scale),
-        ("mistral", cpu.CpuAttention, "attend", _no_window),
-        ("gemma2", cpu.CpuAttention, "attend", _no_extras),
-        ("gpt_oss", cpu.CpuAttention, "attend", _no_extras),
-        ("opt", TokenRows, "write", _one_off),
-        ("qwen3", BatchBuilder, "build", _no_hole),
+        ("llama", BACKENDS.values(), "attend", _scale),
+        ("mistral", BACKENDS.values(), "attend", _no_window),
+        ("gemma2", BACKENDS.values(), "attend", _no_extras),
+        ("gpt_oss", BACKENDS.values(), "attend", _no_extras),
+        ("opt", BACKENDS.values(), "write", _one_off),
+        ("qwen3", [BatchBuilder], "build", _no_hole),
     ],
 )
 def test_the_self_test_sees_planted_bugs(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, owner: type, method: str, bug: Any, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, architecture: str, owners: Iterable[type], method: str, bug: Any, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(owner, method, bug(getattr(owner, method)))
+    for owner in owners:  # whichever of them serves such heads here
+        monkeypatch.setattr(owner, method, bug(getattr(owner, method)))
     with pytest.raises(ModelRefused, match="its logits differ"):
         CausalModel(tiny(architecture, dtype=dtype))
 

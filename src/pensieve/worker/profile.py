@@ -28,6 +28,7 @@ from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
 from pensieve.errors import ConfigError
+from pensieve.worker.attention import make_backend
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker
 
@@ -290,8 +291,9 @@ def _default_folder() -> Path:
 
 def _key(model: CausalModel, chunk_tokens: int, attention: str) -> str:
     """A file name for everything that changes the numbers."""
+    backend = make_backend(attention, model.geometry, chunk_tokens, model.device).name
     parts = (
-        _FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, attention,
+        _FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, backend,
         torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
     readable = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in Path(model.label).name)[:40]

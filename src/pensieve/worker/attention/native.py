@@ -4,8 +4,8 @@ Nothing is gathered: the kernel follows the block tables and reads each chunk wh
 costs what reading K and V from memory costs. All spans of a step go in one call a layer. The threads are torch's own: a second pool would spin
 against the first.
 
-In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][32 tokens][2] and V [16 pairs of tokens][D][2]; in float32 [D][32] and
-[32][D].
+In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][C][2] and V [C/2][D][2], in float32 [D][C] and [C][D]. It is
+fastest with C = 32, the kernel's own width; smaller chunks serve tests.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGe
 from pensieve.worker.batch import Batch
 from pensieve.worker.kv_store import KVStore
 
-_CHUNK = 32  # tokens of a slot, fixed in the kernel
+_CHUNKS = range(4, 33, 2)  # tokens of a slot: pairs, at most as many as the kernel is wide
 _HEAD_STEP = 16  # numbers of its widest vector
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_POINTER, _INT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _UNBOUNDED = 1 << 40  # a window that hides nothing
 _PART_CHUNKS = 8  # a context is divided among threads into parts of at least so many chunks
 
@@ -42,21 +43,16 @@ class _Call(ctypes.Structure):
     """`struct call` of kernel/call.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("store",)),
-        *((name, ctypes.c_int64) for name in ("slot_bytes", "layer_bytes", "kind", "num_kv_heads", "head_dim", "level", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("part_chunks",)),
-        *((name, ctypes.c_void_p) for name in ("first_rows", "stops", "tables", "slot_mapping")),
-        *((name, ctypes.c_int64) for name in ("num_spans", "table_width", "num_tokens", "layer")),
-        *((name, ctypes.c_void_p) for name in ("key", "value")),
-        *((name, ctypes.c_int64) for name in ("key_token_stride", "key_head_stride", "value_token_stride", "value_head_stride")),
-        *((name, ctypes.c_void_p) for name in ("query",)),
-        *((name, ctypes.c_int64) for name in ("query_token_stride", "query_head_stride", "num_heads")),
-        *((name, ctypes.c_void_p) for name in ("output", "sinks")),
-        *((name, ctypes.c_double) for name in ("scaling", "softcap")),
-        *((name, ctypes.c_int64) for name in ("window",)),
-        *((name, ctypes.c_void_p) for name in ("scratch",)),
-        *((name, ctypes.c_int64) for name in ("scratch_bytes",)),
-    ]
+        ("store", _POINTER), ("slot_bytes", _INT), ("layer_bytes", _INT), ("kind", _INT), ("num_kv_heads", _INT), ("head_dim", _INT),
+        ("chunk_tokens", _INT), ("level", _INT), ("num_threads", _INT), ("part_chunks", _INT),
+        ("first_rows", _POINTER), ("stops", _POINTER), ("tables", _POINTER), ("slot_mapping", _POINTER),
+        ("num_spans", _INT), ("table_width", _INT), ("num_tokens", _INT),
+        ("layer", _INT), ("key", _POINTER), ("value", _POINTER),
+        ("key_token_stride", _INT), ("key_head_stride", _INT), ("value_token_stride", _INT), ("value_head_stride", _INT),
+        ("query", _POINTER), ("query_token_stride", _INT), ("query_head_stride", _INT), ("num_heads", _INT),
+        ("output", _POINTER), ("sinks", _POINTER), ("scaling", _REAL), ("softcap", _REAL), ("window", _INT),
+        ("scratch", _POINTER), ("scratch_bytes", _INT),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +80,13 @@ class NativeAttention(AttentionBackend[Step]):
 
     @classmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """It serves bfloat16 and float32 in chunks of 32 tokens, heads of a multiple of 16, on a CPU it was compiled for."""
+        """It serves bfloat16 and float32, heads of a multiple of 16, chunks of up to 32 tokens, on a CPU it was compiled for."""
         if device.type != "cpu":
             return f"it runs on a CPU, not on {device}"
         if geometry.dtype not in _KINDS:
             return f"{geometry.dtype} is neither bfloat16 nor float32"
-        if chunk_tokens != _CHUNK:
-            return f"chunks have {chunk_tokens} tokens, not {_CHUNK}"
+        if chunk_tokens not in _CHUNKS:
+            return f"chunks of {chunk_tokens} tokens are no even number from {_CHUNKS[0]} to {_CHUNKS[-1]}"
         if geometry.head_dim % _HEAD_STEP:
             return f"heads of {geometry.head_dim} numbers are no multiple of {_HEAD_STEP}"
         library = _library()
@@ -110,6 +106,7 @@ class NativeAttention(AttentionBackend[Step]):
             kind=_KINDS[geometry.dtype],
             num_kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
+            chunk_tokens=self.chunk_tokens,
             level=self._level,
             num_threads=torch.get_num_threads() if _threads() else 1,
             part_chunks=_PART_CHUNKS,
@@ -179,7 +176,8 @@ def _library() -> ctypes.CDLL | str:
         return "built without a C compiler: install one (gcc or clang), then this package again"
     try:
         library = ctypes.CDLL(str(path))
-        library.pensieve_call_bytes.restype = library.pensieve_level.restype = library.pensieve_attend.restype = ctypes.c_int64
+        for name in ("call_bytes", "level", "attend", "count_parts"):
+            getattr(library, f"pensieve_{name}").restype = _INT
         call_bytes = library.pensieve_call_bytes()
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded ({error}): install this package again"
@@ -187,17 +185,14 @@ def _library() -> ctypes.CDLL | str:
         return f"{path.name} was built from other sources: install this package again"
     if not library.pensieve_level():
         return "this CPU has no AVX2 (or the compiler was neither gcc nor clang for x86-64)"
-    library.pensieve_write.restype = None
-    library.pensieve_write.argtypes = library.pensieve_attend.argtypes = [ctypes.c_void_p]
-    library.pensieve_use_threads.argtypes = [ctypes.c_void_p]
-    library.pensieve_use_threads(_threads())
+    library.pensieve_use_threads(ctypes.c_void_p(_threads()))
     return library
 
 
 @cache
 def _threads() -> int | None:
     """Address of `GOMP_parallel` in the OpenMP runtime that torch itself runs on; None: torch uses another kind of threads."""
-    if not torch.backends.openmp.is_available():
+    if not torch._C.has_openmp:
         return None
     for library in (None, *sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))):
         try:

@@ -294,7 +294,7 @@ static int64_t aligned(int64_t bytes) { return (bytes + ROOM_ALIGNMENT - 1) / RO
 static int64_t lay_out_room(const struct call *call, uint8_t *base, struct room *room, float **partials, float **sum)
 {
     const int64_t numbers[] = {
-        BLOCK_ROWS * call->head_dim, BLOCK_ROWS * call->head_dim, BLOCK_ROWS, BLOCK_ROWS * 16, TILE_ROWS * CHUNK, TILE_ROWS * CHUNK,
+        BLOCK_ROWS * call->head_dim, BLOCK_ROWS * call->head_dim, BLOCK_ROWS, BLOCK_ROWS * 16, TILE_ROWS * WIDTH, TILE_ROWS * WIDTH,
         BLOCK_ROWS * (call->head_dim + 2), call->head_dim,
     };
     uint8_t *places[8];
@@ -337,7 +337,7 @@ static int next_block(const struct call *call, struct blocks *blocks)
     const int64_t lowest = start + first / group - call->window + 1, last = start + (blocks->row - 1) / group;
     blocks->part = (struct part){
         .span = (int32_t)blocks->span, .first_row = (int32_t)first, .num_rows = (int32_t)(blocks->row - first),
-        .first_chunk = lowest <= 0 ? 0 : (int32_t)(lowest / CHUNK), .stop_chunk = (int32_t)(last / CHUNK + 1), .num_parts = 1,
+        .first_chunk = lowest <= 0 ? 0 : (int32_t)(lowest / call->chunk_tokens), .stop_chunk = (int32_t)(last / call->chunk_tokens + 1), .num_parts = 1,
     };
     blocks->row = first;
     return 1;
@@ -478,14 +478,14 @@ enum { WRITE_TOKENS = 32 }; /* of an item */
 
 static void write_float32(const struct call *call, int64_t first, int64_t stop, int64_t kv_head)
 {
-    const int64_t head_dim = call->head_dim;
+    const int64_t head_dim = call->head_dim, size = call->chunk_tokens;
     for (int64_t token = first; token < stop; token++) {
-        const int64_t slot = call->slot_mapping[token] / CHUNK, offset = call->slot_mapping[token] % CHUNK;
+        const int64_t slot = call->slot_mapping[token] / size, offset = call->slot_mapping[token] % size;
         float *key_cells = (float *)head_cells(call, slot, kv_head), *value_cells = key_cells + cell_count(call);
         const float *key = (const float *)call->key + token * call->key_token_stride + kv_head * call->key_head_stride;
         const float *value = (const float *)call->value + token * call->value_token_stride + kv_head * call->value_head_stride;
         for (int64_t i = 0; i < head_dim; i++)
-            key_cells[i * CHUNK + offset] = key[i];
+            key_cells[i * size + offset] = key[i];
         memcpy(value_cells + offset * head_dim, value, (size_t)head_dim * sizeof(float));
     }
 }
@@ -501,16 +501,16 @@ static void weave(uint16_t *restrict cells, const uint16_t *restrict even, const
 
 static void write_bfloat16(const struct call *call, int64_t first, int64_t stop, int64_t kv_head)
 {
-    const int64_t head_dim = call->head_dim, *slots = call->slot_mapping;
+    const int64_t head_dim = call->head_dim, size = call->chunk_tokens, *slots = call->slot_mapping;
     for (int64_t token = first; token < stop; token++) {
-        const int64_t slot = slots[token] / CHUNK, offset = slots[token] % CHUNK;
+        const int64_t slot = slots[token] / size, offset = slots[token] % size;
         uint16_t *cells = (uint16_t *)head_cells(call, slot, kv_head) + offset * 2;
         const uint16_t *key = (const uint16_t *)call->key + token * call->key_token_stride + kv_head * call->key_head_stride;
         for (int64_t i = 0; i < head_dim; i += 2)
-            memcpy(cells + i * CHUNK, key + i, 2 * sizeof(uint16_t));
+            memcpy(cells + i * size, key + i, 2 * sizeof(uint16_t));
     }
     for (int64_t token = first; token < stop; token++) {
-        const int64_t slot = slots[token] / CHUNK, offset = slots[token] % CHUNK;
+        const int64_t slot = slots[token] / size, offset = slots[token] % size;
         uint16_t *cells = (uint16_t *)head_cells(call, slot, kv_head) + cell_count(call) + offset / 2 * head_dim * 2;
         const uint16_t *value = (const uint16_t *)call->value + token * call->value_token_stride + kv_head * call->value_head_stride;
         if (offset % 2 == 0 && token + 1 < stop && slots[token + 1] == slots[token] + 1) {
@@ -532,6 +532,9 @@ static void write_item(void *data, int64_t index, int64_t thread)
     (call->kind == KIND_BFLOAT16 ? write_bfloat16 : write_float32)(call, first, stop, kv_head);
 }
 
+/* How many parts `pensieve_attend` would cut this call into, all KV heads together. */
+int64_t pensieve_count_parts(const struct call *call) { return plan_of(call).num_parts * call->num_kv_heads; }
+
 /* Put a layer's new K and V into their cells. */
 void pensieve_write(struct call *call)
 {
@@ -545,6 +548,7 @@ void pensieve_write(struct call *call)
 int64_t pensieve_level(void) { return LEVEL_NONE; }
 void pensieve_use_threads(void *function) { (void)function; }
 int64_t pensieve_attend(const struct call *call) { (void)call; return 0; }
+int64_t pensieve_count_parts(const struct call *call) { (void)call; return 0; }
 void pensieve_write(struct call *call) { (void)call; }
 
 #endif

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define CHUNK 32 /* tokens of a slot */
+#define WIDTH 32 /* tokens at once, and the most that a slot holds */
 
 enum { LEVEL_NONE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16 };
 enum { KIND_FLOAT32, KIND_BFLOAT16 };
@@ -17,7 +17,8 @@ struct call {
     int64_t layer_bytes;
     int64_t kind;          /* KIND_... */
     int64_t num_kv_heads;
-    int64_t head_dim;      /* a multiple of 16 */
+    int64_t head_dim;      /* D, a multiple of 16 */
+    int64_t chunk_tokens;  /* C, even, from 4 to WIDTH */
     int64_t level;         /* LEVEL_..., one that this CPU has */
     int64_t num_threads;
     int64_t part_chunks;   /* a context is divided among threads into parts of at least so many chunks */
@@ -25,7 +26,7 @@ struct call {
     const int64_t *first_rows;   /* (S + 1,), row of T at which each span begins */
     const int64_t *stops;        /* (S,), context of each span's last token */
     const int64_t *tables;       /* (S, B), slots */
-    const int64_t *slot_mapping; /* (T,), slot * CHUNK + offset */
+    const int64_t *slot_mapping; /* (T,), slot * C + offset */
     int64_t num_spans;
     int64_t table_width;         /* B */
     int64_t num_tokens;          /* T */
@@ -69,14 +70,15 @@ struct room {
     float *output;   /* (rows, D), not yet divided by the sum of weights */
     float *most;     /* (rows,), to this the exponents are relative, in powers of two */
     float *total;    /* (rows, lanes), sums of weights */
-    float *scores;   /* (rows of a tile, CHUNK) */
-    void *weights;   /* (rows of a tile, CHUNK) */
+    float *scores;   /* (rows of a tile, WIDTH) */
+    void *weights;   /* (rows of a tile, WIDTH) */
 };
 
 #define BLOCK_ROWS 64 /* most rows of a part: their queries and results stay in the first-level cache */
 #define TILE_ROWS 8   /* most rows at once in registers, of any level */
 
-static inline int64_t cell_count(const struct call *call) { return CHUNK * call->head_dim; }
+/* Numbers of K, or of V, of one slot and KV head. */
+static inline int64_t cell_count(const struct call *call) { return call->chunk_tokens * call->head_dim; }
 static inline int64_t number_bytes(const struct call *call) { return call->kind == KIND_BFLOAT16 ? 2 : 4; }
 
 /* K of one slot and KV head; its V follows. */

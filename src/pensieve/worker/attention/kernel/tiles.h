@@ -14,14 +14,15 @@
  *     QUERY(cell)             a number of the query as an operand
  *     WEIGHTS_STORE(p, vec), OUTPUT_STORE(p, vec)
  *
- * Cells lie as the products want them. K of a chunk and head: [D / PACK][CHUNK][PACK], so that a vector holds one word of each of LANES
- * tokens and a score is summed in its own lane. V: [CHUNK / PACK][D][PACK], so that a vector holds LANES numbers of PACK tokens.
+ * Cells lie as the products want them. K of a chunk and head: [D / PACK][C][PACK], so that a vector holds one word of each of LANES
+ * tokens and a score is summed in its own lane. V: [C / PACK][D][PACK], so that a vector holds LANES numbers of PACK tokens.
+ * Where C < WIDTH, the lanes beyond read what comes next (there is as much: V follows K), and are never visible.
  *
  * A cell beyond the context may hold anything, NaN too. In K it spoils its own lane only, and what is not visible is replaced, never
  * multiplied by zero. In V the tokens beyond are not read; where one shares a word with the last, its half is cleared.
  */
 
-#define VECTORS (CHUNK / LANES)
+#define VECTORS (WIDTH / LANES)
 #define ALL_VISIBLE UINT32_MAX
 #define PREFETCH_STEP 64
 
@@ -49,20 +50,21 @@ INLINE void NAME(multiply)(const int rows, const int columns, VEC sums[TILE][2],
     }
 }
 
-/* Scores of all tokens of a chunk, (rows, CHUNK), neither scaled nor masked. `query`: [D / PACK][rows][PACK]. */
-INLINE void NAME(score)(const int rows, const OPERAND *query, const CELL *key, int64_t head_dim, int64_t ahead, float *scores)
+/* Scores of all tokens of a chunk, (rows, WIDTH), neither scaled nor masked. `query`: [D / PACK][rows][PACK]. */
+INLINE void NAME(score)(const int rows, const OPERAND *query, const CELL *key, int64_t chunk_tokens, int64_t head_dim, int64_t ahead,
+                        float *scores)
 {
 #pragma GCC unroll 2
-    for (int first = 0; first < CHUNK; first += 2 * LANES) {
+    for (int first = 0; first < WIDTH; first += 2 * LANES) {
         VEC sums[TILE][2];
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++)
             sums[row][0] = sums[row][1] = L(zero)();
-        NAME(multiply)(rows, 2, sums, key + first * PACK, CHUNK * PACK, query, PACK, rows * PACK, head_dim / PACK, ahead);
+        NAME(multiply)(rows, 2, sums, key + first * PACK, chunk_tokens * PACK, query, PACK, rows * PACK, head_dim / PACK, ahead);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
-            L(store)(scores + row * CHUNK + first, sums[row][0]);
-            L(store)(scores + row * CHUNK + first + LANES, sums[row][1]);
+            L(store)(scores + row * WIDTH + first, sums[row][0]);
+            L(store)(scores + row * WIDTH + first + LANES, sums[row][1]);
         }
     }
 }
@@ -125,14 +127,14 @@ INLINE void NAME(gather)(const int rows, const int columns, const OPERAND *weigh
             sums[row][column] = L(load)(output + row * head_dim + column * LANES);
     }
     const int64_t steps = tokens / PACK;
-    NAME(multiply)(rows, columns, sums, value, head_dim * PACK, weights, CHUNK, PACK, steps, ahead);
+    NAME(multiply)(rows, columns, sums, value, head_dim * PACK, weights, WIDTH, PACK, steps, ahead);
     if (tokens % PACK) {
 #pragma GCC unroll 2
         for (int column = 0; column < columns; column++) {
             const WORDS last = WORDS_LOAD_LOW(value + steps * head_dim * PACK + column * LANES * PACK);
 #pragma GCC unroll 8
             for (int row = 0; row < rows; row++)
-                sums[row][column] = DOT(sums[row][column], last, SPREAD_LOAD(weights + row * CHUNK + steps * PACK));
+                sums[row][column] = DOT(sums[row][column], last, SPREAD_LOAD(weights + row * WIDTH + steps * PACK));
         }
     }
 #pragma GCC unroll 8
@@ -145,16 +147,16 @@ INLINE void NAME(gather)(const int rows, const int columns, const OPERAND *weigh
 
 /* A tile of rows and one chunk. The pointers are those of the tile's first row. */
 INLINE void NAME(attend_chunk)(const int rows, const struct scale *scale, const OPERAND *query, const CELL *key, int64_t ahead,
-                               int64_t head_dim, int64_t tokens, const uint32_t *visible, const struct room *room, float *most,
+                               int64_t chunk_tokens, int64_t head_dim, int64_t tokens, const uint32_t *visible, const struct room *room, float *most,
                                float *total, float *output)
 {
     float *scores = room->scores;
     OPERAND *weights = room->weights;
-    NAME(score)(rows, query, key, head_dim, ahead, scores);
+    NAME(score)(rows, query, key, chunk_tokens, head_dim, ahead, scores);
     for (int row = 0; row < rows; row++)
-        NAME(weigh)(scale, visible[row], scores + row * CHUNK, most + row, total + row * LANES, output + row * head_dim, head_dim,
-                    weights + row * CHUNK);
-    const CELL *value = key + CHUNK * head_dim;
+        NAME(weigh)(scale, visible[row], scores + row * WIDTH, most + row, total + row * LANES, output + row * head_dim, head_dim,
+                    weights + row * WIDTH);
+    const CELL *value = key + chunk_tokens * head_dim;
     int64_t first = 0;
     for (; first + 2 * LANES <= head_dim; first += 2 * LANES)
         NAME(gather)(rows, 2, weights, value + first * PACK, head_dim, tokens, ahead, output + first);
@@ -217,6 +219,7 @@ static TARGET void NAME(attend_part)(const struct call *call, const struct part 
                                      float *partials)
 {
     const int64_t group = call->num_heads / call->num_kv_heads, head_dim = call->head_dim, num_rows = part->num_rows;
+    const int64_t chunk_tokens = call->chunk_tokens;
     const int64_t stop = call->stops[part->span];
     const int64_t start = stop - (call->first_rows[part->span + 1] - call->first_rows[part->span]);
     const int64_t *table = call->tables + part->span * call->table_width;
@@ -238,18 +241,18 @@ static TARGET void NAME(attend_part)(const struct call *call, const struct part 
             const int64_t rows = num_rows - tile < TILE ? num_rows - tile : TILE;
             uint32_t visible[TILE], any = 0;
             for (int64_t row = 0; row < rows; row++) {
-                const int64_t position = start + (part->first_row + tile + row) / group - chunk * CHUNK; /* counted from this chunk */
-                visible[row] = bits_below(position + 1) & ~bits_below(position - call->window + 1);
+                const int64_t position = start + (part->first_row + tile + row) / group - chunk * chunk_tokens; /* counted from this chunk */
+                visible[row] = bits_below(position < chunk_tokens ? position + 1 : chunk_tokens) & ~bits_below(position - call->window + 1);
                 any |= visible[row];
             }
             if (!any)
                 continue;
-            const int64_t last = start + (part->first_row + tile + rows - 1) / group - chunk * CHUNK;
-            const int64_t tokens = last + 1 < CHUNK ? last + 1 : CHUNK;
+            const int64_t last = start + (part->first_row + tile + rows - 1) / group - chunk * chunk_tokens;
+            const int64_t tokens = last < chunk_tokens ? last + 1 : chunk_tokens;
 #define ROWS(n)                                                                                                                           \
     case n:                                                                                                                               \
-        NAME(attend_chunk)(n, &scale, packed + tile * head_dim, key, ahead, head_dim, tokens, visible, room, room->most + tile,           \
-                           room->total + tile * LANES, room->output + tile * head_dim);                                                   \
+        NAME(attend_chunk)(n, &scale, packed + tile * head_dim, key, ahead, chunk_tokens, head_dim, tokens, visible, room,               \
+                           room->most + tile, room->total + tile * LANES, room->output + tile * head_dim);                                \
         break;
             switch (rows) {
                 ROWS(1) ROWS(2) ROWS(3) ROWS(4)
