@@ -85,7 +85,6 @@ def create_app(make_context: MakeContext, metrics: Metrics, max_body_bytes: int,
         redoc_url=None,
         lifespan=lifespan,
         responses=_FAILURES,
-        generate_unique_id_function=lambda route: route.name,
     )
     errors.install(app)
     for module in (chat, completions, responses, conversations, native, ops):

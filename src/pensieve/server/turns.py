@@ -246,7 +246,7 @@ class Turns:
         self._on_end(answer)
 
     def _time_out(self, answer: Answer, waiting: bool) -> None:
-        if answer.ended or (waiting and answer.first_piece_s is not None):
+        if answer.ended or answer.timeout is not None or (waiting and answer.first_piece_s is not None):
             return
         if waiting:
             answer.timeout = QueueTimeout(f"no first token after {self._queue_timeout_s:g} s: the server is busy, try again later")

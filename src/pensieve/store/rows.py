@@ -54,7 +54,7 @@ def conversation(row: Sequence[Any]) -> Conversation:
         leaf,
         created_s,
         updated_s,
-        None if title is None else json.loads(title),
+        None if title is None else title_from(title),
         json.loads(metadata),
         expires_s,
         bool(pinned),
@@ -125,6 +125,11 @@ def json_text(value: Mapping[str, object] | None, what: str) -> str:
 def title_text(title: str | None) -> str | None:
     """A title as JSON: it may hold anything."""
     return None if title is None else json.dumps(title)
+
+
+def title_from(text: str) -> str:
+    """A title from its JSON."""
+    return str(json.loads(text))
 
 
 def is_name(text: str) -> bool:

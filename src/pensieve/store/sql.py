@@ -85,7 +85,7 @@ class SqlStore(Generic[C]):
                 some = wanted[start : start + MAX_IDS]
                 marks = ", ".join("?" * len(some))
                 sql = f"SELECT id, title FROM conversations WHERE namespace = ? AND title IS NOT NULL AND id IN ({marks})"
-                found |= {str(id): str(title) for id, title in connection.execute(sql, (namespace, *some)).fetchall()}
+                found |= {str(id): rows.title_from(title) for id, title in connection.execute(sql, (namespace, *some)).fetchall()}
             return found
 
         return self._read(query)
