@@ -373,6 +373,9 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(page: Page, watch: Watch) -> No
         dialog.wait_for()
         page.keyboard.press("Escape")
         page.locator("#status", has_text="API key needed").wait_for()
+        asked = mock.count("GET", "/map")
+        wait_until(lambda: mock.count("GET", "/map") > asked)
+        assert dialog.is_hidden(), "not now means not at the next poll either"
         page.get_by_role("button", name="Enter API key").click()
         dialog.get_by_label("Key", exact=True).fill("wrong")
         page.keyboard.press("Enter")

@@ -122,7 +122,7 @@ export class Chat extends EventTarget {
   }
 
   async #load(thread) {
-    const note = make("p", { className: "note" }, "Loading messages…");
+    const note = make("p", { className: "note" }, "loading messages");
     thread.log.replaceChildren(note);
     thread.loaded = true; // or rather: asked for
     try {
@@ -184,7 +184,10 @@ export class Chat extends EventTarget {
     thread.stop = stopper;
     this.#showBusy();
     const { signal } = stopper;
-    const onWait = (waiting) => answer.tell("waiting", waiting);
+    const onWait = (waiting) => {
+      answer.tell("waiting", waiting);
+      this.#scrollToEnd(thread);
+    };
     try {
       if (thread.id === null) await this.#create(thread, { signal, onWait });
       const onDelta = (delta) => {

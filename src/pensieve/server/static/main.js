@@ -80,6 +80,10 @@ async function refreshList() {
 
 function startNew() {
   history.pushState(null, "", location.pathname + location.search);
+  showNew();
+}
+
+function showNew() {
   openFromHash();
   showView("chat");
   chat.focus();
@@ -114,8 +118,10 @@ actions.addEventListener("done", ({ detail: { verb, id, answer } }) => {
   } else if (verb === "fork") location.hash = encodeURIComponent(answer.id);
   else if (verb === "delete") {
     chat.forget(id);
-    if (chat.openId === id) startNew();
-    else if (map.chosenId === id) map.choose(null);
+    if (chat.openId === id) {
+      history.replaceState(null, "", location.pathname + location.search); // nothing to come back to
+      showNew();
+    } else if (map.chosenId === id) map.choose(null);
   }
   if (verb === "pin" || verb === "unpin") {
     for (const row of [map.row(id), list.get(id)]) if (row) row.pinned = verb === "pin"; // the same key means the opposite from now on
