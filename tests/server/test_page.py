@@ -539,7 +539,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 # -- the dashboard
 
 METRICS = {
-    *("pensieve_tokens_total", "pensieve_bytes_total", "pensieve_tier_slots", "pensieve_evictions_total", "pensieve_requests"),
+    *("pensieve_tokens_total", "pensieve_bytes_total", "pensieve_tier_slots", "pensieve_evictions_total", "pensieve_engine_requests"),
     *("pensieve_requests_total", "pensieve_engine_restarts_total", "pensieve_suspensions_total", "pensieve_conversations"),
     *("pensieve_streams", "process_resident_memory_bytes"),
 }

@@ -78,9 +78,9 @@ class Context:
     started_s: float = field(default_factory=time.time)
     names: frozenset[str] = frozenset()  # other names of the model that are taken
 
-    def check_model(self, name: str) -> None:
-        """Refuse a model that is not served here."""
-        if name != self.config.model and name not in self.names:
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not served here; None is the one that is."""
+        if name is not None and name != self.config.model and name not in self.names:
             raise ApiError(
                 404, f"the model {name!r} is not served here; this server has {self.config.model!r}", code="model_not_found", param="model"
             )

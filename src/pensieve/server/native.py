@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
+from pensieve.chat import Message
 from pensieve.errors import ConversationNotFound, KeepRefused
 from pensieve.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats
+from pensieve.server.answers import ANSWER
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.conversations import erase, get
 from pensieve.server.errors import ApiError
 from pensieve.server.responses import turn_of
 from pensieve.server.schemas import ForkRequest, TtlRequest
-from pensieve.store.base import Conversation, path_messages
+from pensieve.store.base import Conversation, Turn
 
 router = APIRouter(prefix="/v1/pensieve")
 
@@ -73,18 +75,7 @@ async def show_conversation(conversation_id: str, context: Server, caller: Askin
     conversation = await get(context, caller, conversation_id)
     turns = await in_thread(context.store.path, caller.namespace, conversation.leaf)
     rows = await _rows(context, caller, [conversation.id])
-    messages = [
-        {
-            "role": message.role,
-            "content": message.content,
-            **(
-                {"tool_calls": [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in message.tool_calls]}
-                if message.tool_calls
-                else {}
-            ),
-        }
-        for message in path_messages(turns)
-    ]
+    messages = [_message_json(turn, message) for turn in turns for message in turn.messages]
     return _conversation_json(conversation, rows.get(conversation.id)) | {
         "messages": messages,
         "turns": [{"id": turn.id, "reply_reason": turn.reply_reason, "tokens": turn.stop, "created_at": turn.created_s} for turn in turns],
@@ -174,6 +165,16 @@ async def _rows(context: Context, caller: Caller, ids: list[str]) -> dict[str, M
     rows = await asyncio.wrap_future(context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids]))
     assert isinstance(rows, CacheMap)
     return {row.sequence_id: row for row in rows.rows}
+
+
+def _message_json(turn: Turn, message: Message) -> dict[str, Any]:
+    told = turn.meta.get(ANSWER) if message.role == "assistant" else None
+    shown: dict[str, Any] = {"role": message.role, "content": message.content, "turn": turn.id}
+    if message.tool_calls:
+        shown["tool_calls"] = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+    if isinstance(told, dict):
+        shown["pensieve"] = told.get("receipt")
+    return shown
 
 
 def _row_json(row: MapRow, title: str | None) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class ResponseStreamOptions(Strict):
 class ResponseRequest(Body):
     """POST /v1/responses."""
 
-    model: StrictStr
+    model: StrictStr | None = None  # None: the one that is served
     input: Input | None = None
     instructions: StrictStr | None = None
     previous_response_id: Identifier | None = None
