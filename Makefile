@@ -28,7 +28,7 @@ demo: $(VENV)/.ready model ## install, fetch the default model, then compare sta
 	$(BIN)/pensieve compare $(DEMO) $(ARGS)
 
 test: lint model ## install, fetch the default model, lint, check types and imports, run the tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not browser" $(ARGS)
 
 check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
