@@ -374,7 +374,7 @@ def check_after_kill(server: PostgresServer, acknowledged: dict[str, tuple[int, 
             assert path_tokens(turns) == [i for i in range(len(turns)) for _ in range(1 + i % 300)]
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_server_loses_nothing_acknowledged(rounds: int) -> None:
     chance = random.Random(1)
     with running_server() as server:

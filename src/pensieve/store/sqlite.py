@@ -140,7 +140,10 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
         if self._path is None:
             return True
         rebuilt = self._rebuild(self._path)
-        return self._truncate_log(self._path) and rebuilt
+        try:
+            return self._truncate_log(self._path) and rebuilt
+        except sqlite3.Error:  # no connection: the rows are gone all the same
+            return False
 
     def _rebuild(self, path: Path) -> bool:
         if path.stat().st_size > self._rebuild_bytes:
