@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import os
 import signal
 import socket
 import sys
@@ -120,7 +119,7 @@ def run_server(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listener = _listen(host, port)  # first: a port that is taken should not cost the loading of a model
     try:
-        parts = _start(options, store_url)
+        parts = _start(options, store_url, f"{socket.gethostname()}:{port}")
     except BaseException:
         listener.close()
         raise
@@ -215,19 +214,22 @@ class _Parts:
             self.ephemeral.close()
 
 
-def _start(options: Options, store_url: str | None) -> _Parts:
-    """Start the engine's process, and open the store while it loads the model."""
+def _start(options: Options, store_url: str | None, owner: str) -> _Parts:
+    """Start the engine's process and open the store.
+
+    `owner` is under which name answers under way are in the store: whoever listens here now owns what whoever did before left unfinished.
+    """
     from pensieve.cli.build import do_without_torch, start_apart
     from pensieve.store import MEMORY, SqliteStore, default_path, open_store
 
     do_without_torch()
     store = open_store(store_url or str(default_path()))
     try:
-        recovered = store.recover_drafts(None)
+        recovered = store.recover_drafts(owner)
         if recovered:
             log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
         ephemeral = SqliteStore(MEMORY)
-        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=f"{socket.gethostname()}:{os.getpid()}")
+        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner)
         if runtime.text is None:
             runtime.close()
             raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")

@@ -144,8 +144,10 @@ async def _sweep(context: Context) -> None:
     purged_s = 0.0
     while True:
         try:
-            for conversation in await asyncio.to_thread(context.store.expired, time.time(), MAX_SWEPT):
-                await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace))
+            expired = await asyncio.to_thread(context.store.expired, time.time(), MAX_SWEPT)
+            for conversation in expired:
+                last = conversation is expired[-1]  # (overwriting rewrites the database: once is enough)
+                await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
                 log.info("conversation %s is deleted: its time was up", conversation.id)
             if time.time() - purged_s > PURGE_S:
                 purged_s = time.time()

@@ -29,9 +29,7 @@ from pensieve.errors import (
 )
 from pensieve.messages import (
     Abort,
-    CacheMap,
     Check,
-    Checked,
     Command,
     Event,
     Failed,
@@ -41,23 +39,19 @@ from pensieve.messages import (
     GetMap,
     GetRows,
     GetStats,
-    HintAnswer,
     Idle,
     Keep,
-    KeepAnswer,
-    Lost,
-    Miss,
-    Receipt,
-    Stats,
     Stop,
     Submit,
     Token,
     Warm,
 )
+from pensieve.service.answer import AnswerText
 from pensieve.service.prompt import INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
+from pensieve.service.questions import Questions
 from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
 from pensieve.store.base import ConversationStore, Erased, Turn
-from pensieve.text import ChatText, Detokenizer, StopStrings, keep_tokens
+from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +104,8 @@ class ConversationService:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._turns: dict[str, PendingTurn] = {}
         self._lines: dict[tuple[str, str], deque[PendingTurn]] = {}  # conversations with a turn under way, and who waits behind it
-        self._answers: dict[str, Future[object]] = {}  # who waits for the engine's answer, by tag
+        self._answers = AnswerText(text)
+        self._questions = Questions()
         self._closed = False
         self._gate = threading.Lock()  # nothing is queued behind the end mark
         self._thread = threading.Thread(target=self._run, name="pensieve-service", daemon=True)
@@ -186,10 +181,13 @@ class ConversationService:
         self._ask_thread(done, lambda: self._delete(namespace, conversation_id, done))
         return done
 
-    def erase(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> Future[Erasure]:
-        """Delete a conversation and overwrite what it left: its rows, and its KV in every tier (shared KV with its last reference)."""
+    def erase(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE, overwrite: bool = True) -> Future[Erasure]:
+        """Delete a conversation and overwrite what it left: its rows, and its KV in every tier (shared KV with its last reference).
+
+        Without `overwrite` the rows are only deleted: who erases many conversations overwrites once, with the last.
+        """
         done: Future[Erasure] = Future()
-        self._ask_thread(done, lambda: self._erase(namespace, conversation_id, done))
+        self._ask_thread(done, lambda: self._erase(namespace, conversation_id, overwrite, done))
         return done
 
     def forget(self, sequence_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
@@ -255,8 +253,7 @@ class ConversationService:
         error = EngineClosed("the engine was closed before this turn ended")
         for turn in list(self._turns.values()) + [turn for line in self._lines.values() for turn in line]:
             settle(turn.future, error=error)
-        for answer in self._answers.values():
-            settle(answer, error=error)
+        self._questions.give_up(error)
 
     def _enqueue(self, job: Callable[[], None]) -> bool:
         """Hand a job to the thread; False if the service is closed."""
@@ -271,13 +268,7 @@ class ConversationService:
 
     def _ask(self, command: Callable[[str], Command]) -> Future[object]:
         answer: Future[object] = Future()
-        tag = uuid.uuid4().hex
-
-        def ask() -> None:
-            self._answers[tag] = answer
-            self._post(command(tag))
-
-        self._ask_thread(answer, ask)
+        self._ask_thread(answer, lambda: self._questions.ask(answer, command, self._post))
         return answer
 
     def _store_of(self, conversation_id: str) -> ConversationStore | None:
@@ -325,13 +316,11 @@ class ConversationService:
 
     def _prepare(self, turn: PendingTurn, place: Place | None) -> SamplingParams:
         """Make the turn's prompt, its conversation and its draft; returns how it is sampled."""
-        spec, sampling, stop = turn.spec, turn.spec.sampling, turn.spec.stop
-        if self._text is not None and (spec.raw is None or spec.raw_text):
-            turn.detokenizer = self._detokenizer(spec)
-            if not spec.ignore_eos:
-                sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | self._text.stop_token_ids)
-                stop = (*stop, *self._text.stop_strings)
-        turn.stops = StopStrings(stop)
+        spec, sampling = turn.spec, turn.spec.sampling
+        self._answers.begin(turn)
+        if turn.detokenizer is not None and not spec.ignore_eos:
+            assert self._text is not None
+            sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | self._text.stop_token_ids)
         if spec.raw is not None:
             tokens, history_tokens = spec.raw
             turn.prompt = Prompt(tokens, min(history_tokens, len(tokens)))
@@ -363,11 +352,6 @@ class ConversationService:
                 )
                 turn.drafted = True
         return sampling
-
-    def _detokenizer(self, spec: TurnSpec) -> Detokenizer:
-        """Markers of calls and reasoning are text where somebody reads them."""
-        assert self._text is not None
-        return self._text.detokenizer(self._text.marker_ids if spec.tools or self._text.has_reasoning else ())
 
     def _create(self, store: ConversationStore, turn: PendingTurn) -> None:
         try:
@@ -410,21 +394,13 @@ class ConversationService:
             case Failed():
                 if (turn := self._turns.get(event.request_id)) is not None:
                     self._fail(turn, error_from(event.code, event.message))
-            case KeepAnswer() | Stats() | Forgotten() | HintAnswer() | CacheMap() | Checked() | Lost():
-                if (future := self._answers.pop(event.tag, None)) is None:
-                    return
-                if isinstance(event, Lost):
-                    settle(future, error=error_from(event.code, event.message))
-                else:
-                    settle(future, event)
+            case _:
+                self._questions.take(event)
 
     def _take_token(self, turn: PendingTurn, token: Token) -> None:
-        turn.sampled.append(token)
-        turn.unshown.append(token)
-        if turn.detokenizer is not None and turn.cut is None:
-            self._show(turn, turn.detokenizer.push((token.token_id,)))
-            if turn.cut is not None:
-                self._post(Stop(turn.request_id, turn.cut[0]))
+        num_kept = self._answers.take(turn, token)
+        if num_kept is not None:
+            self._post(Stop(turn.request_id, num_kept))
         if turn.drafted and len(turn.sampled) - turn.num_drafted >= DRAFT_TOKENS and turn.cut is None:
             self._extend_draft(turn)
 
@@ -435,52 +411,12 @@ class ConversationService:
         store.extend_draft(turn.request_id, ids, "".join(turn.shown[turn.text_drafted :]))
         turn.num_drafted, turn.text_drafted = len(turn.sampled), len(turn.shown)
 
-    def _show(self, turn: PendingTurn, text: str) -> None:
-        assert turn.stops is not None
-        text, hit = turn.stops.feed(text)
-        self._say(turn, text)
-        if hit is not None or (text and turn.spec.watch is not None and turn.spec.watch(text)):
-            assert self._text is not None
-            turn.cut = keep_tokens(self._detokenizer(turn.spec), [token.token_id for token in turn.sampled], "".join(turn.shown))
-
-    def _say(self, turn: PendingTurn, text: str) -> None:
-        if text:
-            turn.shown.append(text)
-        if turn.on_piece is not None and (text or turn.spec.sampling.logprobs is not None):
-            piece = Piece(text, tuple(turn.unshown))
-            turn.unshown.clear()
-            try:
-                turn.on_piece(piece)
-            except Exception:
-                log.exception("on_piece raised; the turn goes on without it")
-                turn.on_piece = None
-
     # -- turns end
 
     def _take_end(self, turn: PendingTurn, event: Finished) -> None:
-        output, reason, prompt = event.output, event.reason, turn.prompt
-        if turn.detokenizer is not None and turn.cut is None:
-            assert turn.stops is not None
-            self._show(turn, turn.detokenizer.finish())
-            if turn.cut is None:
-                self._say(turn, turn.stops.finish())
-        if turn.cut is not None:
-            assert self._text is not None
-            reason = FinishReason.STOP
-            output = (*output[: turn.cut[0]], *(self._text.encode_text(turn.cut[1]) if turn.cut[1] else ()))
-        done = TurnDone(
-            text="".join(turn.shown),
-            prompt=prompt.tokens,
-            output=output,
-            logprobs=tuple(token.logprob for token in turn.sampled[: len(output)] if token.logprob is not None),
-            tops=tuple(token.top for token in turn.sampled[: len(output)]) if turn.spec.sampling.logprobs else (),
-            reason=reason,
-            receipt=self._receipt(turn, event.receipt, len(output)),
-            turn_id=None,
-            warning=prompt.warning,
-        )
+        done, prompt = self._answers.finish(turn, event), turn.prompt
         store = self._store_of(turn.conversation_id)
-        if store is None or not turn.stored or (reason is FinishReason.ABORT and not output):
+        if store is None or not turn.stored or (done.reason is FinishReason.ABORT and not done.output):
             self._finish(turn, done)
             return
         composed = Composed(Message("assistant", turn.spec.prefix + done.text)) if turn.spec.compose is None else turn.spec.compose(done)
@@ -490,21 +426,14 @@ class ConversationService:
             turn.conversation_id,
             prompt.parent,
             (*prompt.new, composed.message),
-            (*prompt.tokens[prompt.reused_tokens :], *output),
+            (*prompt.tokens[prompt.reused_tokens :], *done.output),
             start=prompt.reused_tokens,
-            reply_reason=reason.value,
+            reply_reason=done.reason.value,
             only_if_leaf=turn.spec.after is LEAF and turn.spec.conversation_id is not None,
             turn_id=turn.request_id,
             meta=self._meta(turn) | dict(composed.meta),
         )
         appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
-
-    def _receipt(self, turn: PendingTurn, receipt: Receipt, num_output: int) -> Receipt:
-        """The engine's receipt with what only the text knows: what was truncated, and where a template's rewriting is to blame."""
-        misses, at = receipt.misses, turn.prompt.rewritten_at
-        if at is not None:
-            misses = tuple(part for miss in misses for part in _blame_template(miss, at, turn.prompt.history_tokens))
-        return replace(receipt, truncated_tokens=turn.prompt.truncated_tokens, output_tokens=num_output, misses=misses)
 
     def _acknowledge(self, turn: PendingTurn, done: TurnDone, appended: Future[Turn]) -> None:
         """The turn is durable, or could not be made so."""
@@ -572,7 +501,7 @@ class ConversationService:
         else:
             settle(done, None)
 
-    def _erase(self, namespace: str, conversation_id: str, done: Future[Erasure]) -> None:
+    def _erase(self, namespace: str, conversation_id: str, overwrite: bool, done: Future[Erasure]) -> None:
         """First the turn under way, whose end would otherwise write again; then, off this thread, the rows; then the KV."""
         store = self._store_of(conversation_id)
         try:
@@ -592,7 +521,11 @@ class ConversationService:
             try:
                 for wait in waits:
                     wait.exception(timeout=ERASE_WAIT_S)
-                erased = Erased(0, 0, True) if store is None else store.erase(namespace, conversation_id)
+                erased = Erased(0, 0, complete=overwrite)
+                if store is not None and overwrite:
+                    erased = store.erase(namespace, conversation_id)
+                elif store is not None:
+                    store.delete(namespace, conversation_id)
                 try:
                     forgotten = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag)).result()
                 except PensieveError:  # the engine died meanwhile, and its memory with it
@@ -606,18 +539,6 @@ class ConversationService:
 
 
 ERASE_WAIT_S = 60.0  # how long an erasure waits for the turn under way to end
-
-
-def _blame_template(miss: Miss, at: int, history_tokens: int) -> list[Miss]:
-    """Of what was missed, what lies between the rewritten token and the end of the history is the template's doing."""
-    if miss.why in ("on_cpu", "dropped", "failed") or miss.stop <= at or miss.start >= history_tokens:
-        return [miss]
-    start, stop = max(miss.start, at), min(miss.stop, history_tokens)
-    parts = [replace(miss, stop=start)] if miss.start < start else []
-    parts.append(Miss(start, stop, "template_changed"))
-    if stop < miss.stop:
-        parts.append(replace(miss, start=stop))
-    return parts
 
 
 def _title(messages: Sequence[Message]) -> str | None:

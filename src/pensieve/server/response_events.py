@@ -1,0 +1,237 @@
+"""A response as an object and as a stream of events, live or stored. Knows their forms; never endpoints or requests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pensieve.chat import ToolCall
+from pensieve.core.request import FinishReason
+from pensieve.errors import PensieveError
+from pensieve.server.answers import Completed, completed_now, logprob_items
+from pensieve.server.chat import pensieve_json
+from pensieve.server.context import Context
+from pensieve.server.errors import error_body
+from pensieve.server.items import call_item, message_item, output_items, text_part
+from pensieve.server.output import Output, OutputEvent, OutputForm
+from pensieve.server.turns import Answer
+from pensieve.store import INTERRUPTED
+from pensieve.text import CallBegin, CallDelta, CallEnd, ContentDelta
+
+PREFIX = "resp_"
+PARAMS = "params"  # a turn's meta: what its response repeats of the request
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the API remembers of an answer under way."""
+
+    params: Mapping[str, Any]
+    form: OutputForm
+    named: bool  # it belongs to a conversation that the client named
+
+
+def _status(reason: str, cancelled: bool = False) -> tuple[str, dict[str, str] | None]:
+    """A response's status, and why it is incomplete."""
+    if cancelled:
+        return "cancelled", None
+    if reason == FinishReason.LENGTH.value:
+        return "incomplete", {"reason": "max_output_tokens"}
+    if reason in (FinishReason.ABORT.value, INTERRUPTED):
+        return "incomplete", {"reason": "interrupted"}
+    return "completed", None
+
+
+def response_json(context: Context, completed: Completed, *, cancelled: bool = False) -> dict[str, Any]:
+    """A response that has ended."""
+    status, incomplete = _status(completed.reason, cancelled or bool(completed.meta.get("cancelled")))
+    params = completed.meta.get(PARAMS)
+    params = params if isinstance(params, dict) else {}
+    output = output_items(f"{completed.turn_id}_out", completed.message, "completed" if status == "completed" else "incomplete")
+    if completed.logprobs and output and output[0]["type"] == "message":
+        output[0]["content"][0]["logprobs"] = logprob_items(completed.logprobs, context.text)
+    usage = completed.usage
+    head = _head(context, completed.turn_id, completed.created, params, completed.conversation_id if completed.meta.get("named") else None)
+    return head | {
+        "status": status,
+        "incomplete_details": incomplete,
+        "output": output,
+        "usage": {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": usage["cached_tokens"]},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"],
+        },
+        "pensieve": pensieve_json(completed),
+    }
+
+
+def live_json(context: Context, answer: Answer) -> dict[str, Any]:
+    """A response that is under way, or just ended."""
+    record: Record = answer.record
+    if answer.done is not None and answer.timeout is None:
+        completed = completed_now(answer, answer.done, record.form, context.text, {PARAMS: record.params, "named": record.named})
+        return response_json(context, completed, cancelled=answer.cancelled)
+    named = answer.turn.conversation_id if record.named else None
+    head = _head(context, answer.id, answer.created, record.params, named or None)
+    if answer.ended:
+        error = error_body(answer.timeout or answer.error or PensieveError("the answer failed"))["error"]
+        return head | {"status": "failed", "error": {"code": error["code"], "message": error["message"]}}
+    return head | {"status": "in_progress" if answer.pieces else "queued"}
+
+
+def _head(context: Context, turn_id: str, created: int, params: Mapping[str, Any], conversation_id: str | None) -> dict[str, Any]:
+    return {
+        "id": PREFIX + turn_id,
+        "object": "response",
+        "created_at": created,
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "model": context.config.model,
+        "output": [],
+        "usage": None,
+        "conversation": None if conversation_id is None else {"id": conversation_id},
+        "max_tool_calls": None,
+        "reasoning": {"effort": None, "summary": None},
+        "text": {"format": {"type": "text"}},
+        "service_tier": "default",
+        "instructions": None,
+        "parallel_tool_calls": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "tool_choice": "auto",
+        "tools": [],
+        "metadata": {},
+        **params,
+    }
+
+
+# -- events
+
+
+async def live_events(context: Context, answer: Answer) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """A response's events. They follow from its pieces alone, so that whoever reads again reads the same, under the same numbers."""
+    record: Record = answer.record
+    named = answer.turn.conversation_id if record.named else None
+    begun = _head(context, answer.id, answer.created, record.params, named or None)
+    yield "response.created", {"response": begun}
+    yield "response.in_progress", {"response": begun}
+    items = _Items(f"{answer.id}_out")
+    output = Output(context.text, record.form, answer.id)
+    for item_event in items.take(output.feed(answer.turn.spec.prefix) if answer.turn.spec.prefix else ()):
+        yield item_event
+    with_logprobs = answer.turn.spec.sampling.logprobs is not None
+    async for piece in answer.read():
+        logprobs = logprob_items(piece.tokens, context.text) if with_logprobs else []
+        for item_event in items.take(output.feed(piece.text), logprobs):
+            yield item_event
+    for item_event in items.take(output.finish()):
+        yield item_event
+    try:
+        done = await answer.result()
+    except PensieveError as error:
+        body = error_body(error)["error"]
+        yield "response.failed", {"response": begun | {"status": "failed", "error": {"code": body["code"], "message": body["message"]}}}
+        return
+    completed = completed_now(answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named})
+    response = response_json(context, completed, cancelled=answer.cancelled)
+    for item_event in items.close(response["status"]):
+        yield item_event
+    yield _last(response), {"response": response}
+
+
+def whole_events(context: Context, completed: Completed) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A stored response's events: its text comes in one piece."""
+    response = response_json(context, completed)
+    begun = {**response, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    yield "response.created", {"response": begun}
+    yield "response.in_progress", {"response": begun}
+    items = _Items(f"{completed.turn_id}_out")
+    events: list[OutputEvent] = [ContentDelta(completed.message.content)] if completed.message.content else []
+    for index, call in enumerate(completed.message.tool_calls):
+        events += [CallBegin(index, call.id, call.name), CallDelta(index, call.arguments), CallEnd(index)]
+    yield from items.take(events)
+    yield from items.close(response["status"])
+    yield _last(response), {"response": response}
+
+
+def _last(response: Mapping[str, Any]) -> str:
+    return {"completed": "response.completed", "incomplete": "response.incomplete"}.get(response["status"], "response.cancelled")
+
+
+class _Items:
+    """Opens and closes a response's output items as its parts come."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._count = 0  # items so far
+        self._text: list[str] | None = None  # of the message that is open
+        self._logprobs: list[Any] = []
+        self._call: tuple[CallBegin, list[str]] | None = None
+
+    def take(self, events: Sequence[OutputEvent], logprobs: Sequence[Any] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+        for output_event in events:
+            match output_event:
+                case ContentDelta():
+                    if self._text is None:
+                        yield from self._open_message()
+                    assert self._text is not None
+                    self._text.append(output_event.text)
+                    self._logprobs += logprobs
+                    place = {"item_id": f"msg_{self._name}", "output_index": self._count - 1, "content_index": 0}
+                    yield "response.output_text.delta", {**place, "delta": output_event.text, "logprobs": list(logprobs)}
+                    logprobs = ()
+                case CallBegin():
+                    yield from self._close_message("completed")
+                    self._call = (output_event, [])
+                    self._count += 1
+                    item = call_item(self._name, output_event.index, _call(output_event, ""), "in_progress")
+                    yield "response.output_item.added", {"output_index": self._count - 1, "item": item}
+                case CallDelta():
+                    assert self._call is not None
+                    self._call[1].append(output_event.arguments)
+                    place = {"item_id": f"fc_{self._name}_{output_event.index}", "output_index": self._count - 1}
+                    yield "response.function_call_arguments.delta", {**place, "delta": output_event.arguments}
+                case CallEnd():
+                    yield from self._close_call("completed")
+
+    def close(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        item_status = "completed" if status == "completed" else "incomplete"
+        yield from self._close_call(item_status)
+        if self._count == 0:
+            yield from self._open_message()
+        yield from self._close_message(item_status)
+
+    def _open_message(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        self._text, self._logprobs = [], []
+        self._count += 1
+        yield "response.output_item.added", {"output_index": self._count - 1, "item": message_item(self._name, None, "in_progress")}
+        place = {"item_id": f"msg_{self._name}", "output_index": self._count - 1, "content_index": 0}
+        yield "response.content_part.added", {**place, "part": text_part("")}
+
+    def _close_message(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._text is None:
+            return
+        text, self._text = "".join(self._text), None
+        place = {"item_id": f"msg_{self._name}", "output_index": self._count - 1, "content_index": 0}
+        yield "response.output_text.done", {**place, "text": text, "logprobs": self._logprobs}
+        yield "response.content_part.done", {**place, "part": text_part(text, self._logprobs)}
+        item = message_item(self._name, text, status, self._logprobs)
+        yield "response.output_item.done", {"output_index": self._count - 1, "item": item}
+
+    def _close_call(self, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._call is None:
+            return
+        (begun, pieces), self._call = self._call, None
+        arguments = "".join(pieces)
+        place = {"item_id": f"fc_{self._name}_{begun.index}", "output_index": self._count - 1}
+        yield "response.function_call_arguments.done", {**place, "name": begun.name, "arguments": arguments}
+        item = call_item(self._name, begun.index, _call(begun, arguments), status)
+        yield "response.output_item.done", {"output_index": self._count - 1, "item": item}
+
+
+def _call(begun: CallBegin, arguments: str) -> ToolCall:
+    return ToolCall(begun.id, begun.name, arguments)
