@@ -1,6 +1,6 @@
 """How fast and how big the engine is: time to first token by where the history lies, stateful against stateless, memory, growth.
 
-    python benchmarks/engine.py [--parts ttft,users,memory,growth] [--model smollm2] [--dtype bfloat16]
+    python benchmarks/engine.py [--parts ttft,users,memory,growth] [--model smollm2] [--dtype bfloat16] [--attention native]
 
 Systems are measured side by side in one run: warmed up, in turns (A B A B ...), medians. The last line is JSON. Token ids are drawn (seeded),
 answers have fixed lengths, decoding is greedy. The engine is stepped in this thread; nothing is served over a network.
@@ -33,6 +33,7 @@ from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
 from pensieve.messages import Event, Failed, Finished, Receipt, Submit
+from pensieve.worker.attention import BACKENDS, make_backend
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker
 
@@ -51,7 +52,15 @@ class Bench:
     """An engine stepped by hand."""
 
     def __init__(
-        self, model: CausalModel, gpu: int, cpu: int, *, retain: bool = True, budget: int = 512, policy: str = "retention"
+        self,
+        model: CausalModel,
+        gpu: int,
+        cpu: int,
+        *,
+        attention: str = "auto",
+        retain: bool = True,
+        budget: int = 512,
+        policy: str = "retention",
     ) -> None:
         tiers = (TierConfig("gpu", gpu), *((TierConfig("cpu", cpu),) if cpu else ()))
         cost = CostProfile.from_shape(model.shape)
@@ -59,7 +68,7 @@ class Bench:
         self.scheduler = Scheduler(
             SchedulerConfig(max_batch_tokens=budget, retain=retain), self.cache, min(model.shape.max_positions, gpu * CHUNK)
         )
-        self.worker = ModelWorker(model, tiers, CHUNK)
+        self.worker = ModelWorker(model, tiers, CHUNK, attention=attention)
         self.ended: dict[str, Event] = {}
         self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit)
         self.count = 0
@@ -120,11 +129,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1], "n": len(ordered)}
 
 
-def ttft(model: CausalModel, rounds: int, history: int = 1024, new: int = 60, answer: int = 4) -> dict[str, Any]:
+def ttft(model: CausalModel, rounds: int, attention: str = "auto", history: int = 1024, new: int = 60, answer: int = 4) -> dict[str, Any]:
     """Time to first token of `new` tokens: as a first turn; after `history` tokens resident, on the cpu tier, dropped, and without any cache."""
     rng, vocab = random.Random(1), model.shape.vocab_size
     slots = (history + 8 * new) // CHUNK + 16
-    stateful, stateless = Bench(model, slots, slots), Bench(model, slots, 0, retain=False)
+    stateful = Bench(model, slots, slots, attention=attention)
+    stateless = Bench(model, slots, 0, attention=attention, retain=False)
     times: dict[str, list[float]] = {name: [] for name in ("first_turn", "resident", "on_cpu_tier", "dropped", "stateless")}
     for round_ in range(-1, rounds):
         measured: dict[str, float | None] = {}
@@ -164,7 +174,15 @@ def ttft(model: CausalModel, rounds: int, history: int = 1024, new: int = 60, an
 
 
 def users(
-    model: CausalModel, rounds: int, *, num_users: int = 8, first: int = 3000, turns: int = 6, new: int = 60, answer: int = 32
+    model: CausalModel,
+    rounds: int,
+    *,
+    attention: str = "auto",
+    num_users: int = 8,
+    first: int = 3000,
+    turns: int = 6,
+    new: int = 60,
+    answer: int = 32,
 ) -> dict[str, Any]:
     """Requests/s over `turns` turns of `num_users` users after a first message; no think time; stateful and stateless in turns."""
     vocab = model.shape.vocab_size
@@ -172,7 +190,7 @@ def users(
     per_s: dict[str, list[float]] = {"stateful": [], "stateless": []}
     for round_ in range(rounds):
         for system in ("stateful", "stateless"):
-            bench = Bench(model, slots, 0, retain=system == "stateful")
+            bench = Bench(model, slots, 0, attention=attention, retain=system == "stateful")
             rng = random.Random(round_)
             logs = {}
             for user in range(num_users):
@@ -206,12 +224,12 @@ def users(
     }  # fmt: skip
 
 
-def memory(model: CausalModel, dtype: str) -> dict[str, Any]:
+def memory(model: CausalModel, dtype: str, attention: str = "auto") -> dict[str, Any]:
     """Resident memory after work under pressure, against weights + tiers."""
     rng, vocab = random.Random(3), model.shape.vocab_size
     chunk_bytes = model.shape.kv_bytes_per_token(DTYPE_BYTES[dtype]) * CHUNK
     gpu, cpu = (int(gb * 1e9 / chunk_bytes) for gb in (0.5, 1.0))
-    bench = Bench(model, gpu, cpu)
+    bench = Bench(model, gpu, cpu, attention=attention)
     peak = 0
     for number in range(24):
         bench.turn(f"c{number % 16}", drawn(rng, 3000, vocab), 0, 4)
@@ -225,10 +243,10 @@ def memory(model: CausalModel, dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def growth(model: CausalModel, num_turns: int = 10_000) -> dict[str, Any]:
+def growth(model: CausalModel, num_turns: int = 10_000, attention: str = "auto") -> dict[str, Any]:
     """Turns of 40 conversations through tiers for a tenth of them: is anything left behind?"""
     rng, vocab = random.Random(4), model.shape.vocab_size
-    bench = Bench(model, 24, 32)
+    bench = Bench(model, 24, 32, attention=attention)
     logs: dict[str, list[int]] = {}
     samples = []
     for number in range(num_turns):
@@ -273,6 +291,7 @@ def main() -> None:
     parser.add_argument("--parts", default="ttft,users,memory,growth")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPE_BYTES))
+    parser.add_argument("--attention", default="auto", choices=["auto", *BACKENDS], help="backend; auto takes the first that can serve")
     parser.add_argument("--rounds", type=int, default=7, help="of ttft; users runs a third of it")
     parser.add_argument("--turns", type=int, default=10_000, help="of growth")
     options = parser.parse_args()
@@ -280,15 +299,20 @@ def main() -> None:
         Options(model=options.model, dtype=options.dtype), must_talk=False, say=lambda message: print(message, file=sys.stderr)
     )
     model = loaded.model
+    attention = make_backend(options.attention, model.geometry, CHUNK, model.device).name
     few = max(1, options.rounds // 3)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "memory": lambda: memory(model, options.dtype),
-        "ttft": lambda: ttft(model, options.rounds),
-        "users": lambda: {"first_3000": users(model, few), "first_600": users(model, few, first=600)},
-        "growth": lambda: growth(tiny_model(), options.turns),
+        "memory": lambda: memory(model, options.dtype, attention),
+        "ttft": lambda: ttft(model, options.rounds, attention),
+        "users": lambda: {
+            "first_3000": users(model, few, attention=attention),
+            "first_600": users(model, few, attention=attention, first=600),
+        },
+        "growth": lambda: growth(tiny_model(), options.turns, attention),
     }
     report: dict[str, Any] = {
         "benchmark": "engine", "commit": commit(), "model": loaded.resolved.label, "weights": loaded.resolved.weights, "dtype": options.dtype,
+        "attention": attention,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_name(),
     }  # fmt: skip
     for name, part in parts.items():  # memory first: what later parts allocate must not count
