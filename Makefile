@@ -19,7 +19,7 @@ PROJECT := pyproject.toml setup.py constraints.txt src/pensieve/__init__.py $(wi
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow bench lint format model clean
+.PHONY: help demo test check-slow check-page bench bench-server lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -33,8 +33,15 @@ test: lint model ## install, fetch the default model, lint, check types and impo
 check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+check-page: $(VENV)/.dev-ready model ## the page in a browser (Debian: apt install chromium fonts-dejavu-core)
+	@test -x /usr/bin/chromium || { echo "the page's tests drive /usr/bin/chromium (on Debian: apt install chromium fonts-dejavu-core)" >&2; exit 1; }
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
 bench: $(VENV)/.dev-ready model ## measure the engine; the last line is JSON
 	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+bench-server: $(VENV)/.dev-ready model ## measure what HTTP costs; the last line is JSON
+	$(BIN)/python benchmarks/server.py $(ARGS)
 
 lint: $(VENV)/.dev-ready ## style, format, types, which room imports which
 	$(BIN)/ruff check $(TREES)
@@ -62,7 +69,7 @@ $(BIN)/python:
 # PyTorch goes first and by exact version: left to the resolver, another build may be chosen.
 $(VENV)/.ready: $(PROJECT) | $(BIN)/python
 	$(BIN)/python -m pip --disable-pip-version-check install $(TORCH)
-	$(PIP) -e ".[gguf,plot,baseline]"
+	$(PIP) -e ".[gguf,plot,baseline,server]"
 	@touch $@
 
 $(VENV)/.dev-ready: $(VENV)/.ready

@@ -266,7 +266,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _on_terminate(server: Any, parts: _Parts) -> None:
-    """SIGTERM: take nothing new and let open answers end; uvicorn then closes the connections."""
+    """SIGTERM: take nothing new and let open answers end; uvicorn then closes the connections.
+
+    Uvicorn raises the signal once more when all is done, for whoever handled it before. That is nobody: the exit is a clean one.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     before = server.handle_exit
 
     def handle_exit(number: int, frame: Any) -> None:
