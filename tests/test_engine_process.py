@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import engine_children
-from engine_children import BUG, VOCAB, dying, fake, raising, silent
+from engine_children import BUG, VOCAB, dying, fake, raising, raving, silent
 from fake_worker import expected_answer
 from pensieve.chat import Message
 from pensieve.core.request import FinishReason, SamplingParams
@@ -259,6 +259,16 @@ def test_close_while_it_starts_waits_for_nothing(main: Callable[..., None]) -> N
         assert isinstance(end, Failed) and end.code == EngineClosed.code
 
 
+def test_a_child_that_speaks_nonsense_is_replaced_and_half_a_message_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with process(raving, 0, restart=False) as (engine, _), pytest.raises(PensieveError, match="nonsense"):
+        engine.ready(30)
+    monkeypatch.setattr("pensieve.engine_process._LEAVE_S", 0.1)
+    with process(raving, 1000) as (engine, _):
+        eventually(lambda: engine._process is not None)
+        time.sleep(1.0)
+        engine.close(0.1)
+
+
 def test_signals_to_the_whole_group_leave_the_engine_to_its_parent() -> None:
     with process(fake, 0.02) as (engine, events):
         pid = engine.ready(30).pid
@@ -443,7 +453,7 @@ def test_a_conversation_goes_on_after_its_engine_died() -> None:
 def test_the_real_model_gives_the_same_tokens_as_in_this_process() -> None:
     from pensieve.cli.build import Options, load_model, start, start_apart
 
-    options = Options(dtype="float32", gpu_cache_gb=0.2, cpu_cache_gb=0.1, max_context=512)
+    options = Options(gpu_cache_gb=0.2, cpu_cache_gb=0.1, max_context=512)
     turns = ["Name three rivers.", "And three mountains?"]
 
     def talk(service: ConversationService) -> list[tuple[int, ...]]:
