@@ -189,6 +189,7 @@ class EngineProcess:
         self._lock = threading.Condition()  # for all of the following
         self._state: State = "starting"
         self._info: EngineInfo | None = None
+        self._process: SpawnProcess | None = None  # of the child there is
         self._connection: Connection | None = None  # of a child that is ready
         self._in_flight = _InFlight()
         self._error: PensieveError | None = None  # of the last child that died
@@ -247,6 +248,12 @@ class EngineProcess:
                 self._waker.send_bytes(b"close")
             self._lock.notify_all()
         if threading.current_thread() not in (self._supervisor, self._writer):  # from within `emit` or `on_state` it can only be asked for
+            self._supervisor.join(timeout + _LEAVE_S)
+            with self._lock:
+                stuck = self._process
+            if self._supervisor.is_alive() and stuck is not None:  # in the middle of a message that does not end
+                with contextlib.suppress(ValueError):  # it ended after all
+                    stuck.kill()
             self._supervisor.join()
             self._writer.join()
             _LIVING.discard(self)
@@ -330,6 +337,7 @@ class EngineProcess:
         if self.state != "closed":
             self._enter("closed")
         self._queue.put(None)
+        self._wake.close()
 
     def _live_and_die(self) -> _End:
         """One child, from start to end."""
@@ -339,10 +347,12 @@ class EngineProcess:
             child = _Child(self._main, self._arguments, self._environment)
         except Exception as error:
             return _End("no process", PensieveError(f"no process could be started: {type(error).__name__}: {error}"), None)
+        with self._lock:
+            self._process = child.process
         broken, ready_at_s = self._read_until_gone(child)
         with self._lock:
             closing = self._close_by_s is not None
-            self._connection = None
+            self._process = self._connection = None
         leave_s = _LEAVE_S
         if closing:
             leave_s = 0.0 if ready_at_s is None else max(0.0, cast(float, self._close_by_s) - time.monotonic())
@@ -381,6 +391,9 @@ class EngineProcess:
                     message = receive(child.connection)
                 except (EOFError, OSError):
                     return broken, ready_at_s
+                except Exception as error:  # not something that a child of this version says
+                    child.process.kill()
+                    return Broken(PensieveError.code, f"the engine spoke nonsense: {type(error).__name__}: {error}"), ready_at_s
                 match message:
                     case list():
                         with self._lock:
