@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import worlds
 from fake_worker import FakeWorker, expected_answer
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
@@ -249,3 +250,29 @@ def test_keeps_in_a_single_tier_leave_room_to_who_waits() -> None:
     with pytest.raises(KeepRefused, match="a queued request that needs 9"):
         world.scheduler.set_keep("n", "kept", True)
     world.run()
+
+
+def test_a_request_that_must_drop_chunks_of_its_own_for_a_keep_does_not_wait_for_ever() -> None:
+    """Its own chunks and kept ones fill the lower tier. What is dropped of its own, it needs at once: nothing else would wake it."""
+    world = worlds.World(10, 8, policy="lru", reserve_share=0.0, copy_ahead_share=0.0)
+    kept_log = world.turn("first", [1 + i for i in range(16)], conversation="kept").tokens
+    world.scheduler.set_keep("n", "kept", True)
+    log = world.turn("other", [100 + i for i in range(24)], conversation="c").tokens
+    places, kept, own = world.cache.places, world.cache.find("n", "kept"), world.cache.find("n", "c")
+    assert kept is not None and own is not None
+    for chunk in [*kept.chunks[:3], *own.chunks[:5]]:
+        slot = places.pools[1].take()
+        assert chunk is not None and slot is not None
+        places.begin_copy(chunk, 0, 1, slot)
+    world.settle(2)
+    for chunk in own.chunks[:5]:
+        assert chunk is not None
+        slot = places.reclaim(chunk, 0)
+        places.pools[0].release(slot)
+        places.wipes.released(0, slot, erase=False)
+    assert (world.places("kept"), world.places("c")) == ("bbbg", "cccccg")
+    world.submit("long", [*log, *range(15)], conversation="c")
+    world.now_s += 1.0
+    world.submit("later", [*kept_log, 1], conversation="kept")
+    world.run()
+    assert world.done["long"].ending is FinishReason.LENGTH

@@ -434,7 +434,10 @@ class Scheduler:
                 at_once = room.available(0)
             if at_once < wanted and not (self.running or room.coming(0)):
                 # Kept chunks fill what its own lower copies leave: some of those must be recomputed after all.
+                version = cache.places.version
                 room.make(0, wanted, now_s, sequence.key)
+                if cache.places.version != version:  # (perhaps it was its own that went: look again, nothing else would make us)
+                    return self._fits(step, request, now_s)
         if not need.blocked and at_once >= wanted:
             self._refused_at = None
             return True
