@@ -146,7 +146,7 @@ def serving(
     engine.start()
     info = EngineInfo(0, "tiny", "random", 1, "float32", "cpu", 10_000, max_context, CHUNK, 1000, tiers, "test", "fake", 0.0)
     metrics, state = Metrics(), EngineState()
-    server_config = ServerConfig("tiny", **{"drain_timeout_s": 5.0, **(config or {})})
+    server_config = ServerConfig("tiny", **{"drain_timeout_s": 5.0, "debug": True, **(config or {})})
     contexts: list[Context] = []
 
     def make_context() -> Context:

@@ -110,6 +110,7 @@ def run_server(
         request_timeout_s=request_timeout_s,
         stall_timeout_s=stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
+        debug=options.debug,
     )
     keys = None if api_key_file is None else KeyFile(api_key_file)
     if keys is None and not insecure and not is_loopback(host):

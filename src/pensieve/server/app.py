@@ -50,6 +50,7 @@ class ErrorBody(BaseModel):
 _FAILURES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong; the message says what and how to mend it"},
     401: {"model": ErrorBody, "description": "An API key is needed"},
+    403: {"model": ErrorBody, "description": "Not allowed on this server"},
     404: {"model": ErrorBody, "description": "Not there, or not this key's"},
     409: {"model": ErrorBody, "description": "In conflict with another request"},
     413: {"model": ErrorBody, "description": "The body is too large"},

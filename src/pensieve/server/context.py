@@ -33,6 +33,7 @@ class ServerConfig:
     request_timeout_s: float = 900.0
     stall_timeout_s: float = 60.0  # a client that reads nothing for so long is cut off
     drain_timeout_s: float = 30.0
+    debug: bool = False  # the cache may be verified on demand, which stops every answer meanwhile
 
     def __post_init__(self) -> None:
         for name in (

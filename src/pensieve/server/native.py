@@ -151,7 +151,9 @@ async def delete(conversation_id: str, context: Server, caller: Asking) -> dict[
 
 @router.post("/check", summary="Verify every invariant of the cache")
 async def check(context: Server, caller: Asking) -> dict[str, Any]:
-    """For tests and doubts: slow with very many chunks."""
+    """With --debug only: with very many chunks it takes seconds, and nobody is answered meanwhile."""
+    if not context.config.debug:
+        raise ApiError(403, "the cache is verified on demand only where the server was started with --debug", code="not_allowed")
     checked: Any = await asyncio.wrap_future(context.service.check())
     return {"ok": checked.error is None, "error": checked.error, "leases": checked.leases, "used": list(checked.used)}
 
