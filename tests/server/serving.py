@@ -161,7 +161,8 @@ def serving(
         contexts.append(Context(server_config, info, text, store, service, turns, state, key_file, metrics))
         return contexts[0]
 
-    app = create_app(make_context, metrics, server_config.max_body_bytes)
+    hosts = frozenset({"127.0.0.1", "localhost"}) if keys is None else None
+    app = create_app(make_context, metrics, server_config.max_body_bytes, hosts=hosts)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)

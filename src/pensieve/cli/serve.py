@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 BACKLOG = 1024
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 @click.command()
@@ -124,7 +125,7 @@ def run_server(
     except BaseException:
         listener.close()
         raise
-    app = parts.application(config, keys)
+    app = parts.application(config, keys, frozenset({host, *LOOPBACK_NAMES}) if keys is None and not insecure else None)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
@@ -168,8 +169,8 @@ class _Parts:
         self.context: Context | None = None
         self._closed = False
 
-    def application(self, config: ServerConfig, keys: KeyFile | None) -> Any:
-        """The ASGI application; its context is made when it starts."""
+    def application(self, config: ServerConfig, keys: KeyFile | None, hosts: frozenset[str] | None) -> Any:
+        """The ASGI application; its context is made when it starts. `hosts`: the names by which it may be called; None: any."""
         from pensieve.server.app import create_app
         from pensieve.server.context import Context
         from pensieve.server.metrics import Metrics
@@ -204,7 +205,7 @@ class _Parts:
             )
             return self.context
 
-        return create_app(make_context, metrics, config.max_body_bytes, self.close)
+        return create_app(make_context, metrics, config.max_body_bytes, self.close, hosts=hosts)
 
     def close(self) -> None:
         """The engine first, whose turns then fail, then the service that says so, then the stores."""

@@ -62,8 +62,10 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(make_context: MakeContext, metrics: Metrics, max_body_bytes: int, on_end: Ended = lambda: None) -> FastAPI:
-    """The ASGI application."""
+def create_app(
+    make_context: MakeContext, metrics: Metrics, max_body_bytes: int, on_end: Ended = lambda: None, *, hosts: frozenset[str] | None = None
+) -> FastAPI:
+    """The ASGI application. `hosts` are the names by which it may be called; None: any."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,15 +92,20 @@ def create_app(make_context: MakeContext, metrics: Metrics, max_body_bytes: int,
     errors.install(app)
     for module in (chat, completions, responses, conversations, native, ops):
         app.include_router(module.router)
-    app.add_middleware(Door, metrics=metrics, max_body_bytes=max_body_bytes)
+    app.add_middleware(Door, metrics=metrics, max_body_bytes=max_body_bytes, hosts=hosts)
     return app
 
 
 class Door:
-    """Counts requests and refuses bodies that are too large, before anything reads them."""
+    """Counts requests, and refuses those for other hosts and those whose bodies are too large, before anything reads them.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+    A server without keys trusts everybody on this machine. A page from elsewhere must not become one of them by giving its own name this
+    machine's address (DNS rebinding), hence `hosts`.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, hosts: frozenset[str] | None) -> None:
         self._app = app
+        self._hosts = hosts
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
@@ -108,6 +115,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
         status = 0
 
         async def counting_send(message: Message) -> None:
@@ -127,6 +135,10 @@ class Door:
             return message
 
         try:
+            if self._hosts is not None and _without_port(host) not in self._hosts:
+                message = f"this server has no keys and answers to {', '.join(sorted(self._hosts))} only, not to {host!r}: start it with --api-key-file"
+                await error_response(ApiError(403, message, code="host_not_allowed"))(scope, receive, counting_send)
+                return
             if length.isdigit() and int(length) > self._max_body_bytes:
                 too_large = ApiError(413, self._too_large(int(length)), code="request_too_large", headers={"Connection": "close"})
                 await error_response(too_large)(scope, receive, counting_send)
@@ -140,12 +152,17 @@ class Door:
         return f"the body has {num_bytes} bytes or more, at most {self._max_body_bytes} are taken (--max-body)"
 
 
+def _without_port(host: str) -> str:
+    name, _, port = host.rpartition(":")
+    return name if name and port.isdigit() else host
+
+
 async def _sweep(context: Context) -> None:
     """Delete conversations whose time is up, and forget old idempotency keys."""
     purged_s = 0.0
     while True:
         try:
-            expired = await asyncio.to_thread(context.store.expired, time.time(), MAX_SWEPT)
+            expired = await asyncio.to_thread(context.service.expired, time.time(), MAX_SWEPT)
             for conversation in expired:
                 last = conversation is expired[-1]  # (overwriting rewrites the database: once is enough)
                 await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))

@@ -50,13 +50,14 @@ from pensieve.service.answer import AnswerText
 from pensieve.service.prompt import INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
 from pensieve.service.questions import Questions
 from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
-from pensieve.store.base import ConversationStore, Erased, Turn
+from pensieve.store.base import Conversation, ConversationStore, Erased, Turn
 from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)
 
 DEFAULT_NAMESPACE = "default"
 EPHEMERAL = "temp_"  # what the ids of conversations begin with that are kept in memory only
+EPHEMERAL_S = 3600.0  # how long after their last turn
 TITLE_CHARS = 60
 DRAFT_TOKENS = 32  # an answer under way is in the store up to its last so many tokens
 
@@ -190,6 +191,11 @@ class ConversationService:
         self._ask_thread(done, lambda: self._erase(namespace, conversation_id, overwrite, done))
         return done
 
+    def expired(self, now_s: float, limit: int) -> list[Conversation]:
+        """Conversations whose time is up, of those that are kept and those that are only remembered. Waits for the store."""
+        stores = [store for store in (self._durable, self._ephemeral) if store is not None]
+        return [conversation for store in stores for conversation in store.expired(now_s, limit)]
+
     def forget(self, sequence_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
         """Free what is cached of a conversation; its turns stay."""
         self._post(Forget(sequence_id, namespace))
@@ -272,7 +278,7 @@ class ConversationService:
         return answer
 
     def _store_of(self, conversation_id: str) -> ConversationStore | None:
-        return self._ephemeral if conversation_id.startswith(EPHEMERAL) else self._durable
+        return self._ephemeral if self._ephemeral is not None and conversation_id.startswith(EPHEMERAL) else self._durable
 
     # -- turns begin
 
@@ -296,9 +302,11 @@ class ConversationService:
             self._begin(turn, place)
 
     def _recognise(self, spec: TurnSpec) -> Place:
-        new_id = ("chat_" if spec.durable else EPHEMERAL) + uuid.uuid4().hex
-        stores = [store for store in (self._durable, self._ephemeral) if store is not None]
-        return self._prompts.recognise(spec, stores, lambda conversation_id: (spec.namespace, conversation_id) in self._lines, new_id)
+        new_id = ("chat_" if spec.durable or self._ephemeral is None else EPHEMERAL) + uuid.uuid4().hex
+        store = self._store_of(new_id)
+        if store is None:
+            return Place(new_id, None, spec.messages)
+        return self._prompts.recognise(spec, store, lambda conversation_id: (spec.namespace, conversation_id) in self._lines, new_id)
 
     def _begin(self, turn: PendingTurn, place: Place | None = None) -> None:
         try:
@@ -335,7 +343,9 @@ class ConversationService:
         if turn.stored and store is not None:
             if conversation is None:
                 self._create(store, turn)
-            elif conversation.title is None and conversation.leaf is None:
+            if store is self._ephemeral:
+                store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
+            elif conversation is not None and conversation.title is None and conversation.leaf is None:
                 store.describe(turn.namespace, conversation.id, title=_title(spec.messages), metadata=conversation.metadata)
             if self._drafts is not None and store is self._durable:
                 store.draft(
@@ -478,6 +488,9 @@ class ConversationService:
 
     def _abort(self, turn: PendingTurn) -> None:
         turn.aborted = True
+        if turn in (line := self._lines.get(turn.key, deque())):
+            line.remove(turn)
+            settle(turn.future, error=EngineClosed("the turn was aborted while it waited for the one before it"))
         if turn.request_id in self._turns:
             self._post(Abort(turn.request_id))
 
