@@ -22,6 +22,7 @@ from pensieve.store.writer import C, Connection, GroupWriter, Job
 T = TypeVar("T")
 
 MAX_IDS = 500  # in one query
+MAX_INT = (1 << 63) - 1  # what databases count with
 
 
 class SqlStore(Generic[C]):
@@ -70,8 +71,8 @@ class SqlStore(Generic[C]):
 
     def list(self, namespace: str, limit: int = 50, offset: int = 0) -> Sequence[Conversation]:
         """See `ConversationStore.list`."""
-        if limit < 0 or offset < 0:
-            raise InvalidRequest(f"limit and offset must be at least 0, got limit={limit}, offset={offset}")
+        if not (0 <= limit <= MAX_INT and 0 <= offset <= MAX_INT):
+            raise InvalidRequest(f"limit and offset must lie in [0, 2**63), got limit={limit}, offset={offset}")
         condition = "namespace = ? ORDER BY updated_s DESC, key DESC LIMIT ? OFFSET ?"
         return self._conversations(condition, (namespace, limit, offset)) if rows.is_name(namespace) else []
 
