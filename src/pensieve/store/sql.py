@@ -146,6 +146,10 @@ class SqlStore(Generic[C]):
         """See `ConversationStore.set_pinned`."""
         return self._set(namespace, id, pinned=int(pinned))
 
+    def delete_unused(self, namespace: str, id: str) -> Future[bool]:
+        """See `ConversationStore.delete_unused`."""
+        return self._writer.submit(lambda connection: trees.delete_unused(connection, namespace, id))
+
     def delete(self, namespace: str, id: str) -> None:
         """See `ConversationStore.delete`."""
         self._writer.call(lambda connection: trees.delete_conversation(connection, namespace, id))
@@ -275,10 +279,10 @@ class SqlStore(Generic[C]):
         now_s = self._clock() if now_s is None else now_s
         return self._writer.call(lambda connection: answers.claim(connection, namespace, key, fingerprint, turn_id, now_s))
 
-    def release(self, namespace: str, key: str) -> None:
+    def release(self, namespace: str, key: str, turn_id: str | None = None) -> None:
         """See `ConversationStore.release`."""
-        rows.check_names(namespace=namespace, idempotency_key=key)
-        self._writer.call(lambda connection: answers.release(connection, namespace, key))
+        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
+        self._writer.call(lambda connection: answers.release(connection, namespace, key, turn_id))
 
     def purge(self, before_s: float) -> int:
         """See `ConversationStore.purge`."""
