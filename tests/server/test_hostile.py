@@ -47,6 +47,11 @@ def send(server: Serving, path: str, text: str, method: str = "POST", **headers:
     return server.client.request(method, path, content=text.encode("utf-8"), headers={"Content-Type": "application/json"} | headers)
 
 
+def put(template: str, *values: str) -> str:
+    """JSON text with these values, JSON text too, for its `%s`."""
+    return template % values
+
+
 def refused(response: httpx.Response) -> str:
     """The request was the client's fault, and it is told so in the form of all errors."""
     assert 400 <= response.status_code < 500, (response.status_code, response.text[:300])
@@ -103,11 +108,11 @@ def test_nesting_without_end_is_refused(server: Serving, depth: int) -> None:
     nested = deep(depth)
     for key in ("", f"deep-{depth}"):
         headers = {"Idempotency-Key": key} if key else {}
-        tool = '[{"type":"function","function":{"name":"f","parameters":%s}}]' % nested
+        tool = put('[{"type":"function","function":{"name":"f","parameters":%s}}]', nested)
         refused(send(server, CHAT, chat(tools=tool), **headers))
-        refused(send(server, CHAT, chat(messages='[{"role":"user","content":"x","annotations":[%s]}]' % nested), **headers))
-        refused(send(server, RESPONSES, respond(tools='[{"type":"function","name":"f","parameters":%s}]' % nested), **headers))
-        refused(send(server, RESPONSES, respond(input='[{"role":"user","content":"x","more":%s}]' % nested), **headers))
+        refused(send(server, CHAT, chat(messages=put('[{"role":"user","content":"x","annotations":[%s]}]', nested)), **headers))
+        refused(send(server, RESPONSES, respond(tools=put('[{"type":"function","name":"f","parameters":%s}]', nested)), **headers))
+        refused(send(server, RESPONSES, respond(input=put('[{"role":"user","content":"x","more":%s}]', nested)), **headers))
     refused(send(server, CHAT, "[" * depth + "]" * depth))
 
 
@@ -115,11 +120,11 @@ def test_nesting_without_end_is_refused(server: Serving, depth: int) -> None:
 def test_arguments_of_calls_are_text_however_deep(server: Serving, depth: int) -> None:
     arguments = json.dumps(deep(depth) if depth < 100 else "[" * depth)
     history = '[{"role":"user","content":"x"},{"role":"assistant","tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":%s}}]},{"role":"tool","tool_call_id":"c","content":"y"}]'
-    response = send(server, CHAT, chat(messages=history % arguments))
+    response = send(server, CHAT, chat(messages=put(history, arguments)))
     assert response.status_code in (200, 400), response.text[:300]  # (400: too long for the context)
     items = '[{"type":"function_call","call_id":"c","name":"f","arguments":%s},{"type":"function_call_output","call_id":"c","output":"y"}]'
-    assert send(server, RESPONSES, respond(input=items % arguments)).status_code in (200, 400)
-    made = send(server, "/v1/conversations", '{"items":%s}' % (items % arguments))
+    assert send(server, RESPONSES, respond(input=put(items, arguments))).status_code in (200, 400)
+    made = send(server, "/v1/conversations", put('{"items":%s}', put(items, arguments)))
     assert made.status_code == 200
     assert server.client.get(f"/v1/conversations/{made.json()['id']}/items").status_code == 200
 
@@ -142,12 +147,12 @@ def test_numbers_that_json_lacks_are_refused(server: Serving, number: str) -> No
     for field in ("temperature", "top_p", "max_output_tokens", "seed", "max_tool_calls", "prompt", "top_logprobs"):
         refused(send(server, RESPONSES, respond(**{field: number})))
     for stream in ("true", "false"):
-        parameters = '[{"type":"function","name":"f","parameters":{"a":%s}}]' % number
+        parameters = put('[{"type":"function","name":"f","parameters":{"a":%s}}]', number)
         refused(send(server, RESPONSES, respond(tools=parameters, stream=stream)))
     conversation = server.ask("numbers")["pensieve"]["conversation"]
-    refused(send(server, own(conversation, "ttl"), '{"seconds":%s}' % number))
-    refused(send(server, "/detokenize", '{"tokens":[%s]}' % number))
-    refused(send(server, "/v1/completions", '{"model":"tiny","prompt":[%s]}' % number))
+    refused(send(server, own(conversation, "ttl"), put('{"seconds":%s}', number)))
+    refused(send(server, "/detokenize", put('{"tokens":[%s]}', number)))
+    refused(send(server, "/v1/completions", put('{"model":"tiny","prompt":[%s]}', number)))
 
 
 @pytest.mark.parametrize("number", ["-1", "9223372036854775808", "18446744073709551616", "1" + "0" * 400])
@@ -158,9 +163,9 @@ def test_numbers_past_any_range_are_refused(server: Serving, number: str) -> Non
         for path, field in ((CHAT, chat), (RESPONSES, respond)):
             refused(send(server, path, field(seed=number)))
     for path in ("/v1/completions", "/detokenize"):
-        refused(send(server, path, '{"model":"tiny","%s":[%s]}' % ("tokens" if path == "/detokenize" else "prompt", number)))
+        refused(send(server, path, put('{"model":"tiny","%s":[%s]}', "tokens" if path == "/detokenize" else "prompt", number)))
     conversation = server.ask("ranges")["pensieve"]["conversation"]
-    refused(send(server, own(conversation, "ttl"), '{"seconds":%s}' % number))
+    refused(send(server, own(conversation, "ttl"), put('{"seconds":%s}', number)))
     for query in ("/v1/pensieve/conversations?limit=", f"/v1/conversations/{conversation}/items?limit=", "/v1/pensieve/map?limit="):
         refused(server.client.get(query + number))
     for query in ("/v1/pensieve/conversations?offset=", "/v1/pensieve/map?offset="):
@@ -170,27 +175,27 @@ def test_numbers_past_any_range_are_refused(server: Serving, number: str) -> Non
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (CHAT, chat(metadata='{"a":%s}' % LONE)),
-        (CHAT, chat(metadata='{%s:"a"}' % LONE)),
-        (CHAT, chat(messages='[{"role":"user","content":%s}]' % LONE)),
-        (CHAT, chat(messages='[{"role":%s,"content":"x"}]' % LONE)),
-        (CHAT, chat(messages='[{"role":"tool","tool_call_id":%s,"name":%s,"content":"x"}]' % (LONE, LONE))),
+        (CHAT, chat(metadata=put('{"a":%s}', LONE))),
+        (CHAT, chat(metadata=put('{%s:"a"}', LONE))),
+        (CHAT, chat(messages=put('[{"role":"user","content":%s}]', LONE))),
+        (CHAT, chat(messages=put('[{"role":%s,"content":"x"}]', LONE))),
+        (CHAT, chat(messages=put('[{"role":"tool","tool_call_id":%s,"name":%s,"content":"x"}]', LONE, LONE))),
         (CHAT, chat(model=LONE)),
         (CHAT, chat(stop=LONE)),
         (CHAT, chat(user=LONE)),
-        (CHAT, chat()[:-1] + ",%s:1}" % LONE),
+        (CHAT, chat()[:-1] + put(",%s:1}", LONE)),
         (CHAT, LONE),
         (CHAT, f"[{LONE}]"),
         (RESPONSES, respond(instructions=LONE)),
         (RESPONSES, respond(conversation=LONE)),
         (RESPONSES, respond(previous_response_id=LONE)),
-        (RESPONSES, respond(tools='[{"type":"function","name":"f","description":%s}]' % LONE)),
-        (RESPONSES, respond(tools='[{"type":"function","name":%s}]' % LONE)),
-        (RESPONSES, respond(input='[{"role":"user","content":[{"type":"input_text","text":"x","more":%s}]}]' % LONE)),
-        ("/v1/conversations", '{"items":[{"role":"user","content":%s}]}' % LONE),
-        ("/v1/conversations", '{"metadata":{"a":%s}}' % LONE),
-        ("/v1/completions", '{"model":"tiny","prompt":%s}' % LONE),
-        ("/tokenize", '{"prompt":%s}' % LONE),
+        (RESPONSES, respond(tools=put('[{"type":"function","name":"f","description":%s}]', LONE))),
+        (RESPONSES, respond(tools=put('[{"type":"function","name":%s}]', LONE))),
+        (RESPONSES, respond(input=put('[{"role":"user","content":[{"type":"input_text","text":"x","more":%s}]}]', LONE))),
+        ("/v1/conversations", put('{"items":[{"role":"user","content":%s}]}', LONE)),
+        ("/v1/conversations", put('{"metadata":{"a":%s}}', LONE)),
+        ("/v1/completions", put('{"model":"tiny","prompt":%s}', LONE)),
+        ("/tokenize", put('{"prompt":%s}', LONE)),
     ],
 )
 def test_half_characters_are_refused_everywhere(server: Serving, path: str, body: str) -> None:
@@ -199,8 +204,8 @@ def test_half_characters_are_refused_everywhere(server: Serving, path: str, body
 
 def test_half_characters_within_arguments_are_only_text(server: Serving) -> None:
     arguments = json.dumps('{"a":"\\ud800"}')  # the text of an escape, not the half character
-    call = '{"role":"assistant","tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":%s}}]}' % arguments
-    assert send(server, CHAT, chat(messages='[%s,{"role":"tool","tool_call_id":"c","content":"x"}]' % call)).status_code == 200
+    call = put('{"role":"assistant","tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":%s}}]}', arguments)
+    assert send(server, CHAT, chat(messages=put('[%s,{"role":"tool","tool_call_id":"c","content":"x"}]', call))).status_code == 200
 
 
 @pytest.mark.parametrize("body", ["", "{", "null", "[]", "1", '"text"', "true", "\0", "{}{}", '{"model":"tiny"', "\ufeff{}", "a=1&b=2"])
@@ -252,7 +257,7 @@ VALUES += [b"a\x00b", b"a\x7fb", b"a\r\nX-Evil: 1", b"a\nb", b"Bearer \xff", b"9
 def test_headers_of_any_bytes(server: Serving, name: str) -> None:
     body = chat().encode()
     for value in VALUES:
-        headers = {"Host": b"x", "Content-Type": b"application/json", "Content-Length": b"%d" % len(body), "Connection": b"close"}
+        headers = {"Host": b"x", "Content-Type": b"application/json", "Content-Length": str(len(body)).encode(), "Connection": b"close"}
         headers[name] = value
         head = b"".join(key.encode() + b": " + line + b"\r\n" for key, line in headers.items())
         answer = exchange(server, b"POST /v1/chat/completions HTTP/1.1\r\n" + head + b"\r\n" + body, shut=name == "Content-Length")
