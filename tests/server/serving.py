@@ -164,6 +164,7 @@ def serving(
     hosts = frozenset({"127.0.0.1", "localhost"}) if keys is None else None
     app = create_app(make_context, metrics, server_config.max_body_bytes, hosts=hosts)
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sees to that for `pensieve serve`'s listener; 40 ms a request
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()

@@ -143,6 +143,13 @@ def run_server(
                 click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/)" + ("" if keys else "  without keys"), bold=True)
                 sys.stdout.flush()
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            drained = asyncio.ensure_future(parts.drain(config.drain_timeout_s))
+            while not (drained.done() or self.force_exit):  # still listening: who asks now is told to ask somebody else
+                await asyncio.wait({drained}, timeout=0.1)
+            drained.cancel()
+            await super().shutdown(sockets)
+
     server = Server(
         uvicorn.Config(
             app,
@@ -206,6 +213,11 @@ class _Parts:
             return self.context
 
         return create_app(make_context, metrics, config.max_body_bytes, self.close, hosts=hosts)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let open answers end, and take no new ones."""
+        if self.context is not None:
+            await self.context.turns.drain(timeout_s)
 
     def close(self) -> None:
         """The engine first, whose turns then fail, then the service that says so, then the stores."""

@@ -165,8 +165,11 @@ async def _sweep(context: Context) -> None:
             expired = await asyncio.to_thread(context.service.expired, time.time(), MAX_SWEPT)
             for conversation in expired:
                 last = conversation is expired[-1]  # (overwriting rewrites the database: once is enough)
-                await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
-                log.info("conversation %s is deleted: its time was up", conversation.id)
+                try:
+                    await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
+                    log.info("conversation %s is deleted: its time was up", conversation.id)
+                except PensieveError as error:  # it is tried again next time; the others' time is up all the same
+                    log.warning("conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message)
             if time.time() - purged_s > PURGE_S:
                 purged_s = time.time()
                 await asyncio.to_thread(context.store.purge, purged_s - IDEMPOTENCY_S)

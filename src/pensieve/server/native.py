@@ -145,7 +145,6 @@ async def ttl(conversation_id: str, body: TtlRequest, context: Server, caller: A
 @router.delete("/conversations/{conversation_id}", summary="Delete a conversation, erasing what it left")
 async def delete(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Rows are overwritten and the log is truncated; KV is zeroed in every tier, shared KV with its last reference."""
-    await get(context, caller, conversation_id)
     return {"id": conversation_id, "deleted": True, **await erase(context, caller, conversation_id)}
 
 

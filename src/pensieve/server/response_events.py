@@ -32,20 +32,20 @@ class Record:
     named: bool  # it belongs to a conversation that the client named
 
 
-def _status(reason: str, cancelled: bool = False) -> tuple[str, dict[str, str] | None]:
+def _status(reason: str) -> tuple[str, dict[str, str] | None]:
     """A response's status, and why it is incomplete."""
-    if cancelled:
+    if reason == FinishReason.ABORT.value:
         return "cancelled", None
     if reason == FinishReason.LENGTH.value:
         return "incomplete", {"reason": "max_output_tokens"}
-    if reason in (FinishReason.ABORT.value, INTERRUPTED):
+    if reason == INTERRUPTED:
         return "incomplete", {"reason": "interrupted"}
     return "completed", None
 
 
-def response_json(context: Context, completed: Completed, *, cancelled: bool = False) -> dict[str, Any]:
+def response_json(context: Context, completed: Completed) -> dict[str, Any]:
     """A response that has ended."""
-    status, incomplete = _status(completed.reason, cancelled or bool(completed.meta.get("cancelled")))
+    status, incomplete = _status(completed.reason)
     params = completed.meta.get(PARAMS)
     params = params if isinstance(params, dict) else {}
     output = output_items(f"{completed.turn_id}_out", completed.message, "completed" if status == "completed" else "incomplete")
@@ -73,10 +73,12 @@ def live_json(context: Context, answer: Answer) -> dict[str, Any]:
     record: Record = answer.record
     if answer.done is not None and answer.timeout is None:
         completed = completed_now(answer, answer.done, record.form, context.text, {PARAMS: record.params, "named": record.named})
-        return response_json(context, completed, cancelled=answer.cancelled)
+        return response_json(context, completed)
     named = answer.turn.conversation_id if record.named else None
     head = _head(context, answer.id, answer.created, record.params, named or None)
     if answer.ended:
+        if answer.cancelled and answer.timeout is None:
+            return head | {"status": "cancelled"}
         error = error_body(answer.timeout or answer.error or PensieveError("the answer failed"))["error"]
         return head | {"status": "failed", "error": {"code": error["code"], "message": error["message"]}}
     return head | {"status": "in_progress" if answer.pieces else "queued"}
@@ -137,7 +139,7 @@ async def live_events(context: Context, answer: Answer) -> AsyncIterator[tuple[s
         yield "response.failed", {"response": begun | {"status": "failed", "error": {"code": body["code"], "message": body["message"]}}}
         return
     completed = completed_now(answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named})
-    response = response_json(context, completed, cancelled=answer.cancelled)
+    response = response_json(context, completed)
     for item_event in items.close(response["status"]):
         yield item_event
     yield _last(response), {"response": response}
