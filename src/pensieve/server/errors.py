@@ -93,11 +93,6 @@ def install(app: FastAPI) -> None:
         message = known.get(error.status_code, str(error.detail))
         return error_response(ApiError(error.status_code, message, code=_code_of(error.status_code), headers=error.headers))
 
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return error_response(error)
-
 
 def from_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, in one sentence."""

@@ -10,9 +10,9 @@ from pensieve.chat import ToolCall
 from pensieve.core.request import FinishReason
 from pensieve.errors import PensieveError
 from pensieve.server.answers import Completed, completed_now, logprob_items
-from pensieve.server.chat import pensieve_json
+from pensieve.server.chat import cache_json, pensieve_json
 from pensieve.server.context import Context
-from pensieve.server.errors import error_body
+from pensieve.server.errors import error_body, status_of
 from pensieve.server.items import call_item, message_item, output_items, text_part
 from pensieve.server.output import Output, OutputEvent, OutputForm
 from pensieve.server.turns import Answer
@@ -32,20 +32,20 @@ class Record:
     named: bool  # it belongs to a conversation that the client named
 
 
-def _status(reason: str, cancelled: bool = False) -> tuple[str, dict[str, str] | None]:
+def _status(reason: str) -> tuple[str, dict[str, str] | None]:
     """A response's status, and why it is incomplete."""
-    if cancelled:
+    if reason == FinishReason.ABORT.value:
         return "cancelled", None
     if reason == FinishReason.LENGTH.value:
         return "incomplete", {"reason": "max_output_tokens"}
-    if reason in (FinishReason.ABORT.value, INTERRUPTED):
+    if reason == INTERRUPTED:
         return "incomplete", {"reason": "interrupted"}
     return "completed", None
 
 
-def response_json(context: Context, completed: Completed, *, cancelled: bool = False) -> dict[str, Any]:
+def response_json(context: Context, completed: Completed) -> dict[str, Any]:
     """A response that has ended."""
-    status, incomplete = _status(completed.reason, cancelled or bool(completed.meta.get("cancelled")))
+    status, incomplete = _status(completed.reason)
     params = completed.meta.get(PARAMS)
     params = params if isinstance(params, dict) else {}
     output = output_items(f"{completed.turn_id}_out", completed.message, "completed" if status == "completed" else "incomplete")
@@ -59,7 +59,7 @@ def response_json(context: Context, completed: Completed, *, cancelled: bool = F
         "output": output,
         "usage": {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": usage["cached_tokens"]},
+            "input_tokens_details": cache_json(usage),
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"],
@@ -73,13 +73,19 @@ def live_json(context: Context, answer: Answer) -> dict[str, Any]:
     record: Record = answer.record
     if answer.done is not None and answer.timeout is None:
         completed = completed_now(answer, answer.done, record.form, context.text, {PARAMS: record.params, "named": record.named})
-        return response_json(context, completed, cancelled=answer.cancelled)
+        return response_json(context, completed)
     named = answer.turn.conversation_id if record.named else None
     head = _head(context, answer.id, answer.created, record.params, named or None)
     if answer.ended:
-        error = error_body(answer.timeout or answer.error or PensieveError("the answer failed"))["error"]
-        return head | {"status": "failed", "error": {"code": error["code"], "message": error["message"]}}
+        return _failed(head, answer.timeout or answer.error or PensieveError("the answer failed"))
     return head | {"status": "in_progress" if answer.pieces else "queued"}
+
+
+def _failed(head: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
+    """A response that failed. OpenAI's types know a few codes only; ours stands beside."""
+    status, body = status_of(error), error_body(error)["error"]
+    code = "rate_limit_exceeded" if status == 429 else "server_error" if status >= 500 else "invalid_prompt"
+    return {**head, "status": "failed", "error": {"code": code, "message": body["message"], "type": body["code"], "param": body["param"]}}
 
 
 def _head(context: Context, turn_id: str, created: int, params: Mapping[str, Any], conversation_id: str | None) -> dict[str, Any]:
@@ -133,11 +139,10 @@ async def live_events(context: Context, answer: Answer) -> AsyncIterator[tuple[s
     try:
         done = await answer.result()
     except PensieveError as error:
-        body = error_body(error)["error"]
-        yield "response.failed", {"response": begun | {"status": "failed", "error": {"code": body["code"], "message": body["message"]}}}
+        yield "response.failed", {"response": _failed(begun, error)}
         return
     completed = completed_now(answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named})
-    response = response_json(context, completed, cancelled=answer.cancelled)
+    response = response_json(context, completed)
     for item_event in items.close(response["status"]):
         yield item_event
     yield _last(response), {"response": response}
@@ -159,7 +164,8 @@ def whole_events(context: Context, completed: Completed) -> Iterator[tuple[str, 
 
 
 def _last(response: Mapping[str, Any]) -> str:
-    return {"completed": "response.completed", "incomplete": "response.incomplete"}.get(response["status"], "response.cancelled")
+    """The event that ends a stream. OpenAI's clients know none for a cancelled response: they take this one as an end, and read the status."""
+    return "response.completed" if response["status"] == "completed" else "response.incomplete"
 
 
 class _Items:

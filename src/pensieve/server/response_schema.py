@@ -107,6 +107,7 @@ class ResponseRequest(Body):
     prompt: Any = None
     service_tier: StrictStr | None = None
     prompt_cache_retention: StrictStr | None = None
+    prompt_cache_options: Any = None
     context_management: Any = None
     moderation: Any = None
 
@@ -123,7 +124,7 @@ class ResponseRequest(Body):
             self.service_tier,
             self.prompt_cache_retention,
         )
-        for field in ("prompt", "max_tool_calls", "context_management", "moderation"):
+        for field in ("prompt", "max_tool_calls", "prompt_cache_options", "context_management", "moderation"):
             if getattr(self, field) is not None:
                 raise unsupported(field, f"{field} is not supported: leave it out")
         for wanted in self.include or ():
@@ -154,7 +155,7 @@ class ResponseRequest(Body):
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_logprobs": self.top_logprobs or 0,
-            "tools": [tool.model_dump() for tool in self.tools or ()],
+            "tools": [tool.model_dump() | {"strict": False} for tool in self.tools or ()],  # whatever was asked for: no schema is enforced
             "tool_choice": choice.model_dump() if isinstance(choice, ResponseToolChoice) else choice or "auto",
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "truncation": self.truncation or "disabled",
