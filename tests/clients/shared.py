@@ -22,6 +22,7 @@ KEY = os.environ["PENSIEVE_KEY"]
 OTHER_KEY = os.environ["PENSIEVE_OTHER_KEY"]  # another tenant's
 MAX_OPEN = int(os.environ["PENSIEVE_MAX_OPEN"])  # requests that the server takes at once
 MODEL = "smollm2"
+CHUNK = 32  # tokens that are cached, shared and dropped together
 
 # Long enough for several chunks, so that a hit cannot be mistaken for anything else.
 STORY = (
@@ -30,11 +31,10 @@ STORY = (
     "and a grey cat that nobody had ordered. On Thursday the cat caught a mouse. "
 )
 
-# An open JSON object for the arguments: a model of this size writes some, of its own choice.
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
-WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "The weather in a city", "parameters": CITY}}
-FORCED = {"type": "function", "function": {"name": "get_weather"}}
-CALL_TOKENS = 120  # enough for a call of this model to come to its end
+# A model of this size calls nothing by itself, and writes what it likes for arguments: the call is forced, and this one comes to its end soon.
+WORD = {"type": "object", "properties": {"word": {"type": "string"}}}
+SAY = {"type": "function", "function": {"name": "say", "description": "Say a word", "parameters": WORD}}
+CALL_TOKENS = 200  # enough for it
 
 
 def unique(text: str) -> str:
@@ -42,10 +42,13 @@ def unique(text: str) -> str:
     return f"({os.getpid()}-{time.monotonic_ns()}) {text}"
 
 
-def assert_hit(cached: int | None, before: int) -> None:
-    """A turn's cached tokens are the whole history's: `before`, prompt and answer of the turn before; its last token has no KV yet."""
+def assert_hit(cached: int | None, before: int, *, branch: bool = False) -> None:
+    """A turn's cached tokens are the whole history's: `before`, prompt and answer of the turn before; its last token has no KV yet.
+
+    A `branch`, where another turn has gone on from the same one, shares whole chunks.
+    """
     assert cached is not None
-    assert before - 2 <= cached <= before, f"{cached} cached tokens, where the turn before had {before}"
+    assert before - (CHUNK if branch else 2) <= cached <= before, f"{cached} cached tokens, where the turn before had {before}"
 
 
 def get(path: str, key: str = KEY) -> Any:

@@ -29,7 +29,8 @@ OutputEvent = ToolEvent | ReasoningDelta
 class OutputForm:
     """How an answer is to be read."""
 
-    tools: Tools = ()
+    tools: Tools = ()  # that the model is told of
+    calls: bool = True  # calls of them are read out of the answer; False: it is words, whatever it says
     parallel: bool = True  # several calls in one answer
     forced: bool = False  # one of them must be called
     named: str | None = None  # the one that must be; None: as the model likes
@@ -55,16 +56,20 @@ def form_for(tools: Tools, choice: object, named: bool, parallel: bool, text: Ch
     """
     if not tools and (named or choice not in (None, "none", "auto")):
         raise ApiError(400, "tool_choice needs tools", code="invalid_value", param="tool_choice")
-    if not tools or (choice == "none" and not named):
+    if choice == "none" and not named:
+        return OutputForm(tools, calls=False, reasoning=text.has_reasoning)  # (without them the prompt, and its cache, would be another)
+    if not tools:
         return OutputForm(reasoning=text.has_reasoning)
     names = tool_names(tools)
     if named:
         if choice not in names:
             raise ApiError(400, f"tool_choice names {choice!r}, which is none of the tools", code="invalid_value", param="tool_choice")
-        return OutputForm(tools, False, True, str(choice))  # who names a function wants this call and nothing behind it
+        return OutputForm(
+            tools, parallel=False, forced=True, named=str(choice)
+        )  # who names a function wants this call and nothing behind it
     if choice == "required":
-        return OutputForm(tools, parallel, True, names[0] if len(names) == 1 else None)
-    return OutputForm(tools, parallel, reasoning=text.has_reasoning)
+        return OutputForm(tools, parallel=parallel, forced=True, named=names[0] if len(names) == 1 else None)
+    return OutputForm(tools, parallel=parallel, reasoning=text.has_reasoning)
 
 
 @dataclass
@@ -89,7 +94,7 @@ class Output:
                 self.form.tools,
                 max_calls=None if self.form.parallel else 1,
             )
-            if self.form.tools
+            if self.form.tools and self.form.calls
             else None
         )
         self._arguments: list[str] = []

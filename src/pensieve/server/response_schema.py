@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from pensieve.core.request import MAX_LOGPROBS
 from pensieve.server.errors import ApiError, unsupported
@@ -53,9 +53,10 @@ class Reasoning(Strict):
     generate_summary: StrictStr | None = None
 
 
-class TextFormat(Strict):
-    """`text.format`."""
+class TextFormat(BaseModel):
+    """`text.format`. Only text is to be had; the other fields belong to formats that are refused by name."""
 
+    model_config = ConfigDict(extra="allow")
     type: StrictStr
 
 

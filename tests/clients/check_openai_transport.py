@@ -183,10 +183,9 @@ def test_the_asynchronous_client() -> None:
             assert all(await asyncio.gather(*(chat(client, number) for number in range(4))))
             response = await client.responses.create(model=MODEL, input="Hello.", max_output_tokens=4)
             assert [item.type async for item in client.responses.input_items.list(response.id)] == ["message"]
+            messages = [{"role": "user", "content": unique("Tell me all.")}]
             with pytest.raises(TimeoutError):  # the caller's own deadline cancels the request
-                messages = [{"role": "user", "content": unique("Tell me all.")}]
-                async with asyncio.timeout(0.5):
-                    await client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2000)
+                await asyncio.wait_for(client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2000), 0.5)
 
     asyncio.run(main())
     until_idle()

@@ -10,7 +10,7 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageFunctionToolCall
-from shared import BASE, CALL_TOKENS, CITY, FORCED, KEY, MODEL, STORY, WEATHER, assert_hit, unique
+from shared import BASE, CALL_TOKENS, KEY, MODEL, SAY, STORY, WORD, assert_hit, unique
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +94,31 @@ def test_the_stream_helper_collects_an_answer(client: OpenAI) -> None:
 
 
 def test_a_function_is_called_and_its_result_answered(client: OpenAI) -> None:
-    messages: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
-    first = ask(client, messages, CALL_TOKENS, tools=[WEATHER], tool_choice=FORCED)
+    messages: list[Any] = [{"role": "user", "content": unique("Say hello.")}]
+    first = ask(client, messages, CALL_TOKENS, tools=[SAY], tool_choice={"type": "function", "function": {"name": "say"}})
     assert first.usage is not None
     reply = first.choices[0].message
     assert reply.tool_calls, reply
     (call,) = reply.tool_calls
-    assert isinstance(call, ChatCompletionMessageFunctionToolCall) and call.function.name == "get_weather"
+    assert isinstance(call, ChatCompletionMessageFunctionToolCall) and call.function.name == "say"
     assert isinstance(json.loads(call.function.arguments), dict)
     assert first.choices[0].finish_reason == "tool_calls" and reply.content is None
-    messages += [reply, {"role": "tool", "tool_call_id": call.id, "content": "It rains in Oslo."}]
-    second = ask(client, messages, tools=[WEATHER], tool_choice="none")
-    assert second.choices[0].message.content and not second.choices[0].message.tool_calls
-    third = ask(client, messages, tools=[WEATHER])
+    messages += [reply, {"role": "tool", "tool_call_id": call.id, "content": unique("It was said.")}]
+    second = ask(client, messages, tools=[SAY])
+    assert second.usage is not None and second.usage.prompt_tokens_details is not None
+    assert_hit(second.usage.prompt_tokens_details.cached_tokens, first.usage.total_tokens)
+    messages += [second.choices[0].message, {"role": "user", "content": "In other words?"}]
+    third = ask(client, messages, tools=[SAY], tool_choice="none")
+    assert third.choices[0].message.content and not third.choices[0].message.tool_calls
     assert third.usage is not None and third.usage.prompt_tokens_details is not None
-    assert_hit(third.usage.prompt_tokens_details.cached_tokens, first.usage.total_tokens)
+    assert_hit(third.usage.prompt_tokens_details.cached_tokens, second.usage.total_tokens)
 
 
 def test_a_required_call_comes_as_a_stream(client: OpenAI) -> None:
-    tools = [WEATHER | {"function": WEATHER["function"] | {"strict": True}}]
+    tools = [SAY | {"function": SAY["function"] | {"strict": True}}]
     chunks = client.chat.completions.create(
         model=MODEL,
-        messages=[{"role": "user", "content": "What is the weather in Rome?"}],
+        messages=[{"role": "user", "content": "Say hello."}],
         tools=tools,
         tool_choice="required",
         parallel_tool_calls=False,
@@ -124,22 +127,22 @@ def test_a_required_call_comes_as_a_stream(client: OpenAI) -> None:
         stream=True,
     )
     parts = [call for chunk in map(strict, chunks) for choice in chunk.choices for call in choice.delta.tool_calls or ()]
-    assert parts[0].id and parts[0].function.name == "get_weather" and all(part.index == 0 for part in parts)
+    assert parts[0].id and parts[0].function.name == "say" and all(part.index == 0 for part in parts)
     assert isinstance(json.loads("".join(part.function.arguments or "" for part in parts)), dict)
 
 
 def test_the_stream_helper_collects_a_call(client: OpenAI) -> None:
     with client.chat.completions.stream(
         model=MODEL,
-        messages=[{"role": "user", "content": "What is the weather in Rome?"}],
-        tools=[{"type": "function", "function": {"name": "get_weather", "parameters": CITY | {"additionalProperties": False}}}],
-        tool_choice=FORCED,
+        messages=[{"role": "user", "content": "Say hello."}],
+        tools=[{"type": "function", "function": {"name": "say", "parameters": WORD | {"additionalProperties": False}}}],
+        tool_choice={"type": "function", "function": {"name": "say"}},
         max_tokens=CALL_TOKENS,
         temperature=0,
     ) as stream:
         done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
         final = stream.get_final_completion()
-    assert [event.name for event in done] == ["get_weather"]
+    assert [event.name for event in done] == ["say"]
     assert final.choices[0].message.tool_calls and final.choices[0].message.tool_calls[0].function.arguments == done[0].arguments
 
 

@@ -11,9 +11,9 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from openai.types.conversations import Conversation
 from openai.types.responses import Response, ResponseFunctionToolCall
-from shared import BASE, CALL_TOKENS, CITY, KEY, MODEL, STORY, assert_hit, unique
+from shared import BASE, CALL_TOKENS, KEY, MODEL, STORY, WORD, assert_hit, unique
 
-WEATHER: dict[str, Any] = {"type": "function", "name": "get_weather", "description": "The weather in a city", "parameters": CITY}
+SAY: dict[str, Any] = {"type": "function", "name": "say", "description": "Say a word", "parameters": WORD}
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +59,16 @@ def test_a_response_goes_on_from_the_one_before_and_hits_the_cache(client: OpenA
     third = respond(client, [{"role": "user", "content": "And on Saturday?"}], previous_response_id=second.id)
     assert_hit(usage(third)[1], usage(second)[0])
     assert third.previous_response_id == second.id
-    other = respond(client, "And on Sunday?", previous_response_id=first.id)  # a branch
-    assert_hit(usage(other)[1], usage(first)[0])
+    other = respond(client, "And on Sunday?", previous_response_id=first.id)
+    assert_hit(usage(other)[1], usage(first)[0], branch=True)
 
 
 def test_output_items_can_be_sent_back_as_input(client: OpenAI) -> None:
     history: list[Any] = [{"role": "user", "content": unique(STORY)}]
     first = respond(client, history)
-    for items in (first.output, [item.model_dump() for item in first.output]):  # (a dump holds every field of its type)
+    for branch, items in enumerate((first.output, [item.model_dump() for item in first.output])):  # (a dump holds every field of its type)
         second = respond(client, [*history, *items, {"role": "user", "content": [{"type": "input_text", "text": "And then?"}]}])
-        assert_hit(usage(second)[1], usage(first)[0])
+        assert_hit(usage(second)[1], usage(first)[0], branch=bool(branch))
 
 
 def test_input_items_are_listed(client: OpenAI) -> None:
@@ -107,25 +107,26 @@ def test_the_stream_helper_collects_a_response(client: OpenAI) -> None:
 
 
 def test_a_function_is_called_and_its_result_answered(client: OpenAI) -> None:
-    words = "What is the weather in Oslo?"
-    first = respond(client, words, CALL_TOKENS, tools=[WEATHER], tool_choice={"type": "function", "name": "get_weather"})
+    words = unique("Say hello.")
+    first = respond(client, words, CALL_TOKENS, tools=[SAY], tool_choice={"type": "function", "name": "say"})
     calls = [item for item in first.output if isinstance(item, ResponseFunctionToolCall)]
-    assert [call.name for call in calls] == ["get_weather"] and isinstance(json.loads(calls[0].arguments), dict)
+    assert [call.name for call in calls] == ["say"] and isinstance(json.loads(calls[0].arguments), dict)
     assert first.status == "completed" and len(first.output) == 1
-    output = {"type": "function_call_output", "call_id": calls[0].call_id, "output": "It rains in Oslo."}
-    second = respond(client, [output], tools=[WEATHER], previous_response_id=first.id)
+    output = {"type": "function_call_output", "call_id": calls[0].call_id, "output": unique("It was said.")}
+    second = respond(client, [output], tools=[SAY], previous_response_id=first.id)
     assert_hit(usage(second)[1], usage(first)[0])
     items = [strict(item) for item in client.responses.input_items.list(second.id, order="asc")]
     assert [item.type for item in items] == ["message", "function_call", "function_call_output"]
-    resent = respond(client, [{"role": "user", "content": words}, *first.output, output], tools=[WEATHER])
-    assert_hit(usage(resent)[1], usage(first)[0])
+    other = output | {"output": unique("It was not said.")}
+    resent = respond(client, [{"role": "user", "content": words}, *first.output, other], tools=[SAY])
+    assert_hit(usage(resent)[1], usage(first)[0], branch=True)
 
 
 def test_a_required_call_comes_as_events(client: OpenAI) -> None:
     with client.responses.create(
         model=MODEL,
-        input="What is the weather in Rome?",
-        tools=[WEATHER | {"strict": True}],
+        input="Say hello.",
+        tools=[SAY | {"strict": True}],
         tool_choice="required",
         parallel_tool_calls=False,
         max_output_tokens=CALL_TOKENS,
@@ -207,10 +208,10 @@ def test_a_conversation_from_its_beginning_to_its_end(client: OpenAI) -> None:
 
 def test_calls_are_items_of_a_conversation(client: OpenAI) -> None:
     made = client.conversations.create()
-    first = respond(client, "Weather in Oslo?", CALL_TOKENS, conversation=made.id, tools=[WEATHER], tool_choice="required")
+    first = respond(client, "Say hello.", CALL_TOKENS, conversation=made.id, tools=[SAY], tool_choice="required")
     (call,) = (item for item in first.output if item.type == "function_call")
-    output = {"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}
-    second = respond(client, [output], conversation=made.id, tools=[WEATHER])
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": unique("It was said.")}
+    second = respond(client, [output], conversation=made.id, tools=[SAY])
     assert_hit(usage(second)[1], usage(first)[0])
     kinds = [strict(item).type for item in client.conversations.items.list(made.id, order="asc")]
     assert kinds[:2] == ["message", "function_call"] and "function_call_output" in kinds
