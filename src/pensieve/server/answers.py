@@ -44,7 +44,7 @@ def composer(spec: TurnSpec, text: ChatText, form: OutputForm, created: int, met
         return Composed(output.message(), {**meta, ANSWER: told})
 
     watch = None
-    if form.tools and not form.parallel:
+    if form.tools and form.calls and not form.parallel:
         watch = _one_call_only(spec, text, form)
     return replace(spec, compose=compose, watch=watch)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def create_app(
 
 
 class Door:
-    """Counts requests, and refuses those for other hosts and those whose bodies are too large, before anything reads them.
+    """Counts requests, gives each an id, and refuses those for other hosts and those whose bodies are too large, before anything reads them.
 
     A server without keys trusts everybody on this machine. A page from elsewhere must not become one of them by giving its own name this
     machine's address (DNS rebinding), hence `hosts`.
@@ -114,6 +115,8 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _as_routed(scope)
+        request_id = f"req_{uuid.uuid4().hex}"
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
         status = 0
@@ -122,6 +125,7 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         num_bytes = 0
@@ -144,6 +148,11 @@ class Door:
                 await error_response(too_large)(scope, receive, counting_send)
                 return
             await self._app(scope, limited_receive, counting_send)
+        except Exception as error:
+            log.error("%s %s failed (%s)", scope["method"], scope["path"], request_id, exc_info=error)
+            if status:  # too late for another answer
+                raise
+            await error_response(error)(scope, receive, counting_send)
         finally:
             route = scope.get("route")
             self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
@@ -155,6 +164,15 @@ class Door:
 def _without_port(host: str) -> str:
     name, _, port = host.rpartition(":")
     return name if name and port.isdigit() else host
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """A request as the routes know it: HEAD is a GET whose body the HTTP server leaves out, and a slash at the end means nothing."""
+    path = scope["path"]
+    if scope["method"] != "HEAD" and not path.endswith("/"):
+        return scope
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "method": method, "path": path.rstrip("/") or "/"}
 
 
 async def _sweep(context: Context) -> None:

@@ -13,8 +13,8 @@ from pensieve import __version__
 from pensieve.server import idempotency
 from pensieve.server.answers import Completed, completed_before, completed_now, composer, finish_reason, logprob_items
 from pensieve.server.context import Asking, Caller, Context, Server
-from pensieve.server.errors import ApiError, unsupported
-from pensieve.server.output import Output, OutputEvent, OutputForm
+from pensieve.server.errors import ApiError
+from pensieve.server.output import Output, OutputEvent, OutputForm, form_for
 from pensieve.server.schemas import ChatRequest, ChosenTool, tools_of
 from pensieve.server.sse import DONE, EventStream, data, unless_gone
 from pensieve.server.turns import Answer
@@ -79,29 +79,9 @@ def form_of(body: ChatRequest, text: ChatText) -> OutputForm:
     Raises:
         ApiError: the choice names a function that is not there.
     """
-    tools = tools_of(body.tools)
     choice = body.tool_choice
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice needs tools", code="invalid_value", param="tool_choice")
-        return OutputForm(reasoning=text.has_reasoning)
-    if choice == "none":
-        return OutputForm(reasoning=text.has_reasoning)
-    forced = None
-    if isinstance(choice, ChosenTool):
-        forced = choice.function.name
-        if all(_name_of(tool) != forced for tool in tools):
-            raise ApiError(400, f"tool_choice names {forced!r}, which is none of the tools", code="invalid_value", param="tool_choice")
-        if forced == "required":
-            raise unsupported("tool_choice", "a function called 'required' cannot be chosen by name: call it something else")
-    elif choice == "required":
-        forced = "required"
-    return OutputForm(tools, body.parallel_tool_calls is not False, forced, text.has_reasoning and forced is None)
-
-
-def _name_of(tool: Mapping[str, object]) -> object:
-    function = tool["function"]
-    return function["name"] if isinstance(function, dict) else None
+    named = choice.function.name if isinstance(choice, ChosenTool) else None
+    return form_for(tools_of(body.tools), named or choice, named is not None, body.parallel_tool_calls is not False, text)
 
 
 def _spec(body: ChatRequest, context: Context, caller: Caller, hint: str | None) -> tuple[TurnSpec, OutputForm]:
@@ -174,8 +154,13 @@ def usage_json(usage: Mapping[str, int]) -> dict[str, Any]:
         "prompt_tokens": usage["prompt_tokens"],
         "completion_tokens": usage["completion_tokens"],
         "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"],
-        "prompt_tokens_details": {"cached_tokens": usage["cached_tokens"]},
+        "prompt_tokens_details": cache_json(usage),
     }
+
+
+def cache_json(usage: Mapping[str, int]) -> dict[str, int]:
+    """Which tokens of a prompt were cached; the others are from now on."""
+    return {"cached_tokens": usage["cached_tokens"], "cache_write_tokens": usage["prompt_tokens"] - usage["cached_tokens"]}
 
 
 def pensieve_json(completed: Completed) -> dict[str, Any]:

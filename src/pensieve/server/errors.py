@@ -16,6 +16,7 @@ from pensieve.errors import PensieveError
 
 log = logging.getLogger(__name__)
 
+API = ("chat", "completions", "conversations", "models", "responses")  # what clients ask for whose base URL lacks the /v1
 RETRY_AFTER_S = 2  # what a client is told where nothing better is known
 
 
@@ -89,14 +90,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        known = {404: f"there is nothing at {request.method} {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
+        path = request.url.path
+        hint = f": OpenAI's API is below /v1, as in /v1{path}" if path.split("/")[1] in API else ""
+        known = {404: f"there is nothing at {request.method} {path}{hint}", 405: f"{path} does not take {request.method}"}
         message = known.get(error.status_code, str(error.detail))
         return error_response(ApiError(error.status_code, message, code=_code_of(error.status_code), headers=error.headers))
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return error_response(error)
 
 
 def from_validation(error: RequestValidationError) -> ApiError:

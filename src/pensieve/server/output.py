@@ -7,8 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pensieve.chat import Message, ToolCall
+from pensieve.server.errors import ApiError
 from pensieve.service.turn import Tools
-from pensieve.text import CallBegin, CallDelta, CallEnd, ChatText, ContentDelta, ReasoningDelta, ToolCallParser, ToolEvent, force_prefix
+from pensieve.text import (
+    CallBegin,
+    CallDelta,
+    CallEnd,
+    ChatText,
+    ContentDelta,
+    ReasoningDelta,
+    ToolCallParser,
+    ToolEvent,
+    force_prefix,
+    tool_names,
+)
 
 OutputEvent = ToolEvent | ReasoningDelta
 
@@ -17,16 +29,47 @@ OutputEvent = ToolEvent | ReasoningDelta
 class OutputForm:
     """How an answer is to be read."""
 
-    tools: Tools = ()
+    tools: Tools = ()  # that the model is told of
+    calls: bool = True  # calls of them are read out of the answer; False: it is words, whatever it says
     parallel: bool = True  # several calls in one answer
-    forced: str | None = None  # "required", or the name of the function that must be called; None: as the model likes
+    forced: bool = False  # one of them must be called
+    named: str | None = None  # the one that must be; None: as the model likes
     reasoning: bool = False  # the template knows <think>
 
     def prefix(self, text: ChatText) -> str:
         """What the answer is made to begin with, so that it is the call that was asked for."""
-        if self.forced is None:
-            return ""
-        return force_prefix(text.tool_format, None if self.forced == "required" else self.forced)
+        return force_prefix(text.tool_format, self.named) if self.forced else ""
+
+
+def form_for(tools: Tools, choice: object, named: bool, parallel: bool, text: ChatText) -> OutputForm:
+    """How an answer is read that may call `tools`, or must.
+
+    Args:
+        tools: the functions, as chat templates expect them.
+        choice: None, none, auto or required; a function's name if `named`.
+        named: `choice` is a function's name.
+        parallel: an answer may hold several calls.
+        text: whose reasoning and calls these are.
+
+    Raises:
+        ApiError: the choice is not among the functions.
+    """
+    if not tools and (named or choice not in (None, "none", "auto")):
+        raise ApiError(400, "tool_choice needs tools", code="invalid_value", param="tool_choice")
+    if choice == "none" and not named:
+        return OutputForm(tools, calls=False, reasoning=text.has_reasoning)  # (without them the prompt, and its cache, would be another)
+    if not tools:
+        return OutputForm(reasoning=text.has_reasoning)
+    names = tool_names(tools)
+    if named:
+        if choice not in names:
+            raise ApiError(400, f"tool_choice names {choice!r}, which is none of the tools", code="invalid_value", param="tool_choice")
+        return OutputForm(
+            tools, parallel=False, forced=True, named=str(choice)
+        )  # who names a function wants this call and nothing behind it
+    if choice == "required":
+        return OutputForm(tools, parallel=parallel, forced=True, named=names[0] if len(names) == 1 else None)
+    return OutputForm(tools, parallel=parallel, reasoning=text.has_reasoning)
 
 
 @dataclass
@@ -51,7 +94,7 @@ class Output:
                 self.form.tools,
                 max_calls=None if self.form.parallel else 1,
             )
-            if self.form.tools
+            if self.form.tools and self.form.calls
             else None
         )
         self._arguments: list[str] = []

@@ -10,9 +10,9 @@ from pensieve.chat import ToolCall
 from pensieve.core.request import FinishReason
 from pensieve.errors import PensieveError
 from pensieve.server.answers import Completed, completed_now, logprob_items
-from pensieve.server.chat import pensieve_json
+from pensieve.server.chat import cache_json, pensieve_json
 from pensieve.server.context import Context
-from pensieve.server.errors import error_body
+from pensieve.server.errors import error_body, status_of
 from pensieve.server.items import call_item, message_item, output_items, text_part
 from pensieve.server.output import Output, OutputEvent, OutputForm
 from pensieve.server.turns import Answer
@@ -59,7 +59,7 @@ def response_json(context: Context, completed: Completed) -> dict[str, Any]:
         "output": output,
         "usage": {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": usage["cached_tokens"]},
+            "input_tokens_details": cache_json(usage),
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"],
@@ -79,9 +79,15 @@ def live_json(context: Context, answer: Answer) -> dict[str, Any]:
     if answer.ended:
         if answer.cancelled and answer.timeout is None:
             return head | {"status": "cancelled"}
-        error = error_body(answer.timeout or answer.error or PensieveError("the answer failed"))["error"]
-        return head | {"status": "failed", "error": {"code": error["code"], "message": error["message"]}}
+        return _failed(head, answer.timeout or answer.error or PensieveError("the answer failed"))
     return head | {"status": "in_progress" if answer.pieces else "queued"}
+
+
+def _failed(head: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
+    """A response that failed. OpenAI's types know a few codes only; ours stands beside."""
+    status, body = status_of(error), error_body(error)["error"]
+    code = "rate_limit_exceeded" if status == 429 else "server_error" if status >= 500 else "invalid_prompt"
+    return {**head, "status": "failed", "error": {"code": code, "message": body["message"], "type": body["code"], "param": body["param"]}}
 
 
 def _head(context: Context, turn_id: str, created: int, params: Mapping[str, Any], conversation_id: str | None) -> dict[str, Any]:
@@ -135,8 +141,7 @@ async def live_events(context: Context, answer: Answer) -> AsyncIterator[tuple[s
     try:
         done = await answer.result()
     except PensieveError as error:
-        body = error_body(error)["error"]
-        yield "response.failed", {"response": begun | {"status": "failed", "error": {"code": body["code"], "message": body["message"]}}}
+        yield "response.failed", {"response": _failed(begun, error)}
         return
     completed = completed_now(answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named})
     response = response_json(context, completed)
@@ -161,7 +166,8 @@ def whole_events(context: Context, completed: Completed) -> Iterator[tuple[str, 
 
 
 def _last(response: Mapping[str, Any]) -> str:
-    return {"completed": "response.completed", "incomplete": "response.incomplete"}.get(response["status"], "response.cancelled")
+    """The event that ends a stream. OpenAI's clients know none for a cancelled response: they take this one as an end, and read the status."""
+    return "response.completed" if response["status"] == "completed" else "response.incomplete"
 
 
 class _Items:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from pensieve.core.request import MAX_LOGPROBS
 from pensieve.server.errors import ApiError, unsupported
@@ -54,9 +54,10 @@ class Reasoning(Strict):
     generate_summary: StrictStr | None = None
 
 
-class TextFormat(Strict):
-    """`text.format`."""
+class TextFormat(BaseModel):
+    """`text.format`. Only text is to be had; the other fields belong to formats that are refused by name."""
 
+    model_config = ConfigDict(extra="allow")
     type: StrictStr
 
 
@@ -108,6 +109,7 @@ class ResponseRequest(Body):
     prompt: Any = None
     service_tier: StrictStr | None = None
     prompt_cache_retention: StrictStr | None = None
+    prompt_cache_options: Any = None
     context_management: Any = None
     moderation: Any = None
 
@@ -124,7 +126,7 @@ class ResponseRequest(Body):
             self.service_tier,
             self.prompt_cache_retention,
         )
-        for field in ("prompt", "max_tool_calls", "context_management", "moderation"):
+        for field in ("prompt", "max_tool_calls", "prompt_cache_options", "context_management", "moderation"):
             if getattr(self, field) is not None:
                 raise unsupported(field, f"{field} is not supported: leave it out")
         for wanted in self.include or ():
@@ -155,7 +157,7 @@ class ResponseRequest(Body):
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_logprobs": self.top_logprobs or 0,
-            "tools": [tool.model_dump() for tool in self.tools or ()],
+            "tools": [tool.model_dump() | {"strict": False} for tool in self.tools or ()],  # whatever was asked for: no schema is enforced
             "tool_choice": choice.model_dump() if isinstance(choice, ResponseToolChoice) else choice or "auto",
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "truncation": self.truncation or "disabled",

@@ -15,7 +15,7 @@ from pensieve.server.answers import Completed, completed_before, completed_now, 
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found, unsupported
 from pensieve.server.items import Order, items_of, messages_of, page, path_items
-from pensieve.server.output import OutputForm
+from pensieve.server.output import OutputForm, form_for
 from pensieve.server.response_events import PARAMS, PREFIX, Record, live_events, live_json, response_json, whole_events
 from pensieve.server.response_schema import ConversationRef, ResponseRequest, ResponseToolChoice
 from pensieve.server.schemas import FunctionSpec, sampling_params
@@ -201,17 +201,10 @@ def _form(body: ResponseRequest, text: ChatText) -> OutputForm:
             raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")
         if tool.name in tools:
             raise ApiError(400, f"tools.{index}: two functions are called {tool.name!r}", code="invalid_value", param=f"tools.{index}")
-        # (OpenAI's clients send strict: true by default; here the schema is shown to the model, and not enforced: the response says strict false)
         tools[tool.name] = FunctionSpec(name=tool.name, description=tool.description, parameters=tool.parameters).tool()
     choice = body.tool_choice
-    if not tools and choice not in (None, "none", "auto"):
-        raise ApiError(400, "tool_choice needs tools", code="invalid_value", param="tool_choice")
-    if not tools or choice == "none":
-        return OutputForm(reasoning=text.has_reasoning)
-    forced = choice.name if isinstance(choice, ResponseToolChoice) else "required" if choice == "required" else None
-    if isinstance(choice, ResponseToolChoice) and choice.name not in tools:
-        raise ApiError(400, f"tool_choice names {choice.name!r}, which is none of the tools", code="invalid_value", param="tool_choice")
-    return OutputForm(tuple(tools.values()), body.parallel_tool_calls is not False, forced, text.has_reasoning and forced is None)
+    named = choice.name if isinstance(choice, ResponseToolChoice) else None
+    return form_for(tuple(tools.values()), named or choice, named is not None, body.parallel_tool_calls is not False, text)
 
 
 async def _stored(context: Context, caller: Caller, response_id: str, param: str = "response_id") -> Turn:

@@ -275,7 +275,7 @@ def text_of(content: str | list[ContentPart] | None, where: str) -> str:
 
 
 class FunctionSpec(Strict):
-    """A function that the model may call."""
+    """A function that the model may call. `strict` is taken, because clients ask for it unasked, and the schema is only shown to the model."""
 
     name: Name
     description: StrictStr | None = None
@@ -284,8 +284,6 @@ class FunctionSpec(Strict):
 
     def tool(self) -> dict[str, object]:
         """As chat templates expect it."""
-        if self.strict:
-            raise unsupported("tools", f"strict is not supported (function {self.name!r}): answers are not constrained to a schema here")
         function: dict[str, object] = {"name": self.name, "description": self.description or ""}
         function["parameters"] = self.parameters if self.parameters is not None else {"type": "object", "properties": {}}
         return {"type": "function", "function": function}
@@ -345,6 +343,8 @@ class ChatRequest(Sampling):
     service_tier: StrictStr | None = None
     safety_identifier: StrictStr | None = None
     prompt_cache_retention: StrictStr | None = None
+    prompt_cache_options: Any = None
+    moderation: Any = None
 
     def refuse(self) -> None:
         """Refuse what this server has not."""
@@ -360,7 +360,7 @@ class ChatRequest(Sampling):
         for field, way_out in gone.items():
             if getattr(self, field) is not None:
                 raise unsupported(field, f"{field} is the old form: {way_out}")
-        for field in ("audio", "prediction", "web_search_options"):
+        for field in ("audio", "prediction", "web_search_options", "prompt_cache_options", "moderation"):
             if getattr(self, field) is not None:
                 raise unsupported(field, f"{field} is not supported: leave it out")
         refuse_tuning(self.reasoning_effort, self.verbosity, self.service_tier, self.prompt_cache_retention)

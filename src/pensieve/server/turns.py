@@ -54,7 +54,6 @@ class Answer:
     done: TurnDone | None = None
     error: BaseException | None = None
     record: Any = None  # what the API wants to remember of it
-    cancelled: bool = False
     timeout: PensieveError | None = None
     ended_s: float | None = None
     first_piece_s: float | None = None  # loop clock
@@ -188,7 +187,6 @@ class Turns:
     def abort(self, answer: Answer) -> None:
         """End an answer early."""
         if not answer.ended:
-            answer.cancelled = True
             self._service.abort(answer.turn)
 
     async def drain(self, timeout_s: float) -> None:

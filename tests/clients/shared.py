@@ -1,0 +1,66 @@
+"""What the clients' checks share: where the server is, what to say to it, what a cache hit is. Knows the standard library only.
+
+The checks run in the clients' own environments (see run.py); these hold no Pensieve.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.request
+from typing import Any
+
+import pytest
+
+if "PENSIEVE_URL" not in os.environ:
+    pytest.exit("the clients' checks need a server: run tests/clients/run.py, which starts one", returncode=2)
+
+URL = os.environ["PENSIEVE_URL"]  # no slash at the end
+BASE = URL + "/v1"
+KEY = os.environ["PENSIEVE_KEY"]
+OTHER_KEY = os.environ["PENSIEVE_OTHER_KEY"]  # another tenant's
+MAX_OPEN = int(os.environ["PENSIEVE_MAX_OPEN"])  # requests that the server takes at once
+MODEL = "smollm2"
+CHUNK = 32  # tokens that are cached, shared and dropped together
+
+# Long enough for several chunks, so that a hit cannot be mistaken for anything else.
+STORY = (
+    "A lighthouse keeper on a small island writes down the weather four times a day. On Monday the wind came from the west and it rained "
+    "until noon. On Tuesday there was fog, and the horn sounded every two minutes. On Wednesday a supply boat brought flour, oil, letters "
+    "and a grey cat that nobody had ordered. On Thursday the cat caught a mouse. "
+)
+
+# A model of this size calls nothing by itself, and writes what it likes for arguments: the call is forced, and this one comes to its end soon.
+WORD = {"type": "object", "properties": {"word": {"type": "string"}}}
+SAY = {"type": "function", "function": {"name": "say", "description": "Say a word", "parameters": WORD}}
+CALL_TOKENS = 200  # enough for it
+
+
+def unique(text: str) -> str:
+    """Words that no earlier run has said: what is cached of them is this check's doing."""
+    return f"({os.getpid()}-{time.monotonic_ns()}) {text}"
+
+
+def assert_hit(cached: int | None, before: int, *, branch: bool = False) -> None:
+    """A turn's cached tokens are the whole history's: `before`, prompt and answer of the turn before; its last token has no KV yet.
+
+    A `branch`, where another turn has gone on from the same one, shares whole chunks.
+    """
+    assert cached is not None
+    assert before - (CHUNK if branch else 2) <= cached <= before, f"{cached} cached tokens, where the turn before had {before}"
+
+
+def get(path: str, key: str = KEY) -> Any:
+    """A GET that knows no client."""
+    request = urllib.request.Request(URL + path, headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def until_idle(timeout_s: float = 20.0) -> None:
+    """Wait until the server computes nothing for anybody, however its clients have left."""
+    deadline = time.monotonic() + timeout_s
+    while (stats := get("/v1/pensieve/map?limit=0")["stats"])["running"] or stats["waiting"]:
+        assert time.monotonic() < deadline, f"still under way: {stats}"
+        time.sleep(0.05)
