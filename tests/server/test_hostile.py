@@ -369,7 +369,7 @@ def test_deleting_a_conversation_that_speaks(server: Serving, conversation: str)
     assert statuses[0] == 200 and set(statuses) <= {200, 404}, [one.result().text for one in deleted]
     assert late.result().status_code in (200, 404)  # (200: it was over before the first of them was heard)
     thread.join(20)
-    assert not thread.is_alive() and any("response.cancelled" in line or "response.failed" in line for line in said)
+    assert not thread.is_alive() and any('"status":"cancelled"' in line or "response.failed" in line for line in said)
     assert server.client.get(own(conversation)).status_code == 404
     assert server.client.delete(own(conversation)).status_code == 404
     for action in ("pin", "unpin", "warm", "idle", "fork"):
