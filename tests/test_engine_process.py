@@ -20,6 +20,7 @@ import pytest
 import engine_children
 from engine_children import BUG, VOCAB, dying, fake, raising, raving, silent
 from fake_worker import expected_answer
+from pensieve import engine_process
 from pensieve.chat import Message
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.engine_process import MAX_START_FAILURES, EngineProcess
@@ -269,6 +270,41 @@ def test_a_child_that_speaks_nonsense_is_replaced_and_half_a_message_holds_nobod
         engine.close(0.1)
 
 
+def test_an_exit_that_another_thread_was_told_of_first_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def late(child: object) -> int | None:
+        asked.append(1)
+        return None if len(asked) < 4 else 3
+
+    class Ended:
+        exitcode = property(late)
+
+    child = engine_process._Child.__new__(engine_process._Child)
+    child.process = Ended()
+    assert child._exit_code() == 3
+    monkeypatch.setattr(engine_process, "REAPED_WITHIN_S", 0.0)
+    asked.clear()
+    assert child._exit_code() == -signal.SIGKILL
+
+
+def test_a_supervisor_that_trips_over_a_bug_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trip(child: object, leave_s: float) -> int:
+        raise AssertionError("planted")
+
+    with process(fake, 0.02) as (engine, events):
+        pid = engine.ready(30).pid
+        engine.post(submit("r", n=500))
+        first_token(events, "r")
+        monkeypatch.setattr(engine_process._Child, "end", trip)
+        os.kill(pid, signal.SIGKILL)
+        end = events.end_of("r")
+        assert isinstance(end, Failed) and "planted" in end.message
+        engine.post(submit("late"))
+        assert isinstance(events.end_of("late"), Failed)
+        assert engine.state == "failed"
+
+
 def test_signals_to_the_whole_group_leave_the_engine_to_its_parent() -> None:
     with process(fake, 0.02) as (engine, events):
         pid = engine.ready(30).pid
@@ -348,6 +384,7 @@ ORPHANING = """
 import sys, time
 from engine_children import fake
 from pensieve.core.request import SamplingParams
+from pensieve import engine_process
 from pensieve.engine_process import EngineProcess
 from pensieve.messages import Submit
 if __name__ == "__main__":

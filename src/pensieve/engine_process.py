@@ -52,6 +52,7 @@ DEFAULT_ENVIRONMENT: Mapping[str, str] = MappingProxyType({})
 MAX_START_FAILURES = 5  # in a row
 SILENT_BEATS_S = 2.5  # a heartbeat later than this means that the whole process stands still
 LAST_WORDS = 20  # lines of standard error that are remembered
+REAPED_WITHIN_S = 5.0  # between the end of a process and whoever waited for it writing down how it ended
 # Nothing to try again: the same start would fail the same way.
 _USER_ERRORS = frozenset(kind.code for kind in (ConfigError, InvalidRequest, ModelRefused, ModelUnavailable))
 _LEAVE_S = 5.0  # a child that closed its pipe may take so long to exit
@@ -131,11 +132,17 @@ class _Child:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-        code = self.process.exitcode
-        assert code is not None
+        code = self._exit_code()
         self._listener.join(1.0)  # (longer only if a grandchild holds the pipe)
         self.process.close()
         return code
+
+    def _exit_code(self) -> int:
+        """Of a process that has ended. Another thread may have been told of it first, and not have written it down yet."""
+        by_s = time.monotonic() + REAPED_WITHIN_S
+        while (code := self.process.exitcode) is None and time.monotonic() < by_s:
+            time.sleep(0.01)
+        return -signal.SIGKILL if code is None else code
 
     def _listen(self, reader: Connection) -> None:
         """Copy its lines to our standard error, named."""
@@ -303,6 +310,26 @@ class EngineProcess:
     # -- the thread that starts children and reads
 
     def _supervise(self) -> None:
+        try:
+            self._keep_one_alive()
+        except Exception as error:  # our own bug: say so to everybody who waits rather than leave them waiting
+            log.exception("the supervisor of the engine process stopped")
+            reason = PensieveError(f"the supervisor of the engine process stopped on an error of its own: {type(error).__name__}: {error}")
+            with self._lock:
+                left, self._error, self._process, self._connection = self._process, reason, None, None
+            if left is not None:
+                with contextlib.suppress(ValueError):  # it has ended
+                    left.kill()
+            self._enter("failed")
+            self._answer_everybody(reason)
+        with self._lock:  # a failed engine is closed by and by, too
+            self._lock.wait_for(lambda: self._close_by_s is not None)
+        if self.state != "closed":
+            self._enter("closed")
+        self._queue.put(None)
+        self._wake.close()
+
+    def _keep_one_alive(self) -> None:
         failures, pause_s = 0, self._backoff_s
         while True:
             end = self._live_and_die()
@@ -335,12 +362,6 @@ class EngineProcess:
             pause_s = min(2 * pause_s, self._max_backoff_s)
             with self._lock:
                 self._restarts += 1
-        with self._lock:  # a failed engine is closed by and by, too
-            self._lock.wait_for(lambda: self._close_by_s is not None)
-        if self.state != "closed":
-            self._enter("closed")
-        self._queue.put(None)
-        self._wake.close()
 
     def _live_and_die(self) -> _End:
         """One child, from start to end."""
