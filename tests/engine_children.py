@@ -89,3 +89,12 @@ def dying(connection: Connection, tally: Path, survives: int) -> None:
 def silent(connection: Connection) -> None:
     """Starts for ever."""
     time.sleep(600)
+
+
+def raving(connection: Connection, num_bytes: int) -> None:
+    """Says what nobody understands; more than a message's worth, it says half of it and stops."""
+    if num_bytes:
+        os.write(connection.fileno(), num_bytes.to_bytes(4, "big") + b"x")
+        time.sleep(600)
+    connection.send_bytes(b"nonsense")
+    time.sleep(600)

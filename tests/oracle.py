@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 
@@ -13,6 +14,7 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.request import FinishReason, Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
+from pensieve.errors import ConversationNotFound
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import Hooks, ModelWorker
 from tiny_models import tiny
@@ -64,6 +66,16 @@ class Lab:
                 return
             self.step()
         raise AssertionError(f"not done after {limit} steps: {list(self.scheduler.requests.values())}")
+
+    def erase(self, conversation: str, limit: int = 2000) -> None:
+        """Erase it to the last byte, whatever is under way."""
+        erasure = None
+        for _ in range(limit):
+            erasure = erasure or self.scheduler.forget("n", conversation, self.now_s, erase=True)
+            if erasure is not None and erasure.done:
+                return
+            self.step()
+        raise AssertionError(f"not erased after {limit} steps: {erasure and (erasure.slots, erasure.copies)}")
 
     def close(self) -> None:
         self.worker.close()
@@ -123,6 +135,14 @@ def random_play(model: CausalModel, reference: torch.nn.Module, seed: int, *, fa
             lab.scheduler.abort(rng.choice(sorted(waiting)), lab.now_s)
         if rng.random() < 0.15 and lab.cache.places.sole[0].count:
             lab.cache.room.make(0, lab.cache.room.available(0) + 2, lab.now_s)  # an eviction out of the blue
+        if rng.random() < 0.3:
+            with contextlib.suppress(ConversationNotFound):
+                name = rng.choice(sorted(logs))
+                lab.scheduler.warm("n", name, lab.now_s) if rng.random() < 0.7 else lab.scheduler.idle("n", name)
+        if rng.random() < 0.1:
+            name = rng.choice(sorted(logs))
+            lab.erase(name)
+            logs[name] = list(system)
         for request_id, request in lab.done.items():
             if request_id in waiting:
                 logs[waiting.pop(request_id)] = list(request.tokens) if request.ending is not FinishReason.ABORT else list(system)
@@ -130,6 +150,9 @@ def random_play(model: CausalModel, reference: torch.nn.Module, seed: int, *, fa
     for request in lab.done.values():
         assert request.ending is not FinishReason.ERROR or faults, request.error
         assert_answer_is_stateless(reference, request)
+    for name in logs:
+        lab.erase(name)
+    assert not any(store.data.any() for store in lab.worker._stores), "bytes are left after everything was erased"
     return lab
 
 

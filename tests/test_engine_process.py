@@ -18,8 +18,9 @@ import psutil
 import pytest
 
 import engine_children
-from engine_children import BUG, VOCAB, dying, fake, raising, silent
+from engine_children import BUG, VOCAB, dying, fake, raising, raving, silent
 from fake_worker import expected_answer
+from pensieve import engine_process
 from pensieve.chat import Message
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.engine_process import MAX_START_FAILURES, EngineProcess
@@ -28,6 +29,7 @@ from pensieve.messages import Event, Failed, Finished, GetStats, Keep, Lost, Sta
 from pensieve.service import ConversationService
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
 PROMPT = tuple(range(20, 60))
 
 
@@ -258,6 +260,51 @@ def test_close_while_it_starts_waits_for_nothing(main: Callable[..., None]) -> N
         assert isinstance(end, Failed) and end.code == EngineClosed.code
 
 
+def test_a_child_that_speaks_nonsense_is_replaced_and_half_a_message_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with process(raving, 0, restart=False) as (engine, _), pytest.raises(PensieveError, match="nonsense"):
+        engine.ready(30)
+    monkeypatch.setattr("pensieve.engine_process._LEAVE_S", 0.1)
+    with process(raving, 1000) as (engine, _):
+        eventually(lambda: engine._process is not None)
+        time.sleep(1.0)
+        engine.close(0.1)
+
+
+def test_an_exit_that_another_thread_was_told_of_first_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def late(child: object) -> int | None:
+        asked.append(1)
+        return None if len(asked) < 4 else 3
+
+    class Ended:
+        exitcode = property(late)
+
+    child = engine_process._Child.__new__(engine_process._Child)
+    child.process = Ended()
+    assert child._exit_code() == 3
+    monkeypatch.setattr(engine_process, "REAPED_WITHIN_S", 0.0)
+    asked.clear()
+    assert child._exit_code() == -signal.SIGKILL
+
+
+def test_a_supervisor_that_trips_over_a_bug_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trip(child: object, leave_s: float) -> int:
+        raise AssertionError("planted")
+
+    with process(fake, 0.02) as (engine, events):
+        pid = engine.ready(30).pid
+        engine.post(submit("r", n=500))
+        first_token(events, "r")
+        monkeypatch.setattr(engine_process._Child, "end", trip)
+        os.kill(pid, signal.SIGKILL)
+        end = events.end_of("r")
+        assert isinstance(end, Failed) and "planted" in end.message
+        engine.post(submit("late"))
+        assert isinstance(events.end_of("late"), Failed)
+        assert engine.state == "failed"
+
+
 def test_signals_to_the_whole_group_leave_the_engine_to_its_parent() -> None:
     with process(fake, 0.02) as (engine, events):
         pid = engine.ready(30).pid
@@ -304,16 +351,16 @@ def test_a_slow_reader_gets_everything_in_order() -> None:
     done = threading.Event()
 
     def slow(batch: list[Event]) -> None:
-        time.sleep(0.05)
+        time.sleep(0.02)
         seen.extend(batch)
         if any(isinstance(event, Finished) for event in batch):
             done.set()
 
     engine = EngineProcess(fake, emit=slow)
     try:
-        engine.post(submit("r", n=200))
+        engine.post(submit("r", n=60))
         assert done.wait(30)
-        assert [e.token_id for e in seen if isinstance(e, Token)] == expected_answer(list(PROMPT), 200, VOCAB)
+        assert [e.token_id for e in seen if isinstance(e, Token)] == expected_answer(list(PROMPT), 60, VOCAB)
     finally:
         engine.close(10)
 
@@ -336,10 +383,16 @@ def test_an_emit_that_raises_stops_nothing() -> None:
 ORPHANING = """
 import sys, time
 from engine_children import fake
+from pensieve.core.request import SamplingParams
+from pensieve import engine_process
 from pensieve.engine_process import EngineProcess
+from pensieve.messages import Submit
 if __name__ == "__main__":
-    process = EngineProcess(fake, (5.0, 0.0, 1.0, sys.argv[1] == "untied"), emit=lambda events: None)
-    print(process.ready(30).pid, flush=True)
+    process = EngineProcess(fake, (30.0, 0.0, 1.0, sys.argv[1] == "untied"), emit=lambda events: None)
+    pid = process.ready(30).pid
+    process.post(Submit("r", "r", "n", (1, 2, 3), 0, SamplingParams(max_new_tokens=5)))
+    time.sleep(0.3)  # in the middle of a step of half a minute
+    print(pid, flush=True)
     {then}
 """
 
@@ -347,8 +400,7 @@ if __name__ == "__main__":
 def run_parent(tmp_path: Path, then: str, *arguments: str) -> tuple[subprocess.Popen[str], int]:
     script = tmp_path / "parent.py"
     script.write_text(ORPHANING.format(then=then))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
-    parent = subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+    parent = subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert parent.stdout is not None
     return parent, int(parent.stdout.readline())
 
@@ -361,6 +413,32 @@ def test_a_child_whose_parent_is_killed_is_gone_soon(tmp_path: Path, tie: str) -
         parent.kill()
         parent.wait(10)
         eventually(lambda: is_gone(pid), timeout=2.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a child finds out when it has loaded its model")
+def test_a_child_that_does_not_listen_yet_dies_with_its_parent_too(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import time\nfrom engine_children import silent\nfrom pensieve.engine_process import EngineProcess\n"
+        "if __name__ == '__main__':\n    process = EngineProcess(silent, emit=print)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], env=ENVIRONMENT) as parent:
+        settled: list[psutil.Process] = []
+
+        def is_settled() -> bool:
+            settled[:] = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+            return bool(settled) and is_silent(settled[0].pid)
+
+        eventually(is_settled)
+        parent.kill()
+        parent.wait(10)
+        eventually(lambda: is_gone(settled[0].pid), timeout=2.0)
+
+
+def is_silent(pid: int) -> bool:
+    """Whether it got as far as to ignore Ctrl-C."""
+    ignored = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn"))
+    return bool(int(ignored.split()[1], 16) & (1 << (signal.SIGTERM - 1)))
 
 
 def test_a_parent_that_just_ends_takes_its_child_along(tmp_path: Path) -> None:
@@ -383,9 +461,8 @@ def test_the_front_end_imports_no_torch_and_the_engines_process_no_text() -> Non
         "import sys; import pensieve.cli.engine_main, pensieve.worker.worker, pensieve.worker.model\n"
         "assert not [name for name in sys.modules if name.startswith(('pensieve.text', 'pensieve.service', 'pensieve.store'))]"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
     for code in (front, child):
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, env=environment)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
         assert result.returncode == 0, result.stderr
 
 
@@ -413,7 +490,7 @@ def test_a_conversation_goes_on_after_its_engine_died() -> None:
 def test_the_real_model_gives_the_same_tokens_as_in_this_process() -> None:
     from pensieve.cli.build import Options, load_model, start, start_apart
 
-    options = Options(dtype="float32", gpu_cache_gb=0.2, cpu_cache_gb=0.1, max_context=512)
+    options = Options(gpu_cache_gb=0.2, cpu_cache_gb=0.1, max_context=512)
     turns = ["Name three rivers.", "And three mountains?"]
 
     def talk(service: ConversationService) -> list[tuple[int, ...]]:

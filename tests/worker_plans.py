@@ -52,9 +52,16 @@ class Driver:
     def copy(self, src: tuple[int, int], dst: tuple[int, int]) -> Copy:
         return Copy(next(self.copies), *src, *dst)
 
-    def run(self, *spans: Span, swap_in: Sequence[Copy] = (), swap_out: Sequence[Copy] = (), ended: Sequence[str] = ()) -> StepResult:
+    def run(
+        self,
+        *spans: Span,
+        swap_in: Sequence[Copy] = (),
+        swap_out: Sequence[Copy] = (),
+        ended: Sequence[str] = (),
+        wiped: Sequence[tuple[int, int]] = (),
+    ) -> StepResult:
         plan = StepPlan(
-            next(self.steps), spans, tuple(swap_in), tuple(swap_out), tuple(self.started), tuple(self.tables), tuple(ended), ()
+            next(self.steps), spans, tuple(swap_in), tuple(swap_out), tuple(self.started), tuple(self.tables), tuple(ended), (), tuple(wiped)
         )  # fmt: skip
         self.started, self.tables = [], []
         return self.worker.run(pickle.loads(pickle.dumps(plan)))

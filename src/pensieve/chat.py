@@ -69,8 +69,8 @@ def path_digests(messages: Iterable[Message], parent: bytes = ROOT_DIGEST) -> li
 
 
 def _canonical(arguments: str) -> str:
-    """A call's arguments with the white space and order of keys that everybody writes alike; as they are if they are not JSON."""
+    """A call's arguments with the white space and order of keys that everybody writes alike; as they are if they are not JSON, or too deep."""
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments

@@ -246,6 +246,8 @@ def run_child(
         except OSError:
             log.error("nobody is there to be told: %s", broken.message)
         sys.exit(1)
+    sys.stderr.flush()
+    os._exit(0)  # everything is closed and sent; taking a deep-learning library's modules apart would keep the parent waiting
 
 
 def _settle_in(stderr: Connection, parent_pid: int, log_level: int, environment: Mapping[str, str]) -> None:

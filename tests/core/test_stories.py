@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import worlds
 from fake_worker import FakeWorker, expected_answer
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
@@ -127,6 +128,15 @@ def test_a_hit_before_the_slot_is_reclaimed_costs_nothing() -> None:
     assert world.worker.num_swapped_in == 0
 
 
+def test_room_for_the_whole_queue_is_made_in_one_step() -> None:
+    world = World(12, 40, copy_ahead_share=0.0)
+    world.turn("old", list(range(45)))
+    for name in ("a", "b"):
+        world.submit(name, [ord(name) % 9 + i for i in range(13)])
+    assert world.step().spans == ()
+    assert {span.request_id for span in world.step().spans} == {"a", "b"}, "none of them waits for a copy that began a step later"
+
+
 def test_first_come_first_served_and_all_or_nothing() -> None:
     world = World(10, 0)
     world.submit("running", [1, 2, 3], answer=30)
@@ -200,6 +210,39 @@ def test_refusals_name_the_numbers() -> None:
         world.submit("b", [1])
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_an_aborted_request_frees_its_leases_within_one_step(steps: int) -> None:
+    """In the queue, with swap-ins under way, in the middle of a prompt that takes several steps, while decoding."""
+    world = World(14, 40, max_batch_tokens=12, max_running=2, copy_ahead_share=0.5)
+    log = world.turn("first", list(range(32)), conversation="c").tokens
+    world.turn("other", [50 + i for i in range(40)])
+    assert "cpu" in world.places("c")
+    world.submit("long", [*log, *range(16)], answer=9, conversation="c")
+    for _ in range(steps):
+        world.step()
+    world.scheduler.abort("long", world.now_s)
+    world.step()
+    chunks = [chunk for sequence in world.cache.sequences.values() for chunk in sequence.chunks if chunk is not None]
+    assert all(chunk.leases == 0 and not chunk.computing for chunk in chunks)
+    assert world.done["long"].ending is FinishReason.ABORT
+    assert not world.scheduler.requests
+    world.turn("again", [*log, 1], conversation="c")
+
+
+def test_aborted_while_swap_ins_are_planned_and_not_settled() -> None:
+    world = World(14, 40, copy_ahead_share=0.5)
+    log = world.turn("first", list(range(32)), conversation="c").tokens
+    world.turn("other", [50 + i for i in range(40)])
+    world.submit("long", [*log, *range(16)], answer=9, conversation="c")
+    while not (plan := world.scheduler.schedule(world.now_s)).swap_in:
+        world.scheduler.commit(plan, world.worker.run(plan), world.now_s)
+    world.scheduler.abort("long", world.now_s)
+    world.scheduler.commit(plan, world.worker.run(plan), world.now_s)
+    world.cache.check()
+    chunks = [chunk for sequence in world.cache.sequences.values() for chunk in sequence.chunks if chunk is not None]
+    assert chunks and all(chunk.leases == 0 for chunk in chunks)
+
+
 def test_keeps_in_a_single_tier_leave_room_to_who_waits() -> None:
     world = World(10, 0)
     world.turn("kept", [i % 5 for i in range(19)])
@@ -207,3 +250,29 @@ def test_keeps_in_a_single_tier_leave_room_to_who_waits() -> None:
     with pytest.raises(KeepRefused, match="a queued request that needs 9"):
         world.scheduler.set_keep("n", "kept", True)
     world.run()
+
+
+def test_a_request_that_must_drop_chunks_of_its_own_for_a_keep_does_not_wait_for_ever() -> None:
+    """Its own chunks and kept ones fill the lower tier. What is dropped of its own, it needs at once: nothing else would wake it."""
+    world = worlds.World(10, 8, policy="lru", reserve_share=0.0, copy_ahead_share=0.0)
+    kept_log = world.turn("first", [1 + i for i in range(16)], conversation="kept").tokens
+    world.scheduler.set_keep("n", "kept", True)
+    log = world.turn("other", [100 + i for i in range(24)], conversation="c").tokens
+    places, kept, own = world.cache.places, world.cache.find("n", "kept"), world.cache.find("n", "c")
+    assert kept is not None and own is not None
+    for chunk in [*kept.chunks[:3], *own.chunks[:5]]:
+        slot = places.pools[1].take()
+        assert chunk is not None and slot is not None
+        places.begin_copy(chunk, 0, 1, slot)
+    world.settle(2)
+    for chunk in own.chunks[:5]:
+        assert chunk is not None
+        slot = places.reclaim(chunk, 0)
+        places.pools[0].release(slot)
+        places.wipes.released(0, slot, erase=False)
+    assert (world.places("kept"), world.places("c")) == ("bbbg", "cccccg")
+    world.submit("long", [*log, *range(15)], conversation="c")
+    world.now_s += 1.0
+    world.submit("later", [*kept_log, 1], conversation="kept")
+    world.run()
+    assert world.done["long"].ending is FinishReason.LENGTH

@@ -171,6 +171,16 @@ def test_an_unstored_chat_leaves_nothing_in_the_store_and_still_hits(server: Ser
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["total_tokens"] - 1
 
 
+def test_what_is_off_the_record_never_joins_what_is_on_it(server: Serving) -> None:
+    first = server.ask("on the record")
+    before = server.store.count("default")
+    off = server.ask("on the record", text_of(first), "off now", store=False)
+    assert off["pensieve"]["conversation"] != first["pensieve"]["conversation"] and server.store.count("default") == before
+    assert off["usage"]["prompt_tokens_details"]["cached_tokens"] > 0  # the same tokens are the same tokens
+    after = server.ask("on the record", text_of(first), "off now", text_of(off), "on again")
+    assert after["pensieve"]["conversation"] == first["pensieve"]["conversation"]
+
+
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [

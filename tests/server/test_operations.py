@@ -247,12 +247,29 @@ def test_a_client_that_stops_reading_is_cut_off_and_costs_no_more_than_its_answe
         with socket.socket() as raw:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
             raw.connect(("127.0.0.1", port))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             raw.sendall(head.encode() + body)
             while not server.context.turns.open:
                 time.sleep(0.001)
             server.until_idle(60)  # either it fitted into the buffers, or it was cut off: in no case does it hang
         server.worker.pause_s = 0.0
+
+
+def test_a_turn_that_waits_behind_another_ends_at_once_when_its_client_leaves(server: Serving) -> None:
+    made = server.post("/v1/conversations", {}).json()["id"]
+    server.worker.pause_s = 0.02
+    body = {"model": "tiny", "conversation": made, "max_output_tokens": 100, "temperature": 0}
+    first = threading.Thread(target=lambda: server.post("/v1/responses", body | {"input": "a long one"}))
+    first.start()
+    while not server.context.turns.open:
+        time.sleep(0.005)
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/responses", json=body | {"input": "never mind"}, timeout=0.2)
+    deadline = time.monotonic() + 1
+    while len(server.context.turns.open) > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(server.context.turns.open) == 1  # the first goes on
+    first.join()
 
 
 def test_draining_lets_answers_end_and_takes_no_new_ones() -> None:
@@ -273,6 +290,12 @@ def test_draining_lets_answers_end_and_takes_no_new_ones() -> None:
 
 
 # -- keys
+
+
+def test_a_server_without_keys_answers_to_its_own_names_only(server: Serving) -> None:
+    assert server.client.get("/v1/models", headers={"Host": "localhost:1234"}).status_code == 200
+    rebound = server.client.get("/v1/models", headers={"Host": "evil.example"})
+    assert rebound.status_code == 403 and rebound.json()["error"]["code"] == "host_not_allowed"
 
 
 def test_key_files(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_background_response_goes_on_without_its_client(server: Serving) -> No
 def test_a_response_can_be_cancelled_and_keeps_what_was_said(server: Serving) -> None:
     server.worker.pause_s = 0.02
     begun = respond(server, "cancel me", n=200, background=True)
-    while not server.client.get(f"/v1/responses/{begun['id']}").json()["status"] == "in_progress":
+    while server.client.get(f"/v1/responses/{begun['id']}").json()["status"] != "in_progress":
         time.sleep(0.01)
     cancelled = server.post(f"/v1/responses/{begun['id']}/cancel", {}).json()
     assert cancelled["status"] == "cancelled" and text_of(cancelled)

@@ -55,3 +55,12 @@ def test_tiers_of_other_chunks_do_not_mix() -> None:
         copy_slots(filled(2, 1), [0], KVStore(2, 3, 44, CPU), [0])
     with pytest.raises(AssertionError, match="cannot go to"):
         copy_slots(filled(2, 1), [0, 1], filled(2, 2), [0])
+
+
+def test_wiping_makes_those_slots_zero_and_no_other() -> None:
+    store = filled(6, 1)
+    kept = store.data.clone()
+    store.wipe([4, 1])
+    assert not store.data[[4, 1]].any()
+    assert torch.equal(store.data[[0, 2, 3, 5]], kept[[0, 2, 3, 5]])
+    store.wipe([])

@@ -265,3 +265,37 @@ def test_a_device_that_breaks_only_when_its_logits_are_read_fails_the_forward(ll
     assert result.forward_error == "RuntimeError: device-side assert"
     assert result.tokens == () and result.copies_done == (copy.copy_id,)
     driver.close()
+
+
+def test_wipes_come_before_copies_and_spans(llama: CausalModel) -> None:
+    driver = Driver(llama, 8, 8)
+    first, below = driver.worker._stores[0].data, driver.worker._stores[1].data
+    first.fill_(255)
+    below.fill_(7)
+    copy = driver.copy((0, 3), (1, 2))
+    driver.settle({copy.copy_id}, [driver.run(wiped=[(0, 3), (0, 5), (1, 2), (1, 6)], swap_out=[copy])])
+    assert not first[[3, 5]].any() and first[[0, 1, 2, 4, 6, 7]].eq(255).all()
+    assert not below[[2, 6]].any(), "the copy of a zero, not what was there"
+    assert below[[0, 1, 3, 4, 5, 7]].eq(7).all()
+    driver.start("r", some_ids(2), (1,))
+    driver.run(Span("r", 0, 2, some_ids(2), True), wiped=[(0, 1)])
+    expected = eager_logits(llama, some_ids(2))[1]
+    assert relative_error(driver.logits["r", 1], expected) < 1e-4, "wiped first, then computed"
+    driver.close()
+
+
+def test_a_wipe_that_raises_computes_and_copies_nothing(llama: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(llama, 8, 8)
+    driver.start("r", some_ids(2), (1,))
+
+    def broken(slots: list[int]) -> None:
+        raise MemoryError("no")
+
+    monkeypatch.setattr(driver.worker._stores[1], "wipe", broken)
+    copy = driver.copy((1, 0), (0, 5))
+    result = driver.run(Span("r", 0, 2, some_ids(2), True), swap_in=[copy], wiped=[(1, 4)])
+    assert result.wipe_error == result.forward_error == "MemoryError: no"
+    assert [failure.copy_id for failure in result.copies_failed] == [copy.copy_id] and result.tokens == ()
+    monkeypatch.undo()
+    assert driver.run(Span("r", 0, 2, some_ids(2), True), wiped=[(1, 4)]).wipe_error is None
+    driver.close()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pensieve.config import CacheConfig, ModelShape, SchedulerConfig, TierConfig, slots_for_bytes
 from pensieve.core.cache import TieredCache
-from pensieve.core.cost import CostProfile
+from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import POLICIES
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
@@ -239,14 +239,15 @@ def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[
     from pensieve.worker.worker import ModelWorker
 
     sizes = size_tiers(options, loaded.shape, total_as_one=not retain)
-    cost, cost_source = cost_profile(options, loaded)
+    cost, cost_source, copy_bytes_per_s = cost_profile(options, loaded)
     worker = ModelWorker(loaded.model, sizes.tiers, options.chunk_tokens)
     assert worker.chunk_bytes == sizes.chunk_bytes, f"a chunk has {worker.chunk_bytes} bytes, {sizes.chunk_bytes} were reckoned"
     cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), lambda: POLICIES[options.policy](cost.of_chunk))
     budget = options.max_batch_tokens or (CUDA_BATCH_TOKENS if options.device.startswith("cuda") else CPU_BATCH_TOKENS)
     config = SchedulerConfig(max_batch_tokens=budget, max_running=options.max_running, retain=retain)
     scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size)
-    engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug)
+    quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
+    engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug, quote=quote)
     attention = worker.attention
     engine.start()
     return StartedEngine(engine, sizes, cost_source, attention)
@@ -317,14 +318,15 @@ def import_tokenizers() -> None:
     _ = transformers.AutoTokenizer
 
 
-def cost_profile(options: Options, loaded: LoadedModel) -> tuple[CostProfile, str]:
-    """Cost(l) as measured on this machine by `pensieve profile`, or else from arithmetic; and which of the two."""
+def cost_profile(options: Options, loaded: LoadedModel) -> tuple[CostProfile, str, float | None]:
+    """Cost(l) as measured on this machine by `pensieve profile`, or else from arithmetic; which of the two; and, measured, bytes a second upwards."""
     from pensieve.worker import profile
 
     measured = profile.find(loaded.model, options.chunk_tokens)
     if measured is not None:
-        return CostProfile(measured.points, options.chunk_tokens), "measurement (pensieve profile)"
-    return CostProfile.from_shape(loaded.shape, options.chunk_tokens), "arithmetic (`pensieve profile` measures it)"
+        cost = CostProfile(measured.points, options.chunk_tokens)
+        return cost, "measurement (pensieve profile)", measured.copy_bytes_per_s.get("cpu->gpu")
+    return CostProfile.from_shape(loaded.shape, options.chunk_tokens), "arithmetic (`pensieve profile` measures it)", None
 
 
 def as_json(options: Options) -> dict[str, Any]:

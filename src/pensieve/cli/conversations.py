@@ -11,6 +11,7 @@ import click
 
 from pensieve.errors import ConfigError, ConversationNotFound, PensieveError
 
+MIN_WIDTH = 150
 _PLACES = {"g": "gpu", "b": "gpu+cpu", "c": "cpu", "d": "disk", ".": "dropped", "*": "computing", ">": "coming in"}
 
 
@@ -74,7 +75,10 @@ def list_command(make: Any, limit: int, as_json: bool) -> None:
     for one in answer["data"]:
         resume = "" if one["resume_ms"] is None else f"{one['resume_ms']:.0f} ms"
         table.add_row(one["id"], one["title"], _ago(one["updated_at"]), "pinned" if one["pinned"] else "", _places(one["cells"]), resume)
-    Console().print(table)
+    console = Console()
+    if console.width < MIN_WIDTH:
+        console = Console(width=MIN_WIDTH)  # a line that the terminal wraps reads better than a column of syllables
+    console.print(table)
     click.echo(f"{len(answer['data'])} of {answer['total']}")
 
 

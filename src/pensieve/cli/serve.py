@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 BACKLOG = 1024
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 @click.command()
@@ -110,6 +111,7 @@ def run_server(
         request_timeout_s=request_timeout_s,
         stall_timeout_s=stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
+        debug=options.debug,
     )
     keys = None if api_key_file is None else KeyFile(api_key_file)
     if keys is None and not insecure and not is_loopback(host):
@@ -123,7 +125,7 @@ def run_server(
     except BaseException:
         listener.close()
         raise
-    app = parts.application(config, keys)
+    app = parts.application(config, keys, frozenset({host, *LOOPBACK_NAMES}) if keys is None and not insecure else None)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}"
 
@@ -140,6 +142,13 @@ def run_server(
                 )
                 click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/)" + ("" if keys else "  without keys"), bold=True)
                 sys.stdout.flush()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            drained = asyncio.ensure_future(parts.drain(config.drain_timeout_s))
+            while not (drained.done() or self.force_exit):  # still listening: who asks now is told to ask somebody else
+                await asyncio.wait({drained}, timeout=0.1)
+            drained.cancel()
+            await super().shutdown(sockets)
 
     server = Server(
         uvicorn.Config(
@@ -167,8 +176,8 @@ class _Parts:
         self.context: Context | None = None
         self._closed = False
 
-    def application(self, config: ServerConfig, keys: KeyFile | None) -> Any:
-        """The ASGI application; its context is made when it starts."""
+    def application(self, config: ServerConfig, keys: KeyFile | None, hosts: frozenset[str] | None) -> Any:
+        """The ASGI application; its context is made when it starts. `hosts`: the names by which it may be called; None: any."""
         from pensieve.server.app import create_app
         from pensieve.server.context import Context
         from pensieve.server.metrics import Metrics
@@ -203,7 +212,12 @@ class _Parts:
             )
             return self.context
 
-        return create_app(make_context, metrics, config.max_body_bytes, self.close)
+        return create_app(make_context, metrics, config.max_body_bytes, self.close, hosts=hosts)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let open answers end, and take no new ones."""
+        if self.context is not None:
+            await self.context.turns.drain(timeout_s)
 
     def close(self) -> None:
         """The engine first, whose turns then fail, then the service that says so, then the stores."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pensieve.core.cache import TieredCache
 from pensieve.core.chunk import Chunk
 from pensieve.core.cost import ResumeQuote
-from pensieve.core.sequence import Sequence, Sharers, tenant_of
+from pensieve.core.sequence import Sequence, Sharers
 
 MAX_ROWS = 64  # built between two steps,
 MAX_CELLS = 8192  # and cells of them: a step is not to wait for a large map
@@ -35,12 +35,11 @@ class MapRow:
 def latest_first(cache: TieredCache, namespaces: Iterable[str] | None = None, tenant: str | None = None) -> list[Sequence]:
     """The conversations of these namespaces and this tenant (None: of all), latest active first."""
     chosen: Iterable[Sequence] = cache.sequences.values()
-    if namespaces is not None:
-        wanted = set(namespaces)
+    if namespaces is not None or tenant is not None:
+        wanted = cache.namespaces.of(tenant) if tenant is not None else set(namespaces or ())
+        if namespaces is not None:
+            wanted &= set(namespaces)
         chosen = [sequence for sequence in chosen if sequence.key[0] in wanted]
-    if tenant is not None:
-        of_tenant = {namespace for namespace in {sequence.key[0] for sequence in chosen} if tenant_of(namespace) == tenant}
-        chosen = [sequence for sequence in chosen if sequence.key[0] in of_tenant]
     return sorted(chosen, key=_recency, reverse=True)
 
 

@@ -60,16 +60,20 @@ class Room:
         for chunk in stuck:
             queue.add(chunk)
 
-    def copy_ahead(self, share: float, max_in_flight: int, now_s: float) -> None:
+    def copy_ahead(self, share: float, max_in_flight: int, now_s: float, asked_for: int = 0) -> None:
         """Copy the lowest retention values down before room is needed (paper §4.3.2).
 
-        In each tier but the last, until `share` of its slots are free, reclaimable or on their way to be; never at the cost of
-        something below that is worth more.
+        In each tier but the last, until `share` of its slots are free, reclaimable or on their way to be; never at the cost of something
+        below that is worth more. In the first tier, until `asked_for` slots are, but beyond the share into free slots only: what displaces
+        another's lower copy makes no room in the end.
         """
         places = self._places
         for tier in range(places.num_tiers - 1):
-            target = share * places.pools[tier].num_slots
-            while len(places.copies) < max_in_flight and self.available(tier) + self.coming(tier) < target:
+            share_slots = share * places.pools[tier].num_slots
+            target = max(share_slots, asked_for if tier == 0 else 0)
+            while len(places.copies) < max_in_flight and (ready := self.available(tier) + self.coming(tier)) < target:
+                if ready >= share_slots and not places.pools[tier + 1].num_free:
+                    break
                 victim = places.sole[tier].worst(now_s)
                 if victim is None or victim.place != tier or not self._takes_copies(tier + 1, now_s):
                     break

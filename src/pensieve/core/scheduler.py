@@ -33,6 +33,7 @@ from pensieve.errors import (
 )
 
 MAX_FAILURES = 4  # in a row, without a token computed between them, before a request is given up
+LOOK_AHEAD = 8  # queued requests for which chunks are copied down ahead of time
 MAX_TOKEN_ID = (1 << 32) - 1  # what a chain hash and the store can hold
 
 
@@ -71,7 +72,8 @@ class Scheduler:
         self._behind: dict[tuple[str, str], deque[Request]] = {}  # turns that wait for an earlier turn of their conversation
         self._ended: list[str] = []  # for the worker to forget
         self._finished: list[Request] = []  # ended outside of a commit, reported by the next `schedule` or `commit`
-        self._warming = Warming(cache, config.reserve_share)
+        self._reserve = math.ceil(config.reserve_share * cache.places.pools[0].num_slots)
+        self._warming = Warming(cache, self._reserve)
         self._num_arrived = 0
         self._next_step = 0
         self._refused_at: tuple[Request, tuple[int, int, int]] | None = None  # the head of the queue and the room it did not fit in
@@ -258,7 +260,7 @@ class Scheduler:
             self._admit(step, now_s)
             if not (self._waiting or step.num_unmet):
                 self._warming.begin(now_s)
-        self.cache.room.copy_ahead(self.config.copy_ahead_share, self.config.max_copies_in_flight, now_s)
+        self.cache.room.copy_ahead(self.config.copy_ahead_share, self.config.max_copies_in_flight, now_s, self._slots_asked_for())
         moves = self.cache.collect_moves()
         for request in step.named:
             request.in_flight += 1
@@ -392,6 +394,17 @@ class Scheduler:
             self._start(step, request, now_s)
             self._plan_missing(step, request)
 
+    def _slots_asked_for(self) -> int:
+        """First-tier slots that the next requests of the queue will take, at most, and the reserve they leave.
+
+        Room for those behind the head is made while the head waits: a copy's end is noticed at its step's end only, so one after the
+        other would wait a whole step each.
+        """
+        if not self._waiting:
+            return 0
+        size = self.cache.chunk_tokens
+        return self._reserve + sum(-(-len(request.tokens) // size) for request in self._waiting[:LOOK_AHEAD])
+
     def _next_suspect(self, step: _Step, now_s: float) -> Request | None:
         """The request that has this step for itself because a forward failed with it, admitted if it is the queue's head."""
         for request in self.running:
@@ -408,13 +421,11 @@ class Scheduler:
         """Whether the head of the queue can be admitted now; if room must be made first, begins to make it."""
         cache, room, sequence = self.cache, self.cache.room, request.sequence
         assert sequence is not None
-        places = cache.places
         if self._refused_at == (request, self._room_state(step)):
             return False
         cache.attach(sequence, request.tokens, request.digests)
         need = cache.survey(sequence, len(request.tokens))
-        reserve = math.ceil(self.config.reserve_share * places.pools[0].num_slots) if self.running else 0
-        wanted = need.slots + reserve + step.num_unmet
+        wanted = need.slots + (self._reserve if self.running else 0) + step.num_unmet
         at_once = room.available(0) - need.own_clean
         in_time = at_once + room.coming(0) + room.evictable(0) - need.own_sole
         if not need.blocked and at_once < wanted <= in_time:
@@ -423,7 +434,10 @@ class Scheduler:
                 at_once = room.available(0)
             if at_once < wanted and not (self.running or room.coming(0)):
                 # Kept chunks fill what its own lower copies leave: some of those must be recomputed after all.
+                version = cache.places.version
                 room.make(0, wanted, now_s, sequence.key)
+                if cache.places.version != version:  # (perhaps it was its own that went: look again, nothing else would make us)
+                    return self._fits(step, request, now_s)
         if not need.blocked and at_once >= wanted:
             self._refused_at = None
             return True

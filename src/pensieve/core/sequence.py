@@ -99,6 +99,10 @@ class Namespaces:
         if not counts:
             del self._of_tenant[tenant_of(namespace)]
 
+    def of(self, tenant: str) -> set[str]:
+        """All of a tenant's."""
+        return set(self._of_tenant.get(tenant, ()))
+
     def siblings(self, namespace: str, most: int) -> list[str]:
         """Other namespaces of the same tenant, at most so many."""
         counts = self._of_tenant.get(tenant_of(namespace), Counter[str]())

@@ -5,8 +5,6 @@ Best effort: a few chunks a step, only into slots that cost nobody anything, and
 
 from __future__ import annotations
 
-import math
-
 from pensieve.core.cache import TieredCache
 from pensieve.core.sequence import Key, Sequence
 
@@ -17,10 +15,9 @@ PATIENCE_S = 10.0  # a hint that found no room for so long is dropped
 class Warming:
     """Sole writer of the hints that are not carried out yet."""
 
-    def __init__(self, cache: TieredCache, reserve_share: float) -> None:
-        """`reserve_share` of the first tier stays available."""
-        self._cache = cache
-        self._reserve = math.ceil(reserve_share * cache.places.pools[0].num_slots)
+    def __init__(self, cache: TieredCache, reserve: int) -> None:
+        """`reserve` slots of the first tier stay available."""
+        self._cache, self._reserve = cache, reserve
         self._until_s: dict[Key, float] = {}  # first come first
 
     def __len__(self) -> int:

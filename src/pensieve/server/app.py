@@ -51,6 +51,7 @@ class ErrorBody(BaseModel):
 _FAILURES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong; the message says what and how to mend it"},
     401: {"model": ErrorBody, "description": "An API key is needed"},
+    403: {"model": ErrorBody, "description": "Not allowed on this server"},
     404: {"model": ErrorBody, "description": "Not there, or not this key's"},
     409: {"model": ErrorBody, "description": "In conflict with another request"},
     413: {"model": ErrorBody, "description": "The body is too large"},
@@ -62,8 +63,10 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(make_context: MakeContext, metrics: Metrics, max_body_bytes: int, on_end: Ended = lambda: None) -> FastAPI:
-    """The ASGI application."""
+def create_app(
+    make_context: MakeContext, metrics: Metrics, max_body_bytes: int, on_end: Ended = lambda: None, *, hosts: frozenset[str] | None = None
+) -> FastAPI:
+    """The ASGI application. `hosts` are the names by which it may be called; None: any."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,15 +93,20 @@ def create_app(make_context: MakeContext, metrics: Metrics, max_body_bytes: int,
     errors.install(app)
     for module in (chat, completions, responses, conversations, native, ops):
         app.include_router(module.router)
-    app.add_middleware(Door, metrics=metrics, max_body_bytes=max_body_bytes)
+    app.add_middleware(Door, metrics=metrics, max_body_bytes=max_body_bytes, hosts=hosts)
     return app
 
 
 class Door:
-    """Counts requests, gives each an id, and refuses bodies that are too large, before anything reads them."""
+    """Counts requests, gives each an id, and refuses those for other hosts and those whose bodies are too large, before anything reads them.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+    A server without keys trusts everybody on this machine. A page from elsewhere must not become one of them by giving its own name this
+    machine's address (DNS rebinding), hence `hosts`.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, hosts: frozenset[str] | None) -> None:
         self._app = app
+        self._hosts = hosts
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
@@ -110,6 +118,7 @@ class Door:
         scope = _as_routed(scope)
         request_id = f"req_{uuid.uuid4().hex}"
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
         status = 0
 
         async def counting_send(message: Message) -> None:
@@ -130,6 +139,10 @@ class Door:
             return message
 
         try:
+            if self._hosts is not None and _without_port(host) not in self._hosts:
+                message = f"this server has no keys and answers to {', '.join(sorted(self._hosts))} only, not to {host!r}: start it with --api-key-file"
+                await error_response(ApiError(403, message, code="host_not_allowed"))(scope, receive, counting_send)
+                return
             if length.isdigit() and int(length) > self._max_body_bytes:
                 too_large = ApiError(413, self._too_large(int(length)), code="request_too_large", headers={"Connection": "close"})
                 await error_response(too_large)(scope, receive, counting_send)
@@ -148,6 +161,11 @@ class Door:
         return f"the body has {num_bytes} bytes or more, at most {self._max_body_bytes} are taken (--max-body)"
 
 
+def _without_port(host: str) -> str:
+    name, _, port = host.rpartition(":")
+    return name if name and port.isdigit() else host
+
+
 def _as_routed(scope: Scope) -> Scope:
     """A request as the routes know it: HEAD is a GET whose body the HTTP server leaves out, and a slash at the end means nothing."""
     path = scope["path"]
@@ -162,11 +180,14 @@ async def _sweep(context: Context) -> None:
     purged_s = 0.0
     while True:
         try:
-            expired = await asyncio.to_thread(context.store.expired, time.time(), MAX_SWEPT)
+            expired = await asyncio.to_thread(context.service.expired, time.time(), MAX_SWEPT)
             for conversation in expired:
                 last = conversation is expired[-1]  # (overwriting rewrites the database: once is enough)
-                await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
-                log.info("conversation %s is deleted: its time was up", conversation.id)
+                try:
+                    await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
+                    log.info("conversation %s is deleted: its time was up", conversation.id)
+                except PensieveError as error:  # it is tried again next time; the others' time is up all the same
+                    log.warning("conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message)
             if time.time() - purged_s > PURGE_S:
                 purged_s = time.time()
                 await asyncio.to_thread(context.store.purge, purged_s - IDEMPOTENCY_S)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
@@ -33,6 +34,7 @@ class ServerConfig:
     request_timeout_s: float = 900.0
     stall_timeout_s: float = 60.0  # a client that reads nothing for so long is cut off
     drain_timeout_s: float = 30.0
+    debug: bool = False  # the cache may be verified on demand, which stops every answer meanwhile
 
     def __post_init__(self) -> None:
         for name in (
@@ -77,6 +79,7 @@ class Context:
     metrics: Metrics
     started_s: float = field(default_factory=time.time)
     names: frozenset[str] = frozenset()  # other names of the model that are taken
+    claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served here; None is the one that is."""

@@ -70,7 +70,6 @@ async def update(conversation_id: str, body: UpdateConversation, context: Server
 @router.delete("/v1/conversations/{conversation_id}", summary="Delete a conversation, erasing what it left")
 async def delete(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Delete a conversation with erasure: rows and KV are overwritten."""
-    await get(context, caller, conversation_id)
     erased = await erase(context, caller, conversation_id)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True, **erased}
 
@@ -126,10 +125,11 @@ async def delete_item(conversation_id: str, item_id: str, context: Server, calle
     messages = [message for other in turns[first:] for message in other.messages]
     kept = _without_call(messages[index], call) if call is not None else None
     messages[index : index + 1] = [] if kept is None else [kept]
-    await in_thread(context.store.set_leaf, caller.namespace, conversation.id, turn.parent)
-    if messages:
+    if messages:  # in one step: a crash must not leave the conversation without what follows
         appended = context.store.append(caller.namespace, conversation.id, turn.parent, messages, ())
         await in_thread(appended.result)
+    else:
+        await in_thread(context.store.set_leaf, caller.namespace, conversation.id, turn.parent)
     return conversation_json(conversation)
 
 
@@ -150,8 +150,15 @@ async def get(context: Context, caller: Caller, conversation_id: str) -> Convers
 
 
 async def erase(context: Context, caller: Caller, conversation_id: str) -> dict[str, Any]:
-    """Delete a conversation and overwrite what it left; what of it was erased."""
-    erasure = await asyncio.wrap_future(context.service.erase(conversation_id, namespace=caller.namespace))
+    """Delete a conversation and overwrite what it left; what of it was erased. One that is in memory only can be deleted, too.
+
+    Raises:
+        ApiError: there is none of this id.
+    """
+    try:
+        erasure = await asyncio.wrap_future(context.service.erase(conversation_id, namespace=caller.namespace))
+    except ConversationNotFound as error:
+        raise not_found(error.message, "conversation_id", error.code) from error
     return {
         "turns": erasure.turns,
         "store_bytes": erasure.store_bytes,

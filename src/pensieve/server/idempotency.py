@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ async def claim(context: Context, caller: Caller, key: str | None, endpoint: str
             400, f"Idempotency-Key must have 1 to {MAX_KEY} characters, got {len(key)}", code="invalid_value", param="Idempotency-Key"
         )
     fingerprint = _fingerprint(endpoint, body)
+    # One at a time: who gets the key has begun its answer before the next one looks for it, for nothing is awaited between.
+    async with context.claiming.setdefault((caller.namespace, key), asyncio.Lock()):
+        return await _claim(context, caller, key, fingerprint, turn_id)
+
+
+async def _claim(context: Context, caller: Caller, key: str, fingerprint: bytes, turn_id: str) -> Claimed | Retry:
     for _ in range(3):
         held = await in_thread(context.store.claim, caller.namespace, key, fingerprint, turn_id)
         if held.fresh:
@@ -64,7 +71,7 @@ async def claim(context: Context, caller: Caller, key: str | None, endpoint: str
         try:
             return Retry(None, await in_thread(context.store.turn, caller.namespace, held.turn_id))
         except ConversationNotFound:  # the first try failed, or died with its process: nothing was stored, so this one is the first
-            await in_thread(context.store.release, caller.namespace, key)
+            await in_thread(context.store.release, caller.namespace, key, held.turn_id)
     raise ApiError(
         409, f"Idempotency-Key {key!r} is being used by another request right now: try again", code="conflict", param="Idempotency-Key"
     )
@@ -78,7 +85,7 @@ def release_on_failure(context: Context, held: Claimed | None, answer: Answer) -
     def ended(_: Any) -> None:
         future = answer.turn.future
         if future.cancelled() or future.exception() is not None or future.result().turn_id is None:
-            context.store.release(held.namespace, held.key)
+            context.store.release(held.namespace, held.key, answer.id)
 
     answer.turn.future.add_done_callback(ended)
 

@@ -77,6 +77,8 @@ def live_json(context: Context, answer: Answer) -> dict[str, Any]:
     named = answer.turn.conversation_id if record.named else None
     head = _head(context, answer.id, answer.created, record.params, named or None)
     if answer.ended:
+        if answer.turn.aborted and answer.timeout is None:
+            return head | {"status": "cancelled"}
         return _failed(head, answer.timeout or answer.error or PensieveError("the answer failed"))
     return head | {"status": "in_progress" if answer.pieces else "queued"}
 

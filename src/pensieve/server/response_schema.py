@@ -16,6 +16,7 @@ from pensieve.server.schemas import (
     Metadata,
     Name,
     Probability,
+    Seed,
     Strict,
     Temperature,
     refuse_tuning,
@@ -99,7 +100,7 @@ class ResponseRequest(Body):
     prompt_cache_key: StrictStr | None = None
     safety_identifier: StrictStr | None = None
     # beyond OpenAI's
-    seed: StrictInt | None = None
+    seed: Seed | None = None
     ignore_eos: StrictBool | None = None
     # known and not to be had, but for the value that means nothing
     reasoning: Reasoning | None = None

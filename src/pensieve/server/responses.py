@@ -83,7 +83,7 @@ async def get_response(
     """A stored response; with `stream` its events again, from the one after `starting_after` on, also while it is under way."""
     turn_id = turn_of(response_id)
     answer = context.turns.find(caller.namespace, turn_id)
-    if answer is not None and isinstance(answer.record, Record) and (not answer.ended or answer.error is not None):
+    if answer is not None and isinstance(answer.record, Record) and not answer.stored:
         if not stream:
             return JSONResponse(live_json(context, answer))
         return _stream_response(context, answer, 0 if starting_after is None else starting_after + 1, lambda: None)
@@ -113,6 +113,8 @@ async def cancel_response(response_id: str, context: Server, caller: Asking) -> 
         raise ApiError(
             400, f"the response {response_id!r} has ended: there is nothing to cancel", code="invalid_value", param="response_id"
         )
+    if answer.stored:
+        await _stored(context, caller, response_id)  # (it may have been deleted since)
     context.turns.abort(answer)
     while not answer.ended:
         await answer.changed()
@@ -187,6 +189,7 @@ async def _spec(body: ResponseRequest, context: Context, caller: Caller) -> tupl
         prefix=form.prefix(context.text),
         overflow={"auto": "truncate", "disabled": "refuse", None: None}[body.truncation],
         durable=body.store is not False,
+        must_exist=True,
     )
     return spec, Record(body.params(), form, conversation_id is not None)
 

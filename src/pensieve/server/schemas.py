@@ -5,6 +5,7 @@ A field that is not listed is refused. One that is listed and not supported may 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -17,25 +18,34 @@ MAX_STOPS = 16
 MAX_TOOLS = 128
 MAX_METADATA = 16  # OpenAI's limits
 MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512
+MAX_DEPTH = 100  # of objects and lists in each other; what writes JSON again gives up at some hundred
 DEFAULT_NEW_TOKENS = 1024  # where a client sets no limit; the context's end comes first
 
 
-def _valid_unicode(value: Any) -> Any:
-    """JSON can spell half a surrogate pair, which is no text: no tokenizer takes it."""
-    stack = [value]
+def _well_formed(value: Any) -> Any:
+    """Refuse what Python reads as JSON and nobody can write again.
+
+    That is half a surrogate pair, which is no text (no tokenizer takes it), NaN and infinite numbers, which JSON lacks, and too deep nesting.
+    """
+    stack = [(value, 0)]
     while stack:
-        item = stack.pop()
+        item, depth = stack.pop()
         if isinstance(item, str):
             if not item.isascii():
                 try:
                     item.encode()
                 except UnicodeEncodeError:
                     raise ValueError("a text in the body is not valid Unicode: it holds half of a surrogate pair") from None
-        elif isinstance(item, dict):
-            stack += item
-            stack += item.values()
-        elif isinstance(item, list):
-            stack += item
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                raise ValueError(f"a number in the body is {item}: JSON has finite numbers only")
+        elif isinstance(item, (dict, list)):
+            if depth >= MAX_DEPTH:
+                raise ValueError(f"objects and lists in the body are nested more than {MAX_DEPTH} deep: flatten them")
+            if isinstance(item, dict):
+                stack += ((key, depth) for key in item)
+                item = list(item.values())
+            stack += ((inner, depth + 1) for inner in item)
     return value
 
 
@@ -50,8 +60,8 @@ class Body(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _unicode(cls, value: Any) -> Any:
-        return _valid_unicode(value)
+    def _check_all(cls, value: Any) -> Any:
+        return _well_formed(value)
 
 
 def _check_metadata(value: dict[str, str] | None) -> dict[str, str] | None:

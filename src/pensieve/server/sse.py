@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pensieve.errors import PensieveError
 from pensieve.server.errors import error_body
 
 log = logging.getLogger(__name__)
@@ -61,20 +62,21 @@ class EventStream(Response):
         self._on_gone = on_gone
         self._stall_timeout_s = stall_timeout_s
         self._on_open = on_open
+        self._num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, or stop when the client has gone."""
         self._on_open(+1)
         sender = asyncio.ensure_future(self._send_all(send))
         watcher = asyncio.ensure_future(_wait_gone(receive))
+        pinger = asyncio.ensure_future(self._ping(send))
         try:
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if not sender.done():
                 self._on_gone()
         finally:
-            watcher.cancel()
-            if not sender.done():
-                sender.cancel()
+            for task in (watcher, pinger, sender):
+                task.cancel()
             with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                 await sender
             self._on_open(-1)
@@ -82,38 +84,36 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async for piece in with_pings(self._events):
-                try:
-                    async with asyncio.timeout(self._stall_timeout_s):
-                        await send({"type": "http.response.body", "body": piece, "more_body": True})
-                except (TimeoutError, OSError):
-                    self._on_gone()
-                    return
+            async for piece in self._events:
+                await self._send(send, piece)
+        except _Stalled:
+            self._on_gone()
+            return
         except Exception as error:
-            if not hasattr(error, "message"):
+            if not isinstance(error, PensieveError):
                 log.exception("a stream broke")
-            await send({"type": "http.response.body", "body": data(error_body(error)), "more_body": True})
+            await self._send(send, data(error_body(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _send(self, send: Send, piece: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except (TimeoutError, OSError) as error:
+            raise _Stalled from error
+        self._num_sent += 1
 
-async def with_pings(events: AsyncIterator[bytes], every_s: float = PING_S) -> AsyncIterator[bytes]:
-    """The events, and a comment whenever none has come for a while."""
-    following = asyncio.ensure_future(anext(events, None))
-    try:
+    async def _ping(self, send: Send) -> None:
+        """A comment whenever nothing was sent for a while. (Whole events go out in one piece each, so nothing mixes.)"""
         while True:
-            done, _ = await asyncio.wait({following}, timeout=every_s)
-            if not done:
-                yield PING
-                continue
-            piece = following.result()
-            if piece is None:
-                return
-            yield piece
-            following = asyncio.ensure_future(anext(events, None))
-    finally:
-        following.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await following
+            before = self._num_sent
+            await asyncio.sleep(PING_S)
+            if self._num_sent == before:
+                await send({"type": "http.response.body", "body": PING, "more_body": True})
+
+
+class _Stalled(Exception):
+    """The client reads nothing."""
 
 
 async def unless_gone(request: Request, work: Awaitable[T], on_gone: Callable[[], None]) -> T:

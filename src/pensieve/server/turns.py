@@ -74,6 +74,11 @@ class Answer:
         """No more pieces will come."""
         return self.done is not None or self.error is not None
 
+    @property
+    def stored(self) -> bool:
+        """It is a turn now, and the store says what became of that."""
+        return self.done is not None and self.done.turn_id is not None
+
     async def read(self, start: int = 0) -> AsyncIterator[Piece]:
         """The pieces from `start` on, as they come, until the end."""
         while True:
@@ -143,6 +148,7 @@ class Turns:
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        self._given_up = False  # what was open when the server went down did not end in time
 
     def start(self, spec: TurnSpec, *, created: int | None = None, record: Any = None) -> Answer:
         """Have a turn answered. `created` is what its client is told of when, seconds since the epoch.
@@ -186,9 +192,12 @@ class Turns:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, and wait for what is open; what is not done in time is aborted."""
         self.draining = True
+        if self._given_up:
+            return
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
+            self._given_up = True
             for answer in list(self.open.values()):
                 self.abort(answer)
             try:

@@ -43,7 +43,7 @@ class Prompts:
 
     # -- which conversation
 
-    def recognise(self, spec: TurnSpec, stores: Sequence[ConversationStore], busy: Callable[[str], bool], new_id: str) -> Place:
+    def recognise(self, spec: TurnSpec, store: ConversationStore, busy: Callable[[str], bool], new_id: str) -> Place:
         """The place of a turn whose conversation nobody named: behind `after`, or of a resent history behind the longest part that is stored.
 
         It goes on in the conversation that ends there; if none does, or that one is `busy` with another turn, in a fork of its own.
@@ -52,18 +52,16 @@ class Prompts:
             ConversationNotFound: `after` names no turn of this namespace.
         """
         if isinstance(spec.after, str):
-            store, turn, new = stores[0], stores[0].turn(spec.namespace, spec.after), spec.messages
+            turn, new = store.turn(spec.namespace, spec.after), spec.messages
         else:
             asked = len(spec.messages) - 1  # the last message is to be answered, whatever is stored
-            digests = path_digests(spec.messages[:asked])
-            found = [(match, store) for store in stores if digests and (match := store.find(spec.namespace, digests)) is not None]
-            if not found:
+            found = store.find(spec.namespace, path_digests(spec.messages[:asked])) if asked > 0 else None
+            if found is None:
                 return Place(new_id, None, spec.messages)
-            (position, turn), store = max(found, key=lambda pair: pair[0][0])
-            new = spec.messages[position + 1 :]
+            turn, new = found[1], spec.messages[found[0] + 1 :]
         leaves = [conversation for conversation in store.leaves(spec.namespace, turn.id) if not busy(conversation.id)]
         leaves.sort(key=lambda conversation: conversation.id != spec.hint)  # (stable: the latest used first)
-        if leaves and self._store(leaves[0].id) is store:
+        if leaves:
             return Place(leaves[0].id, turn.id, new, leaves[0].pinned)
         return Place(new_id, turn.id, new)
 

@@ -6,12 +6,13 @@ needs a lock, and neither detokenising nor the database runs on the engine's ste
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -50,13 +51,14 @@ from pensieve.service.answer import AnswerText
 from pensieve.service.prompt import INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
 from pensieve.service.questions import Questions
 from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
-from pensieve.store.base import ConversationStore, Erased, Turn
+from pensieve.store.base import Conversation, ConversationStore, Erased, Turn
 from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)
 
 DEFAULT_NAMESPACE = "default"
 EPHEMERAL = "temp_"  # what the ids of conversations begin with that are kept in memory only
+EPHEMERAL_S = 3600.0  # how long they are kept after their last turn
 TITLE_CHARS = 60
 DRAFT_TOKENS = 32  # an answer under way is in the store up to its last so many tokens
 
@@ -104,6 +106,7 @@ class ConversationService:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._turns: dict[str, PendingTurn] = {}
         self._lines: dict[tuple[str, str], deque[PendingTurn]] = {}  # conversations with a turn under way, and who waits behind it
+        self._going: Counter[tuple[str, str]] = Counter()  # conversations that are being erased: nothing begins there any more
         self._answers = AnswerText(text)
         self._questions = Questions()
         self._closed = False
@@ -190,6 +193,11 @@ class ConversationService:
         self._ask_thread(done, lambda: self._erase(namespace, conversation_id, overwrite, done))
         return done
 
+    def expired(self, now_s: float, limit: int) -> list[Conversation]:
+        """Conversations of all namespaces whose time has come (seconds since the epoch), at most so many a store. Waits for the stores."""
+        stores = [store for store in (self._ephemeral, self._durable) if store is not None]
+        return [conversation for store in stores for conversation in store.expired(now_s, limit)]
+
     def forget(self, sequence_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
         """Free what is cached of a conversation; its turns stay."""
         self._post(Forget(sequence_id, namespace))
@@ -272,7 +280,7 @@ class ConversationService:
         return answer
 
     def _store_of(self, conversation_id: str) -> ConversationStore | None:
-        return self._ephemeral if conversation_id.startswith(EPHEMERAL) else self._durable
+        return self._ephemeral if self._ephemeral is not None and conversation_id.startswith(EPHEMERAL) else self._durable
 
     # -- turns begin
 
@@ -289,16 +297,25 @@ class ConversationService:
         except Exception as error:
             settle(turn.future, error=_as_ours("the turn's history could not be looked up", error))
             return
-        if turn.key in self._lines:
+        if turn.key in self._going:
+            settle(turn.future, error=ConversationNotFound(f"conversation {turn.conversation_id!r} is being deleted"))
+        elif turn.key in self._lines:
             self._lines[turn.key].append(turn)
         else:
             self._lines[turn.key] = deque()
             self._begin(turn, place)
 
     def _recognise(self, spec: TurnSpec) -> Place:
-        new_id = ("chat_" if spec.durable else EPHEMERAL) + uuid.uuid4().hex
-        stores = [store for store in (self._durable, self._ephemeral) if store is not None]
-        return self._prompts.recognise(spec, stores, lambda conversation_id: (spec.namespace, conversation_id) in self._lines, new_id)
+        new_id = ("chat_" if spec.durable or self._ephemeral is None else EPHEMERAL) + uuid.uuid4().hex
+        store = self._store_of(new_id)
+        if store is None:
+            return Place(new_id, None, spec.messages)
+
+        def busy(conversation_id: str) -> bool:
+            key = (spec.namespace, conversation_id)
+            return key in self._lines or key in self._going
+
+        return self._prompts.recognise(spec, store, busy, new_id)
 
     def _begin(self, turn: PendingTurn, place: Place | None = None) -> None:
         try:
@@ -330,12 +347,16 @@ class ConversationService:
         conversation = None
         if place is None:
             place, conversation = self._prompts.locate(spec, turn.conversation_id)
+            if conversation is None and spec.must_exist:
+                raise ConversationNotFound(f"there is no conversation {turn.conversation_id!r}")
         turn.prompt, turn.pinned = self._prompts.make(spec, place), place.pinned
         store = self._store_of(turn.conversation_id)
         if turn.stored and store is not None:
             if conversation is None:
                 self._create(store, turn)
-            elif conversation.title is None and conversation.leaf is None:
+            if store is self._ephemeral:
+                store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
+            elif conversation is not None and conversation.title is None and conversation.leaf is None:
                 store.describe(turn.namespace, conversation.id, title=_title(spec.messages), metadata=conversation.metadata)
             if self._drafts is not None and store is self._durable:
                 store.draft(
@@ -358,6 +379,7 @@ class ConversationService:
             store.get(turn.namespace, turn.conversation_id)
         except ConversationNotFound:
             store.create(turn.namespace, turn.conversation_id, title=_title(turn.spec.messages))
+            turn.created = True
 
     def _meta(self, turn: PendingTurn) -> dict[str, object]:
         """What is stored with a turn: the caller's words, and what a later turn's prompt needs to know."""
@@ -441,7 +463,7 @@ class ConversationService:
         if error is not None:
             self._fail(turn, error if isinstance(error, PensieveError) else StoreError(f"the turn was not stored: {error}"))
             return
-        turn.drafted = False  # (the store dropped the draft in the same transaction)
+        turn.drafted = turn.created = False  # (the store dropped the draft in the same transaction)
         assert done.message is not None
         path = turn.prompt.path
         messages = (*path.messages, *turn.prompt.new, done.message)
@@ -450,6 +472,9 @@ class ConversationService:
             turn.request_id,
             Path(messages, (*turn.prompt.tokens, *done.output), path.left_out, instructions=turn.spec.instructions),
         )
+        if (store := self._store_of(turn.conversation_id)) is not None and store is self._ephemeral:
+            with contextlib.suppress(ConversationNotFound):  # deleted just now
+                store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
         if turn.pinned:
             self._post(Keep(turn.conversation_id, turn.namespace, True))
         self._finish(turn, replace(done, turn_id=appended.result().id))
@@ -464,22 +489,34 @@ class ConversationService:
 
     def _leave(self, turn: PendingTurn) -> None:
         self._turns.pop(turn.request_id, None)
+        store = self._store_of(turn.conversation_id)
         if turn.drafted:
             turn.drafted = False
-            store = self._store_of(turn.conversation_id)
             assert store is not None
             store.discard_draft(turn.request_id)
         line = self._lines[turn.key]
         if line:
             following = line.popleft()
+            following.created = turn.created
             self._jobs.put(lambda: self._begin(following))
-        else:
-            del self._lines[turn.key]
+            return
+        del self._lines[turn.key]
+        if turn.created:  # nothing was said in it: nobody would know what it is
+            assert store is not None
+            store.delete_unused(turn.namespace, turn.conversation_id).add_done_callback(lambda gone: self._forget_unused(turn, gone))
+
+    def _forget_unused(self, turn: PendingTurn, gone: Future[bool]) -> None:
+        if gone.exception() is None and gone.result():
+            self._post(Forget(turn.conversation_id, turn.namespace))
 
     def _abort(self, turn: PendingTurn) -> None:
         turn.aborted = True
+        line = self._lines.get(turn.key)
         if turn.request_id in self._turns:
             self._post(Abort(turn.request_id))
+        elif line is not None and turn in line:
+            line.remove(turn)
+            settle(turn.future, error=EngineClosed("the turn was aborted while it waited for the one before it"))
 
     # -- conversations end
 
@@ -511,6 +548,7 @@ class ConversationService:
             settle(done, error=error)
             return
         self._stop_line(namespace, conversation_id)
+        self._going[namespace, conversation_id] += 1
         under_way = [turn for turn in self._turns.values() if turn.key == (namespace, conversation_id)]
         waits: list[Future[TurnDone]] = []
         for turn in under_way:
@@ -534,8 +572,16 @@ class ConversationService:
                 settle(done, Erasure(erased.turns, erased.bytes, kv.slots, kv.bytes, erased.complete))
             except BaseException as error:
                 settle(done, error=_as_ours("the conversation could not be erased", error))
+            finally:
+                self._enqueue(lambda: self._gone((namespace, conversation_id)))
 
         threading.Thread(target=carry_out, name="pensieve-erase", daemon=True).start()
+
+    def _gone(self, key: tuple[str, str]) -> None:
+        self._going[key] -= 1
+        if not self._going[key]:
+            del self._going[key]
+        self._prompts.forget(key[0])
 
 
 ERASE_WAIT_S = 60.0  # how long an erasure waits for the turn under way to end

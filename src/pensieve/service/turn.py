@@ -111,6 +111,7 @@ class TurnSpec:
     prefix: str = ""  # what the answer is made to begin with
     overflow: Literal["refuse", "truncate"] | None = None  # None: the service's
     durable: bool = True  # False: kept in memory only, while the process lives
+    must_exist: bool = False  # the conversation is not made if it is not there
     turn_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     meta: Mapping[str, object] = field(default_factory=dict)  # stored with the turn
     watch: Callable[[str], bool] | None = None  # is shown the answer piece by piece; says when it is enough
@@ -131,6 +132,7 @@ class PendingTurn:
 
     conversation_id: str = ""  # known once the turn has its place
     prompt: Prompt = field(default_factory=Prompt)
+    created: bool = False  # its conversation was made for it, and nothing was stored there yet
     drafted: bool = False
     pinned: bool = False  # its conversation's cache is kept by its user's wish
     detokenizer: Detokenizer | None = None

@@ -96,9 +96,12 @@ def claim(connection: Connection, namespace: str, key: str, fingerprint: bytes, 
     return Claim(turn_id, fingerprint, fresh=True)
 
 
-def release(connection: Connection, namespace: str, key: str) -> None:
-    """Let go of a key."""
-    connection.execute("DELETE FROM claims WHERE namespace = ? AND key = ?", (namespace, key))
+def release(connection: Connection, namespace: str, key: str, turn_id: str | None = None) -> None:
+    """Let go of a key, if it stands for this turn."""
+    if turn_id is None:
+        connection.execute("DELETE FROM claims WHERE namespace = ? AND key = ?", (namespace, key))
+    else:
+        connection.execute("DELETE FROM claims WHERE namespace = ? AND key = ? AND turn_id = ?", (namespace, key, turn_id))
 
 
 def purge(connection: Connection, before_s: float) -> int:

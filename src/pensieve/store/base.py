@@ -283,8 +283,11 @@ class ConversationStore(Protocol):
         """
         ...
 
-    def release(self, namespace: str, key: str) -> None:
-        """Let go of a key whose answer failed, so that the next try is the first; nothing happens if it is not claimed."""
+    def release(self, namespace: str, key: str, turn_id: str | None = None) -> None:
+        """Let go of a key whose answer failed, so that the next try is the first; nothing happens if it is not claimed.
+
+        With `turn_id`, only if the key stands for that turn: a later try may have claimed it meanwhile.
+        """
         ...
 
     def purge(self, before_s: float) -> int:
@@ -340,6 +343,14 @@ class ConversationStore(Protocol):
 
     def count(self, namespace: str) -> int:
         """How many conversations a namespace has."""
+        ...
+
+    def delete_unused(self, namespace: str, id: str) -> Future[bool]:
+        """Delete a conversation that was begun for an answer which then failed: one without any turn or draft. Returns at once.
+
+        Returns:
+            A future of whether it went; it stays if it was used after all, and nothing happens if there is none.
+        """
         ...
 
     def delete(self, namespace: str, id: str) -> None:

@@ -22,6 +22,7 @@ from pensieve.store.writer import C, Connection, GroupWriter, Job
 T = TypeVar("T")
 
 MAX_IDS = 500  # in one query
+MAX_INT = (1 << 63) - 1  # what databases count with
 
 
 class SqlStore(Generic[C]):
@@ -70,8 +71,8 @@ class SqlStore(Generic[C]):
 
     def list(self, namespace: str, limit: int = 50, offset: int = 0) -> Sequence[Conversation]:
         """See `ConversationStore.list`."""
-        if limit < 0 or offset < 0:
-            raise InvalidRequest(f"limit and offset must be at least 0, got limit={limit}, offset={offset}")
+        if not (0 <= limit <= MAX_INT and 0 <= offset <= MAX_INT):
+            raise InvalidRequest(f"limit and offset must lie in [0, 2**63), got limit={limit}, offset={offset}")
         condition = "namespace = ? ORDER BY updated_s DESC, key DESC LIMIT ? OFFSET ?"
         return self._conversations(condition, (namespace, limit, offset)) if rows.is_name(namespace) else []
 
@@ -144,6 +145,10 @@ class SqlStore(Generic[C]):
     def set_pinned(self, namespace: str, id: str, pinned: bool) -> Conversation:
         """See `ConversationStore.set_pinned`."""
         return self._set(namespace, id, pinned=int(pinned))
+
+    def delete_unused(self, namespace: str, id: str) -> Future[bool]:
+        """See `ConversationStore.delete_unused`."""
+        return self._writer.submit(lambda connection: trees.delete_unused(connection, namespace, id))
 
     def delete(self, namespace: str, id: str) -> None:
         """See `ConversationStore.delete`."""
@@ -274,10 +279,10 @@ class SqlStore(Generic[C]):
         now_s = self._clock() if now_s is None else now_s
         return self._writer.call(lambda connection: answers.claim(connection, namespace, key, fingerprint, turn_id, now_s))
 
-    def release(self, namespace: str, key: str) -> None:
+    def release(self, namespace: str, key: str, turn_id: str | None = None) -> None:
         """See `ConversationStore.release`."""
-        rows.check_names(namespace=namespace, idempotency_key=key)
-        self._writer.call(lambda connection: answers.release(connection, namespace, key))
+        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
+        self._writer.call(lambda connection: answers.release(connection, namespace, key, turn_id))
 
     def purge(self, before_s: float) -> int:
         """See `ConversationStore.purge`."""

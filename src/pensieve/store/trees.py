@@ -180,6 +180,23 @@ def _best(connection: Connection, namespace: str, digest: bytes) -> Turn:
     raise AssertionError("a turn vanished inside a transaction")
 
 
+def delete_unused(connection: Connection, namespace: str, id: str) -> bool:
+    """Delete a conversation without turns and drafts: whether it went."""
+    row = None
+    if rows.is_name(namespace) and rows.is_name(id):
+        row = connection.execute(
+            """
+            SELECT key FROM conversations WHERE namespace = ? AND id = ? AND leaf IS NULL
+            AND NOT EXISTS (SELECT 1 FROM turns WHERE owner = key) AND NOT EXISTS (SELECT 1 FROM drafts WHERE conversation = key)
+            """,
+            (namespace, id),
+        ).fetchone()
+    if row is None:
+        return False
+    connection.execute("DELETE FROM conversations WHERE key = ?", (row[0],))
+    return True
+
+
 def delete_conversation(connection: Connection, namespace: str, id: str) -> tuple[int, int]:
     """Delete a conversation, its drafts and claims, and its turns that nobody else needs: how many, and their bytes with the drafts'."""
     key = key_of(connection, namespace, id)
