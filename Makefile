@@ -19,7 +19,7 @@ PROJECT := pyproject.toml setup.py constraints.txt src/pensieve/__init__.py $(wi
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-page bench bench-server lint format model clean
+.PHONY: help demo test check-slow check-page check-clients bench bench-server lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -36,6 +36,9 @@ check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 check-page: $(VENV)/.dev-ready model ## the page in a browser (Debian: apt install chromium fonts-dejavu-core)
 	@test -x /usr/bin/chromium || { echo "the page's tests drive /usr/bin/chromium (on Debian: apt install chromium fonts-dejavu-core)" >&2; exit 1; }
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+check-clients: $(VENV)/.dev-ready model ## real OpenAI clients, each in an environment of its own, against a server
+	$(BIN)/python tests/clients/run.py $(ARGS)
 
 bench: $(VENV)/.dev-ready model ## measure the engine; the last line is JSON
 	$(BIN)/python benchmarks/engine.py $(ARGS)

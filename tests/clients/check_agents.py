@@ -25,12 +25,11 @@ from agents import (
     set_tracing_disabled,
 )
 from openai import AsyncOpenAI
-from shared import BASE, CALL_TOKENS, KEY, MODEL, STORY, assert_hit, unique
+from shared import BASE, BRIEF, CALL_TOKENS, KEY, MODEL, STORY, assert_hit, unique
 
 set_tracing_disabled(True)
 # Over responses an agent takes an answer that was cut off at its limit for a failure: the questions are such that this model comes to an end.
 SHORT = ModelSettings(max_tokens=300, temperature=0)
-BRIEF = "Answer with one word."
 BOTH = pytest.mark.parametrize("api", [OpenAIResponsesModel, OpenAIChatCompletionsModel], ids=["responses", "chat"])
 told: list[str] = []
 

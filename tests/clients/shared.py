@@ -31,6 +31,8 @@ STORY = (
     "and a grey cat that nobody had ordered. On Thursday the cat caught a mouse. "
 )
 
+BRIEF = "Answer with one word."  # said by the system, it makes this model come to an end
+
 # A model of this size calls nothing by itself, and writes what it likes for arguments: the call is forced, and this one comes to its end soon.
 WORD = {"type": "object", "properties": {"word": {"type": "string"}}}
 SAY = {"type": "function", "function": {"name": "say", "description": "Say a word", "parameters": WORD}}

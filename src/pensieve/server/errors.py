@@ -107,6 +107,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
     if first.get("type") == "extra_forbidden":
         return ApiError(400, f"unknown parameter {where!r}: this server does not know it", code="unknown_parameter", param=where)
+    if first.get("type") == "model_attributes_type" and where is None:
+        return ApiError(400, "the body must be a JSON object, sent with the header Content-Type: application/json", code="invalid_json")
     if first.get("type") == "missing":
         return ApiError(400, f"{where or 'the body'} is required", code="missing_required_parameter", param=where)
     message = str(first.get("msg", "is not valid")).removeprefix("Value error, ")
