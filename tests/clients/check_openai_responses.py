@@ -208,7 +208,8 @@ def test_a_conversation_from_its_beginning_to_its_end(client: OpenAI) -> None:
 
 def test_calls_are_items_of_a_conversation(client: OpenAI) -> None:
     made = client.conversations.create()
-    first = respond(client, "Say hello.", CALL_TOKENS, conversation=made.id, tools=[SAY], tool_choice="required")
+    named = {"type": "function", "name": "say"}
+    first = respond(client, unique("Say hello."), CALL_TOKENS, conversation=made.id, tools=[SAY], tool_choice=named)
     (call,) = (item for item in first.output if item.type == "function_call")
     output = {"type": "function_call_output", "call_id": call.call_id, "output": unique("It was said.")}
     second = respond(client, [output], conversation=made.id, tools=[SAY])

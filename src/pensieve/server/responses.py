@@ -81,19 +81,17 @@ async def get_response(
     include_obfuscation: bool = False,
 ) -> Response:
     """A stored response; with `stream` its events again, from the one after `starting_after` on, also while it is under way."""
-    turn_id = turn_of(response_id)
-    answer = context.turns.find(caller.namespace, turn_id)
-    if answer is not None and isinstance(answer.record, Record) and not answer.stored:
-        if not stream:
-            return JSONResponse(live_json(context, answer))
-        return _stream_response(context, answer, 0 if starting_after is None else starting_after + 1, lambda: None)
-    turn = await _stored(context, caller, response_id)
-    if not stream:
-        return JSONResponse(response_json(context, completed_before(turn, await _conversation_of(context, caller, turn))))
+    answer = context.turns.find(caller.namespace, turn_of(response_id))
+    live = answer if answer is not None and isinstance(answer.record, Record) else None
     first = 0 if starting_after is None else starting_after + 1
-    if answer is not None and isinstance(answer.record, Record):
-        return _stream_response(context, answer, first, lambda: None)
-    return _replay(context, completed_before(turn, await _conversation_of(context, caller, turn)), first)
+    turn = await _stored(context, caller, response_id) if live is None or live.stored else None
+    if live is not None and (
+        stream or turn is None or live.timeout is not None
+    ):  # (one that took too long failed, whatever was kept of it)
+        return _stream_response(context, live, first, lambda: None) if stream else JSONResponse(live_json(context, live))
+    assert turn is not None
+    completed = completed_before(turn, await _conversation_of(context, caller, turn))
+    return _replay(context, completed, first) if stream else JSONResponse(response_json(context, completed))
 
 
 @router.delete("/v1/responses/{response_id}", summary="Delete a response")
