@@ -99,7 +99,7 @@ class Client:
                 self._acknowledge(kind, text)
             elif kind in ("response.failed", "response.cancelled", "error"):
                 error = event.get("error") or event["response"]["error"]
-                self.broken.append(error["code"])
+                self.broken.append(error["type"])
                 self.asked = None
             return
         if "error" in event:
