@@ -98,8 +98,8 @@ class Client:
                 assert text == "".join(self.pieces)
                 self._acknowledge(kind, text)
             elif kind in ("response.failed", "response.cancelled", "error"):
-                error = event.get("error") or event["response"]["error"]
-                self.broken.append(error["type"])
+                failed = event.get("response", {}).get("error")
+                self.broken.append(failed["type"] if failed else event["error"]["code"])
                 self.asked = None
             return
         if "error" in event:
