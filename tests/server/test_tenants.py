@@ -178,6 +178,22 @@ def test_what_a_key_may_see_of_the_whole_server(keys: Any) -> None:
         assert not shown.get("rows") and not shown.get("data") and shown["total"] == 0
 
 
+def test_without_a_key_nothing_is_read(keys: Any) -> None:
+    """Not even whether a body would have been right, or whether there is such a path."""
+    server = keys[0]
+    for headers in ({}, {"Authorization": "Bearer nope"}, {"Authorization": "Basic x"}, {"Authorization": "Bearer \u00e9"}):
+        for method, path, body in (
+            ("POST", "/v1/responses", "{"),
+            ("POST", "/v1/chat/completions", "{}"),
+            ("DELETE", "/v1/pensieve/conversations/x", ""),
+            ("POST", "/nowhere", ""),
+            ("PUT", "/v1/models", ""),
+        ):
+            sent = {name: value.encode("latin-1") for name, value in headers.items()} | {"Content-Type": b"application/json"}
+            answer = httpx.request(method, server.url + path, content=body, headers=sent)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", (method, path, answer.text)
+
+
 def test_room_made_for_another_names_nobody(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     alice, bob = new_key(), new_key()
