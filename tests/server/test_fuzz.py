@@ -168,7 +168,7 @@ def test_clients_that_leave_at_any_moment(server: Serving) -> None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
 
     with ThreadPoolExecutor(12) as pool:
-        list(pool.map(leave, range(150)))
+        list(pool.map(leave, range(80)))
     server.until_idle()
 
 

@@ -284,6 +284,32 @@ def exchange(server: Serving, sent: bytes, *, shut: bool = False) -> bytes:
 # -- failures leave nothing behind
 
 
+def test_what_is_far_too_long_is_refused_before_it_is_tokenized(server: Serving) -> None:
+    seen: list[int] = []
+    encode = server.text.encode_prompt
+
+    def counting(text: str, *options: Any, **more: Any) -> list[int]:
+        seen.append(len(text))
+        return encode(text, *options, **more)
+
+    server.text.encode_prompt = counting  # type: ignore[method-assign]
+    try:
+        long = "words and more words " * 150_000
+        for path, body in (
+            (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": long}]}),
+            (CHAT, {"model": "tiny", "messages": [{"role": "assistant", "content": long}, {"role": "user", "content": "x"}]}),
+            (RESPONSES, {"input": long}),
+            (RESPONSES, {"input": "x", "instructions": long}),
+            (RESPONSES, {"input": long, "truncation": "auto"}),
+            ("/v1/completions", {"model": "tiny", "prompt": long}),
+        ):
+            refused = server.post(path, body)
+            assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded", refused.text[:300]
+    finally:
+        del server.text.encode_prompt  # type: ignore[method-assign]
+    assert sum(seen) < len(long) / 10
+
+
 def test_a_turn_that_fails_leaves_no_empty_conversation(server: Serving) -> None:
     def empty() -> list[str]:
         listed = server.client.get("/v1/pensieve/conversations", params={"limit": 500}).json()["data"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pensieve.errors import ContextLengthExceeded
-from pensieve.text import Message, Truncated, truncate
+from pensieve.text import Message, Truncated, overflow, surely_exceed, truncate
 
 
 def count(messages: Sequence[Message]) -> int:
@@ -56,3 +56,28 @@ def test_no_more_than_necessary(lengths: list[int], limit: int) -> None:
     assert kept.messages == tuple(messages[kept.dropped :])
     assert kept.dropped % 2 == 0
     assert kept.dropped == 0 or count(messages[kept.dropped - 2 :]) > limit
+
+
+@given(st.lists(st.text(alphabet="ab \u00e9", max_size=60), max_size=6), st.integers(0, 120), st.integers(1, 9))
+def test_only_what_does_not_fit_is_called_too_long(texts: list[str], limit: int, width: int) -> None:
+    def count(text: str) -> int:  # tokens of up to `width` characters
+        return -(-len(text) // width)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overflow, "PIECE_CHARS", 7)
+        patch.setattr(overflow, "CUT_TOKENS", 1)
+        patch.setattr(overflow, "FREE_CHARS", 0)
+        patch.setattr(overflow, "FREE_CHARS_PER_TOKEN", 0)
+        exceeds = surely_exceed(texts, limit, count)
+    assert not exceeds or sum(map(count, texts)) > limit
+
+
+def test_a_long_text_is_not_counted_to_its_end() -> None:
+    seen: list[int] = []
+
+    def count(text: str) -> int:
+        seen.append(len(text))
+        return len(text) // 4
+
+    assert surely_exceed(["x" * 10_000_000], 1000, count) and sum(seen) <= 2 * overflow.PIECE_CHARS
+    assert not surely_exceed(["x" * 900], 1000, count)

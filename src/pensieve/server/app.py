@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pensieve import __version__
 from pensieve.errors import PensieveError
 from pensieve.server import chat, completions, conversations, errors, native, ops, responses
-from pensieve.server.context import Context
+from pensieve.server.context import Context, tenant_by_key
 from pensieve.server.errors import ApiError, error_response
 from pensieve.server.metrics import Metrics
 
@@ -98,7 +98,7 @@ def create_app(
 
 
 class Door:
-    """Counts requests, gives each an id, and refuses those for other hosts and those whose bodies are too large, before anything reads them.
+    """Counts requests, gives each an id, and refuses those for other hosts, those without a key and those whose bodies are too large, before anything reads them.
 
     A server without keys trusts everybody on this machine. A page from elsewhere must not become one of them by giving its own name this
     machine's address (DNS rebinding), hence `hosts`.
@@ -147,6 +147,14 @@ class Door:
                 too_large = ApiError(413, self._too_large(int(length)), code="request_too_large", headers={"Connection": "close"})
                 await error_response(too_large)(scope, receive, counting_send)
                 return
+            if scope["method"] not in ("GET", "HEAD", "OPTIONS"):  # nobody's body is read, and nothing said of it, without a key
+                authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
+                try:
+                    tenant_by_key(scope["app"].state.context.keys, authorization)
+                except ApiError as error:
+                    error.headers["Connection"] = "close"
+                    await error_response(error)(scope, receive, counting_send)
+                    return
             await self._app(scope, limited_receive, counting_send)
         except Exception as error:
             log.error("%s %s failed (%s)", scope["method"], scope["path"], request_id, exc_info=error)

@@ -9,14 +9,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from pensieve.errors import ContextLengthExceeded
 from pensieve.messages import Token
 from pensieve.server.answers import receipt_json, usage_of
 from pensieve.server.chat import EARLY_S, usage_json
-from pensieve.server.context import Asking, Context, Server
+from pensieve.server.context import Asking, Context, Server, in_thread
 from pensieve.server.schemas import CompletionRequest
 from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import TurnDone, TurnSpec
+from pensieve.text import surely_exceed
 
 router = APIRouter()
 
@@ -27,7 +29,7 @@ async def completions(request: Request, body: CompletionRequest, context: Server
     body.refuse()
     context.check_model(body.model)
     prompt = body.one_prompt()
-    tokens = tuple(context.text.encode_prompt(prompt)) if isinstance(prompt, str) else tuple(prompt)
+    tokens = tuple(await in_thread(_encode, context, prompt)) if isinstance(prompt, str) else tuple(prompt)
     spec = TurnSpec(
         caller.namespace,
         None,
@@ -60,6 +62,12 @@ async def completions(request: Request, body: CompletionRequest, context: Server
         _head(context, answer)
         | {"choices": [choice], "usage": usage_json(usage_of(done)), "pensieve": receipt_json(done.receipt, done.warning)}
     )
+
+
+def _encode(context: Context, prompt: str) -> list[int]:
+    if surely_exceed([prompt], context.info.max_context, lambda text: len(context.text.encode_prompt(text, False))):
+        raise ContextLengthExceeded(f"the prompt has more than the {context.info.max_context} tokens that the context holds: shorten it")
+    return context.text.encode_prompt(prompt)
 
 
 async def _early(answer: Answer) -> None:

@@ -103,26 +103,33 @@ def context_of(request: Request) -> Context:
     return context
 
 
+def tenant_by_key(keys: KeyFile | None, authorization: str) -> str:
+    """Whose key an Authorization header holds.
+
+    Raises:
+        ApiError: there are keys and the header has none of them.
+    """
+    if keys is None:
+        return DEFAULT_NAMESPACE
+    scheme, _, key = authorization.partition(" ")
+    found = keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
+    if found is None:
+        raise ApiError(
+            401,
+            "this server needs an API key: send it as `Authorization: Bearer KEY`" if not key else "this API key is not valid here",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    return found
+
+
 def authenticate(request: Request) -> Caller:
     """The caller, by their key.
 
     Raises:
         ApiError: there are keys and the request has none of them.
     """
-    context = context_of(request)
-    if context.keys is None:
-        tenant = DEFAULT_NAMESPACE
-    else:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        found = context.keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
-        if found is None:
-            raise ApiError(
-                401,
-                "this server needs an API key: send it as `Authorization: Bearer KEY`" if not key else "this API key is not valid here",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        tenant = found
+    tenant = tenant_by_key(context_of(request).keys, request.headers.get("authorization", ""))
     salt = request.headers.get("x-cache-salt", "")
     if len(salt) > 128 or SALT_MARK in salt:
         raise ApiError(400, "X-Cache-Salt must have at most 128 characters", code="invalid_value", param="X-Cache-Salt")

@@ -95,6 +95,12 @@ class Prompts:
         if not history and not new:
             raise InvalidRequest("there is nothing to answer: send at least one message")
         options = self._options(spec)
+        truncating = (spec.overflow or self._overflow) == "truncate"
+        if self._text.exceeds(_newest_turn(new) if truncating else (*head, *new), self._max_context):
+            raise ContextLengthExceeded(
+                f"the new messages have more than the {self._max_context} tokens that the context holds: "
+                "shorten them, or start with a larger --max-context"
+            )
         prompt = Prompt(parent=place.parent, new=place.new, path=path)
         if path.tokens and history and history[-1].role == "assistant":
             extension = self._text.extend(path.tokens, history, new, **options)
@@ -111,7 +117,7 @@ class Prompts:
         else:
             prompt = replace(prompt, tokens=tuple(self._text.first([*history, *new], **options)))
         answer = min(spec.sampling.max_new_tokens, int(ANSWER_SHARE * self._max_context))
-        if (spec.overflow or self._overflow) == "truncate" and len(prompt.tokens) + answer > self._max_context:
+        if truncating and len(prompt.tokens) + answer > self._max_context:
             prompt = self._truncate(spec, prompt, self._max_context - answer, options)
         if spec.prefix:
             prompt = replace(prompt, tokens=(*prompt.tokens, *self._text.encode_answer(spec.prefix)))
@@ -184,6 +190,11 @@ class Prompts:
             warning=f"the context of {self._max_context} tokens is full: the oldest {kept.dropped} messages ({gone} tokens) were left out, "
             "and what follows the system prompt is computed again",
         )
+
+
+def _newest_turn(messages: Sequence[Message]) -> Sequence[Message]:
+    """From the last user's message on: what is never left out."""
+    return messages[next((i for i in range(len(messages) - 1, -1, -1) if messages[i].role == "user"), 0) :]
 
 
 def read_path(turns: Sequence[Turn]) -> Path:

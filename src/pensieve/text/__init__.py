@@ -7,7 +7,7 @@ is imported when a tokenizer is.
 from pensieve.chat import ROLES, Message, ToolCall
 from pensieve.text.chat import ChatText, Extension
 from pensieve.text.detokenize import Detokenizer
-from pensieve.text.overflow import Truncated, truncate
+from pensieve.text.overflow import Truncated, surely_exceed, truncate
 from pensieve.text.reasoning import ReasoningDelta, ReasoningSplitter
 from pensieve.text.stop import StopStrings, keep_tokens
 from pensieve.text.tool_format import ToolFormat, force_prefix, tool_names, tools_prompt
@@ -33,6 +33,7 @@ __all__ = [
     "Truncated",
     "force_prefix",
     "keep_tokens",
+    "surely_exceed",
     "tool_names",
     "tools_prompt",
     "truncate",

@@ -11,7 +11,7 @@ An answer that calls tools is such an answer too: the log holds it as the model 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from pensieve.chat import Message
 from pensieve.errors import InvalidRequest, ModelUnavailable
 from pensieve.text.control import ControlGuard, unused_marks
 from pensieve.text.detokenize import Detokenizer
+from pensieve.text.overflow import surely_exceed
 from pensieve.text.reasoning import BEGIN_REASONING, END_REASONING, ReasoningSplitter
 from pensieve.text.template import PLAIN_STOPS, PROBE_TOOLS, PromptTemplate, Turn
 from pensieve.text.tool_format import PLAIN_MARKUP, ToolFormat, Tools, map_texts, texts_in, tool_names
@@ -186,6 +187,14 @@ class ChatText:
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of text that is no chat, control tokens in it included: it is its sender's whole prompt, nobody else speaks in it."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def exceeds(self, messages: Iterable[Message], max_tokens: int) -> bool:
+        """Whether messages surely have more tokens than this, found out quickly however long they are.
+
+        What a template may leave out does not count: white space around a message, and what was thought before an answer.
+        """
+        texts = [message.content.rpartition(END_REASONING)[2].strip() for message in messages]
+        return surely_exceed(texts, max_tokens, lambda text: len(self.encode_prompt(text, add_special_tokens=False)))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of text that goes on an answer: no control tokens come out of it, and no leading space goes in."""

@@ -1,12 +1,16 @@
-"""A chat that outgrew its context: which messages to leave out. Knows messages and a way to count; never tokens themselves."""
+"""A chat that outgrew its context: whether it did, and which messages to leave out. Knows messages and a way to count; never tokens themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pensieve.chat import Message
 from pensieve.errors import ContextLengthExceeded
+
+FREE_CHARS, FREE_CHARS_PER_TOKEN = 1 << 16, 16
+PIECE_CHARS = 1 << 13
+CUT_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,29 @@ class Truncated:
 
     messages: tuple[Message, ...]
     dropped: int  # messages left out
+
+
+def surely_exceed(texts: Iterable[str], max_tokens: int, count: Callable[[str], int]) -> bool:
+    """Whether texts have by far more than `max_tokens` tokens, found out in about the time that so many take.
+
+    Tokenizing 16 MB takes a minute, and to learn that they are too many a look at their beginning is enough. A text is counted piece by
+    piece; a token that a cut goes through is counted as up to `CUT_TOKENS`, which is left out of the sum: no text that fits is refused.
+
+    Args:
+        texts: what is to be put before a model, whatever stands around it.
+        max_tokens: the limit.
+        count: text -> its tokens, nothing added to it.
+    """
+    texts = list(texts)
+    if sum(map(len, texts)) <= max(FREE_CHARS, FREE_CHARS_PER_TOKEN * max_tokens):
+        return False  # (mostly so; the whole is soon counted then, and whoever does it can say how many they are)
+    num_tokens = 0
+    for text in texts:
+        for start in range(0, len(text), PIECE_CHARS):
+            num_tokens += max(0, count(text[start : start + PIECE_CHARS]) - CUT_TOKENS)
+            if num_tokens > max_tokens:
+                return True
+    return False
 
 
 def truncate(messages: Sequence[Message], max_tokens: int, count: Callable[[Sequence[Message]], int]) -> Truncated:
