@@ -131,6 +131,6 @@ class EngineNotReady(PensieveError):
 def error_from(code: str, message: str) -> PensieveError:
     """The error of a `code` that came as plain data (from another thread or process)."""
     for kind in PensieveError.__subclasses__():
-        if kind.code == code:
+        if vars(kind).get("code") == code:  # (its own, not the base's)
             return kind(message)
     return PensieveError(message)

@@ -81,7 +81,6 @@ class RealServer:
         for process in everybody:
             process.kill()
         self.process.wait()
-        psutil.wait_procs(everybody, timeout=10)
         self._process = None
         self.client.close()
 

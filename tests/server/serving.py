@@ -19,7 +19,7 @@ from text_tokenizers import CHATML, HERMES, chat
 from fake_worker import FakeWorker
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
-from pensieve.core.cost import CostProfile
+from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.scheduler import Scheduler
@@ -141,7 +141,7 @@ def serving(
     )
     worker = ScriptedWorker(list(slots), CHUNK, vocab=VOCAB)
     scheduler = Scheduler(SchedulerConfig(max_batch_tokens=128, max_waiting=max_waiting), cache, max_context)
-    engine = Engine(scheduler, worker, chunk_bytes=1000, emit=service.handle, debug=True)
+    engine = Engine(scheduler, worker, chunk_bytes=1000, emit=service.handle, debug=True, quote=ResumeQuote(COST, 1000, 1e6))
     service.connect(engine.post)
     engine.start()
     info = EngineInfo(0, "tiny", "random", 1, "float32", "cpu", 10_000, max_context, CHUNK, 1000, tiers, "test", "fake", 0.0)

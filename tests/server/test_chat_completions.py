@@ -62,6 +62,16 @@ def test_a_resent_history_is_recognised_and_not_computed_again(server: Serving) 
     assert sum(miss["stop"] - miss["start"] for miss in receipt["misses"]) == receipt["recomputed_tokens"] + receipt["new_tokens"]
 
 
+def test_an_answer_whose_text_would_be_other_tokens_still_hits(server: Serving) -> None:
+    letters = [server.text.encode_answer(letter)[0] for letter in "there"]
+    assert letters != list(server.text.encode_answer("there"))  # nobody would encode it letter by letter
+    server.worker.script = (*letters, min(server.text.stop_token_ids))
+    first = server.ask("say a word", n=20)
+    assert text_of(first) == "there"
+    second = server.ask("say a word", "there", "and another", n=20)
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["total_tokens"] - 1
+
+
 def test_white_space_around_an_answer_does_not_matter(server: Serving) -> None:
     first = server.ask("mind the gap")
     second = server.ask("mind the gap", f"  {text_of(first)}\n", "next")

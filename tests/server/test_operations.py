@@ -47,6 +47,7 @@ def test_the_map_shows_every_conversation_s_chunks(server: Serving) -> None:
     row = next(row for row in shown["rows"] if row["id"] == conversation)
     assert row["title"] == "map this conversation" and not row["pinned"] and row["active"] == 0
     assert len(row["cells"]) == -(-(body["usage"]["total_tokens"] - 1) // CHUNK) and set(row["cells"].lower()) <= set("gbc")
+    assert row["resume_ms"] == 0.0  # all of it is where it is needed
     assert shown["chunk_tokens"] == CHUNK and [tier["name"] for tier in shown["tiers"]] == ["gpu", "cpu"]
     assert all(tier["used"] + tier["free"] == tier["num_slots"] for tier in shown["tiers"])
     assert sum(shown["stats"]["hit_rates"].values()) == pytest.approx(1.0)
@@ -81,6 +82,8 @@ def test_misses_say_what_was_swapped_and_what_was_dropped_for_whom() -> None:
         back = server.ask("the one that will be forgotten " * 3, text, "back", n=4)
         why = {miss["why"]: miss for miss in back["pensieve"]["misses"]}
         assert "dropped" in why
+        resting = [row for row in server.client.get("/v1/pensieve/map").json()["rows"] if set(row["cells"].lower()) & set(".c")]
+        assert resting and all(row["resume_ms"] > 0 for row in resting)
         assert abs(why["dropped"]["at"] - time.time()) < 60
         assert why["dropped"]["by"].startswith("chat_") and last["pensieve"]["conversation"].startswith("chat_")
         server.until_idle()

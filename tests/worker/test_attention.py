@@ -279,6 +279,19 @@ def test_undivided_a_token_gets_the_same_bits_in_any_company(variant: str, dtype
             row += 1
 
 
+@pytest.mark.parametrize("variant", NATIVE)
+def test_a_step_outlives_the_scratch_it_began_with(variant: str) -> None:
+    spans = (ids("a", 0, 1),)
+    bench = Bench(variant, {"a": 1}, 2, torch.float32, dim=64, chunk=32)
+    early, query = bench.fill(spans), bench._random(1, HEADS)
+    expected = bench.backend.attend(early, 0, query, args_of("plain"))
+    small = bench.backend._scratch
+    bench.backend._scratch = torch.empty(2 * len(small), dtype=torch.uint8)
+    small.fill_(0xFF)
+    assert torch.equal(bench.backend.attend(early, 0, query, args_of("plain")), expected)
+    assert early.call.scratch == bench.backend._scratch.data_ptr() and bool((small == 0xFF).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", NATIVE)
 def test_views_are_taken_as_they_are(variant: str, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from pensieve.server.context import Asking, Caller, Context, Server
 from pensieve.server.errors import ApiError
 from pensieve.server.output import Output, OutputEvent, OutputForm, form_for
 from pensieve.server.schemas import ChatRequest, ChosenTool, tools_of
-from pensieve.server.sse import DONE, EventStream, data, unless_gone
+from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import TurnSpec
 from pensieve.text import CallBegin, CallDelta, ChatText, ContentDelta, ReasoningDelta
@@ -26,7 +26,7 @@ router = APIRouter()
 EARLY_S = 5.0  # an error that comes so soon gets a status of its own; later, a stream has begun
 
 
-@router.post("/v1/chat/completions", summary="Answer a chat; its history is recognised and not computed again")
+@router.post("/v1/chat/completions", summary="Answer a chat; its history is recognised and not computed again", responses=STREAMED)
 async def chat_completions(
     request: Request,
     body: ChatRequest,

@@ -14,14 +14,14 @@ from pensieve.server.answers import receipt_json, usage_of
 from pensieve.server.chat import EARLY_S, usage_json
 from pensieve.server.context import Asking, Context, Server
 from pensieve.server.schemas import CompletionRequest
-from pensieve.server.sse import DONE, EventStream, data, unless_gone
+from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import TurnDone, TurnSpec
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", summary="Go on with a text")
+@router.post("/v1/completions", summary="Go on with a text", responses=STREAMED)
 async def completions(request: Request, body: CompletionRequest, context: Server, caller: Asking) -> Response:
     """OpenAI's (older) text completions, streaming and not."""
     body.refuse()

@@ -19,7 +19,7 @@ from pensieve.server.output import OutputForm, form_for
 from pensieve.server.response_events import PARAMS, PREFIX, Record, live_events, live_json, response_json, whole_events
 from pensieve.server.response_schema import ConversationRef, ResponseRequest, ResponseToolChoice
 from pensieve.server.schemas import FunctionSpec, sampling_params
-from pensieve.server.sse import EventStream, event, unless_gone
+from pensieve.server.sse import STREAMED, EventStream, event, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import LEAF, TurnSpec
 from pensieve.store.base import Turn
@@ -33,7 +33,7 @@ DELETED = "deleted"  # a turn's meta: its response was deleted, but later turns 
 # -- endpoints
 
 
-@router.post("/v1/responses", summary="Answer input, going on from a response or a conversation")
+@router.post("/v1/responses", summary="Answer input, going on from a response or a conversation", responses=STREAMED)
 async def create_response(
     request: Request, body: ResponseRequest, context: Server, caller: Asking, idempotency_key: Annotated[str | None, Header()] = None
 ) -> Response:
@@ -70,7 +70,7 @@ async def create_response(
     return JSONResponse(response_json(context, completed))
 
 
-@router.get("/v1/responses/{response_id}", summary="A response, as an object or as the rest of its stream")
+@router.get("/v1/responses/{response_id}", summary="A response, as an object or as the rest of its stream", responses=STREAMED)
 async def get_response(
     response_id: str,
     context: Server,

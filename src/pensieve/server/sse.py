@@ -19,6 +19,9 @@ from pensieve.server.errors import error_body
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+STREAMED: dict[int | str, dict[str, Any]] = {  # for the API's description
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; as events with `stream`"}
+}
 PING_S = 15.0  # a comment, so that nobody between us and the client thinks the connection dead
 PING = b": still here\n\n"
 DONE = b"data: [DONE]\n\n"

@@ -6,7 +6,6 @@ needs a lock, and neither detokenising nor the database runs on the engine's ste
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -30,6 +29,7 @@ from pensieve.errors import (
 )
 from pensieve.messages import (
     Abort,
+    CacheMap,
     Check,
     Command,
     Event,
@@ -472,9 +472,6 @@ class ConversationService:
             turn.request_id,
             Path(messages, (*turn.prompt.tokens, *done.output), path.left_out, instructions=turn.spec.instructions),
         )
-        if (store := self._store_of(turn.conversation_id)) is not None and store is self._ephemeral:
-            with contextlib.suppress(ConversationNotFound):  # deleted just now
-                store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
         if turn.pinned:
             self._post(Keep(turn.conversation_id, turn.namespace, True))
         self._finish(turn, replace(done, turn_id=appended.result().id))
@@ -539,11 +536,17 @@ class ConversationService:
             settle(done, None)
 
     def _erase(self, namespace: str, conversation_id: str, overwrite: bool, done: Future[Erasure]) -> None:
-        """First the turn under way, whose end would otherwise write again; then, off this thread, the rows; then the KV."""
+        """First the turn under way, whose end would otherwise write again; then, off this thread, the rows; then the KV.
+
+        What is cached without being stored, a completed text for one, has KV alone.
+        """
         store = self._store_of(conversation_id)
+        unknown: PensieveError | None = None
         try:
             if store is not None:
-                store.get(namespace, conversation_id)  # raises if there is none, before anything is stopped
+                store.get(namespace, conversation_id)  # before anything is stopped
+        except ConversationNotFound as error:
+            store, unknown = None, error
         except PensieveError as error:
             settle(done, error=error)
             return
@@ -559,6 +562,8 @@ class ConversationService:
             try:
                 for wait in waits:
                     wait.exception(timeout=ERASE_WAIT_S)
+                if unknown is not None and not self._is_cached(namespace, conversation_id):
+                    raise unknown
                 erased = Erased(0, 0, complete=overwrite)
                 if store is not None and overwrite:
                     erased = store.erase(namespace, conversation_id)
@@ -576,6 +581,12 @@ class ConversationService:
                 self._enqueue(lambda: self._gone((namespace, conversation_id)))
 
         threading.Thread(target=carry_out, name="pensieve-erase", daemon=True).start()
+
+    def _is_cached(self, namespace: str, conversation_id: str) -> bool:
+        try:
+            return bool(cast(CacheMap, self.rows([(namespace, conversation_id)]).result()).rows)
+        except PensieveError:  # the engine died, and its memory with it
+            return False
 
     def _gone(self, key: tuple[str, str]) -> None:
         self._going[key] -= 1

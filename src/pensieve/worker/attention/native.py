@@ -117,8 +117,6 @@ class NativeAttention(AttentionBackend[Step]):
             num_spans=len(batch.spans),
             table_width=batch.block_tables.shape[1],
             num_tokens=batch.num_tokens,
-            scratch=self._scratch.data_ptr(),
-            scratch_bytes=len(self._scratch),
         )
         return Step(batch, call)
 
@@ -145,13 +143,15 @@ class NativeAttention(AttentionBackend[Step]):
         call.sinks = None if sinks is None else sinks.data_ptr()
         call.scaling, call.softcap = args.scaling, args.softcap or 0.0
         call.window = _UNBOUNDED if args.sliding_window is None else args.sliding_window
-        need = self._kernel.pensieve_attend(ctypes.byref(call))
-        if need:
+        while need := self._run(call):
             self._scratch = torch.empty(need, dtype=torch.uint8)
-            call.scratch, call.scratch_bytes = self._scratch.data_ptr(), need
-            need = self._kernel.pensieve_attend(ctypes.byref(call))
-            assert not need, "the kernel asked twice for room"
         return output.to(query.dtype)
+
+    def _run(self, call: _Call) -> int:
+        """0; or the bytes of scratch that the kernel needs first. It is kept: the next layer needs as much."""
+        call.scratch, call.scratch_bytes = self._scratch.data_ptr(), len(self._scratch)
+        need: int = self._kernel.pensieve_attend(ctypes.byref(call))
+        return need
 
     def _plain(self, rows: torch.Tensor) -> torch.Tensor:
         """In the cache's dtype, each head's numbers side by side; as it is if it is so."""
