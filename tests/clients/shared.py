@@ -5,11 +5,13 @@ The checks run in the clients' own environments (see run.py); these hold no Pens
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
 import urllib.request
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,6 +40,45 @@ BRIEF = "Answer with one word."  # said by the system, it makes this model come 
 WORD = {"type": "object", "properties": {"word": {"type": "string"}}}
 SAY = {"type": "function", "function": {"name": "say", "description": "Say a word", "parameters": WORD}}
 CALL_TOKENS = 200  # enough for it
+ATTEMPTS = 5
+
+
+class Astray(Exception):
+    """The model wrote no whole call, or came to no end: nothing that a server or a client could help."""
+
+
+def patiently(check: Callable[..., None]) -> Callable[..., None]:
+    """A check that needs a sensible model, which this one is not always: begun again, with other words, where it went astray."""
+
+    @functools.wraps(check)
+    def attempts(*arguments: Any, **keywords: Any) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return check(*arguments, **keywords)
+            except Astray:
+                if attempt == ATTEMPTS:
+                    raise
+        return None
+
+    return attempts
+
+
+def sensible(condition: Any) -> None:
+    """Whether the model did what the check needs.
+
+    Raises:
+        Astray: it did not.
+    """
+    if not condition:
+        raise Astray
+
+
+def is_object(text: str) -> bool:
+    """Arguments that are what they should be: an object, in JSON."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def unique(text: str) -> str:
