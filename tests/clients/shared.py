@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import time
 import urllib.request
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +83,7 @@ def is_object(text: str) -> bool:
 
 def unique(text: str) -> str:
     """Words that no earlier run has said: what is cached of them is this check's doing."""
-    return f"{uuid.uuid4().hex}: {text}"
+    return f"Question {random.randrange(10**9)}. {text}"  # (long hexadecimal numbers lead this model astray)
 
 
 def assert_hit(cached: int | None, before: int, *, branch: bool = False) -> None:
