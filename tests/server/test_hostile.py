@@ -162,8 +162,8 @@ def test_numbers_past_any_range_are_refused(server: Serving, number: str) -> Non
     if number != "-1":
         for path, field in ((CHAT, chat), (RESPONSES, respond)):
             refused(send(server, path, field(seed=number)))
-    for path in ("/v1/completions", "/detokenize"):
-        refused(send(server, path, put('{"model":"tiny","%s":[%s]}', "tokens" if path == "/detokenize" else "prompt", number)))
+    refused(send(server, "/v1/completions", put('{"model":"tiny","echo":true,"prompt":[%s]}', number)))
+    refused(send(server, "/detokenize", put('{"tokens":[%s]}', number)))
     conversation = server.ask("ranges")["pensieve"]["conversation"]
     refused(send(server, own(conversation, "ttl"), put('{"seconds":%s}', number)))
     for query in ("/v1/pensieve/conversations?limit=", f"/v1/conversations/{conversation}/items?limit=", "/v1/pensieve/map?limit="):

@@ -29,7 +29,7 @@ async def completions(request: Request, body: CompletionRequest, context: Server
     body.refuse()
     context.check_model(body.model)
     prompt = body.one_prompt()
-    tokens = tuple(await in_thread(_encode, context, prompt)) if isinstance(prompt, str) else tuple(prompt)
+    tokens, written = await in_thread(_read, context, prompt)
     spec = TurnSpec(
         caller.namespace,
         None,
@@ -45,7 +45,7 @@ async def completions(request: Request, body: CompletionRequest, context: Server
     def gone() -> None:
         context.turns.abort(answer)
 
-    echo = (prompt if isinstance(prompt, str) else context.text.decode_all(prompt)) if body.echo else ""
+    echo = written if body.echo else ""
     if body.stream:
         await unless_gone(request, _early(answer), gone)
         if answer.error is not None:
@@ -64,10 +64,19 @@ async def completions(request: Request, body: CompletionRequest, context: Server
     )
 
 
-def _encode(context: Context, prompt: str) -> list[int]:
-    if surely_exceed([prompt], context.info.max_context, lambda text: len(context.text.encode_prompt(text, False))):
-        raise ContextLengthExceeded(f"the prompt has more than the {context.info.max_context} tokens that the context holds: shorten it")
-    return context.text.encode_prompt(prompt)
+def _read(context: Context, prompt: str | list[int]) -> tuple[tuple[int, ...], str]:
+    """A prompt as token ids and as text. Takes as long as the prompt is."""
+    limit = context.info.max_context
+    if isinstance(prompt, str):
+        too_long = surely_exceed([prompt], limit, lambda text: len(context.text.encode_prompt(text, False)))
+    else:
+        context.check_tokens(prompt, "prompt")
+        too_long = len(prompt) > limit
+    if too_long:
+        raise ContextLengthExceeded(f"the prompt has more than the {limit} tokens that the context holds: shorten it")
+    if isinstance(prompt, str):
+        return tuple(context.text.encode_prompt(prompt)), prompt
+    return tuple(prompt), context.text.decode_all(prompt)
 
 
 async def _early(answer: Answer) -> None:

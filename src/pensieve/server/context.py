@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 from weakref import WeakValueDictionary
@@ -87,6 +87,12 @@ class Context:
             raise ApiError(
                 404, f"the model {name!r} is not served here; this server has {self.config.model!r}", code="model_not_found", param="model"
             )
+
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Refuse what is no token id of the model."""
+        wrong = next((token for token in tokens if not 0 <= token < self.info.vocab_size), None)
+        if wrong is not None:
+            raise ApiError(400, f"token ids lie in [0, {self.info.vocab_size}), got {wrong}", code="invalid_value", param=param)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,9 +67,7 @@ async def tokenize(body: TokenizeRequest, context: Server, caller: Asking) -> di
 @router.post("/detokenize", summary="Token ids to text")
 async def detokenize(body: DetokenizeRequest, context: Server, caller: Asking) -> dict[str, Any]:
     """The text of token ids, control tokens written out."""
-    wrong = next((token for token in body.tokens if token >= context.info.vocab_size), None)
-    if wrong is not None:
-        raise ApiError(400, f"token ids lie in [0, {context.info.vocab_size}), got {wrong}", code="invalid_value", param="tokens")
+    context.check_tokens(body.tokens, "tokens")
     return {"prompt": await in_thread(context.text.decode_all, body.tokens)}
 
 
