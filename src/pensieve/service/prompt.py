@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pensieve.chat import Message, path_digests
 from pensieve.errors import ContextLengthExceeded, ConversationNotFound, InvalidRequest
 from pensieve.service.turn import LEAF, Path, Place, Prompt, TurnSpec
-from pensieve.store.base import Conversation, ConversationStore, Turn, path_messages, path_tokens
+from pensieve.store.base import ConversationStore, Turn, path_messages, path_tokens
 from pensieve.text import ChatText, truncate
 
 # After an overflow the chat is cut to this share of the context, so that the next turns append again instead of cutting (and recomputing) each time.
@@ -62,21 +62,27 @@ class Prompts:
         leaves = [conversation for conversation in store.leaves(spec.namespace, turn.id) if not busy(conversation.id)]
         leaves.sort(key=lambda conversation: conversation.id != spec.hint)  # (stable: the latest used first)
         if leaves:
-            return Place(leaves[0].id, turn.id, new, leaves[0].pinned)
+            return Place(leaves[0].id, turn.id, new, leaves[0])
         return Place(new_id, turn.id, new)
 
-    def locate(self, spec: TurnSpec, conversation_id: str) -> tuple[Place, Conversation | None]:
-        """The place of a turn of a named conversation, and that conversation if it is there already."""
+    def locate(self, spec: TurnSpec, conversation_id: str) -> Place:
+        """The place of a turn of a named conversation.
+
+        Raises:
+            ConversationNotFound: there is no such conversation, or turn, and there has to be.
+        """
         store = self._store(conversation_id)
         conversation = None
         if store is not None:
             try:
                 conversation = store.get(spec.namespace, conversation_id)
             except ConversationNotFound:
+                if spec.must_exist:
+                    raise
                 if spec.after is not LEAF and spec.after is not None:
                     store.turn(spec.namespace, spec.after)  # (raises where that is not to be had either)
         parent = (conversation.leaf if conversation is not None else None) if spec.after is LEAF else spec.after
-        return Place(conversation_id, parent, spec.messages, conversation is not None and conversation.pinned), conversation
+        return Place(conversation_id, parent, spec.messages, conversation)
 
     # -- which tokens
 

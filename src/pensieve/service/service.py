@@ -332,7 +332,7 @@ class ConversationService:
         )
 
     def _prepare(self, turn: PendingTurn, place: Place | None) -> SamplingParams:
-        """Make the turn's prompt, its conversation and its draft; returns how it is sampled."""
+        """Find the turn's place and make its prompt; returns how it is sampled."""
         spec, sampling = turn.spec, turn.spec.sampling
         self._answers.begin(turn)
         if turn.detokenizer is not None and not spec.ignore_eos:
@@ -344,42 +344,45 @@ class ConversationService:
             return sampling
         if self._text is None:
             raise InvalidRequest("this model has no tokenizer here: send token ids")
-        conversation = None
-        if place is None:
-            place, conversation = self._prompts.locate(spec, turn.conversation_id)
-            if conversation is None and spec.must_exist:
-                raise ConversationNotFound(f"there is no conversation {turn.conversation_id!r}")
-        turn.prompt, turn.pinned = self._prompts.make(spec, place), place.pinned
-        store = self._store_of(turn.conversation_id)
-        if turn.stored and store is not None:
-            if conversation is None:
-                self._create(store, turn)
-            if store is self._ephemeral:
-                store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
-            elif conversation is not None and conversation.title is None and conversation.leaf is None:
-                store.describe(turn.namespace, conversation.id, title=_title(spec.messages), metadata=conversation.metadata)
-            if self._drafts is not None and store is self._durable:
-                store.draft(
-                    turn.namespace,
-                    turn.conversation_id,
-                    turn.prompt.parent,
-                    turn.request_id,
-                    turn.prompt.new,
-                    turn.prompt.tokens[turn.prompt.reused_tokens :],
-                    turn.prompt.reused_tokens,
-                    len(turn.prompt.tokens),
-                    self._meta(turn),
-                    owner=self._drafts,
-                )
-                turn.drafted = True
+        turn.place = place if place is not None else self._prompts.locate(spec, turn.conversation_id)
+        turn.prompt = self._prompts.make(spec, turn.place)
         return sampling
 
-    def _create(self, store: ConversationStore, turn: PendingTurn) -> None:
-        try:
-            store.get(turn.namespace, turn.conversation_id)
-        except ConversationNotFound:
-            store.create(turn.namespace, turn.conversation_id, title=_title(turn.spec.messages))
+    def _open(self, turn: PendingTurn) -> None:
+        """Tell the store of a turn that has its first token: nothing of that holds the first token up, and nothing is there before it."""
+        turn.opened = True
+        store, place = self._store_of(turn.conversation_id), turn.place
+        if not turn.stored or store is None or place is None:
+            return
+        title = _title(turn.spec.messages)
+        if place.conversation is None:
+            made = store.create_soon(turn.namespace, turn.conversation_id, title=title)
+            made.add_done_callback(lambda future: self._jobs.put(lambda: self._opened(turn, future)))
             turn.created = True
+        elif place.conversation.title is None and place.conversation.leaf is None:
+            store.describe(turn.namespace, turn.conversation_id, title=title, metadata=place.conversation.metadata)
+        if store is self._ephemeral:
+            store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
+        elif self._drafts is not None:
+            store.draft(
+                turn.namespace,
+                turn.conversation_id,
+                turn.prompt.parent,
+                turn.request_id,
+                turn.prompt.new,
+                turn.prompt.tokens[turn.prompt.reused_tokens :],
+                turn.prompt.reused_tokens,
+                len(turn.prompt.tokens),
+                self._meta(turn),
+                owner=self._drafts,
+            )
+            turn.drafted = True
+
+    def _opened(self, turn: PendingTurn, made: Future[Conversation]) -> None:
+        """A turn's conversation was made, or could not be: then it has nowhere to go."""
+        if (error := made.exception()) is not None and turn.request_id in self._turns:
+            self._post(Abort(turn.request_id))
+            self._fail(turn, _as_ours("the conversation could not be made", error))
 
     def _meta(self, turn: PendingTurn) -> dict[str, object]:
         """What is stored with a turn: the caller's words, and what a later turn's prompt needs to know."""
@@ -421,6 +424,8 @@ class ConversationService:
 
     def _take_token(self, turn: PendingTurn, token: Token) -> None:
         num_kept = self._answers.take(turn, token)
+        if not turn.opened:
+            self._open(turn)
         if num_kept is not None:
             self._post(Stop(turn.request_id, num_kept))
         if turn.drafted and len(turn.sampled) - turn.num_drafted >= DRAFT_TOKENS and turn.cut is None:
@@ -441,6 +446,8 @@ class ConversationService:
         if store is None or not turn.stored or (done.reason is FinishReason.ABORT and not done.output):
             self._finish(turn, done)
             return
+        if not turn.opened:
+            self._open(turn)
         composed = Composed(Message("assistant", turn.spec.prefix + done.text)) if turn.spec.compose is None else turn.spec.compose(done)
         done = replace(done, message=composed.message)
         appended = store.append(
@@ -472,7 +479,7 @@ class ConversationService:
             turn.request_id,
             Path(messages, (*turn.prompt.tokens, *done.output), path.left_out, instructions=turn.spec.instructions),
         )
-        if turn.pinned:
+        if turn.place is not None and turn.place.conversation is not None and turn.place.conversation.pinned:
             self._post(Keep(turn.conversation_id, turn.namespace, True))
         self._finish(turn, replace(done, turn_id=appended.result().id))
 
@@ -517,17 +524,26 @@ class ConversationService:
 
     # -- conversations end
 
-    def _stop_line(self, namespace: str, conversation_id: str) -> None:
-        """Nobody waits for a conversation that is being deleted; the turn under way is aborted by the engine."""
-        line = self._lines.get((namespace, conversation_id), deque())
+    def _stop_line(self, namespace: str, conversation_id: str) -> bool:
+        """Nobody waits for a conversation that is being deleted; the turn under way is aborted by the engine.
+
+        Returns whether a turn that would have made the conversation is ended by this: then it was there, though the store does not know it.
+        """
+        key, deleted = (namespace, conversation_id), ConversationNotFound(f"conversation {conversation_id!r} was deleted")
+        line = self._lines.get(key, deque())
         while line:
-            settle(line.popleft().future, error=ConversationNotFound(f"conversation {conversation_id!r} was deleted"))
+            settle(line.popleft().future, error=deleted)
         self._prompts.forget(namespace)
+        unborn = [t for t in self._turns.values() if t.key == key and not t.opened and t.place is not None and t.place.conversation is None]
+        for turn in unborn:
+            self._post(Abort(turn.request_id))
+            self._fail(turn, deleted)
+        return bool(unborn)
 
     def _delete(self, namespace: str, conversation_id: str, done: Future[None]) -> None:
-        self._stop_line(namespace, conversation_id)
+        unborn = self._stop_line(namespace, conversation_id)
         try:
-            if (store := self._store_of(conversation_id)) is not None:
+            if (store := self._store_of(conversation_id)) is not None and not unborn:
                 store.delete(namespace, conversation_id)
             self._post(Forget(conversation_id, namespace))
         except PensieveError as error:
@@ -550,7 +566,8 @@ class ConversationService:
         except PensieveError as error:
             settle(done, error=error)
             return
-        self._stop_line(namespace, conversation_id)
+        if self._stop_line(namespace, conversation_id):
+            unknown = None
         self._going[namespace, conversation_id] += 1
         under_way = [turn for turn in self._turns.values() if turn.key == (namespace, conversation_id)]
         waits: list[Future[TurnDone]] = []

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 from pensieve.chat import Message
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.messages import Receipt, Token
+from pensieve.store.base import Conversation
 from pensieve.text import Detokenizer, StopStrings
 
 Tools = tuple[Mapping[str, object], ...]
@@ -44,7 +45,7 @@ class Place:
     conversation_id: str
     parent: str | None  # the turn it follows
     new: tuple[Message, ...]  # messages that the parent's path does not hold
-    pinned: bool = False
+    conversation: Conversation | None = None  # as it is in the store; None: it is to be made
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +132,11 @@ class PendingTurn:
     future: Future[TurnDone] = field(default_factory=Future)
 
     conversation_id: str = ""  # known once the turn has its place
+    place: Place | None = None
     prompt: Prompt = field(default_factory=Prompt)
+    opened: bool = False  # the store knows of it
     created: bool = False  # its conversation was made for it, and nothing was stored there yet
     drafted: bool = False
-    pinned: bool = False  # its conversation's cache is kept by its user's wish
     detokenizer: Detokenizer | None = None
     stops: StopStrings | None = None
     sampled: list[Token] = field(default_factory=list)

@@ -118,6 +118,10 @@ class ConversationStore(Protocol):
         """
         ...
 
+    def create_soon(self, namespace: str, id: str, *, title: str | None = None) -> Future[Conversation]:
+        """As `create`, but returns at once. What is asked of the store afterwards finds it."""
+        ...
+
     def get(self, namespace: str, id: str) -> Conversation:
         """Look a conversation up.
 

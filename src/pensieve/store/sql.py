@@ -55,7 +55,13 @@ class SqlStore(Generic[C]):
         self, namespace: str, id: str | None = None, *, title: str | None = None, metadata: Mapping[str, object] | None = None
     ) -> Conversation:
         """See `ConversationStore.create`."""
-        id = rows.new_id() if id is None else id
+        return self._writer.call(self._creation(namespace, rows.new_id() if id is None else id, title, metadata))
+
+    def create_soon(self, namespace: str, id: str, *, title: str | None = None) -> Future[Conversation]:
+        """See `ConversationStore.create_soon`."""
+        return self._writer.submit(self._creation(namespace, id, title, None))
+
+    def _creation(self, namespace: str, id: str, title: str | None, metadata: Mapping[str, object] | None) -> Job[Connection, Conversation]:
         rows.check_names(namespace=namespace, conversation_id=id)
         rows.json_text(metadata, "a conversation's metadata")
 
@@ -63,7 +69,7 @@ class SqlStore(Generic[C]):
             now_s = self._clock()
             return trees.insert_conversation(connection, Conversation(id, namespace, None, now_s, now_s, title, metadata or {}))
 
-        return self._writer.call(job)
+        return job
 
     def get(self, namespace: str, id: str) -> Conversation:
         """See `ConversationStore.get`."""
