@@ -34,7 +34,7 @@ from pensieve.cli.build import Options
 from pensieve.cli.engine_main import run as engine_main
 from pensieve.core.request import SamplingParams
 from pensieve.engine_process import EngineProcess
-from pensieve.messages import Event, Failed, Finished, Forget, Submit, Token
+from pensieve.messages import Event, Failed, Finished, Submit, Token
 
 WORDS = [
     "river",
@@ -55,6 +55,7 @@ WORDS = [
     "table",
 ]
 STREAMS, PROMPT_WORDS, OUTPUT_TOKENS = 16, 60, 64
+SETTLE_S = 0.2  # after each run: an engine's threads spin for a while before they sleep, at the expense of the other one's first step
 
 
 def content_of(seed: int, index: int) -> str:
@@ -68,7 +69,7 @@ def content_of(seed: int, index: int) -> str:
 
 @dataclass
 class Alone:
-    """An engine in its own process, and this one that posts to it."""
+    """An engine in its own process, and this one that posts to it. What was answered stays cached, as it does in the server."""
 
     options: Options
     events: queue.SimpleQueue[tuple[float, list[Event]]] = field(default_factory=queue.SimpleQueue)
@@ -83,8 +84,8 @@ class Alone:
         names = [f"alone-{self._count}-{index}" for index in range(len(prompts))]
         self._count += 1
         begun_s = time.perf_counter()
-        for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-            self.process.post(Submit(name, name, "bench", prompt, 0, SamplingParams(max_new_tokens=tokens, temperature=1.0, seed=index)))
+        for name, prompt in zip(names, prompts, strict=True):
+            self.process.post(Submit(name, name, "bench", prompt, 0, SamplingParams(max_new_tokens=tokens)))
         first: dict[str, float] = {}
         waiting = set(names)
         now_s = begun_s
@@ -97,8 +98,6 @@ class Alone:
                     waiting.discard(event.request_id)
                 elif isinstance(event, Failed):
                     raise SystemExit(f"the engine failed: {event.message}")
-        for name in names:
-            self.process.post(Forget(name, "bench"))
         return now_s - begun_s, list(first.values())
 
     def close(self) -> None:
@@ -211,8 +210,7 @@ class Client:
             "messages": [{"role": "user", "content": content_of(seed, index)}],
             "max_tokens": tokens,
             "ignore_eos": True,
-            "temperature": 1.0,
-            "seed": index,
+            "temperature": 0,  # (a token drawn at random may be half a character, which shows nothing yet)
             "stream": True,
         }
         first_s: list[float] = []
@@ -258,15 +256,17 @@ def _turns(rounds: int, a: Callable[[int], Any], b: Callable[[int], Any]) -> tup
     for round_ in range(rounds):
         for which, run in enumerate((a, b)):
             results[which].append(run(round_))
+            time.sleep(SETTLE_S)
     return results
 
 
 def throughput(alone: Alone, served: Served, rounds: int) -> dict[str, Any]:
     alone.answer(served.prompts(STREAMS, -1), 16)
     served.do("answer", streams=STREAMS, tokens=16, seed=-1)
+    prompts = [served.prompts(STREAMS, round_) for round_ in range(rounds)]
     a, b = _turns(
         rounds,
-        lambda round_: alone.answer(served.prompts(STREAMS, round_), OUTPUT_TOKENS)[0],
+        lambda round_: alone.answer(prompts[round_], OUTPUT_TOKENS)[0],
         lambda round_: served.do("answer", streams=STREAMS, tokens=OUTPUT_TOKENS, seed=round_),
     )
     b_s, cpu_s = [result[0][0] for result in b], [result[1] for result in b]
@@ -284,9 +284,10 @@ def throughput(alone: Alone, served: Served, rounds: int) -> dict[str, Any]:
 
 
 def first_token(alone: Alone, served: Served, rounds: int) -> dict[str, Any]:
+    prompts = [served.prompts(1, 1000 + round_) for round_ in range(4 * rounds)]
     a, b = _turns(
         4 * rounds,
-        lambda round_: alone.answer(served.prompts(1, 1000 + round_), 2)[1][0],
+        lambda round_: alone.answer(prompts[round_], 2)[1][0],
         lambda round_: served.do("answer", streams=1, tokens=2, seed=1000 + round_)[0][1][0],
     )
     a, b = a[2:], b[2:]  # the first ones warm up
