@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
@@ -209,7 +210,9 @@ async def _stream(context: Context, answer: Answer, form: OutputForm, include_us
     async for piece in answer.read():
         logprobs = {"content": logprob_items(piece.tokens, context.text), "refusal": None} if with_logprobs else None
         for event in output.feed(piece.text):
-            if (delta := _delta(event)) is not None:
+            if logprobs is None and isinstance(event, ContentDelta):
+                yield chunks.words(event.text)
+            elif (delta := _delta(event)) is not None:
                 yield chunks.delta(delta, logprobs)
                 logprobs = None
         if logprobs is not None:
@@ -244,6 +247,12 @@ class _Chunks:
 
     def __init__(self, context: Context, turn_id: str, created: int) -> None:
         self._head = _head(context, turn_id, created, "chat.completion.chunk")
+        # Most events differ in their words alone: what stands around those is written once.
+        self._before, self._behind = self.delta({"content": "\0"}).split(b'"\\u0000"')
+
+    def words(self, text: str) -> bytes:
+        """A `delta` of content."""
+        return self._before + json.dumps(text, ensure_ascii=False).encode() + self._behind
 
     def delta(self, delta: dict[str, Any], logprobs: Any = None) -> bytes:
         return data(self._head | {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}]})
