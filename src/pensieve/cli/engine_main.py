@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from multiprocessing.connection import Connection
@@ -25,6 +26,8 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
         loaded = load_model(options, must_talk=must_talk, say=say, with_text=False)
         say("allocating the cache")
         started = start_engine(options, loaded, emit=emit, retain=retain)
+        gc.collect()
+        gc.freeze()  # libraries and model stay: the collector need not look at them again and again
         resolved = loaded.resolved
         return started.engine, EngineInfo(
             pid=os.getpid(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import signal
@@ -164,6 +165,8 @@ def run_server(
     )
     _on_terminate(server, parts)
     try:
+        gc.collect()
+        gc.freeze()  # what was loaded stays: the collector need not look at it again and again
         with asyncio.Runner(loop_factory=_fast_loop()) as runner:
             runner.run(server.serve(sockets=[listener]))
     finally:
