@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
@@ -58,7 +57,7 @@ async def chat_completions(
             context.turns.abort(answer)
 
     if body.stream:
-        await unless_gone(request, _early(answer), gone)
+        await unless_gone(request, answer.begun(EARLY_S), gone)
         if answer.error is not None:
             raise answer.error
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -108,16 +107,6 @@ def _spec(body: ChatRequest, context: Context, caller: Caller, hint: str | None)
         durable=body.store is not False,
     )
     return spec, form
-
-
-async def _early(answer: Answer) -> None:
-    """Wait until the answer has begun or failed, but not for long."""
-    try:
-        async with asyncio.timeout(EARLY_S):
-            while not (answer.pieces or answer.ended):
-                await answer.changed()
-    except TimeoutError:
-        return
 
 
 def _headers(conversation_id: str | None) -> dict[str, str]:

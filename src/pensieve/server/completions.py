@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -47,7 +46,7 @@ async def completions(request: Request, body: CompletionRequest, context: Server
 
     echo = written if body.echo else ""
     if body.stream:
-        await unless_gone(request, _early(answer), gone)
+        await unless_gone(request, answer.begun(EARLY_S), gone)
         if answer.error is not None:
             raise answer.error
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -77,15 +76,6 @@ def _read(context: Context, prompt: str | list[int]) -> tuple[tuple[int, ...], s
     if isinstance(prompt, str):
         return tuple(context.text.encode_prompt(prompt)), prompt
     return tuple(prompt), context.text.decode_all(prompt)
-
-
-async def _early(answer: Answer) -> None:
-    try:
-        async with asyncio.timeout(EARLY_S):
-            while not (answer.pieces or answer.ended):
-                await answer.changed()
-    except TimeoutError:
-        return
 
 
 async def _stream(context: Context, answer: Answer, echo: str, include_usage: bool) -> AsyncIterator[bytes]:

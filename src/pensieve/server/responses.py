@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from pensieve.errors import ConversationNotFound
 from pensieve.server import idempotency
 from pensieve.server.answers import Completed, completed_before, completed_now, composer
+from pensieve.server.chat import EARLY_S
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found, unsupported
 from pensieve.server.items import Order, items_of, messages_of, page, path_items
@@ -26,6 +26,8 @@ from pensieve.store.base import Turn
 from pensieve.text import ChatText
 
 router = APIRouter()
+
+BACKGROUND_S = 0.5  # an error that comes so soon is told at once; who asks for the background does not wait longer
 
 DELETED = "deleted"  # a turn's meta: its response was deleted, but later turns stand on it
 
@@ -58,10 +60,10 @@ async def create_response(
             context.turns.abort(answer)
 
     if body.background and not body.stream:
-        await _placed(answer)
+        await answer.begun(BACKGROUND_S)
         return JSONResponse(live_json(context, answer))
     if body.stream:
-        await unless_gone(request, _placed(answer), gone)
+        await unless_gone(request, answer.begun(BACKGROUND_S if body.background else EARLY_S), gone)
         if answer.error is not None:
             raise answer.error
         return _stream_response(context, answer, 0, gone)
@@ -220,16 +222,6 @@ async def _stored(context: Context, caller: Caller, response_id: str, param: str
 async def _conversation_of(context: Context, caller: Caller, turn: Turn) -> str | None:
     leaves = await in_thread(context.store.leaves, caller.namespace, turn.id)
     return leaves[0].id if leaves else None
-
-
-async def _placed(answer: Answer) -> None:
-    """Wait until the answer has begun or failed, but not for long."""
-    try:
-        async with asyncio.timeout(0.5 if answer.record.params["background"] else 5.0):
-            while not (answer.pieces or answer.ended):
-                await answer.changed()
-    except TimeoutError:
-        return
 
 
 # -- streams

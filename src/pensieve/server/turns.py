@@ -104,6 +104,15 @@ class Answer:
         assert self.done is not None
         return self.done
 
+    async def begun(self, within_s: float) -> None:
+        """Wait for the first piece or the end, but no longer than `within_s` seconds."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not (self.pieces or self.ended):
+                    await self.changed()
+        except TimeoutError:
+            return
+
     async def changed(self) -> None:
         """Wait for a piece or the end."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
