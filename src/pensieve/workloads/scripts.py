@@ -24,7 +24,7 @@ class ScriptTurn:
 
     new_tokens: int | None  # of the user's message; None: `text` is the message
     output_tokens: int  # of the answer
-    think_s: float = 0.0  # after the answer before this turn; before turn 0: after the user's conversation before this one
+    think_s: float = 0.0  # after the answer before this turn; before turn 0: after the user's start, or its conversation before this one
     due_s: float | None = None  # not before this time of the run; None: at once after the think time
     text: str | None = None
     keep_turns: int | None = None  # how many turns of the history stay before this one; None: all of them
@@ -83,7 +83,7 @@ class Shape:
             )
             for turn in range(self.num_turns)
         )
-        return Script(f"{self.seed}/{index}", turns)
+        return Script(str(index), turns)
 
 
 def closed_loop(scripts: Sequence[Script], num_users: int, starts_s: float = 0.0) -> list[Player]:
@@ -97,7 +97,7 @@ def closed_loop(scripts: Sequence[Script], num_users: int, starts_s: float = 0.0
     if len(scripts) < num_users:
         raise ConfigError(f"there are {len(scripts)} conversations for {num_users} users: lower the number of users")
     starts = even_starts(num_users, starts_s)
-    return [Player(start_s, tuple(scripts[user::num_users])) for user, start_s in enumerate(starts)]
+    return [_player(start_s, tuple(scripts[user::num_users])) for user, start_s in enumerate(starts)]
 
 
 def open_loop(scripts: Iterable[Script], mean_turns: float, rate_per_s: float, duration_s: float, seed: int | str = 0) -> list[Player]:
@@ -116,7 +116,7 @@ def open_loop(scripts: Iterable[Script], mean_turns: float, rate_per_s: float, d
     if not duration_s > 0:
         raise ConfigError(f"the duration must be positive, got {duration_s}")
     times = takewhile(lambda time_s: time_s < duration_s, poisson_arrivals(rate_per_s / mean_turns, seed))
-    players = [Player(time_s, (script,)) for time_s, script in zip(times, scripts, strict=False)]
+    players = [_player(time_s, (script,)) for time_s, script in zip(times, scripts, strict=False)]
     if not players:
         raise ConfigError(
             f"at {rate_per_s:g} requests a second (conversations of {mean_turns:g} turns) none begins in {duration_s:g} s: take a longer duration"
@@ -135,6 +135,13 @@ def as_recorded(scripts: Sequence[Script], until_s: float | None = None) -> list
     if not players:
         raise ConfigError(f"no conversation of the trace begins in its first {until_s:g} s: take a longer duration")
     return sorted(players, key=lambda player: player.start_s)
+
+
+def _player(start_s: float, scripts: tuple[Script, ...]) -> Player:
+    """A user who begins without thinking first."""
+    first, *rest = scripts
+    first = replace(first, turns=(replace(first.turns[0], think_s=0.0), *first.turns[1:]))
+    return Player(start_s, (first, *rest))
 
 
 def faster(script: Script, speed: float) -> Script:
