@@ -1,4 +1,4 @@
-"""`pensieve bench` as a process of its own. Knows its options and that it writes a report; never servers or what figures mean."""
+"""`pensieve bench` as a process of its own. Knows its options and that it writes a report; never how servers are run or what figures mean."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from peers.errors import PeerError
 from peers.machine import ROOT
 from peers.metrics import Report, check
 from peers.processes import TAIL_LINES
+from peers.servers import Server
 from peers.workloads import Measurement
 
 LIMIT_S = 1800.0  # for one call
 
 
-def command(url: str, model: str, measurement: Measurement, seed: int, report: Path) -> list[str]:
+def command(server: Server, measurement: Measurement, seed: int, report: Path) -> list[str]:
     """Argv of one call."""
-    asked = [sys.executable, "-m", "pensieve", "bench", "--url", url, "--model", model, *measurement.arguments()]
-    return [*asked, "--seed", str(seed), "--json", str(report)]
+    asked = [sys.executable, "-m", "pensieve", "bench", "--url", server.url, "--model", server.model, *server.bench_options]
+    return [*asked, *measurement.arguments(), "--seed", str(seed), "--json", str(report)]
 
 
-def run(url: str, model: str, measurement: Measurement, seed: int, report: Path, *, limit_s: float = LIMIT_S) -> Report:
+def run(server: Server, measurement: Measurement, seed: int, report: Path, *, limit_s: float = LIMIT_S) -> Report:
     """Measure once; the report and what the client said stay beside each other.
 
     Args:
-        url: of the server.
-        model: to ask for.
+        server: which one; it runs.
         measurement: what.
         seed: of the conversations.
         report: the file to be written; `.log` beside it gets the client's words.
@@ -42,7 +42,7 @@ def run(url: str, model: str, measurement: Measurement, seed: int, report: Path,
     with log.open("wb") as output:
         try:
             ended = subprocess.run(
-                command(url, model, measurement, seed, report),
+                command(server, measurement, seed, report),
                 env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "NO_PROXY": "127.0.0.1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

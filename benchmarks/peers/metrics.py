@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from peers.curve import Point
@@ -33,26 +32,8 @@ def check(report: Report) -> None:
         raise PeerError(f"{failed} of {sum(run['requests'] for run in report['runs'])} requests failed, the first one: {why}")
 
 
-def figures(measurement: Measurement, reports: Sequence[Report]) -> Figures:
-    """Of one measurement, its repeats pooled: medians over the calls.
-
-    Args:
-        measurement: what was asked for.
-        reports: one or more calls' reports, checked.
-    """
-    told = [_of_one(report) for report in reports]
-    names = dict.fromkeys(name for each in told for name in each)
-    return {f"{measurement.name}/{name}": statistics.median([each[name] for each in told if name in each]) for name in names}
-
-
-def sweep(reports: Sequence[Report]) -> list[Point]:
-    """The points of an open loop, by the rate asked for."""
-    runs = sorted((run for report in reports for run in report["runs"] if run["rate"] is not None), key=lambda run: float(run["rate"]))
-    return [Point(float(run["requests_per_s"]), float(run["normalized_ms"]["mean"])) for run in runs if run["requests"]]
-
-
-def _of_one(report: Report) -> Figures:
-    """Of one call. An open loop's runs are told by `sweep`: here it has no figures but what the client cost."""
+def figures(measurement: Measurement, report: Report) -> Figures:
+    """Of one measurement. An open loop has none but what the client cost: see `sweep`."""
     runs = report["runs"]
     found: dict[str, float | None] = {"client_cpu_share": max(float(run.get("client_cpu_share") or 0.0) for run in runs)}
     if len(runs) == 1 and runs[0]["rate"] is None:
@@ -63,7 +44,13 @@ def _of_one(report: Report) -> Figures:
         if run["cached_tokens"] is not None and run["prompt_tokens"]:
             found["cached_share"] = run["cached_tokens"] / run["prompt_tokens"]
         found |= _single_stream(report)
-    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+    return {f"{measurement.name}/{name}": float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def sweep(report: Report) -> list[Point]:
+    """The points of an open loop, by the rate asked for."""
+    runs = sorted((run for run in report["runs"] if run["rate"] is not None), key=lambda run: float(run["rate"]))
+    return [Point(float(run["requests_per_s"]), float(run["normalized_ms"]["mean"])) for run in runs if run["requests"]]
 
 
 def _single_stream(report: Report) -> dict[str, float | None]:

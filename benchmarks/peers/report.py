@@ -45,7 +45,8 @@ def rounds_of(cells: Sequence[Cell]) -> Rounds:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, least and greatest of the rounds, and each of them."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": list(values)}
+    told = [float(f"{value:.6g}") for value in (statistics.median(values), min(values), max(values), *values)]
+    return {"median": told[0], "min": told[1], "max": told[2], "rounds": told[3:]}
 
 
 def summary(cells: Sequence[Cell], verdicts: Sequence[Verdict], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +89,9 @@ def tables(cells: Sequence[Cell], workloads: Sequence[Workload], verdicts: Seque
         parts.append(_of_goals(verdicts))
     for cell in cells:
         if cell.error:
-            parts.append(Text(f"FAILED: {cell.workload}, round {cell.round + 1}, {LABELS[cell.system]}: {cell.error}", style="red"))
+            first, *more = cell.error.splitlines()
+            said = [first, *([f"    {more[-1]}"] if more else [])]
+            parts.append(Text(f"FAILED: {cell.workload}, round {cell.round + 1}, {LABELS[cell.system]}: " + "\n".join(said), style="red"))
     return Group(*parts)
 
 

