@@ -138,7 +138,7 @@ def run_server(
                 info = parts.runtime.info
                 tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in info.tiers)
                 click.secho(
-                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention); {tiers}; "
+                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention, {info.forward} forward); {tiers}; "
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
                 )
