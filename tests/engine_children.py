@@ -64,7 +64,21 @@ def fake(connection: Connection, step_s: float = 0.0, start_s: float = 0.0, beat
         engine = BuggyEngine(scheduler, SlowWorker(step_s), chunk_bytes=1000, emit=emit, debug=True)
         engine.start()
         info = EngineInfo(
-            os.getpid(), "fake", "random", 0, "float32", "cpu", VOCAB, MAX_CONTEXT, CHUNK, 1000, TIERS, "made up", "none", load_s=0.0
+            os.getpid(),
+            "fake",
+            "random",
+            0,
+            "float32",
+            "cpu",
+            VOCAB,
+            MAX_CONTEXT,
+            CHUNK,
+            1000,
+            TIERS,
+            "made up",
+            "none",
+            "none",
+            load_s=0.0,
         )
         return engine, info
 

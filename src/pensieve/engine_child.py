@@ -49,6 +49,7 @@ class EngineInfo:
     tiers: tuple[TierConfig, ...]
     cost_source: str  # where Cost(l) came from
     attention: str  # the backend's name
+    forward: str  # what computes the model: fused operations or its modules
     load_s: float  # from the child's first line to ready
     tokenizer_dir: str | None = None  # None: there is no tokenizer
     note: str | None = None  # what a user should know about the model

@@ -144,7 +144,7 @@ def serving(
     engine = Engine(scheduler, worker, chunk_bytes=1000, emit=service.handle, debug=True, quote=ResumeQuote(COST, 1000, 1e6))
     service.connect(engine.post)
     engine.start()
-    info = EngineInfo(0, "tiny", "random", 1, "float32", "cpu", 10_000, max_context, CHUNK, 1000, tiers, "test", "fake", 0.0)
+    info = EngineInfo(0, "tiny", "random", 1, "float32", "cpu", 10_000, max_context, CHUNK, 1000, tiers, "test", "fake", "fake", 0.0)
     metrics, state = Metrics(), EngineState()
     server_config = ServerConfig("tiny", **{"drain_timeout_s": 5.0, "debug": True, **(config or {})})
     contexts: list[Context] = []

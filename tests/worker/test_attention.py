@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pensieve.core.plan import BlockTableUpdate, Span
 from pensieve.errors import ConfigError
+from pensieve.worker import kernel
 from pensieve.worker.attention import AttentionArgs, KVGeometry, cpu, make_backend, native
 from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.attention.reference import attend_one
@@ -30,7 +31,7 @@ HEADS, DIM = 4, 8
 
 torch.set_num_threads(1)
 
-VARIANTS = ["cpu", "reference", *(f"native {level.name}" for level in native.levels())]
+VARIANTS = ["cpu", "reference", *(f"native {level.name}" for level in kernel.levels())]
 NATIVE = VARIANTS[2:]
 
 
@@ -63,7 +64,7 @@ class Bench:
         geometry = KVGeometry(LAYERS, kv_heads, dim, dtype)
         self.backend: Any = make_backend(name, geometry, self.chunk, CPU)
         if level:
-            self.backend = NativeAttention(geometry, self.chunk, native.Level[level])
+            self.backend = NativeAttention(geometry, self.chunk, kernel.Level[level])
         counts = {request: -(-length // self.chunk) for request, length in contexts.items()}
         self.store = KVStore(sum(counts.values()) + 8, LAYERS, self.backend.layer_bytes, CPU)
         self.backend.bind(self.store)
@@ -343,7 +344,7 @@ def test_where_there_is_a_compiler_the_kernel_is_built() -> None:
     """Otherwise half of this file would be left out without a word."""
     if not any(map(shutil.which, ("cc", "gcc", "clang"))) or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("no compiler, or no CPU it is written for")
-    assert not isinstance(native._library(), str), native._library()
+    assert not isinstance(kernel.library(), str), kernel.library()
 
 
 @pytest.mark.parametrize(
@@ -364,9 +365,9 @@ def test_what_the_kernel_cannot_serve(geometry: KVGeometry, chunk: int, device: 
 
 @pytest.fixture
 def fresh_library() -> Iterator[None]:
-    native._library.cache_clear()
+    kernel.library.cache_clear()
     yield
-    native._library.cache_clear()
+    kernel.library.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_library")
@@ -383,7 +384,7 @@ def test_without_a_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_Call", type("_Call", (ctypes.Structure,), {"_fields_": native._Call._fields_[1:]}))
     reason = NativeAttention.why_not(KVGeometry(1, 1, 64, torch.bfloat16), 32, CPU)
-    assert reason is not None and "was built from other sources" in reason
+    assert reason is not None and "built from other sources" in reason
 
 
 @pytest.mark.parametrize("variant", NATIVE)
@@ -407,7 +408,7 @@ def test_a_planted_bug_in_the_call_is_caught(
         def pensieve_attend(self, call: Any) -> int:
             for field, number in planted.items():
                 setattr(call._obj, field, number)
-            return int(native._library().pensieve_attend(call))  # type: ignore[union-attr]
+            return int(kernel.library().pensieve_attend(call))  # type: ignore[union-attr]
 
     monkeypatch.setattr(bench.backend, "_kernel", Kernel())
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):

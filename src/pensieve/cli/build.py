@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pensieve.service import ConversationService
     from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
-    from pensieve.worker.model import CausalModel
+    from pensieve.worker.model import CausalModel, Forward
     from pensieve.worker.weights import ResolvedModel
 
 GB = 1_000_000_000
@@ -55,6 +55,7 @@ class Options:
     max_batch_tokens: int | None = None
     max_running: int = 64
     threads: int | None = None
+    forward: Literal["auto", "fused", "modules"] = "auto"
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -101,6 +102,7 @@ class StartedEngine:
     sizes: Sizes
     cost_source: str  # where Cost(l) came from
     attention: str  # the backend's name
+    forward: str  # what computes the model
 
 
 @dataclass(slots=True)
@@ -147,8 +149,8 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
     """
     import torch
 
-    from pensieve.worker.model import CausalModel, shape_of
-    from pensieve.worker.weights import load, resolve
+    from pensieve.worker.model import shape_of
+    from pensieve.worker.weights import resolve
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -162,9 +164,26 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
         options.model, options.weights, dtype=options.dtype, device=options.device, allow_random=not must_talk, progress=progress
     )
     say(f"loading {resolved.label}")
-    model = CausalModel(load(resolved, options.dtype, options.device), label=resolved.label)
+    model = _causal_model(resolved, options, say)
     text = load_text(resolved.tokenizer_dir, resolved.weights) if with_text else None
     return LoadedModel(resolved, model, shape_of(resolved.config), text)
+
+
+def _causal_model(resolved: ResolvedModel, options: Options, say: Say) -> CausalModel:
+    """Weights in memory once, through the gate; by the model's own modules where fused operations turn out wrong."""
+    from pensieve.worker.model import CausalModel, FusedDiffers
+    from pensieve.worker.weights import load
+
+    def make(forward: Forward) -> CausalModel:
+        return CausalModel(load(resolved, options.dtype, options.device), resolved.label, forward=forward, keep_modules=False)
+
+    try:
+        return make(options.forward)
+    except FusedDiffers as error:
+        if options.forward == "fused":
+            raise
+        say(f"computing {resolved.label} by its own modules: {error.message}")
+        return make("modules")
 
 
 def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"]) -> ChatText | None:
@@ -250,7 +269,7 @@ def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[
     engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug, quote=quote)
     attention = worker.attention
     engine.start()
-    return StartedEngine(engine, sizes, cost_source, attention)
+    return StartedEngine(engine, sizes, cost_source, attention, loaded.model.forward_name)
 
 
 def start_apart(

@@ -43,6 +43,7 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
             tiers=started.sizes.tiers,
             cost_source=started.cost_source,
             attention=started.attention,
+            forward=started.forward,
             load_s=time.monotonic() - started_s,
             tokenizer_dir=None if resolved.tokenizer_dir is None else str(resolved.tokenizer_dir),
             note=resolved.note,

@@ -28,6 +28,13 @@ _MODEL = (
     click.option("--dtype", type=click.Choice(sorted(DTYPE_BYTES)), default=_DEFAULTS.dtype, show_default=True),
     click.option("--device", default=_DEFAULTS.device, show_default=True, help="cpu or cuda."),
     click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads of the model (default: PyTorch's choice)."),
+    click.option(
+        "--forward",
+        type=click.Choice(["auto", "fused", "modules"]),
+        default=_DEFAULTS.forward,
+        show_default=True,
+        help="What computes the model: fused operations (the Llama family on a CPU) or transformers' modules; auto: the first that can.",
+    ),
 )
 _CACHE = (
     click.option(
@@ -51,7 +58,7 @@ _CACHE = (
 
 
 def model_options(function: F) -> F:
-    """--model, --weights, --dtype, --device, --threads."""
+    """--model, --weights, --dtype, --device, --threads, --forward."""
     return _apply(_MODEL, function)
 
 

@@ -141,7 +141,8 @@ def run_server(
                 tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in info.tiers)
                 mode = ", stateless: nothing is kept between turns" if stateless else ""
                 click.secho(
-                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention); {tiers}{mode}; "
+                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention, {info.forward} forward); "
+                    f"{tiers}{mode}; "
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
                 )

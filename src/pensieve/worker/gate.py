@@ -8,6 +8,7 @@ at a whole batch to choose their positions, are wrong here without an error: not
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,13 +60,14 @@ def _rope_types(config: PretrainedConfig) -> set[str]:
     return found
 
 
-def probe(model: CausalModel) -> KVGeometry:
-    """Watch one forward: what its layers hand to attention is what must be cached.
+def probe(model: CausalModel) -> tuple[KVGeometry, tuple[AttentionArgs, ...]]:
+    """Watch one forward: what its layers hand to attention is what must be cached, and how each of them attends.
 
     Raises:
         ModelRefused: a layer does not attend, or not like the others, or with another window than its config says.
     """
     seen: dict[int, KVGeometry] = {}
+    seen_args: dict[int, AttentionArgs] = {}
     num_layers, label = model.shape.num_layers, model.label
 
     def watch(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
@@ -77,6 +79,7 @@ def probe(model: CausalModel) -> KVGeometry:
         if args.sliding_window != expected:
             raise _refused(label, f"layer {layer} attends with window {args.sliding_window}, its config says {expected}")
         seen[layer] = KVGeometry(num_layers, key.shape[1], key.shape[2], key.dtype)
+        seen_args[layer] = args
         return torch.zeros_like(query)
 
     ids = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
@@ -87,7 +90,7 @@ def probe(model: CausalModel) -> KVGeometry:
     if len(set(seen.values())) != 1:
         kinds = sorted({f"{kind.num_kv_heads} x {kind.head_dim}" for kind in seen.values()})
         raise _refused(label, f"its layers differ in KV heads or head size ({', '.join(kinds)})")
-    return seen[0]
+    return seen[0], tuple(seen_args[layer] for layer in range(num_layers))
 
 
 def _window_of(config: PretrainedConfig, layer: int) -> int | None:
@@ -98,7 +101,29 @@ def _window_of(config: PretrainedConfig, layer: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def self_test(model: CausalModel, attention: str = "auto") -> None:
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the model's own eager attention answers to the sequences of the self-test."""
+
+    ids: dict[str, list[int]]  # by name
+    logits: dict[str, torch.Tensor]  # (n, V) in fp32, of a sequence of n tokens
+
+
+def expect(model: CausalModel) -> Expected:
+    """Let the model's modules answer, before anybody takes them apart.
+
+    Raises:
+        ModelRefused: they cannot.
+    """
+    longest = min(29, model.shape.max_positions)
+    lengths = {"pieces": longest, "holes": max(1, longest - 2), "decode": max(1, longest - 18)}
+    generator = torch.Generator().manual_seed(0)
+    ids = {name: torch.randint(model.shape.vocab_size, (length,), generator=generator).tolist() for name, length in lengths.items()}
+    with model.eager() as eager:
+        return Expected(ids, _call(model.label, lambda: {name: _eager_logits(eager, tokens) for name, tokens in ids.items()}))
+
+
+def self_test(model: CausalModel, expected: Expected, attention: str = "auto") -> None:
     """Compare with the model's own eager attention on random ids, in the ways a cache is used.
 
     Three sequences over scattered slots: one in pieces, one whose first chunks and a hole are computed in the same forward as its
@@ -108,7 +133,7 @@ def self_test(model: CausalModel, attention: str = "auto") -> None:
     Raises:
         ModelRefused: the logits differ.
     """
-    error = _call(model.label, lambda: _compare(model, attention))
+    error = _call(model.label, lambda: _compare(model, expected, attention))
     limit = _TOLERANCES.get(model.dtype, _HALF_TOLERANCE)
     if not error <= limit:
         raise _refused(
@@ -116,15 +141,11 @@ def self_test(model: CausalModel, attention: str = "auto") -> None:
         )
 
 
-def _compare(model: CausalModel, attention: str) -> float:
+def _compare(model: CausalModel, expected: Expected, attention: str) -> float:
     """The error over all test sequences, as `self_test` defines it; NaN stays NaN."""
-    longest = min(29, model.shape.max_positions)
-    lengths = {"pieces": longest, "holes": max(1, longest - 2), "decode": max(1, longest - 18)}
-    generator = torch.Generator().manual_seed(0)
-    ids = {name: torch.randint(model.shape.vocab_size, (length,), generator=generator).tolist() for name, length in lengths.items()}
-    run = _TestRun(model, attention, ids)
+    run = _TestRun(model, attention, expected.ids)
     cut = _TEST_CHUNK * 2
-    a, b, c = lengths["pieces"], lengths["holes"], lengths["decode"]
+    a, b, c = (len(expected.ids[name]) for name in ("pieces", "holes", "decode"))
     # Everything of "holes" once, so that the second forward may recompute its beginning and its middle.
     run.step(("pieces", 0, cut), ("holes", 0, b - 1), ("decode", 0, c - 1))
     run.wipe("holes", 0, 3)
@@ -133,10 +154,8 @@ def _compare(model: CausalModel, attention: str) -> float:
     run.step(
         ("pieces", cut, a), ("holes", 0, min(3 * _TEST_CHUNK, b - 1)), ("holes", *hole), ("holes", b - 1, b), ("decode", c - 1, c)
     )  # fmt: skip
-    with model.eager() as eager:
-        expected = {name: _eager_logits(eager, tokens) for name, tokens in ids.items()}
     ours = torch.stack([logits for _, _, logits in run.outputs])
-    theirs = torch.stack([expected[name][position] for name, position, _ in run.outputs])
+    theirs = torch.stack([expected.logits[name][position] for name, position, _ in run.outputs])
     difference = (ours - theirs).abs()
     if model.dtype in _TOLERANCES:
         return float(difference.max() / theirs.abs().max())

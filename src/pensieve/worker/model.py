@@ -3,25 +3,30 @@
 The one hook is transformers' attention interface: we register an attention function, and the model's own code does the rest. No mask
 function is registered, so that transformers builds no mask. The model sees all tokens of a step as one row; what belongs together
 is known to the attention only, which reaches it as a keyword argument of the forward.
+
+Some models can do without their own code: see `worker.llama`. They go through the same gate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from pensieve.config import ModelShape
-from pensieve.errors import ModelRefused
+from pensieve.errors import ConfigError, ModelRefused
 from pensieve.worker import gate
 from pensieve.worker.attention import AttentionArgs, KVGeometry
 from pensieve.worker.batch import Batch
+from pensieve.worker.llama import LlamaForward
 
 _INTERFACE = "pensieve"
+
+Forward = Literal["auto", "fused", "modules"]  # fused operations where they can serve a model; only them; the model's own modules
 
 
 class Attending(Protocol):
@@ -32,19 +37,29 @@ class Attending(Protocol):
         ...
 
 
+class FusedDiffers(ModelRefused):
+    """A model that fused operations do not compute as its modules do."""
+
+
 class CausalModel:
     """A model that passed the gate."""
 
-    def __init__(self, model: PreTrainedModel, label: str = "", *, self_test: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, label: str = "", *, self_test: bool = True, forward: Forward = "auto", keep_modules: bool = True
+    ) -> None:
         """Take over a loaded model: from now on it computes attention through us.
 
         Args:
             model: in evaluation mode, on its device.
             label: its name for people; the config's if empty.
             self_test: compare with the model's own eager attention on random ids.
+            forward: what computes it.
+            keep_modules: False empties the modules where they are not what computes: the weights are in memory once, and `eager` is no more.
 
         Raises:
             ModelRefused: it would run and answer wrong; the message says why.
+            FusedDiffers: fused, it would answer wrong; its modules may do better.
+            ConfigError: fused operations were asked for and cannot serve it.
         """
         self.label = label or model.config.name_or_path or model.config.model_type
         gate.check_config(model, self.label)
@@ -53,18 +68,42 @@ class CausalModel:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.shape = shape_of(model.config)
+        self._fused: LlamaForward | None = None
         # Asked whether padding was forgotten, transformers would compare all ids with this, a wait for the GPU in every step.
         model.config.pad_token_id = None
         AttentionInterface.register(_INTERFACE, _attention)
         before = model.config._attn_implementation
         model.set_attn_implementation(_INTERFACE)
         try:
-            self.geometry: KVGeometry = gate.probe(self)
-            if self_test:
-                gate.self_test(self)
+            self._take_over(forward, self_test, keep_modules)
         except ModelRefused:
             model.set_attn_implementation(before)  # whoever holds it may still use it without us
             raise
+
+    def _take_over(self, forward: Forward, self_test: bool, keep_modules: bool) -> None:
+        """Through the gate; then as fused operations, if they are to be, through the rest of it."""
+        geometry, args = gate.probe(self)
+        self.geometry: KVGeometry = geometry
+        expected = gate.expect(self) if self_test else None
+        if forward != "modules":
+            reason = LlamaForward.why_not(self.model)
+            if reason is None:
+                self._fused = LlamaForward(self.model, args, keep_modules=keep_modules)
+            elif forward == "fused":
+                raise ConfigError(f"{self.label} cannot be computed by fused operations ({reason}): choose --forward auto or modules")
+        if expected is None:
+            return
+        try:
+            gate.self_test(self, expected)
+        except ModelRefused as error:
+            if self._fused is None:
+                raise
+            raise FusedDiffers(f"{error.message} (fused operations; --forward modules computes it by its own)") from error
+
+    @property
+    def forward_name(self) -> str:
+        """What computes: "fused" or "modules"."""
+        return "modules" if self._fused is None else "fused"
 
     def forward(self, batch: Batch, attending: Attending) -> torch.Tensor:
         """Logits of the last token of each emitting span, (E, V), in the model's dtype."""
@@ -79,6 +118,8 @@ class CausalModel:
             rows: (E,), which of the T.
             attending: called once in each layer.
         """
+        if self._fused is not None:
+            return self._fused.logits(input_ids, position_ids, rows, attending)
         with torch.inference_mode():
             output = self.model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=rows, pensieve_attending=attending
@@ -88,7 +129,7 @@ class CausalModel:
 
     @contextmanager
     def eager(self) -> Iterator[PreTrainedModel]:
-        """The model as transformers computes it, for comparisons."""
+        """The model as transformers computes it, for comparisons. Its modules must have been kept."""
         self.model.set_attn_implementation("eager")
         try:
             yield self.model

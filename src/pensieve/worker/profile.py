@@ -294,7 +294,7 @@ def _key(model: CausalModel, chunk_tokens: int, attention: str) -> str:
     backend = make_backend(attention, model.geometry, chunk_tokens, model.device).name
     parts = (
         _FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, backend,
-        torch.get_num_threads(), torch.__version__,
+        model.forward_name, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
     readable = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in Path(model.label).name)[:40]
     return f"{readable}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"

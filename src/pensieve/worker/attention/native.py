@@ -1,8 +1,7 @@
-"""Attention in place, by a kernel of our own in C (`kernel/`): for x86-64 CPUs with AVX2 or more. Knows pointers; never plans or models.
+"""Attention in place, by a kernel of our own in C (`worker/kernel`): for x86-64 CPUs with AVX2 or more. Knows pointers; never plans or models.
 
 Nothing is gathered: the kernel follows the block tables and reads each chunk where it lies, in a layout made for its products, so that a decode
-costs what reading K and V from memory costs. All spans of a step go in one call a layer. The threads are torch's own: a second pool would spin
-against the first.
+costs what reading K and V from memory costs. All spans of a step go in one call a layer.
 
 In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][C][2] and V [C/2][D][2], in float32 [D][C] and [C][D]. It is
 fastest with C = 32, the kernel's own width; smaller chunks serve tests.
@@ -11,47 +10,34 @@ fastest with C = 32, the kernel's own width; smaller chunks serve tests.
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 from dataclasses import dataclass
-from enum import IntEnum
-from functools import cache
-from pathlib import Path
 
 import torch
 
 from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry
 from pensieve.worker.batch import Batch
+from pensieve.worker.kernel import INT, KINDS, POINTER, REAL, Level, levels, library_for, num_threads
 from pensieve.worker.kv_store import KVStore
 
 _CHUNKS = range(4, 33, 2)  # tokens of a slot: pairs, at most as many as the kernel is wide
 _HEAD_STEP = 16  # numbers of its widest vector
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_POINTER, _INT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _UNBOUNDED = 1 << 40  # a window that hides nothing
 _PART_CHUNKS = 8  # a context is divided among threads into parts of at least so many chunks
 
 
-class Level(IntEnum):
-    """Instructions that the kernel is compiled for; each includes those before it."""
-
-    AVX2 = 1
-    AVX512 = 2
-    AVX512_BF16 = 3
-
-
 class _Call(ctypes.Structure):
-    """`struct call` of kernel/call.h, field by field."""
+    """`struct call` of worker/kernel/call.h, field by field."""
 
     _fields_ = [
-        ("store", _POINTER), ("slot_bytes", _INT), ("layer_bytes", _INT), ("kind", _INT), ("num_kv_heads", _INT), ("head_dim", _INT),
-        ("chunk_tokens", _INT), ("level", _INT), ("num_threads", _INT), ("part_chunks", _INT),
-        ("first_rows", _POINTER), ("stops", _POINTER), ("tables", _POINTER), ("slot_mapping", _POINTER),
-        ("num_spans", _INT), ("table_width", _INT), ("num_tokens", _INT),
-        ("layer", _INT), ("key", _POINTER), ("value", _POINTER),
-        ("key_token_stride", _INT), ("key_head_stride", _INT), ("value_token_stride", _INT), ("value_head_stride", _INT),
-        ("query", _POINTER), ("query_token_stride", _INT), ("query_head_stride", _INT), ("num_heads", _INT),
-        ("output", _POINTER), ("sinks", _POINTER), ("scaling", _REAL), ("softcap", _REAL), ("window", _INT),
-        ("scratch", _POINTER), ("scratch_bytes", _INT),
+        ("store", POINTER), ("slot_bytes", INT), ("layer_bytes", INT), ("kind", INT), ("num_kv_heads", INT), ("head_dim", INT),
+        ("chunk_tokens", INT), ("level", INT), ("num_threads", INT), ("part_chunks", INT),
+        ("first_rows", POINTER), ("stops", POINTER), ("tables", POINTER), ("slot_mapping", POINTER),
+        ("num_spans", INT), ("table_width", INT), ("num_tokens", INT),
+        ("layer", INT), ("key", POINTER), ("value", POINTER),
+        ("key_token_stride", INT), ("key_head_stride", INT), ("value_token_stride", INT), ("value_head_stride", INT),
+        ("query", POINTER), ("query_token_stride", INT), ("query_head_stride", INT), ("num_heads", INT),
+        ("output", POINTER), ("sinks", POINTER), ("scaling", REAL), ("softcap", REAL), ("window", INT),
+        ("scratch", POINTER), ("scratch_bytes", INT),
     ]  # fmt: skip
 
 
@@ -71,7 +57,7 @@ class NativeAttention(AttentionBackend[Step]):
     def __init__(self, geometry: KVGeometry, chunk_tokens: int, level: Level | None = None) -> None:
         """Take the highest level of this CPU, or the one that is named."""
         super().__init__(geometry, chunk_tokens)
-        library = _library()
+        library = library_for("call", ctypes.sizeof(_Call))
         assert not isinstance(library, str), library
         self._kernel = library
         self._level = levels()[-1] if level is None else level
@@ -83,13 +69,13 @@ class NativeAttention(AttentionBackend[Step]):
         """It serves bfloat16 and float32, heads of a multiple of 16, chunks of up to 32 tokens, on a CPU it was compiled for."""
         if device.type != "cpu":
             return f"it runs on a CPU, not on {device}"
-        if geometry.dtype not in _KINDS:
+        if geometry.dtype not in KINDS:
             return f"{geometry.dtype} is neither bfloat16 nor float32"
         if chunk_tokens not in _CHUNKS:
             return f"chunks of {chunk_tokens} tokens are no even number from {_CHUNKS[0]} to {_CHUNKS[-1]}"
         if geometry.head_dim % _HEAD_STEP:
             return f"heads of {geometry.head_dim} numbers are no multiple of {_HEAD_STEP}"
-        library = _library()
+        library = library_for("call", ctypes.sizeof(_Call))
         return library if isinstance(library, str) else None
 
     def bind(self, store: KVStore) -> None:
@@ -103,12 +89,12 @@ class NativeAttention(AttentionBackend[Step]):
             store=store.data.data_ptr(),
             slot_bytes=store.slot_bytes,
             layer_bytes=store.layer_bytes,
-            kind=_KINDS[geometry.dtype],
+            kind=KINDS[geometry.dtype],
             num_kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
             chunk_tokens=self.chunk_tokens,
             level=self._level,
-            num_threads=torch.get_num_threads() if _threads() else 1,
+            num_threads=num_threads(),
             part_chunks=_PART_CHUNKS,
             first_rows=batch.cu_seqlens_q.data_ptr(),
             stops=batch.context_lens.data_ptr(),
@@ -158,46 +144,3 @@ class NativeAttention(AttentionBackend[Step]):
         if rows.dtype != self.geometry.dtype or rows.stride(2) != 1:
             return rows.to(self.geometry.dtype).contiguous()
         return rows
-
-
-@cache
-def levels() -> tuple[Level, ...]:
-    """The levels that this CPU can run, ascending; none where the kernel is missing."""
-    library = _library()
-    return () if isinstance(library, str) else tuple(level for level in Level if level <= library.pensieve_level())
-
-
-@cache
-def _library() -> ctypes.CDLL | str:
-    """The kernel, ready to be called; or why there is none."""
-    places = [Path(__file__).with_name("_kernel" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        return "built without a C compiler: install one (gcc or clang), then this package again"
-    try:
-        library = ctypes.CDLL(str(path))
-        for name in ("call_bytes", "level", "attend", "count_parts"):
-            getattr(library, f"pensieve_{name}").restype = _INT
-        call_bytes = library.pensieve_call_bytes()
-    except (OSError, AttributeError) as error:
-        return f"{path.name} cannot be loaded ({error}): install this package again"
-    if call_bytes != ctypes.sizeof(_Call):
-        return f"{path.name} was built from other sources: install this package again"
-    if not library.pensieve_level():
-        return "this CPU has no AVX2 (or the compiler was neither gcc nor clang for x86-64)"
-    library.pensieve_use_threads(ctypes.c_void_p(_threads()))
-    return library
-
-
-@cache
-def _threads() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch itself runs on; None: torch uses another kind of threads."""
-    if not torch._C.has_openmp:
-        return None
-    for library in (None, *sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))):
-        try:
-            function = ctypes.CDLL(None if library is None else str(library)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        return ctypes.cast(function, ctypes.c_void_p).value
-    return None

@@ -1,9 +1,10 @@
-/* What Python and the kernel say to each other: one struct a layer, mirrored field by field in native.py. */
+/* What Python and the kernel say to each other: one struct a layer, mirrored field by field in attention/native.py. */
 #ifndef PENSIEVE_CALL_H
 #define PENSIEVE_CALL_H
 
 #include <stdint.h>
 
+#define LOG2_E 1.44269504f
 #define WIDTH 32 /* tokens at once, and the most that a slot holds */
 
 enum { LEVEL_NONE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16 };

@@ -7,15 +7,14 @@
 #include <string.h>
 
 #include "call.h"
+#include "threads.h"
 
 int64_t pensieve_call_bytes(void) { return (int64_t)sizeof(struct call); }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-#include "lanes_avx2.h"
-#include "lanes_avx512.h"
+#include "bfloat16.h"
 
-#define LOG2_E 1.44269504f
 #define SLACK 8.0f /* weights are at most 2^8, whose sums a float holds as well as those of weights up to 1 */
 
 struct scale {
@@ -34,14 +33,6 @@ static struct scale scale_of(const struct call *call)
 static inline uint32_t bits_below(int64_t count)
 {
     return count <= 0 ? 0 : count >= 32 ? UINT32_MAX : (UINT32_C(1) << count) - 1;
-}
-
-static inline float float_of(uint16_t bfloat16)
-{
-    const uint32_t bits = (uint32_t)bfloat16 << 16;
-    float number;
-    memcpy(&number, &bits, sizeof number);
-    return number;
 }
 
 /* ---- fp32 */
@@ -110,8 +101,6 @@ static inline float float_of(uint16_t bfloat16)
 /* With instructions for it: products of pairs, summed in fp32. */
 #undef TARGET
 #undef INLINE
-#define TARGET_BF16 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-#define INLINE_BF16 static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define TARGET TARGET_BF16
 #define INLINE INLINE_BF16
 
@@ -123,8 +112,6 @@ INLINE_BF16 __m512bh bf16_spread(const uint16_t *p)
     memcpy(&pair, p, sizeof pair);
     return (__m512bh)_mm512_set1_epi32(pair);
 }
-INLINE_BF16 void bf16_store(uint16_t *p, __m512 a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a)); }
-
 #define NAME(x) x##_bfloat16_native
 #define OPERAND uint16_t
 #define QUERY(cell) (cell)
@@ -152,27 +139,6 @@ INLINE_BF16 void bf16_store(uint16_t *p, __m512 a) { _mm256_storeu_si256((__m256
 /* Without: both halves of a word become floats. */
 struct halves_avx512 { __m512 low, high; };
 struct halves_avx2 { __m256 low, high; };
-
-/* To the nearest bfloat16, of two equally near to the even one; NaN stays NaN. */
-INLINE_AVX512 void avx512_store_bfloat16(uint16_t *p, __m512 a)
-{
-    const __m512i bits = _mm512_castps_si512(a);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-
-INLINE_AVX2 void avx2_store_bfloat16(uint16_t *p, __m256 a)
-{
-    const __m256i bits = _mm256_castps_si256(a);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
-    rounded = _mm256_srli_epi32(rounded, 16);
-    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
-}
 
 #define OPERAND float
 #define QUERY(cell) float_of(cell)
@@ -214,18 +180,6 @@ INLINE_AVX2 void avx2_store_bfloat16(uint16_t *p, __m256 a)
 
 /* ---- which of them */
 
-/* The highest level this CPU and its system support. */
-int64_t pensieve_level(void)
-{
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
-        return LEVEL_NONE;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
-        !__builtin_cpu_supports("avx512vl"))
-        return LEVEL_AVX2;
-    return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
-}
-
 struct variant {
     attend_part *attend;
     void (*finish)(const struct call *, const struct part *, int64_t kv_head, const float *partials, float *sum);
@@ -243,46 +197,6 @@ static struct variant variant_of(const struct call *call)
     if (call->level >= LEVEL_AVX512)
         return (struct variant){attend_part_bfloat16_avx512, finish_bfloat16_avx512};
     return (struct variant){attend_part_bfloat16_avx2, finish_bfloat16_avx2};
-}
-
-/* ---- threads */
-
-/* The OpenMP runtime that torch runs on: a second pool of threads would spin against the first. */
-typedef void parallel(void (*work)(void *), void *data, unsigned num_threads, unsigned flags);
-static parallel *torch_parallel;
-
-/* Hand over libgomp's GOMP_parallel; null: everything runs on the caller's thread. */
-void pensieve_use_threads(parallel *function) { torch_parallel = function; }
-
-/* Items that threads take in turn. */
-struct queue {
-    void (*item)(void *data, int64_t index, int64_t thread);
-    void *data;
-    int64_t count;
-    int64_t next;    /* atomic */
-    int64_t threads; /* atomic, those that have begun */
-};
-
-static void take_items(void *data)
-{
-    struct queue *queue = data;
-    const int64_t thread = __atomic_fetch_add(&queue->threads, 1, __ATOMIC_RELAXED);
-    for (;;) {
-        const int64_t index = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
-        if (index >= queue->count)
-            return;
-        queue->item(queue->data, index, thread);
-    }
-}
-
-/* Always all threads or one: libgomp ends the threads that a smaller team leaves out, and starts them anew for the next one. */
-static void run_items(void (*item)(void *, int64_t, int64_t), void *data, int64_t count, int64_t num_threads)
-{
-    struct queue queue = {item, data, count, 0, 0};
-    if (num_threads > 1 && torch_parallel)
-        torch_parallel(take_items, &queue, (unsigned)num_threads, 0);
-    else
-        take_items(&queue);
 }
 
 /* ---- attending */
@@ -468,7 +382,7 @@ int64_t pensieve_attend(const struct call *call)
     memset(attending.settled, 0, (size_t)settled_bytes);
     attending.partials = (float *)(base + parts_bytes + settled_bytes);
     attending.rooms = base + parts_bytes + settled_bytes + partials_bytes;
-    run_items(attend_item, &attending, plan->num_parts * call->num_kv_heads, plan->num_threads);
+    pensieve_run_items(attend_item, &attending, plan->num_parts * call->num_kv_heads, plan->num_threads);
     return 0;
 }
 
@@ -540,13 +454,11 @@ void pensieve_write(struct call *call)
 {
     const int64_t numbers = call->num_tokens * call->num_kv_heads * call->head_dim;
     const int64_t count = (call->num_tokens + WRITE_TOKENS - 1) / WRITE_TOKENS * call->num_kv_heads;
-    run_items(write_item, call, count, numbers < 32768 ? 1 : call->num_threads);
+    pensieve_run_items(write_item, call, count, numbers < 32768 ? 1 : call->num_threads);
 }
 
 #else /* another processor or compiler: Python does not call what is not there */
 
-int64_t pensieve_level(void) { return LEVEL_NONE; }
-void pensieve_use_threads(void *function) { (void)function; }
 int64_t pensieve_attend(const struct call *call) { (void)call; return 0; }
 int64_t pensieve_count_parts(const struct call *call) { (void)call; return 0; }
 void pensieve_write(struct call *call) { (void)call; }

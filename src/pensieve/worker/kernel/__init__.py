@@ -1,0 +1,85 @@
+"""The kernels, plain C that is built with the package and loaded through ctypes. Knows pointers and threads; never models or plans.
+
+One shared object serves every x86-64 CPU: each level of instructions is compiled in and chosen when it runs. It is not linked to torch; the threads
+are torch's own all the same, since a second pool would spin against the first. Nothing here is needed: without a compiler at installation, or on
+another processor, everything is computed in torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+
+POINTER, INT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # KIND_... of call.h: what the kernels compute with
+
+_FUNCTIONS = {  # with what they return
+    "call_bytes": INT, "rows_bytes": INT, "level": INT, "attend": INT, "count_parts": INT, "write": None, "use_threads": None, "norm": None,
+    "rotate": None, "gate": None,
+}  # fmt: skip
+
+
+class Level(IntEnum):
+    """Instructions that the kernels are compiled for; each includes those before it."""
+
+    AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+
+
+@cache
+def levels() -> tuple[Level, ...]:
+    """The levels that this CPU can run, ascending; none where the kernels are missing."""
+    found = library()
+    return () if isinstance(found, str) else tuple(level for level in Level if level <= found.pensieve_level())
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The kernels, ready to be called; or why there are none."""
+    places = [Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        return "built without a C compiler: install one (gcc or clang), then this package again"
+    try:
+        found = ctypes.CDLL(str(path))
+        for name, result in _FUNCTIONS.items():
+            getattr(found, f"pensieve_{name}").restype = result
+    except (OSError, AttributeError) as error:
+        return f"{path.name} cannot be loaded ({error}): install this package again"
+    if not found.pensieve_level():
+        return "this CPU has no AVX2 (or the compiler was neither gcc nor clang for x86-64)"
+    found.pensieve_use_threads(ctypes.c_void_p(threads()))
+    return found
+
+
+def library_for(call: str, num_bytes: int) -> ctypes.CDLL | str:
+    """The kernels, if what they take for a call of this name is as large as what we would hand over; or why there are none."""
+    found = library()
+    if not isinstance(found, str) and getattr(found, f"pensieve_{call}_bytes")() != num_bytes:
+        return "the kernels were built from other sources: install this package again"
+    return found
+
+
+def num_threads() -> int:
+    """How many threads a kernel may ask for."""
+    return torch.get_num_threads() if threads() else 1
+
+
+@cache
+def threads() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch itself runs on; None: torch uses another kind of threads."""
+    if not torch._C.has_openmp:
+        return None
+    for path in (None, *sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))):
+        try:
+            function = ctypes.CDLL(None if path is None else str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None

@@ -1,0 +1,171 @@
+"""Fused operations against the modules they stand in for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pensieve.errors import ConfigError
+from pensieve.worker import kernel
+from pensieve.worker.attention import AttentionArgs
+from pensieve.worker.llama import LlamaForward
+from pensieve.worker.model import CausalModel, FusedDiffers
+from tiny_models import _MODERN, CONFIGS, WINDOW, tiny
+
+pytestmark = pytest.mark.skipif(not kernel.levels(), reason="the kernels are not built")
+torch.set_num_threads(2)
+
+_ROPE = {"rope_theta": 10_000.0, "original_max_position_embeddings": 64, "factor": 8.0}
+FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, heads of 64, one KV head": ("llama", {"head_dim": 64, "num_key_value_heads": 1}),
+    "llama, odd sizes": ("llama", {"hidden_size": 52, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 70}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama 3's positions": (
+        "llama",
+        {"rope_parameters": {**_ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    ),
+    "yarn's positions": ("llama", {"rope_parameters": {**_ROPE, "rope_type": "yarn"}}),
+    "mistral, windows": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, windows in some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3, normalised heads": ("qwen3", {}),
+    "smollm3, a layer without positions": ("smollm3", {"no_rope_layers": [1, 0]}),
+}
+every_member = pytest.mark.parametrize("member", list(FAMILY))
+
+
+@pytest.fixture(autouse=True)
+def more_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("qwen2", "smollm3"):
+        monkeypatch.setitem(CONFIGS, name, _MODERN)
+
+
+def make(member: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    name, changes = FAMILY[member]
+    model = tiny(name, 0, dtype, **changes)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:  # all ones would forgive a weight that is left out
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    return model
+
+
+def dense(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    """Causal attention of one sequence, written out."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key.double()) * args.scaling
+    distance = torch.arange(len(query))[:, None] - torch.arange(len(key))[None]
+    visible = (distance >= 0) & (distance < (args.sliding_window or 1 << 30))
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value.double()).to(query.dtype)
+
+
+def logits_of(model: CausalModel, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return model.logits(ids, torch.arange(ids.shape[1])[None], rows, dense)
+
+
+@every_member
+def test_same_logits_as_the_modules(member: str) -> None:
+    model = make(member)
+    fused = CausalModel(model, forward="fused", self_test=False)
+    assert fused.forward_name == "fused"
+    ids, rows = torch.arange(3, 60)[None], torch.tensor([0, 13, 56])
+    with fused.eager() as eager, torch.inference_mode():
+        expected = eager(input_ids=ids, use_cache=False).logits[0, rows]
+    torch.testing.assert_close(logits_of(fused, ids, rows), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@every_member
+def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_modules(member: str) -> None:
+    """Both round; ours less often."""
+    exact, rounded = make(member), make(member, torch.bfloat16)
+    for target, source in zip(exact.parameters(), rounded.parameters(), strict=True):
+        target.data.copy_(source.data.float())
+    ids, rows = torch.arange(3, 60)[None], torch.arange(57)
+    truth = logits_of(CausalModel(exact, forward="modules", self_test=False), ids, rows).double()
+    ours = logits_of(CausalModel(rounded, forward="fused", self_test=False), ids, rows).double()
+    theirs = logits_of(CausalModel(rounded, forward="modules", self_test=False), ids, rows).double()
+    assert (ours - truth).square().mean() < 1.2 * (theirs - truth).square().mean()
+
+
+@every_member
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gate_lets_it_pass(member: str, dtype: torch.dtype) -> None:
+    assert CausalModel(make(member, dtype), member).forward_name == "fused"
+
+
+def test_contexts_longer_than_the_angles_made_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pensieve.worker.llama._FIRST_POSITIONS", 4)
+    test_same_logits_as_the_modules("llama")
+
+
+def test_no_token_asked_for() -> None:
+    model = CausalModel(make("llama"), self_test=False)
+    assert logits_of(model, torch.arange(5)[None], torch.empty(0, dtype=torch.int64)).shape == (0, model.shape.vocab_size)
+
+
+def test_emptied_modules_leave_the_fused_ones_whole() -> None:
+    ids, rows = torch.arange(3, 30)[None], torch.tensor([26])
+    expected = logits_of(CausalModel(make("llama, tied"), self_test=False), ids, rows)
+    model = CausalModel(make("llama, tied"), keep_modules=False)
+    assert torch.equal(logits_of(model, ids, rows), expected)
+    left = sum(parameter.numel() for parameter in model.model.parameters())
+    assert left == sum(p.numel() for n, p in make("llama, tied").named_parameters() if "embed" in n or n == "model.norm.weight")
+
+
+@pytest.mark.parametrize("plant", ["norm", "rotate", "gate", "layers swapped"])
+def test_a_planted_bug_is_stopped_at_the_gate(monkeypatch: pytest.MonkeyPatch, plant: str) -> None:
+    from pensieve.worker.rows import Rows
+
+    if plant == "norm":
+        monkeypatch.setattr(Rows, "norm", lambda self, residual, delta, weight, epsilon: residual * weight)
+    elif plant == "rotate":
+        monkeypatch.setattr(Rows, "rotate", lambda *_: None)
+    elif plant == "gate":
+        monkeypatch.setattr(Rows, "gate", lambda self, both: both.chunk(2, dim=-1)[1].contiguous())
+    else:
+        made = LlamaForward.__init__
+
+        def swapped(self: LlamaForward, *args: Any, **options: Any) -> None:
+            made(self, *args, **options)
+            self._layers.reverse()
+
+        monkeypatch.setattr(LlamaForward, "__init__", swapped)
+    with pytest.raises(FusedDiffers, match=r"over a paged cache its logits differ .* --forward modules"):
+        CausalModel(make("llama"), "llama")
+    assert CausalModel(make("llama"), "llama", forward="modules").forward_name == "modules"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("gemma2", {}, "Gemma2ForCausalLM is not of the Llama family"),
+        ("llama", {"hidden_act": "gelu"}, "its MLP has 'gelu' for a gate, not 'silu'"),
+    ],
+)
+def test_what_is_left_to_the_modules(name: str, changes: dict[str, Any], reason: str) -> None:
+    model = tiny(name, **changes)
+    assert LlamaForward.why_not(model) == reason
+    assert CausalModel(model, self_test=False).forward_name == "modules"
+    with pytest.raises(ConfigError, match="cannot be computed by fused operations") as refused:
+        CausalModel(tiny(name, **changes), "it", forward="fused", self_test=False)
+    assert reason in refused.value.message
+
+
+def test_half_precision_is_left_to_the_modules() -> None:
+    assert CausalModel(tiny("llama", dtype=torch.float16), self_test=False).forward_name == "modules"
+
+
+def test_products_of_another_kind_are_left_to_the_modules() -> None:
+    class Quantised(torch.nn.Linear):
+        pass
+
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.__class__ = Quantised
+    assert LlamaForward.why_not(model) == "its products are of type Quantised"
