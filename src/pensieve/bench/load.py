@@ -19,6 +19,7 @@ from pensieve.bench.probe import Target
 from pensieve.workloads.prompts import PromptWriter
 from pensieve.workloads.scripts import Player, Script, ScriptTurn
 
+_TICK_S = 0.001
 SHOW_EVERY_S = 0.5  # what is shown costs the machine that is measured
 
 
@@ -169,7 +170,7 @@ class _Stage:
         said: Messages = []  # a question and an answer for each turn
         for index, turn in enumerate(script.turns):
             due_s = max(free_s + turn.think_s, turn.due_s or 0.0)
-            await asyncio.sleep(due_s - self._now_s())
+            await self._until(due_s)
             if turn.keep_turns is not None:
                 del said[2 * turn.keep_turns :]
             question = {"role": "user", "content": self._text(script, index, turn)}
@@ -214,6 +215,11 @@ class _Stage:
             output_tokens=answer.output_tokens if answer.output_tokens is not None else answer.num_pieces,
             error=error,
         )
+
+    async def _until(self, due_s: float) -> None:
+        """Wait for a time of the run. An event loop may wake up a little early: its clock has coarse ticks."""
+        while (left_s := due_s - self._now_s()) > 0:
+            await asyncio.sleep(max(left_s, _TICK_S))
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._begun_s

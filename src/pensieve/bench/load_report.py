@@ -136,7 +136,7 @@ def failure_lines(runs: Sequence[LoadRun]) -> list[str]:
 
 
 def print_load_report(runs: Sequence[LoadRun], target: Target, console: Console, notes: Sequence[str] = ()) -> None:
-    """A table by turn for each run, one of totals, and what the reader must know."""
+    """Tables by turn and of totals, or one with a row for each rate, and what the reader must know."""
 
     def line(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -144,12 +144,13 @@ def print_load_report(runs: Sequence[LoadRun], target: Target, console: Console,
     all_figures = [figures(run) for run in runs]
     line("")
     line(f"{target.model} at {target.url}" + (f" ({target.server})" if target.server else ""))
-    for found in all_figures:
-        if len(found.by_turn) > 1:
-            line("")
-            console.print(_turn_table(found))
     line("")
-    console.print(_totals_table(all_figures))
+    if len(all_figures) > 1:
+        console.print(_sweep_table(all_figures))
+    else:
+        console.print(_turn_table(all_figures[0]))
+        line("")
+        console.print(_totals_table(all_figures[0]))
     line("")
     for note in (*target.notes, *notes):
         line(f"note: {note}")
@@ -243,7 +244,7 @@ def _request(run: int, record: RequestRecord) -> dict[str, Any]:
 
 
 def _turn_table(found: RunFigures) -> Table:
-    table = _table("By turn" if found.rate is None else f"By turn at {found.rate:g} requests/s")
+    table = _table("By turn")
     for name in ("turn", "n", "TTFT p50", "p90", "p99 ms", "ms/token p50", "p90", "prompt", "cached", "new tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for turn in found.by_turn:
@@ -253,32 +254,40 @@ def _turn_table(found: RunFigures) -> Table:
     return table
 
 
-def _totals_table(all_figures: Sequence[RunFigures]) -> Table:
+def _totals_table(found: RunFigures) -> Table:
     table = _table("Totals")
     table.add_column("")
-    swept = len(all_figures) > 1
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_row("requests (failed)", f"{found.requests} ({found.failed})")
+    table.add_row("seconds", f"{found.wall_s:.1f}")
+    table.add_row("requests/s", f"{found.requests_per_s:.2f}")
+    if found.steady_requests_per_s is not None:
+        table.add_row("requests/s while conversations arrive", f"{found.steady_requests_per_s:.2f}")
+    table.add_row("output tokens/s", f"{found.output_tokens_per_s:.1f}")
+    spreads = {
+        "TTFT": found.ttft_ms,
+        "normalized latency": found.normalized_ms,
+        "between tokens": found.inter_token_ms,
+        "latency": found.latency_ms,
+    }
+    for name, times in spreads.items():
+        table.add_row(f"{name}, p50 / p90 / p99 ms", " / ".join(map(_shown_ms, (times.p50, times.p90, times.p99))))
+    cached = _share(found)
+    table.add_row("prompt tokens found cached", cached if found.cached_tokens is None else f"{found.cached_tokens:,} ({cached})")
+    table.add_row("this client's CPU", f"{found.client_cpu_s:.2f} s ({found.client_cpu_share:.1%} of a core)")
+    return table
+
+
+def _sweep_table(all_figures: Sequence[RunFigures]) -> Table:
+    table = _table("By rate (TTFT in ms, and ms a token: p50 and p90)")
+    for name in ("rate", "n", "failed", "req/s", "steady", "tok/s", "TTFT", "p90", "ms/tok", "p90", "cached"):
+        table.add_column(name, justify="right", no_wrap=True)
     for found in all_figures:
-        table.add_column(f"{found.rate:g}/s" if swept and found.rate is not None else "", justify="right", no_wrap=True)
-
-    def row(name: str, *cells: str) -> None:
-        table.add_row(name, *cells)
-
-    row("requests (failed)", *(f"{f.requests} ({f.failed})" for f in all_figures))
-    row("seconds", *(f"{f.wall_s:.1f}" for f in all_figures))
-    row("requests/s", *(f"{f.requests_per_s:.2f}" for f in all_figures))
-    if any(f.steady_requests_per_s is not None for f in all_figures):
-        row("requests/s, steady", *(_shown(f.steady_requests_per_s) for f in all_figures))
-    row("output tokens/s", *(f"{f.output_tokens_per_s:.1f}" for f in all_figures))
-    spreads = (
-        ("TTFT", "ttft_ms"),
-        ("normalized latency", "normalized_ms"),
-        ("between tokens", "inter_token_ms"),
-        ("latency", "latency_ms"),
-    )
-    for name, key in spreads:
-        row(f"{name}, p50 / p90 / p99 ms", *(_three(getattr(f, key)) for f in all_figures))
-    row("prompt tokens found cached", *(_share(f.cached_tokens, f.prompt_tokens) for f in all_figures))
-    row("this client's CPU", *(f"{f.client_cpu_s:.2f} s ({f.client_cpu_share:.1%} of a core)" for f in all_figures))
+        steady = "–" if found.steady_requests_per_s is None else f"{found.steady_requests_per_s:.2f}"
+        counts = [f"{found.rate:g}", str(found.requests), str(found.failed)]
+        rates = [f"{found.requests_per_s:.2f}", steady, f"{found.output_tokens_per_s:.1f}"]
+        times = (found.ttft_ms.p50, found.ttft_ms.p90, found.normalized_ms.p50, found.normalized_ms.p90)
+        table.add_row(*counts, *rates, *map(_shown_ms, times), _share(found))
     return table
 
 
@@ -286,12 +295,10 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
 
-def _three(found: Spread) -> str:
-    return " / ".join(map(_shown_ms, (found.p50, found.p90, found.p99)))
-
-
-def _share(cached: int | None, prompt: int | None) -> str:
-    return "not reported" if cached is None or not prompt else f"{cached:,} of {prompt:,} ({cached / prompt:.1%})"
+def _share(found: RunFigures) -> str:
+    if found.cached_tokens is None or not found.prompt_tokens:
+        return "not told"
+    return f"{found.cached_tokens / found.prompt_tokens:.1%}"
 
 
 def _shown_ms(value: float | None) -> str:
@@ -300,7 +307,3 @@ def _shown_ms(value: float | None) -> str:
 
 def _shown_count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
-
-
-def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

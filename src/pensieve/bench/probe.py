@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pensieve.bench.chat_client import LENGTH_FORMS, USAGE_FIELD, Asked, ChatClient, Messages
 from pensieve.bench.chat_stream import TurnFailed
 from pensieve.bench.http_client import HttpClient
+from pensieve.bench.systems import CONTEXT_FULL
 from pensieve.errors import ModelUnavailable
 from pensieve.workloads.prompts import PromptWriter
 
 SHORT_ANSWERS = ("What colour is the sky? Answer with one word.", "Say hello.", "Is water wet? Answer yes or no.")
 PROBE_TOKENS = 48  # more than a model says to these by itself
 CALIBRATION_WORDS = (20, 320)
+SMALL_CALIBRATION_WORDS = 80  # instead of the longer one, where the context is small
 TOKENS_PER_WORD = 1.25  # of English where the server counts nothing
 _SHOWN_CHARS = 300
 
@@ -138,23 +140,35 @@ async def _find_length_form(chat: ChatClient) -> tuple[str, ...]:
 
 async def _calibrate(chat: ChatClient, writer: PromptWriter) -> tuple[float, float]:
     """Tokens a word, and what the template adds to one message: from two lengths, the difference leaves the template out."""
-    counts = []
-    for words in CALIBRATION_WORDS:
-        asked = await chat.ask(_user(writer.write(f"calibration/{words}", words)), 1)
-        _check(chat, asked, "a calibration request")
-        counts.append(asked.answer.prompt_tokens or 0)
     short, long = CALIBRATION_WORDS
-    tokens_per_word = (counts[1] - counts[0]) / (long - short)
+    few = await _count_prompt(chat, writer, short)
+    try:
+        many = await _count_prompt(chat, writer, long)
+    except _ContextFull:
+        long = SMALL_CALIBRATION_WORDS
+        many = await _count_prompt(chat, writer, long)
+    tokens_per_word = (many - few) / (long - short)
     if not tokens_per_word > 0:
         raise ModelUnavailable(
-            f"{chat.http.url} counts {counts[0]} tokens in a prompt of {short} words and {counts[1]} in one of {long}: its counts are wrong"
+            f"{chat.http.url} counts {few} tokens in a prompt of {short} words and {many} in one of {long}: its counts are wrong"
         )
-    return tokens_per_word, counts[0] - short * tokens_per_word
+    return tokens_per_word, few - short * tokens_per_word
+
+
+async def _count_prompt(chat: ChatClient, writer: PromptWriter, num_words: int) -> int:
+    asked = await chat.ask(_user(writer.write(f"calibration/{num_words}", num_words)), 1)
+    _check(chat, asked, "a calibration request")
+    return asked.answer.prompt_tokens or 0
+
+
+class _ContextFull(ModelUnavailable):
+    """A request was longer than the model's context."""
 
 
 def _check(chat: ChatClient, asked: Asked, what: str) -> None:
     if asked.failure is not None:
-        raise ModelUnavailable(f"{chat.http.url} failed {what} ({asked.failure.code}): {asked.failure.message}")
+        kind = _ContextFull if asked.failure.code == CONTEXT_FULL else ModelUnavailable
+        raise kind(f"{chat.http.url} failed {what} ({asked.failure.code}): {asked.failure.message}")
 
 
 def _refused(failure: TurnFailed) -> bool:

@@ -20,7 +20,7 @@ from rich.console import Console
 from pensieve.bench.chat_client import ChatClient
 from pensieve.bench.http_client import HttpClient
 from pensieve.bench.load import LoadDriver, LoadRun
-from pensieve.bench.load_plan import LoadOptions
+from pensieve.bench.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
 from pensieve.bench.load_plot import plot_load
 from pensieve.bench.load_progress import open_load_progress
 from pensieve.bench.load_report import build_json, failure_lines, print_load_report
@@ -109,15 +109,15 @@ def bench(
     paths = _output_paths(out_dir, json_path)
     options.plan()  # what is wrong with it is said before the server is asked anything
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        target, runs = runner.run(_measure(server, options))
-    config = _config(server, options)
+        target, planned, runs = runner.run(_measure(server, options))
+    config = _config(server, options, planned)
     record = build_json(runs, target, config, _command(sys.argv))
     console = Console()
     print_load_report(runs, target, console)
     for path in paths:
         _say(f"json: {write_record(path, record)}")
     if out_dir is not None and any(one.ok for run in runs for one in run.records):
-        _say(f"plot: {plot_load(out_dir / PLOT_NAME, runs, target, _words(options))}")
+        _say(f"plot: {plot_load(out_dir / PLOT_NAME, runs, target, _words(options, planned))}")
     failures = failure_lines(runs)
     for line in failures:
         click.echo(line, err=True)
@@ -128,7 +128,7 @@ def bench(
         sys.exit(1)
 
 
-async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target, list[LoadRun]]:
+async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target, Sequence[PlannedRun], list[LoadRun]]:
     root = server.url.strip().rstrip("/").removesuffix("/v1")
     keep = not server.fresh_connections
     apart = HttpClient(root, server.api_key, keep_connections=False, read_timeout_s=server.timeout_s)
@@ -148,7 +148,7 @@ async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target,
         runs = [await driver.run(run.players, label=run.label, rate=run.rate, arrivals_s=run.arrivals_s) for run in planned]
     finally:
         http.close()
-    return target, runs
+    return target, planned, runs
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -160,9 +160,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def _config(server: ServerOptions, options: LoadOptions) -> dict[str, Any]:
+def _config(server: ServerOptions, options: LoadOptions, planned: Sequence[PlannedRun]) -> dict[str, Any]:
     asked = asdict(options) | {"think": str(options.think), "rates": list(options.rates) or None}
     asked["trace"] = None if options.trace is None else str(options.trace)
+    if planned[0].arrivals_s is None:
+        asked["users"] = len(planned[0].players)
+    if options.trace is None:
+        asked["turns"] = options.turns or DEFAULT_TURNS
     told = asdict(server)
     return asked | {name: told[name] for name in ("natural", "warm_up_requests", "fresh_connections", "timeout_s")}
 
@@ -201,9 +205,9 @@ def _output_paths(out_dir: Path | None, json_path: Path | None) -> list[Path]:
     return paths
 
 
-def _words(options: LoadOptions) -> str:
+def _words(options: LoadOptions, planned: Sequence[PlannedRun]) -> str:
     """What was asked for, for a picture's title."""
-    who = "open loop" if options.rates else f"{options.users or 'all'} users at once"
+    who = "conversations by their arrival times" if planned[0].arrivals_s is not None else f"{len(planned[0].players)} users at once"
     if options.trace is not None:
         return f"{options.trace.name}, {who}"
     first = f" (the first {options.first_tokens})" if options.first_tokens else ""
