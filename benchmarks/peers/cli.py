@@ -74,7 +74,7 @@ def _run(
 def _report(cells: list[Cell], chosen: Sequence[Workload], about: dict[str, Any], out: Path, interrupted: bool) -> int:
     compare_loops(cells)
     verdicts = judge(rounds_of(cells))
-    Console(width=None if sys.stdout.isatty() else 140).print(tables(cells, chosen, verdicts))
+    Console(width=None if sys.stdout.isatty() else 140).print(tables(cells, chosen, verdicts, quick=about["options"]["quick"]))
     told = summary(cells, verdicts, {**about, "interrupted": interrupted})
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

@@ -48,9 +48,13 @@ def figures(measurement: Measurement, report: Report) -> Figures:
 
 
 def sweep(report: Report) -> list[Point]:
-    """The points of an open loop, by the rate asked for."""
+    """The points of an open loop, by the rate asked for. Of what is answered, that between the first users' coming and the last ones' where it is told."""
     runs = sorted((run for run in report["runs"] if run["rate"] is not None), key=lambda run: float(run["rate"]))
-    return [Point(float(run["requests_per_s"]), float(run["normalized_ms"]["mean"])) for run in runs if run["requests"]]
+    return [
+        Point(float(run.get("steady_requests_per_s") or run["requests_per_s"]), float(run["normalized_ms"]["mean"]))
+        for run in runs
+        if run["requests"]
+    ]
 
 
 def _single_stream(report: Report) -> dict[str, float | None]:

@@ -78,7 +78,7 @@ def summary(cells: Sequence[Cell], verdicts: Sequence[Verdict], about: Mapping[s
     }
 
 
-def tables(cells: Sequence[Cell], workloads: Sequence[Workload], verdicts: Sequence[Verdict]) -> RenderableType:
+def tables(cells: Sequence[Cell], workloads: Sequence[Workload], verdicts: Sequence[Verdict], *, quick: bool = False) -> RenderableType:
     """For people: every workload, then the goals."""
     parts: list[RenderableType] = []
     for workload in workloads:
@@ -86,7 +86,7 @@ def tables(cells: Sequence[Cell], workloads: Sequence[Workload], verdicts: Seque
         if own:
             parts += [_of_workload(own, workload), Text()]
     if any(verdict.values for verdict in verdicts):
-        parts.append(_of_goals(verdicts))
+        parts.append(_of_goals(verdicts, "goals (what --quick measures means nothing)" if quick else "goals"))
     for cell in cells:
         if cell.error:
             first, *more = cell.error.splitlines()
@@ -166,8 +166,8 @@ def _of_workload(cells: Sequence[Cell], workload: Workload) -> Table:
         own = _of(cells, workload.name, system)
         row = [_shown(_median(own, figure), digits) for _, figure, digits in columns]
         if workload.name == "open":
-            bounds = {cell.crossing.bound for cell in own if cell.crossing is not None and cell.crossing.bound}
-            row[-1] = " ".join((*sorted(bounds), row[-1]))
+            crossings = [cell.crossing for cell in own if cell.crossing is not None]
+            row[-1] = ", ".join(f"{c.bound or ''} {c.requests_per_s:.2f}".strip() for c in crossings)
         starts = [cell.start_s for cell in own if cell.start_s is not None]
         row += [_shown(_median(own, "memory_pss_gb"), 2), _shown(statistics.median(starts) if starts else None, 0)]
         failed = sum(cell.error is not None for cell in own)
@@ -176,10 +176,10 @@ def _of_workload(cells: Sequence[Cell], workload: Workload) -> Table:
     return table
 
 
-def _of_goals(verdicts: Sequence[Verdict]) -> Table:
-    table = Table(title="goals", title_justify="left", title_style="bold")
-    for title in ("", "goal", "measured", "rounds", ""):
-        table.add_column(title, justify="left" if title == "" else "right")
+def _of_goals(verdicts: Sequence[Verdict], title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("", "goal", "measured", "rounds", ""):
+        table.add_column(column, justify="left" if column == "" else "right")
     for verdict in verdicts:
         goal = verdict.goal
         unit = "" if goal.against is None else " x"

@@ -55,7 +55,7 @@ class Kv:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One call of `pensieve bench`."""
+    """One call of `pensieve bench`, or a sweep of rates."""
 
     name: str
     users: int
@@ -65,9 +65,13 @@ class Measurement:
     first_tokens: int | None = None  # of the first message, where it is another
     think: str | None = None
     starts_s: float | None = None  # conversations begin within these seconds
-    rates: str | None = None  # FROM:TO:STEP, requests a second: an open loop
+    rates: tuple[float, ...] = ()  # requests a second: an open loop, a call for each
     duration_s: float | None = None  # of each rate
     conversations: int = 1  # of each user, one after the other
+
+    def calls(self) -> tuple[Measurement, ...]:
+        """Of the client: one, or one for each rate, the lowest first."""
+        return tuple(replace(self, name=f"{self.name}-{rate:g}", rates=(rate,)) for rate in sorted(self.rates)) or (self,)
 
     def arguments(self) -> list[str]:
         """For `pensieve bench`."""
@@ -80,7 +84,7 @@ class Measurement:
             "--first-tokens": self.first_tokens,
             "--think": self.think,
             "--starts": None if self.starts_s is None else f"{self.starts_s:g}",
-            "--rate": self.rates,
+            "--rate": ",".join(f"{rate:g}" for rate in self.rates) or None,
             "--duration": None if self.duration_s is None else f"{self.duration_s:g}",
         }
         return [word for option, value in told.items() if value is not None for word in (option, str(value))]
@@ -170,10 +174,10 @@ def _open() -> Workload:
     everything = 24 * in_blocks(conversation_tokens(6, 100, 64))
     third = in_blocks(everything / 3)
     unloaded = Measurement("unloaded", users=1, turns=6, new_tokens=100, output_tokens=64)
-    sweep = Measurement("open", 0, turns=6, new_tokens=100, output_tokens=64, think="exp:3", rates="1:8:1", duration_s=60)
+    sweep = Measurement("open", 0, turns=6, new_tokens=100, output_tokens=64, think="exp:3", rates=(1, 2, 3, 4, 5, 6, 7, 8), duration_s=75)
     quick = (
         replace(unloaded, turns=2, output_tokens=16),
-        replace(sweep, turns=2, output_tokens=16, rates="1:2:1", duration_s=8, think="exp:0.5"),
+        replace(sweep, turns=2, output_tokens=16, rates=(1, 2), duration_s=8, think="exp:0.5"),
     )
     kv = {PENSIEVE: Kv(third, everything - third), VLLM: Kv(everything)}
     return Workload("open", "an open loop, more and more requests a second", (unloaded, sweep), kv, quick)

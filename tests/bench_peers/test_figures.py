@@ -45,6 +45,8 @@ def test_an_open_loop_has_points_by_rate_and_no_figures_of_a_closed_one() -> Non
     assert sweep(told) == [Point(1.0, 40.0), Point(1.9, 60.0)]
     assert set(figures(ONE, told)) == {"users/client_cpu_share"}
     assert sweep(make_report([run_of()])) == []
+    steady = make_report([run_of(rate=2.0, requests_per_s=1.2, steady_requests_per_s=1.9, normalized=60.0)])
+    assert sweep(steady) == [Point(1.9, 60.0)]
 
 
 def test_a_report_of_failed_requests_or_of_something_else_is_refused() -> None:

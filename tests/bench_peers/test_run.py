@@ -121,6 +121,34 @@ def cell(system: str, round_: int, points: list[Point], unloaded: float) -> Cell
     return Cell("open", system, round_, 0.0, figures={"unloaded/normalized_mean_ms": unloaded}, points=points)
 
 
+def test_a_sweep_ends_where_latency_is_twice_what_it_is_without_load(tmp_path: Path) -> None:
+    asked: list[tuple[str, int]] = []
+    normalized = {"unloaded": 20.0, "open-1": 25.0, "open-2": 40.0, "open-4": 41.0}
+
+    def measure(server: Server, call: Measurement, seed: int, path: Path) -> dict[str, Any]:
+        asked.append((path.name, seed))
+        rate = call.rates[0] if call.rates else None
+        return report([run_of(rate, requests_per_s=0.9 * (rate or 1), normalized=normalized[call.name])])
+
+    sweep = replace(SHAPE, name="open", rates=(4, 1, 8, 2), duration_s=1)
+    workload = replace(WORKLOAD, name="open", measurements=(replace(SHAPE, name="unloaded"), sweep))
+    found = run_turn(workload, VLLM, 0, make_server=server_of, out=tmp_path, seed=5, measure=measure)
+    assert asked == [("unloaded.json", 5), ("open-1.json", 6), ("open-2.json", 7), ("open-4.json", 8)]
+    assert found.points == [Point(0.9, 25.0), Point(1.8, 40.0), Point(3.6, 41.0)]
+
+
+def test_a_bound_is_compared_only_where_pensieve_loses_by_it() -> None:
+    never, at_once = [Point(1, 20), Point(2, 30)], [Point(1, 90), Point(2, 95)]
+    for curve, system, bound, kept in (
+        *((never, PENSIEVE, "at least", True), (never, VLLM, "at least", False)),
+        *((at_once, PENSIEVE, "at most", False), (at_once, VLLM, "at most", False)),
+    ):
+        one = cell(system, 0, curve, 20.0)
+        compare_loops([one])
+        assert one.crossing is not None and one.crossing.bound == bound and one.figures is not None
+        assert ("open/requests_per_s_at_limit" in one.figures) == kept
+
+
 def test_open_loops_of_a_round_have_one_limit_the_strictest() -> None:
     curve = [Point(1, 20), Point(2, 40), Point(3, 120)]
     cells = [cell(PENSIEVE, 0, curve, 30.0), cell(VLLM, 0, curve, 40.0), cell(PENSIEVE, 1, curve, 10.0), Cell("users", VLLM, 0, 0.0)]

@@ -66,7 +66,7 @@ def test_pensieve_knows_the_options_it_is_given(site: Site, system: str) -> None
 @pytest.mark.parametrize("measurement", [one for workload in workloads() for one in (*workload.measurements, *workload.quick)])
 def test_the_client_knows_the_options_it_is_given(measurement: Measurement) -> None:
     told = CliRunner().invoke(cli, ["bench", "--help"], terminal_width=200).output
-    words = measurement.arguments()
+    words = [word for call in measurement.calls() for word in call.arguments()]
     assert all(word in told for word in [*words, "--fresh-connections", "--seed", "--json", "--model", "--url"] if word.startswith("--"))
     assert ("--users" in words) != ("--rate" in words)
 
