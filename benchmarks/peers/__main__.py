@@ -1,5 +1,6 @@
 """`python benchmarks/peers`: see `cli`."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,4 +10,5 @@ if not __package__:  # Python puts this very folder on its path, whose modules a
 from peers.cli import main
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no server is left behind
     sys.exit(main())
