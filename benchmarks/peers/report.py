@@ -117,6 +117,7 @@ def plot(cells: Sequence[Cell], path: Path) -> Path | None:
             panel(axes, cells)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3, axis="y")
+            axes.set_axisbelow(True)
             axes.set_ylim(bottom=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
