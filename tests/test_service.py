@@ -145,6 +145,15 @@ def test_a_stop_string_ends_the_answer_and_the_log_goes_on_from_what_was_kept(st
     assert list(following.output) == expected_answer(list(following.prompt), len(following.output), VOCAB)
 
 
+def test_a_stop_string_does_not_end_an_answer_before_its_least_length(store: SqliteStore) -> None:
+    with running(store) as service:
+        free = ask(service, "hello there", "free", n=40)
+        stop = free.text[:2]
+        sampling = SamplingParams(max_new_tokens=40, min_new_tokens=40)
+        done = service.send("c", [Message("user", "hello there")], sampling, stop=[stop]).future.result(20)
+    assert (done.text, len(done.output)) == (free.text, 40)
+
+
 def test_an_aborted_turn_keeps_what_was_said(store: SqliteStore) -> None:
     begun = threading.Event()
     with running(store) as service:

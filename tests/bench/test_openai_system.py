@@ -2,97 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 
+from bench.chat_server import WAIT_S, Reply, Server, chat_server, chunk, refuse, say, stream, usage
 from pensieve.bench.openai_system import OpenAISystem
 from pensieve.bench.systems import TurnRequest
 from pensieve.errors import ConfigError, ModelUnavailable
-
-WAIT_S = 30.0
-Reply = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers completions with `reply`, keeps what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply: Reply = say("hello", "!")
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is part of the tests."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        body = json.dumps({"object": "list", "data": [{"id": "tiny"}]}).encode()
-        self.send_response(200 if self.path == "/v1/models" else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body)
-        self.server.headers.append(dict(self.headers))
-        self.server.reply(self, body)
-
-
-def stream(handler: BaseHTTPRequestHandler, *lines: str) -> None:
-    """Send raw lines of an event stream; the connection closes at its end."""
-    handler.send_response(200)
-    handler.send_header("Content-Type", "text/event-stream")
-    handler.end_headers()
-    handler.wfile.write("".join(line + "\n" for line in lines).encode())
-
-
-def chunk(content: str | None = None, finish: str | None = None) -> str:
-    delta = {} if content is None else {"content": content}
-    return "data: " + json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
-
-
-def usage(prompt: int, output: int, cached: int | None = None) -> str:
-    body: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": output}
-    if cached is not None:
-        body["prompt_tokens_details"] = {"cached_tokens": cached}
-    return "data: " + json.dumps({"choices": [], "usage": body})
-
-
-def say(*pieces: str, tail: tuple[str, ...] = ()) -> Reply:
-    """A whole and healthy answer."""
-    lines = [": keep-alive", "", chunk(""), ""]
-    for piece in pieces:
-        lines += [chunk(piece), ""]
-    lines += [chunk(None, "stop"), "", *tail, "", "data: [DONE]", ""]
-    return lambda handler, _body: stream(handler, *lines)
-
-
-def refuse(status: int, body: bytes) -> Reply:
-    def reply(handler: BaseHTTPRequestHandler, _body: dict[str, Any]) -> None:
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return reply
 
 
 def turn(index: int, text: str = "hi", **changes: Any) -> TurnRequest:
@@ -102,13 +24,8 @@ def turn(index: int, text: str = "hi", **changes: Any) -> TurnRequest:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with chat_server() as server:
+        yield server
 
 
 @pytest.fixture

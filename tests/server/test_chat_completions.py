@@ -134,6 +134,13 @@ def test_stop_strings_seeds_and_logprobs(server: Serving) -> None:
     assert len(content) == 4 and {"token", "logprob", "bytes", "top_logprobs"} <= content[0].keys()
 
 
+def test_an_answer_does_not_end_at_a_stop_string_before_min_tokens(server: Serving) -> None:
+    server.say("one STOP two STOP three")
+    early = server.ask("until a mark", n=50, stop="STOP")
+    late = server.ask("until a later mark", n=50, stop="STOP", min_tokens=early["usage"]["completion_tokens"] + 4)
+    assert text_of(early) == "one " and text_of(late) == "one STOP two "
+
+
 def test_concurrent_streams_of_many_users(server: Serving) -> None:
     answers: dict[int, str] = {}
 
@@ -209,6 +216,9 @@ def test_what_is_off_the_record_never_joins_what_is_on_it(server: Serving) -> No
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": "8"}, "max_tokens", "integer"),
+        ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
+        ({"min_tokens": 2.0}, "min_tokens", "integer"),
+        ({"min_tokens": 5}, "min_tokens", "at most the limit of the answer's tokens, 4, got 5"),
         ({"wibble": 1}, "wibble", "unknown parameter"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "king"),

@@ -11,6 +11,7 @@ import torch
 
 from pensieve.core.plan import RequestStart, Span
 from pensieve.core.request import SamplingParams
+from pensieve.errors import InvalidRequest
 from pensieve.worker import sampler as sampler_module
 from pensieve.worker.sampler import Sampler, draw, uniform
 
@@ -251,3 +252,25 @@ def test_only_ended_requests_are_forgotten() -> None:
 
 def test_nothing_to_sample() -> None:
     assert Sampler().sample([], torch.empty(0, 7)) == ([], [])
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 1}, {"repetition_penalty": 1.1}])
+def test_no_stop_token_before_the_least_length(how: dict[str, Any]) -> None:
+    """Tokens 0 and 7 are the likeliest and end an answer; with two of four tokens to come, none of them is taken."""
+    sampling = SamplingParams(max_new_tokens=8, min_new_tokens=4, stop_token_ids=frozenset({0, 7, 999}), logprobs=2, seed=3, **how)
+    sure = LOGITS + torch.tensor([50.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
+    sampler = Sampler()
+    sampler.start([RequestStart("r", sampling, (1, 2))])
+    taken = []
+    for position in range(2, 8):
+        tokens, failures = sampler.sample([emitting("r", position)], sure[None])
+        assert failures == []
+        taken.append(tokens[0])
+    assert [token.token_id in (0, 7) for token in taken] == [False] * 4 + [True] * 2
+    assert [token_id for token_id, _ in taken[0].top or ()] == [0, 7], "log-probabilities are the model's own"
+
+
+@pytest.mark.parametrize("least", [-1, 9])
+def test_a_least_length_that_cannot_be_is_refused(least: int) -> None:
+    with pytest.raises(InvalidRequest, match=r"min_new_tokens must be in \[0, max_new_tokens = 8\], got"):
+        SamplingParams(max_new_tokens=8, min_new_tokens=least)

@@ -6,24 +6,17 @@ Times are taken on this side of the network. Whatever the server, the network or
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pensieve.bench.systems import CONTEXT_FULL, TurnRequest, TurnResult, failed_turn
+from pensieve.bench.chat_stream import EventSplitter, StreamedAnswer, TurnFailed, refusal
+from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
 from pensieve.errors import ConfigError, ModelUnavailable
 from pensieve.messages import Receipt
-
-if TYPE_CHECKING:
-    import httpx
-
-_TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum context|too many tokens|exceeds? .*context", re.IGNORECASE)
-_ERROR_CHARS = 500  # of a server's own words, in a message
 
 
 @dataclass(slots=True)
@@ -32,27 +25,6 @@ class _History:
 
     messages: list[dict[str, str]] = field(default_factory=list)
     tokens: int = 0  # prompt and answer of the last turn, by the server's count
-
-
-@dataclass(slots=True)
-class _Answer:
-    """One streamed answer as it comes in."""
-
-    text: str = ""
-    deltas: int = 0  # pieces with something in them, the count of tokens if the server gives none
-    first_s: float | None = None  # of the local clock
-    finish_reason: str | None = None
-    usage: dict[str, Any] | None = None
-    done: bool = False  # the stream said [DONE]
-
-
-class _TurnFailed(Exception):
-    """Why a turn has no answer: a code and words."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
 
 
 class OpenAISystem:
@@ -180,11 +152,11 @@ class OpenAISystem:
         if turn.forced_answer is not None and history.messages and history.messages[-1]["role"] == "assistant":
             history.messages[-1]["content"] = turn.forced_answer
         asked = {"role": "user", "content": user_text}
-        answer = _Answer()
+        answer = StreamedAnswer()
         try:
             self._stream(turn, [*history.messages, asked], answer)
-            _check_complete(answer)
-        except _TurnFailed as failure:
+            answer.check_complete()
+        except TurnFailed as failure:
             return failed_turn(
                 failure.code, failure.message, submitted_s=submitted_s, total_s=time.monotonic() - submitted_s, text=answer.text
             )
@@ -195,7 +167,7 @@ class OpenAISystem:
         history.messages += [asked, {"role": "assistant", "content": answer.text}]
         return _result(answer, history, submitted_s, total_s)
 
-    def _stream(self, turn: TurnRequest, messages: list[dict[str, str]], answer: _Answer) -> None:
+    def _stream(self, turn: TurnRequest, messages: list[dict[str, str]], answer: StreamedAnswer) -> None:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
@@ -209,18 +181,21 @@ class OpenAISystem:
         try:
             with self._client.stream("POST", f"{self._url}/chat/completions", json=body) as response:
                 if response.status_code != 200:
-                    response.read()
-                    raise _refusal(response)
-                for event in _events(response.iter_lines()):
-                    _take(event, answer)
+                    raise refusal(response.status_code, response.read())
+                events = EventSplitter()
+                for data in response.iter_bytes():
+                    for event in events.feed(data):
+                        answer.take(event, time.monotonic())
                     if answer.done:
                         return
+                for event in events.finish():
+                    answer.take(event, time.monotonic())
         except self._httpx.TimeoutException as error:
-            raise _TurnFailed("timeout", f"{type(error).__name__}: the server was silent for too long") from error
+            raise TurnFailed("timeout", f"{type(error).__name__}: the server was silent for too long") from error
         except self._httpx.ConnectError as error:
-            raise _TurnFailed("unreachable", f"{self._url}: {error}") from error
+            raise TurnFailed("unreachable", f"{self._url}: {error}") from error
         except (self._httpx.HTTPError, self._httpx.StreamError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
-            raise _TurnFailed("stream_broken", f"{type(error).__name__}: {error}") from error
+            raise TurnFailed("stream_broken", f"{type(error).__name__}: {error}") from error
 
 
 def _settled(result: TurnResult) -> Future[TurnResult]:
@@ -229,80 +204,9 @@ def _settled(result: TurnResult) -> Future[TurnResult]:
     return future
 
 
-def _events(lines: Iterator[str]) -> Iterator[str]:
-    """The data of each server-sent event (WHATWG HTML, section 9.2: several data lines make one event, others are skipped)."""
-    data: list[str] = []
-    for line in lines:
-        if line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif not line and data:
-            yield "\n".join(data)
-            data = []
-    if data:
-        yield "\n".join(data)
-
-
-def _take(event: str, answer: _Answer) -> None:
-    """Add one event to the answer."""
-    if event.strip() == "[DONE]":
-        answer.done = True
-        return
-    try:
-        chunk = json.loads(event)
-    except ValueError as error:
-        raise _TurnFailed("stream_broken", f"an event is not JSON: {event[:_ERROR_CHARS]!r}") from error
-    if not isinstance(chunk, dict):
-        raise _TurnFailed("stream_broken", f"an event is not an object: {event[:_ERROR_CHARS]!r}")
-    if chunk.get("error"):
-        raise _TurnFailed(*_words(chunk, "server_error"))
-    if chunk.get("usage"):
-        answer.usage = chunk["usage"]
-    for choice in chunk.get("choices") or ():
-        delta = choice.get("delta") or {}
-        content = delta.get("content") or ""
-        if content or delta.get("reasoning_content") or delta.get("reasoning"):
-            answer.deltas += 1
-            answer.text += content
-            if answer.first_s is None:
-                answer.first_s = time.monotonic()
-        answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-
-
-def _check_complete(answer: _Answer) -> None:
-    if not answer.done and answer.finish_reason is None:
-        raise _TurnFailed("stream_broken", f"the stream ended after {answer.deltas} pieces without a finish_reason or [DONE]")
-
-
-def _refusal(response: httpx.Response) -> _TurnFailed:
-    """What an HTTP error says, by its body where that is OpenAI's form."""
-    code = f"http_{response.status_code}"
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        return _TurnFailed(code, f"HTTP {response.status_code}: {response.text[:_ERROR_CHARS]}")
-    found, message = _words(body, code)
-    return _TurnFailed(found, f"HTTP {response.status_code}: {message}")
-
-
-def _words(body: dict[str, Any], code: str) -> tuple[str, str]:
-    """Code and message of an error body; a prompt that is too long gets our own code, however it is said."""
-    error = body.get("error")
-    inner = error if isinstance(error, dict) else body
-    message = str(inner.get("message") or error or body)[:_ERROR_CHARS]
-    said = inner.get("code")
-    if said == CONTEXT_FULL or _TOO_LONG.search(message):
-        return CONTEXT_FULL, message
-    return (said if isinstance(said, str) and said else code), message
-
-
-def _result(answer: _Answer, history: _History, submitted_s: float, total_s: float) -> TurnResult:
-    usage = answer.usage or {}
+def _result(answer: StreamedAnswer, history: _History, submitted_s: float, total_s: float) -> TurnResult:
     first_token_s = None if answer.first_s is None else answer.first_s - submitted_s
-    prompt_tokens, output_tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
-    details = usage.get("prompt_tokens_details")
-    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    prompt_tokens, output_tokens, cached = answer.prompt_tokens, answer.output_tokens, answer.cached_tokens
     receipt = None
     if prompt_tokens is not None and cached is not None:
         recomputed = max(0, min(history.tokens, prompt_tokens) - cached)
@@ -312,7 +216,7 @@ def _result(answer: _Answer, history: _History, submitted_s: float, total_s: flo
             cpu_tokens=0,
             recomputed_tokens=recomputed,
             new_tokens=prompt_tokens - cached - recomputed,
-            output_tokens=output_tokens or answer.deltas,
+            output_tokens=output_tokens or answer.num_pieces,
             bytes_in=0,
             bytes_out=0,
             suspensions=0,
@@ -324,11 +228,7 @@ def _result(answer: _Answer, history: _History, submitted_s: float, total_s: flo
         )
     history.tokens = (prompt_tokens or 0) + (output_tokens or 0)
     reason = answer.finish_reason or "stop"
-    counted = output_tokens if output_tokens is not None else answer.deltas
+    counted = output_tokens if output_tokens is not None else answer.num_pieces
     return TurnResult(
         (), (), answer.text, (), (), submitted_s, None, first_token_s, total_s, receipt, reason, reported_output_tokens=counted
     )
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pensieve import __version__
+from pensieve.cli.bench import bench
 from pensieve.cli.chat import chat
 from pensieve.cli.compare import compare
 from pensieve.cli.conversations import conversations
@@ -20,5 +21,5 @@ def cli() -> None:
     """Pensieve serves large language models to people in conversation, and remembers: the KV cache of a chat is kept between its turns."""
 
 
-for _command in (serve, chat, conversations, keys, compare, models, profile):
+for _command in (serve, chat, conversations, keys, compare, bench, models, profile):
     cli.add_command(_command)

@@ -21,6 +21,7 @@ class SamplingParams:
     """How the next token of one request is chosen. Defaults are greedy."""
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0  # before so many the answer does not end by a stop token or a stop string
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
@@ -38,6 +39,7 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} must be {limit}, got {getattr(self, name)}")
 
         check(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"in [0, max_new_tokens = {self.max_new_tokens}]")
         check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "in [0, 100]")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         check(self.top_k >= 0, "top_k", "0 (all) or positive")

@@ -105,6 +105,7 @@ class Sampling(Body):
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
     ignore_eos: StrictBool | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=1 << 20)] | None = None
 
     def refuse_common(self) -> None:
         """Refuse what this server has not, in any of its forms."""
@@ -117,8 +118,15 @@ class Sampling(Body):
 
     def sampling(self, max_new_tokens: int | None, logprobs: int | None = None) -> SamplingParams:
         """How the answer's tokens are chosen."""
+        limit = max_new_tokens or DEFAULT_NEW_TOKENS
+        if self.min_tokens is not None and self.min_tokens > limit:
+            message = (
+                f"min_tokens must be at most the limit of the answer's tokens, {limit}, got {self.min_tokens}: lower it or raise the limit"
+            )
+            raise ApiError(400, message, code="invalid_value", param="min_tokens")
         return sampling_params(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limit,
+            min_new_tokens=self.min_tokens or 0,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -148,6 +156,7 @@ def sampling_params(
     max_new_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
+    min_new_tokens: int = 0,
     top_k: int | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
@@ -159,6 +168,7 @@ def sampling_params(
     """Sampling as the API's fields say; what is None has OpenAI's default."""
     return SamplingParams(
         max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS,
+        min_new_tokens=min_new_tokens,
         temperature=1.0 if temperature is None else temperature,
         top_p=1.0 if top_p is None else top_p,
         top_k=max(0, top_k or 0),

@@ -66,6 +66,9 @@ class AnswerText:
 
     def _show(self, turn: PendingTurn, text: str) -> None:
         assert turn.stops is not None
+        if len(turn.sampled) < turn.spec.sampling.min_new_tokens:
+            self._say(turn, text)  # nothing in it ends the answer, nor is the beginning of something that does
+            return
         text, hit = turn.stops.feed(text)
         self._say(turn, text)
         if hit is not None or (text and turn.spec.watch is not None and turn.spec.watch(text)):

@@ -104,6 +104,8 @@ class Sampler:
         params = state.params
         state.truncate(span.stop)
         adjusted = _penalised(row, state) if _has_penalties(params) else row
+        if params.stop_token_ids and span.stop - state.num_prompt < params.min_new_tokens:
+            adjusted = _without(adjusted, params.stop_token_ids)
         if params.temperature == 0.0:
             token = greedy if adjusted is row else int(adjusted.argmax())
         else:
@@ -146,6 +148,11 @@ def _penalised(row: torch.Tensor, state: _State) -> torch.Tensor:
         times = torch.tensor(list(counts.values()), dtype=torch.float32, device=row.device)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * times
     return logits
+
+
+def _without(row: torch.Tensor, ids: frozenset[int]) -> torch.Tensor:
+    """Logits (V,) by which none of these ids can be sampled."""
+    return row.index_fill(0, torch.tensor([i for i in ids if i < len(row)], dtype=torch.int64, device=row.device), -torch.inf)
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, number: float) -> int:

@@ -1,4 +1,4 @@
-"""When users speak: think times by temper, Poisson arrivals. Knows seconds; never what is said, nor the time of day.
+"""When users speak: think times, Poisson arrivals, starts. Knows seconds; never what is said, nor the time of day.
 
 Everything is a pure function of a seed, so two systems measured one after the other meet the same users.
 """
@@ -10,8 +10,11 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from pensieve.errors import ConfigError
+
+MAX_RATES = 100  # of a sweep
 
 
 class ThinkClass(enum.Enum):
@@ -56,7 +59,40 @@ class ThinkTimes:
         return mean_s * random.Random(f"think/{self.seed}/{user}/{turn}").expovariate(1.0)
 
 
-def poisson_arrivals(rate_per_s: float, seed: int = 0) -> Iterator[float]:
+@dataclass(frozen=True, slots=True)
+class ThinkTime:
+    """How long anybody thinks between an answer and the next turn: always the same, or exponential around a mean (paper, evaluation)."""
+
+    mean_s: float = 0.0
+    exponential: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean_s) and self.mean_s >= 0):
+            raise ConfigError(f"a think time must be at least 0 seconds, got {self.mean_s}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`2.5`: always so many seconds; `exp:3`: exponential with that mean.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        kind, colon, mean = text.strip().rpartition(":")
+        if colon and kind != "exp":
+            raise ConfigError(f"a think time is a number of seconds or exp:MEAN, got {text!r}")
+        return cls(_number(mean, f"a think time is a number of seconds or exp:MEAN, got {text!r}"), bool(colon))
+
+    def draw_s(self, seed: int | str, conversation: int | str, turn: int) -> float:
+        """Seconds before turn `turn` of a conversation. The same for the same seed, in whatever order it is asked."""
+        if not self.exponential:
+            return self.mean_s
+        return self.mean_s * random.Random(f"think/{seed}/{conversation}/{turn}").expovariate(1.0)
+
+    def __str__(self) -> str:
+        return f"exp:{self.mean_s:g}" if self.exponential else f"{self.mean_s:g}"
+
+
+def poisson_arrivals(rate_per_s: float, seed: int | str = 0) -> Iterator[float]:
     """Arrival times in seconds from 0, ascending, without end; gaps are exponential with mean `1 / rate_per_s`.
 
     Raises:
@@ -67,8 +103,50 @@ def poisson_arrivals(rate_per_s: float, seed: int = 0) -> Iterator[float]:
     return _arrivals(rate_per_s, random.Random(f"arrivals/{seed}"))
 
 
+def even_starts(num_users: int, over_s: float) -> list[float]:
+    """When each user starts, spread evenly over the half-open time [0, over_s)."""
+    if not (math.isfinite(over_s) and over_s >= 0):
+        raise ConfigError(f"starts must be spread over at least 0 seconds, got {over_s}")
+    return [over_s * user / num_users for user in range(num_users)]
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """One rate, several (`0.5,1,2`) or a range with a step (`0.5:4:0.5`, both ends included).
+
+    Raises:
+        ConfigError: it is none of these, a rate is not positive, or there are too many.
+    """
+    form = f"rates are one number, several (0.5,1,2) or FROM:TO:STEP (0.5:4:0.5), in requests a second, got {text!r}"
+    if ":" in text:
+        parts = [_number(part, form) for part in text.split(":")]
+        if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
+            raise ConfigError(form)
+        start, stop, step = parts
+        steps = (stop - start) / step + 1e-9  # (1 - 0.1) / 0.3 is a little under 3
+        if steps >= MAX_RATES:
+            raise ConfigError(f"a sweep has at most {MAX_RATES} rates, {text!r} has {math.floor(steps) + 1}: take a larger step")
+        rates = tuple(round(start + step * index, 9) for index in range(math.floor(steps) + 1))
+    else:
+        rates = tuple(_number(part, form) for part in text.split(","))
+    if len(rates) > MAX_RATES:
+        raise ConfigError(f"a sweep has at most {MAX_RATES} rates, got {len(rates)}")
+    if any(rate <= 0 for rate in rates):
+        raise ConfigError(f"a rate must be positive, in requests a second, got {text!r}")
+    return rates
+
+
 def _arrivals(rate_per_s: float, rng: random.Random) -> Iterator[float]:
     now_s = 0.0
     while True:
         now_s += rng.expovariate(rate_per_s)
         yield now_s
+
+
+def _number(text: str, form: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigError(form) from None
+    if not math.isfinite(value):
+        raise ConfigError(form)
+    return value

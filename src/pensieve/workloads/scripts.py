@@ -1,0 +1,173 @@
+"""Who says how much and when: the plan of a whole run, made before it. Knows token counts and seconds; never words of its own, or servers.
+
+A script is one conversation, a player is a user with the scripts it plays one after the other. What makes a run
+closed (users who wait for answers and think) or open (conversations that arrive whatever the server does) is in the
+players alone, so whoever plays them, against a server or against a simulation, needs one loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+from pensieve.errors import ConfigError
+from pensieve.workloads.arrivals import ThinkTime, even_starts, poisson_arrivals
+from pensieve.workloads.conversations import text_length_tokens
+
+NO_THINKING = ThinkTime()
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptTurn:
+    """One turn of a conversation."""
+
+    new_tokens: int | None  # of the user's message; None: `text` is the message
+    output_tokens: int  # of the answer
+    think_s: float = 0.0  # after the answer before this turn; before turn 0: after the user's start, or its conversation before this one
+    due_s: float | None = None  # not before this time of the run; None: at once after the think time
+    text: str | None = None
+    keep_turns: int | None = None  # how many turns of the history stay before this one; None: all of them
+
+    @property
+    def message_tokens(self) -> int:
+        """Length of the user's message, about."""
+        return self.new_tokens if self.new_tokens is not None else text_length_tokens(self.text or "")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One conversation."""
+
+    name: str  # what its words are drawn by; unique within a run
+    turns: tuple[ScriptTurn, ...]
+    system: str | None = None  # the system prompt, if there is one
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """One user."""
+
+    start_s: float  # when it begins, from the beginning of the run
+    scripts: tuple[Script, ...]  # one after the other
+
+    @property
+    def num_turns(self) -> int:
+        """Turns of all its scripts."""
+        return sum(len(script.turns) for script in self.scripts)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Conversations that are all alike but for their words and think times."""
+
+    num_turns: int
+    new_tokens: int
+    output_tokens: int
+    first_tokens: int | None = None  # of the first message; None: as the others
+    think: ThinkTime = NO_THINKING
+    seed: int | str = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_turns", "new_tokens", "output_tokens", "first_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+    def script(self, index: int) -> Script:
+        """Conversation 0, 1, 2, ..."""
+        turns = tuple(
+            ScriptTurn(
+                self.first_tokens or self.new_tokens if turn == 0 else self.new_tokens,
+                self.output_tokens,
+                self.think.draw_s(self.seed, index, turn),
+            )
+            for turn in range(self.num_turns)
+        )
+        return Script(str(index), turns)
+
+
+def closed_loop(scripts: Sequence[Script], num_users: int, starts_s: float = 0.0) -> list[Player]:
+    """Users who share the scripts out: user u plays the scripts u, u + num_users, ...; their starts are spread evenly over `starts_s`.
+
+    Raises:
+        ConfigError: there are no users, no scripts, or fewer scripts than users.
+    """
+    if num_users < 1:
+        raise ConfigError(f"the number of users must be at least 1, got {num_users}")
+    if len(scripts) < num_users:
+        raise ConfigError(f"there are {len(scripts)} conversations for {num_users} users: lower the number of users")
+    starts = even_starts(num_users, starts_s)
+    return [_player(start_s, tuple(scripts[user::num_users])) for user, start_s in enumerate(starts)]
+
+
+def open_loop(scripts: Iterable[Script], mean_turns: float, rate_per_s: float, duration_s: float, seed: int | str = 0) -> list[Player]:
+    """Conversations that arrive as a Poisson process for `duration_s` seconds, so that turns come at `rate_per_s` on average.
+
+    Args:
+        scripts: as many as there are; the arrivals end with them.
+        mean_turns: of a script.
+        rate_per_s: turns a second.
+        duration_s: of arrivals; what has arrived is played to its end.
+        seed: of the arrivals.
+
+    Raises:
+        ConfigError: the rate or the duration is not positive, or nobody arrives in it.
+    """
+    if not duration_s > 0:
+        raise ConfigError(f"the duration must be positive, got {duration_s}")
+    times = takewhile(lambda time_s: time_s < duration_s, poisson_arrivals(rate_per_s / mean_turns, seed))
+    players = [_player(time_s, (script,)) for time_s, script in zip(times, scripts, strict=False)]
+    if not players:
+        raise ConfigError(
+            f"at {rate_per_s:g} requests a second (conversations of {mean_turns:g} turns) none begins in {duration_s:g} s: take a longer duration"
+        )
+    return players
+
+
+def as_recorded(scripts: Sequence[Script], until_s: float | None = None) -> list[Player]:
+    """Every script by the arrival times in it, those that begin before `until_s`.
+
+    Raises:
+        ConfigError: none begins before then.
+    """
+    players = [Player(script.turns[0].due_s or 0.0, (script,)) for script in scripts]
+    players = [player for player in players if until_s is None or player.start_s < until_s]
+    if not players:
+        raise ConfigError(f"no conversation of the trace begins in its first {until_s:g} s: take a longer duration")
+    return sorted(players, key=lambda player: player.start_s)
+
+
+def _player(start_s: float, scripts: tuple[Script, ...]) -> Player:
+    """A user who begins without thinking first."""
+    first, *rest = scripts
+    first = replace(first, turns=(replace(first.turns[0], think_s=0.0), *first.turns[1:]))
+    return Player(start_s, (first, *rest))
+
+
+def faster(script: Script, speed: float) -> Script:
+    """All its times divided by `speed`."""
+    if not speed > 0:
+        raise ConfigError(f"the speed must be positive, got {speed}")
+    turns = (replace(turn, think_s=turn.think_s / speed, due_s=None if turn.due_s is None else turn.due_s / speed) for turn in script.turns)
+    return replace(script, turns=tuple(turns))
+
+
+def fitting(script: Script, max_context: int, template_tokens: float = 0.0) -> Script | None:
+    """The script up to its last turn whose prompt and answer fit in `max_context` tokens, about; None if not even the first does.
+
+    Args:
+        script: the conversation.
+        max_context: tokens of prompt and answer.
+        template_tokens: what a chat template adds to a message.
+    """
+    lengths: list[float] = []  # of the history after each turn of the path
+    kept = 0
+    for turn in script.turns:
+        if turn.keep_turns is not None:
+            del lengths[turn.keep_turns :]
+        before = lengths[-1] if lengths else text_length_tokens(script.system) if script.system else 0
+        lengths.append(before + turn.message_tokens + turn.output_tokens + template_tokens)
+        if lengths[-1] > max_context:
+            break
+        kept += 1
+    return replace(script, turns=script.turns[:kept]) if kept else None
