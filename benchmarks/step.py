@@ -37,7 +37,7 @@ from pensieve.core.plan import RequestStart, Span, StepPlan
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
-from pensieve.engine_child import _Outbox, receive
+from pensieve.engine_child import Outbox, receive
 from pensieve.messages import Event, Failed, Finished, Submit, Token
 from pensieve.worker.attention.base import KVGeometry
 from pensieve.worker.sampler import Sampler
@@ -120,7 +120,7 @@ class World:
         self._reader = context.Process(target=drain, args=(theirs, ours), daemon=True)
         self._reader.start()
         theirs.close()
-        self._outbox = _Outbox(ours)
+        self._outbox = Outbox(ours)
         self._num_ended = 0
         self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit)
         self._fill(idle_chunks, rng)

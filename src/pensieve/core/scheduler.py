@@ -41,7 +41,7 @@ MAX_TOKEN_ID = (1 << 32) - 1  # what a chain hash and the store can hold
 class StepEvents:
     """What a commit means for those who wait for answers."""
 
-    tokens: list[tuple[Request, SampledToken]] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)  # with `ending` and perhaps `error`
 
 
@@ -491,7 +491,7 @@ class Scheduler:
         request.tokens.append(token.token_id)
         if request.first_token_s is None:
             request.first_token_s = now_s
-        events.tokens.append((request, token))
+        events.tokens.append(token)
         if token.token_id in request.sampling.stop_token_ids:
             self._end(request, FinishReason.STOP, now_s)
         elif request.num_output >= request.sampling.max_new_tokens or len(request.tokens) >= self.max_context:
