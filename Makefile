@@ -4,11 +4,13 @@
 #   VENV=/some/venv   another virtual environment (one that exists is used as it is, and installed into)
 #   TORCH="..."       what pip is told for PyTorch, a CPU-only index for instance:
 #                     TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-#   ARGS="..."        more options for `demo`, `test`, `check-slow` and `bench`
+#   PEERS=/some/dir   where `bench-peers` sets up vLLM, llama.cpp and transformers serve (5 GB), and finds them again
+#   ARGS="..."        more options for `demo`, `test`, `check-slow`, `bench` and `bench-peers`
 
 PY    ?= python3
 VENV  ?= .venv
 TORCH ?= torch==2.13.0
+PEERS ?= .peers
 ARGS  ?=
 # Tiers too small for all six conversations, so that chunks are copied down, swapped in, dropped and recomputed before your eyes.
 DEMO  := --users 6 --turns 8 --gpu-cache 0.09 --cpu-cache 0.02
@@ -19,7 +21,7 @@ PROJECT := pyproject.toml setup.py constraints.txt src/pensieve/__init__.py $(wi
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-page check-clients bench bench-server lint format model clean
+.PHONY: help demo test check-slow check-page check-clients bench bench-server bench-peers lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -45,6 +47,9 @@ bench: $(VENV)/.dev-ready model ## measure the engine; the last line is JSON
 
 bench-server: $(VENV)/.dev-ready model ## measure what HTTP costs; the last line is JSON
 	$(BIN)/python benchmarks/server.py $(ARGS)
+
+bench-peers: $(VENV)/.dev-ready model ## set up vLLM, llama.cpp and transformers serve, and measure Pensieve beside them (hours; ARGS=--quick: minutes)
+	$(BIN)/python benchmarks/peers --peers $(PEERS) --torch "$(TORCH)" $(ARGS)
 
 lint: $(VENV)/.dev-ready ## style, format, types, which room imports which
 	$(BIN)/ruff check $(TREES)

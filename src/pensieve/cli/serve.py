@@ -65,6 +65,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
     "--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM."
 )
 @click.option("--access-log", is_flag=True, help="Log a line a request: never its content.")
+@click.option("--stateless", is_flag=True, help="Keep no KV between turns, as a baseline: one tier of both tiers' bytes.")
 @model_options
 @cache_options
 def serve(**arguments: Any) -> None:
@@ -85,6 +86,7 @@ def run_server(
     max_open: int,
     max_body_mb: float,
     access_log: bool,
+    stateless: bool,
     queue_timeout_s: float,
     request_timeout_s: float,
     stall_timeout_s: float,
@@ -123,7 +125,7 @@ def run_server(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listener = _listen(host, port)  # first: a port that is taken should not cost the loading of a model
     try:
-        parts = _start(options, store_url, f"{socket.gethostname()}:{port}")
+        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless)
     except BaseException:
         listener.close()
         raise
@@ -137,8 +139,10 @@ def run_server(
             if not self.should_exit:
                 info = parts.runtime.info
                 tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in info.tiers)
+                mode = ", stateless: nothing is kept between turns" if stateless else ""
                 click.secho(
-                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention, {info.forward} forward); {tiers}; "
+                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention, {info.forward} forward); "
+                    f"{tiers}{mode}; "
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
                 )
@@ -233,7 +237,7 @@ class _Parts:
             self.ephemeral.close()
 
 
-def _start(options: Options, store_url: str | None, owner: str) -> _Parts:
+def _start(options: Options, store_url: str | None, owner: str, *, retain: bool) -> _Parts:
     """Start the engine's process and open the store.
 
     `owner` is under which name answers under way are in the store: whoever listens here now owns what whoever did before left unfinished.
@@ -248,7 +252,7 @@ def _start(options: Options, store_url: str | None, owner: str) -> _Parts:
         if recovered:
             log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
         ephemeral = SqliteStore(MEMORY)
-        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner)
+        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain)
         if runtime.text is None:
             runtime.close()
             raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")
