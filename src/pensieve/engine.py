@@ -44,7 +44,6 @@ from pensieve.messages import (
     Stop,
     Submit,
     TierStats,
-    Token,
     Warm,
 )
 
@@ -144,7 +143,7 @@ class Engine:
         outcome = self._scheduler.commit(plan, result, self._clock())
         if self._debug:
             self._scheduler.cache.check()
-        events += [Token(request.request_id, token.token_id, token.logprob, token.top) for request, token in outcome.tokens]
+        events += outcome.tokens
         events += [self._ending(request) for request in outcome.finished]
         self._to_forget = [left for command, erasure in self._to_forget if (left := self._forget(command, erasure, events)) is not None]
         self._build_map(events)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pensieve.core.misses import Miss as Miss
 from pensieve.core.overview import MapRow as MapRow
+from pensieve.core.plan import SampledToken
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.core.sequence import tenant_of as tenant_of
 
@@ -116,14 +117,7 @@ class Check:
 Command = Submit | Abort | Stop | Forget | Keep | Warm | Idle | GetStats | GetMap | GetRows | Check
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token of an answer."""
-
-    request_id: str
-    token_id: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
+Token = SampledToken  # one token of an answer, just as the worker reported it: nothing is made anew for each token
 
 
 @dataclass(frozen=True, slots=True)

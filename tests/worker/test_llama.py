@@ -8,11 +8,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from pensieve.core.plan import BlockTableUpdate, Span
 from pensieve.errors import ConfigError
 from pensieve.worker import kernel
-from pensieve.worker.attention import AttentionArgs
+from pensieve.worker.attention import AttentionArgs, PagedAttention, make_backend
+from pensieve.worker.attention.native import NativeAttention
+from pensieve.worker.batch import BatchBuilder
+from pensieve.worker.kv_store import KVStore
 from pensieve.worker.llama import LlamaForward
 from pensieve.worker.model import CausalModel, FusedDiffers
+from pensieve.worker.products import PanelProduct
 from tiny_models import _MODERN, CONFIGS, WINDOW, tiny
 
 pytestmark = pytest.mark.skipif(not kernel.levels(), reason="the kernels are not built")
@@ -119,6 +124,59 @@ def test_emptied_modules_leave_the_fused_ones_whole() -> None:
     assert left == sum(p.numel() for n, p in make("llama, tied").named_parameters() if "embed" in n or n == "model.norm.weight")
 
 
+LAYER_CALLS = PanelProduct.why_not(torch.bfloat16, 2) is None  # where whole layers are one call
+
+
+class Cached:
+    """A sequence over paged KV, computed in pieces of any lengths."""
+
+    def __init__(self, model: CausalModel, attention: str = "native") -> None:
+        self.model, self.backend = model, make_backend(attention, model.geometry, 32, torch.device("cpu"))
+        self.backend.bind(KVStore(4, model.geometry.num_layers, self.backend.layer_bytes, torch.device("cpu")))
+        self.builder = BatchBuilder(32, torch.device("cpu"))
+        self.builder.update([BlockTableUpdate("a", 0, (2, 0, 3)), BlockTableUpdate("b", 0, (1,))])
+
+    def run(self, *spans: tuple[str, int, int, bool], one_call: bool = True) -> torch.Tensor:
+        made = tuple(Span(name, start, stop, tuple(range(3 + start, 3 + stop)), emits) for name, start, stop, emits in spans)
+        batch = self.builder.build(made, lambda span: 0)
+        attend = PagedAttention(self.backend, batch)
+        return self.model.forward(batch, attend if one_call else lambda *operands: attend(*operands))
+
+
+@pytest.mark.skipif(not LAYER_CALLS, reason="this CPU's way is another one")
+@pytest.mark.parametrize("member", [name for name in FAMILY if "odd" not in name])
+def test_a_layer_as_one_call_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, member: str) -> None:
+    """As operation by operation, over several spans, decodes, and steps that emit nothing."""
+    name, changes = FAMILY[member]
+    monkeypatch.setitem(FAMILY, member, (name, {"head_dim": 16, **changes}))
+    model = CausalModel(make(member, torch.bfloat16), member)
+    calls = []
+    seen = NativeAttention.run_layer
+    monkeypatch.setattr(NativeAttention, "run_layer", lambda self, *operands: calls.append(1) or seen(self, *operands))  # type: ignore[func-returns-value]
+    for spans in (
+        [("a", 0, 40, True), ("b", 0, 7, True)],
+        [("a", 40, 41, True), ("b", 7, 8, True)],
+        [("a", 41, 90, False)],
+        [("b", 8, 9, False), ("a", 90, 91, True)],
+    ):
+        outputs = []
+        for one_call in (True, False):
+            cached = Cached(model) if spans[0][1] == 0 else cached  # noqa: F821  (what came before stays in its slots)
+            before = len(calls)
+            outputs.append(cached.run(*spans, one_call=one_call))
+            assert (len(calls) - before == model.shape.num_layers) == one_call
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.skipif(not LAYER_CALLS, reason="this CPU's way is another one")
+def test_another_backend_attends_for_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILY, "llama", ("llama", {"head_dim": 16}))
+    model = CausalModel(make("llama", torch.bfloat16))
+    outputs = [Cached(model, attention).run(("a", 0, 60, True)).float() for attention in ("native", "cpu", "reference")]
+    for other in outputs[1:]:
+        assert (outputs[0] - other).square().mean().sqrt() < 0.05 * other.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("plant", ["norm", "rotate", "gate", "layers swapped"])
 def test_a_planted_bug_is_stopped_at_the_gate(monkeypatch: pytest.MonkeyPatch, plant: str) -> None:
     from pensieve.worker.rows import Rows
@@ -169,3 +227,18 @@ def test_products_of_another_kind_are_left_to_the_modules() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj.__class__ = Quantised
     assert LlamaForward.why_not(model) == "its products are of type Quantised"
+
+
+@pytest.mark.skipif(not LAYER_CALLS, reason="this CPU's way is another one")
+@pytest.mark.parametrize("planted", [{"angles": None}, {"epsilon": 100.0}, {"num_rows": 1}, {"query_norm": None}])
+def test_a_planted_bug_in_a_layer_s_call_is_stopped_at_the_gate(monkeypatch: pytest.MonkeyPatch, planted: dict[str, Any]) -> None:
+    run = NativeAttention.run_layer
+
+    def wrong(self: NativeAttention, prepared: Any, layer: int, num_heads: int, args: AttentionArgs, work: Any) -> None:
+        for field, value in planted.items():
+            setattr(work, field, value)
+        run(self, prepared, layer, num_heads, args, work)
+
+    monkeypatch.setattr(NativeAttention, "run_layer", wrong)
+    with pytest.raises(FusedDiffers):
+        CausalModel(make("qwen3, normalised heads", torch.bfloat16), "qwen3")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import one_row
 from pensieve.core.plan import RequestStart, Span
 from pensieve.core.request import SamplingParams
 from pensieve.errors import InvalidRequest
-from pensieve.worker import sampler as sampler_module
-from pensieve.worker.sampler import Sampler, draw, uniform
+from pensieve.worker import draws as draws_module
+from pensieve.worker.draws import draw, likeliest, uniform
+from pensieve.worker.sampler import Sampler
 
 torch.set_num_threads(1)
 
@@ -31,6 +36,11 @@ def one(sampling: SamplingParams, logits: torch.Tensor, prompt: tuple[int, ...] 
     tokens, failures = sampler.sample([emitting("r", len(prompt) if position is None else position)], logits[None])
     assert failures == []
     return tokens[0]
+
+
+def drawn(logits: torch.Tensor, params: SamplingParams, *numbers: float) -> list[int]:
+    """Tokens of one row for several numbers."""
+    return draw(logits.expand(len(numbers), -1).clone(), [params] * len(numbers), numbers)
 
 
 def exact(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -68,8 +78,8 @@ def test_draws_follow_the_exact_filtered_distribution(params: SamplingParams) ->
     """Numbers spread evenly over [0, 1) must reproduce every probability to a grid step: no statistics needed."""
     steps = 4000
     counts = torch.zeros(len(LOGITS))
-    for step in range(steps):
-        counts[draw(LOGITS, params, (step + 0.5) / steps)] += 1
+    for token in drawn(LOGITS, params, *((step + 0.5) / steps for step in range(steps))):
+        counts[token] += 1
     expected = exact(LOGITS, params)
     assert ((counts / steps - expected).abs() <= 1.5 / steps).all(), (counts / steps, expected)
 
@@ -108,21 +118,22 @@ def test_sampled_tokens_of_many_seeds_follow_the_distribution() -> None:
 @pytest.mark.parametrize("number", [0.0, 0.5, 1.0 - 2.0**-53])
 @pytest.mark.parametrize("params", FILTERS.values(), ids=FILTERS.keys())
 def test_the_ends_of_the_unit_interval_never_leave_the_filter(params: SamplingParams, number: float) -> None:
-    assert exact(LOGITS, params)[draw(LOGITS, params, number)] > 0
+    assert exact(LOGITS, params)[drawn(LOGITS, params, number)] > 0
 
 
 def test_top_p_looks_beyond_its_first_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 0.1  # nearly flat
     params = SamplingParams(temperature=1.0, top_p=0.9)
-    wide = [draw(logits, params, step / 500) for step in range(500)]
-    monkeypatch.setattr(sampler_module, "_TOP_GUESS", 8)
-    assert [draw(logits, params, step / 500) for step in range(500)] == wide
+    numbers = [step / 500 for step in range(500)]
+    wide = drawn(logits, params, *numbers)
+    monkeypatch.setattr(draws_module, "_TOP_GUESS", 8)
+    assert drawn(logits, params, *numbers) == wide
     assert len(set(wide)) > 200
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-6, 1e-3])
 def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
-    assert all(draw(LOGITS, SamplingParams(temperature=temperature), number / 10) == 0 for number in range(10))
+    assert drawn(LOGITS, SamplingParams(temperature=temperature), *(number / 10 for number in range(10))) == [0] * 10
 
 
 def test_greedy_takes_the_likeliest_of_every_row() -> None:
@@ -197,7 +208,8 @@ def test_a_void_token_leaves_no_trace_in_the_penalties() -> None:
     sampler.sample([emitting("r", 2)], likes[3])  # its step turns out void, and is planned again
     again, _ = sampler.sample([emitting("r", 1)], likes[3])
     assert again[0].token_id == 3
-    assert sampler._states["r"].tokens == [0, 3] and +sampler._states["r"].counts == {3: 1}
+    occurrences = sampler._states["r"].occurrences
+    assert sampler._states["r"].tokens == [0, 3] and occurrences is not None and occurrences.counts() == {3: 1}
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
@@ -274,3 +286,88 @@ def test_no_stop_token_before_the_least_length(how: dict[str, Any]) -> None:
 def test_a_least_length_that_cannot_be_is_refused(least: int) -> None:
     with pytest.raises(InvalidRequest, match=r"min_new_tokens must be in \[0, max_new_tokens = 8\], got"):
         SamplingParams(max_new_tokens=8, min_new_tokens=least)
+
+
+# -- many rows at once give what each gives alone, by the book
+
+
+def sampling_params() -> st.SearchStrategy[SamplingParams]:
+    """Every mixture of rules."""
+    return st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.0, 0.3, 0.8, 1.0, 3.0]),
+        top_p=st.sampled_from([1.0, 1.0, 0.95, 0.5]),
+        top_k=st.sampled_from([0, 0, 1, 7, 40, 900, 5000]),
+        min_p=st.sampled_from([0.0, 0.0, 0.02, 0.3]),
+        repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+        presence_penalty=st.sampled_from([0.0, 0.0, 0.7]),
+        frequency_penalty=st.sampled_from([0.0, 0.0, 0.4]),
+        seed=st.integers(0, 2**64 - 1),
+        logprobs=st.sampled_from([None, None, 0, 3, 20]),
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    every=st.lists(sampling_params(), min_size=1, max_size=9),
+    size=st.sampled_from([5, 256, 257, 700, 3000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    spread=st.sampled_from([0.3, 2.0, 6.0]),  # nearly flat, so that top_p needs a sort; a model's; nearly certain
+    seed=st.integers(0, 1 << 30),
+)
+def test_rows_together_give_what_each_gives_alone(
+    every: list[SamplingParams], size: int, dtype: torch.dtype, spread: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [tuple(torch.randint(size, (6,), generator=generator).tolist()) for _ in every]
+    sampler = Sampler()
+    sampler.start(RequestStart(f"r{row}", params, prompt) for row, (params, prompt) in enumerate(zip(every, prompts, strict=True)))
+    outputs: list[list[int]] = [[] for _ in every]
+    for step in range(4):
+        logits = (torch.randn(len(every), size, generator=generator) * spread - (step == 3) * 40.0).to(dtype)  # (in the end all negative)
+        tokens, failures = sampler.sample([emitting(f"r{row}", 6 + step) for row in range(len(every))], logits)
+        assert failures == []
+        for row, (params, token) in enumerate(zip(every, tokens, strict=True)):
+            number = uniform(params.seed or 0, 6 + step)
+            assert token.token_id == one_row.choose(logits[row], params, number, set(prompts[row]), Counter(outputs[row])), params
+            logprobs = torch.log_softmax(logits[row].float(), dim=-1)
+            assert token.logprob == (None if params.logprobs is None else float(logprobs[token.token_id]))
+            top = logprobs.topk(min(params.logprobs or 0, size))
+            assert token.top == tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            outputs[row].append(token.token_id)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_is_torchs_whatever_the_signs(dtype: torch.dtype) -> None:
+    """Rows all negative, all zero of either sign, with ties, infinities and NaN of either sign, together and alone."""
+    nan, inf = float("nan"), float("inf")
+    rows = [
+        [1.0, 3.0, 3.0, -7.0], [-4.0, -2.0, -2.0, -9.0], [-0.0, 0.0, -0.0, -1.0], [-0.0, -0.0, -1.0, -2.0], [-inf, -inf, 2.0, -inf],
+        [-inf, -inf, -5.0, -inf], [1.0, inf, 2.0, 3.0], [1.0, nan, 2.0, inf], [-1.0, -2.0, nan, -3.0], [-inf, -inf, -inf, -inf],
+        [5e-8, 1e-7, 0.0, -1.0], [1.0, 2.0, 3.0, -inf], [1.0, nan, 2.0, 3.0],
+    ]  # fmt: skip
+    logits = torch.tensor(rows, dtype=dtype)
+    signed = torch.where(logits.isnan(), torch.copysign(logits, torch.tensor(-1.0)), logits)  # what x86 makes of 0 / 0
+    for each in (logits, signed, logits.double(), logits.expand(3, -1, -1)[1]):
+        best, ids = each.max(dim=-1)
+        assert likeliest(each) == (torch.isfinite(best).tolist(), [int(row.argmax()) for row in each])
+        assert [likeliest(row[None]) for row in each] == [([bool(f)], [int(i)]) for f, i in zip(torch.isfinite(best), ids, strict=True)]
+
+
+def test_one_row_that_breaks_leaves_the_others_drawn_as_they_are_alone() -> None:
+    """A prompt's id that the logits do not reach breaks the penalties of one request, within a batch of several."""
+    params = SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=4)
+    sampler = Sampler()
+    sampler.start(RequestStart(name, params, (99,) if name == "b" else (1,)) for name in "abc")
+    tokens, failures = sampler.sample([emitting(name, 1) for name in "abc"], LOGITS.repeat(3, 1))
+    assert [token.request_id for token in tokens] == ["a", "c"] and len({token.token_id for token in tokens}) == 1
+    assert tokens[0].token_id == one(params, LOGITS, (1,)).token_id
+    assert [failure.request_id for failure in failures] == ["b"] and "IndexError" in failures[0].message
+
+
+def test_penalties_remember_more_tokens_than_at_first() -> None:
+    sampler, size = Sampler(), 300
+    sampler.start([RequestStart("r", SamplingParams(presence_penalty=2.0), (0,))])
+    flat = torch.zeros(1, size)
+    found = [sampler.sample([emitting("r", position)], flat)[0][0].token_id for position in range(1, size + 1)]
+    assert found == list(range(size))  # each once: the first that was not there yet

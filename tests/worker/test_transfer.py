@@ -250,3 +250,23 @@ def test_close_joins_and_lets_waiters_go(make: Callable[..., Transfer]) -> None:
     transfer.close()
     with pytest.raises(AssertionError, match="closed"):
         transfer.start((), ())
+
+
+def test_a_step_without_copies_waits_for_nothing_and_leaves_the_thread_asleep(
+    make: Callable[..., Transfer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer = make()
+    woken: list[int] = []
+    monkeypatch.setattr(transfer._work, "notify", lambda: woken.append(1))
+    for _ in range(2):
+        ticket = transfer.start((), ())
+        ticket.wait_layer(LAYERS - 1)
+        ticket.wait()
+        assert ticket.failed_slots == frozenset() and transfer.end_step() == ((), ())
+    assert not woken
+    monkeypatch.undo()
+    transfer.start((), (Copy(0, 0, 1, 1, 2),))
+    done: tuple[int, ...] = ()
+    while not done:
+        done, _ = transfer.end_step()
+    assert done == (0,)

@@ -223,10 +223,10 @@ def test_ended_requests_leave_nothing_behind(llama: CausalModel) -> None:
         driver.start(f"r{index}", some_ids(4), (index,))
         driver.run(Span(f"r{index}", 0, 4, some_ids(4), True))
     driver.run(ended=[f"r{index}" for index in range(5)])
-    assert not driver.worker._sampler._states and not driver.worker._builder._tables
+    assert not driver.worker._sampler._states and not driver.worker._builder._rows
     driver.start("r0", some_ids(4), (0,))  # the same id again, ended and started in one plan
     driver.run(Span("r0", 0, 4, some_ids(4), True), ended=["r0"])
-    assert driver.worker._builder._tables.keys() == {"r0"}
+    assert driver.worker._builder._rows.keys() == {"r0"}
     driver.close()
 
 

@@ -67,6 +67,10 @@ class Places:
 
     def append(self, chunk: Chunk, num_tokens: int) -> None:
         """More tokens became valid in the first tier; lower copies are stale and freed in the same move."""
+        slots = chunk.slots
+        if chunk.copy is None and not chunk.computing and slots[0] is not None and slots.count(None) == self.num_tiers - 1:
+            chunk.num_tokens = num_tokens  # first tier -> first tier, nothing to free, no queue to change: nearly every decoded token
+            return
         chunk.require(Event.APPEND, 0, self._next_copy_below(chunk, 0))
         if chunk.copy is not None:
             chunk.copy.stale = True

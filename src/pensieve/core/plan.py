@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pensieve.core.request import SamplingParams
 
@@ -84,12 +84,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One token sampled for a span that emits."""
+    """One token sampled for a span that emits; on its way to a front end it is the event that says so (`messages.Token`)."""
 
     request_id: str
     token_id: int
     logprob: float | None = None  # natural log, of the model's distribution before temperature and filters
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as a call: every token of every answer goes through a pipe, and the dataclass's own way takes three times as long."""
+        return SampledToken, (self.request_id, self.token_id, self.logprob, self.top)
 
 
 @dataclass(frozen=True, slots=True)

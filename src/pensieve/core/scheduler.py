@@ -41,7 +41,7 @@ MAX_TOKEN_ID = (1 << 32) - 1  # what a chain hash and the store can hold
 class StepEvents:
     """What a commit means for those who wait for answers."""
 
-    tokens: list[tuple[Request, SampledToken]] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)  # with `ending` and perhaps `error`
 
 
@@ -256,7 +256,8 @@ class Scheduler:
             for request in list(self.running):
                 self._plan_decode(step, request, now_s)
             for request in self.running:
-                self._plan_missing(step, request)
+                if request.missing:
+                    self._plan_missing(step, request)
             self._admit(step, now_s)
             if not (self._waiting or step.num_unmet):
                 self._warming.begin(now_s)
@@ -300,6 +301,7 @@ class Scheduler:
                 self._end(broken, FinishReason.ERROR, now_s)
         sampled = {token.request_id: token for token in result.tokens}
         named: dict[str, Request] = {}
+        size = self.cache.chunk_tokens
         for span in plan.spans:
             request = self.requests[span.request_id]
             named[span.request_id] = request
@@ -308,15 +310,15 @@ class Scheduler:
             if request.failed or request.ending is not None:
                 continue
             assert request.sequence is not None
-            if span.stop // self.cache.chunk_tokens > len(request.digests):
-                extend_digests(request.digests, request.salt, request.tokens, self.cache.chunk_tokens)
+            if span.stop // size > len(request.digests):
+                extend_digests(request.digests, request.salt, request.tokens, size)
             self.cache.commit(request.sequence, span.start, span.stop, request.digests)
             request.suspect, request.num_failures = False, 0
             if span.emits_token:
                 self._take_token(request, sampled[span.request_id], events, now_s)
         for request in named.values():
             request.in_flight -= 1
-            if request.in_flight == 0:
+            if request.in_flight == 0 and (request.suspending or request.ending is not None):
                 self._settle(request, now_s)
         events.finished += self.take_finished()
         return events
@@ -325,10 +327,10 @@ class Scheduler:
 
     def _plan_decode(self, step: _Step, request: Request, now_s: float) -> None:
         """The span of one token of a request whose prompt is computed, if it may have one more and finds room for it."""
-        if not request.plannable or request.missing:
+        if request.missing or not request.plannable:
             return
         length = len(request.tokens) + request.num_pending
-        if request.num_output + request.num_pending >= request.sampling.max_new_tokens or length >= self.max_context:
+        if length - request.num_prompt >= request.sampling.max_new_tokens or length >= self.max_context:
             return  # its last token is on its way
         sequence = request.sequence
         assert sequence is not None
@@ -368,7 +370,7 @@ class Scheduler:
 
     def _plan_missing(self, step: _Step, request: Request) -> None:
         """Spans for what an admitted request still lacks, as far as the budget goes."""
-        if not request.missing or not request.plannable:
+        if not (request.missing and request.plannable):
             return
         taken, request.missing = cut(request.missing, step.budget, self.cache.chunk_tokens)
         for start, stop in taken:
@@ -491,7 +493,7 @@ class Scheduler:
         request.tokens.append(token.token_id)
         if request.first_token_s is None:
             request.first_token_s = now_s
-        events.tokens.append((request, token))
+        events.tokens.append(token)
         if token.token_id in request.sampling.stop_token_ids:
             self._end(request, FinishReason.STOP, now_s)
         elif request.num_output >= request.sampling.max_new_tokens or len(request.tokens) >= self.max_context:

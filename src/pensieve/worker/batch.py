@@ -48,31 +48,50 @@ class Batch:
 
 
 class BatchBuilder:
-    """Keeps each request's block table and turns spans into a `Batch`. Sole owner of the worker's block tables."""
+    """Keeps each request's block table and turns spans into a `Batch`. Sole owner of the worker's block tables.
+
+    All tables are rows of one array, so that a step's are taken from it at once. A batch holds copies: later updates, and requests that take
+    a forgotten one's row, never reach into a batch that waits to be run.
+    """
 
     def __init__(self, chunk_tokens: int, device: torch.device) -> None:
         self._chunk_tokens = chunk_tokens
         self._device = device
-        self._tables: dict[str, IntArray] = {}
+        self._rows: dict[str, int] = {}  # by request
+        self._free_rows: list[int] = []
+        self._tables = np.zeros((8, 64), np.int64)  # (rows, chunks), 0 beyond a table's end
+        self._num_chunks = np.zeros(8, np.int64)  # (rows,), where that is
 
     def update(self, updates: Iterable[BlockTableUpdate]) -> None:
         """Write slots from chunk index `first` on; what lay beyond is void."""
         for update in updates:
-            table = self._tables.get(update.request_id, np.empty(0, np.int64))
-            assert update.first <= len(table), f"table of {update.request_id!r} has {len(table)} chunks, update begins at {update.first}"
-            self._tables[update.request_id] = np.concatenate([table[: update.first], np.array(update.slots, np.int64)])
+            row = self._rows.get(update.request_id)
+            before = 0 if row is None else int(self._num_chunks[row])
+            assert update.first <= before, f"table of {update.request_id!r} has {before} chunks, update begins at {update.first}"
+            end = update.first + len(update.slots)
+            if row is None:
+                row = self._rows[update.request_id] = self._free_rows.pop() if self._free_rows else len(self._rows)
+            self._make_room(row, end)
+            table = self._tables[row]
+            table[update.first : end] = update.slots
+            table[end:before] = 0
+            self._num_chunks[row] = end
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop the tables of requests that ended."""
         for request_id in request_ids:
-            self._tables.pop(request_id, None)
+            row = self._rows.pop(request_id, None)
+            if row is not None:
+                self._tables[row, : self._num_chunks[row]] = 0
+                self._num_chunks[row] = 0
+                self._free_rows.append(row)
 
     def slots_of(self, span: Span) -> IntArray:
-        """The slots that hold the context of a span, `[0, span.stop)`."""
+        """The slots that hold the context of a span, `[0, span.stop)`, as they are now."""
         num_chunks = -(-span.stop // self._chunk_tokens)
-        table = self._tables[span.request_id]
-        assert num_chunks <= len(table), f"{span} needs {num_chunks} chunks, its block table has {len(table)}"
-        return table[:num_chunks]
+        row = self._rows[span.request_id]
+        self._require(num_chunks, int(self._num_chunks[row]), span)
+        return self._tables[row, :num_chunks]
 
     def build(self, spans: tuple[Span, ...], last_token: Callable[[Span], int]) -> Batch:
         """Tensors for these spans, at least one.
@@ -82,43 +101,90 @@ class BatchBuilder:
             last_token: the id for a span of one token whose plan did not know it yet.
         """
         assert spans, "a batch needs at least one span"
-        starts = np.array([span.start for span in spans], np.int64)
-        stops = np.array([span.stop for span in spans], np.int64)
-        lengths = stops - starts
-        assert (lengths > 0).all(), f"an empty span among {spans}"
-        cu_seqlens = np.zeros(len(spans) + 1, np.int64)
-        np.cumsum(lengths, out=cu_seqlens[1:])
+        size, num_spans = self._chunk_tokens, len(spans)
+        rows: list[int] = []
+        starts: list[int] = []
+        stops: list[int] = []
+        ids: list[int] = []
+        emitting: list[int] = []
+        for index, span in enumerate(spans):
+            known = span.token_ids
+            if known is None:
+                known = (last_token(span),)
+            assert len(known) == span.stop - span.start > 0, (
+                f"{len(known)} token ids for [{span.start}, {span.stop}) of {span.request_id!r}"
+            )
+            rows.append(self._rows[span.request_id])
+            starts.append(span.start)
+            stops.append(span.stop)
+            ids += known
+            if span.emits_token:
+                emitting.append(index)
 
-        contexts = [self.slots_of(span) for span in spans]
-        tables = np.zeros((len(spans), max(map(len, contexts))), np.int64)
-        for row, context in zip(tables, contexts, strict=True):
-            row[: len(context)] = context
+        bounds = np.array((rows, starts, stops), np.int64)  # (3, S)
+        row_of_span, start_of_span, context_lens = bounds
+        context_chunks = (context_lens + (size - 1)) // size
+        table_chunks = self._num_chunks[row_of_span]
+        width = int(context_chunks.max())
+        tables = self._tables[row_of_span, :width]  # (a copy)
+        if (context_chunks != table_chunks).any():
+            short = int((context_chunks - table_chunks).argmax())
+            self._require(int(context_chunks[short]), int(table_chunks[short]), spans[short])
+            tables[np.arange(width) >= context_chunks[:, None]] = 0
 
-        span_of_token = np.repeat(np.arange(len(spans)), lengths)
-        positions = np.arange(cu_seqlens[-1]) + (starts - cu_seqlens[:-1])[span_of_token]
-        slots = tables[span_of_token, positions // self._chunk_tokens]
-        emitting = [index for index, span in enumerate(spans) if span.emits_token]
+        # One array, so that a device gets one copy: ids, positions, slots (T each), bounds in T, contexts, tables, rows of logits.
+        num_tokens = len(ids)
+        sizes = (num_tokens, num_tokens, num_tokens, num_spans + 1, num_spans, tables.size, len(emitting))
+        flat = np.empty(sum(sizes), np.int64)
+        flat[:num_tokens] = ids
+        positions, slots = flat[num_tokens : 2 * num_tokens], flat[2 * num_tokens : 3 * num_tokens]
+        cu_seqlens = flat[3 * num_tokens : 3 * num_tokens + num_spans + 1]
+        if num_tokens == num_spans:  # decodes only, as in nearly every step
+            cu_seqlens[:] = np.arange(num_spans + 1)
+            span_of_token = cu_seqlens[:-1]
+            positions[:] = start_of_span
+        else:
+            lengths = context_lens - start_of_span
+            cu_seqlens[0] = 0
+            np.cumsum(lengths, out=cu_seqlens[1:])
+            span_of_token = np.repeat(np.arange(num_spans), lengths)
+            positions[:] = np.arange(num_tokens) + (start_of_span - cu_seqlens[:-1])[span_of_token]
+        chunks, offsets = np.divmod(positions, size)
+        np.add(tables[span_of_token, chunks] * size, offsets, out=slots)
+        rest = flat[3 * num_tokens + num_spans + 1 :]
+        rest[:num_spans] = context_lens
+        rest[num_spans : num_spans + tables.size] = tables.reshape(-1)
+        rest[num_spans + tables.size :] = cu_seqlens[1:][emitting] - 1
+
+        tensor = torch.from_numpy(flat)
+        if self._device.type != "cpu":
+            tensor = tensor.to(self._device)
+        parts = tensor.split_with_sizes(sizes)
         return Batch(
             spans=spans,
-            input_ids=self._tensor(_token_ids(spans, last_token))[None],
-            position_ids=self._tensor(positions)[None],
-            slot_mapping=self._tensor(slots * self._chunk_tokens + positions % self._chunk_tokens),
-            cu_seqlens_q=self._tensor(cu_seqlens),
-            context_lens=self._tensor(stops),
-            block_tables=self._tensor(tables),
-            logit_rows=self._tensor(cu_seqlens[1:][emitting] - 1),
-            emitting=tuple(spans[index] for index in emitting),
-            chunk_tokens=self._chunk_tokens,
+            input_ids=parts[0][None],
+            position_ids=parts[1][None],
+            slot_mapping=parts[2],
+            cu_seqlens_q=parts[3],
+            context_lens=parts[4],
+            block_tables=parts[5].view(num_spans, width),
+            logit_rows=parts[6],
+            emitting=spans if len(emitting) == num_spans else tuple(spans[index] for index in emitting),
+            chunk_tokens=size,
         )
 
-    def _tensor(self, array: IntArray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def _require(self, needed: int, there: int, span: Span) -> None:
+        assert needed <= there, f"{span} needs {needed} chunks, its block table has {there}"
 
-
-def _token_ids(spans: tuple[Span, ...], last_token: Callable[[Span], int]) -> IntArray:
-    ids: list[int] = []
-    for span in spans:
-        known = span.token_ids if span.token_ids is not None else (last_token(span),)
-        assert len(known) == span.stop - span.start, f"{len(known)} token ids for [{span.start}, {span.stop}) of {span.request_id!r}"
-        ids.extend(known)
-    return np.array(ids, np.int64)
+    def _make_room(self, row: int, num_chunks: int) -> None:
+        """Let the array hold a row, and that many chunks in it."""
+        rows, chunks = self._tables.shape
+        if row < rows and num_chunks <= chunks:
+            return
+        more_rows, more_chunks = rows * (2 if row >= rows else 1), chunks
+        while more_chunks < num_chunks:
+            more_chunks *= 2
+        tables = np.zeros((more_rows, more_chunks), np.int64)
+        tables[:rows, :chunks] = self._tables
+        self._tables = tables
+        self._num_chunks = np.concatenate([self._num_chunks, np.zeros(more_rows - rows, np.int64)])

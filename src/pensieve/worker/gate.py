@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pensieve.core.plan import BlockTableUpdate, Span
 from pensieve.errors import ModelRefused
-from pensieve.worker.attention import AttentionArgs, KVGeometry, make_backend
+from pensieve.worker.attention import AttentionArgs, KVGeometry, PagedAttention, make_backend
 from pensieve.worker.batch import BatchBuilder
 from pensieve.worker.kv_store import KVStore
 
@@ -188,14 +188,7 @@ class _TestRun:
         """One forward over token ranges; empty ones are left out."""
         spans = tuple(Span(name, start, stop, tuple(self.ids[name][start:stop]), True) for name, start, stop in ranges if start < stop)
         batch = self.builder.build(spans, lambda span: 0)
-        prepared = self.backend.prepare(batch)
-
-        def attending(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
-            self.backend.write(prepared, layer, key, value)
-            out: torch.Tensor = self.backend.attend(prepared, layer, query, args)
-            return out
-
-        for span, row in zip(spans, self.model.forward(batch, attending).float(), strict=True):
+        for span, row in zip(spans, self.model.forward(batch, PagedAttention(self.backend, batch)).float(), strict=True):
             self.outputs.append((span.request_id, span.stop - 1, row))
 
     def wipe(self, name: str, first: int, stop: int) -> None:

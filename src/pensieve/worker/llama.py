@@ -2,12 +2,14 @@
 
 Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one model with small differences: RMS norms, rotary positions (in SmolLM3 not in every layer), grouped
 queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode step spends more time between its matrix products than in them. Here q, k and v
-are one product, gate and up another; weights lie as oneDNN reads them fastest; what lies between the products is one kernel each. Rounded less often
-than by the modules, results differ from theirs within the tolerance of `worker.gate`, whose self-test stands between a mistake here and a user.
+are one product, gate and up another; weights lie as they are read fastest; what lies between the products is one kernel each; and where everything is
+a kernel of ours, attention too, a layer is one call. Rounded less often than by the modules, results differ from theirs within the tolerance of
+`worker.gate`, whose self-test stands between a mistake here and a user.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pensieve.worker import rows as kernels
-from pensieve.worker.attention import AttentionArgs
+from pensieve.worker.attention import AttentionArgs, PagedAttention
+from pensieve.worker.attention.native import NativeAttention
+from pensieve.worker.kernel import library_for, num_threads
+from pensieve.worker.products import LayerCall, LayerProducts, OneDnnLayer, OneDnnProduct, PanelLayer, PanelProduct
 from pensieve.worker.rows import Rows, float_weight
 
 _FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
-_USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights out; on our machines the answer serves all sizes
 _FIRST_POSITIONS = 4096  # rows of angles made at once; more when a longer context comes
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, AttentionArgs], torch.Tensor]
@@ -32,14 +36,11 @@ class _Layer:
     """One layer's weights. Norms are float32."""
 
     attention_norm: torch.Tensor  # (h,)
-    qkv: _Product
     head_norms: tuple[torch.Tensor, torch.Tensor] | None  # (D,) of queries and of keys
     rotates: bool
     args: AttentionArgs
-    out: _Product
     mlp_norm: torch.Tensor  # (h,)
-    gate_up: _Product
-    down: _Product
+    products: LayerProducts
 
 
 class LlamaForward:
@@ -57,13 +58,17 @@ class LlamaForward:
         assert len(args) == len(decoder.layers)
         self._num_heads, self._num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim: int = decoder.layers[0].self_attn.head_dim
+        self._intermediate_size: int = config.intermediate_size
         self._epsilon: float = config.rms_norm_eps
         self._rows = Rows(model.dtype)
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
-        self._head = _Product([model.lm_head])
+        hidden_size = self._embedding.shape[1]
+        panels = PanelProduct.why_not(model.dtype, hidden_size, self._num_heads * self._head_dim, self._intermediate_size) is None
+        self._head = PanelProduct([model.lm_head]) if panels else OneDnnProduct([model.lm_head])
         self._layers: list[_Layer] = []
         for index, module in enumerate(decoder.layers):
-            self._layers.append(_take_layer(module, args[index]))
+            products = (PanelLayer if panels else OneDnnLayer)(module.self_attn, module.mlp)
+            self._layers.append(_take_layer(module, args[index], products))
             if not keep_modules:
                 _empty(module)
         if not keep_modules:
@@ -73,6 +78,8 @@ class LlamaForward:
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float()
         self._angle_scale = float(rotary.attention_scaling)
         self._angles = self._angles_to(min(_FIRST_POSITIONS, config.max_position_embeddings))
+        self._calls = [self._call_of(layer) for layer in self._layers] if panels else None
+        self._room = torch.empty(0, dtype=model.dtype)
 
     @staticmethod
     def why_not(model: PreTrainedModel) -> str | None:
@@ -86,21 +93,30 @@ class LlamaForward:
             return f"its products are of type {', '.join(sorted(strange))}"
         if 2 * len(model.model.rotary_emb.inv_freq) != model.model.layers[0].self_attn.head_dim:
             return "only a part of each head is rotated"
+        if isinstance(reason := library_for("layer", ctypes.sizeof(LayerCall)), str):
+            return reason
         return kernels.why_not(model.dtype, model.device)
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Logits of some tokens of a row; see `CausalModel.logits`."""
-        with torch.inference_mode():
-            return self._logits(input_ids[0], position_ids[0], rows, attend)
-
-    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Attend) -> torch.Tensor:
-        kernel, heads, kv_heads, head_dim, epsilon = self._rows, self._num_heads, self._num_kv_heads, self._head_dim, self._epsilon
+        ids, positions = input_ids[0], position_ids[0]
         if (length := int(positions.max()) + 1) > len(self._angles):
             self._angles = self._angles_to(max(length, 2 * len(self._angles)))
-        residual = nn.functional.embedding(ids, self._embedding)  # (T, h)
+        with torch.inference_mode():
+            residual = nn.functional.embedding(ids, self._embedding)  # (T, h)
+            if self._calls is not None and isinstance(attend, PagedAttention) and isinstance(attend.backend, NativeAttention):
+                self._run_calls(self._calls, residual, positions, rows, attend, attend.backend)
+                last = self._rows.norm(residual[: len(rows)], None, self._last_norm, self._epsilon)
+            else:
+                last = self._run_layers(residual, positions, rows, attend)
+            return self._head(last)  # (E, V)
+
+    def _run_layers(self, residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """All layers over (T, h), operation by operation: (E, h), normalised."""
+        kernel, heads, kv_heads, head_dim, epsilon = self._rows, self._num_heads, self._num_kv_heads, self._head_dim, self._epsilon
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(kernel.norm(residual, delta, layer.attention_norm, epsilon))  # (T, (H + 2 Hkv) D)
+            qkv = layer.products.qkv(kernel.norm(residual, delta, layer.attention_norm, epsilon))  # (T, (H + 2 Hkv) D)
             angles = self._angles if layer.rotates else None
             if angles is not None or layer.head_norms is not None:
                 kernel.rotate(qkv, heads, kv_heads, head_dim, angles, positions, layer.head_norms, epsilon)
@@ -109,10 +125,44 @@ class LlamaForward:
             attended = attend(index, query, key, value, layer.args)  # (T, H, D)
             if index == len(self._layers) - 1:  # what is not asked for needs only to be attended to
                 attended, residual = attended[rows], residual[rows]
-            delta = layer.out(attended.reshape(len(attended), heads * head_dim))
-            gate_up = layer.gate_up(kernel.norm(residual, delta, layer.mlp_norm, epsilon))  # (T, 2 I)
-            delta = layer.down(kernel.gate(gate_up))
-        return self._head(kernel.norm(residual, delta, self._last_norm, epsilon))  # (E, V)
+            delta = layer.products.out(attended.reshape(len(attended), heads * head_dim), residual)
+            gated = layer.products.gated(kernel.norm(residual, delta, layer.mlp_norm, epsilon))  # (T, I)
+            delta = layer.products.down(gated, residual)
+        return kernel.norm(residual, delta, self._last_norm, epsilon)
+
+    def _run_calls(
+        self, calls: list[LayerCall], residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: PagedAttention,
+        backend: NativeAttention,
+    ) -> None:  # fmt: skip
+        """All layers over (T, h) in place, a call each. The rows asked for end up in front."""
+        count, hidden_size = residual.shape
+        heads_width = self._num_heads * self._head_dim
+        widths = (hidden_size, heads_width + 2 * self._num_kv_heads * self._head_dim, heads_width, self._intermediate_size)
+        if count * sum(widths) > len(self._room):
+            self._room = self._room.new_empty(count * sum(widths))  # kept: fresh memory would cost page faults in every step
+        normed, heads, attended, gated = (
+            self._room.data_ptr() + count * sum(widths[:index]) * self._room.itemsize for index in range(len(widths))
+        )
+        threads, residual_at, positions_at, angles_at = num_threads(), residual.data_ptr(), positions.data_ptr(), self._angles.data_ptr()
+        for index, (call, layer) in enumerate(zip(calls, self._layers, strict=True)):
+            call.num_threads, call.num_tokens, call.residual, call.positions = threads, count, residual_at, positions_at
+            call.angles = angles_at if layer.rotates else None
+            call.normed, call.heads, call.attended, call.gated = normed, heads, attended, gated
+            if index == len(calls) - 1:
+                call.rows, call.num_rows = rows.data_ptr(), len(rows)
+            attend.wait_layer(index)
+            backend.run_layer(attend.prepared, index, self._num_heads, layer.args, call)
+
+    def _call_of(self, layer: _Layer) -> LayerCall:
+        """What stays the same of a layer's call."""
+        products = layer.products
+        assert isinstance(products, PanelLayer)
+        query_norm, key_norm = (None, None) if layer.head_norms is None else (norm.data_ptr() for norm in layer.head_norms)
+        return LayerCall(
+            attention_norm=layer.attention_norm.data_ptr(), mlp_norm=layer.mlp_norm.data_ptr(), query_norm=query_norm, key_norm=key_norm,
+            epsilon=self._epsilon, qkv=products.qkv.weights, out=products.out_product.weights, gate_up=products.gated.weights,
+            down=products.down_product.weights,
+        )  # fmt: skip
 
     def _angles_to(self, num_positions: int) -> torch.Tensor:
         """(positions, D): cosines of all planes, then sines, as transformers scales them."""
@@ -120,53 +170,16 @@ class LlamaForward:
         return torch.cat((angles.cos(), angles.sin()), dim=1) * self._angle_scale
 
 
-class _Product:
-    """x -> x W^T + b for the weights of some linear modules, one below the other; laid out for oneDNN where this CPU has what it takes."""
-
-    __slots__ = ("_bias", "_num_out", "_packed", "_weight")
-
-    def __init__(self, modules: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([module.weight.detach() for module in modules])  # (out, in)
-        biases = [module.bias for module in modules]
-        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self._num_out = len(weight)
-        self._packed = _can_pack(weight.dtype)
-        self._weight: torch.Tensor = _mkldnn._reorder_linear_weight(weight, _USUAL_ROWS) if self._packed else weight
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, in), contiguous -> (T, out)."""
-        if not self._packed:
-            return nn.functional.linear(x, self._weight, self._bias)
-        if not len(x):  # oneDNN's way has no products of nothing
-            return x.new_empty((0, self._num_out))
-        result: torch.Tensor = _linear(x, self._weight, self._bias, "none", [], "")
-        return result
-
-
-_mkldnn: Any = torch.ops.mkldnn
-_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_linear: Any = _mkldnn._linear_pointwise.default if _HAS_ONEDNN else None
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    if not _HAS_ONEDNN:
-        return False
-    return dtype == torch.float32 or bool(_mkldnn._is_mkldnn_bf16_supported())
-
-
-def _take_layer(module: Any, args: AttentionArgs) -> _Layer:
-    attention, mlp = module.self_attn, module.mlp
+def _take_layer(module: Any, args: AttentionArgs, products: LayerProducts) -> _Layer:
+    attention = module.self_attn
     norms = (float_weight(attention.q_norm.weight), float_weight(attention.k_norm.weight)) if hasattr(attention, "q_norm") else None
     return _Layer(
         attention_norm=float_weight(module.input_layernorm.weight),
-        qkv=_Product([attention.q_proj, attention.k_proj, attention.v_proj]),
         head_norms=norms,
         rotates=bool(getattr(attention, "use_rope", True)),
         args=args,
-        out=_Product([attention.o_proj]),
         mlp_norm=float_weight(module.post_attention_layernorm.weight),
-        gate_up=_Product([mlp.gate_proj, mlp.up_proj]),
-        down=_Product([mlp.down_proj]),
+        products=products,
     )
 
 

@@ -2,56 +2,66 @@
 
 What is drawn for a position depends on the request's seed and on the position alone: the random number is a hash of both. So a seed
 gives the same tokens whatever else is in the batch, and a token sampled again (after a failed forward, a suspension) comes out the same.
+Rows are worked on together all the same: nothing here adds up across rows, so no row can tell its neighbours.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from pensieve.core.plan import RequestFailure, RequestStart, SampledToken, Span
-from pensieve.core.request import SamplingParams
+from pensieve.worker.draws import draw, likeliest, uniform
+from pensieve.worker.occurrences import Occurrences
 
-_MASK = (1 << 64) - 1
-_LEAST_TEMPERATURE = 1e-6  # below it only exact ties would differ, and fp32 would divide by 0
-_TOP_GUESS = 512  # candidates tried first for top_p; a full sort only where they hold too little
+_ROWS_TOGETHER = 16  # their logits as fp32 still fit in a processor's cache (3 MB at 49,152 tokens)
 
 
 class _State:
-    """What is remembered of one request: its tokens by position, and counts of them where penalties need them."""
+    """What is remembered of one request: its tokens by position, and how often each occurred where penalties need that."""
 
-    __slots__ = ("counts", "num_prompt", "params", "prompt_ids", "seed", "tokens")
+    __slots__ = ("num_prompt", "occurrences", "params", "seed", "tokens")
 
     def __init__(self, start: RequestStart) -> None:
-        self.params = start.sampling
-        self.seed = secrets.randbits(64) if start.sampling.seed is None else start.sampling.seed
+        params = self.params = start.sampling
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.tokens = list(start.prompt)
         self.num_prompt = len(start.prompt)
-        self.prompt_ids = frozenset(start.prompt if start.sampling.repetition_penalty != 1.0 else ())
-        self.counts: Counter[int] = Counter()  # of the output
+        self.occurrences: Occurrences | None = None
+        if params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+            self.occurrences = Occurrences(start.prompt if params.repetition_penalty != 1.0 else ())
+
+    @property
+    def is_plain(self) -> bool:
+        """Greedy, and nothing but the token is wanted."""
+        return self.params.temperature == 0.0 and self.occurrences is None
+
+    def must_go_on(self, position: int) -> bool:
+        """The token at `position` may not be one that would end the answer."""
+        return bool(self.params.stop_token_ids) and position - self.num_prompt < self.params.min_new_tokens
 
     def truncate(self, length: int) -> None:
         """Forget tokens from this position on: their step was void, they are sampled again."""
         if length < len(self.tokens):
-            self.counts.subtract(self.tokens[max(length, self.num_prompt) :])
+            if self.occurrences is not None:
+                self.occurrences.remove(self.tokens[max(length, self.num_prompt) :])
             del self.tokens[length:]
 
     def append(self, position: int, token: int) -> None:
-        """The token at `position` is known now."""
-        self.truncate(position)
+        """The token at `position` is known now; what stood there and behind it has been forgotten."""
         if position == len(self.tokens):  # else a step before this one was void, and so is this one
             self.tokens.append(token)
-            if position >= self.num_prompt:
-                self.counts[token] += 1
+            if self.occurrences is not None and position >= self.num_prompt:
+                self.occurrences.add(token)
 
 
 class Sampler:
     """Sole owner of what is remembered of a request between its tokens; forgotten only when it has ended."""
 
-    def __init__(self, *, before_sample: Callable[[str], None] = lambda request_id: None) -> None:
+    def __init__(self, *, before_sample: Callable[[str], None] | None = None) -> None:
         """`before_sample` is called for each request that emits; when it raises, that request fails and the others go on."""
         self._before_sample = before_sample
         self._states: dict[str, _State] = {}
@@ -75,7 +85,7 @@ class Sampler:
         """One token for each span that emits.
 
         Args:
-            spans: E of them.
+            spans: E of them, each of another request.
             logits: (E, V), in any floating dtype.
 
         Returns:
@@ -83,118 +93,112 @@ class Sampler:
         """
         if not spans:
             return [], []
-        best, ids = logits.max(dim=-1)  # NaN wins a maximum
-        rows = zip(spans, torch.isfinite(best).tolist(), ids.tolist(), logits, strict=True)
-        tokens: list[SampledToken] = []
-        failures: list[RequestFailure] = []
-        for span, is_finite, greedy, row in rows:
+        states = self._states
+        are_finite, chosen = likeliest(logits)  # (of a greedy request, that is its token)
+        failures: dict[int, Exception] = {}  # by row
+        involved: list[int] = []  # rows that want more than the likeliest
+        wordy: list[int] = []  # rows that want logprobs
+        for row, span in enumerate(spans):
             try:
-                self._before_sample(span.request_id)
-                if not is_finite:
+                if self._before_sample is not None:
+                    self._before_sample(span.request_id)
+                if not are_finite[row]:
                     raise ArithmeticError(
                         "the model's logits are not finite (NaN or infinity): its weights or dtype do not carry this prompt"
                     )
-                tokens.append(self._sample_one(span, row, greedy))
+                state = states[span.request_id]
+                state.truncate(span.stop)
+                if not state.is_plain or state.must_go_on(span.stop):
+                    involved.append(row)
+                if state.params.logprobs is not None:
+                    wordy.append(row)
             except Exception as error:  # one request's trouble must not reach its neighbours
-                failures.append(RequestFailure(span.request_id, f"sampling failed: {type(error).__name__}: {error}"))
-        return tokens, failures
+                failures[row] = error
+        said: dict[int, Said] = {}
+        if involved or wordy:
+            with _one_thread():
+                for first in range(0, len(involved), _ROWS_TOGETHER):
+                    self._choose(spans, logits, involved[first : first + _ROWS_TOGETHER], chosen, failures)
+                for first in range(0, len(wordy), _ROWS_TOGETHER):
+                    some = wordy[first : first + _ROWS_TOGETHER]
+                    said |= _logprobs(logits, [(row, states[spans[row].request_id].params.logprobs or 0, chosen[row]) for row in some])
+        tokens: list[SampledToken] = []
+        for row, span in enumerate(spans):
+            if row in failures:
+                continue
+            token = chosen[row]
+            states[span.request_id].append(span.stop, token)
+            tokens.append(SampledToken(span.request_id, token, *said[row]) if row in said else SampledToken(span.request_id, token))
+        broken = [
+            RequestFailure(spans[row].request_id, f"sampling failed: {type(error).__name__}: {error}")
+            for row, error in sorted(failures.items())
+        ]
+        return tokens, broken
 
-    def _sample_one(self, span: Span, row: torch.Tensor, greedy: int) -> SampledToken:
-        state = self._states[span.request_id]
-        params = state.params
-        state.truncate(span.stop)
-        adjusted = _penalised(row, state) if _has_penalties(params) else row
-        if params.stop_token_ids and span.stop - state.num_prompt < params.min_new_tokens:
-            adjusted = _without(adjusted, params.stop_token_ids)
-        if params.temperature == 0.0:
-            token = greedy if adjusted is row else int(adjusted.argmax())
+    def _choose(
+        self, spans: Sequence[Span], logits: torch.Tensor, rows: list[int], chosen: list[int], failures: dict[int, Exception]
+    ) -> None:
+        """Choose for rows with penalties or a temperature. Should that fail, once more one by one: whose fault it was fails alone."""
+        try:
+            tokens = self._choose_together([spans[row] for row in rows], _floats(logits, rows))
+        except Exception as error:
+            if len(rows) == 1:
+                failures[rows[0]] = error
+                return
+            for row in rows:
+                self._choose(spans, logits, [row], chosen, failures)
+            return
+        for row, token in zip(rows, tokens, strict=True):
+            chosen[row] = token
+
+    def _choose_together(self, spans: Sequence[Span], values: torch.Tensor) -> list[int]:
+        """A token for each row of `values` (n, V), which is overwritten."""
+        states = [self._states[span.request_id] for span in spans]
+        for state, span, row in zip(states, spans, values, strict=True):
+            if state.occurrences is not None:
+                state.occurrences.penalise(row, state.params)
+            if state.must_go_on(span.stop):
+                row.index_fill_(0, torch.tensor([i for i in state.params.stop_token_ids if i < len(row)], device=row.device), -torch.inf)
+        drawn = [index for index, state in enumerate(states) if state.params.temperature > 0.0]
+        if len(drawn) == len(states):
+            tokens = [0] * len(states)
         else:
-            token = draw(adjusted, params, uniform(state.seed, span.stop))
-        state.append(span.stop, token)
-        if params.logprobs is None:
-            return SampledToken(span.request_id, token)
-        logprobs = torch.log_softmax(row.float(), dim=-1)
-        values, ids = logprobs.topk(min(params.logprobs, len(logprobs)))
-        return SampledToken(span.request_id, token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+            _, tokens = likeliest(values)
+            values = values[drawn]
+        if drawn:
+            numbers = [uniform(states[index].seed, spans[index].stop) for index in drawn]
+            for index, token in zip(drawn, draw(values, [states[index].params for index in drawn], numbers), strict=True):
+                tokens[index] = token
+        return tokens
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), a hash of a seed and a position (the finaliser of SplitMix64, twice)."""
-    state = _mix((seed ^ 0x9E3779B97F4A7C15) & _MASK)
-    return (_mix((state + 0x9E3779B97F4A7C15 * (position + 1)) & _MASK) >> 11) * 2.0**-53
+Said = tuple[float, tuple[tuple[int, float], ...]]  # the token's logprob, and the likeliest tokens with theirs
 
 
-def _mix(state: int) -> int:
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return state ^ (state >> 31)
+def _logprobs(logits: torch.Tensor, wanted: list[tuple[int, int, int]]) -> dict[int, Said]:
+    """By row, what is said of the model's own distribution. `wanted`: (row of `logits`, how many of the likeliest, the row's token)."""
+    said: dict[int, Said] = {}
+    logprobs = torch.log_softmax(_floats(logits, [row for row, _, _ in wanted]), dim=-1)
+    own = logprobs.gather(1, torch.tensor([[token] for _, _, token in wanted], device=logits.device)).squeeze(1).tolist()
+    for count in {count for _, count, _ in wanted}:
+        here = [index for index, (_, each, _) in enumerate(wanted) if each == count]
+        values, ids = logprobs[here].topk(min(count, logprobs.shape[1]))
+        for index, top_ids, top_values in zip(here, ids.tolist(), values.tolist(), strict=True):
+            said[wanted[index][0]] = own[index], tuple(zip(top_ids, top_values, strict=True))
+    return said
 
 
-def _has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+def _floats(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows, ascending, in float32, to be written on."""
+    return (logits if len(rows) == len(logits) else logits[rows]).to(torch.float32, copy=True)
 
 
-def _penalised(row: torch.Tensor, state: _State) -> torch.Tensor:
-    """Logits (V,) in fp32 after repetition (over prompt and output), then presence and frequency penalties (over the output)."""
-    params = state.params
-    logits = row.float().clone()
-    counts = {token: count for token, count in state.counts.items() if count > 0}
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list(state.prompt_ids | counts.keys()), dtype=torch.int64, device=row.device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if counts and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
-        ids = torch.tensor(list(counts), dtype=torch.int64, device=row.device)
-        times = torch.tensor(list(counts.values()), dtype=torch.float32, device=row.device)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * times
-    return logits
-
-
-def _without(row: torch.Tensor, ids: frozenset[int]) -> torch.Tensor:
-    """Logits (V,) by which none of these ids can be sampled."""
-    return row.index_fill(0, torch.tensor([i for i in ids if i < len(row)], dtype=torch.int64, device=row.device), -torch.inf)
-
-
-def draw(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
-    """Sample from logits (V,) by inverting the cumulative distribution at `number` in [0, 1).
-
-    Temperature, then top_k, then top_p of what is left, then min_p against the likeliest; each renormalises. Candidates are ordered
-    by falling probability where top_k or top_p is set, else by id.
-    """
-    values = logits.float()
-    scaled = (values - values.max()) / max(params.temperature, _LEAST_TEMPERATURE)
-    if params.top_k == 0 and params.top_p == 1.0:
-        probabilities = torch.softmax(scaled, dim=-1)
-        if params.min_p > 0.0:
-            probabilities = probabilities * (probabilities >= params.min_p * probabilities.max())
-        return _invert(probabilities, number)
-    probabilities, ids = _candidates(scaled, params)
-    keep = probabilities >= params.min_p * probabilities[0]
-    if params.top_p < 1.0:
-        before = probabilities.cumsum(0, dtype=torch.float64) - probabilities
-        keep &= before < params.top_p  # the one that reaches top_p is kept too
-    keep[0] = True
-    return int(ids[_invert(probabilities * keep, number)])
-
-
-def _candidates(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities in falling order, and their ids: the top_k, or as many as surely hold top_p, or all."""
-    size = len(scaled)
-    if 0 < params.top_k < size:
-        values, ids = scaled.topk(params.top_k)
-        return torch.softmax(values, dim=-1), ids
-    probabilities = torch.softmax(scaled, dim=-1)
-    if params.top_p < 1.0 and size > _TOP_GUESS:
-        values, ids = probabilities.topk(_TOP_GUESS)
-        if float(values.sum()) >= params.top_p:
-            return values, ids
-    values, ids = probabilities.sort(descending=True, stable=True)
-    return values, ids
-
-
-def _invert(weights: torch.Tensor, number: float) -> int:
-    """The index whose share of the cumulative weights (not all 0) holds `number`; never one of weight 0."""
-    cumulative = weights.cumsum(0, dtype=torch.float64)
-    index = int(torch.searchsorted(cumulative, number * float(cumulative[-1]), right=True))
-    # The first index past the target has a weight; past the end, after rounding, the last that has one is meant.
-    return index if index < len(weights) else int(weights.nonzero()[-1])
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use this thread only: work of some 10 us that waits for another thread to be woken is not faster on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -52,8 +52,9 @@ class SwapIn:
 
     def wait(self) -> None:
         """Return when every copy has settled."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._settled)
+        if not self._settled:
+            with self._changed:
+                self._changed.wait_for(lambda: self._settled)
 
     def layer_done(self, event: torch.cuda.Event | None) -> None:
         """One more layer was copied (or, with an event, will have been when it fires)."""
@@ -89,6 +90,7 @@ class Transfer:
         self._failed: list[CopyFailure] = []
         self._in_step = False
         self._closing = False
+        self._nothing = SwapIn((), self._num_layers)
         self._thread = threading.Thread(target=self._loop, name="pensieve-transfer", daemon=True)
         self._thread.start()
 
@@ -98,9 +100,14 @@ class Transfer:
 
     def start(self, swap_in: tuple[Copy, ...], swap_out: tuple[Copy, ...]) -> SwapIn:
         """Queue a plan's copies; a step is under way from now on."""
+        if not (swap_in or swap_out):  # as in nearly every step: the thread is left asleep, it would only ask for the interpreter
+            with self._work:
+                assert not self._closing, "the worker is closed"
+                self._in_step = True
+            return self._nothing
         ticket = SwapIn(swap_in, self._num_layers)
         computed = None  # what the device computes until here comes before these copies
-        if self._stream is not None and (swap_in or swap_out):
+        if self._stream is not None:
             computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
             computed.record(torch.cuda.current_stream(self._device))
         with self._work:

@@ -12,7 +12,7 @@ from pensieve.config import TierConfig
 from pensieve.core.plan import Copy, CopyFailure, RequestFailure, SampledToken, StepPlan, StepResult
 from pensieve.errors import ConfigError
 from pensieve.worker.allocator import keep_freed_memory
-from pensieve.worker.attention import AttentionArgs, make_backend
+from pensieve.worker.attention import PagedAttention, make_backend
 from pensieve.worker.batch import Batch, BatchBuilder
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.model import CausalModel
@@ -124,17 +124,7 @@ class ModelWorker:
         """The batch of a plan with spans, and its logits (E, V)."""
         self._hooks.before_forward(plan)
         batch = self._builder.build(plan.spans, self._sampler.last_token)
-        backend = self._backend
-        with torch.inference_mode():
-            prepared = backend.prepare(batch)
-
-        def attending(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
-            swap_in.wait_layer(layer)
-            backend.write(prepared, layer, key, value)
-            out: torch.Tensor = backend.attend(prepared, layer, query, args)
-            return out
-
-        return batch, self._model.forward(batch, attending)
+        return batch, self._model.forward(batch, PagedAttention(self._backend, batch, swap_in.wait_layer))
 
     def _sample(self, batch: Batch, logits: torch.Tensor, swap_in: SwapIn) -> tuple[list[SampledToken], list[RequestFailure]]:
         """Sample for the spans whose context came in whole; the others computed over nothing, and the scheduler plans them again."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from pensieve.errors import ConfigError
-from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry
+from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry, PagedAttention
 from pensieve.worker.attention.cpu import CpuAttention
 from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.attention.reference import ReferenceAttention
 
-__all__ = ["BACKENDS", "AttentionArgs", "AttentionBackend", "KVGeometry", "make_backend"]
+__all__ = ["BACKENDS", "AttentionArgs", "AttentionBackend", "KVGeometry", "PagedAttention", "make_backend"]
 
 BACKENDS: dict[str, type[AttentionBackend[Any]]] = {  # "auto" takes the first that can
     backend.name: backend for backend in (NativeAttention, CpuAttention, ReferenceAttention)

@@ -7,8 +7,9 @@ whatever slots those chunks lie (paper §4.4). A backend chooses the layout that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -74,3 +75,20 @@ class AttentionBackend(ABC, Generic[Prepared]):
     @abstractmethod
     def attend(self, prepared: Prepared, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D). Cells beyond a context are never used."""
+
+
+class PagedAttention:
+    """A step's attention, as a model's forward calls it: wait until a layer's KV is there, write what is new, attend."""
+
+    def __init__(self, backend: AttentionBackend[Any], batch: Batch, wait_layer: Callable[[int], None] = lambda layer: None) -> None:
+        """`wait_layer` returns when what is copied into a layer has arrived."""
+        self.backend = backend
+        self.wait_layer = wait_layer
+        with torch.inference_mode():
+            self.prepared = backend.prepare(batch)
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        """(T, H, D), (T, Hkv, D), (T, Hkv, D) -> (T, H, D)."""
+        self.wait_layer(layer)
+        self.backend.write(self.prepared, layer, key, value)
+        return self.backend.attend(self.prepared, layer, query, args)

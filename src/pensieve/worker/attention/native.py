@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGe
 from pensieve.worker.batch import Batch
 from pensieve.worker.kernel import INT, KINDS, POINTER, REAL, Level, levels, library_for, num_threads
 from pensieve.worker.kv_store import KVStore
+from pensieve.worker.products import LayerCall
 
 _CHUNKS = range(4, 33, 2)  # tokens of a slot: pairs, at most as many as the kernel is wide
 _HEAD_STEP = 16  # numbers of its widest vector
@@ -122,21 +124,24 @@ class NativeAttention(AttentionBackend[Step]):
         output = torch.empty(query.shape, dtype=rows.dtype)
         sinks = None if args.sinks is None else args.sinks.float().contiguous()
         call = prepared.call
-        call.layer = layer
         call.query, call.output = rows.data_ptr(), output.data_ptr()
         call.query_token_stride, call.query_head_stride, _ = rows.stride()
-        call.num_heads = query.shape[1]
-        call.sinks = None if sinks is None else sinks.data_ptr()
-        call.scaling, call.softcap = args.scaling, args.softcap or 0.0
-        call.window = _UNBOUNDED if args.sliding_window is None else args.sliding_window
-        while need := self._run(call):
+        _set_layer(call, layer, query.shape[1], args, None if sinks is None else sinks.data_ptr())
+        while need := self._with_scratch(call, self._kernel.pensieve_attend, ctypes.byref(call)):
             self._scratch = torch.empty(need, dtype=torch.uint8)
         return output.to(query.dtype)
 
-    def _run(self, call: _Call) -> int:
+    def run_layer(self, prepared: Step, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall) -> None:
+        """A whole layer of a model in one call, writing and attending included. The model has no sinks."""
+        call = prepared.call
+        _set_layer(call, layer, num_heads, args, None)
+        while need := self._with_scratch(call, self._kernel.pensieve_layer, ctypes.byref(work), ctypes.byref(call)):
+            self._scratch = torch.empty(need, dtype=torch.uint8)
+
+    def _with_scratch(self, call: _Call, function: Any, *arguments: Any) -> int:
         """0; or the bytes of scratch that the kernel needs first. It is kept: the next layer needs as much."""
         call.scratch, call.scratch_bytes = self._scratch.data_ptr(), len(self._scratch)
-        need: int = self._kernel.pensieve_attend(ctypes.byref(call))
+        need: int = function(*arguments)
         return need
 
     def _plain(self, rows: torch.Tensor) -> torch.Tensor:
@@ -144,3 +149,9 @@ class NativeAttention(AttentionBackend[Step]):
         if rows.dtype != self.geometry.dtype or rows.stride(2) != 1:
             return rows.to(self.geometry.dtype).contiguous()
         return rows
+
+
+def _set_layer(call: _Call, layer: int, num_heads: int, args: AttentionArgs, sinks: int | None) -> None:
+    call.layer, call.num_heads, call.sinks = layer, num_heads, sinks
+    call.scaling, call.softcap = args.scaling, args.softcap or 0.0
+    call.window = _UNBOUNDED if args.sliding_window is None else args.sliding_window

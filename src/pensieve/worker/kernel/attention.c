@@ -360,29 +360,46 @@ static void attend_item(void *data, int64_t index, int64_t thread)
     attending->variant.finish(call, part, kv_head, partials, sum);
 }
 
+/* How a call's scratch is divided. */
+struct division {
+    struct plan plan;
+    int64_t parts_bytes, settled_bytes, partials_bytes, room_bytes;
+    int64_t need;
+};
+
+static struct division divide(const struct call *call)
+{
+    struct division division = {.plan = plan_of(call)};
+    const struct plan *plan = &division.plan;
+    struct room room;
+    float *partials, *sum;
+    division.room_bytes = lay_out_room(call, 0, &room, &partials, &sum);
+    division.parts_bytes = aligned(plan->num_parts * (int64_t)sizeof(struct part));
+    division.settled_bytes = aligned(plan->num_blocks * call->num_kv_heads * (int64_t)sizeof(int32_t));
+    division.partials_bytes = aligned(plan->partials * call->num_kv_heads * (int64_t)sizeof(float));
+    division.need = ROOM_ALIGNMENT + division.parts_bytes + division.settled_bytes + division.partials_bytes + call->num_threads * division.room_bytes;
+    return division;
+}
+
+/* Bytes of scratch that `pensieve_attend` needs for this call. */
+int64_t pensieve_attend_scratch(const struct call *call) { return divide(call).need; }
+
 /* Attention of all rows of a layer. Returns 0, or the bytes of scratch that it needs, and then nothing was done. */
 int64_t pensieve_attend(const struct call *call)
 {
-    struct attending attending = {.call = call, .variant = variant_of(call), .plan = plan_of(call)};
-    const struct plan *plan = &attending.plan;
-    struct room room;
-    float *partials, *sum;
-    attending.room_bytes = lay_out_room(call, 0, &room, &partials, &sum);
-    const int64_t parts_bytes = aligned(plan->num_parts * (int64_t)sizeof(struct part));
-    const int64_t settled_bytes = aligned(plan->num_blocks * call->num_kv_heads * (int64_t)sizeof(int32_t));
-    const int64_t partials_bytes = aligned(plan->partials * call->num_kv_heads * (int64_t)sizeof(float));
-    const int64_t need = ROOM_ALIGNMENT + parts_bytes + settled_bytes + partials_bytes + call->num_threads * attending.room_bytes;
-    if (need > call->scratch_bytes)
-        return need;
+    const struct division division = divide(call);
+    struct attending attending = {.call = call, .variant = variant_of(call), .plan = division.plan, .room_bytes = division.room_bytes};
+    if (division.need > call->scratch_bytes)
+        return division.need;
     uint8_t *base = (uint8_t *)aligned((int64_t)call->scratch);
     struct part *parts = (struct part *)base;
-    cut(call, plan, parts);
+    cut(call, &attending.plan, parts);
     attending.parts = parts;
-    attending.settled = (int32_t *)(base + parts_bytes);
-    memset(attending.settled, 0, (size_t)settled_bytes);
-    attending.partials = (float *)(base + parts_bytes + settled_bytes);
-    attending.rooms = base + parts_bytes + settled_bytes + partials_bytes;
-    pensieve_run_items(attend_item, &attending, plan->num_parts * call->num_kv_heads, plan->num_threads);
+    attending.settled = (int32_t *)(base + division.parts_bytes);
+    memset(attending.settled, 0, (size_t)division.settled_bytes);
+    attending.partials = (float *)(base + division.parts_bytes + division.settled_bytes);
+    attending.rooms = base + division.parts_bytes + division.settled_bytes + division.partials_bytes;
+    pensieve_run_items(attend_item, &attending, attending.plan.num_parts * call->num_kv_heads, attending.plan.num_threads);
     return 0;
 }
 
@@ -460,6 +477,7 @@ void pensieve_write(struct call *call)
 #else /* another processor or compiler: Python does not call what is not there */
 
 int64_t pensieve_attend(const struct call *call) { (void)call; return 0; }
+int64_t pensieve_attend_scratch(const struct call *call) { (void)call; return 0; }
 int64_t pensieve_count_parts(const struct call *call) { (void)call; return 0; }
 void pensieve_write(struct call *call) { (void)call; }
 

@@ -88,6 +88,11 @@ static inline uint8_t *head_cells(const struct call *call, int64_t slot, int64_t
     return call->store + slot * call->slot_bytes + call->layer * call->layer_bytes + kv_head * 2 * cell_count(call) * number_bytes(call);
 }
 
+/* See attention.c. */
+int64_t pensieve_attend_scratch(const struct call *call);
+int64_t pensieve_attend(const struct call *call);
+void pensieve_write(struct call *call);
+
 typedef void attend_part(const struct call *, const struct part *, int64_t kv_head, const struct room *, float *partials);
 
 #endif

@@ -45,4 +45,8 @@ struct gate_rows {
     int64_t width;
 };
 
+void pensieve_norm(const struct norm_rows *work);
+void pensieve_rotate(const struct rotate_rows *work);
+void pensieve_gate(const struct gate_rows *work);
+
 #endif

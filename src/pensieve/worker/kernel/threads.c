@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#include <cpuid.h>
+
 /* The highest level this CPU and its system support. */
 int64_t pensieve_level(void)
 {
@@ -17,9 +19,18 @@ int64_t pensieve_level(void)
     return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
 }
 
+/* Whether it multiplies tiles of matrices in hardware, which no kernel of ours does: leaf 7 of CPUID, AMX-BF16 and AMX-TILE. */
+int64_t pensieve_has_amx(void)
+{
+    const unsigned both = 1u << 22 | 1u << 24;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & both) == both;
+}
+
 #else /* another processor or compiler: Python does not call what is not there */
 
 int64_t pensieve_level(void) { return LEVEL_NONE; }
+int64_t pensieve_has_amx(void) { return 0; }
 
 #endif
 

@@ -1,0 +1,184 @@
+"""Rows of logits to token ids: the likeliest, or drawn with a given random number. Knows numbers only; never requests.
+
+Every row is worked on as if it were alone: sums run along rows, and rows share an operation only where it treats each by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from pensieve.core.request import SamplingParams
+
+_MASK = (1 << 64) - 1
+_LEAST_TEMPERATURE = 1e-6  # below it only exact ties would differ, and fp32 would divide by 0
+_TOP_GUESS = 512  # candidates tried first for top_p; a full sort only where they hold too little
+_BLOCK = 256  # weights whose sum is looked at before they are
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits; NaN has more, a sign is the highest bit
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), a hash of a seed and a position (the finaliser of SplitMix64, twice)."""
+    state = _mix((seed ^ 0x9E3779B97F4A7C15) & _MASK)
+    return (_mix((state + 0x9E3779B97F4A7C15 * (position + 1)) & _MASK) >> 11) * 2.0**-53
+
+
+def _mix(state: int) -> int:
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
+
+
+# -- the likeliest
+
+
+def likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
+    """Of each row of logits (n, V): whether its maximum is a number (no NaN in the row, no infinity at the top), and where it stands first.
+
+    On a CPU with numpy, in one thread: it compares 16-bit floats as the integers that their bits are, a whole vector at a time, where
+    torch takes ten times as long (docs/performance.md) and would wake other threads.
+    """
+    if logits.device.type != "cpu":
+        best, ids = logits.max(dim=-1)  # NaN wins a maximum
+        return torch.isfinite(best).tolist(), ids.tolist()
+    if (infinity := _INFINITY.get(logits.dtype)) is None:
+        values = logits.numpy()
+        places = values.argmax(-1)  # NaN wins here, too
+        return np.isfinite(values[np.arange(len(places)), places]).tolist(), places.tolist()
+    bits = logits.view(torch.int16).numpy()
+    places = bits.argmax(-1)
+    highest = bits[np.arange(len(places)), places]
+    # Positive floats are in the order of their bits, and above them NaN; as unsigned numbers, NaN of the other sign is above everything.
+    is_simple = (highest > 0) & (highest < infinity) & (bits.view(np.uint16).max(-1) <= infinity | 0x8000)
+    if is_simple.all():
+        return is_simple.tolist(), places.tolist()
+    are_finite, ids = is_simple.tolist(), places.tolist()
+    for row in np.flatnonzero(~is_simple).tolist():  # no positive number, or a NaN
+        (are_finite[row],), (ids[row],) = likeliest(logits[row : row + 1].float())
+    return are_finite, ids
+
+
+# -- draws
+
+
+class _Rules(NamedTuple):
+    """What rows are drawn by, after temperature and top_k. Each (n, 1), float64."""
+
+    number: torch.Tensor
+    top_p: torch.Tensor  # infinite where there is none: sums of probabilities pass 1 by rounding
+    min_p: torch.Tensor | None  # None: no row has one
+
+
+def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int]:
+    """Sample from each row of logits by inverting its cumulative distribution at a number in [0, 1).
+
+    Temperature, then top_k, then top_p of what is left, then min_p against the likeliest; each renormalises. Candidates are ordered
+    by falling probability where top_k or top_p is set, else by id.
+
+    Args:
+        logits: (n, V), float32; overwritten.
+        params: n of them, each with a temperature.
+        numbers: n of them.
+    """
+    size, device = logits.shape[1], logits.device
+    temperatures = torch.tensor([max(each.temperature, _LEAST_TEMPERATURE) for each in params], dtype=torch.float32, device=device)
+    scaled = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
+    by_order: dict[int, list[int]] = {}  # how many candidates have to be put in order -> rows
+    for row, each in enumerate(params):
+        in_order = min(each.top_k, size) or (size if each.top_p < 1.0 else 0)
+        by_order.setdefault(in_order, []).append(row)
+    tokens = [0] * len(params)
+    for in_order, rows in by_order.items():
+        values = scaled if len(rows) == len(params) else scaled[rows]
+        rules = _rules([params[row] for row in rows], [numbers[row] for row in rows], device)
+        if in_order == 0:
+            found = _among_all(torch.softmax(values, dim=-1), rules)
+        elif in_order < size:
+            values, ids = values.topk(in_order)
+            found = _among(torch.softmax(values, dim=-1), ids, rules)
+        else:
+            found = _among_likeliest(torch.softmax(values, dim=-1), rules)
+        for row, token in zip(rows, found, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _rules(params: Sequence[SamplingParams], numbers: Sequence[float], device: torch.device) -> _Rules:
+    top_p = [each.top_p if each.top_p < 1.0 else math.inf for each in params]
+    min_p = [each.min_p for each in params]
+    table = torch.tensor([numbers, top_p, min_p], dtype=torch.float64, device=device)[:, :, None]
+    return _Rules(table[0], table[1], table[2] if any(min_p) else None)
+
+
+def _among_all(probabilities: torch.Tensor, rules: _Rules) -> list[int]:
+    """Draw from (n, V) probabilities by id. Whole blocks are passed over by their sums, and only one is looked into."""
+    weights = probabilities
+    if rules.min_p is not None:
+        weights = probabilities * (probabilities >= rules.min_p.float() * probabilities.amax(dim=-1, keepdim=True))
+    if missing := -weights.shape[1] % _BLOCK:
+        weights = pad(weights, (0, missing))
+    blocks = weights.view(len(weights), -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (n, blocks)
+    target = rules.number * ends[:, -1:]
+    block = _first_past(ends, target)
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    found: list[int] = (block * _BLOCK + _first_past(inside, target - before))[:, 0].tolist()
+    return found
+
+
+def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> list[int]:
+    """Draw from (n, V) probabilities by rank. Where a few hold all that top_p asks for, the others need no order."""
+    size = probabilities.shape[1]
+    if size <= _TOP_GUESS:
+        return _among(*_sorted(probabilities), rules)
+    values, ids = probabilities.topk(_TOP_GUESS)
+    are_enough = (values.sum(-1, keepdim=True) >= rules.top_p)[:, 0].tolist()
+    found = _among(values, ids, rules)
+    if not all(are_enough):
+        rest = [row for row, is_enough in enumerate(are_enough) if not is_enough]
+        left = _Rules(rules.number[rest], rules.top_p[rest], None if rules.min_p is None else rules.min_p[rest])
+        again = _among(*_sorted(probabilities[rest]), left)
+        for row, token in zip(rest, again, strict=True):
+            found[row] = token
+    return found
+
+
+def _among(probabilities: torch.Tensor, ids: torch.Tensor, rules: _Rules) -> list[int]:
+    """Draw from candidates in falling order, (n, k) each: what top_p and min_p leave of them, at least the first."""
+    keep = probabilities.cumsum(-1, dtype=torch.float64) - probabilities < rules.top_p  # the one that reaches top_p is kept too
+    if rules.min_p is not None:
+        keep &= probabilities >= rules.min_p.float() * probabilities[:, :1]
+    cumulative = (probabilities * keep).cumsum(-1, dtype=torch.float64)
+    found: list[int] = ids.gather(1, _first_past(cumulative, rules.number * cumulative[:, -1:]))[:, 0].tolist()
+    return found
+
+
+def _sorted(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, V) probabilities in falling order, equal ones by id, and their ids."""
+    if probabilities.device.type != "cpu":
+        values, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        return values, ids
+    # On a CPU as integers that hold both, which numpy sorts ten times as fast: positive floats are in the order of their bits.
+    bits = probabilities.numpy().view(np.uint32)
+    keys = np.empty(bits.shape, np.uint64)
+    for key, row in zip(keys, bits, strict=True):  # (row by row they stay in the processor's cache)
+        np.left_shift(~row, 32, out=key, dtype=np.uint64)
+        key |= np.arange(len(row), dtype=np.uint64)
+        key.sort()
+    order = torch.from_numpy((keys & 0xFFFFFFFF).astype(np.int64))
+    return probabilities.gather(1, order), order
+
+
+def _first_past(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """In each row of rising sums (n, k), float64, the first that is past a target (n, 1): never one that added nothing.
+
+    A target that rounding has put at the end or behind it means the one that reaches the end.
+    """
+    end = cumulative[:, -1:]
+    return torch.searchsorted(cumulative, torch.minimum(target, torch.nextafter(end, torch.zeros_like(end))), right=True)

@@ -1,0 +1,31 @@
+/* Rows times weights, in bfloat16, on CPUs with instructions for it. What Python hands over is mirrored field by field in products.py. */
+#ifndef PENSIEVE_PRODUCTS_H
+#define PENSIEVE_PRODUCTS_H
+
+#include <stdint.h>
+
+#define PANEL 32 /* outputs computed together: two vectors */
+
+enum { STORE_PLAIN, STORE_ADDED, STORE_GATED };
+
+/* Weights of several outputs. Panel by panel: [K / 2][PANEL][2], so that a vector holds a pair of one input's numbers for each of 16 outputs;
+ * outputs that fill up the last panel have weights of 0. For STORE_GATED a panel's first half are gates, its second half what they gate. */
+struct weights {
+    const uint16_t *panels; /* 64-byte aligned */
+    const float *bias;      /* an output each, in the panels' order, as many as fill them; null: none */
+    int64_t num_inputs;     /* K, even */
+    int64_t num_outputs;    /* numbers of a row of results */
+    int64_t store;          /* STORE_PLAIN: result = product; STORE_ADDED: result += product; STORE_GATED: result = silu(gate) * up */
+};
+
+struct multiply {
+    const struct weights *weights;
+    const uint16_t *inputs; /* (rows, K), contiguous */
+    uint16_t *results;      /* (rows, outputs), contiguous */
+    int64_t num_rows;
+    int64_t num_threads;
+};
+
+void pensieve_multiply(const struct multiply *call);
+
+#endif

@@ -1,0 +1,130 @@
+"""Products by panels and by oneDNN, against the same in float64."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pensieve.worker import kernel, products
+from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelProduct
+
+torch.set_num_threads(2)
+
+BF16 = torch.bfloat16
+PANELS = bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16
+needs_panels = pytest.mark.skipif(not PANELS, reason="the kernels are not built, or this CPU has no AVX512-BF16")
+
+
+def linear(num_in: int, num_out: int, bias: bool = False, dtype: torch.dtype = BF16, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(num_in, num_out, bias=bias).to(dtype)
+
+
+def exact(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+    result = x.double() @ module.weight.double().T
+    return result if module.bias is None else result + module.bias.double()
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(ours.double(), expected, rtol=2.0**-8, atol=1e-4)
+
+
+def rows(count: int, width: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn((count, width), generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+@needs_panels
+@pytest.mark.parametrize("count", [*range(1, 26), 96, 97, 200])
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_number_of_rows(count: int, bias: bool) -> None:
+    module, x = linear(48, 80, bias), rows(count, 48)
+    close(PanelProduct([module])(x), exact(x, module))
+
+
+@needs_panels
+@given(
+    count=st.integers(1, 30), num_in=st.integers(1, 40).map(lambda n: 2 * n), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
+    seed=st.integers(0, 5),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_shape_and_what_is_done_with_the_result(count: int, num_in: int, num_out: int, bias: bool, seed: int) -> None:
+    module, other, x = linear(num_in, num_out, bias, seed=seed), linear(num_in, num_out, bias, seed=seed + 9), rows(count, num_in, seed)
+    close(PanelProduct([module])(x), exact(x, module))
+    close(PanelProduct([module, other])(x), torch.cat((exact(x, module), exact(x, other)), 1))
+    close(PanelProduct([module, other], _GATED)(x), nn.functional.silu(exact(x, module)) * exact(x, other))
+    before = rows(count, num_out, seed + 1)
+    after = before.clone()
+    PanelProduct([module], _ADDED)(x, after)
+    close(after, before.double() + exact(x, module))
+
+
+@needs_panels
+def test_nothing_beyond_the_results_is_written() -> None:
+    """Neither the panel's filling nor the rows after the last."""
+    module, x = linear(16, PANEL + 5), rows(3, 16)
+    room = torch.full((6, PANEL + 5), 7.0, dtype=BF16)
+    PanelProduct([module])(x, room[:3])
+    assert (room[3:] == 7).all()
+
+
+@needs_panels
+@pytest.mark.parametrize("count", [1, 7, 12, 13, 100, 400])
+def test_a_row_gives_the_same_in_any_company(count: int) -> None:
+    """Bit by bit: however rows are cut into tiles and tiles given to threads."""
+    product, x = PanelProduct([linear(64, 96)]), rows(count, 64)
+    together = product(x)
+    assert all(torch.equal(together[i : i + 1], product(x[i : i + 1])) for i in range(0, count, 7))
+
+
+@needs_panels
+def test_what_is_no_number_spoils_its_own_row_only() -> None:
+    x = rows(14, 32)
+    x[5, 3] = float("nan")
+    result = PanelProduct([linear(32, 40)])(x)
+    assert result[5].isnan().all() and result[[i for i in range(14) if i != 5]].isfinite().all()
+
+
+@needs_panels
+def test_no_rows() -> None:
+    assert PanelProduct([linear(8, 12)])(torch.empty((0, 8), dtype=BF16)).shape == (0, 12)
+
+
+def test_what_panels_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PanelProduct.why_not(torch.float32, 8) == "panels are of bfloat16, not of torch.float32"
+    assert PanelProduct.why_not(BF16, 8, 7) == "panels are of pairs of numbers, rows of 7 are odd"
+    monkeypatch.setattr(products, "levels", lambda: (kernel.Level.AVX2,))
+    if kernel.levels():
+        assert PanelProduct.why_not(BF16, 8) == "this CPU has no AVX512-BF16"
+
+
+@needs_panels
+def test_a_cpu_with_tiles_in_hardware_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        pensieve_products_bytes = staticmethod(lambda: products._BYTES)
+        pensieve_has_amx = staticmethod(lambda: 1)
+
+    monkeypatch.setattr(products, "library_for", lambda *_: Library())
+    assert PanelProduct.why_not(BF16, 8) == "this CPU has AMX, which oneDNN uses better"
+
+
+@needs_panels
+def test_kernels_of_other_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_BYTES", products._BYTES + ctypes.sizeof(ctypes.c_void_p))
+    assert "were built from other sources" in str(PanelProduct.why_not(BF16, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("packs", [True, False])
+def test_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, packs: bool) -> None:
+    if not packs:
+        monkeypatch.setattr(products, "_HAS_ONEDNN", False)
+    for count in (0, 1, 9, 130):
+        for bias in (True, False):
+            module, other, x = linear(24, 40, bias, dtype), linear(24, 8, bias, dtype, 3), rows(count, 24).to(dtype)
+            ours = OneDnnProduct([module, other])(x)
+            torch.testing.assert_close(ours.double(), torch.cat((exact(x, module), exact(x, other)), 1), rtol=2.0**-7, atol=1e-2)
