@@ -1,8 +1,8 @@
 """Chat completions of any OpenAI-compatible server, streamed and timed. Knows the request's fields; never who asks, or why.
 
-What the servers take to give an answer of a fixed length, as their sources and manuals say: vLLM and SGLang `ignore_eos` and `min_tokens`;
-Pensieve the same; llama.cpp `ignore_eos`; transformers serve a `generation_config` of its own making, which names no end-of-text token then,
-and it refuses fields that it does not know. OpenAI itself has none.
+What servers take to give an answer of a fixed length, as their sources and manuals say: vLLM, SGLang and Pensieve `ignore_eos` and
+`min_tokens`; llama.cpp `ignore_eos`; transformers serve a `generation_config`, in which the end-of-text token can be one that there is
+not (it refuses fields that it does not know). OpenAI itself has none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def length_fields(names: Sequence[str], num_tokens: int) -> dict[str, Any]:
     values: dict[str, Any] = {
         "ignore_eos": True,
         "min_tokens": num_tokens,
-        "generation_config": json.dumps({"do_sample": False, "max_new_tokens": num_tokens}),
+        "generation_config": json.dumps({"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": -1}),
     }
     return {name: values[name] for name in names}
 
