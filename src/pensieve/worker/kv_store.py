@@ -6,11 +6,11 @@ backend's business; here they are opaque. A store allocates once, exactly `num_s
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 
 import torch
+
+from pensieve.worker.allocator import fresh_pages
 
 PIECE_BYTES = 32 << 20  # most that one copy call stages: bounds memory beyond the stores, and how long a swap-in waits
 
@@ -31,7 +31,7 @@ class KVStore:
         self.num_slots, self.num_layers, self.layer_bytes, self.device = num_slots, num_layers, layer_bytes, device
         shape = (num_slots, num_layers, layer_bytes)
         if device.type == "cpu" and not pinned and num_slots:
-            self.data = _fresh_pages(num_slots * num_layers * layer_bytes).view(shape)
+            self.data = fresh_pages(num_slots * num_layers * layer_bytes).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
         self._host = self.data.numpy() if device.type == "cpu" else None
@@ -57,20 +57,6 @@ class KVStore:
                 self.data[slot].zero_()
             else:  # one thread writes at memory speed; waking torch's others can take far longer than the work
                 self._host[slot].fill(0)
-
-
-def _fresh_pages(num_bytes: int) -> torch.Tensor:
-    """Main memory straight from the system, which zeroes a page when it is first written: a start waits for none of them.
-
-    Writing 3 GB of zeros instead took 0.7 to 3.3 s of each start. Huge pages, where the system has them, make first writes 5 times cheaper.
-    """
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(num_bytes, dtype=torch.uint8)  # no Unix
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)  # keeps the mapping for as long as it lives
 
 
 def copy_slots(

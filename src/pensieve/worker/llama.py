@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pensieve.worker import rows as kernels
+from pensieve.worker.allocator import HugeRegions
 from pensieve.worker.attention import AttentionArgs, PagedAttention
 from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.kernel import library_for, num_threads
@@ -64,10 +65,11 @@ class LlamaForward:
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         hidden_size = self._embedding.shape[1]
         panels = PanelProduct.why_not(model.dtype, hidden_size, self._num_heads * self._head_dim, self._intermediate_size) is None
-        self._head = PanelProduct([model.lm_head]) if panels else OneDnnProduct([model.lm_head])
+        memory = HugeRegions()
+        self._head = PanelProduct([model.lm_head], memory=memory) if panels else OneDnnProduct([model.lm_head])
         self._layers: list[_Layer] = []
         for index, module in enumerate(decoder.layers):
-            products = (PanelLayer if panels else OneDnnLayer)(module.self_attn, module.mlp)
+            products = PanelLayer(module.self_attn, module.mlp, memory) if panels else OneDnnLayer(module.self_attn, module.mlp)
             self._layers.append(_take_layer(module, args[index], products))
             if not keep_modules:
                 _empty(module)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from pensieve.worker.allocator import HugeRegions
 from pensieve.worker.kernel import INT, POINTER, REAL, Level, levels, library_for, num_threads
 from pensieve.worker.rows import Rows
 
@@ -99,20 +100,20 @@ _BYTES = ctypes.sizeof(Weights) + ctypes.sizeof(_Multiply)
 class PanelProduct:
     """x -> x W^T + b by our kernel, in bfloat16. `weights` is what the kernel knows of it, for as long as this lives."""
 
-    def __init__(self, modules: Sequence[nn.Linear], store: int = _PLAIN) -> None:
-        """Lay the weights out, one module's below the other's; for `_GATED` two modules', interleaved."""
+    def __init__(self, modules: Sequence[nn.Linear], store: int = _PLAIN, memory: HugeRegions | None = None) -> None:
+        """Lay the weights out, one module's below the other's; for `_GATED` two modules', interleaved. `memory` is where they go."""
         library = library_for("products", _BYTES)
         assert not isinstance(library, str), library
         self._kernel = library
         matrices, biases = [module.weight.detach() for module in modules], _bias_of(modules)
         if store == _GATED:
-            gate, up = matrices
-            self._panels = _interleaved(_panels(gate, PANEL // 2), _panels(up, PANEL // 2))
-            num_outputs = len(gate)
+            halves, num_outputs = [_pairs(matrix, PANEL // 2) for matrix in matrices], len(matrices[0])
         else:
             together = torch.cat(matrices)
-            self._panels = _panels(together, PANEL)
-            num_outputs = len(together)
+            halves, num_outputs = [_pairs(together, PANEL)], len(together)
+        num_panels, num_pairs = halves[0].shape[:2]
+        self._panels = (memory or HugeRegions()).take((num_panels, num_pairs, PANEL, 2), torch.bfloat16)
+        torch.cat(halves, dim=2, out=self._panels)  # a gate's half panel, then that of what it gates
         self._bias = None if biases is None else self._lay_out_bias(biases.float(), store)
         self.weights = Weights(
             self._panels.data_ptr(), None if self._bias is None else self._bias.data_ptr(), matrices[0].shape[1], num_outputs, store
@@ -153,11 +154,11 @@ class PanelProduct:
 class PanelLayer:
     """`LayerProducts` by our kernel."""
 
-    def __init__(self, attention: Any, mlp: Any) -> None:
-        self.qkv = PanelProduct([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out_product = PanelProduct([attention.o_proj], _ADDED)
-        self.gated = PanelProduct([mlp.gate_proj, mlp.up_proj], _GATED)
-        self.down_product = PanelProduct([mlp.down_proj], _ADDED)
+    def __init__(self, attention: Any, mlp: Any, memory: HugeRegions) -> None:
+        self.qkv = PanelProduct([attention.q_proj, attention.k_proj, attention.v_proj], _PLAIN, memory)
+        self.out_product = PanelProduct([attention.o_proj], _ADDED, memory)
+        self.gated = PanelProduct([mlp.gate_proj, mlp.up_proj], _GATED, memory)
+        self.down_product = PanelProduct([mlp.down_proj], _ADDED, memory)
 
     def out(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
         """See `LayerProducts`."""
@@ -173,15 +174,9 @@ def _filled(rows: torch.Tensor, multiple: int) -> torch.Tensor:
     return nn.functional.pad(rows, (0, 0, 0, -len(rows) % multiple))
 
 
-def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:
-    """(out, in) -> (panels, in / 2, width, 2), contiguous."""
-    pairs = _filled(weight, width).view(-1, width, weight.shape[1] // 2, 2)
-    return pairs.transpose(1, 2).contiguous()
-
-
-def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Panels of half the width side by side: a gate's first, then what it gates."""
-    return torch.cat((gate, up), dim=2)
+def _pairs(weight: torch.Tensor, width: int) -> torch.Tensor:
+    """(out, in) -> (panels, in / 2, width, 2)."""
+    return _filled(weight, width).view(-1, width, weight.shape[1] // 2, 2).transpose(1, 2)
 
 
 def _bias_of(modules: Sequence[nn.Linear]) -> torch.Tensor | None:
