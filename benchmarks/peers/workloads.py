@@ -174,7 +174,7 @@ def _open() -> Workload:
     everything = 24 * in_blocks(conversation_tokens(6, 100, 64))
     third = in_blocks(everything / 3)
     unloaded = Measurement("unloaded", users=1, turns=6, new_tokens=100, output_tokens=64)
-    sweep = Measurement("open", 0, turns=6, new_tokens=100, output_tokens=64, think="exp:3", rates=(1, 2, 3, 4, 5, 6, 7, 8), duration_s=75)
+    sweep = Measurement("open", 0, turns=6, new_tokens=100, output_tokens=64, think="exp:3", rates=(1, 2, 3, 4, 5, 6, 7, 8), duration_s=45)
     quick = (
         replace(unloaded, turns=2, output_tokens=16),
         replace(sweep, turns=2, output_tokens=16, rates=(1, 2), duration_s=8, think="exp:0.5"),
