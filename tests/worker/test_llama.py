@@ -242,3 +242,24 @@ def test_a_planted_bug_in_a_layer_s_call_is_stopped_at_the_gate(monkeypatch: pyt
     monkeypatch.setattr(NativeAttention, "run_layer", wrong)
     with pytest.raises(FusedDiffers):
         CausalModel(make("qwen3, normalised heads", torch.bfloat16), "qwen3")
+
+
+@pytest.mark.skipif(not LAYER_CALLS or PanelProduct.why_not(torch.bfloat16, 2, int8=True) is not None, reason="not on this CPU")
+@pytest.mark.parametrize("member", [name for name in FAMILY if "odd" not in name])
+def test_weights_of_8_bits_pass_the_gate(member: str) -> None:
+    model = CausalModel(make(member, torch.bfloat16), member, int8=True)
+    assert model.forward_name == "fused int8"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "forward", "reason"),
+    [
+        ("gemma2", torch.bfloat16, "auto", "Gemma2ForCausalLM is not of the Llama family"),
+        ("llama", torch.float32, "auto", "panels are of bfloat16, not of torch.float32"),
+        ("llama", torch.bfloat16, "modules", "--forward modules"),
+    ],
+)
+def test_where_weights_cannot_be_of_8_bits(name: str, dtype: torch.dtype, forward: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot have weights of 8 bits .* choose --quantize none") as refused:
+        CausalModel(tiny(name, dtype=dtype), "it", forward=forward, int8=True, self_test=False)
+    assert reason in refused.value.message

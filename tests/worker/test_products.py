@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pensieve.worker import kernel, products
-from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelProduct
+from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct
 
 torch.set_num_threads(2)
 
@@ -61,6 +61,59 @@ def test_any_shape_and_what_is_done_with_the_result(count: int, num_in: int, num
     after = before.clone()
     PanelProduct([module], _ADDED)(x, after)
     close(after, before.double() + exact(x, module))
+
+
+INT8 = PANELS and PanelProduct.why_not(BF16, 8, int8=True) is None
+needs_int8 = pytest.mark.skipif(not INT8, reason="this CPU has no AVX512-VBMI")
+
+
+def rounded(module: nn.Linear) -> nn.Linear:
+    """The same with weights of 8 bits, as exact as they are."""
+    weight = module.weight.detach().float()  # (a tie is a tie in fp32)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    result = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None).double()
+    result.weight.data = (weight / scale).round().double() * scale.double()
+    if module.bias is not None:
+        result.bias.data = module.bias.detach().double()
+    return result
+
+
+@needs_int8
+@given(
+    count=st.integers(1, 30), num_in=st.integers(1, 40).map(lambda n: 2 * n), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
+    seed=st.integers(0, 5),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_weights_of_8_bits(count: int, num_in: int, num_out: int, bias: bool, seed: int) -> None:
+    module, other, x = linear(num_in, num_out, bias, seed=seed), linear(num_in, num_out, bias, seed=seed + 9), rows(count, num_in, seed)
+    module_8, other_8, kind = rounded(module), rounded(other), PanelKind(int8=True)
+    close(PanelProduct([module, other], kind=kind)(x), torch.cat((exact(x, module_8), exact(x, other_8)), 1))
+    close(PanelProduct([module, other], _GATED, kind)(x), nn.functional.silu(exact(x, module_8)) * exact(x, other_8))
+    before = rows(count, num_out, seed + 1)
+    after = before.clone()
+    PanelProduct([module], _ADDED, kind)(x, after)
+    close(after, before.double() + exact(x, module_8))
+
+
+@needs_int8
+def test_every_weight_of_8_bits_is_what_it_says() -> None:
+    """All of -127 to 127, read back one by one."""
+    module = linear(2, 255)
+    with torch.no_grad():
+        module.weight[:, 0] = torch.arange(-127, 128)
+        module.weight[:, 1] = 127  # every output has the scale 1
+    assert torch.equal(
+        PanelProduct([module], kind=PanelKind(int8=True))(torch.tensor([[1.0, 0.0]], dtype=BF16))[0], torch.arange(-127, 128).to(BF16)
+    )
+
+
+@needs_int8
+def test_an_output_without_weights_stays_zero() -> None:
+    module = linear(6, 3)
+    with torch.no_grad():
+        module.weight[1] = 0
+    result = PanelProduct([module], kind=PanelKind(int8=True))(rows(4, 6))
+    assert (result[:, 1] == 0).all() and result.isfinite().all()
 
 
 @needs_panels

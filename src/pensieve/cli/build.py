@@ -56,6 +56,7 @@ class Options:
     max_running: int = 64
     threads: int | None = None
     forward: Literal["auto", "fused", "modules"] = "auto"
+    quantize: Literal["none", "int8"] = "none"
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -175,12 +176,13 @@ def _causal_model(resolved: ResolvedModel, options: Options, say: Say) -> Causal
     from pensieve.worker.weights import load
 
     def make(forward: Forward) -> CausalModel:
-        return CausalModel(load(resolved, options.dtype, options.device), resolved.label, forward=forward, keep_modules=False)
+        model = load(resolved, options.dtype, options.device)
+        return CausalModel(model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False)
 
     try:
         return make(options.forward)
     except FusedDiffers as error:
-        if options.forward == "fused":
+        if options.forward == "fused" or options.quantize != "none":
             raise
         say(f"computing {resolved.label} by its own modules: {error.message}")
         return make("modules")

@@ -19,11 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pensieve.worker import rows as kernels
-from pensieve.worker.allocator import HugeRegions
 from pensieve.worker.attention import AttentionArgs, PagedAttention
 from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.kernel import library_for, num_threads
-from pensieve.worker.products import LayerCall, LayerProducts, OneDnnLayer, OneDnnProduct, PanelLayer, PanelProduct
+from pensieve.worker.products import LayerCall, LayerProducts, OneDnnLayer, OneDnnProduct, PanelKind, PanelLayer, PanelProduct
 from pensieve.worker.rows import Rows, float_weight
 
 _FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
@@ -47,13 +46,14 @@ class _Layer:
 class LlamaForward:
     """A model of the family, ready to compute. Takes its weights from the modules, layer by layer."""
 
-    def __init__(self, model: PreTrainedModel, args: Sequence[AttentionArgs], *, keep_modules: bool) -> None:
+    def __init__(self, model: PreTrainedModel, args: Sequence[AttentionArgs], *, keep_modules: bool, int8: bool = False) -> None:
         """Lay the weights out.
 
         Args:
             model: one that `why_not` has nothing against.
             args: how each layer attends.
             keep_modules: leave the modules as they are, at the price of all weights twice; else they are emptied and compute no more.
+            int8: weights of 8 bits (`why_not_int8` must have nothing against it). The embedding stays as it is.
         """
         config, decoder = model.config.get_text_config(), model.model
         assert len(args) == len(decoder.layers)
@@ -63,13 +63,13 @@ class LlamaForward:
         self._epsilon: float = config.rms_norm_eps
         self._rows = Rows(model.dtype)
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
-        hidden_size = self._embedding.shape[1]
-        panels = PanelProduct.why_not(model.dtype, hidden_size, self._num_heads * self._head_dim, self._intermediate_size) is None
-        memory = HugeRegions()
-        self._head = PanelProduct([model.lm_head], memory=memory) if panels else OneDnnProduct([model.lm_head])
+        self.int8 = int8
+        panels = int8 or _why_no_panels(model) is None
+        kind = PanelKind(int8)
+        self._head = PanelProduct([model.lm_head], kind=kind) if panels else OneDnnProduct([model.lm_head])
         self._layers: list[_Layer] = []
         for index, module in enumerate(decoder.layers):
-            products = PanelLayer(module.self_attn, module.mlp, memory) if panels else OneDnnLayer(module.self_attn, module.mlp)
+            products = PanelLayer(module.self_attn, module.mlp, kind) if panels else OneDnnLayer(module.self_attn, module.mlp)
             self._layers.append(_take_layer(module, args[index], products))
             if not keep_modules:
                 _empty(module)
@@ -98,6 +98,11 @@ class LlamaForward:
         if isinstance(reason := library_for("layer", ctypes.sizeof(LayerCall)), str):
             return reason
         return kernels.why_not(model.dtype, model.device)
+
+    @classmethod
+    def why_not_int8(cls, model: PreTrainedModel) -> str | None:
+        """Why this model's weights cannot be of 8 bits; None: they can."""
+        return cls.why_not(model) or _why_no_panels(model, int8=True)
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Logits of some tokens of a row; see `CausalModel.logits`."""
@@ -170,6 +175,12 @@ class LlamaForward:
         """(positions, D): cosines of all planes, then sines, as transformers scales them."""
         angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * self._frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=1) * self._angle_scale
+
+
+def _why_no_panels(model: PreTrainedModel, *, int8: bool = False) -> str | None:
+    config = model.config.get_text_config()
+    heads_width = config.num_attention_heads * model.model.layers[0].self_attn.head_dim
+    return PanelProduct.why_not(model.dtype, config.hidden_size, heads_width, config.intermediate_size, int8=int8)
 
 
 def _take_layer(module: Any, args: AttentionArgs, products: LayerProducts) -> _Layer:

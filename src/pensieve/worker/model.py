@@ -45,8 +45,9 @@ class CausalModel:
     """A model that passed the gate."""
 
     def __init__(
-        self, model: PreTrainedModel, label: str = "", *, self_test: bool = True, forward: Forward = "auto", keep_modules: bool = True
-    ) -> None:
+        self, model: PreTrainedModel, label: str = "", *, self_test: bool = True, forward: Forward = "auto", int8: bool = False,
+        keep_modules: bool = True,
+    ) -> None:  # fmt: skip
         """Take over a loaded model: from now on it computes attention through us.
 
         Args:
@@ -54,12 +55,13 @@ class CausalModel:
             label: its name for people; the config's if empty.
             self_test: compare with the model's own eager attention on random ids.
             forward: what computes it.
+            int8: weights of 8 bits, fused operations only. Answers change: see docs/performance.md for how much.
             keep_modules: False empties the modules where they are not what computes: the weights are in memory once, and `eager` is no more.
 
         Raises:
             ModelRefused: it would run and answer wrong; the message says why.
             FusedDiffers: fused, it would answer wrong; its modules may do better.
-            ConfigError: fused operations were asked for and cannot serve it.
+            ConfigError: fused operations, or weights of 8 bits, were asked for and cannot serve it.
         """
         self.label = label or model.config.name_or_path or model.config.model_type
         gate.check_config(model, self.label)
@@ -75,20 +77,24 @@ class CausalModel:
         before = model.config._attn_implementation
         model.set_attn_implementation(_INTERFACE)
         try:
-            self._take_over(forward, self_test, keep_modules)
-        except ModelRefused:
+            self._take_over(forward, self_test, int8, keep_modules)
+        except (ModelRefused, ConfigError):
             model.set_attn_implementation(before)  # whoever holds it may still use it without us
             raise
 
-    def _take_over(self, forward: Forward, self_test: bool, keep_modules: bool) -> None:
+    def _take_over(self, forward: Forward, self_test: bool, int8: bool, keep_modules: bool) -> None:
         """Through the gate; then as fused operations, if they are to be, through the rest of it."""
         geometry, args = gate.probe(self)
         self.geometry: KVGeometry = geometry
         expected = gate.expect(self) if self_test else None
+        if int8:
+            why_not = "--forward modules" if forward == "modules" else LlamaForward.why_not_int8(self.model)
+            if why_not is not None:
+                raise ConfigError(f"{self.label} cannot have weights of 8 bits ({why_not}): choose --quantize none")
         if forward != "modules":
             reason = LlamaForward.why_not(self.model)
             if reason is None:
-                self._fused = LlamaForward(self.model, args, keep_modules=keep_modules)
+                self._fused = LlamaForward(self.model, args, keep_modules=keep_modules, int8=int8)
             elif forward == "fused":
                 raise ConfigError(f"{self.label} cannot be computed by fused operations ({reason}): choose --forward auto or modules")
         if expected is None:
@@ -102,8 +108,10 @@ class CausalModel:
 
     @property
     def forward_name(self) -> str:
-        """What computes: "fused" or "modules"."""
-        return "modules" if self._fused is None else "fused"
+        """What computes: "fused", "fused int8" or "modules"."""
+        if self._fused is None:
+            return "modules"
+        return "fused int8" if self._fused.int8 else "fused"
 
     def forward(self, batch: Batch, attending: Attending) -> torch.Tensor:
         """Logits of the last token of each emitting span, (E, V), in the model's dtype."""

@@ -1,13 +1,14 @@
 """The products of a Llama-like layer with its weights, laid out for this CPU. Knows matrices and layouts; never models, attention or positions.
 
 Two ways. Panels are read by our own kernel: on CPUs that multiply bfloat16 in vectors it is faster than oneDNN at every size, most of all for few rows.
-oneDNN's own layout serves float32, CPUs without such instructions, and those that multiply whole tiles (AMX), which no kernel of ours does.
+Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, CPUs without such instructions, and those that multiply whole tiles (AMX), which no kernel of ours does.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from pensieve.worker.rows import Rows
 
 PANEL = 32  # outputs of a panel, see kernel/products.h
 _PLAIN, _ADDED, _GATED = range(3)
+_INT8_MOST = 127  # symmetric: -128 is not used
+_LEAST_SCALE = 1e-30  # of an output all of whose weights are 0
 _USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights out
 
 
@@ -87,7 +90,9 @@ class OneDnnLayer:
 class Weights(ctypes.Structure):
     """`struct weights` of kernel/products.h, field by field."""
 
-    _fields_ = [("panels", POINTER), ("bias", POINTER), ("num_inputs", INT), ("num_outputs", INT), ("store", INT)]
+    _fields_ = [
+        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT), ("num_outputs", INT), ("store", INT),
+    ]  # fmt: skip
 
 
 class _Multiply(ctypes.Structure):
@@ -97,32 +102,47 @@ class _Multiply(ctypes.Structure):
 _BYTES = ctypes.sizeof(Weights) + ctypes.sizeof(_Multiply)
 
 
-class PanelProduct:
-    """x -> x W^T + b by our kernel, in bfloat16. `weights` is what the kernel knows of it, for as long as this lives."""
+@dataclass(frozen=True, slots=True)
+class PanelKind:
+    """How panels are made, and where they go."""
 
-    def __init__(self, modules: Sequence[nn.Linear], store: int = _PLAIN, memory: HugeRegions | None = None) -> None:
-        """Lay the weights out, one module's below the other's; for `_GATED` two modules', interleaved. `memory` is where they go."""
+    int8: bool = False  # weights of 8 bits, one scale an output; else bfloat16
+    memory: HugeRegions = field(default_factory=HugeRegions)
+
+
+class PanelProduct:
+    """x -> x W^T + b by our kernel, x in bfloat16. `weights` is what the kernel knows of it, for as long as this lives."""
+
+    def __init__(self, modules: Sequence[nn.Linear], store: int = _PLAIN, kind: PanelKind | None = None) -> None:
+        """Lay the weights out, one module's below the other's; for `_GATED` two modules', interleaved."""
         library = library_for("products", _BYTES)
         assert not isinstance(library, str), library
         self._kernel = library
-        matrices, biases = [module.weight.detach() for module in modules], _bias_of(modules)
-        if store == _GATED:
-            halves, num_outputs = [_pairs(matrix, PANEL // 2) for matrix in matrices], len(matrices[0])
-        else:
-            together = torch.cat(matrices)
-            halves, num_outputs = [_pairs(together, PANEL)], len(together)
-        num_panels, num_pairs = halves[0].shape[:2]
-        self._panels = (memory or HugeRegions()).take((num_panels, num_pairs, PANEL, 2), torch.bfloat16)
-        torch.cat(halves, dim=2, out=self._panels)  # a gate's half panel, then that of what it gates
-        self._bias = None if biases is None else self._lay_out_bias(biases.float(), store)
+        kind = kind or PanelKind()
+        parts = [module.weight.detach() for module in modules]
+        if store != _GATED:
+            parts = [torch.cat(parts)]
+        width = PANEL // len(parts)  # outputs that a part has in each panel
+        num_inputs, num_outputs = parts[0].shape[1], len(parts[0])
+        bias = _bias_of(modules)
+        self._bias = None if bias is None else _by_panel(bias.float().chunk(len(parts)), width)
+        self._scales = None
+        if kind.int8:
+            scales = [part.float().abs().amax(dim=1).clamp(min=_LEAST_SCALE) / _INT8_MOST for part in parts]
+            parts = [(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in zip(parts, scales, strict=True)]
+            self._scales = _by_panel(scales, width)
+        pairs = torch.cat([_pairs(part, width) for part in parts], dim=2)  # (panels, in / 2, PANEL, 2)
+        if kind.int8:
+            pairs = _woven(pairs)
+        self._panels = kind.memory.take(tuple(pairs.shape), pairs.dtype).copy_(pairs)
         self.weights = Weights(
-            self._panels.data_ptr(), None if self._bias is None else self._bias.data_ptr(), matrices[0].shape[1], num_outputs, store
-        )
-        self._address = ctypes.addressof(self.weights)
+            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs, store,
+        )  # fmt: skip
+        self._weights_address = ctypes.addressof(self.weights)
 
     @staticmethod
-    def why_not(dtype: torch.dtype, *sizes: int) -> str | None:
-        """Why panels would not do for products of this dtype, or of rows of these sizes; None: they do."""
+    def why_not(dtype: torch.dtype, *sizes: int, int8: bool = False) -> str | None:
+        """Why panels (of 8 bits) would not do for products of this dtype, or of rows of these sizes; None: they do."""
         if dtype != torch.bfloat16:
             return f"panels are of bfloat16, not of {dtype}"
         if odd := [size for size in sizes if size % 2]:
@@ -132,33 +152,27 @@ class PanelProduct:
             return library
         if levels()[-1] < Level.AVX512_BF16:
             return "this CPU has no AVX512-BF16"
+        if int8:
+            return None if library.pensieve_has_bytes() else "this CPU has no AVX512-VBMI"
         return "this CPU has AMX, which oneDNN uses better" if library.pensieve_has_amx() else None
 
     def __call__(self, x: torch.Tensor, results: torch.Tensor | None = None) -> torch.Tensor:
         """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds."""
         if results is None:
             results = x.new_empty((len(x), self.weights.num_outputs))
-        call = _Multiply(self._address, x.data_ptr(), results.data_ptr(), len(x), num_threads())
+        call = _Multiply(self._weights_address, x.data_ptr(), results.data_ptr(), len(x), num_threads())
         self._kernel.pensieve_multiply(ctypes.byref(call))
         return results
-
-    @staticmethod
-    def _lay_out_bias(bias: torch.Tensor, store: int) -> torch.Tensor:
-        """(outputs,) in fp32 as the panels have them, filled up."""
-        if store != _GATED:
-            return _filled(bias[:, None], PANEL).flatten()
-        gate, up = (_filled(half[:, None], PANEL // 2).view(-1, PANEL // 2) for half in bias.chunk(2))
-        return torch.cat((gate, up), dim=1).flatten()
 
 
 class PanelLayer:
     """`LayerProducts` by our kernel."""
 
-    def __init__(self, attention: Any, mlp: Any, memory: HugeRegions) -> None:
-        self.qkv = PanelProduct([attention.q_proj, attention.k_proj, attention.v_proj], _PLAIN, memory)
-        self.out_product = PanelProduct([attention.o_proj], _ADDED, memory)
-        self.gated = PanelProduct([mlp.gate_proj, mlp.up_proj], _GATED, memory)
-        self.down_product = PanelProduct([mlp.down_proj], _ADDED, memory)
+    def __init__(self, attention: Any, mlp: Any, kind: PanelKind) -> None:
+        self.qkv = PanelProduct([attention.q_proj, attention.k_proj, attention.v_proj], _PLAIN, kind)
+        self.out_product = PanelProduct([attention.o_proj], _ADDED, kind)
+        self.gated = PanelProduct([mlp.gate_proj, mlp.up_proj], _GATED, kind)
+        self.down_product = PanelProduct([mlp.down_proj], _ADDED, kind)
 
     def out(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
         """See `LayerProducts`."""
@@ -177,6 +191,21 @@ def _filled(rows: torch.Tensor, multiple: int) -> torch.Tensor:
 def _pairs(weight: torch.Tensor, width: int) -> torch.Tensor:
     """(out, in) -> (panels, in / 2, width, 2)."""
     return _filled(weight, width).view(-1, width, weight.shape[1] // 2, 2).transpose(1, 2)
+
+
+def _woven(pairs: torch.Tensor) -> torch.Tensor:
+    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c: 4 outputs of the first half by turns with 4 of the second."""
+    halves = pairs.view(*pairs.shape[:2], 2, 4, 4, 2)
+    return halves.transpose(2, 3).reshape(pairs.shape)
+
+
+def _by_panel(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """A number for each output, fp32, as the panels have their outputs, filled up."""
+    return torch.cat([_filled(part[:, None], width).view(-1, width) for part in parts], dim=1).flatten().contiguous()
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _bias_of(modules: Sequence[nn.Linear]) -> torch.Tensor | None:

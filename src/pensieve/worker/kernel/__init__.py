@@ -19,7 +19,7 @@ POINTER, INT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # KIND_... of call.h: what the kernels compute with
 
 _FUNCTIONS = {  # with what they return
-    "level": INT, "has_amx": INT, "use_threads": None, "call_bytes": INT, "attend": INT, "count_parts": INT, "write": None,
+    "level": INT, "has_amx": INT, "has_bytes": INT, "use_threads": None, "call_bytes": INT, "attend": INT, "count_parts": INT, "write": None,
     "rows_bytes": INT, "norm": None, "rotate": None, "gate": None, "products_bytes": INT, "multiply": None, "layer_bytes": INT, "layer": INT,
 }  # fmt: skip
 

@@ -16,10 +16,14 @@ int64_t pensieve_products_bytes(void) { return (int64_t)(sizeof(struct weights) 
 
 enum {
     TILE = 12,         /* rows whose sums fit into registers */
+    BYTES_TILE = 10,   /* the same beside the tables that int8 is translated by */
     BLOCK = 8 * TILE,  /* rows for which a panel, once read, stays in the second-level cache */
     AHEAD = 2048,      /* bytes; weights are read once, in their order */
     MOST_PANELS = 8,   /* of an item: reading on is faster than beginning anew */
 };
+
+#define TARGET_BYTES __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")))
+#define INLINE_BYTES static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")))
 
 INLINE_BF16 __m512 products_silu(__m512 x)
 {
@@ -43,71 +47,85 @@ INLINE_BF16 __m512 products_load(const uint16_t *result, __mmask16 lanes)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, result)), 16));
 }
 
-INLINE_BF16 void products_tile(const int rows, const struct weights *weights, int64_t panel, const uint16_t *inputs, uint16_t *results)
+/* One row's sums become results, as its weights say. */
+INLINE_BF16 void store(const struct weights *weights, int64_t panel, __m512 low, __m512 high, uint16_t *results)
 {
-    const int64_t num_inputs = weights->num_inputs;
-    const uint16_t *words = weights->panels + panel * num_inputs * PANEL;
-    __m512 sums[TILE][2];
-#pragma GCC unroll 12
-    for (int row = 0; row < rows; row++)
-        sums[row][0] = sums[row][1] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < num_inputs; pair += 2, words += 2 * PANEL) {
-        const __m512bh low = (__m512bh)_mm512_load_si512(words), high = (__m512bh)_mm512_load_si512(words + PANEL);
-        _mm_prefetch((const char *)words + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)words + AHEAD + 64, _MM_HINT_T0);
-#pragma GCC unroll 12
-        for (int row = 0; row < rows; row++) {
-            int32_t numbers;
-            memcpy(&numbers, inputs + row * num_inputs + pair, sizeof numbers);
-            const __m512bh spread = (__m512bh)_mm512_set1_epi32(numbers);
-            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], low, spread);
-            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], high, spread);
-        }
+    if (weights->scales) {
+        low = _mm512_mul_ps(low, _mm512_loadu_ps(weights->scales + panel * PANEL));
+        high = _mm512_mul_ps(high, _mm512_loadu_ps(weights->scales + panel * PANEL + 16));
     }
     if (weights->bias) {
-        const __m512 low = _mm512_loadu_ps(weights->bias + panel * PANEL), high = _mm512_loadu_ps(weights->bias + panel * PANEL + 16);
-#pragma GCC unroll 12
-        for (int row = 0; row < rows; row++) {
-            sums[row][0] = _mm512_add_ps(sums[row][0], low);
-            sums[row][1] = _mm512_add_ps(sums[row][1], high);
-        }
+        low = _mm512_add_ps(low, _mm512_loadu_ps(weights->bias + panel * PANEL));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(weights->bias + panel * PANEL + 16));
     }
     if (weights->store == STORE_GATED) {
         const int64_t first = panel * 16;
-        const __mmask16 lanes = products_lanes(weights, first);
-#pragma GCC unroll 12
-        for (int row = 0; row < rows; row++)
-            products_store(results + row * weights->num_outputs + first, lanes, _mm512_mul_ps(products_silu(sums[row][0]), sums[row][1]));
+        products_store(results + first, products_lanes(weights, first), _mm512_mul_ps(products_silu(low), high));
         return;
     }
     const int64_t first = panel * PANEL;
     const __mmask16 low_lanes = products_lanes(weights, first), high_lanes = products_lanes(weights, first + 16);
-#pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) {
-        uint16_t *result = results + row * weights->num_outputs + first;
-        if (weights->store == STORE_ADDED) {
-            sums[row][0] = _mm512_add_ps(sums[row][0], products_load(result, low_lanes));
-            sums[row][1] = _mm512_add_ps(sums[row][1], products_load(result + 16, high_lanes));
-        }
-        products_store(result, low_lanes, sums[row][0]);
-        products_store(result + 16, high_lanes, sums[row][1]);
+    if (weights->store == STORE_ADDED) {
+        low = _mm512_add_ps(low, products_load(results + first, low_lanes));
+        high = _mm512_add_ps(high, products_load(results + first + 16, high_lanes));
+    }
+    products_store(results + first, low_lanes, low);
+    products_store(results + first + 16, high_lanes, high);
+}
+
+typedef void tile(const struct weights *, int64_t panel, const uint16_t *inputs, uint16_t *results);
+
+#define NAME(x) x##_bfloat16
+#define TARGET TARGET_BF16
+#define INLINE INLINE_BF16
+#define TILE_ROWS_MOST 12
+#define BYTES 2
+#define CONSTANTS
+#define WORDS(p, low, high) ((low) = (__m512bh)_mm512_load_si512(p), (high) = (__m512bh)_mm512_load_si512((p) + 64))
+#include "products_tile.h"
+#undef NAME
+#undef TARGET
+#undef INLINE
+#undef TILE_ROWS_MOST
+#undef BYTES
+#undef CONSTANTS
+#undef WORDS
+
+/* The two bytes of 0 to 127 as bfloat16. A weight of -127 to 127 is translated by its magnitude, and keeps its sign. */
+static uint8_t upper_bytes[128] __attribute__((aligned(64))), lower_bytes[128] __attribute__((aligned(64)));
+
+static __attribute__((constructor)) void make_tables(void)
+{
+    for (int i = 0; i < 128; i++) {
+        const uint16_t bits = bfloat16_of((float)i);
+        upper_bytes[i] = (uint8_t)(bits >> 8);
+        lower_bytes[i] = (uint8_t)bits;
     }
 }
 
-/* A function for each number of rows: their sums are registers, which cannot be counted when it runs. */
-#define ROWS(n)                                                                                                                           \
-    static TARGET_BF16 void products_tile_##n(const struct weights *weights, int64_t panel, const uint16_t *inputs, uint16_t *results)     \
-    {                                                                                                                                     \
-        products_tile(n, weights, panel, inputs, results);                                                                                \
-    }
-ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
-#undef ROWS
+/* A pair of inputs has 64 bytes; of each 16 of them the first 8 belong to 4 outputs of the first vector, the others to 4 of the second, because bytes
+ * are woven into words 16 at a time. */
+#define NAME(x) x##_int8
+#define TARGET TARGET_BYTES
+#define INLINE INLINE_BYTES
+#define TILE_ROWS_MOST 10
+#define BYTES 1
+#define CONSTANTS                                                                                                                         \
+    const __m512i upper_0 = _mm512_load_si512(upper_bytes), upper_1 = _mm512_load_si512(upper_bytes + 64);                                 \
+    const __m512i lower_0 = _mm512_load_si512(lower_bytes), lower_1 = _mm512_load_si512(lower_bytes + 64);                                 \
+    const __m512i sign = _mm512_set1_epi8(-128);
+#define WORDS(p, low, high)                                                                                                               \
+    do {                                                                                                                                  \
+        const __m512i bytes = _mm512_load_si512(p), magnitudes = _mm512_abs_epi8(bytes);                                                   \
+        const __m512i upper = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(upper_0, magnitudes, upper_1), bytes, sign, 0xF8);        \
+        const __m512i lower = _mm512_permutex2var_epi8(lower_0, magnitudes, lower_1);                                                      \
+        (low) = (__m512bh)_mm512_unpacklo_epi8(lower, upper);                                                                              \
+        (high) = (__m512bh)_mm512_unpackhi_epi8(lower, upper);                                                                             \
+    } while (0)
+#include "products_tile.h"
 
-typedef void tile(const struct weights *, int64_t panel, const uint16_t *inputs, uint16_t *results);
-static tile *const tiles[TILE] = {
-    products_tile_1, products_tile_2, products_tile_3, products_tile_4,  products_tile_5,  products_tile_6,
-    products_tile_7, products_tile_8, products_tile_9, products_tile_10, products_tile_11, products_tile_12,
-};
+/* Whether this CPU translates bytes by tables. */
+int64_t pensieve_has_bytes(void) { return __builtin_cpu_supports("avx512vbmi") != 0; }
 
 static int64_t num_panels(const struct weights *weights)
 {
@@ -131,7 +149,9 @@ static void multiply_item(void *data, int64_t index, int64_t thread)
     const int64_t block = index / work->items_of_a_block, first_panel = index % work->items_of_a_block * work->item_panels;
     const int64_t stop_panel = first_panel + work->item_panels < work->num_panels ? first_panel + work->item_panels : work->num_panels;
     const int64_t first = call->num_rows * block / work->num_blocks, rows = call->num_rows * (block + 1) / work->num_blocks - first;
-    const int64_t num_tiles = (rows + TILE - 1) / TILE;
+    const int64_t height_most = weights->scales ? BYTES_TILE : TILE;
+    tile *const *const tiles = weights->scales ? tiles_int8 : tiles_bfloat16;
+    const int64_t num_tiles = (rows + height_most - 1) / height_most;
     (void)thread;
     for (int64_t panel = first_panel; panel < stop_panel; panel++) {
         for (int64_t i = 0; i < num_tiles; i++) {
@@ -154,5 +174,6 @@ void pensieve_multiply(const struct multiply *call)
 #else /* another processor or compiler: Python does not call what is not there */
 
 void pensieve_multiply(const struct multiply *call) { (void)call; }
+int64_t pensieve_has_bytes(void) { return 0; }
 
 #endif

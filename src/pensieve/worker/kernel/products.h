@@ -11,8 +11,9 @@ enum { STORE_PLAIN, STORE_ADDED, STORE_GATED };
 /* Weights of several outputs. Panel by panel: [K / 2][PANEL][2], so that a vector holds a pair of one input's numbers for each of 16 outputs;
  * outputs that fill up the last panel have weights of 0. For STORE_GATED a panel's first half are gates, its second half what they gate. */
 struct weights {
-    const uint16_t *panels; /* 64-byte aligned */
-    const float *bias;      /* an output each, in the panels' order, as many as fill them; null: none */
+    const void *panels;     /* 64-byte aligned; bfloat16, or where there are scales int8 (for their order see products.c) */
+    const float *scales;    /* an output each, in the panels' order, as many as fill them; null: weights are bfloat16 */
+    const float *bias;      /* likewise; null: none */
     int64_t num_inputs;     /* K, even */
     int64_t num_outputs;    /* numbers of a row of results */
     int64_t store;          /* STORE_PLAIN: result = product; STORE_ADDED: result += product; STORE_GATED: result = silu(gate) * up */
