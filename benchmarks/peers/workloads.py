@@ -128,14 +128,14 @@ def _pressure() -> tuple[Workload, ...]:
     """24 users who think, while the KV of all their conversations fits, or most of it, or a third."""
     shape = Measurement("pressure", users=24, turns=6, new_tokens=100, output_tokens=64, think="exp:3", starts_s=5)
     everything = 24 * in_blocks(conversation_tokens(6, 100, 64))
-    third, fifth = in_blocks(everything / 3), in_blocks(everything / 5)
+    third, half, tenth = in_blocks(everything / 3), in_blocks(everything / 2), in_blocks(everything / 10)
     tiers = Kv(third, everything - third)
     # llama.cpp's slots hold a conversation each; what does not lie in one goes to its cache in RAM.
     slots = third // in_blocks(conversation_tokens(6, 100, 64))
     quick = (replace(shape, users=3, turns=2, output_tokens=16, think="exp:0.5", starts_s=1),)
     return (
         Workload("fits", "24 users who think, KV for all", (shape,), {PENSIEVE: tiers, VLLM: Kv(everything)}, quick),
-        Workload("tight", "24 users who think, KV for 60 %", (shape,), {PENSIEVE: Kv(fifth, 2 * fifth), VLLM: Kv(3 * fifth)}, quick),
+        Workload("tight", "24 users who think, KV for 60 %", (shape,), {PENSIEVE: Kv(half, tenth), VLLM: Kv(half + tenth)}, quick),
         Workload(
             "third",
             "24 users who think, a first tier for a third; the rest below it where there is a second",
