@@ -1,7 +1,7 @@
 """The forward of the Llama family on a CPU, in fewer and larger operations. Knows transformers' modules and weights; never plans, slots or sampling.
 
 Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one model with small differences: RMS norms, rotary positions (in SmolLM3 not in every layer), grouped
-queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode step spends more time between its matrix products than in them. Here q, k and v
+queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode step takes two to three times as long as it must (docs/performance.md). Here q, k and v
 are one product, gate and up another; weights lie as they are read fastest; what lies between the products is one kernel each; and where everything is
 a kernel of ours, attention too, a layer is one call. Rounded less often than by the modules, results differ from theirs within the tolerance of
 `worker.gate`, whose self-test stands between a mistake here and a user.
