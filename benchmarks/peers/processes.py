@@ -58,7 +58,7 @@ class RunningServer:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.started_s = time.monotonic()
         try:
-            with log.open("wb") as output:
+            with log.open("ab") as output:  # (its children write there, too)
                 self._process = subprocess.Popen(
                     list(command),
                     env=dict(environment),

@@ -37,6 +37,12 @@ def start(tmp_path: Path, code: str, *words: str) -> RunningServer:
     return RunningServer([sys.executable, "-c", code, *words], os.environ, tmp_path / "log")
 
 
+def said(tmp_path: Path) -> tuple[int, bool]:
+    """How many children have begun, and whether their parent has. What two of them say at once may be woven together."""
+    text = (tmp_path / "log").read_text()
+    return text.count("0"), "started" in text
+
+
 def until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not true():
@@ -70,7 +76,7 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_all_of_a_family_that_is_deaf_to_sigterm_is_killed_wherever_it_went(tmp_path: Path) -> None:
     server = start(tmp_path, FAMILY)
-    until(lambda: len((tmp_path / "log").read_text().split()) == 3)
+    until(lambda: said(tmp_path) == (2, True))
     members = server.members()
     assert len(members) == 3 and server.memory().processes == 3
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -84,7 +90,7 @@ def test_all_of_a_family_that_is_deaf_to_sigterm_is_killed_wherever_it_went(tmp_
 
 def test_children_of_a_first_process_that_died_are_ended_too(tmp_path: Path) -> None:
     server = start(tmp_path, ORPHANS)
-    until(lambda: (tmp_path / "log").read_text().split() == ["0", "0"])
+    until(lambda: said(tmp_path) == (2, False))
     members = server.members()
     os.kill(server.pid, signal.SIGKILL)
     until(lambda: not alive(server.pid))
