@@ -15,11 +15,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
+from attention import Case, read_gb_per_s
 from engine import CHUNK, commit, cpu_name
 
 from pensieve.cli.build import Options, load_model
@@ -31,32 +31,21 @@ from pensieve.worker.kv_store import KVStore
 from pensieve.worker.model import CausalModel
 from pensieve.worker.products import PanelProduct
 
-READ_BYTES = 512 << 20
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Requests that are all alike."""
-
-    requests: int
-    history: int  # tokens resident before the step
-    new: int  # tokens of each request in the step
-
-    @property
-    def context(self) -> int:
-        return self.history + self.new
-
-    @property
-    def name(self) -> str:
-        what = "decode" if self.new == 1 else f"{self.new} new"
-        return f"{what}, {self.requests} x {self.context}"
-
-
 CASES = (
-    Case(1, 63, 1), Case(1, 1023, 1), Case(8, 63, 1), Case(8, 599, 1), Case(16, 599, 1), Case(8, 1999, 1),
-    Case(1, 0, 100), Case(1, 500, 100), Case(1, 0, 512), Case(1, 0, 1035),
-)  # fmt: skip
+    Case("decode, 1 request at 64", 1, 63, 1),
+    Case("decode, 1 request at 1024", 1, 1023, 1),
+    Case("decode, 8 requests at 64", 8, 63, 1),
+    Case("decode, 8 requests at 600", 8, 599, 1),
+    Case("decode, 16 requests at 600", 16, 599, 1),
+    Case("decode, 8 requests at 2000", 8, 1999, 1),
+    Case("turn of 100 at 0", 1, 0, 100),
+    Case("turn of 100 at 500", 1, 500, 100),
+    Case("prompt of 512 at 0", 1, 0, 512),
+    Case("prompt of 1035 at 0", 1, 0, 1035),
+)
 
 
 def loaders() -> dict[str, Callable[[], CausalModel]]:
@@ -98,17 +87,6 @@ class Bench:
         return time.perf_counter() - began_s
 
 
-def read_speed() -> float:
-    """Bytes a second at which a sum over much memory reads it."""
-    numbers = torch.ones(READ_BYTES // 4)
-    times = []
-    for _ in range(5):
-        began_s = time.perf_counter()
-        numbers.sum()
-        times.append(time.perf_counter() - began_s)
-    return READ_BYTES / statistics.median(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="modules,onednn,fused,int8")
@@ -136,7 +114,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
                 "rounds": arguments.rounds,
-                "read_gb_per_s": read_speed() / 1e9,
+                "read_gb_per_s": read_gb_per_s(arguments.rounds),
                 "ms": {
                     case: {name: [round(t * 1e3, 2) for t in (statistics.median(v), min(v), max(v))] for name, v in row.items()}
                     for case, row in times.items()

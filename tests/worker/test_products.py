@@ -17,6 +17,10 @@ torch.set_num_threads(2)
 
 BF16 = torch.bfloat16
 PANELS = bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16
+any_shape = given(
+    count=st.integers(1, 30), num_in=st.integers(1, 40).map(lambda n: 2 * n), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
+    seed=st.integers(0, 5),
+)  # fmt: skip
 needs_panels = pytest.mark.skipif(not PANELS, reason="the kernels are not built, or this CPU has no AVX512-BF16")
 
 
@@ -47,10 +51,7 @@ def test_any_number_of_rows(count: int, bias: bool) -> None:
 
 
 @needs_panels
-@given(
-    count=st.integers(1, 30), num_in=st.integers(1, 40).map(lambda n: 2 * n), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
-    seed=st.integers(0, 5),
-)  # fmt: skip
+@any_shape
 @settings(max_examples=60, deadline=None)
 def test_any_shape_and_what_is_done_with_the_result(count: int, num_in: int, num_out: int, bias: bool, seed: int) -> None:
     module, other, x = linear(num_in, num_out, bias, seed=seed), linear(num_in, num_out, bias, seed=seed + 9), rows(count, num_in, seed)
@@ -79,10 +80,7 @@ def rounded(module: nn.Linear) -> nn.Linear:
 
 
 @needs_int8
-@given(
-    count=st.integers(1, 30), num_in=st.integers(1, 40).map(lambda n: 2 * n), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
-    seed=st.integers(0, 5),
-)  # fmt: skip
+@any_shape
 @settings(max_examples=60, deadline=None)
 def test_weights_of_8_bits(count: int, num_in: int, num_out: int, bias: bool, seed: int) -> None:
     module, other, x = linear(num_in, num_out, bias, seed=seed), linear(num_in, num_out, bias, seed=seed + 9), rows(count, num_in, seed)

@@ -26,6 +26,7 @@ from pensieve.bench.load_progress import open_load_progress
 from pensieve.bench.load_report import build_json, failure_lines, print_load_report
 from pensieve.bench.probe import Target, find_model, probe, server_version, warm_up
 from pensieve.bench.record import write_record
+from pensieve.cli.loops import loop_factory
 from pensieve.errors import ConfigError
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
 from pensieve.workloads.prompts import PromptWriter
@@ -108,7 +109,7 @@ def bench(
     )
     paths = _output_paths(out_dir, json_path)
     options.plan()  # what is wrong with it is said before the server is asked anything
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         target, planned, runs = runner.run(_measure(server, options))
     config = _config(server, options, planned)
     record = build_json(runs, target, config, _command(sys.argv))
@@ -149,15 +150,6 @@ async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target,
     finally:
         http.close()
     return target, planned, runs
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it is installed: half the time an event."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 def _config(server: ServerOptions, options: LoadOptions, planned: Sequence[PlannedRun]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pensieve.cli.build import Options
+from pensieve.cli.loops import loop_factory
 from pensieve.cli.options import cache_options, model_options, pick
 from pensieve.errors import ConfigError, ModelUnavailable
 
@@ -171,7 +171,7 @@ def run_server(
     try:
         gc.collect()
         gc.freeze()  # what was loaded stays: the collector need not look at it again and again
-        with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(server.serve(sockets=[listener]))
     finally:
         parts.close()
@@ -260,15 +260,6 @@ def _start(options: Options, store_url: str | None, owner: str, *, retain: bool)
         store.close()
         raise
     return _Parts(runtime, runtime.text, store, ephemeral)
-
-
-def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Uvloop's event loop where it is installed: it writes to sockets with half the work."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 def is_loopback(host: str) -> bool:

@@ -257,16 +257,6 @@ static int next_block(const struct call *call, struct blocks *blocks)
     return 1;
 }
 
-/* How a layer's work is cut. */
-struct plan {
-    int64_t block_rows;
-    int64_t budget;     /* blocks that cost more are divided */
-    int64_t num_threads;
-    int64_t num_parts;  /* of one KV head */
-    int64_t num_blocks; /* of one KV head that are divided */
-    int64_t partials;   /* numbers of one KV head */
-};
-
 static int64_t parts_of(const struct call *call, const struct plan *plan, const struct part *block)
 {
     const int64_t chunks = block->stop_chunk - block->first_chunk;
@@ -360,14 +350,7 @@ static void attend_item(void *data, int64_t index, int64_t thread)
     attending->variant.finish(call, part, kv_head, partials, sum);
 }
 
-/* How a call's scratch is divided. */
-struct division {
-    struct plan plan;
-    int64_t parts_bytes, settled_bytes, partials_bytes, room_bytes;
-    int64_t need;
-};
-
-static struct division divide(const struct call *call)
+struct division pensieve_divide(const struct call *call)
 {
     struct division division = {.plan = plan_of(call)};
     const struct plan *plan = &division.plan;
@@ -381,25 +364,28 @@ static struct division divide(const struct call *call)
     return division;
 }
 
-/* Bytes of scratch that `pensieve_attend` needs for this call. */
-int64_t pensieve_attend_scratch(const struct call *call) { return divide(call).need; }
-
-/* Attention of all rows of a layer. Returns 0, or the bytes of scratch that it needs, and then nothing was done. */
-int64_t pensieve_attend(const struct call *call)
+/* Attention of all rows of a layer, in as much scratch as the division needs. */
+void pensieve_attend_divided(const struct call *call, const struct division *division)
 {
-    const struct division division = divide(call);
-    struct attending attending = {.call = call, .variant = variant_of(call), .plan = division.plan, .room_bytes = division.room_bytes};
-    if (division.need > call->scratch_bytes)
-        return division.need;
+    struct attending attending = {.call = call, .variant = variant_of(call), .plan = division->plan, .room_bytes = division->room_bytes};
     uint8_t *base = (uint8_t *)aligned((int64_t)call->scratch);
     struct part *parts = (struct part *)base;
     cut(call, &attending.plan, parts);
     attending.parts = parts;
-    attending.settled = (int32_t *)(base + division.parts_bytes);
-    memset(attending.settled, 0, (size_t)division.settled_bytes);
-    attending.partials = (float *)(base + division.parts_bytes + division.settled_bytes);
-    attending.rooms = base + division.parts_bytes + division.settled_bytes + division.partials_bytes;
+    attending.settled = (int32_t *)(base + division->parts_bytes);
+    memset(attending.settled, 0, (size_t)division->settled_bytes);
+    attending.partials = (float *)(base + division->parts_bytes + division->settled_bytes);
+    attending.rooms = base + division->parts_bytes + division->settled_bytes + division->partials_bytes;
     pensieve_run_items(attend_item, &attending, attending.plan.num_parts * call->num_kv_heads, attending.plan.num_threads);
+}
+
+/* The same. Returns 0, or the bytes of scratch that it needs, and then nothing was done. */
+int64_t pensieve_attend(const struct call *call)
+{
+    const struct division division = pensieve_divide(call);
+    if (division.need > call->scratch_bytes)
+        return division.need;
+    pensieve_attend_divided(call, &division);
     return 0;
 }
 
@@ -477,7 +463,8 @@ void pensieve_write(struct call *call)
 #else /* another processor or compiler: Python does not call what is not there */
 
 int64_t pensieve_attend(const struct call *call) { (void)call; return 0; }
-int64_t pensieve_attend_scratch(const struct call *call) { (void)call; return 0; }
+struct division pensieve_divide(const struct call *call) { (void)call; return (struct division){0}; }
+void pensieve_attend_divided(const struct call *call, const struct division *division) { (void)call; (void)division; }
 int64_t pensieve_count_parts(const struct call *call) { (void)call; return 0; }
 void pensieve_write(struct call *call) { (void)call; }
 

@@ -88,8 +88,26 @@ static inline uint8_t *head_cells(const struct call *call, int64_t slot, int64_t
     return call->store + slot * call->slot_bytes + call->layer * call->layer_bytes + kv_head * 2 * cell_count(call) * number_bytes(call);
 }
 
+/* How a layer's work is cut. */
+struct plan {
+    int64_t block_rows;
+    int64_t budget;     /* blocks that cost more are divided */
+    int64_t num_threads;
+    int64_t num_parts;  /* of one KV head */
+    int64_t num_blocks; /* of one KV head that are divided */
+    int64_t partials;   /* numbers of one KV head */
+};
+
+/* How a call's scratch is divided. */
+struct division {
+    struct plan plan;
+    int64_t parts_bytes, settled_bytes, partials_bytes, room_bytes;
+    int64_t need;       /* bytes of it all */
+};
+
 /* See attention.c. */
-int64_t pensieve_attend_scratch(const struct call *call);
+struct division pensieve_divide(const struct call *call);
+void pensieve_attend_divided(const struct call *call, const struct division *division);
 int64_t pensieve_attend(const struct call *call);
 void pensieve_write(struct call *call);
 

@@ -3,8 +3,6 @@
 
 #include <string.h>
 
-#include "threads.h"
-
 int64_t pensieve_layer_bytes(void) { return (int64_t)sizeof(struct layer); }
 
 static void normalise(const struct layer *layer, const struct call *call, const float *weight, int64_t num_rows)
@@ -39,9 +37,9 @@ int64_t pensieve_layer(const struct layer *layer, struct call *call)
     call->query_token_stride = call->key_token_stride = call->value_token_stride = width;
     call->query_head_stride = call->key_head_stride = call->value_head_stride = head_dim;
     call->output = layer->attended;
-    const int64_t need = pensieve_attend_scratch(call);
-    if (need > call->scratch_bytes)
-        return need;
+    const struct division division = pensieve_divide(call);
+    if (division.need > call->scratch_bytes)
+        return division.need;
 
     normalise(layer, call, layer->attention_norm, layer->num_tokens);
     multiply(layer, &layer->qkv, layer->normed, layer->heads, layer->num_tokens);
@@ -54,7 +52,7 @@ int64_t pensieve_layer(const struct layer *layer, struct call *call)
         pensieve_rotate(&work);
     }
     pensieve_write(call);
-    pensieve_attend(call);
+    pensieve_attend_divided(call, &division);
 
     int64_t num_rows = layer->num_tokens;
     if (layer->rows) {
