@@ -104,7 +104,7 @@ class FakeWorker:
                 done.append(copy.copy_id)
                 self.num_swapped_in += 1
         for copy in plan.swap_out:
-            self.settling.append((self.num_runs + self.rng.randint(0, self.swap_out_delay), copy))
+            self.settling.append((self.num_runs + (0 if plan.settles else self.rng.randint(0, self.swap_out_delay)), copy))
         tokens, broken, error = self._forward(plan)
         self._settle_swap_outs(done, failed)
         for request_id in plan.ended:

@@ -59,9 +59,10 @@ class Driver:
         swap_out: Sequence[Copy] = (),
         ended: Sequence[str] = (),
         wiped: Sequence[tuple[int, int]] = (),
+        settles: bool = False,
     ) -> StepResult:
         plan = StepPlan(
-            next(self.steps), spans, tuple(swap_in), tuple(swap_out), tuple(self.started), tuple(self.tables), tuple(ended), (), tuple(wiped)
+            next(self.steps), spans, tuple(swap_in), tuple(swap_out), tuple(self.started), tuple(self.tables), tuple(ended), (), tuple(wiped), settles
         )  # fmt: skip
         self.started, self.tables = [], []
         return self.worker.run(pickle.loads(pickle.dumps(plan)))

@@ -70,6 +70,7 @@ class SchedulerConfig:
     reserve_share: float = 0.10  # first-tier share that new requests leave to running ones (paper §4.3.5)
     copy_ahead_share: float = 0.25  # below this free-or-reclaimable share, copy down ahead of time (paper §4.3.2)
     max_copies_in_flight: int = 256  # swap-outs under way at once, chunks
+    copies_first: bool = False  # copies cost next to nothing (all tiers in RAM): those that somebody waits for are a step of their own
     retain: bool = True  # False: the stateless baseline, nothing kept between turns
 
     def __post_init__(self) -> None:

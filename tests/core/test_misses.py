@@ -100,7 +100,7 @@ def test_another_key_is_not_named() -> None:
 
 
 def test_a_chunk_dropped_to_copy_another_down_is_told_with_that_conversation() -> None:
-    world = World(6, 4, copy_ahead_share=0.9)
+    world = World(6, 5, copy_ahead_share=0.9)
     log = world.turn("old", PROMPT[:17], 1).tokens
     world.settle()
     world.turn("next", list(range(20)), 1)

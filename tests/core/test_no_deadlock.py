@@ -32,8 +32,17 @@ class World:
         cost = CostProfile([(CHUNK, 1.0), (MAX_CONTEXT, 3.0)], CHUNK)
         self.cache = TieredCache(config, lambda: POLICIES[policy](cost.of_chunk))
         budget = rng.choice([CHUNK + 4, 16, 64])
+        in_ram = rng.random() < 0.5
         self.scheduler = Scheduler(
-            SchedulerConfig(max_batch_tokens=budget, max_running=rng.choice([1, 2, 4]), retain=retain), self.cache, MAX_CONTEXT
+            SchedulerConfig(
+                max_batch_tokens=budget,
+                max_running=rng.choice([1, 2, 4]),
+                copies_first=in_ram,
+                copy_ahead_share=0.0 if in_ram else 0.25,
+                retain=retain,
+            ),
+            self.cache,
+            MAX_CONTEXT,
         )
         worker = FakeWorker(
             tiers,

@@ -270,3 +270,36 @@ def test_a_step_without_copies_waits_for_nothing_and_leaves_the_thread_asleep(
     while not done:
         done, _ = transfer.end_step()
     assert done == (0,)
+
+
+def test_wait_returns_when_everything_queued_has_settled(stores: list[KVStore], make: Callable[..., Transfer]) -> None:
+    gate = Gate()
+    transfer = make(gate.pass_through)
+    transfer.wait()  # nothing to wait for
+    gate.open.clear()
+    transfer.start((), tuple(swap_out(slot, slot, slot) for slot in range(4)))
+    waited = threading.Event()
+    waiter = threading.Thread(target=lambda: (transfer.wait(), waited.set()))
+    waiter.start()
+    assert gate.reached.wait(PATIENCE_S)
+    assert not waited.wait(0.05)
+    gate.open.set()
+    assert waited.wait(PATIENCE_S)
+    waiter.join()
+    assert transfer.end_step() == ((0, 1, 2, 3), ())
+
+
+def test_nobody_waits_for_copies_that_closing_leaves_undone(make: Callable[..., Transfer]) -> None:
+    gate = Gate()
+    transfer = make(gate.pass_through)
+    gate.open.clear()
+    transfer.start((), tuple(swap_out(slot, slot, slot) for slot in range(4)))
+    assert gate.reached.wait(PATIENCE_S)
+    waiter = threading.Thread(target=transfer.wait)
+    waiter.start()
+    closer = threading.Thread(target=transfer.close)
+    closer.start()
+    waiter.join(PATIENCE_S)
+    assert not waiter.is_alive()
+    gate.open.set()
+    closer.join(PATIENCE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -214,6 +215,14 @@ def test_the_waker_is_called_when_a_swap_out_settles_between_runs(llama: CausalM
     may_go.set()
     assert woken.wait(20)
     assert driver.run().copies_done == (copy.copy_id,)
+    driver.close()
+
+
+def test_a_plan_that_settles_reports_its_own_swap_outs(llama: CausalModel) -> None:
+    """Even where a copy takes its time."""
+    driver = Driver(llama, 8, 4, hooks=Hooks(before_copy=lambda copy: time.sleep(0.02)))
+    copies = [driver.copy((0, slot), (1, slot)) for slot in range(3)]
+    assert driver.run(swap_out=copies, settles=True).copies_done == tuple(copy.copy_id for copy in copies)
     driver.close()
 
 

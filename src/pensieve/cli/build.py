@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -266,6 +266,8 @@ def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[
     cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), lambda: POLICIES[options.policy](cost.of_chunk))
     budget = options.max_batch_tokens or (CUDA_BATCH_TOKENS if options.device.startswith("cuda") else CPU_BATCH_TOKENS)
     config = SchedulerConfig(max_batch_tokens=budget, max_running=options.max_running, retain=retain)
+    if loaded.model.device.type == "cpu":  # all tiers in RAM: a chunk is copied in a fraction of a millisecond, nothing need be ready early
+        config = replace(config, copies_first=True, copy_ahead_share=0.0)
     scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size)
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug, quote=quote)

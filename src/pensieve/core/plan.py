@@ -70,6 +70,7 @@ class StepPlan:
     ended: tuple[str, ...]  # requests whose worker-side state may go (their last span lies in an earlier plan)
     reclaimed: tuple[tuple[int, int], ...]  # (tier, slot) taken from a cached chunk and given to another in this plan
     wiped: tuple[tuple[int, int], ...] = ()  # (tier, slot) to be zeroed before this plan's copies and spans
+    settles: bool = False  # it only copies, and its step should end when the swap-outs have settled: somebody waits for the room they make
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +134,7 @@ class Worker(Protocol):
         """Wipe what the plan says, start its copies, run its spans, sample. Returns when wipes and spans are done.
 
         Every swap-in of the plan has settled when this returns (its copy is in `copies_done` or
-        `copies_failed`); swap-outs are reported by whichever later call finds them finished. Does not raise
+        `copies_failed`), and every swap-out of a plan that `settles`; others are reported by whichever later call finds them finished. Does not raise
         for anything a plan can meet: failures are in the result.
         """
         ...

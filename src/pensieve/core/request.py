@@ -86,6 +86,7 @@ class Request:
     sequence: Sequence | None = None
     state: RequestState = RequestState.WAITING
 
+    due: float = 0.0  # when its missing tokens should be computed: the step of its admission and a few for each step's worth of them
     missing: list[tuple[int, int]] = field(default_factory=list)  # token ranges admitted and not scheduled yet
     num_pending: int = 0  # tokens being sampled by plans not committed yet
     in_flight: int = 0  # plans not committed yet that name this request

@@ -63,13 +63,14 @@ class Room:
     def copy_ahead(self, share: float, max_in_flight: int, now_s: float, asked_for: int = 0) -> None:
         """Copy the lowest retention values down before room is needed (paper §4.3.2).
 
-        In each tier but the last, until `share` of its slots are free, reclaimable or on their way to be; never at the cost of something
-        below that is worth more. In the first tier, until `asked_for` slots are, but beyond the share into free slots only: what displaces
+        In each tier but the last, until `share` of its slots (or of those of the tier below, if that is smaller: copies of what is above
+        would crowd out what lies nowhere else) are free, reclaimable or on their way to be; never at the cost of something below that is
+        worth more. In the first tier, until `asked_for` slots are, but beyond the share into free slots only: what displaces
         another's lower copy makes no room in the end.
         """
         places = self._places
         for tier in range(places.num_tiers - 1):
-            share_slots = share * places.pools[tier].num_slots
+            share_slots = share * min(places.pools[tier].num_slots, places.pools[tier + 1].num_slots)
             target = max(share_slots, asked_for if tier == 0 else 0)
             while len(places.copies) < max_in_flight and (ready := self.available(tier) + self.coming(tier)) < target:
                 if ready >= share_slots and not places.pools[tier + 1].num_free:

@@ -33,6 +33,10 @@ from pensieve.errors import (
 )
 
 MAX_FAILURES = 4  # in a row, without a token computed between them, before a request is given up
+BACKLOG_STEPS = 8  # admission stops while so many steps' worth of tokens wait to be computed
+# Of several admitted requests the one with the least to compute goes first, unless it came later by more than the other takes times this:
+# behind a dropped history a short turn would wait as long as it, and a long one is put off by a bounded number of steps.
+PATIENCE = 4
 LOOK_AHEAD = 8  # queued requests for which chunks are copied down ahead of time
 MAX_TOKEN_ID = (1 << 32) - 1  # what a chain hash and the store can hold
 
@@ -77,6 +81,8 @@ class Scheduler:
         self._num_arrived = 0
         self._next_step = 0
         self._refused_at: tuple[Request, tuple[int, int, int]] | None = None  # the head of the queue and the room it did not fit in
+        self._copies_would_do = False  # that request could be admitted if the copies under way had settled
+        self._copied_first = False  # the last step only copied
         self.num_forwards_failed = 0
         self.num_copies_failed = 0
         self.num_suspensions = 0
@@ -248,17 +254,19 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan:
         """Plan the next step: spans for running requests, admissions, copies. May be empty."""
         step = _Step(self.config.max_batch_tokens)
-        suspect = self._next_suspect(step, now_s)
-        if suspect is not None:  # alone, so that a request which breaks the forward breaks nobody else's again
+        copies_alone = self._copies_come_first(step, now_s)
+        suspect = None if copies_alone else self._next_suspect(step, now_s)
+        if copies_alone:
+            pass
+        elif suspect is not None:  # alone, so that a request which breaks the forward breaks nobody else's again
             self._plan_decode(step, suspect, now_s)
             self._plan_missing(step, suspect)
         else:
             for request in list(self.running):
                 self._plan_decode(step, request, now_s)
-            for request in self.running:
-                if request.missing:
-                    self._plan_missing(step, request)
             self._admit(step, now_s)
+            for request in sorted((r for r in self.running if r.missing), key=lambda r: (r.due, r.arrival)):
+                self._plan_missing(step, request)
             if not (self._waiting or step.num_unmet):
                 self._warming.begin(now_s)
         self.cache.room.copy_ahead(self.config.copy_ahead_share, self.config.max_copies_in_flight, now_s, self._slots_asked_for())
@@ -276,6 +284,7 @@ class Scheduler:
             ended,
             moves.reclaimed,
             moves.wiped,
+            settles=copies_alone,
         )
         self._next_step += 1
         return plan
@@ -388,13 +397,17 @@ class Scheduler:
 
     def _admit(self, step: _Step, now_s: float) -> None:
         """First come, first served: everything a request needs, or nothing (DESIGN §4)."""
-        while self._waiting and step.budget >= self.cache.chunk_tokens and len(self.running) < self.config.max_running:
+        budget = self.config.max_batch_tokens
+        backlog = sum(stop - start for request in self.running for start, stop in request.missing)
+        while self._waiting and backlog < BACKLOG_STEPS * budget and len(self.running) < self.config.max_running:
             request = self._waiting[0]
             if request.suspect or not self._fits(step, request, now_s):
                 return
             del self._waiting[0]
             self._start(step, request, now_s)
-            self._plan_missing(step, request)
+            num_missing = sum(stop - start for start, stop in request.missing)
+            request.due = self._next_step + PATIENCE * num_missing / budget
+            backlog += num_missing
 
     def _slots_asked_for(self) -> int:
         """First-tier slots that the next requests of the queue will take, at most, and the reserve they leave.
@@ -419,6 +432,34 @@ class Scheduler:
         self._start(step, head, now_s)
         return head
 
+    def _copies_come_first(self, step: _Step, now_s: float) -> bool:
+        """Whether this step only copies, because running requests or the head of the queue wait for nothing else; never twice in a row."""
+        self._copied_first = (
+            self.config.copies_first and not self._copied_first and (self._growth_waits(now_s) or self._head_waits(step, now_s))
+        )
+        return self._copied_first
+
+    def _growth_waits(self, now_s: float) -> bool:
+        """Whether running requests need new chunks for their next tokens that copies alone can give them."""
+        room, size = self.cache.room, self.cache.chunk_tokens
+        if room.available(0) >= len(self.running):
+            return False
+        num_growing = sum(
+            r.plannable
+            and not r.missing
+            and r.sequence is not None
+            and (len(r.tokens) + r.num_pending - 1) // size == len(r.sequence.chunks)
+            for r in self.running
+        )
+        room.make(0, num_growing, now_s)
+        return room.available(0) < num_growing <= room.available(0) + room.coming(0)
+
+    def _head_waits(self, step: _Step, now_s: float) -> bool:
+        """Whether the head of the queue could be admitted if copies under way had settled."""
+        if not self._waiting or len(self.running) >= self.config.max_running:
+            return False
+        return not self._fits(step, self._waiting[0], now_s) and self._copies_would_do
+
     def _fits(self, step: _Step, request: Request, now_s: float) -> bool:
         """Whether the head of the queue can be admitted now; if room must be made first, begins to make it."""
         cache, room, sequence = self.cache, self.cache.room, request.sequence
@@ -427,22 +468,27 @@ class Scheduler:
             return False
         cache.attach(sequence, request.tokens, request.digests)
         need = cache.survey(sequence, len(request.tokens))
-        wanted = need.slots + (self._reserve if self.running else 0) + step.num_unmet
+        least = need.slots + step.num_unmet
+        wanted = least + (self._reserve if self.running else 0)
+        # Where copies cost next to nothing the reserve need not lie ready: copies made for nobody crowd a small lower tier.
+        ready = least if self.config.copies_first else wanted
         at_once = room.available(0) - need.own_clean
         in_time = at_once + room.coming(0) + room.evictable(0) - need.own_sole
-        if not need.blocked and at_once < wanted <= in_time:
+        possible = not need.blocked and wanted <= in_time
+        if possible and at_once < ready:
             with cache.protected(sequence):
-                room.make(0, wanted, now_s, sequence.key)
+                room.make(0, ready, now_s, sequence.key)
                 at_once = room.available(0)
-            if at_once < wanted and not (self.running or room.coming(0)):
+            if at_once < ready and not (self.running or room.coming(0)):
                 # Kept chunks fill what its own lower copies leave: some of those must be recomputed after all.
                 version = cache.places.version
-                room.make(0, wanted, now_s, sequence.key)
+                room.make(0, ready, now_s, sequence.key)
                 if cache.places.version != version:  # (perhaps it was its own that went: look again, nothing else would make us)
                     return self._fits(step, request, now_s)
-        if not need.blocked and at_once >= wanted:
+        if possible and at_once >= ready:
             self._refused_at = None
             return True
+        self._copies_would_do = possible and at_once + room.coming(0) >= ready
         self._refused_at = (request, self._room_state(step))
         return False
 

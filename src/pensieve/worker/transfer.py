@@ -83,11 +83,14 @@ class Transfer:
         self._wake: Callable[[], None] = lambda: None
         self._device = self._stores[0].device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._work = threading.Condition()  # guards everything below
+        lock = threading.Lock()  # guards everything below
+        self._work = threading.Condition(lock)  # there is something to do
+        self._idle = threading.Condition(lock)  # there is nothing to do any more
         self._swap_ins: deque[tuple[SwapIn, torch.cuda.Event | None]] = deque()
         self._swap_outs: deque[tuple[Copy, torch.cuda.Event | None]] = deque()
         self._done: list[int] = []
         self._failed: list[CopyFailure] = []
+        self._copying = False
         self._in_step = False
         self._closing = False
         self._nothing = SwapIn((), self._num_layers)
@@ -119,6 +122,11 @@ class Transfer:
             self._work.notify()
         return ticket
 
+    def wait(self) -> None:
+        """Return when every copy queued so far has settled (or will not be begun any more: see `close`)."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._closing or not (self._copying or self._swap_ins or self._swap_outs))
+
     def end_step(self) -> tuple[tuple[int, ...], tuple[CopyFailure, ...]]:
         """What settled since the last call: ids of good copies, and failures. The step is over."""
         with self._work:
@@ -132,6 +140,7 @@ class Transfer:
         with self._work:
             self._closing = True
             self._work.notify()
+            self._idle.notify_all()
         self._thread.join()
 
     # -- the thread
@@ -142,9 +151,13 @@ class Transfer:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             while True:
                 with self._work:
+                    self._copying = False
+                    if not (self._swap_ins or self._swap_outs):
+                        self._idle.notify_all()
                     self._work.wait_for(lambda: self._closing or self._swap_ins or self._swap_outs)
                     if self._closing:
                         break
+                    self._copying = True
                     ticket, computed = self._swap_ins.popleft() if self._swap_ins else (None, None)
                     piece, outs_computed = self._take_piece() if ticket is None else ([], None)
                 if ticket is not None:

@@ -96,6 +96,8 @@ class ModelWorker:
         except Exception as error:  # a plan's failure is its result; the next plan may be fine
             forward_error = f"{type(error).__name__}: {error}"
         swap_in.wait()
+        if plan.settles:
+            self._transfer.wait()
         if plan.wiped and self._model.device.type == "cuda":
             torch.cuda.current_stream(self._model.device).synchronize()  # "wiped" is said when it is so
         done, failed = self._transfer.end_step()
