@@ -129,7 +129,11 @@ def tenant_by_key(keys: KeyFile | None, authorization: str) -> str:
     return found
 
 
-def authenticate(request: Request) -> Caller:
+async def _context(request: Request) -> Context:
+    return context_of(request)  # (what is not a coroutine would be run in a thread: two switches a request, beside a model on all cores)
+
+
+async def authenticate(request: Request) -> Caller:
     """The caller, by their key.
 
     Raises:
@@ -142,7 +146,7 @@ def authenticate(request: Request) -> Caller:
     return Caller(tenant, tenant + SALT_MARK + salt if salt else tenant)
 
 
-Server = Annotated[Context, Depends(context_of)]
+Server = Annotated[Context, Depends(_context)]
 Asking = Annotated[Caller, Depends(authenticate)]
 
 
