@@ -6,6 +6,7 @@ A token sampled over one stale, missing or foreign cell comes out different from
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,7 +49,9 @@ def expected_answer(prompt: list[int], num_tokens: int, vocab: int = 50, stops: 
 
 
 class FakeWorker:
-    """Runs plans in order at once; reports results and finished swap-outs as late as it is told to."""
+    """Runs plans in order at once, or as slowly as it is told to; reports results and finished swap-outs as late as it is told to."""
+
+    pause_s = 0.0  # of each step that computes, so that something can happen while an answer is made
 
     def __init__(
         self,
@@ -85,6 +88,8 @@ class FakeWorker:
         pass
 
     def run(self, plan: StepPlan) -> StepResult:
+        if self.pause_s and plan.spans:
+            time.sleep(self.pause_s)
         self.num_runs += 1
         for update in plan.tables:
             table = self.tables.setdefault(update.request_id, [])

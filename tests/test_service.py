@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path as FilePath
@@ -18,7 +17,6 @@ from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import RetentionValue
-from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
@@ -34,17 +32,6 @@ VOCAB = 400  # below the special tokens of the test tokenizer
 COST = CostProfile([(8, 1.0), (512, 3.0)], CHUNK)
 
 
-class _PacedWorker(FakeWorker):
-    """Takes its time, so that something can happen while an answer is made."""
-
-    step_s = 0.0
-
-    def run(self, plan: StepPlan) -> StepResult:
-        if self.step_s:
-            time.sleep(self.step_s)
-        return super().run(plan)
-
-
 @contextmanager
 def running(
     store: SqliteStore | None,
@@ -53,14 +40,14 @@ def running(
     slots: tuple[int, int] = (64, 64),
     max_context: int = 400,
     overflow: str = "refuse",
-    step_s: float = 0.0,
+    pause_s: float = 0.0,
 ) -> Iterator[ConversationService]:
     cache = TieredCache(
         CacheConfig((TierConfig("gpu", slots[0]), TierConfig("cpu", slots[1])), CHUNK), lambda: RetentionValue(COST.of_chunk)
     )
     service = ConversationService(text or chat(CHATML), store, max_context=max_context, overflow=overflow)
-    worker = _PacedWorker(list(slots), CHUNK, vocab=VOCAB)
-    worker.step_s = step_s
+    worker = FakeWorker(list(slots), CHUNK, vocab=VOCAB)
+    worker.pause_s = pause_s
     engine = Engine(
         Scheduler(SchedulerConfig(max_batch_tokens=128), cache, max_context), worker, chunk_bytes=1000, emit=service.handle, debug=True
     )
@@ -171,7 +158,7 @@ def test_a_stop_string_does_not_end_an_answer_before_its_least_length(store: Sql
 
 def test_an_aborted_turn_keeps_what_was_said(store: SqliteStore) -> None:
     begun = threading.Event()
-    with running(store, step_s=0.005) as service:
+    with running(store, pause_s=0.005) as service:
         turn = service.send("c", [Message("user", "talk for long")], SamplingParams(max_new_tokens=300), on_text=lambda piece: begun.set())
         assert begun.wait(20)
         service.abort(turn)

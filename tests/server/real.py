@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import psutil
 
-OPTIONS = ("--dtype", "float32", "--threads", "1", "--gpu-cache", "0.1", "--cpu-cache", "0.1", "--max-context", "640", "--debug")
+MAX_CONTEXT = 640
+OPTIONS = ("--dtype", "float32", "--threads", "1", "--gpu-cache", "0.1", "--cpu-cache", "0.1", "--max-context", str(MAX_CONTEXT), "--debug")
 START_S = 120.0
 _URL = re.compile(r"listening at (http://\S+)")
 

@@ -40,10 +40,9 @@ COST = CostProfile([(8, 1.0), (512, 3.0)], CHUNK)
 
 
 class ScriptedWorker(FakeWorker):
-    """Says what it is told to say, where it is told; and can be slow."""
+    """Says what it is told to say, where it is told."""
 
     script: tuple[int, ...] | None = None  # an answer's ids; None: what the cells give
-    pause_s = 0.0
     broken: str | None = None  # sampling any request fails with this
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -51,8 +50,6 @@ class ScriptedWorker(FakeWorker):
         self.said: dict[str, int] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
-        if self.pause_s and plan.spans:
-            time.sleep(self.pause_s)
         result = super().run(plan)
         for request_id in plan.ended:
             self.said.pop(request_id, None)

@@ -330,6 +330,26 @@ def test_the_keyboard_alone_does_everything(page: Page, mock: PageMock) -> None:
 
 
 @browser_test
+def test_an_answer_to_one_question_is_not_taken_for_another(page: Page, page_url: str) -> None:
+    """A dialog tells of its closing a moment later; by then it may ask about another conversation."""
+    page.goto(page_url)
+    answers = page.evaluate(
+        """async () => {
+            const { askToDelete } = await import("./static/dialogs.js");
+            const dialog = document.getElementById("delete-dialog");
+            const refused = askToDelete("one", "");
+            dialog.close("cancel");
+            const agreed = askToDelete("two", "");
+            await new Promise((done) => setTimeout(done, 100));
+            const open = dialog.open;
+            dialog.close("ok");
+            return [await refused, open, await agreed];
+        }"""
+    )
+    assert answers == [False, True, True]
+
+
+@browser_test
 def test_a_refused_action_says_why_beside_its_buttons(page: Page, mock: PageMock, watch: Watch) -> None:
     watch.expected_statuses.add(409)
     mock.world.conversations["conv_0004"].title = "cannot be pinned"

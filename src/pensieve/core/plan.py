@@ -134,8 +134,8 @@ class Worker(Protocol):
         """Wipe what the plan says, start its copies, run its spans, sample. Returns when wipes and spans are done.
 
         Every swap-in of the plan has settled when this returns (its copy is in `copies_done` or
-        `copies_failed`), and every swap-out of a plan that `settles`; others are reported by whichever later call finds them finished. Does not raise
-        for anything a plan can meet: failures are in the result.
+        `copies_failed`), and every swap-out of a plan that `settles`; others are reported by whichever later
+        call finds them finished. Does not raise for anything a plan can meet: failures are in the result.
         """
         ...
 

@@ -255,20 +255,8 @@ class Scheduler:
         """Plan the next step: spans for running requests, admissions, copies. May be empty."""
         step = _Step(self.config.max_batch_tokens)
         copies_alone = self._copies_come_first(step, now_s)
-        suspect = None if copies_alone else self._next_suspect(step, now_s)
-        if copies_alone:
-            pass
-        elif suspect is not None:  # alone, so that a request which breaks the forward breaks nobody else's again
-            self._plan_decode(step, suspect, now_s)
-            self._plan_missing(step, suspect)
-        else:
-            for request in list(self.running):
-                self._plan_decode(step, request, now_s)
-            self._admit(step, now_s)
-            for request in sorted((r for r in self.running if r.missing), key=lambda r: (r.due, r.arrival)):
-                self._plan_missing(step, request)
-            if not (self._waiting or step.num_unmet):
-                self._warming.begin(now_s)
+        if not copies_alone:
+            self._fill(step, now_s)
         self.cache.room.copy_ahead(self.config.copy_ahead_share, self.config.max_copies_in_flight, now_s, self._slots_asked_for())
         moves = self.cache.collect_moves()
         for request in step.named:
@@ -334,13 +322,26 @@ class Scheduler:
 
     # -- planning
 
+    def _fill(self, step: _Step, now_s: float) -> None:
+        """Spans for running requests and for those that can be admitted."""
+        suspect = self._next_suspect(step, now_s)
+        if suspect is not None:  # alone, so that a request which breaks the forward breaks nobody else's again
+            self._plan_decode(step, suspect, now_s)
+            self._plan_missing(step, suspect)
+        else:
+            for request in list(self.running):
+                self._plan_decode(step, request, now_s)
+            self._admit(step, now_s)
+            for request in sorted((r for r in self.running if r.missing), key=lambda r: (r.due, r.arrival)):
+                self._plan_missing(step, request)
+            if not (self._waiting or step.num_unmet):
+                self._warming.begin(now_s)
+
     def _plan_decode(self, step: _Step, request: Request, now_s: float) -> None:
         """The span of one token of a request whose prompt is computed, if it may have one more and finds room for it."""
-        if request.missing or not request.plannable:
+        length = self._next_length(request)
+        if length is None:
             return
-        length = len(request.tokens) + request.num_pending
-        if length - request.num_prompt >= request.sampling.max_new_tokens or length >= self.max_context:
-            return  # its last token is on its way
         sequence = request.sequence
         assert sequence is not None
         start = length - 1
@@ -351,6 +352,14 @@ class Scheduler:
             step.tables.append(BlockTableUpdate(request.request_id, len(sequence.chunks) - 1, (slot,)))
         token_ids = None if request.num_pending else (request.tokens[-1],)
         self._add_span(step, request, Span(request.request_id, start, length, token_ids, emits_token=True))
+
+    def _next_length(self, request: Request) -> int | None:
+        """Tokens of a decoding request with those that are on their way; None: it does not decode, or its last token is on its way."""
+        if request.missing or not request.plannable:
+            return None
+        length = len(request.tokens) + request.num_pending
+        is_last = length - request.num_prompt >= request.sampling.max_new_tokens or length >= self.max_context
+        return None if is_last else length
 
     def _grow(self, step: _Step, request: Request, now_s: float) -> int | None:
         """A slot for a decoding request's next chunk; None: it waits, is suspended, or ends for lack of room (paper §4.3.5)."""
@@ -444,12 +453,10 @@ class Scheduler:
         room, size = self.cache.room, self.cache.chunk_tokens
         if room.available(0) >= len(self.running):
             return False
+        lengths = ((request, self._next_length(request)) for request in self.running)
         num_growing = sum(
-            r.plannable
-            and not r.missing
-            and r.sequence is not None
-            and (len(r.tokens) + r.num_pending - 1) // size == len(r.sequence.chunks)
-            for r in self.running
+            length is not None and request.sequence is not None and (length - 1) // size == len(request.sequence.chunks)
+            for request, length in lengths
         )
         room.make(0, num_growing, now_s)
         return room.available(0) < num_growing <= room.available(0) + room.coming(0)

@@ -88,23 +88,24 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async for piece in self._events:
+            async for piece in self._all_events():
                 await self._send(send, piece)
-        except _Gone:
+            await self._send(send, b"", more=False)
+        except OSError:
             self._on_gone()
-            return
+
+    async def _all_events(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._events:
+                yield piece
         except Exception as error:
             if not isinstance(error, PensieveError):
                 log.exception("a stream broke")
-            await self._send(send, data(error_body(error)))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            yield data(error_body(error))
 
-    async def _send(self, send: Send, piece: bytes) -> None:
+    async def _send(self, send: Send, piece: bytes, *, more: bool = True) -> None:
         self._sending_since_s = asyncio.get_running_loop().time()
-        try:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        except OSError as error:
-            raise _Gone from error
+        await send({"type": "http.response.body", "body": piece, "more_body": more})
         self._sending_since_s = None
         self._num_sent += 1
 
@@ -133,10 +134,6 @@ class EventStream(Response):
         except (TimeoutError, OSError):
             self._on_gone()
             sender.cancel()
-
-
-class _Gone(Exception):
-    """Nobody is there to read."""
 
 
 async def unless_gone(request: Request, work: Awaitable[T], on_gone: Callable[[], None]) -> T:

@@ -19,10 +19,24 @@ export async function askToDelete(title, words) {
   return (await ask(byId("delete-dialog"), () => true)) ?? false;
 }
 
+/** dialog -> settles the question it shows */
+const asked = new WeakMap();
+
+/** A dialog tells of its closing a moment later, when it may show the next question already: that answer is not for this one, nor this one's for that. */
 function ask(dialog, answer) {
+  asked.get(dialog)?.(null);
   return new Promise((resolve) => {
+    const settle = (value) => {
+      dialog.removeEventListener("close", closed);
+      asked.delete(dialog);
+      resolve(value);
+    };
+    const closed = () => {
+      if (!dialog.open) settle(dialog.returnValue === "ok" ? answer() : null);
+    };
+    asked.set(dialog, settle);
     dialog.returnValue = "cancel";
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok" ? answer() : null), { once: true });
+    dialog.addEventListener("close", closed);
     dialog.showModal();
   });
 }
