@@ -18,10 +18,11 @@ DEMO  := --users 6 --turns 8 --gpu-cache 0.09 --cpu-cache 0.02
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PROJECT := pyproject.toml setup.py constraints.txt src/pensieve/__init__.py $(wildcard src/pensieve/worker/kernel/*)
+KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_kernels.py worker/test_device_rows.py worker/test_flashinfer.py worker/test_cuda.py test_ahead.py)
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-page check-clients bench bench-server bench-peers lint format model clean
+.PHONY: help demo test check-slow check-kernels check-page check-clients bench bench-server bench-peers lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -30,10 +31,13 @@ demo: $(VENV)/.ready model ## install, fetch the default model, then compare sta
 	$(BIN)/pensieve compare $(DEMO) $(ARGS)
 
 test: lint model ## install, fetch the default model, lint, check types and imports, run the tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow and not browser" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not browser and not kernels" $(ARGS)
 
 check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check-kernels: $(VENV)/.dev-ready ## every variant of the GPU kernels: in Triton's interpreter (20 minutes), or on a GPU where there is one
+	$(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS)
 
 check-page: $(VENV)/.dev-ready model ## the page in a browser (Debian: apt install chromium fonts-dejavu-core)
 	@test -x /usr/bin/chromium || { echo "the page's tests drive /usr/bin/chromium (on Debian: apt install chromium fonts-dejavu-core)" >&2; exit 1; }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracle import Lab, assert_answer_is_stateless, eager_logits, pair, random_play
 from pensieve.core.plan import Copy
 from pensieve.core.request import FinishReason
+from pensieve.worker.kv_store import SlotCopy
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import Hooks
 from tiny_models import ARCHITECTURES
@@ -119,22 +120,19 @@ def test_a_request_that_raises_in_sampling_fails_alone() -> None:
 
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle can fail: a swap-in that fetches the wrong bytes is seen."""
-    from pensieve.worker import transfer
-
     model, reference = cached_pair("llama")
     lab = Lab(model, (10, 30))
     vocab = model.config.vocab_size
     for name in ("a", "b"):
         lab.submit(name, name, [(ord(name) * 31 + 5 * i) % vocab for i in range(50)], 4)
         lab.run()
-    copy_slots = transfer.copy_slots
+    copy_layer = SlotCopy.layer
 
-    def copy_wrong(source: object, sources: list[int], target: object, targets: list[int], layer: int | None) -> None:
-        if layer is not None:  # a swap-in
-            sources = [(slot + 1) % source.num_slots for slot in sources]  # type: ignore[attr-defined]
-        copy_slots(source, sources, target, targets, layer)  # type: ignore[arg-type]
+    def copy_wrong(move: SlotCopy, layer: int) -> None:
+        wrong = [(slot + 1) % move._source.num_slots for slot in move._source_slots]
+        copy_layer(SlotCopy(move._source, wrong, move._target, move._target_slots), layer)
 
-    monkeypatch.setattr(transfer, "copy_slots", copy_wrong)
+    monkeypatch.setattr(SlotCopy, "layer", copy_wrong)
     log = lab.done["a"].tokens
     lab.submit("again", "a", [*log, 1, 2, 3], 6, len(log))
     lab.run()

@@ -11,7 +11,7 @@ import torch
 
 from pensieve.core.plan import Copy, CopyFailure
 from pensieve.worker import transfer as transfer_module
-from pensieve.worker.kv_store import KVStore, copy_slots
+from pensieve.worker.kv_store import KVStore, SlotCopy
 from pensieve.worker.transfer import SourceLost, Transfer
 
 LAYERS = 3
@@ -106,6 +106,7 @@ def test_swap_ins_overtake_swap_outs_that_have_not_begun(
     gate.open.clear()
     transfer.start((), tuple(swap_out(slot, slot, slot) for slot in range(4)))
     assert gate.reached.wait(PATIENCE_S)  # the first swap-out is under way
+    assert transfer.end_step() == ((), ())
     ticket = transfer.start((swap_in(10, 6, 6), swap_in(11, 7, 7)), (swap_out(12, 5, 5),))
     gate.open.set()
     ticket.wait()
@@ -117,14 +118,14 @@ def test_each_layer_is_released_by_itself(monkeypatch: pytest.MonkeyPatch, store
     copied = {layer: threading.Event() for layer in range(LAYERS)}
     may_copy = {layer: threading.Event() for layer in range(LAYERS)}
 
-    def slow_copy(*args: object) -> None:
-        layer = args[4]
-        assert isinstance(layer, int)
+    copy_layer = SlotCopy.layer
+
+    def slow_copy(move: SlotCopy, layer: int) -> None:
         assert may_copy[layer].wait(PATIENCE_S)
-        copy_slots(*args)  # type: ignore[arg-type]
+        copy_layer(move, layer)
         copied[layer].set()
 
-    monkeypatch.setattr(transfer_module, "copy_slots", slow_copy)
+    monkeypatch.setattr(SlotCopy, "layer", slow_copy)
     transfer = make()
     ticket = transfer.start((swap_in(1, 4, 6),), ())
     may_copy[0].set()
@@ -172,13 +173,15 @@ def test_a_batch_that_breaks_fails_alone_and_hangs_nobody(
     """None: a batch of swap-outs."""
     broken = threading.Event()
 
-    def break_once(*args: object) -> None:
-        if args[4] == breaking_layer and not broken.is_set():
+    copy_layer, copy_whole = SlotCopy.layer, SlotCopy.whole
+
+    def break_once(layer: int | None) -> None:
+        if layer == breaking_layer and not broken.is_set():
             broken.set()
             raise RuntimeError("device lost")
-        copy_slots(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(transfer_module, "copy_slots", break_once)
+    monkeypatch.setattr(SlotCopy, "layer", lambda move, layer: (break_once(layer), copy_layer(move, layer)))
+    monkeypatch.setattr(SlotCopy, "whole", lambda move: (break_once(None), copy_whole(move)))
     transfer = make()
     bad = swap_out(1, 1, 1) if breaking_layer is None else swap_in(1, 1, 1)
     ticket = transfer.start(() if breaking_layer is None else (bad,), (bad,) if breaking_layer is None else ())
@@ -198,11 +201,15 @@ def test_the_waker_is_called_only_between_steps(make: Callable[..., Transfer]) -
     woken = threading.Event()
     transfer.set_waker(woken.set)
     transfer.start((), (swap_out(1, 1, 1),))
-    ticket = transfer.start((swap_in(2, 2, 2),), ())  # settles after the swap-out, both within the step
+    ticket = transfer.start((swap_in(2, 2, 2),), ())  # settles after the swap-out, both within the two steps under way
     ticket.wait()
-    while 1 not in transfer.end_step()[0]:
-        transfer.start((swap_in(3, 2, 3),), ()).wait()
+    transfer.start((), ())
+    transfer.wait()
+    done, failed = transfer.end_step()
+    assert sorted(done) == [1, 2] and failed == ()
     assert not woken.is_set()
+    transfer.end_step()
+    transfer.end_step()
     gate.open.clear()
     gate.reached.clear()
     transfer.start((), (swap_out(4, 4, 4),))

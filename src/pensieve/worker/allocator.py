@@ -6,8 +6,12 @@ import contextlib
 import ctypes
 import mmap
 import sys
+import weakref
+from typing import Any
 
 import torch
+
+from pensieve.errors import ConfigError
 
 # Names and numbers from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -44,6 +48,22 @@ def fresh_pages(num_bytes: int) -> torch.Tensor:
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)  # keeps the mapping for as long as it lives
+
+
+def lock_pages(memory: torch.Tensor) -> None:
+    """Page-lock main memory for CUDA, until nobody has it any more: copies to and from a device then need no staging.
+
+    Raises:
+        ConfigError: the system does not let this process have so much.
+    """
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address, num_bytes = memory.data_ptr(), memory.numel()
+    status = int(runtime.cudaHostRegister(address, num_bytes, 0))
+    if status != 0:
+        raise ConfigError(
+            f"{num_bytes / 1e9:.2f} GB of main memory cannot be page-locked for the device (CUDA error {status}): give the tiers below the first less"
+        )
+    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
 
 
 class HugeRegions:

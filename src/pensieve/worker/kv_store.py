@@ -6,13 +6,17 @@ backend's business; here they are opaque. A store allocates once, exactly `num_s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
-from pensieve.worker.allocator import fresh_pages
+from pensieve.worker import gather
+from pensieve.worker.allocator import fresh_pages, lock_pages
+from pensieve.worker.pinned import to_device
 
 PIECE_BYTES = 32 << 20  # most that one copy call stages: bounds memory beyond the stores, and how long a swap-in waits
+_GOLDEN = 0x9E3779B97F4A7C15 // 4  # (an odd number's bits well mixed; what overflows is meant to)
 
 
 class KVStore:
@@ -30,11 +34,15 @@ class KVStore:
         """
         self.num_slots, self.num_layers, self.layer_bytes, self.device = num_slots, num_layers, layer_bytes, device
         shape = (num_slots, num_layers, layer_bytes)
-        if device.type == "cpu" and not pinned and num_slots:
-            self.data = fresh_pages(num_slots * num_layers * layer_bytes).view(shape)
+        if device.type == "cpu" and num_slots:
+            pages = fresh_pages(num_slots * num_layers * layer_bytes)
+            if pinned:  # torch's own page-locked memory is rounded up to a power of two: of 140 GB, 256
+                lock_pages(pages)
+            self.data = pages.view(shape)
         else:
-            self.data = torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+            self.data = torch.zeros(shape, dtype=torch.uint8, device=device)
         self._host = self.data.numpy() if device.type == "cpu" else None
+        self._factors: torch.Tensor | None = None  # of a slot's words, for checksums
 
     @property
     def slot_bytes(self) -> int:
@@ -50,6 +58,16 @@ class KVStore:
         """A view of one layer of all slots, (num_slots, layer_bytes), strided."""
         return self.data[:, layer]
 
+    def checksums(self, slots: Sequence[int]) -> torch.Tensor:
+        """A number for each slot that another content very likely does not have, (n,) int64. CUDA work is queued on the current stream.
+
+        A sum of its words, each times an odd number of its own, modulo 2**64: one wrong bit always changes it, as do exchanged words.
+        """
+        words = self.data.view(self.num_slots, -1).view(torch.int64)
+        if self._factors is None:
+            self._factors = torch.arange(words.shape[1], device=self.device).mul_(2 * _GOLDEN).add_(1)
+        return torch.stack([words[slot].mul(self._factors).sum() for slot in slots])
+
     def wipe(self, slots: Sequence[int]) -> None:
         """Make slots zero again. CUDA work is queued on the current stream."""
         for slot in slots:
@@ -59,27 +77,68 @@ class KVStore:
                 self._host[slot].fill(0)
 
 
-def copy_slots(
-    source: KVStore, source_slots: Sequence[int], target: KVStore, target_slots: Sequence[int], layer: int | None = None
-) -> None:
-    """Copy slots between two tiers (or within one), in few large calls.
+class SlotCopy:
+    """Slots of one tier that go to slots of another (or of the same), whole or layer by layer. CUDA work is queued on the current stream."""
 
-    Args:
-        source: where the bytes are.
-        source_slots: distinct or not, as many as `target_slots`.
-        target: where they go; same `num_layers` and `layer_bytes`.
-        target_slots: distinct.
-        layer: only this layer; None: whole slots.
-    """
-    assert len(source_slots) == len(target_slots), f"{len(source_slots)} slots cannot go to {len(target_slots)}"
-    assert source.layer_bytes == target.layer_bytes and source.num_layers == target.num_layers, "tiers of different chunks"
-    row_bytes = source.slot_bytes if layer is None else source.layer_bytes
-    piece = max(1, PIECE_BYTES // row_bytes)
-    for first in range(0, len(source_slots), piece):
-        _copy_rows(
-            _rows(source, layer), _row_ids(source, source_slots[first : first + piece], layer),
-            _rows(target, layer), _row_ids(target, target_slots[first : first + piece], layer),
-        )  # fmt: skip
+    def __init__(self, source: KVStore, source_slots: Sequence[int], target: KVStore, target_slots: Sequence[int]) -> None:
+        """Nothing is copied yet.
+
+        Args:
+            source: where the bytes are.
+            source_slots: distinct or not, as many as `target_slots`.
+            target: where they go; same `num_layers` and `layer_bytes`.
+            target_slots: distinct.
+        """
+        assert len(source_slots) == len(target_slots), f"{len(source_slots)} slots cannot go to {len(target_slots)}"
+        assert source.layer_bytes == target.layer_bytes and source.num_layers == target.num_layers, "tiers of different chunks"
+        self._source, self._target = source, target
+        self._source_slots, self._target_slots = tuple(source_slots), tuple(target_slots)
+        self._is_on_host = source.device.type == target.device.type == "cpu"
+        self._slots: torch.Tensor | None = None  # (2, n) on the device, once a kernel has asked for them
+
+    def whole(self) -> None:
+        """Copy everything, in few large calls."""
+        if self._is_on_host:
+            self._copy_on_host(None)
+        else:
+            self._copy_runs(None)
+
+    def layer(self, layer: int) -> None:
+        """Copy one layer. Across to a device its pieces are gathered by a kernel that reads page-locked memory where it lies."""
+        if self._is_on_host:
+            self._copy_on_host(layer)
+        elif gather.why_not(self._source, self._target) is None:
+            if self._slots is None:
+                self._slots = to_device(np.array((self._source_slots, self._target_slots), np.int64), self._target.device)
+            gather.copy_layer(self._source, self._target, self._slots, layer)
+        else:
+            self._copy_runs(layer)
+
+    def _copy_on_host(self, layer: int | None) -> None:
+        row_bytes = self._source.slot_bytes if layer is None else self._source.layer_bytes
+        piece = max(1, PIECE_BYTES // row_bytes)
+        for first in range(0, len(self._source_slots), piece):
+            rows = _rows(self._source, layer).index_select(0, _row_ids(self._source, self._source_slots[first : first + piece], layer))
+            _rows(self._target, layer).index_copy_(0, _row_ids(self._target, self._target_slots[first : first + piece], layer), rows)
+
+    def _copy_runs(self, layer: int | None) -> None:
+        """One call for all neighbouring slots whose targets are neighbours, too."""
+        for source, target, count in runs(self._source_slots, self._target_slots):
+            from_, to = self._source.data[source : source + count], self._target.data[target : target + count]
+            if layer is None:
+                to.copy_(from_, non_blocking=True)
+            else:
+                for index in range(count):  # (a strided copy across devices would be staged by torch)
+                    to[index, layer].copy_(from_[index, layer], non_blocking=True)
+
+
+def runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first source, first target, count) of pairs that follow each other in both."""
+    first = 0
+    for index in range(1, len(sources) + 1):
+        if index == len(sources) or sources[index] != sources[index - 1] + 1 or targets[index] != targets[index - 1] + 1:
+            yield sources[first], targets[first], index - first
+            first = index
 
 
 def _rows(store: KVStore, layer: int | None) -> torch.Tensor:
@@ -90,17 +149,4 @@ def _rows(store: KVStore, layer: int | None) -> torch.Tensor:
 
 def _row_ids(store: KVStore, slots: Sequence[int], layer: int | None) -> torch.Tensor:
     ids = torch.tensor(slots, dtype=torch.int64)
-    if layer is not None:
-        ids = ids * store.num_layers + layer
-    return ids.to(store.device)
-
-
-def _copy_rows(source: torch.Tensor, source_ids: torch.Tensor, target: torch.Tensor, target_ids: torch.Tensor) -> None:
-    """Gather, cross over in one call where the devices differ, scatter. CUDA work is queued on the current stream."""
-    if source.device.type == "cpu" and target.device.type == "cuda":
-        staged = torch.empty((len(source_ids), source.shape[1]), dtype=source.dtype, pin_memory=True)
-        torch.index_select(source, 0, source_ids, out=staged)
-        rows = staged.to(target.device, non_blocking=True)
-    else:
-        rows = source.index_select(0, source_ids).to(target.device)  # from CUDA to the host this waits for the rows
-    target.index_copy_(0, target_ids, rows)
+    return ids if layer is None else ids * store.num_layers + layer

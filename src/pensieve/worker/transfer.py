@@ -1,8 +1,11 @@
 """Moves chunks between tiers while the model computes. Knows copies and stores; never plans, requests or attention.
 
-One thread does all copies, on a stream of its own where there is CUDA. Swap-ins go layer by layer, so that attention in layer l waits
-for that layer only (paper §4.3.3), and always before swap-outs (§5: both directions at once slow each other): a swap-out never starts
-while a swap-in is queued or under way. Swap-outs go in whole slots.
+One thread does all copies, on lanes of their own (`worker/lanes.py`: streams, where there is CUDA). Swap-ins go layer by layer, so that attention in
+layer l waits for that layer only (paper §4.3.3), and always before swap-outs (§5: both directions at once slow each other): a swap-out never starts while
+a swap-in is queued or under way. Swap-outs go in whole slots.
+
+What a lane copies comes after everything the model computed before the copies were queued: a swap-out reads what was written by then, a swap-in writes
+where nobody reads any more.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-
-import torch
+from functools import partial
+from typing import Any
 
 from pensieve.core.plan import Copy, CopyFailure
-from pensieve.worker.kv_store import PIECE_BYTES, KVStore, copy_slots
+from pensieve.worker.kv_store import PIECE_BYTES, KVStore, SlotCopy
+from pensieve.worker.lanes import Lane, Lanes, lanes_for, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +28,22 @@ class SourceLost(Exception):
     """A copy failed because its source cannot be read, now or later."""
 
 
+class ChecksumDiffers(SourceLost):
+    """What arrived is not what was sent."""
+
+
 class SwapIn:
     """The swap-ins of one plan, as the forward sees them: layer by layer."""
 
-    def __init__(self, copies: tuple[Copy, ...], num_layers: int) -> None:
+    def __init__(self, copies: tuple[Copy, ...], num_layers: int, compute: Lane) -> None:
         self.copies = copies
+        self._compute = compute
         self.failures: list[CopyFailure] = []  # complete once `wait` has returned
         self._num_layers = num_layers
         self._ready = num_layers if not copies else 0  # layers [0, _ready) may be read
         self._settled = not copies
         self._changed = threading.Condition()
-        self._events: list[torch.cuda.Event] = []  # one a layer, where copies run on a stream
+        self._marks: list[Any] = []  # one a layer, of the lane that copies
 
     @property
     def failed_slots(self) -> frozenset[tuple[int, int]]:
@@ -47,8 +56,8 @@ class SwapIn:
         if self._ready <= layer:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready > layer)
-        if layer < len(self._events):
-            torch.cuda.current_stream().wait_event(self._events[layer])
+        if layer < len(self._marks):
+            self._compute.wait(self._marks[layer])
 
     def wait(self) -> None:
         """Return when every copy has settled."""
@@ -56,11 +65,10 @@ class SwapIn:
             with self._changed:
                 self._changed.wait_for(lambda: self._settled)
 
-    def layer_done(self, event: torch.cuda.Event | None) -> None:
-        """One more layer was copied (or, with an event, will have been when it fires)."""
+    def layer_done(self, mark: Any) -> None:
+        """One more layer will have been copied when its lane has reached this mark."""
         with self._changed:
-            if event is not None:
-                self._events.append(event)
+            self._marks.append(mark)
             self._ready += 1
             self._changed.notify_all()
 
@@ -75,25 +83,40 @@ class SwapIn:
 class Transfer:
     """The copying thread. Sole writer of lower tiers; writes the first tier only where a swap-in says so."""
 
-    def __init__(self, stores: Sequence[KVStore], *, before_copy: Callable[[Copy], None] = lambda copy: None) -> None:
-        """`before_copy` is called for each copy; when it raises, that copy fails and the others go on."""
+    def __init__(
+        self,
+        stores: Sequence[KVStore],
+        *,
+        before_copy: Callable[[Copy], None] = lambda copy: None,
+        lanes: Lanes | None = None,
+        verify: bool = False,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            stores: the tiers, fastest first.
+            before_copy: called for each copy; when it raises, that copy fails and the others go on.
+            lanes: what computes and copies; by default those of the first tier's device.
+            verify: compare checksums: what comes back from a lower tier and is not what was sent there is lost, and said so.
+        """
         self._stores = tuple(stores)
         self._num_layers = self._stores[0].num_layers
         self._before_copy = before_copy
         self._wake: Callable[[], None] = lambda: None
         self._device = self._stores[0].device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._lanes = lanes_for(self._device) if lanes is None else lanes
+        self._sums: dict[tuple[int, int], int] | None = {} if verify else None  # of what was sent, by (tier, slot) below the first
         lock = threading.Lock()  # guards everything below
         self._work = threading.Condition(lock)  # there is something to do
         self._idle = threading.Condition(lock)  # there is nothing to do any more
-        self._swap_ins: deque[tuple[SwapIn, torch.cuda.Event | None]] = deque()
-        self._swap_outs: deque[tuple[Copy, torch.cuda.Event | None]] = deque()
+        self._swap_ins: deque[tuple[SwapIn, Any]] = deque()  # with the mark of what was computed before
+        self._swap_outs: deque[tuple[Copy, Any]] = deque()
         self._done: list[int] = []
         self._failed: list[CopyFailure] = []
         self._copying = False
-        self._in_step = False
+        self._num_steps = 0  # under way
         self._closing = False
-        self._nothing = SwapIn((), self._num_layers)
+        self._nothing = SwapIn((), self._num_layers, self._lanes.compute)
         self._thread = threading.Thread(target=self._loop, name="pensieve-transfer", daemon=True)
         self._thread.start()
 
@@ -106,16 +129,13 @@ class Transfer:
         if not (swap_in or swap_out):  # as in nearly every step: the thread is left asleep, it would only ask for the interpreter
             with self._work:
                 assert not self._closing, "the worker is closed"
-                self._in_step = True
+                self._num_steps += 1
             return self._nothing
-        ticket = SwapIn(swap_in, self._num_layers)
-        computed = None  # what the device computes until here comes before these copies
-        if self._stream is not None:
-            computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            computed.record(torch.cuda.current_stream(self._device))
+        ticket = SwapIn(swap_in, self._num_layers, self._lanes.compute)
+        computed = self._lanes.compute.mark()
         with self._work:
             assert not self._closing, "the worker is closed"
-            self._in_step = True
+            self._num_steps += 1
             if swap_in:
                 self._swap_ins.append((ticket, computed))
             self._swap_outs.extend((copy, computed) for copy in swap_out)
@@ -128,9 +148,9 @@ class Transfer:
             self._idle.wait_for(lambda: self._closing or not (self._copying or self._swap_ins or self._swap_outs))
 
     def end_step(self) -> tuple[tuple[int, ...], tuple[CopyFailure, ...]]:
-        """What settled since the last call: ids of good copies, and failures. The step is over."""
+        """What settled since the last call: ids of good copies, and failures. The oldest step under way is over."""
         with self._work:
-            self._in_step = False
+            self._num_steps = max(0, self._num_steps - 1)
             done, self._done = tuple(self._done), []
             failed, self._failed = tuple(self._failed), []
         return done, failed
@@ -146,9 +166,7 @@ class Transfer:
     # -- the thread
 
     def _loop(self) -> None:
-        if self._stream is not None:
-            torch.cuda.set_device(self._device)
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        with on_device(self._device):
             while True:
                 with self._work:
                     self._copying = False
@@ -167,7 +185,7 @@ class Transfer:
         for ticket, _ in self._swap_ins:
             ticket.settle()
 
-    def _take_piece(self) -> tuple[list[Copy], torch.cuda.Event | None]:
+    def _take_piece(self) -> tuple[list[Copy], Any]:
         """The next swap-outs between one pair of tiers, few enough that a swap-in arriving now waits for little."""
         first, computed = self._swap_outs.popleft()
         piece = [first]
@@ -181,16 +199,21 @@ class Transfer:
             computed = after  # the later event covers the earlier ones
         return piece, computed
 
-    def _run_swap_in(self, ticket: SwapIn, computed: torch.cuda.Event | None) -> None:
+    def _run_swap_in(self, ticket: SwapIn, computed: Any) -> None:
         failures: list[CopyFailure] = []
         good: list[Copy] = []
         try:
             good = self._admit(ticket.copies, failures)
-            self._wait_for(computed)
+            lane = self._lanes.copy_in
+            lane.wait(computed)
+            moves = self._moves(good)
             for layer in range(self._num_layers):
-                self._copy(good, layer)
-                ticket.layer_done(self._record())
-            self._drain()
+                for move in moves:
+                    lane.do(partial(move.layer, layer))
+                ticket.layer_done(lane.mark())
+            arrived = self._checksums(lane, [(copy.dst_tier, copy.dst_slot) for copy in good])
+            lane.drain()
+            good = self._verified(good, arrived, failures)
         except Exception as error:  # whatever it was, it must not hang the forward or take other batches along
             failures += [_failure(copy, error) for copy in good]
             good = []
@@ -200,21 +223,26 @@ class Transfer:
             self._failed += failures
         ticket.settle()
 
-    def _run_swap_outs(self, piece: list[Copy], computed: torch.cuda.Event | None) -> None:
+    def _run_swap_outs(self, piece: list[Copy], computed: Any) -> None:
         failures: list[CopyFailure] = []
         good: list[Copy] = []
         try:
             good = self._admit(piece, failures)
-            self._wait_for(computed)
-            self._copy(good, None)
-            self._drain()
+            lane = self._lanes.copy_out
+            lane.wait(computed)
+            sent = self._checksums(lane, [(copy.src_tier, copy.src_slot) for copy in good])
+            for move in self._moves(good):
+                lane.do(move.whole)
+            lane.drain()
+            good = self._verified(good, sent, failures)
+            self._remember(good, sent)
         except Exception as error:
             failures += [_failure(copy, error) for copy in good]
             good = []
         with self._work:
             self._done += [copy.copy_id for copy in good]
             self._failed += failures
-            wake = not self._in_step
+            wake = self._num_steps == 0
         if wake:
             try:
                 self._wake()
@@ -233,29 +261,54 @@ class Transfer:
                 good.append(copy)
         return good
 
-    def _copy(self, copies: Sequence[Copy], layer: int | None) -> None:
+    def _moves(self, copies: Sequence[Copy]) -> list[SlotCopy]:
+        """What is to be moved between each pair of tiers."""
         by_pair: dict[tuple[int, int], list[Copy]] = {}
         for copy in copies:
             by_pair.setdefault((copy.src_tier, copy.dst_tier), []).append(copy)
-        for (source, target), pair in by_pair.items():
-            copy_slots(
-                self._stores[source], [copy.src_slot for copy in pair], self._stores[target], [copy.dst_slot for copy in pair], layer
+        return [
+            SlotCopy(self._stores[source], [copy.src_slot for copy in pair], self._stores[target], [copy.dst_slot for copy in pair])
+            for (source, target), pair in by_pair.items()
+        ]
+
+    # -- checksums, where they are asked for
+
+    def _checksums(self, lane: Lane, places: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+        """By (tier, slot), a tensor that will hold the checksum when the lane has come so far; nothing where nobody asks."""
+        sums: dict[tuple[int, int], Any] = {}
+        if self._sums is None:
+            return sums
+
+        def reckon() -> None:
+            for tier in {tier for tier, _ in places}:
+                slots = [slot for place, slot in places if place == tier]
+                sums.update(zip([(tier, slot) for slot in slots], self._stores[tier].checksums(slots), strict=True))
+
+        lane.do(reckon)
+        return sums
+
+    def _verified(self, copies: list[Copy], found: dict[tuple[int, int], Any], failures: list[CopyFailure]) -> list[Copy]:
+        """The copies whose bytes are those that were once sent to their source, as far as that is known. The others are failures."""
+        if self._sums is None:
+            return copies
+        good = []
+        for copy in copies:
+            expected = self._sums.get((copy.src_tier, copy.src_slot))
+            here: Any = found.get((copy.dst_tier, copy.dst_slot), found.get((copy.src_tier, copy.src_slot)))
+            if expected is None or copy.src_tier == 0 or expected == int(here):
+                good.append(copy)
+                continue
+            logger.warning("slot %d of tier %d does not hold what was sent there: it will be computed again", copy.src_slot, copy.src_tier)
+            failures.append(
+                _failure(copy, ChecksumDiffers(f"slot {copy.src_slot} of tier {copy.src_tier} does not hold what was sent there"))
             )
+        return good
 
-    def _wait_for(self, computed: torch.cuda.Event | None) -> None:
-        if self._stream is not None and computed is not None:
-            self._stream.wait_event(computed)
-
-    def _record(self) -> torch.cuda.Event | None:
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        return event
-
-    def _drain(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+    def _remember(self, copies: list[Copy], sent: dict[tuple[int, int], Any]) -> None:
+        """What the targets of good swap-outs hold from now on."""
+        if self._sums is not None:
+            for copy in copies:
+                self._sums[copy.dst_tier, copy.dst_slot] = int(sent[copy.src_tier, copy.src_slot])
 
 
 def _failure(copy: Copy, error: Exception) -> CopyFailure:
