@@ -86,6 +86,7 @@ class CausalModel:
         """Through the gate; then as fused operations, if they are to be, through the rest of it."""
         geometry, args = gate.probe(self)
         self.geometry: KVGeometry = geometry
+        self.attention_args: tuple[AttentionArgs, ...] = args  # how each layer attends
         expected = gate.expect(self) if self_test else None
         if int8:
             why_not = "--forward modules" if forward == "modules" else LlamaForward.why_not_int8(self.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,18 +10,22 @@ import torch
 from pensieve.errors import ConfigError
 from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry, PagedAttention
 from pensieve.worker.attention.cpu import CpuAttention
+from pensieve.worker.attention.flashinfer import FlashInferAttention
 from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.attention.reference import ReferenceAttention
+from pensieve.worker.attention.triton import TritonAttention
 
 __all__ = ["BACKENDS", "AttentionArgs", "AttentionBackend", "KVGeometry", "PagedAttention", "make_backend"]
 
-BACKENDS: dict[str, type[AttentionBackend[Any]]] = {  # "auto" takes the first that can
-    backend.name: backend for backend in (NativeAttention, CpuAttention, ReferenceAttention)
+BACKENDS: dict[str, type[AttentionBackend[Any]]] = {
+    backend.name: backend for backend in (NativeAttention, TritonAttention, FlashInferAttention, CpuAttention, ReferenceAttention)
 }
 
 
-def make_backend(name: str, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> AttentionBackend[Any]:
-    """The backend of this name, or with "auto" the first that can serve such a cache.
+def make_backend(
+    name: str, geometry: KVGeometry, chunk_tokens: int, device: torch.device, args: Sequence[AttentionArgs] = ()
+) -> AttentionBackend[Any]:
+    """The backend of this name, or with "auto" the first that can serve such a cache, and layers that attend like `args`.
 
     Raises:
         ConfigError: no such backend, or it cannot.
@@ -28,9 +33,14 @@ def make_backend(name: str, geometry: KVGeometry, chunk_tokens: int, device: tor
     if name != "auto" and name not in BACKENDS:
         raise ConfigError(f"attention must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     reasons = []
-    for candidate in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
-        reason = candidate.why_not(geometry, chunk_tokens, device)
+    for candidate in _automatic(device) if name == "auto" else [BACKENDS[name]]:
+        reason = candidate.why_not(geometry, chunk_tokens, device) or candidate.why_not_args(args)
         if reason is None:
             return candidate(geometry, chunk_tokens)
         reasons.append(f"{candidate.name}: {reason}")
     raise ConfigError(f"no attention backend can serve this cache ({'; '.join(reasons)}): choose another model, dtype or device")
+
+
+def _automatic(device: torch.device) -> tuple[type[AttentionBackend[Any]], ...]:
+    """What "auto" tries, the fastest first."""
+    return (TritonAttention if device.type == "cuda" else NativeAttention, CpuAttention, ReferenceAttention)

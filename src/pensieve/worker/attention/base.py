@@ -7,12 +7,13 @@ whatever slots those chunks lie (paper §4.4). A backend chooses the layout that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
+from pensieve.core.plan import Span
 from pensieve.worker.batch import Batch
 from pensieve.worker.kv_store import KVStore
 
@@ -44,6 +45,7 @@ class AttentionBackend(ABC, Generic[Prepared]):
     """One way to write and attend paged KV."""
 
     name: ClassVar[str]
+    captures: ClassVar[bool] = False  # its steps can be captured in graphs: it has `FixedSteps`
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int) -> None:
         self.geometry = geometry
@@ -53,6 +55,11 @@ class AttentionBackend(ABC, Generic[Prepared]):
     @abstractmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
         """Why this backend cannot serve such a cache on such a device; None: it can."""
+
+    @classmethod
+    def why_not_args(cls, args: Sequence[AttentionArgs]) -> str | None:
+        """Why this backend cannot compute layers that attend so; None: it can."""
+        return None
 
     @property
     def layer_bytes(self) -> int:
@@ -77,15 +84,41 @@ class AttentionBackend(ABC, Generic[Prepared]):
         """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D). Cells beyond a context are never used."""
 
 
+class FixedSteps(Protocol):
+    """A backend whose steps of one-token spans can be captured in a graph: their tensors stay where they are, and get other numbers."""
+
+    def fixed(self, batch: Batch, like: Any) -> Any:
+        """A step over a batch whose tensors stay where they are; `like` is a prepared step that has been through a forward of the same model."""
+        ...
+
+    def refill(self, step: Any, spans: tuple[Span, ...]) -> None:
+        """Give a fixed step other spans of one token each, at most as many as it was made with; the rows beyond them do nothing."""
+        ...
+
+
 class PagedAttention:
     """A step's attention, as a model's forward calls it: wait until a layer's KV is there, write what is new, attend."""
 
-    def __init__(self, backend: AttentionBackend[Any], batch: Batch, wait_layer: Callable[[int], None] = lambda layer: None) -> None:
-        """`wait_layer` returns when what is copied into a layer has arrived."""
+    def __init__(
+        self,
+        backend: AttentionBackend[Any],
+        batch: Batch,
+        wait_layer: Callable[[int], None] = lambda layer: None,
+        *,
+        prepared: Any = None,
+    ) -> None:
+        """Get ready.
+
+        Args:
+            backend: writes and attends.
+            batch: what is computed.
+            wait_layer: returns when what is copied into a layer has arrived, or what is computed from now on will wait for it.
+            prepared: of the backend, for this batch; None: prepare it.
+        """
         self.backend = backend
         self.wait_layer = wait_layer
         with torch.inference_mode():
-            self.prepared = backend.prepare(batch)
+            self.prepared = backend.prepare(batch) if prepared is None else prepared
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """(T, H, D), (T, Hkv, D), (T, Hkv, D) -> (T, H, D)."""
