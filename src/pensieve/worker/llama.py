@@ -1,9 +1,9 @@
-"""The forward of the Llama family on a CPU, in fewer and larger operations. Knows transformers' modules and weights; never plans, slots or sampling.
+"""The forward of the Llama family in fewer and larger operations. Knows transformers' modules and weights; never plans, slots or sampling.
 
 Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one model with small differences: RMS norms, rotary positions (in SmolLM3 not in every layer), grouped
 queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode step takes two to three times as long as it must (docs/performance.md). Here q, k and v
 are one product, gate and up another; weights lie as they are read fastest; what lies between the products is one kernel each; and where everything is
-a kernel of ours, attention too, a layer is one call. Rounded less often than by the modules, results differ from theirs within the tolerance of
+a kernel of ours on a CPU, attention too, a layer is one call. Rounded less often than by the modules, results differ from theirs within the tolerance of
 `worker.gate`, whose self-test stands between a mistake here and a user.
 """
 
@@ -21,8 +21,19 @@ from transformers import PreTrainedModel
 from pensieve.worker import rows as kernels
 from pensieve.worker.attention import AttentionArgs, PagedAttention
 from pensieve.worker.attention.native import NativeAttention
+from pensieve.worker.device_rows import DeviceRows
 from pensieve.worker.kernel import library_for, num_threads
-from pensieve.worker.products import LayerCall, LayerProducts, OneDnnLayer, OneDnnProduct, PanelKind, PanelLayer, PanelProduct
+from pensieve.worker.products import (
+    DeviceLayer,
+    DeviceProduct,
+    LayerCall,
+    LayerProducts,
+    OneDnnLayer,
+    OneDnnProduct,
+    PanelKind,
+    PanelLayer,
+    PanelProduct,
+)
 from pensieve.worker.rows import Rows, float_weight
 
 _FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
@@ -46,7 +57,15 @@ class _Layer:
 class LlamaForward:
     """A model of the family, ready to compute. Takes its weights from the modules, layer by layer."""
 
-    def __init__(self, model: PreTrainedModel, args: Sequence[AttentionArgs], *, keep_modules: bool, int8: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: Sequence[AttentionArgs],
+        *,
+        keep_modules: bool,
+        int8: bool = False,
+        on_device: bool | None = None,
+    ) -> None:
         """Lay the weights out.
 
         Args:
@@ -54,6 +73,7 @@ class LlamaForward:
             args: how each layer attends.
             keep_modules: leave the modules as they are, at the price of all weights twice; else they are emptied and compute no more.
             int8: weights of 8 bits (`why_not_int8` must have nothing against it). The embedding stays as it is.
+            on_device: by the operations for a GPU; by default where the model is on one.
         """
         config, decoder = model.config.get_text_config(), model.model
         assert len(args) == len(decoder.layers)
@@ -61,15 +81,17 @@ class LlamaForward:
         self._head_dim: int = decoder.layers[0].self_attn.head_dim
         self._intermediate_size: int = config.intermediate_size
         self._epsilon: float = config.rms_norm_eps
-        self._rows = Rows(model.dtype)
+        self._on_device = model.device.type != "cpu" if on_device is None else on_device
+        self._rows: Rows | DeviceRows = DeviceRows() if self._on_device else Rows(model.dtype)
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         self.int8 = int8
-        panels = int8 or _why_no_panels(model) is None
+        panels = not self._on_device and (int8 or _why_no_panels(model) is None)
         kind = PanelKind(int8)
-        self._head = PanelProduct([model.lm_head], kind=kind) if panels else OneDnnProduct([model.lm_head])
+        plain_product, plain_layer = (DeviceProduct, DeviceLayer) if self._on_device else (OneDnnProduct, OneDnnLayer)
+        self._head = PanelProduct([model.lm_head], kind=kind) if panels else plain_product([model.lm_head])
         self._layers: list[_Layer] = []
         for index, module in enumerate(decoder.layers):
-            products = PanelLayer(module.self_attn, module.mlp, kind) if panels else OneDnnLayer(module.self_attn, module.mlp)
+            products = PanelLayer(module.self_attn, module.mlp, kind) if panels else plain_layer(module.self_attn, module.mlp)
             self._layers.append(_take_layer(module, args[index], products))
             if not keep_modules:
                 _empty(module)
@@ -79,7 +101,10 @@ class LlamaForward:
         rotary = decoder.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float()
         self._angle_scale = float(rotary.attention_scaling)
-        self._angles = self._angles_to(min(_FIRST_POSITIONS, config.max_position_embeddings))
+        # On a device all at once: to look how far a step's positions go would be to wait for it.
+        self._angles = self._angles_to(
+            config.max_position_embeddings if self._on_device else min(_FIRST_POSITIONS, config.max_position_embeddings)
+        )
         self._calls = [self._call_of(layer) for layer in self._layers] if panels else None
         self._room = torch.empty(0, dtype=model.dtype)
 
@@ -95,6 +120,8 @@ class LlamaForward:
             return f"its products are of type {', '.join(sorted(strange))}"
         if 2 * len(model.model.rotary_emb.inv_freq) != model.model.layers[0].self_attn.head_dim:
             return "only a part of each head is rotated"
+        if model.device.type != "cpu":
+            return DeviceRows.why_not(model.dtype, model.device)
         if isinstance(reason := library_for("layer", ctypes.sizeof(LayerCall)), str):
             return reason
         return kernels.why_not(model.dtype, model.device)
@@ -107,7 +134,7 @@ class LlamaForward:
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Logits of some tokens of a row; see `CausalModel.logits`."""
         ids, positions = input_ids[0], position_ids[0]
-        if (length := int(positions.max()) + 1) > len(self._angles):
+        if not self._on_device and (length := int(positions.max()) + 1) > len(self._angles):
             self._angles = self._angles_to(max(length, 2 * len(self._angles)))
         with torch.inference_mode():
             residual = nn.functional.embedding(ids, self._embedding)  # (T, h)
@@ -173,11 +200,13 @@ class LlamaForward:
 
     def _angles_to(self, num_positions: int) -> torch.Tensor:
         """(positions, D): cosines of all planes, then sines, as transformers scales them."""
-        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * self._frequencies
+        angles = torch.arange(num_positions, dtype=torch.float32, device=self._frequencies.device)[:, None] * self._frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=1) * self._angle_scale
 
 
 def _why_no_panels(model: PreTrainedModel, *, int8: bool = False) -> str | None:
+    if model.device.type != "cpu":
+        return f"panels are for a CPU, not for {model.device}"
     config = model.config.get_text_config()
     heads_width = config.num_attention_heads * model.model.layers[0].self_attn.head_dim
     return PanelProduct.why_not(model.dtype, config.hidden_size, heads_width, config.intermediate_size, int8=int8)

@@ -1,7 +1,7 @@
-"""The products of a Llama-like layer with its weights, laid out for this CPU. Knows matrices and layouts; never models, attention or positions.
+"""The products of a Llama-like layer with its weights, laid out for what computes them. Knows matrices and layouts; never models, attention or positions.
 
-Two ways. Panels are read by our own kernel: on CPUs that multiply bfloat16 in vectors it is faster than oneDNN at every size, most of all for few rows.
-Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, CPUs without such instructions, and those that multiply whole tiles (AMX), which no kernel of ours does.
+On a CPU two ways. Panels are read by our own kernel: on CPUs that multiply bfloat16 in vectors it is faster than oneDNN at every size, most of all for few rows.
+Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, CPUs without such instructions, and those that multiply whole tiles (AMX), which no kernel of ours does. On a GPU products are the library's own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pensieve.worker.allocator import HugeRegions
+from pensieve.worker.device_rows import DeviceRows
 from pensieve.worker.kernel import INT, POINTER, REAL, Level, levels, library_for, num_threads
 from pensieve.worker.rows import Rows
 
@@ -73,6 +74,41 @@ class OneDnnLayer:
         self._out, self._down = OneDnnProduct([attention.o_proj]), OneDnnProduct([mlp.down_proj])
         self._gate_up = OneDnnProduct([mlp.gate_proj, mlp.up_proj])
         self._rows = Rows(mlp.down_proj.weight.dtype)
+
+    def out(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See `LayerProducts`."""
+        return self._out(attended)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """See `LayerProducts`."""
+        return self._rows.gate(self._gate_up(x))
+
+    def down(self, gated: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See `LayerProducts`."""
+        return self._down(gated)
+
+
+class DeviceProduct:
+    """x -> x W^T + b for the weights of some linear modules, one below the other, on a GPU."""
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        weights = [module.weight.detach() for module in modules]
+        self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # (out, in); what is alone stays where it is
+        self._bias = _bias_of(modules)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, in) -> (T, out)."""
+        return nn.functional.linear(x, self._weight, self._bias)
+
+
+class DeviceLayer:
+    """`LayerProducts` on a GPU."""
+
+    def __init__(self, attention: Any, mlp: Any) -> None:
+        self.qkv = DeviceProduct([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out, self._down = DeviceProduct([attention.o_proj]), DeviceProduct([mlp.down_proj])
+        self._gate_up = DeviceProduct([mlp.gate_proj, mlp.up_proj])
+        self._rows = DeviceRows()
 
     def out(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """See `LayerProducts`."""
