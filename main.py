@@ -72,7 +72,7 @@ def experiment(
         request_interval_s=arguments.pop("request_interval"),
     )
     small = mode == "demo"
-    arguments["gpu_cache_gb"] = gpu_cache_gb if gpu_cache_gb is not None else 0.09 if small else 1.0
+    arguments["gpu_cache_gb"] = gpu_cache_gb if gpu_cache_gb is not None else 0.09 if small else None
     arguments["cpu_cache_gb"] = cpu_cache_gb if cpu_cache_gb is not None else 0.02 if small else 2.0
     if interactive:
         if mode not in ("pensieve", "vllm"):

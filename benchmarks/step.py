@@ -33,13 +33,14 @@ from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
-from pensieve.core.plan import RequestStart, Span, StepPlan
+from pensieve.core.plan import RequestStart, Span
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
 from pensieve.engine_child import Outbox, receive
 from pensieve.messages import Event, Failed, Finished, Submit, Token
 from pensieve.worker.attention.base import KVGeometry
+from pensieve.worker.batch import Batch
 from pensieve.worker.sampler import Sampler
 from pensieve.worker.worker import ModelWorker
 
@@ -62,19 +63,18 @@ class FreeForward(ModelWorker):
 
     def __init__(self, tiers: tuple[TierConfig, ...], rows: int) -> None:
         geometry = KVGeometry(num_layers=1, num_kv_heads=1, head_dim=16, dtype=torch.bfloat16)
-        model: Any = SimpleNamespace(geometry=geometry, device=torch.device("cpu"))
+        model: Any = SimpleNamespace(geometry=geometry, device=torch.device("cpu"), attention_args=())
         super().__init__(model, tiers, CHUNK, attention="reference")
-        self._logits = logits(rows)
+        self._fixed = logits(rows)
         self.read: torch.Tensor | None = None  # what a forward reads
         self.forward_s = 0.0
 
-    def _forward(self, plan: StepPlan, swap_in: Any) -> Any:
-        batch = self._builder.build(plan.spans, self._sampler.last_token)
+    def _logits(self, batch: Batch, swap_in: Any) -> torch.Tensor:
         begin = time.perf_counter()
         if self.read is not None:
             self.read.sum()
         self.forward_s = time.perf_counter() - begin
-        return batch, self._logits[: len(batch.emitting)]
+        return self._fixed[: len(batch.emitting)]
 
 
 def logits(rows: int) -> torch.Tensor:
@@ -161,7 +161,8 @@ class World:
         clock.watch(self.scheduler, "schedule", "schedule")
         clock.watch(worker, "run", "worker")
         clock.watch(worker._builder, "build", "batch")
-        clock.watch(worker._sampler, "sample", "sample")
+        clock.watch(worker._sampler, "launch", "sample")
+        clock.watch(worker._sampler, "collect", "sample")
         clock.watch(self.scheduler, "commit", "commit")
         clock.watch(engine, "_emit", "emit")
 

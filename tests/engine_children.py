@@ -42,9 +42,9 @@ class SlowWorker(FakeWorker):
 class BuggyEngine(Engine):
     """Its loop ends on a bug when it meets `BUG`."""
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _begin(self, plan: StepPlan) -> None:
         try:
-            return super()._run(plan)
+            super()._begin(plan)
         except SystemExit as error:
             raise AssertionError("planted") from error
 

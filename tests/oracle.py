@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,6 +15,7 @@ from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
+from pensieve.core.plan import StepPlan
 from pensieve.core.request import FinishReason, Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConversationNotFound
@@ -20,6 +24,24 @@ from pensieve.worker.worker import Hooks, ModelWorker
 from tiny_models import tiny
 
 TOLERANCE = 1e-4  # relative to the largest logit, fp32
+
+
+class EagerRecorder:
+    """A graph that is captured by doing its work again whenever it is replayed: over the same tensors, as a real one."""
+
+    num_bytes = 0
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        work()
+
+        def replay() -> torch.Tensor:
+            self.num_replays += 1
+            return work()
+
+        return replay
 
 
 class Lab:
@@ -36,17 +58,27 @@ class Lab:
         config: SchedulerConfig | None = None,
         hooks: Hooks | None = None,
         attention: str = "auto",
+        ahead: bool = False,
+        graph_rows: int = 0,
+        real_graphs: bool = False,
     ) -> None:
         tiers = tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), slots, strict=False))
         cost = CostProfile([(chunk_tokens, 1.0), (max_context, 2.0)], chunk_tokens)
         self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), lambda: POLICIES[policy](cost.of_chunk))
         self.scheduler = Scheduler(config or SchedulerConfig(max_batch_tokens=72, max_running=8), self.cache, max_context)
-        self.worker = ModelWorker(model, tiers, chunk_tokens, hooks=hooks or Hooks(), attention=attention)
+        self.worker = ModelWorker(
+            model, tiers, chunk_tokens, hooks=hooks or Hooks(), attention=attention, on_device=ahead or None, graph_rows=graph_rows,
+            recorder=None if real_graphs else EagerRecorder(),
+        )  # fmt: skip
+        self.ahead = ahead
+        self.begun: deque[StepPlan] = deque()
         self.now_s = 0.0
         self.done: dict[str, Request] = {}
 
-    def submit(self, request_id: str, conversation: str, tokens: list[int], max_new_tokens: int, history_tokens: int = 0) -> None:
-        sampling = SamplingParams(max_new_tokens=max_new_tokens, logprobs=2)
+    def submit(
+        self, request_id: str, conversation: str, tokens: list[int], max_new_tokens: int, history_tokens: int = 0, **sampling_params: Any
+    ) -> None:
+        sampling = SamplingParams(max_new_tokens=max_new_tokens, **{"logprobs": 2, **sampling_params})
         self.scheduler.submit(request_id, "n", conversation, tuple(tokens), history_tokens, sampling, self.now_s)
 
     def step(self) -> None:
@@ -55,9 +87,14 @@ class Lab:
         if plan.is_empty:
             time.sleep(1e-3)  # an engine would sleep until a copy wakes it
         self.cache.check()
-        events = self.scheduler.commit(plan, self.worker.run(plan), self.now_s)
-        self.cache.check()
-        for request in (*events.finished, *self.scheduler.take_finished()):
+        self.worker.begin(plan)
+        self.begun.append(plan)
+        while len(self.begun) > (1 if self.ahead and not plan.is_empty else 0):
+            events = self.scheduler.commit(self.begun.popleft(), self.worker.finish(), self.now_s)
+            self.cache.check()
+            for request in events.finished:
+                self.done[request.request_id] = request
+        for request in self.scheduler.take_finished():
             self.done[request.request_id] = request
 
     def run(self, limit: int = 3000) -> None:
@@ -105,7 +142,16 @@ def assert_answer_is_stateless(reference: torch.nn.Module, request: Request) -> 
     return near_ties
 
 
-def random_play(model: CausalModel, reference: torch.nn.Module, seed: int, *, faults: bool, attention: str = "auto") -> Lab:
+def random_play(
+    model: CausalModel,
+    reference: torch.nn.Module,
+    seed: int,
+    *,
+    faults: bool,
+    attention: str = "auto",
+    ahead: bool = False,
+    graph_rows: int = 0,
+) -> Lab:
     """Random conversations, interleaved and sharing a prefix, through random small tiers, with random trouble."""
     rng = random.Random(seed)
 
@@ -115,7 +161,10 @@ def random_play(model: CausalModel, reference: torch.nn.Module, seed: int, *, fa
 
     hooks = Hooks(before_copy=lambda copy: maybe(0.1, "injected copy"), before_forward=lambda plan: maybe(0.02, "injected forward"))
     slots = (rng.randint(4, 24), rng.choice([0, 4, 30]))
-    lab = Lab(model, slots if slots[1] else slots[:1], policy=rng.choice(["lru", "retention"]), hooks=hooks, attention=attention)
+    lab = Lab(
+        model, slots if slots[1] else slots[:1], policy=rng.choice(["lru", "retention"]), hooks=hooks, attention=attention,
+        ahead=ahead, graph_rows=graph_rows,
+    )  # fmt: skip
     vocab = model.config.vocab_size
     system = [rng.randrange(vocab) for _ in range(rng.choice([0, 11, 17]))]
     logs = {f"c{i}": list(system) for i in range(rng.randint(2, 4))}

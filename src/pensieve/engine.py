@@ -11,11 +11,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import cast
 
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import ResumeQuote
 from pensieve.core.overview import Overview, latest_first
-from pensieve.core.plan import CopyFailure, StepPlan, StepResult, Worker
+from pensieve.core.plan import CopyFailure, PipelinedWorker, StepPlan, StepResult, Worker
 from pensieve.core.request import FinishReason, Request
 from pensieve.core.scheduler import Scheduler
 from pensieve.core.sequence import Sequence
@@ -66,6 +67,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         debug: bool = False,
         quote: ResumeQuote | None = None,
+        ahead: bool = False,
     ) -> None:
         """Nothing runs yet: see `start`.
 
@@ -77,6 +79,7 @@ class Engine:
             clock: seconds, never backwards.
             debug: verify every cache invariant after every step.
             quote: what resuming a conversation takes, where it was measured in seconds.
+            ahead: plan and begin each step while the one before runs; the worker must be a `PipelinedWorker`. Worth it where a device computes.
         """
         self._scheduler = scheduler
         self._worker = worker
@@ -92,6 +95,8 @@ class Engine:
         self._to_forget: list[tuple[Forget, Erasure | None]] = []  # None: turns of it are still in flight
         self._maps: deque[tuple[str, int, Overview]] = deque()  # (tag, total, rows so far)
         self._num_steps = 0
+        self._ahead = ahead
+        self._begun: deque[tuple[StepPlan, StepResult | None]] = deque()  # with its result where it could not even be begun
         self._totals: Counter[str] = Counter()
         worker.set_waker(self._wake.set)
 
@@ -135,28 +140,48 @@ class Engine:
             self._emit(self._refusal(self._inbox.get(), why))
 
     def step(self) -> bool:
-        """One step; False if there was nothing to do and nothing came of it."""
+        """Plan a step and begin it; end it, or the one before where steps are begun ahead. False if there was nothing to do and nothing came of it."""
         events: list[Event] = []
         self._drain_inbox(events)
         plan = self._scheduler.schedule(self._clock())
-        result = self._run(plan)
-        outcome = self._scheduler.commit(plan, result, self._clock())
-        if self._debug:
-            self._scheduler.cache.check()
-        events += outcome.tokens
-        events += [self._ending(request) for request in outcome.finished]
+        self._begin(plan)
+        has_result = False
+        # A plan with nothing in it waits for what is under way.
+        while len(self._begun) > (1 if self._ahead and not plan.is_empty else 0):
+            has_result |= self._finish(events)
         self._to_forget = [left for command, erasure in self._to_forget if (left := self._forget(command, erasure, events)) is not None]
         self._build_map(events)
         if plan.spans:
             self._num_steps += 1
         if events:
             self._emit(events)
-        return bool(events or self._maps or not plan.is_empty or result.copies_done or result.copies_failed)
+        return bool(events or self._maps or not plan.is_empty or has_result)
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _begin(self, plan: StepPlan) -> None:
+        if not self._ahead:
+            self._begun.append((plan, self._attempt(plan, lambda: self._worker.run(plan))))
+            return
+        worker = cast(PipelinedWorker, self._worker)
+        self._begun.append((plan, self._attempt(plan, lambda: worker.begin(plan))))
+
+    def _finish(self, events: list[Event]) -> bool:
+        """Take in the oldest step begun. True if something came of it that may let the next do more."""
+        plan, result = self._begun.popleft()
+        if result is None:
+            result = self._attempt(plan, cast(PipelinedWorker, self._worker).finish)
+        assert result is not None
+        outcome = self._scheduler.commit(plan, result, self._clock())
+        if self._debug:
+            self._scheduler.cache.check()
+        events += outcome.tokens
+        events += [self._ending(request) for request in outcome.finished]
+        return bool(not plan.is_empty or result.copies_done or result.copies_failed)
+
+    def _attempt(self, plan: StepPlan, work: Callable[[], StepResult | None]) -> StepResult | None:
+        """A worker reports failures in its result; one that raises all the same loses only this step."""
         try:
-            return self._worker.run(plan)
-        except Exception as error:  # a worker reports failures in its result; one that raises all the same loses only this step
+            return work()
+        except Exception as error:
             log.exception("the worker raised in step %d", plan.step_id)
             message = f"{type(error).__name__}: {error}"
             lost = tuple(CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out))

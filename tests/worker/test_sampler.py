@@ -40,7 +40,7 @@ def one(sampling: SamplingParams, logits: torch.Tensor, prompt: tuple[int, ...] 
 
 def drawn(logits: torch.Tensor, params: SamplingParams, *numbers: float) -> list[int]:
     """Tokens of one row for several numbers."""
-    return draw(logits.expand(len(numbers), -1).clone(), [params] * len(numbers), numbers)
+    return draw(logits.expand(len(numbers), -1).clone(), [params] * len(numbers), numbers).tolist()
 
 
 def exact(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

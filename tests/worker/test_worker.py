@@ -268,7 +268,7 @@ def test_a_device_that_breaks_only_when_its_logits_are_read_fails_the_forward(ll
     def broken(*_: object) -> None:
         raise RuntimeError("device-side assert")
 
-    monkeypatch.setattr(driver.worker._sampler, "sample", broken)
+    monkeypatch.setattr(driver.worker._sampler, "collect", broken)
     copy = driver.copy((1, 0), (0, 5))
     result = driver.run(Span("r", 0, 4, some_ids(4), True), swap_in=[copy])
     assert result.forward_error == "RuntimeError: device-side assert"

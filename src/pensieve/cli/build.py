@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 GB = 1_000_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU_CACHE_GB = 1.0  # of the first tier on a CPU, unless told otherwise
+MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
 
 Say = Callable[[str], None]
@@ -46,7 +48,7 @@ class Options:
     weights: Literal["auto", "random"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: str = "cpu"
-    gpu_cache_gb: float = 1.0
+    gpu_cache_gb: float | None = None  # None: `CPU_CACHE_GB`; on a GPU what is left beside the weights and the largest step
     cpu_cache_gb: float = 2.0
     max_context: int | None = None
     overflow: Literal["refuse", "truncate"] = "refuse"
@@ -57,11 +59,29 @@ class Options:
     threads: int | None = None
     forward: Literal["auto", "fused", "modules"] = "auto"
     quantize: Literal["none", "int8"] = "none"
+    attention: str = "auto"
+    verify_transfers: bool = False
+    graphs: bool = True
     debug: bool = False
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """The model computes on a CUDA device."""
+        return self.device.startswith("cuda")
+
+    @property
+    def batch_tokens(self) -> int:
+        """One step's token budget."""
+        return self.max_batch_tokens or (CUDA_BATCH_TOKENS if self.is_on_gpu else CPU_BATCH_TOKENS)
+
+    @property
+    def graph_rows(self) -> int:
+        """Batches of so many decodes are captured as graphs."""
+        return min(self.max_running, MOST_GRAPH_ROWS) if self.is_on_gpu and self.graphs else 0
 
     def __post_init__(self) -> None:
         for name in ("gpu_cache_gb", "cpu_cache_gb"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"--max-context must be at least 2 tokens, got {self.max_context}")
@@ -75,6 +95,7 @@ class LoadedModel:
     model: CausalModel
     shape: ModelShape
     text: ChatText | None  # None: no tokenizer can be had (token ids are drawn then), or it was not asked for
+    gpu_cache_gb: float  # of the first tier, as told or as found
 
     @property
     def talks(self) -> bool:
@@ -155,7 +176,7 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
+    if options.is_on_gpu and not torch.cuda.is_available():
         raise ConfigError(f"--device {options.device}: this machine (or this PyTorch) has no CUDA device; use --device cpu")
 
     def progress(what: str, share: float | None) -> None:
@@ -167,7 +188,23 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
     say(f"loading {resolved.label}")
     model = _causal_model(resolved, options, say)
     text = load_text(resolved.tokenizer_dir, resolved.weights) if with_text else None
-    return LoadedModel(resolved, model, shape_of(resolved.config), text)
+    return LoadedModel(resolved, model, shape_of(resolved.config), text, _first_tier_gb(options, model, say))
+
+
+def _first_tier_gb(options: Options, model: CausalModel, say: Say) -> float:
+    """As told; else the default, or on a GPU what is left there."""
+    if options.gpu_cache_gb is not None:
+        return options.gpu_cache_gb
+    if not options.is_on_gpu:
+        return CPU_CACHE_GB
+    from pensieve.worker.memory import find_room
+
+    room = find_room(
+        model, max_batch_tokens=options.batch_tokens, max_running=options.max_running, chunk_tokens=options.chunk_tokens,
+        graph_rows=options.graph_rows, attention=options.attention,
+    )  # fmt: skip
+    say(str(room))
+    return room.tier / GB
 
 
 def _causal_model(resolved: ResolvedModel, options: Options, say: Say) -> CausalModel:
@@ -201,36 +238,42 @@ def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"]) ->
     return ChatText.load(tokenizer_dir)
 
 
-def size_tiers(options: Options, shape: ModelShape, *, total_as_one: bool = False) -> Sizes:
+def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, total_as_one: bool = False) -> Sizes:
     """Slots of each tier, and the context that fits.
 
     Args:
-        options: budgets in GB.
+        options: the second tier's budget, dtype, context.
         shape: what a chunk's size follows from.
+        gpu_cache_gb: the first tier's budget.
         total_as_one: the first tier gets the bytes of both, the second none (the stateless baseline, which has no use for a second).
 
     Raises:
         ConfigError: the first tier cannot hold two chunks, or --max-context is more than model or first tier can hold.
     """
     chunk_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[options.dtype]) * options.chunk_tokens
-    gpu_bytes, cpu_bytes = int(options.gpu_cache_gb * GB), int(options.cpu_cache_gb * GB)
+    gpu_bytes, cpu_bytes = int(gpu_cache_gb * GB), int(options.cpu_cache_gb * GB)
     if total_as_one:
         gpu_bytes, cpu_bytes = gpu_bytes + cpu_bytes, 0
     gpu_slots, cpu_slots = slots_for_bytes(gpu_bytes, chunk_bytes), slots_for_bytes(cpu_bytes, chunk_bytes)
     if gpu_slots < 2:
         raise ConfigError(
-            f"--gpu-cache {options.gpu_cache_gb:g} holds {gpu_slots} chunks of {chunk_bytes / 1e6:.2f} MB; at least 2 are needed: "
+            f"--gpu-cache {gpu_cache_gb:g} holds {gpu_slots} chunks of {chunk_bytes / 1e6:.2f} MB; at least 2 are needed: "
             f"give it {2 * chunk_bytes / GB:.3f} GB or more"
         )
     tiers = [TierConfig("gpu", gpu_slots)]
     if cpu_slots:
         tiers.append(TierConfig("cpu", cpu_slots))
-    holds = slots_for_bytes(int(options.gpu_cache_gb * GB), chunk_bytes) * options.chunk_tokens
+    holds = slots_for_bytes(int(gpu_cache_gb * GB), chunk_bytes) * options.chunk_tokens
     limit = min(shape.max_positions, holds)
     if options.max_context is not None and options.max_context > limit:
         what = "the model was built for" if shape.max_positions < holds else "the first tier holds (--gpu-cache)"
         raise ConfigError(f"--max-context {options.max_context} is more than the {limit} tokens {what}")
     return Sizes(chunk_bytes, tuple(tiers), options.max_context or limit)
+
+
+def _sizes_of(options: Options, loaded: LoadedModel, retain: bool) -> Sizes:
+    """The stateless baseline gets both tiers' bytes as one where both are RAM: it has no use for a second."""
+    return size_tiers(options, loaded.shape, loaded.gpu_cache_gb, total_as_one=not retain and not options.is_on_gpu)
 
 
 def start(
@@ -244,7 +287,7 @@ def start(
     """Wire everything up and start the engine's thread. `retain=False` is the stateless baseline."""
     from pensieve.service import ConversationService
 
-    max_context = size_tiers(options, loaded.shape, total_as_one=not retain).max_context
+    max_context = _sizes_of(options, loaded, retain).max_context
     service = ConversationService(loaded.text, store, max_context=max_context, overflow=options.overflow)
     try:
         started = start_engine(options, loaded, emit=service.handle, retain=retain)
@@ -259,18 +302,23 @@ def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[
     """The engine alone, its thread running; `emit` gets its events."""
     from pensieve.worker.worker import ModelWorker
 
-    sizes = size_tiers(options, loaded.shape, total_as_one=not retain)
+    sizes = _sizes_of(options, loaded, retain)
     cost, cost_source, copy_bytes_per_s = cost_profile(options, loaded)
-    worker = ModelWorker(loaded.model, sizes.tiers, options.chunk_tokens)
+    worker = ModelWorker(
+        loaded.model, sizes.tiers, options.chunk_tokens, attention=options.attention, verify=options.verify_transfers,
+        graph_rows=options.graph_rows,
+    )  # fmt: skip
     assert worker.chunk_bytes == sizes.chunk_bytes, f"a chunk has {worker.chunk_bytes} bytes, {sizes.chunk_bytes} were reckoned"
     cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), lambda: POLICIES[options.policy](cost.of_chunk))
-    budget = options.max_batch_tokens or (CUDA_BATCH_TOKENS if options.device.startswith("cuda") else CPU_BATCH_TOKENS)
-    config = SchedulerConfig(max_batch_tokens=budget, max_running=options.max_running, retain=retain)
+    config = SchedulerConfig(max_batch_tokens=options.batch_tokens, max_running=options.max_running, retain=retain)
     if loaded.model.device.type == "cpu":  # all tiers in RAM: a chunk is copied in a fraction of a millisecond, nothing need be ready early
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
     scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size)
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
-    engine = Engine(scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug, quote=quote)
+    engine = Engine(
+        scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug, quote=quote,
+        ahead=options.is_on_gpu,
+    )  # fmt: skip
     attention = worker.attention
     engine.start()
     return StartedEngine(engine, sizes, cost_source, attention, loaded.model.forward_name)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pensieve.cli.build import DTYPE_BYTES, Options
+from pensieve.cli.build import CPU_CACHE_GB, DTYPE_BYTES, Options
 from pensieve.core.eviction import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,7 +45,11 @@ _MODEL = (
 )
 _CACHE = (
     click.option(
-        "--gpu-cache", "gpu_cache_gb", type=float, default=_DEFAULTS.gpu_cache_gb, show_default=True, help="First tier, GB (RAM on a CPU)."
+        "--gpu-cache",
+        "gpu_cache_gb",
+        type=float,
+        default=None,
+        help=f"First tier, GB (default: {CPU_CACHE_GB:g}, in RAM, on a CPU; on a GPU what is left beside the weights and the largest step).",
     ),
     click.option("--cpu-cache", "cpu_cache_gb", type=float, default=_DEFAULTS.cpu_cache_gb, show_default=True, help="Second tier, GB."),
     click.option("--max-context", type=int, default=None, help="Tokens of prompt and answer (default: what model and first tier hold)."),
@@ -60,6 +64,18 @@ _CACHE = (
         "--policy", type=click.Choice(sorted(POLICIES)), default=_DEFAULTS.policy, show_default=True, help="What is evicted first."
     ),
     click.option("--max-batch-tokens", type=int, default=None, help="Token budget of a step (default: 512 on a CPU, 4096 on CUDA)."),
+    click.option(
+        "--attention",
+        default=_DEFAULTS.attention,
+        show_default=True,
+        help="What computes attention: native (CPU), triton (GPU), flashinfer (GPU, where installed), cpu, reference; auto: the fastest that can.",
+    ),
+    click.option(
+        "--verify-transfers",
+        is_flag=True,
+        help="Compare checksums of chunks that come back from a lower tier; what differs is computed again.",
+    ),
+    click.option("--graphs/--no-graphs", default=_DEFAULTS.graphs, show_default=True, help="On a GPU, decode by captured CUDA graphs."),
     click.option("--debug", is_flag=True, help="Verify every cache invariant after every step (slow)."),
 )
 
@@ -70,7 +86,7 @@ def model_options(function: F) -> F:
 
 
 def cache_options(function: F) -> F:
-    """Tier budgets, context, overflow, policy."""
+    """Tier budgets, context, overflow, policy, attention, transfers, graphs."""
     return _apply(_CACHE, function)
 
 

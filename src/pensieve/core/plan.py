@@ -146,3 +146,15 @@ class Worker(Protocol):
     def close(self) -> None:
         """Stop threads and give the memory back."""
         ...
+
+
+class PipelinedWorker(Worker, Protocol):
+    """A worker whose steps can be begun before the one before is over: while a device computes one, the next is planned and queued."""
+
+    def begin(self, plan: StepPlan) -> None:
+        """The first half of `run`: queue everything. Tokens of plans begun and not finished are used where a plan says "the one sampled last"."""
+        ...
+
+    def finish(self) -> StepResult:
+        """The second half, of the oldest plan begun and not finished: return when it is done."""
+        ...

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from pensieve.core.plan import BlockTableUpdate, Span
+from pensieve.worker.pinned import staging
 
 IntArray = npt.NDArray[np.int64]
 
@@ -38,6 +39,9 @@ class Batch:
     context_lens: torch.Tensor  # (S,), tokens a span's last token attends: span.stop
     block_tables: torch.Tensor  # (S, B), slots of each span's chunks; cells beyond its context are 0 and never read
     logit_rows: torch.Tensor  # (E,), index in T of the last token of each emitting span
+    emitting_rows: torch.Tensor  # (E,), each one's row among requests, see `BatchBuilder.num_rows`
+    unknown: torch.Tensor  # (U,), index in T of tokens that were sampled, but are not known here yet: their ids are 0
+    unknown_rows: torch.Tensor  # (U,), each one's row among requests
     emitting: tuple[Span, ...]  # the E spans, in the order of `logit_rows`
     chunk_tokens: int
 
@@ -93,12 +97,17 @@ class BatchBuilder:
         self._require(num_chunks, int(self._num_chunks[row]), span)
         return self._tables[row, :num_chunks]
 
-    def build(self, spans: tuple[Span, ...], last_token: Callable[[Span], int]) -> Batch:
+    @property
+    def num_rows(self) -> int:
+        """Requests have rows below this. A request keeps its row until it is forgotten."""
+        return len(self._tables)
+
+    def build(self, spans: tuple[Span, ...], last_token: Callable[[Span], int | None]) -> Batch:
         """Tensors for these spans, at least one.
 
         Args:
             spans: in the plan's order; those of one request ascending.
-            last_token: the id for a span of one token whose plan did not know it yet.
+            last_token: the id for a span of one token whose plan did not know it yet; None: it is still on the device.
         """
         assert spans, "a batch needs at least one span"
         size, num_spans = self._chunk_tokens, len(spans)
@@ -107,10 +116,16 @@ class BatchBuilder:
         stops: list[int] = []
         ids: list[int] = []
         emitting: list[int] = []
+        unknown: list[int] = []  # in T
+        unknown_rows: list[int] = []
         for index, span in enumerate(spans):
             known = span.token_ids
             if known is None:
-                known = (last_token(span),)
+                token = last_token(span)
+                if token is None:
+                    unknown.append(len(ids))
+                    unknown_rows.append(self._rows[span.request_id])
+                known = (0 if token is None else token,)
             assert len(known) == span.stop - span.start > 0, (
                 f"{len(known)} token ids for [{span.start}, {span.stop}) of {span.request_id!r}"
             )
@@ -132,10 +147,12 @@ class BatchBuilder:
             self._require(int(context_chunks[short]), int(table_chunks[short]), spans[short])
             tables[np.arange(width) >= context_chunks[:, None]] = 0
 
-        # One array, so that a device gets one copy: ids, positions, slots (T each), bounds in T, contexts, tables, rows of logits.
-        num_tokens = len(ids)
-        sizes = (num_tokens, num_tokens, num_tokens, num_spans + 1, num_spans, tables.size, len(emitting))
-        flat = np.empty(sum(sizes), np.int64)
+        # One array, so that a device gets one copy: ids, positions, slots (T each), bounds in T, contexts, tables, rows of logits, rows of requests.
+        num_tokens, num_emitting, num_unknown = len(ids), len(emitting), len(unknown)
+        sizes = (
+            num_tokens, num_tokens, num_tokens, num_spans + 1, num_spans, tables.size, num_emitting, num_emitting, num_unknown, num_unknown,
+        )  # fmt: skip
+        tensor, flat = staging(sum(sizes), torch.int64, self._device)
         flat[:num_tokens] = ids
         positions, slots = flat[num_tokens : 2 * num_tokens], flat[2 * num_tokens : 3 * num_tokens]
         cu_seqlens = flat[3 * num_tokens : 3 * num_tokens + num_spans + 1]
@@ -154,11 +171,15 @@ class BatchBuilder:
         rest = flat[3 * num_tokens + num_spans + 1 :]
         rest[:num_spans] = context_lens
         rest[num_spans : num_spans + tables.size] = tables.reshape(-1)
-        rest[num_spans + tables.size :] = cu_seqlens[1:][emitting] - 1
+        last = rest[num_spans + tables.size :]
+        last[:num_emitting] = cu_seqlens[1:][emitting] - 1
+        last[num_emitting : 2 * num_emitting] = row_of_span[emitting]
+        if num_unknown:
+            last[2 * num_emitting : 2 * num_emitting + num_unknown] = unknown
+            last[2 * num_emitting + num_unknown :] = unknown_rows
 
-        tensor = torch.from_numpy(flat)
         if self._device.type != "cpu":
-            tensor = tensor.to(self._device)
+            tensor = tensor.to(self._device, non_blocking=True)
         parts = tensor.split_with_sizes(sizes)
         return Batch(
             spans=spans,
@@ -169,6 +190,9 @@ class BatchBuilder:
             context_lens=parts[4],
             block_tables=parts[5].view(num_spans, width),
             logit_rows=parts[6],
+            emitting_rows=parts[7],
+            unknown=parts[8],
+            unknown_rows=parts[9],
             emitting=spans if len(emitting) == num_spans else tuple(spans[index] for index in emitting),
             chunk_tokens=size,
         )

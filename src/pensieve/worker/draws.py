@@ -1,6 +1,7 @@
 """Rows of logits to token ids: the likeliest, or drawn with a given random number. Knows numbers only; never requests.
 
 Every row is worked on as if it were alone: sums run along rows, and rows share an operation only where it treats each by itself.
+On a device nothing here waits for it: what depends on the numbers themselves is computed for all rows there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from pensieve.core.request import SamplingParams
+from pensieve.worker.pinned import to_device
 
 _MASK = (1 << 64) - 1
 _LEAST_TEMPERATURE = 1e-6  # below it only exact ties would differ, and fp32 would divide by 0
@@ -74,8 +76,8 @@ class _Rules(NamedTuple):
     min_p: torch.Tensor | None  # None: no row has one
 
 
-def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int]:
-    """Sample from each row of logits by inverting its cumulative distribution at a number in [0, 1).
+def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
+    """Sample from each row of logits by inverting its cumulative distribution at a number in [0, 1): (n,) int64.
 
     Temperature, then top_k, then top_p of what is left, then min_p against the likeliest; each renormalises. Candidates are ordered
     by falling probability where top_k or top_p is set, else by id.
@@ -86,15 +88,16 @@ def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequen
         numbers: n of them.
     """
     size, device = logits.shape[1], logits.device
-    temperatures = torch.tensor([max(each.temperature, _LEAST_TEMPERATURE) for each in params], dtype=torch.float32, device=device)
+    temperatures = to_device(np.array([max(each.temperature, _LEAST_TEMPERATURE) for each in params], np.float32), device)
     scaled = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
     by_order: dict[int, list[int]] = {}  # how many candidates have to be put in order -> rows
     for row, each in enumerate(params):
         in_order = min(each.top_k, size) or (size if each.top_p < 1.0 else 0)
         by_order.setdefault(in_order, []).append(row)
-    tokens = [0] * len(params)
+    tokens = torch.zeros(len(params), dtype=torch.int64, device=device)
     for in_order, rows in by_order.items():
-        values = scaled if len(rows) == len(params) else scaled[rows]
+        places = None if len(rows) == len(params) else to_device(np.array(rows, np.int64), device)
+        values = scaled if places is None else scaled.index_select(0, places)
         rules = _rules([params[row] for row in rows], [numbers[row] for row in rows], device)
         if in_order == 0:
             found = _among_all(torch.softmax(values, dim=-1), rules)
@@ -103,19 +106,18 @@ def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequen
             found = _among(torch.softmax(values, dim=-1), ids, rules)
         else:
             found = _among_likeliest(torch.softmax(values, dim=-1), rules)
-        for row, token in zip(rows, found, strict=True):
-            tokens[row] = token
+        tokens = found if places is None else tokens.index_copy_(0, places, found)
     return tokens
 
 
 def _rules(params: Sequence[SamplingParams], numbers: Sequence[float], device: torch.device) -> _Rules:
     top_p = [each.top_p if each.top_p < 1.0 else math.inf for each in params]
     min_p = [each.min_p for each in params]
-    table = torch.tensor([numbers, top_p, min_p], dtype=torch.float64, device=device)[:, :, None]
+    table = to_device(np.array([numbers, top_p, min_p], np.float64), device)[:, :, None]
     return _Rules(table[0], table[1], table[2] if any(min_p) else None)
 
 
-def _among_all(probabilities: torch.Tensor, rules: _Rules) -> list[int]:
+def _among_all(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
     """Draw from (n, V) probabilities by id. Whole blocks are passed over by their sums, and only one is looked into."""
     weights = probabilities
     if rules.min_p is not None:
@@ -128,14 +130,13 @@ def _among_all(probabilities: torch.Tensor, rules: _Rules) -> list[int]:
     block = _first_past(ends, target)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
-    found: list[int] = (block * _BLOCK + _first_past(inside, target - before))[:, 0].tolist()
-    return found
+    return (block * _BLOCK + _first_past(inside, target - before))[:, 0]
 
 
-def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> list[int]:
-    """Draw from (n, V) probabilities by rank. Where a few hold all that top_p asks for, the others need no order."""
+def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
+    """Draw from (n, V) probabilities by rank. Where a few hold all that top_p asks for, the others need no order (a device would have to be asked)."""
     size = probabilities.shape[1]
-    if size <= _TOP_GUESS:
+    if size <= _TOP_GUESS or probabilities.device.type != "cpu":
         return _among(*_sorted(probabilities), rules)
     values, ids = probabilities.topk(_TOP_GUESS)
     are_enough = (values.sum(-1, keepdim=True) >= rules.top_p)[:, 0].tolist()
@@ -143,20 +144,17 @@ def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> list[int]:
     if not all(are_enough):
         rest = [row for row, is_enough in enumerate(are_enough) if not is_enough]
         left = _Rules(rules.number[rest], rules.top_p[rest], None if rules.min_p is None else rules.min_p[rest])
-        again = _among(*_sorted(probabilities[rest]), left)
-        for row, token in zip(rest, again, strict=True):
-            found[row] = token
+        found[rest] = _among(*_sorted(probabilities[rest]), left)
     return found
 
 
-def _among(probabilities: torch.Tensor, ids: torch.Tensor, rules: _Rules) -> list[int]:
+def _among(probabilities: torch.Tensor, ids: torch.Tensor, rules: _Rules) -> torch.Tensor:
     """Draw from candidates in falling order, (n, k) each: what top_p and min_p leave of them, at least the first."""
     keep = probabilities.cumsum(-1, dtype=torch.float64) - probabilities < rules.top_p  # the one that reaches top_p is kept too
     if rules.min_p is not None:
         keep &= probabilities >= rules.min_p.float() * probabilities[:, :1]
     cumulative = (probabilities * keep).cumsum(-1, dtype=torch.float64)
-    found: list[int] = ids.gather(1, _first_past(cumulative, rules.number * cumulative[:, -1:]))[:, 0].tolist()
-    return found
+    return ids.gather(1, _first_past(cumulative, rules.number * cumulative[:, -1:]))[:, 0]
 
 
 def _sorted(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,19 +3,26 @@
 What is drawn for a position depends on the request's seed and on the position alone: the random number is a hash of both. So a seed
 gives the same tokens whatever else is in the batch, and a token sampled again (after a failed forward, a suspension) comes out the same.
 Rows are worked on together all the same: nothing here adds up across rows, so no row can tell its neighbours.
+
+Sampling has two halves. `launch` chooses; on a device it only queues that, and the next step may be launched on the tokens that lie there. `collect` says
+what was chosen, when the device has come so far. Only penalties need a token here before the next can be chosen (`needs_history`).
 """
 
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from pensieve.core.plan import RequestFailure, RequestStart, SampledToken, Span
 from pensieve.worker.draws import draw, likeliest, uniform
 from pensieve.worker.occurrences import Occurrences
+from pensieve.worker.pinned import to_device, to_host
 
 _ROWS_TOGETHER = 16  # their logits as fp32 still fit in a processor's cache (3 MB at 49,152 tokens)
 
@@ -58,12 +65,29 @@ class _State:
                 self.occurrences.add(token)
 
 
+@dataclass(slots=True)
+class Choice:
+    """What was chosen for the rows of a step, here or still on the device."""
+
+    spans: tuple[Span, ...]
+    tokens: torch.Tensor  # (E,) int64
+    failures: dict[int, Exception] = field(default_factory=dict)  # by row
+    words: list[tuple[int, int]] = field(default_factory=list)  # (row, how many of the likeliest) that want logprobs
+    told: dict[str, torch.Tensor] = field(default_factory=dict)  # what `collect` reads, in host memory once its mark was reached
+
+
 class Sampler:
     """Sole owner of what is remembered of a request between its tokens; forgotten only when it has ended."""
 
-    def __init__(self, *, before_sample: Callable[[str], None] | None = None) -> None:
-        """`before_sample` is called for each request that emits; when it raises, that request fails and the others go on."""
+    def __init__(self, *, before_sample: Callable[[str], None] | None = None, on_device: bool = False) -> None:
+        """Remember nobody.
+
+        Args:
+            before_sample: called for each request that emits; when it raises, that request fails and the others go on.
+            on_device: choose without looking at the logits from here, so that nothing waits for them. Without it the host looks, which on a CPU is faster.
+        """
         self._before_sample = before_sample
+        self._on_device = on_device
         self._states: dict[str, _State] = {}
 
     def start(self, requests: Iterable[RequestStart]) -> None:
@@ -76,121 +100,175 @@ class Sampler:
         for request_id in request_ids:
             self._states.pop(request_id, None)
 
-    def last_token(self, span: Span) -> int:
-        """The token at a span's start. 0 where none was sampled: then that step was void, and so will be this one."""
+    def last_token(self, span: Span) -> int | None:
+        """The token at a span's start; None where it is not known here: still on the device, or never sampled because its step was void."""
         tokens = self._states[span.request_id].tokens
-        return tokens[span.start] if span.start < len(tokens) else 0
+        return tokens[span.start] if span.start < len(tokens) else None
+
+    def needs_history(self, spans: Sequence[Span]) -> bool:
+        """Whether any of these can be sampled only when all earlier tokens are known here."""
+        return any(span.emits_token and self._states[span.request_id].occurrences is not None for span in spans)
 
     def sample(self, spans: Sequence[Span], logits: torch.Tensor) -> tuple[list[SampledToken], list[RequestFailure]]:
-        """One token for each span that emits.
+        """Both halves at once."""
+        choice = self.launch(spans, logits)
+        return self.collect(choice)
+
+    def launch(self, spans: Sequence[Span], logits: torch.Tensor) -> Choice:
+        """Choose a token for each span that emits.
 
         Args:
             spans: E of them, each of another request.
             logits: (E, V), in any floating dtype.
-
-        Returns:
-            Tokens, and the requests that failed instead: broken alone, or with logits that are no numbers.
         """
         if not spans:
-            return [], []
-        states = self._states
-        are_finite, chosen = likeliest(logits)  # (of a greedy request, that is its token)
-        failures: dict[int, Exception] = {}  # by row
+            return Choice((), torch.empty(0, dtype=torch.int64))
+        if self._on_device or logits.device.type != "cpu":
+            best, tokens = logits.max(dim=-1)  # (of a greedy request, that is its token; NaN wins a maximum)
+            finite = torch.isfinite(best)
+            are_finite = [True] * len(spans)  # nobody knows yet
+        else:
+            are_finite, ids = likeliest(logits)
+            tokens, finite = torch.tensor(ids), torch.tensor(are_finite)
+        choice = Choice(tuple(spans), tokens)
         involved: list[int] = []  # rows that want more than the likeliest
-        wordy: list[int] = []  # rows that want logprobs
         for row, span in enumerate(spans):
             try:
                 if self._before_sample is not None:
                     self._before_sample(span.request_id)
-                if not are_finite[row]:
-                    raise ArithmeticError(
-                        "the model's logits are not finite (NaN or infinity): its weights or dtype do not carry this prompt"
-                    )
-                state = states[span.request_id]
-                state.truncate(span.stop)
-                if not state.is_plain or state.must_go_on(span.stop):
-                    involved.append(row)
-                if state.params.logprobs is not None:
-                    wordy.append(row)
+                state = self._states[span.request_id]
+                if are_finite[row]:
+                    if not state.is_plain or state.must_go_on(span.stop):
+                        involved.append(row)
+                    if state.params.logprobs is not None:
+                        choice.words.append((row, state.params.logprobs))
             except Exception as error:  # one request's trouble must not reach its neighbours
-                failures[row] = error
-        said: dict[int, Said] = {}
-        if involved or wordy:
-            with _one_thread():
+                choice.failures[row] = error
+        if involved or choice.words:
+            with _one_thread() if logits.device.type == "cpu" else nullcontext():
                 for first in range(0, len(involved), _ROWS_TOGETHER):
-                    self._choose(spans, logits, involved[first : first + _ROWS_TOGETHER], chosen, failures)
-                for first in range(0, len(wordy), _ROWS_TOGETHER):
-                    some = wordy[first : first + _ROWS_TOGETHER]
-                    said |= _logprobs(logits, [(row, states[spans[row].request_id].params.logprobs or 0, chosen[row]) for row in some])
+                    self._choose(choice, logits, involved[first : first + _ROWS_TOGETHER])
+                if choice.words:
+                    choice.told |= _logprobs(logits, choice)
+        choice.told |= {"finite": to_host(finite), "tokens": to_host(choice.tokens)}
+        return choice
+
+    def collect(
+        self, choice: Choice, is_good: Callable[[Span], bool] = lambda span: True
+    ) -> tuple[list[SampledToken], list[RequestFailure]]:
+        """What was chosen, once the device has come so far.
+
+        Args:
+            choice: of `launch`.
+            is_good: False where a span's context was not there after all: its token means nothing.
+
+        Returns:
+            Tokens, and the requests that failed instead: broken alone, or with logits that are no numbers.
+        """
+        if not choice.spans:
+            return [], []
+        chosen, are_finite = choice.told["tokens"].tolist(), choice.told["finite"].tolist()
+        said = _said(choice)
         tokens: list[SampledToken] = []
-        for row, span in enumerate(spans):
-            if row in failures:
+        broken: list[RequestFailure] = []
+        for row, span in enumerate(choice.spans):
+            if not is_good(span):
+                continue
+            error = choice.failures.get(row)
+            if error is None and not are_finite[row]:
+                error = ArithmeticError(
+                    "the model's logits are not finite (NaN or infinity): its weights or dtype do not carry this prompt"
+                )
+            if error is not None:
+                broken.append(RequestFailure(span.request_id, f"sampling failed: {type(error).__name__}: {error}"))
                 continue
             token = chosen[row]
-            states[span.request_id].append(span.stop, token)
+            state = self._states.get(span.request_id)
+            if state is not None:
+                state.truncate(span.stop)
+                state.append(span.stop, token)
             tokens.append(SampledToken(span.request_id, token, *said[row]) if row in said else SampledToken(span.request_id, token))
-        broken = [
-            RequestFailure(spans[row].request_id, f"sampling failed: {type(error).__name__}: {error}")
-            for row, error in sorted(failures.items())
-        ]
         return tokens, broken
 
-    def _choose(
-        self, spans: Sequence[Span], logits: torch.Tensor, rows: list[int], chosen: list[int], failures: dict[int, Exception]
-    ) -> None:
+    def _choose(self, choice: Choice, logits: torch.Tensor, rows: list[int]) -> None:
         """Choose for rows with penalties or a temperature. Should that fail, once more one by one: whose fault it was fails alone."""
         try:
-            tokens = self._choose_together([spans[row] for row in rows], _floats(logits, rows))
+            tokens = self._choose_together([choice.spans[row] for row in rows], _floats(logits, rows))
         except Exception as error:
             if len(rows) == 1:
-                failures[rows[0]] = error
+                choice.failures[rows[0]] = error
                 return
             for row in rows:
-                self._choose(spans, logits, [row], chosen, failures)
+                self._choose(choice, logits, [row])
             return
-        for row, token in zip(rows, tokens, strict=True):
-            chosen[row] = token
+        choice.tokens.index_copy_(0, _index(rows, logits.device), tokens)
 
-    def _choose_together(self, spans: Sequence[Span], values: torch.Tensor) -> list[int]:
-        """A token for each row of `values` (n, V), which is overwritten."""
+    def _choose_together(self, spans: Sequence[Span], values: torch.Tensor) -> torch.Tensor:
+        """A token for each row of `values` (n, V), which is overwritten: (n,)."""
         states = [self._states[span.request_id] for span in spans]
         for state, span, row in zip(states, spans, values, strict=True):
             if state.occurrences is not None:
+                state.truncate(span.stop)
                 state.occurrences.penalise(row, state.params)
             if state.must_go_on(span.stop):
-                row.index_fill_(0, torch.tensor([i for i in state.params.stop_token_ids if i < len(row)], device=row.device), -torch.inf)
+                row.index_fill_(0, _index([i for i in state.params.stop_token_ids if i < len(row)], row.device), -torch.inf)
         drawn = [index for index, state in enumerate(states) if state.params.temperature > 0.0]
+        places = _index(drawn, values.device)
         if len(drawn) == len(states):
-            tokens = [0] * len(states)
+            tokens = torch.empty(len(states), dtype=torch.int64, device=values.device)
         else:
-            _, tokens = likeliest(values)
-            values = values[drawn]
+            tokens = values.argmax(-1) if self._on_device or values.device.type != "cpu" else torch.tensor(likeliest(values)[1])
+            values = values.index_select(0, places)
         if drawn:
             numbers = [uniform(states[index].seed, spans[index].stop) for index in drawn]
-            for index, token in zip(drawn, draw(values, [states[index].params for index in drawn], numbers), strict=True):
-                tokens[index] = token
+            tokens.index_copy_(0, places, draw(values, [states[index].params for index in drawn], numbers))
         return tokens
 
 
 Said = tuple[float, tuple[tuple[int, float], ...]]  # the token's logprob, and the likeliest tokens with theirs
 
 
-def _logprobs(logits: torch.Tensor, wanted: list[tuple[int, int, int]]) -> dict[int, Said]:
-    """By row, what is said of the model's own distribution. `wanted`: (row of `logits`, how many of the likeliest, the row's token)."""
+def _logprobs(logits: torch.Tensor, choice: Choice) -> dict[str, torch.Tensor]:
+    """What is to be said of the model's own distribution: "own", of the tokens of all rows that want it, in the order of `choice.words`; and "values k" and
+    "ids k", the k likeliest of each row that wants so many. (Not the first k of more: of equal ones, another might be told.)"""
+    owns: list[torch.Tensor] = []
+    tops: dict[int, list[torch.return_types.topk]] = {}
+    for first in range(0, len(choice.words), _ROWS_TOGETHER):
+        some = choice.words[first : first + _ROWS_TOGETHER]
+        rows = [row for row, _ in some]
+        logprobs = torch.log_softmax(_floats(logits, rows), dim=-1)
+        owns.append(logprobs.gather(1, choice.tokens.index_select(0, _index(rows, logits.device))[:, None])[:, 0])
+        for count in {count for _, count in some}:
+            here = [index for index, (_, each) in enumerate(some) if each == count]
+            own_rows = logprobs if len(here) == len(some) else logprobs.index_select(0, _index(here, logits.device))
+            tops.setdefault(count, []).append(own_rows.topk(min(count, logprobs.shape[1])))
+    told = {"own": torch.cat(owns)}
+    for count, parts in tops.items():
+        told |= {f"values {count}": torch.cat([part.values for part in parts]), f"ids {count}": torch.cat([part.indices for part in parts])}
+    return {name: to_host(tensor) for name, tensor in told.items()}
+
+
+def _said(choice: Choice) -> dict[int, Said]:
+    """By row."""
+    if not choice.words:
+        return {}
+    told = {name: tensor.tolist() for name, tensor in choice.told.items()}
     said: dict[int, Said] = {}
-    logprobs = torch.log_softmax(_floats(logits, [row for row, _, _ in wanted]), dim=-1)
-    own = logprobs.gather(1, torch.tensor([[token] for _, _, token in wanted], device=logits.device)).squeeze(1).tolist()
-    for count in {count for _, count, _ in wanted}:
-        here = [index for index, (_, each, _) in enumerate(wanted) if each == count]
-        values, ids = logprobs[here].topk(min(count, logprobs.shape[1]))
-        for index, top_ids, top_values in zip(here, ids.tolist(), values.tolist(), strict=True):
-            said[wanted[index][0]] = own[index], tuple(zip(top_ids, top_values, strict=True))
+    num_seen: Counter[int] = Counter()
+    for (row, count), own in zip(choice.words, told["own"], strict=True):
+        index = num_seen[count]
+        num_seen[count] += 1
+        said[row] = own, tuple(zip(told[f"ids {count}"][index], told[f"values {count}"][index], strict=True))
     return said
+
+
+def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    return to_device(np.array(rows, np.int64), device)
 
 
 def _floats(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """Some rows, ascending, in float32, to be written on."""
-    return (logits if len(rows) == len(logits) else logits[rows]).to(torch.float32, copy=True)
+    return (logits if len(rows) == len(logits) else logits.index_select(0, _index(rows, logits.device))).to(torch.float32, copy=True)
 
 
 @contextmanager

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from pensieve.config import TierConfig
-from pensieve.core.plan import Copy, CopyFailure, RequestFailure, SampledToken, StepPlan, StepResult
+from pensieve.core.plan import Copy, CopyFailure, RequestFailure, SampledToken, Span, StepPlan, StepResult
 from pensieve.errors import ConfigError
 from pensieve.worker.allocator import keep_freed_memory
 from pensieve.worker.attention import PagedAttention, make_backend
 from pensieve.worker.batch import Batch, BatchBuilder
+from pensieve.worker.graphs import CudaRecorder, DecodeGraphs, Recorder
 from pensieve.worker.kv_store import KVStore
+from pensieve.worker.lanes import lanes_for
 from pensieve.worker.model import CausalModel
 from pensieve.worker.random_weights import available_bytes
-from pensieve.worker.sampler import Sampler
+from pensieve.worker.sampler import Choice, Sampler
 from pensieve.worker.transfer import SwapIn, Transfer
 
 _SLACK_BYTES = 256 << 20  # activations and staging, which the tiers must leave room for
@@ -32,11 +35,37 @@ class Hooks:
     before_sample: Callable[[str], None] = lambda request_id: None  # request id
 
 
+@dataclass(slots=True)
+class _Begun:
+    """A plan that was begun and not finished."""
+
+    plan: StepPlan
+    swap_in: SwapIn | None = None  # None: nothing was begun
+    choice: Choice = field(default_factory=lambda: Choice((), torch.empty(0)))
+    contexts: dict[str, frozenset[int]] = field(
+        default_factory=dict
+    )  # slots that each emitting request attends, where some are being swapped in
+    error: str | None = None  # of the forward
+    wipe_error: str | None = None
+    mark: Any = None  # of the compute lane, behind all of it
+    outcome: tuple[list[SampledToken], list[RequestFailure]] | None = None  # None: not collected yet
+
+
 class ModelWorker:
-    """The worker that computes with a real model; see `core.plan.Worker`. One thread may call `run` at a time."""
+    """The worker that computes with a real model; see `core.plan.PipelinedWorker`. One thread may call it at a time."""
 
     def __init__(
-        self, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int = 32, *, attention: str = "auto", hooks: Hooks = Hooks()
+        self,
+        model: CausalModel,
+        tiers: tuple[TierConfig, ...],
+        chunk_tokens: int = 32,
+        *,
+        attention: str = "auto",
+        hooks: Hooks = Hooks(),
+        verify: bool = False,
+        on_device: bool | None = None,
+        graph_rows: int = 0,
+        recorder: Recorder | None = None,
     ) -> None:
         """Allocate all tiers, once.
 
@@ -46,21 +75,37 @@ class ModelWorker:
             chunk_tokens: tokens of one slot.
             attention: a backend's name, or "auto".
             hooks: for tests of failures.
+            verify: compare checksums of what comes back from lower tiers, see `Transfer`.
+            on_device: sample without looking at the logits from here, so that steps can be begun ahead of results; by default where there is CUDA.
+            graph_rows: batches of so many decodes are captured as graphs, where the attention backend can; 0: none.
+            recorder: captures them; by default CUDA does.
 
         Raises:
             ConfigError: the tiers do not fit in memory, or the backend cannot serve this model.
         """
         self._model = model
-        self._backend: Any = make_backend(attention, model.geometry, chunk_tokens, model.device)
+        self._backend: Any = make_backend(attention, model.geometry, chunk_tokens, model.device, model.attention_args)
         self._hooks = hooks
         if model.device.type == "cpu":
             keep_freed_memory()
-        require_room(tiers, self.chunk_bytes, model.device)
-        self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(tiers))
+        has_graphs = graph_rows > 0 and self._backend.captures
+        stored = (TierConfig(tiers[0].name, tiers[0].num_slots + has_graphs), *tiers[1:])  # with a slot of nobody
+        require_room(stored, self.chunk_bytes, model.device)
+        self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(stored))
         self._backend.bind(self._stores[0])
         self._builder = BatchBuilder(chunk_tokens, model.device)
-        self._sampler = Sampler(before_sample=hooks.before_sample)
-        self._transfer = Transfer(self._stores, before_copy=hooks.before_copy)
+        self._on_device = model.device.type == "cuda" if on_device is None else on_device
+        self._sampler = Sampler(before_sample=hooks.before_sample, on_device=self._on_device)
+        self._lanes = lanes_for(model.device)
+        self._transfer = Transfer(self._stores, before_copy=hooks.before_copy, lanes=self._lanes, verify=verify)
+        self._begun: deque[_Begun] = deque()
+        self._latest = torch.zeros(0, dtype=torch.int64, device=model.device)  # by row among requests, the token sampled last
+        self._graphs: DecodeGraphs | None = None
+        if has_graphs:
+            self._graphs = DecodeGraphs(
+                model, self._backend, CudaRecorder(model.device) if recorder is None else recorder, max_rows=graph_rows,
+                max_chunks=-(-model.shape.max_positions // chunk_tokens), spare_slot=tiers[0].num_slots,
+            )  # fmt: skip
 
     @property
     def chunk_bytes(self) -> int:
@@ -74,34 +119,58 @@ class ModelWorker:
         name: str = self._backend.name
         return name
 
+    @property
+    def graphs(self) -> DecodeGraphs | None:
+        """Decode steps captured so far, if any are."""
+        return self._graphs
+
     def run(self, plan: StepPlan) -> StepResult:
         """Wipe, start the plan's copies, run its spans, sample; see `core.plan.Worker.run`."""
+        assert not self._begun, "steps that were begun must be finished first"
+        self.begin(plan)
+        return self.finish()
+
+    def begin(self, plan: StepPlan) -> None:
+        """Queue everything; see `core.plan.PipelinedWorker.begin`."""
         self._sampler.forget(plan.ended)
         self._builder.forget(plan.ended)
         self._sampler.start(plan.started)
         self._builder.update(plan.tables)
+        begun = _Begun(plan)
+        self._begun.append(begun)
         try:
             self._wipe(plan.wiped)
         except Exception as error:  # what was to be zero is not: nothing may be computed or copied over it
-            return self._without_wipes(plan, f"{type(error).__name__}: {error}")
-        swap_in = self._transfer.start(plan.swap_in, plan.swap_out)
-        tokens: list[SampledToken] = []
-        broken: list[RequestFailure] = []
-        forward_error = None
+            begun.wipe_error = f"{type(error).__name__}: {error}"
+            self._transfer.start((), ())
+            return
+        swap_in = begun.swap_in = self._transfer.start(plan.swap_in, plan.swap_out)
         try:
             if plan.spans:
-                batch, logits = self._forward(plan, swap_in)
-                swap_in.wait()
-                tokens, broken = self._sample(batch, logits, swap_in)
+                if self._sampler.needs_history(plan.spans):
+                    self._collect_all_but(begun)
+                self._launch(begun, swap_in)
         except Exception as error:  # a plan's failure is its result; the next plan may be fine
-            forward_error = f"{type(error).__name__}: {error}"
-        swap_in.wait()
+            begun.error = f"{type(error).__name__}: {error}"
+        swap_in.wait_layer(self._model.geometry.num_layers - 1)  # (also where no span attends it yet: the next plan's may)
+        begun.mark = self._lanes.compute.mark()
+
+    def finish(self) -> StepResult:
+        """See `core.plan.PipelinedWorker.finish`."""
+        begun = self._begun[0]
+        plan = begun.plan
+        if begun.swap_in is None:
+            self._begun.popleft()
+            lost = tuple(CopyFailure(copy.copy_id, False, begun.wipe_error or "") for copy in (*plan.swap_in, *plan.swap_out))
+            done, failed = self._transfer.end_step()
+            return StepResult(plan.step_id, (), done, (*failed, *lost), (), begun.wipe_error, begun.wipe_error)
+        self._collect(begun)
+        self._begun.popleft()
         if plan.settles:
             self._transfer.wait()
-        if plan.wiped and self._model.device.type == "cuda":
-            torch.cuda.current_stream(self._model.device).synchronize()  # "wiped" is said when it is so
         done, failed = self._transfer.end_step()
-        return StepResult(plan.step_id, tuple(tokens), done, failed, tuple(broken), forward_error)
+        tokens, broken = begun.outcome or ([], [])
+        return StepResult(plan.step_id, tuple(tokens), done, failed, tuple(broken), begun.error)
 
     def set_waker(self, wake: Callable[[], None]) -> None:
         """`wake` is called from the copying thread when a swap-out settles while no `run` is under way."""
@@ -111,32 +180,86 @@ class ModelWorker:
         """Stop the copying thread and give the tiers' memory back. Safe to call twice."""
         self._transfer.close()
         self._stores = ()
-        self._backend = None
+        self._backend = self._graphs = None
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()  # another worker may want the room, and asks the device whether it is there
 
     def _wipe(self, wiped: tuple[tuple[int, int], ...]) -> None:
         for tier, store in enumerate(self._stores) if wiped else ():
             store.wipe([slot for place, slot in wiped if place == tier])
 
-    def _without_wipes(self, plan: StepPlan, message: str) -> StepResult:
-        lost = tuple(CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out))
-        done, failed = self._transfer.end_step()
-        return StepResult(plan.step_id, (), done, (*failed, *lost), (), message, message)
+    def _launch(self, begun: _Begun, swap_in: SwapIn) -> None:
+        """The forward of a plan with spans, and its sampling."""
+        plan = begun.plan
+        with torch.inference_mode():
+            batch, logits = self._forward(plan, swap_in)
+            if plan.swap_in:
+                begun.contexts = {span.request_id: frozenset(self._builder.slots_of(span).tolist()) for span in batch.emitting}
+            if not self._on_device:
+                swap_in.wait()  # nobody samples from what was lost: it may not even be numbers
+            begun.choice = self._choose(begun, batch, logits)
+            if self._on_device:
+                if len(self._latest) < self._builder.num_rows:
+                    self._latest = torch.cat([self._latest, self._latest.new_zeros(self._builder.num_rows - len(self._latest))])
+                self._latest.index_copy_(0, batch.emitting_rows, begun.choice.tokens)
 
     def _forward(self, plan: StepPlan, swap_in: SwapIn) -> tuple[Batch, torch.Tensor]:
         """The batch of a plan with spans, and its logits (E, V)."""
-        self._hooks.before_forward(plan)
-        batch = self._builder.build(plan.spans, self._sampler.last_token)
-        return batch, self._model.forward(batch, PagedAttention(self._backend, batch, swap_in.wait_layer))
+        batch = self._prepare(plan)
+        if len(batch.unknown):
+            batch.input_ids[0].index_copy_(0, batch.unknown, self._latest.index_select(0, batch.unknown_rows))
+        return batch, self._logits(batch, swap_in)
 
-    def _sample(self, batch: Batch, logits: torch.Tensor, swap_in: SwapIn) -> tuple[list[SampledToken], list[RequestFailure]]:
-        """Sample for the spans whose context came in whole; the others computed over nothing, and the scheduler plans them again."""
-        lost = {slot for _, slot in swap_in.failed_slots}
+    def _prepare(self, plan: StepPlan) -> Batch:
+        """What can be done, and go wrong, before the model is called."""
+        self._hooks.before_forward(plan)
+        return self._builder.build(plan.spans, self._sampler.last_token if self._on_device else self._known_token)
+
+    def _logits(self, batch: Batch, swap_in: SwapIn) -> torch.Tensor:
+        """(E, V)."""
+        if self._graphs is not None and not swap_in.copies:
+            logits = self._graphs.forward(batch)
+            if logits is not None:
+                return logits
+        return self._model.forward(batch, PagedAttention(self._backend, batch, swap_in.wait_layer))
+
+    def _choose(self, begun: _Begun, batch: Batch, logits: torch.Tensor) -> Choice:
+        """Sample for the spans whose context came in whole, as far as that is known by now."""
         spans = batch.emitting
-        with torch.inference_mode():
-            if lost:
-                good = [row for row, span in enumerate(spans) if lost.isdisjoint(self._builder.slots_of(span).tolist())]
-                spans, logits = tuple(spans[row] for row in good), logits[good]
-            return self._sampler.sample(spans, logits)
+        if self._on_device or all(self._is_whole(begun, span) for span in spans):
+            return self._sampler.launch(spans, logits)
+        good = [row for row, span in enumerate(spans) if self._is_whole(begun, span)]
+        return self._sampler.launch(tuple(spans[row] for row in good), logits[good])
+
+    def _is_whole(self, begun: _Begun, span: Span) -> bool:
+        """Whether a span attended nothing that a swap-in failed to bring; if it did, the scheduler plans it again."""
+        if not begun.contexts:
+            return True
+        assert begun.swap_in is not None
+        return begun.contexts[span.request_id].isdisjoint(slot for _, slot in begun.swap_in.failed_slots)
+
+    def _known_token(self, span: Span) -> int:
+        """The token at a span's start. 0 where none was sampled: then that step was void, and so will be this one."""
+        return self._sampler.last_token(span) or 0
+
+    def _collect(self, begun: _Begun) -> None:
+        """Wait for what was begun, and take its tokens in."""
+        if begun.outcome is not None or begun.swap_in is None:
+            return
+        begun.swap_in.wait()
+        try:
+            self._lanes.compute.reach(begun.mark)
+            begun.outcome = (
+                self._sampler.collect(begun.choice, lambda span: self._is_whole(begun, span)) if begun.error is None else ([], [])
+            )
+        except Exception as error:  # what a device reports, it reports late
+            begun.error = f"{type(error).__name__}: {error}"
+            begun.outcome = ([], [])
+
+    def _collect_all_but(self, newest: _Begun) -> None:
+        for begun in self._begun:
+            if begun is not newest:
+                self._collect(begun)
 
     def _make_store(self, tier: TierConfig, *, first: bool) -> KVStore:
         device = self._model.device if first else torch.device("cpu")

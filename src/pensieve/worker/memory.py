@@ -1,0 +1,158 @@
+"""How many bytes the first tier may have on a device: what is left beside the weights, the largest step, and captured graphs.
+
+Knows models and what a device says of its memory; never requests or policies. The largest step is run, not reckoned: what a model's own modules
+keep between two operations, and what sampling takes, is theirs to know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pensieve.config import TierConfig
+from pensieve.core.plan import BlockTableUpdate, RequestStart, Span, StepPlan
+from pensieve.core.request import SamplingParams
+from pensieve.errors import ConfigError
+from pensieve.worker.model import CausalModel
+from pensieve.worker.worker import ModelWorker
+
+_LEFT_SHARE = 0.04  # of the device, for what no run shows: fragments, libraries' workspaces, other processes that breathe
+_GRAPH_BYTES_A_ROW = 2 << 20  # of captured graphs, which share one pool
+
+
+class Meter(Protocol):
+    """What a device says of its memory."""
+
+    def free_bytes(self) -> tuple[int, int]:
+        """(free, total)."""
+        ...
+
+    def start(self) -> None:
+        """Begin to look for a peak."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The most that was allocated at once since `start`, beyond what was then."""
+        ...
+
+
+class CudaMeter:
+    """PyTorch's allocator on a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+
+    def free_bytes(self) -> tuple[int, int]:
+        """See `Meter`. What the allocator holds and does not use is given back first."""
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return free, total
+
+    def start(self) -> None:
+        """See `Meter`."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def peak_bytes(self) -> int:
+        """See `Meter`."""
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a device's memory is for, bytes."""
+
+    total: int
+    free: int  # beside the weights
+    step: int  # peak of the largest step
+    graphs: int
+    left: int  # never used
+
+    @property
+    def tier(self) -> int:
+        """For the first tier."""
+        return self.free - self.step - self.graphs - self.left
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tier / 1e9:.2f} GB of {self.total / 1e9:.2f} for the first tier: {self.free / 1e9:.2f} GB are free beside the weights, the largest "
+            f"step takes {self.step / 1e9:.2f}, graphs up to {self.graphs / 1e9:.2f}, {self.left / 1e9:.2f} stay free"
+        )
+
+
+def find_room(
+    model: CausalModel,
+    *,
+    max_batch_tokens: int,
+    max_running: int,
+    chunk_tokens: int,
+    graph_rows: int,
+    attention: str = "auto",
+    meter: Meter | None = None,
+) -> Room:
+    """Run the largest step there can be, and say what is left for the first tier.
+
+    Args:
+        model: on its device.
+        max_batch_tokens: of a step.
+        max_running: requests of a step: so many rows of logits are sampled from at most.
+        chunk_tokens: of a slot.
+        graph_rows: batches of so many decodes are captured.
+        attention: a backend's name, or "auto".
+        meter: of the device; by default CUDA's.
+
+    Raises:
+        ConfigError: nothing is left, or not even the step fits; with the sizes and the way out.
+    """
+    meter = CudaMeter(model.device) if meter is None else meter
+    try:
+        step = _peak(model, max_batch_tokens, max_running, chunk_tokens, attention, meter)
+    except torch.OutOfMemoryError as error:
+        free, total = meter.free_bytes()
+        raise ConfigError(
+            f"a step of {max_batch_tokens} tokens does not fit beside the weights: {free / 1e9:.2f} of {total / 1e9:.2f} GB are free. "
+            "Give --max-batch-tokens less, or take a smaller model"
+        ) from error
+    free, total = meter.free_bytes()
+    room = Room(total, free, step, _GRAPH_BYTES_A_ROW * graph_rows, int(_LEFT_SHARE * total))
+    if room.tier <= 0:
+        raise ConfigError(f"no memory is left for the cache ({room}). Give --max-batch-tokens less, or take a smaller model")
+    return room
+
+
+def _peak(model: CausalModel, max_batch_tokens: int, max_running: int, chunk_tokens: int, attention: str, meter: Meter) -> int:
+    """Bytes of a step of so many tokens, shared by so many requests that all sample in the most expensive way."""
+    requests = min(max_running, max_batch_tokens)
+    lengths = [max_batch_tokens // requests + (index < max_batch_tokens % requests) for index in range(requests)]
+    lengths = [min(length, model.shape.max_positions) for length in lengths]
+    counts = [-(-length // chunk_tokens) for length in lengths]
+    worker = ModelWorker(model, (TierConfig("gpu", sum(counts)),), chunk_tokens, attention=attention)
+    sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=0, logprobs=1)
+    names = [f"largest-{index}" for index in range(requests)]
+    first = [sum(counts[:index]) for index in range(requests)]
+    plan = StepPlan(
+        0,
+        tuple(Span(name, 0, length, (0,) * length, True) for name, length in zip(names, lengths, strict=True)),
+        (),
+        (),
+        tuple(RequestStart(name, sampling, ()) for name in names),
+        tuple(BlockTableUpdate(name, 0, tuple(range(at, at + count))) for name, at, count in zip(names, first, counts, strict=True)),
+        (),
+        (),
+    )
+    try:
+        meter.start()
+        result = worker.run(plan)
+        peak = meter.peak_bytes()
+    finally:
+        worker.close()
+    if result.forward_error is not None:
+        if "OutOfMemoryError" in result.forward_error:
+            raise torch.OutOfMemoryError(result.forward_error)
+        raise ConfigError(f"the largest step fails on this device: {result.forward_error}. Give --max-batch-tokens less")
+    return peak
