@@ -176,9 +176,9 @@ class Clock:
             for number in range(count):
                 work(number)
             return (time.perf_counter() - begin) / count
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # The device is kept waiting until the host has launched the block: what is measured is the device, not the launching.
-        torch.cuda._sleep(int(min(1.3 * host_s * count, _LONGEST_SLEEP_S) * _SLEEP_CYCLES_PER_S))
+        torch.cuda._sleep(int(min(1.3 * host_s * count, _LONGEST_SLEEP_S) * _SLEEP_CYCLES_PER_S))  # type: ignore[no-untyped-call]
         start.record()
         for number in range(count):
             work(number)
@@ -212,8 +212,7 @@ def device_busy_s(device: torch.device, work: Callable[[], object]) -> tuple[flo
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize(device)
-    cuda = torch.autograd.DeviceType.CUDA
-    spans = [(e.time_range.start, e.time_range.end) for e in found.events() or () if e.device_type == cuda]
+    spans = [(e.time_range.start, e.time_range.end) for e in found.events() or () if e.device_type.name == "CUDA"]
     if not spans:
         raise RuntimeError("the profiler saw no kernel: CUPTI may not be allowed here")
     return covered(spans) / 1e6, (max(stop for _, stop in spans) - min(start for start, _ in spans)) / 1e6

@@ -211,7 +211,7 @@ class Bench:
             return
         times = self.report.clock.in_turns({"ours": case.attend, "write": case.write}, self.options.repeats)
         rate = kv_bytes / times["ours"].median_s
-        figures = {work: timing.as_json() for work, timing in times.items()}
+        figures: dict[str, Any] = {work: timing.as_json() for work, timing in times.items()}
         figures |= {"kv_mb": kv_bytes / 1e6, "gb_per_s": rate / 1e9, "of_copy": rate / self.copy_rate, "layers": case.layers}
         if kv_bytes >= BIG_KV_BYTES:
             self.report.goal(f"{name}: of copy bandwidth", rate / self.copy_rate, 0.75, at_least=True)
