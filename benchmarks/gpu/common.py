@@ -95,11 +95,14 @@ class Goal:
     value: float
     bound: float
     at_least: bool  # False: at most
+    known: str = ""  # "at least", "at most", "unknown": how the true value lies to this one; "": it is this one
 
     @property
-    def met(self) -> bool:
-        """NaN meets nothing."""
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
+    def verdict(self) -> str:
+        """ "met", "missed", or "undecided" where the true value may lie on the other side of the bound. NaN meets nothing."""
+        met = self.value >= self.bound if self.at_least else self.value <= self.bound
+        decides = {"", "at least" if met == self.at_least else "at most"}
+        return ("met" if met else "missed") if self.known in decides else "undecided"
 
     def __str__(self) -> str:
         return f"{'≥' if self.at_least else '≤'} {self.bound:g}"
@@ -331,9 +334,9 @@ class Report:
         self.say(f"{name}: {line}")
         self._write()
 
-    def goal(self, what: str, value: float, bound: float, *, at_least: bool) -> None:
-        """Hold a figure against what it should be."""
-        self._goals.append(Goal(what, value, bound, at_least))
+    def goal(self, what: str, value: float, bound: float, *, at_least: bool, known: str = "") -> None:
+        """Hold a figure against what it should be; see `Goal`."""
+        self._goals.append(Goal(what, value, bound, at_least, known))
 
     def wrong(self, what: str) -> None:
         """Something is not right: the run will say so and fail."""
@@ -385,9 +388,7 @@ class Report:
         return "\n".join(lines)
 
     def _verdict(self, goal: Goal) -> str:
-        if not self.judges:
-            return "not judged here"
-        return "met" if goal.met else "missed"
+        return goal.verdict if self.judges else "not judged here"
 
     def _as_json(self) -> dict[str, Any]:
         goals = [

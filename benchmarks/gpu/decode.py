@@ -189,7 +189,12 @@ class Bench:
             world.close()
         step_s = statistics.median(times)
         parts = {method: 1e6 * statistics.median(spent) for method, spent in clock.spent_s.items() if spent}
-        figures = {"running": self.sizes.running, "step_ms": spread([1e3 * s for s in times]), "host_us": parts, **idle(busy, step_s)}
+        figures: dict[str, Any] = {
+            "running": self.sizes.running,
+            "step_ms": spread([1e3 * s for s in times]),
+            "host_us": parts,
+            **idle(busy, step_s),
+        }
         if busy is not None:
             self.report.goal(f"{name}: the device's idle share", figures["idle_share"], 0.03, at_least=False)
         line = ", ".join(f"{method} {spent_us:.0f} µs" for method, spent_us in parts.items())
