@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ JOBS = (
     Job("serving", "serving", (), "the paper's figure 10b: stateless and stateful"),
     Job("serving-gpu-only", "serving", ("--modes", "gpu-only", "--with", "{out}/serving.json"), "the same with the gpu tier alone"),
     Job("serving-vllm", "serving", ("--modes", "vllm", "--with", "{out}/serving.json"), "the same, vLLM with prefix caching"),
-    Job("serving-vllm-offload", "serving", ("--modes", "vllm-offload", "--with", "{out}/serving.json"), "and with its CPU offload"),
+    Job("serving-vllm-offload", "serving", ("--modes", "vllm-offload", "--with", "{out}/serving-vllm.json"), "and with its CPU offload"),
 )
 LONGEST_S = 600.0
 
@@ -63,8 +65,8 @@ def main() -> int:
     for job in JOBS:
         if only is not None and job.name not in only:
             continue
-        command = job.command(options.out, extra)
-        print(f"# {job.teaches}\npython {shlex.join(command)}", file=sys.stderr, flush=True)
+        command = job.command(str(Path(options.out).resolve()) if options.run else options.out, extra)
+        print(f"# {job.teaches}\nPYTHONPATH=src python {shlex.join(command)}", file=sys.stderr, flush=True)
         told[job.name] = {"command": shlex.join(["python", *command]), "status": run(command) if options.run else None}
     print(json.dumps({"benchmark": "gpu", "ran": options.run, "scripts": told}))
     return 1 if any(job["status"] for job in told.values()) else 0
@@ -72,8 +74,11 @@ def main() -> int:
 
 def run(command: list[str]) -> int | str:
     """The exit status, or that it took too long."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))}
     try:
-        return subprocess.run([sys.executable, *command], cwd=HERE.parents[1], stdout=subprocess.DEVNULL, timeout=LONGEST_S).returncode
+        return subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, timeout=LONGEST_S
+        ).returncode
     except subprocess.TimeoutExpired:
         return f"stopped after {LONGEST_S:g} s; its result holds what it had"
 

@@ -174,6 +174,21 @@ async def play(players: Sequence[Player], server: Server, load: Load, *, until_s
     return run
 
 
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which a share of the others lies, linear between neighbours.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("no values have no percentile")
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
 def figures(run: Run, window: tuple[float, float]) -> dict[str, Any]:
     """What a run came to.
 
@@ -190,20 +205,17 @@ def figures(run: Run, window: tuple[float, float]) -> dict[str, Any]:
     if not sent:
         raise ValueError(f"nothing was sent between {start_s:g} and {stop_s:g} s")
     answered = [request for request in run.sent if request.done_s is not None and start_s <= request.done_s < stop_s]
-    normalized = sorted(request.normalized_s(run.end_s) for request in sent)
-    firsts = sorted(r.answer.first_s for r in sent if r.answer is not None and r.answer.first_s is not None)
+    normalized = [1e3 * request.normalized_s(run.end_s) for request in sent]
+    firsts = [1e3 * r.answer.first_s for r in sent if r.answer is not None and r.answer.first_s is not None]
     answers = [r.answer for r in sent if r.answer is not None]
     history = sum(r.history_tokens for r in sent if r.answer is not None)
-
-    def quantile(values: list[float], share: float) -> float | None:
-        return 1e3 * values[min(len(values) - 1, int(share * len(values)))] if values else None
 
     return {
         "requests_per_s": len(answered) / (stop_s - start_s),
         "output_tokens_per_s": sum(request.asked_tokens for request in answered) / (stop_s - start_s),
         "sent": len(sent), "unanswered": sum(request.done_s is None for request in sent),
-        "normalized_ms": 1e3 * statistics.mean(normalized), "normalized_p50_ms": quantile(normalized, 0.5),
-        "normalized_p90_ms": quantile(normalized, 0.9), "ttft_p50_ms": quantile(firsts, 0.5), "ttft_p90_ms": quantile(firsts, 0.9),
+        "normalized_ms": statistics.mean(normalized), "normalized_p50_ms": percentile(normalized, 0.5),
+        "normalized_p90_ms": percentile(normalized, 0.9), "ttft_p50_ms": percentile(firsts, 0.5) if firsts else None, "ttft_p90_ms": percentile(firsts, 0.9) if firsts else None,
         "prompt_tokens": sum(r.prompt_tokens for r in sent if r.answer is not None), "history_tokens": history,
         "cached_tokens": sum(answer.cached_tokens for answer in answers), "from_below": sum(answer.from_below for answer in answers),
         "recomputed": sum(answer.recomputed for answer in answers),

@@ -57,21 +57,6 @@ def parser(text: str | None) -> argparse.ArgumentParser:
 # -- figures
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of the others lies, linear between neighbours.
-
-    Raises:
-        ValueError: there are no values.
-    """
-    if not values:
-        raise ValueError("no values have no percentile")
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
 def spread(values: Sequence[float], digits: int = 5) -> dict[str, float]:
     """Median, least, most and how many."""
     told = {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -231,7 +216,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         told |= {
             "device": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_gb": properties.total_memory / 1e9,
-            "multiprocessors": properties.multi_processor_count, "l2_mb": properties.L2_cache_size / 1e6, "under_load": _smi(device),
+            "multiprocessors": properties.multi_processor_count, "l2_mb": getattr(properties, "L2_cache_size", 0) / 1e6, "under_load": _smi(device),
         }  # fmt: skip
     else:
         told["device"] = "cpu"

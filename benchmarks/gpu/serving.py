@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -140,10 +142,16 @@ class Bench:
         self.limit_ms: float | None = options.limit_ms
         if options.with_file is not None:
             earlier = json.loads(options.with_file.read_text())
-            self.found = {name: case for name, case in earlier["cases"].items() if "crossing" in case}
+            cases = earlier.get("with", {}).get("cases", {}) | earlier["cases"]
+            self.found = {name: case for name, case in cases.items() if "crossing" in case}
             self.limit_ms = self.limit_ms or earlier.get("limit_ms")
-            report.note("with", {"file": str(options.with_file), "command": earlier["command"], "date": earlier["date"]})
-        self.report.note("load", self.load.as_json())
+            report.note(
+                "with",
+                {"file": str(options.with_file), "command": earlier["command"], "date": earlier["date"], "cases": dict(self.found)},
+            )
+        if self.limit_ms is not None:
+            report.note("limit_ms", self.limit_ms)
+        report.note("load", self.load.as_json())
 
     def run(self, modes: list[str]) -> None:
         ours = [mode for mode in modes if mode in OURS]
@@ -234,13 +242,13 @@ class Bench:
                 [python, str(DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
                 start_new_session=True,
             )  # fmt: skip
-            overdue = threading.Timer(self.report.left_s + 20, process.kill)
+            overdue = threading.Timer(self.report.left_s + 20, end_all, (process,))
             overdue.start()
             try:
                 out, _ = process.communicate(json.dumps(asked))
             finally:
                 overdue.cancel()
-                process.kill()
+                end_all(process)  # vLLM's engine is a process of its own, and holds the device's memory
         if process.returncode:
             raise RuntimeError(f"the driver of vLLM ended with status {process.returncode}")
         self._take(mode, json.loads(out.strip().splitlines()[-1]))
@@ -266,17 +274,24 @@ class Bench:
         self.report.note("ratios", ratios)
 
 
+def end_all(process: subprocess.Popen[str]) -> None:
+    """End a process and those it started, which share its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def load_of(options: argparse.Namespace) -> Load:
     """The load that the options ask for."""
     if options.quick:
         lengths = Lengths(mean_turns=2.5, mean_input=12, mean_output=6, most_turns=4, most_tokens=24)
-        return Load(lengths, 0.1, options.point_s or 1.2, 0.8, 1.0, 3, 512, 512, options.seed)
+        return Load(lengths, 0.1, options.point_s or 1.2, 0.8, 1.0, 3, 512, 512, options.seed, num_points=2)
     vocab = config_of(MODEL, quick=False).vocab_size
     point_s = options.point_s or 75.0
     return Load(Lengths(), options.think_s, point_s, point_s * 0.5, 15.0, 8, 8192, vocab, options.seed)
 
 
-def main() -> int:
+def options_of(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with what depends on --quick filled in."""
     arguments = parser(__doc__)
     arguments.add_argument("--modes", default="stateless,pensieve", help=f"some of {', '.join(OURS + VLLM)}")
     arguments.add_argument("--gpu-gb", type=float, default=None, help="KV on the GPU, every mode (20)")
@@ -291,16 +306,22 @@ def main() -> int:
         "--with", dest="with_file", type=Path, default=None, help="an earlier run's JSON, whose limit and modes are used"
     )
     arguments.add_argument("--vllm", default=None, help="a Python that has vLLM")
-    options = arguments.parse_args()
-    modes = options.modes.split(",")
-    if strange := set(modes) - {*OURS, *VLLM}:
+    options = arguments.parse_args(words)
+    if strange := set(options.modes.split(",")) - {*OURS, *VLLM}:
         arguments.error(f"no such mode: {', '.join(sorted(strange))}")
+    if options.with_file is not None and not options.with_file.is_file():
+        arguments.error(f"--with {options.with_file}: there is no such file")
     options.gpu_gb = options.gpu_gb or (0.0008 if options.quick else 20.0)
     options.cpu_gb = options.cpu_gb or (0.002 if options.quick else 24.0)
     if options.quick and options.first_rate is None:
         options.first_rate = 8.0
+    return options
+
+
+def main() -> int:
+    options = options_of()
     report = Report("serving", options)
-    Bench(report, options).run(modes)
+    Bench(report, options).run(options.modes.split(","))
     return report.finish()
 
 
