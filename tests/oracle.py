@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -36,12 +38,13 @@ class Lab:
         config: SchedulerConfig | None = None,
         hooks: Hooks | None = None,
         attention: str = "auto",
+        make_worker: Callable[..., Any] = ModelWorker,
     ) -> None:
         tiers = tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), slots, strict=False))
         cost = CostProfile([(chunk_tokens, 1.0), (max_context, 2.0)], chunk_tokens)
         self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), lambda: POLICIES[policy](cost.of_chunk))
         self.scheduler = Scheduler(config or SchedulerConfig(max_batch_tokens=72, max_running=8), self.cache, max_context)
-        self.worker = ModelWorker(model, tiers, chunk_tokens, hooks=hooks or Hooks(), attention=attention)
+        self.worker = make_worker(model, tiers, chunk_tokens, hooks=hooks or Hooks(), attention=attention)
         self.now_s = 0.0
         self.done: dict[str, Request] = {}
 
@@ -105,7 +108,15 @@ def assert_answer_is_stateless(reference: torch.nn.Module, request: Request) -> 
     return near_ties
 
 
-def random_play(model: CausalModel, reference: torch.nn.Module, seed: int, *, faults: bool, attention: str = "auto") -> Lab:
+def random_play(
+    model: CausalModel,
+    reference: torch.nn.Module,
+    seed: int,
+    *,
+    faults: bool,
+    attention: str = "auto",
+    make_worker: Callable[..., Any] = ModelWorker,
+) -> Lab:
     """Random conversations, interleaved and sharing a prefix, through random small tiers, with random trouble."""
     rng = random.Random(seed)
 
@@ -115,7 +126,7 @@ def random_play(model: CausalModel, reference: torch.nn.Module, seed: int, *, fa
 
     hooks = Hooks(before_copy=lambda copy: maybe(0.1, "injected copy"), before_forward=lambda plan: maybe(0.02, "injected forward"))
     slots = (rng.randint(4, 24), rng.choice([0, 4, 30]))
-    lab = Lab(model, slots if slots[1] else slots[:1], policy=rng.choice(["lru", "retention"]), hooks=hooks, attention=attention)
+    lab = Lab(model, slots if slots[1] else slots[:1], policy=rng.choice(["lru", "retention"]), hooks=hooks, attention=attention, make_worker=make_worker)
     vocab = model.config.vocab_size
     system = [rng.randrange(vocab) for _ in range(rng.choice([0, 11, 17]))]
     logs = {f"c{i}": list(system) for i in range(rng.randint(2, 4))}
@@ -152,7 +163,7 @@ def random_play(model: CausalModel, reference: torch.nn.Module, seed: int, *, fa
         assert_answer_is_stateless(reference, request)
     for name in logs:
         lab.erase(name)
-    assert not any(store.data.any() for store in lab.worker._stores), "bytes are left after everything was erased"
+    assert not any(store.data.any() for store in getattr(lab.worker, "_local", lab.worker)._stores), "bytes are left after everything was erased"
     return lab
 
 

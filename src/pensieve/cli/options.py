@@ -45,9 +45,21 @@ _MODEL = (
 )
 _CACHE = (
     click.option(
-        "--gpu-cache", "gpu_cache_gb", type=float, default=_DEFAULTS.gpu_cache_gb, show_default=True, help="First tier, GB (RAM on a CPU)."
+        "--gpu-cache",
+        "gpu_cache_gb",
+        type=float,
+        default=_DEFAULTS.gpu_cache_gb,
+        show_default=True,
+        help="First tier, GB (RAM on a CPU); under torchrun of each process.",
     ),
-    click.option("--cpu-cache", "cpu_cache_gb", type=float, default=_DEFAULTS.cpu_cache_gb, show_default=True, help="Second tier, GB."),
+    click.option(
+        "--cpu-cache",
+        "cpu_cache_gb",
+        type=float,
+        default=_DEFAULTS.cpu_cache_gb,
+        show_default=True,
+        help="Second tier, GB; under torchrun of each process.",
+    ),
     click.option("--max-context", type=int, default=None, help="Tokens of prompt and answer (default: what model and first tier hold)."),
     click.option(
         "--overflow",

@@ -20,6 +20,9 @@ from pensieve.worker.occurrences import Occurrences
 _ROWS_TOGETHER = 16  # their logits as fp32 still fit in a processor's cache (3 MB at 49,152 tokens)
 
 
+Sampled = tuple[str, int, int]  # request id, position, token id
+
+
 class _State:
     """What is remembered of one request: its tokens by position, and how often each occurred where penalties need that."""
 
@@ -80,6 +83,13 @@ class Sampler:
         """The token at a span's start. 0 where none was sampled: then that step was void, and so will be this one."""
         tokens = self._states[span.request_id].tokens
         return tokens[span.start] if span.start < len(tokens) else 0
+
+    def accept(self, sampled: Iterable[Sampled]) -> None:
+        """Tokens that somebody else sampled for these requests; what was known of their positions, and behind, is forgotten."""
+        for request_id, position, token in sampled:
+            if (state := self._states.get(request_id)) is not None:
+                state.truncate(position)
+                state.append(position, token)
 
     def sample(self, spans: Sequence[Span], logits: torch.Tensor) -> tuple[list[SampledToken], list[RequestFailure]]:
         """One token for each span that emits.

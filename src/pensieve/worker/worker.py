@@ -124,9 +124,13 @@ class ModelWorker:
 
     def _forward(self, plan: StepPlan, swap_in: SwapIn) -> tuple[Batch, torch.Tensor]:
         """The batch of a plan with spans, and its logits (E, V)."""
-        self._hooks.before_forward(plan)
-        batch = self._builder.build(plan.spans, self._sampler.last_token)
+        batch = self._prepare(plan)
         return batch, self._model.forward(batch, PagedAttention(self._backend, batch, swap_in.wait_layer))
+
+    def _prepare(self, plan: StepPlan) -> Batch:
+        """What can be done, and go wrong, before the model is called."""
+        self._hooks.before_forward(plan)
+        return self._builder.build(plan.spans, self._sampler.last_token)
 
     def _sample(self, batch: Batch, logits: torch.Tensor, swap_in: SwapIn) -> tuple[list[SampledToken], list[RequestFailure]]:
         """Sample for the spans whose context came in whole; the others computed over nothing, and the scheduler plans them again."""
@@ -149,8 +153,8 @@ def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
     return available_bytes(str(device))
 
 
-def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device) -> None:
-    """Refuse tiers that do not fit, before anything is allocated.
+def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device, *, sharers: int = 1) -> None:
+    """Refuse tiers that do not fit, before anything is allocated. `sharers` processes want as much of the same main memory.
 
     Raises:
         ConfigError: with the size of each tier, the size there is, and the way out.
@@ -158,11 +162,13 @@ def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.
     places = {"cpu": torch.device("cpu"), str(device): device}
     for name, place in places.items():
         here = [tier for index, tier in enumerate(tiers) if str(device if index == 0 else torch.device("cpu")) == name]
-        need = sum(tier.num_slots for tier in here) * chunk_bytes
+        times = sharers if place.type == "cpu" else 1
+        need = times * sum(tier.num_slots for tier in here) * chunk_bytes
         room = memory_available_bytes(place)
         if here and room is not None and need + _SLACK_BYTES > room:
             sizes = ", ".join(f"{tier.name} {tier.num_slots} chunks = {tier.num_slots * chunk_bytes / 1e9:.2f} GB" for tier in here)
+            each = f" for each of {times} processes" if times > 1 else ""
             raise ConfigError(
-                f"the cache does not fit in the memory of {name}: {sizes}; {room / 1e9:.2f} GB are available, "
+                f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are available, "
                 f"{_SLACK_BYTES / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes"
             )
