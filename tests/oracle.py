@@ -126,7 +126,14 @@ def random_play(
 
     hooks = Hooks(before_copy=lambda copy: maybe(0.1, "injected copy"), before_forward=lambda plan: maybe(0.02, "injected forward"))
     slots = (rng.randint(4, 24), rng.choice([0, 4, 30]))
-    lab = Lab(model, slots if slots[1] else slots[:1], policy=rng.choice(["lru", "retention"]), hooks=hooks, attention=attention, make_worker=make_worker)
+    lab = Lab(
+        model,
+        slots if slots[1] else slots[:1],
+        policy=rng.choice(["lru", "retention"]),
+        hooks=hooks,
+        attention=attention,
+        make_worker=make_worker,
+    )
     vocab = model.config.vocab_size
     system = [rng.randrange(vocab) for _ in range(rng.choice([0, 11, 17]))]
     logs = {f"c{i}": list(system) for i in range(rng.randint(2, 4))}
@@ -163,7 +170,9 @@ def random_play(
         assert_answer_is_stateless(reference, request)
     for name in logs:
         lab.erase(name)
-    assert not any(store.data.any() for store in getattr(lab.worker, "_local", lab.worker)._stores), "bytes are left after everything was erased"
+    assert not any(store.data.any() for store in getattr(lab.worker, "_local", lab.worker)._stores), (
+        "bytes are left after everything was erased"
+    )
     return lab
 
 

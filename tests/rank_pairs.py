@@ -24,7 +24,14 @@ def free_port() -> int:
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun would set."""
-    named = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    named = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": rank,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     return {name: str(value) for name, value in named.items()}
 
 
@@ -32,7 +39,7 @@ class RankPair:
     """Starts both on first use."""
 
     def __init__(self) -> None:
-        self._children: list[tuple[Any, Connection]] = []
+        self._children: dict[int, tuple[Any, Connection]] = {}  # by rank
 
     def run(self, lead: Job, follower: Job, *arguments: Any) -> list[Any]:
         """What `lead(group, *arguments)` on rank 0 and `follower(group, *arguments)` on rank 1 return."""
@@ -45,10 +52,10 @@ class RankPair:
         """The same; what was raised stands in its result's place, `EOFError` where a process died."""
         self._ensure()
         port = free_port()
-        for rank, (_, connection) in enumerate(self._children):
+        for rank, (_, connection) in self._children.items():
             connection.send((port, (lead, follower)[rank], arguments))
         results: list[Any] = [TimeoutError(f"no answer in {TIMEOUT_S} s")] * 2
-        waiting = {connection: rank for rank, (_, connection) in enumerate(self._children)}
+        waiting = {connection: rank for rank, (_, connection) in self._children.items()}
         while waiting and (ready := wait(list(waiting), TIMEOUT_S)):
             for connection in ready:
                 rank = waiting.pop(connection)  # type: ignore[index]
@@ -56,27 +63,31 @@ class RankPair:
                     results[rank] = connection.recv()  # type: ignore[union-attr]
                 except EOFError as error:
                     results[rank] = error
-        if any(isinstance(result, (EOFError, TimeoutError)) for result in results):
-            self.close()
+        for rank, result in enumerate(results):
+            if isinstance(result, (EOFError, TimeoutError)):
+                self._end(rank)
         return results
 
     def close(self) -> None:
-        for process, connection in self._children:
-            connection.close()
-            process.join(10.0)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._children = []
+        for rank in list(self._children):
+            self._end(rank)
+
+    def _end(self, rank: int) -> None:
+        process, connection = self._children.pop(rank)
+        connection.close()
+        process.join(10.0)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
     def _ensure(self) -> None:
         context = multiprocessing.get_context("spawn")
-        for rank in range(0 if self._children else 2):
+        for rank in {0, 1} - set(self._children):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             theirs.close()
-            self._children.append((process, ours))
+            self._children[rank] = (process, ours)
 
 
 def _serve(rank: int, connection: Connection) -> None:

@@ -319,7 +319,11 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
     sharding.require_divisible(resolved.config, resolved.label, group.size)
     if resolved.weights == "random":
         require_room(resolved.label, resolved.num_parameters * group.local_size, dtype, "cpu")
-        return sharding.split(build(resolved.config, dtype, "cpu"), group.device, group.size)
+        whole = build(resolved.config, dtype, "cpu")
+        try:
+            return sharding.split(whole, group.device, group.size)
+        except ValueError as error:  # a matrix that this version of transformers cannot cut
+            raise ModelRefused(f"{resolved.label} cannot be split over {group.size} processes: {error}") from error
     sharers = group.local_size if group.device.type == "cpu" else 1
     require_room(resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device))
     assert resolved.folder is not None
