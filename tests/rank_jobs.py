@@ -7,6 +7,7 @@ import os
 import random
 import time
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from oracle import Lab, assert_answer_is_stateless, eager_logits, random_play
 from pensieve.core.plan import Copy, Span, StepPlan, StepResult
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import ConfigError, WorkerLost
-from pensieve.worker import sharding
+from pensieve.worker import parallel, sharding
 from pensieve.worker.group import Group
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.model import CausalModel
@@ -303,3 +304,36 @@ def refused(group: Group, *_: Any) -> list[str]:
         fail_on_one(group)
     messages.append(error.value.message)
     return messages
+
+
+def break_in_forward(group: Group, ranks: tuple[int, ...]) -> list[StepResult]:
+    """The second forward breaks on some ranks after it has begun; then one more."""
+    parallel._PATIENCE = timedelta(seconds=1)
+    logits = CausalModel.logits
+
+    def broken(self: CausalModel, *arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2 and group.rank in ranks:
+            raise MemoryError("out of activations")
+        return logits(self, *arguments)
+
+    model = share(group, "llama")
+    calls: list[int] = []
+    CausalModel.logits = broken  # type: ignore[method-assign]
+    try:
+        if group.rank > 0:
+            follow(group, model)
+            return []
+        driver = Driver(model, 16, make_worker=functools.partial(ParallelWorker, group))
+        prompt = some_ids(9, 1, VOCAB)
+        driver.start("r", prompt, range(8))
+        results = [driver.run(Span("r", 0, 9, prompt, True)), driver.run(Span("r", 9, 10, None, True))]
+        results.append(driver.run(Span("r", 9, 10, (results[0].tokens[0].token_id,), True)))
+        driver.close()
+        return results
+    except WorkerLost:
+        if group.rank > 0:
+            os._exit(1)  # as a follower does
+        raise
+    finally:
+        CausalModel.logits = logits  # type: ignore[method-assign]

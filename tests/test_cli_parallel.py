@@ -60,7 +60,9 @@ def test_compare_under_torchrun_speaks_once_and_finds_equal_outputs(folder: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--model", "gpt2", "--weights", "random"), "transformers has no tensor parallel plan for 'gpt2' models"),
+        pytest.param(
+            ("--model", "gpt2", "--weights", "random"), "transformers has no tensor parallel plan for 'gpt2' models", marks=pytest.mark.slow
+        ),
         (("--gpu-cache", "-1"), "--gpu-cache must be at least 0 GB"),
     ],
 )
@@ -117,6 +119,7 @@ def test_serve_answers_over_two_processes_and_all_end_well(folder: Path, tmp_pat
         assert processes[0].returncode == 0
 
 
+@pytest.mark.slow
 def test_a_follower_that_dies_ends_the_server_with_a_reason(folder: Path, tmp_path: Path) -> None:
     with served(folder, tmp_path / "b.db") as (processes, client):
         assert ask(client, "Hello there").status_code == 200
@@ -128,6 +131,7 @@ def test_a_follower_that_dies_ends_the_server_with_a_reason(folder: Path, tmp_pa
         assert "worker_lost" in errors.splitlines()[-1] and "start all of them again" in errors.splitlines()[-1], errors
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_not_started_again_and_its_follower_says_so(folder: Path, tmp_path: Path) -> None:
     with served(folder, tmp_path / "c.db") as (processes, client):
         assert ask(client, "Hello there").status_code == 200

@@ -99,7 +99,7 @@ def test_the_step_after_the_waker_waits_for_the_other_ranks_copy(pair: RankPair)
     assert done == (0,) and seconds > 0.1
 
 
-# -- ranks that disagree, and ranks that are gone
+# -- ranks that disagree
 
 
 @pytest.mark.parametrize(("what", "words"), [("plan", "would compute something else"), ("tokens", "sampled other tokens")])
@@ -107,15 +107,6 @@ def test_in_debug_a_disagreement_ends_both_naming_step_and_rank(pair: RankPair, 
     for result in pair.outcomes(jobs.two_steps, jobs.follow_another_plan, what):
         assert isinstance(result, WorkerLost)
         assert f"in step 1 rank 1 {words} than rank 0" in result.message
-
-
-def test_who_is_left_alone_says_so_and_does_not_hang(pair: RankPair) -> None:
-    message, gone = pair.outcomes(jobs.lead_until_lost, jobs.die)
-    assert isinstance(gone, EOFError)
-    assert "rank 0 lost the other processes" in message
-    gone, lost = pair.outcomes(jobs.die, jobs.just_follow, "llama")
-    assert isinstance(gone, EOFError)
-    assert isinstance(lost, WorkerLost) and "rank 1 lost the other processes" in lost.message
 
 
 # -- refusals
@@ -173,3 +164,25 @@ def test_a_ledger_of_three_ranks() -> None:
     ledger.settle(1, (3,), ())
     ledger.settle(2, (3,), ())
     assert ledger.take() == ((3,), ()) and ledger.num_open == 0 and not ledger.others_owe
+
+
+# -- last, since they cost processes
+
+
+def test_who_is_left_alone_says_so_and_does_not_hang(pair: RankPair) -> None:
+    message, gone = pair.outcomes(jobs.lead_until_lost, jobs.die)
+    assert isinstance(gone, EOFError)
+    assert "rank 0 lost the other processes" in message
+    gone, lost = pair.outcomes(jobs.die, jobs.just_follow, "llama")
+    assert isinstance(gone, EOFError)
+    assert isinstance(lost, WorkerLost) and "rank 1 lost the other processes" in lost.message
+
+
+def test_a_forward_that_breaks_midway_is_void_if_it_breaks_on_all_and_the_end_if_on_one(pair: RankPair) -> None:
+    results, _ = pair.run(jobs.break_in_forward, jobs.break_in_forward, (0, 1))
+    assert (
+        results[1].forward_error is not None and "rank 0: MemoryError" in results[1].forward_error and "rank 1" in results[1].forward_error
+    )
+    assert [token.token_id for result in (results[0], results[2]) for token in result.tokens] == alone(SamplingParams(max_new_tokens=2))
+    error, gone = pair.outcomes(jobs.break_in_forward, jobs.break_in_forward, (1,))
+    assert isinstance(error, WorkerLost) and isinstance(gone, EOFError), (error, gone)

@@ -10,13 +10,14 @@ import atexit
 import contextlib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions, BroadcastOptions
 
 from pensieve.errors import ConfigError, PensieveError, WorkerLost, error_from
 from pensieve.worker.place import Place
@@ -132,26 +133,28 @@ class Group:
 
     def _broadcast(self, data: bytes | None) -> bytes:
         first = _padded(data, _SHORT_BYTES)
-        self._collect(lambda: dist.broadcast(first, 0, group=self._control, async_op=True), None)
+        self._collect(lambda control: control.broadcast([first], BroadcastOptions()))
         length = int.from_bytes(first[:_LENGTH_BYTES].numpy().tobytes(), "little")
         if _LENGTH_BYTES + length > _SHORT_BYTES:
             first = _padded(data, _LENGTH_BYTES + length)
-            self._collect(lambda: dist.broadcast(first, 0, group=self._control, async_op=True), None)
+            self._collect(lambda control: control.broadcast([first], BroadcastOptions()))
         return first[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes()
 
     def _gather(self, data: bytes, num_bytes: int, patience: timedelta | None) -> list[tuple[int, bytes]]:
         """(how many bytes it would say, those of them that fitted) of each rank."""
         own = _padded(data, num_bytes)
         rows = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(self.size)]
-        self._collect(lambda: dist.all_gather(rows, own, group=self._control, async_op=True), patience)
+        options = AllgatherOptions()
+        options.timeout = patience or _IDLE  # the collective's own: a wait that ends before it would leave a thread in it for ever
+        self._collect(lambda control: control.allgather([rows], [own], options))
         lengths = [int.from_bytes(row[:_LENGTH_BYTES].numpy().tobytes(), "little") for row in rows]
         return [(length, row[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes()) for length, row in zip(lengths, rows, strict=True)]
 
-    def _collect(self, begin: Any, patience: timedelta | None) -> None:
+    def _collect(self, begin: Callable[[dist.ProcessGroup], dist.Work]) -> None:
         if self._control is None:
             raise WorkerLost(f"rank {self.rank} has left the other processes")
         try:
-            begin().wait(patience or _IDLE)
+            begin(self._control).wait()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise WorkerLost(f"rank {self.rank} lost the other processes, one of them ended or is out of step: {reason[0]}") from error
