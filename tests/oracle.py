@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
-from pensieve.core.plan import StepPlan
+from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.request import FinishReason, Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConversationNotFound
@@ -61,15 +62,17 @@ class Lab:
         ahead: bool = False,
         graph_rows: int = 0,
         real_graphs: bool = False,
+        make_worker: Callable[..., Any] | None = None,
     ) -> None:
         tiers = tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), slots, strict=False))
         cost = CostProfile([(chunk_tokens, 1.0), (max_context, 2.0)], chunk_tokens)
         self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), lambda: POLICIES[policy](cost.of_chunk))
         self.scheduler = Scheduler(config or SchedulerConfig(max_batch_tokens=72, max_running=8), self.cache, max_context)
-        self.worker = ModelWorker(
-            model, tiers, chunk_tokens, hooks=hooks or Hooks(), attention=attention, on_device=ahead or None, graph_rows=graph_rows,
-            recorder=None if real_graphs else EagerRecorder(),
-        )  # fmt: skip
+        wants = {"hooks": hooks or Hooks(), "attention": attention}
+        if make_worker is None:
+            recorder = None if real_graphs else EagerRecorder()
+            make_worker = functools.partial(ModelWorker, on_device=ahead or None, graph_rows=graph_rows, recorder=recorder)
+        self.worker = make_worker(model, tiers, chunk_tokens, **wants)
         self.ahead = ahead
         self.begun: deque[StepPlan] = deque()
         self.now_s = 0.0
@@ -87,14 +90,20 @@ class Lab:
         if plan.is_empty:
             time.sleep(1e-3)  # an engine would sleep until a copy wakes it
         self.cache.check()
-        self.worker.begin(plan)
-        self.begun.append(plan)
-        while len(self.begun) > (1 if self.ahead and not plan.is_empty else 0):
-            events = self.scheduler.commit(self.begun.popleft(), self.worker.finish(), self.now_s)
-            self.cache.check()
-            for request in events.finished:
-                self.done[request.request_id] = request
+        if not self.ahead:
+            self.commit(plan, self.worker.run(plan))
+        else:
+            self.worker.begin(plan)
+            self.begun.append(plan)
+            while len(self.begun) > (0 if plan.is_empty else 1):
+                self.commit(self.begun.popleft(), self.worker.finish())
         for request in self.scheduler.take_finished():
+            self.done[request.request_id] = request
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        events = self.scheduler.commit(plan, result, self.now_s)
+        self.cache.check()
+        for request in events.finished:
             self.done[request.request_id] = request
 
     def run(self, limit: int = 3000) -> None:
@@ -151,6 +160,7 @@ def random_play(
     attention: str = "auto",
     ahead: bool = False,
     graph_rows: int = 0,
+    make_worker: Callable[..., Any] | None = None,
 ) -> Lab:
     """Random conversations, interleaved and sharing a prefix, through random small tiers, with random trouble."""
     rng = random.Random(seed)
@@ -162,9 +172,15 @@ def random_play(
     hooks = Hooks(before_copy=lambda copy: maybe(0.1, "injected copy"), before_forward=lambda plan: maybe(0.02, "injected forward"))
     slots = (rng.randint(4, 24), rng.choice([0, 4, 30]))
     lab = Lab(
-        model, slots if slots[1] else slots[:1], policy=rng.choice(["lru", "retention"]), hooks=hooks, attention=attention,
-        ahead=ahead, graph_rows=graph_rows,
-    )  # fmt: skip
+        model,
+        slots if slots[1] else slots[:1],
+        policy=rng.choice(["lru", "retention"]),
+        hooks=hooks,
+        attention=attention,
+        ahead=ahead,
+        graph_rows=graph_rows,
+        make_worker=make_worker,
+    )
     vocab = model.config.vocab_size
     system = [rng.randrange(vocab) for _ in range(rng.choice([0, 11, 17]))]
     logs = {f"c{i}": list(system) for i in range(rng.randint(2, 4))}
@@ -201,7 +217,9 @@ def random_play(
         assert_answer_is_stateless(reference, request)
     for name in logs:
         lab.erase(name)
-    assert not any(store.data.any() for store in lab.worker._stores), "bytes are left after everything was erased"
+    assert not any(store.data.any() for store in getattr(lab.worker, "_local", lab.worker)._stores), (
+        "bytes are left after everything was erased"
+    )
     return lab
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,17 @@ def some_ids(count: int, seed: int = 0, vocab: int = 199) -> tuple[int, ...]:
 class Driver:
     """A worker, and a plan for each call. Keeps the logits of every step."""
 
-    def __init__(self, model: CausalModel, *slots: int, attention: str = "auto", hooks: Hooks = Hooks()) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        *slots: int,
+        attention: str = "auto",
+        hooks: Hooks = Hooks(),
+        make_worker: Callable[..., Any] = ModelWorker,
+    ) -> None:
         self.model = model
         tiers = tuple(TierConfig(name, count) for name, count in zip(("gpu", "cpu", "disk"), slots, strict=False))
-        self.worker = ModelWorker(model, tiers, CHUNK, attention=attention, hooks=hooks)
+        self.worker = make_worker(model, tiers, CHUNK, attention=attention, hooks=hooks)
         self.steps = itertools.count()
         self.copies = itertools.count()
         self.started: list[RequestStart] = []

@@ -21,7 +21,7 @@ from pensieve.core.request import FinishReason, Request
 from pensieve.core.scheduler import Scheduler
 from pensieve.core.sequence import Sequence
 from pensieve.core.wipes import Erasure
-from pensieve.errors import EngineClosed, PensieveError
+from pensieve.errors import EngineClosed, PensieveError, WorkerLost
 from pensieve.messages import (
     Abort,
     CacheMap,
@@ -130,6 +130,9 @@ class Engine:
                 self._wake.clear()
                 if not self.step():
                     self._wake.wait(COPY_POLL_S if self._scheduler.cache.places.copies else None)
+        except WorkerLost as error:
+            log.error("the engine stopped: %s", error.message)
+            why = f"the engine stopped: {error.message}"
         except Exception as error:  # our own bug: say so to everybody who waits rather than leave them waiting
             log.exception("the engine stopped")
             why = f"the engine stopped on an error of its own: {type(error).__name__}: {error}"
@@ -181,6 +184,8 @@ class Engine:
         """A worker reports failures in its result; one that raises all the same loses only this step."""
         try:
             return work()
+        except WorkerLost:  # it will never compute again
+            raise
         except Exception as error:
             log.exception("the worker raised in step %d", plan.step_id)
             message = f"{type(error).__name__}: {error}"

@@ -107,6 +107,13 @@ class WorkerFailed(PensieveError):
     http_status = 500
 
 
+class WorkerLost(PensieveError):
+    """What computes cannot go on: one of the processes that share a model ended, or they are out of step."""
+
+    code = "worker_lost"
+    http_status = 503
+
+
 class EngineClosed(PensieveError):
     """The engine stopped before this request ended."""
 

@@ -6,7 +6,8 @@ import sys
 
 import click
 
-from pensieve.errors import PensieveError
+from pensieve.errors import ConfigError, PensieveError
+from pensieve.worker.place import Place
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,14 +18,29 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:
-    """Run a click command as a program; a `PensieveError` becomes one line on stderr and exit status 2."""
+    """Run a click command as a program; a `PensieveError` becomes one line on stderr and exit status 2.
+
+    Of several processes that torchrun started with the same words, the first alone says what is wrong with them, and exits so.
+    """
     try:
         command.main(arguments, prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
+        if _is_follower():
+            sys.exit(0)
         error.show()
         sys.exit(error.exit_code)
     except PensieveError as error:
+        if _is_follower():
+            sys.exit(0)
         click.echo(f"{name}: {error.code}: {error.message}", err=True)
         sys.exit(2)
+
+
+def _is_follower() -> bool:
+    try:
+        place = Place.from_environment()
+    except ConfigError:
+        return False
+    return place is not None and place.rank > 0

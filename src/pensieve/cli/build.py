@@ -22,14 +22,18 @@ from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
 from pensieve.errors import ConfigError
 from pensieve.messages import Event
+from pensieve.worker.place import Place
 
 if TYPE_CHECKING:
     from pensieve.engine_process import EngineInfo, EngineProcess, State
     from pensieve.service import ConversationService
     from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
+    from pensieve.worker.group import Group
     from pensieve.worker.model import CausalModel, Forward
+    from pensieve.worker.parallel import ParallelWorker
     from pensieve.worker.weights import ResolvedModel
+    from pensieve.worker.worker import ModelWorker
 
 GB = 1_000_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -93,9 +97,10 @@ class LoadedModel:
 
     resolved: ResolvedModel
     model: CausalModel
-    shape: ModelShape
+    shape: ModelShape  # with the key/value heads that this process caches
     text: ChatText | None  # None: no tokenizer can be had (token ids are drawn then), or it was not asked for
     gpu_cache_gb: float  # of the first tier, as told or as found
+    group: Group | None = None  # the processes it is split over; None: it is here as a whole
 
     @property
     def talks(self) -> bool:
@@ -169,6 +174,16 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
     Raises:
         ModelUnavailable, ModelRefused, ConfigError: see `worker.weights` and `worker.model`.
     """
+    place = Place.from_environment()
+    if place is not None and place.rank > 0:
+        from pensieve.cli.follower import follow_rank_zero
+
+        follow_rank_zero(options, place)  # does not return: the command is rank 0's alone
+    return load_here(options, place, must_talk=must_talk, say=say, with_text=with_text)
+
+
+def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Say, with_text: bool) -> LoadedModel:
+    """`load_model` on each rank: with a place among several processes, all do it together and each gets its share."""
     import torch
 
     from pensieve.worker.model import shape_of
@@ -182,13 +197,25 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
     def progress(what: str, share: float | None) -> None:
         say(what if share is None else f"{what} {share:4.0%}")
 
-    resolved = resolve(
-        options.model, options.weights, dtype=options.dtype, device=options.device, allow_random=not must_talk, progress=progress
-    )
-    say(f"loading {resolved.label}")
-    model = _causal_model(resolved, options, say)
+    def find() -> ResolvedModel:
+        return resolve(
+            options.model, options.weights, dtype=options.dtype, device=options.device, allow_random=not must_talk, progress=progress
+        )
+
+    if place is None:
+        group, resolved = None, find()
+        say(f"loading {resolved.label}")
+        model = _causal_model(resolved, options, say)
+    else:
+        from pensieve.worker.group import Group
+        from pensieve.worker.sharding import load_together
+
+        say(f"waiting for the other {place.size - 1} of {place.size} processes")
+        group = Group.join(place, options.device)
+        resolved, model = load_together(group, find, options.dtype, options.forward, int8=options.quantize == "int8", say=say)
     text = load_text(resolved.tokenizer_dir, resolved.weights) if with_text else None
-    return LoadedModel(resolved, model, shape_of(resolved.config), text, _first_tier_gb(options, model, say))
+    shape = replace(shape_of(resolved.config), num_kv_heads=model.geometry.num_kv_heads)
+    return LoadedModel(resolved, model, shape, text, _first_tier_gb(options, model, say), group)
 
 
 def _first_tier_gb(options: Options, model: CausalModel, say: Say) -> float:
@@ -300,14 +327,9 @@ def start(
 
 def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[Event]], None], retain: bool = True) -> StartedEngine:
     """The engine alone, its thread running; `emit` gets its events."""
-    from pensieve.worker.worker import ModelWorker
-
     sizes = _sizes_of(options, loaded, retain)
     cost, cost_source, copy_bytes_per_s = cost_profile(options, loaded)
-    worker = ModelWorker(
-        loaded.model, sizes.tiers, options.chunk_tokens, attention=options.attention, verify=options.verify_transfers,
-        graph_rows=options.graph_rows,
-    )  # fmt: skip
+    worker = _make_worker(options, loaded, sizes)
     assert worker.chunk_bytes == sizes.chunk_bytes, f"a chunk has {worker.chunk_bytes} bytes, {sizes.chunk_bytes} were reckoned"
     cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), lambda: POLICIES[options.policy](cost.of_chunk))
     config = SchedulerConfig(max_batch_tokens=options.batch_tokens, max_running=options.max_running, retain=retain)
@@ -317,11 +339,27 @@ def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(
         scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug, quote=quote,
-        ahead=options.is_on_gpu,
+        ahead=options.is_on_gpu and loaded.group is None,
     )  # fmt: skip
     attention = worker.attention
     engine.start()
     return StartedEngine(engine, sizes, cost_source, attention, loaded.model.forward_name)
+
+
+def _make_worker(options: Options, loaded: LoadedModel, sizes: Sizes) -> ModelWorker | ParallelWorker:
+    if loaded.group is None:
+        from pensieve.worker.worker import ModelWorker
+
+        return ModelWorker(
+            loaded.model, sizes.tiers, options.chunk_tokens, attention=options.attention, verify=options.verify_transfers,
+            graph_rows=options.graph_rows,
+        )  # fmt: skip
+    from pensieve.worker.parallel import ParallelWorker
+
+    return ParallelWorker(
+        loaded.group, loaded.model, sizes.tiers, options.chunk_tokens, attention=options.attention, verify=options.verify_transfers,
+        debug=options.debug,
+    )  # fmt: skip
 
 
 def start_apart(
@@ -351,6 +389,7 @@ def start_apart(
         (options, must_talk, retain),
         emit=lambda events: late[0].handle(events),
         on_state=on_state,
+        restart=Place.from_environment() is None,  # the other ranks of one that died cannot be joined again
     )
     try:
         import_tokenizers()  # while the engine loads
@@ -393,7 +432,7 @@ def cost_profile(options: Options, loaded: LoadedModel) -> tuple[CostProfile, st
     """Cost(l) as measured on this machine by `pensieve profile`, or else from arithmetic; which of the two; and, measured, bytes a second upwards."""
     from pensieve.worker import profile
 
-    measured = profile.find(loaded.model, options.chunk_tokens)
+    measured = None if loaded.group is not None else profile.find(loaded.model, options.chunk_tokens)  # (measured in one process)
     if measured is not None:
         cost = CostProfile(measured.points, options.chunk_tokens)
         return cost, "measurement (pensieve profile)", measured.copy_bytes_per_s.get("cpu->gpu")

@@ -6,9 +6,13 @@ import gc
 import os
 import time
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 from pensieve.cli.build import Options, load_model, start_engine
 from pensieve.engine_child import Emit, EngineInfo, Say, ServedEngine, serve_engine
+
+if TYPE_CHECKING:
+    from pensieve.worker.group import Group
 
 
 def run(connection: Connection, options: Options, must_talk: bool = True, retain: bool = True) -> None:
@@ -21,9 +25,11 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
         retain: False is the stateless baseline.
     """
     started_s = time.monotonic()
+    groups: list[Group] = []
 
     def build(emit: Emit, say: Say) -> tuple[ServedEngine, EngineInfo]:
         loaded = load_model(options, must_talk=must_talk, say=say, with_text=False)
+        groups.extend([] if loaded.group is None else [loaded.group])
         say("allocating the cache")
         started = start_engine(options, loaded, emit=emit, retain=retain)
         gc.collect()
@@ -35,7 +41,7 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
             weights=resolved.weights,
             num_parameters=resolved.num_parameters,
             dtype=options.dtype,
-            device=options.device,
+            device=options.device if loaded.group is None else f"{loaded.group.size} x {options.device}",
             vocab_size=loaded.shape.vocab_size,
             max_context=started.sizes.max_context,
             chunk_tokens=options.chunk_tokens,
@@ -49,4 +55,8 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
             note=resolved.note,
         )
 
-    serve_engine(connection, build)
+    try:
+        serve_engine(connection, build)
+    finally:
+        for group in groups:  # (this process ends without its exit handlers)
+            group.dismiss()

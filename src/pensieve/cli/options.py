@@ -49,9 +49,17 @@ _CACHE = (
         "gpu_cache_gb",
         type=float,
         default=None,
-        help=f"First tier, GB (default: {CPU_CACHE_GB:g}, in RAM, on a CPU; on a GPU what is left beside the weights and the largest step).",
+        help=f"First tier, GB; under torchrun of each process (default: {CPU_CACHE_GB:g}, in RAM, on a CPU; on a GPU what is left beside "
+        "the weights and the largest step).",
     ),
-    click.option("--cpu-cache", "cpu_cache_gb", type=float, default=_DEFAULTS.cpu_cache_gb, show_default=True, help="Second tier, GB."),
+    click.option(
+        "--cpu-cache",
+        "cpu_cache_gb",
+        type=float,
+        default=_DEFAULTS.cpu_cache_gb,
+        show_default=True,
+        help="Second tier, GB; under torchrun of each process.",
+    ),
     click.option("--max-context", type=int, default=None, help="Tokens of prompt and answer (default: what model and first tier hold)."),
     click.option(
         "--overflow",

@@ -10,6 +10,8 @@ import click
 
 from pensieve.cli.build import load_model
 from pensieve.cli.options import model_options, pick
+from pensieve.errors import ConfigError
+from pensieve.worker.place import Place
 
 
 @click.command()
@@ -23,6 +25,8 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
     """Measure what recomputing a chunk costs at each context length (Cost(l), paper §4.3.1), and keep it."""
     from pensieve.worker.profile import load_or_measure
 
+    if Place.from_environment() is not None:
+        raise ConfigError("`pensieve profile` measures one process: start it without torchrun")
     options = pick(shared)
     loaded = load_model(options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True))
     note = f": {loaded.resolved.note}" if loaded.resolved.note else ""

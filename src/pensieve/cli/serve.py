@@ -9,7 +9,9 @@ import logging
 import signal
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,12 @@ import click
 from pensieve.cli.build import Options
 from pensieve.cli.loops import loop_factory
 from pensieve.cli.options import cache_options, model_options, pick
-from pensieve.errors import ConfigError, ModelUnavailable
+from pensieve.errors import ConfigError, ModelUnavailable, WorkerLost
+from pensieve.worker.place import Place
 
 if TYPE_CHECKING:
     from pensieve.cli.build import ApartRuntime
+    from pensieve.engine_process import State
     from pensieve.server.context import Context, ServerConfig
     from pensieve.server.keys import KeyFile
     from pensieve.store.base import ConversationStore
@@ -96,9 +100,15 @@ def run_server(
 
     Raises:
         ConfigError: an option is wrong, or the server packages are not installed.
+        WorkerLost: the model was split over several processes, and one of them ended.
         ModelUnavailable, ModelRefused, StoreError: what could not be had.
     """
     begun_s = time.perf_counter()
+    place = Place.from_environment()
+    if place is not None and place.rank > 0:
+        from pensieve.cli.follower import follow_rank_zero
+
+        follow_rank_zero(options, place)  # does not return: rank 0 serves
     try:
         import uvicorn
         from prometheus_client import CollectorRegistry  # noqa: F401
@@ -123,9 +133,18 @@ def run_server(
             f"--host {host} can be reached from other machines: give --api-key-file (see `pensieve keys add`), or --insecure if everybody may ask"
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    servers: list[uvicorn.Server] = []
+    failed = threading.Event()
+
+    def on_state(state: State) -> None:
+        if state == "failed" and place is not None:  # it is not started again, and neither are the other processes
+            failed.set()
+            for server in servers:
+                server.should_exit = True
+
     listener = _listen(host, port)  # first: a port that is taken should not cost the loading of a model
     try:
-        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless)
+        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state)
     except BaseException:
         listener.close()
         raise
@@ -167,6 +186,8 @@ def run_server(
             server_header=False,
         )
     )
+    servers.append(server)
+    server.should_exit = failed.is_set()
     _on_terminate(server, parts)
     try:
         gc.collect()
@@ -175,6 +196,9 @@ def run_server(
             runner.run(server.serve(sockets=[listener]))
     finally:
         parts.close()
+    if failed.is_set():
+        reason = parts.runtime.process.last_error or "the engine ended"
+        raise WorkerLost(f"{reason}. The model is split over several processes, and they end together: start all of them again")
 
 
 class _Parts:
@@ -237,7 +261,7 @@ class _Parts:
             self.ephemeral.close()
 
 
-def _start(options: Options, store_url: str | None, owner: str, *, retain: bool) -> _Parts:
+def _start(options: Options, store_url: str | None, owner: str, *, retain: bool, on_state: Callable[[State], None] | None = None) -> _Parts:
     """Start the engine's process and open the store.
 
     `owner` is under which name answers under way are in the store: whoever listens here now owns what whoever did before left unfinished.
@@ -252,7 +276,7 @@ def _start(options: Options, store_url: str | None, owner: str, *, retain: bool)
         if recovered:
             log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
         ephemeral = SqliteStore(MEMORY)
-        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain)
+        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state)
         if runtime.text is None:
             runtime.close()
             raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")

@@ -112,6 +112,8 @@ class LlamaForward:
     def why_not(model: PreTrainedModel) -> str | None:
         """Why this model must be computed by its modules; None: it need not."""
         config = model.config.get_text_config()
+        if (num_ranks := model.tp_size or 1) > 1:
+            return f"its weights are split over {num_ranks} processes"
         if type(model).__name__ not in _FAMILY:
             return f"{type(model).__name__} is not of the Llama family"
         if config.hidden_act != "silu":

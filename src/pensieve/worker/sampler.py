@@ -27,6 +27,9 @@ from pensieve.worker.pinned import to_device, to_host
 _ROWS_TOGETHER = 16  # their logits as fp32 still fit in a processor's cache (3 MB at 49,152 tokens)
 
 
+Sampled = tuple[str, int, int]  # request id, position, token id
+
+
 class _State:
     """What is remembered of one request: its tokens by position, and how often each occurred where penalties need that."""
 
@@ -76,6 +79,9 @@ class Choice:
     told: dict[str, torch.Tensor] = field(default_factory=dict)  # what `collect` reads, in host memory once its mark was reached
 
 
+NOTHING = Choice((), torch.empty(0, dtype=torch.int64))  # of no span
+
+
 class Sampler:
     """Sole owner of what is remembered of a request between its tokens; forgotten only when it has ended."""
 
@@ -109,6 +115,13 @@ class Sampler:
         """Whether any of these can be sampled only when all earlier tokens are known here."""
         return any(span.emits_token and self._states[span.request_id].occurrences is not None for span in spans)
 
+    def accept(self, sampled: Iterable[Sampled]) -> None:
+        """Tokens that somebody else sampled for these requests; what was known of their positions, and behind, is forgotten."""
+        for request_id, position, token in sampled:
+            if (state := self._states.get(request_id)) is not None:
+                state.truncate(position)
+                state.append(position, token)
+
     def sample(self, spans: Sequence[Span], logits: torch.Tensor) -> tuple[list[SampledToken], list[RequestFailure]]:
         """Both halves at once."""
         choice = self.launch(spans, logits)
@@ -122,7 +135,7 @@ class Sampler:
             logits: (E, V), in any floating dtype.
         """
         if not spans:
-            return Choice((), torch.empty(0, dtype=torch.int64))
+            return NOTHING
         if self._on_device or logits.device.type != "cpu":
             best, tokens = logits.max(dim=-1)  # (of a greedy request, that is its token; NaN wins a maximum)
             finite = torch.isfinite(best)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from pensieve.worker.group import Group
+
 # torch and transformers are imported where they are used: listing models and fetching the default need neither.
 
 Source = Literal["embedded", "folder", "hub", "gguf", "random"]
@@ -113,18 +115,23 @@ def resolve(
     return _from_hub(spec, repo, preset, weights, number_type, device, allow_random, progress)
 
 
-def load(resolved: ResolvedModel, dtype: str | torch.dtype = "bfloat16", device: str = "cpu") -> PreTrainedModel:
-    """The model itself, in evaluation mode, without gradients, on `device`.
+def load(
+    resolved: ResolvedModel, dtype: str | torch.dtype = "bfloat16", device: str = "cpu", group: Group | None = None
+) -> PreTrainedModel:
+    """The model itself, in evaluation mode, without gradients, on `device`; with a group, this rank's share of it, on the rank's device.
 
     A damaged conversion is found here at the latest, built again, and loaded.
 
     Raises:
         ModelRefused: the weights do not fit in memory (nothing was allocated), or the files cannot be loaded.
         ModelUnavailable: a damaged conversion could not be built again.
+        ConfigError: the model cannot be split over the group.
     """
     from pensieve.worker.random_weights import build, require_room
 
     number_type = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    if group is not None:
+        return _load_share(resolved, number_type, group)
     require_room(resolved.label, resolved.num_parameters, number_type, device)
     if resolved.weights == "random":
         return build(resolved.config, number_type, device)
@@ -302,6 +309,28 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedMod
             folder, dtype=dtype, local_files_only=True, device_map={"": device} if straight else None
         )
     return model.to(device).requires_grad_(False).eval()
+
+
+def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> PreTrainedModel:
+    """A rank's share. Random weights are made whole first, in main memory, so that they are those of a single process."""
+    from pensieve.worker import sharding
+    from pensieve.worker.random_weights import build, require_room
+
+    sharding.require_divisible(resolved.config, resolved.label, group.size)
+    if resolved.weights == "random":
+        require_room(resolved.label, resolved.num_parameters * group.local_size, dtype, "cpu")
+        whole = build(resolved.config, dtype, "cpu")
+        try:
+            return sharding.split(whole, group.device, group.size)
+        except ValueError as error:  # a matrix that this version of transformers cannot cut
+            raise ModelRefused(f"{resolved.label} cannot be split over {group.size} processes: {error}") from error
+    sharers = group.local_size if group.device.type == "cpu" else 1
+    require_room(resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device))
+    assert resolved.folder is not None
+    try:
+        return sharding.load_split(resolved.folder, dtype, group.device, group.size)
+    except Exception as error:  # safetensors, pickle and transformers each have their own kinds
+        raise ModelRefused(f"{resolved.label} could not be loaded from {resolved.folder}: {type(error).__name__}: {error}") from error
 
 
 def _rebuilt(resolved: ResolvedModel) -> Path | None:

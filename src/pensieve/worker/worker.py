@@ -20,7 +20,7 @@ from pensieve.worker.kv_store import KVStore
 from pensieve.worker.lanes import lanes_for
 from pensieve.worker.model import CausalModel
 from pensieve.worker.random_weights import available_bytes
-from pensieve.worker.sampler import Choice, Sampler
+from pensieve.worker.sampler import NOTHING, Choice, Sampler
 from pensieve.worker.transfer import SwapIn, Transfer
 
 _SLACK_BYTES = 256 << 20  # activations and staging, which the tiers must leave room for
@@ -36,12 +36,12 @@ class Hooks:
 
 
 @dataclass(slots=True)
-class _Begun:
+class Begun:
     """A plan that was begun and not finished."""
 
     plan: StepPlan
     swap_in: SwapIn | None = None  # None: nothing was begun
-    choice: Choice = field(default_factory=lambda: Choice((), torch.empty(0)))
+    choice: Choice = NOTHING
     contexts: dict[str, frozenset[int]] = field(
         default_factory=dict
     )  # slots that each emitting request attends, where some are being swapped in
@@ -98,7 +98,7 @@ class ModelWorker:
         self._sampler = Sampler(before_sample=hooks.before_sample, on_device=self._on_device)
         self._lanes = lanes_for(model.device)
         self._transfer = Transfer(self._stores, before_copy=hooks.before_copy, lanes=self._lanes, verify=verify)
-        self._begun: deque[_Begun] = deque()
+        self._begun: deque[Begun] = deque()
         self._latest = torch.zeros(0, dtype=torch.int64, device=model.device)  # by row among requests, the token sampled last
         self._graphs: DecodeGraphs | None = None
         if has_graphs:
@@ -136,7 +136,7 @@ class ModelWorker:
         self._builder.forget(plan.ended)
         self._sampler.start(plan.started)
         self._builder.update(plan.tables)
-        begun = _Begun(plan)
+        begun = Begun(plan)
         self._begun.append(begun)
         try:
             self._wipe(plan.wiped)
@@ -188,7 +188,7 @@ class ModelWorker:
         for tier, store in enumerate(self._stores) if wiped else ():
             store.wipe([slot for place, slot in wiped if place == tier])
 
-    def _launch(self, begun: _Begun, swap_in: SwapIn) -> None:
+    def _launch(self, begun: Begun, swap_in: SwapIn) -> None:
         """The forward of a plan with spans, and its sampling."""
         plan = begun.plan
         with torch.inference_mode():
@@ -223,7 +223,7 @@ class ModelWorker:
                 return logits
         return self._model.forward(batch, PagedAttention(self._backend, batch, swap_in.wait_layer))
 
-    def _choose(self, begun: _Begun, batch: Batch, logits: torch.Tensor) -> Choice:
+    def _choose(self, begun: Begun, batch: Batch, logits: torch.Tensor) -> Choice:
         """Sample for the spans whose context came in whole, as far as that is known by now."""
         spans = batch.emitting
         if self._on_device or all(self._is_whole(begun, span) for span in spans):
@@ -231,7 +231,7 @@ class ModelWorker:
         good = [row for row, span in enumerate(spans) if self._is_whole(begun, span)]
         return self._sampler.launch(tuple(spans[row] for row in good), logits[good])
 
-    def _is_whole(self, begun: _Begun, span: Span) -> bool:
+    def _is_whole(self, begun: Begun, span: Span) -> bool:
         """Whether a span attended nothing that a swap-in failed to bring; if it did, the scheduler plans it again."""
         if not begun.contexts:
             return True
@@ -242,7 +242,7 @@ class ModelWorker:
         """The token at a span's start. 0 where none was sampled: then that step was void, and so will be this one."""
         return self._sampler.last_token(span) or 0
 
-    def _collect(self, begun: _Begun) -> None:
+    def _collect(self, begun: Begun) -> None:
         """Wait for what was begun, and take its tokens in."""
         if begun.outcome is not None or begun.swap_in is None:
             return
@@ -256,7 +256,7 @@ class ModelWorker:
             begun.error = f"{type(error).__name__}: {error}"
             begun.outcome = ([], [])
 
-    def _collect_all_but(self, newest: _Begun) -> None:
+    def _collect_all_but(self, newest: Begun) -> None:
         for begun in self._begun:
             if begun is not newest:
                 self._collect(begun)
@@ -272,8 +272,8 @@ def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
     return available_bytes(str(device))
 
 
-def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device) -> None:
-    """Refuse tiers that do not fit, before anything is allocated.
+def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device, *, sharers: int = 1) -> None:
+    """Refuse tiers that do not fit, before anything is allocated. `sharers` processes want as much of the same main memory.
 
     Raises:
         ConfigError: with the size of each tier, the size there is, and the way out.
@@ -281,11 +281,13 @@ def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.
     places = {"cpu": torch.device("cpu"), str(device): device}
     for name, place in places.items():
         here = [tier for index, tier in enumerate(tiers) if str(device if index == 0 else torch.device("cpu")) == name]
-        need = sum(tier.num_slots for tier in here) * chunk_bytes
+        times = sharers if place.type == "cpu" else 1
+        need = times * sum(tier.num_slots for tier in here) * chunk_bytes
         room = memory_available_bytes(place)
         if here and room is not None and need + _SLACK_BYTES > room:
             sizes = ", ".join(f"{tier.name} {tier.num_slots} chunks = {tier.num_slots * chunk_bytes / 1e9:.2f} GB" for tier in here)
+            each = f" for each of {times} processes" if times > 1 else ""
             raise ConfigError(
-                f"the cache does not fit in the memory of {name}: {sizes}; {room / 1e9:.2f} GB are available, "
+                f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are available, "
                 f"{_SLACK_BYTES / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes"
             )

@@ -1,0 +1,38 @@
+"""What a process above rank 0 does instead of its command: it loads its share of the model and follows. Chooses, wires; says nothing.
+
+Rank 0 reports whatever there is to report, failures of other ranks too. A follower speaks only when rank 0 is gone without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+import click
+
+from pensieve.cli.build import Options, load_here
+from pensieve.errors import PensieveError, WorkerLost
+from pensieve.worker.place import Place
+
+
+def follow_rank_zero(options: Options, place: Place) -> NoReturn:
+    """Compute what rank 0 says until it ends, then exit: 0, or 1 where it ended without a word."""
+    from pensieve.worker.parallel import follow
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach rank 0 as well: whether to drain, and for how long, is its decision
+        signal.signal(number, signal.SIG_IGN)
+    code = 0
+    try:
+        loaded = load_here(options, place, must_talk=False, say=lambda message: None, with_text=False)
+        assert loaded.group is not None
+        follow(loaded.group, loaded.model)
+    except WorkerLost as error:
+        click.echo(f"pensieve: rank {place.rank} of {place.size} ends: {error.message}", err=True)
+        code = 1
+    except PensieveError:
+        pass  # rank 0 says it, and its exit status is the one that counts
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # nothing is left to close, and libraries that take themselves apart would only keep rank 0's starter waiting

@@ -1,0 +1,195 @@
+"""The processes that compute one model together: who they are, and how they agree. Knows ranks and bytes; never models or plans.
+
+Numbers of tensors go through torch's default group (nccl on CUDA, gloo on a CPU), where transformers' collectives run. What is said here, a few
+bytes a step, goes through a gloo group of its own, so that it can never be paired with a collective of a forward.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions, BroadcastOptions
+
+from pensieve.errors import ConfigError, PensieveError, WorkerLost, error_from
+from pensieve.worker.place import Place
+
+_IDLE = timedelta(days=365)  # a rank may wait so long for the next word; that another one died is noticed by its connection, at once
+_SHORT_BYTES = 2048  # what is usually said fits, and takes one collective; more takes two
+_LENGTH_BYTES = 4
+
+
+class Group:
+    """The ranks, connected. Every method is called by all of them at the same point, by one thread of each."""
+
+    def __init__(self, place: Place, device: torch.device, control: dist.ProcessGroup) -> None:
+        self.rank, self.size, self.local_size, self.device = place.rank, place.size, place.local_size, device
+        self._control: dist.ProcessGroup | None = control
+
+    @classmethod
+    def join(cls, place: Place, device: str) -> Group:
+        """Connect to the other ranks; returns when all are there.
+
+        Args:
+            place: see `Place.from_environment`.
+            device: "cpu" or "cuda"; on CUDA each process takes the device of its own local rank.
+
+        Raises:
+            ConfigError: this machine has no such device for this rank, or a device was named by its number.
+            WorkerLost: the others cannot be reached.
+        """
+        own = _own_device(place, device)
+        try:
+            if own.type == "cuda":
+                torch.cuda.set_device(own)
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=place.rank, world_size=place.size)
+            control = dist.new_group(backend="gloo", timeout=_IDLE)
+        except (RuntimeError, ValueError, OSError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise WorkerLost(f"rank {place.rank} cannot join the other processes at {where}: {error}") from error
+        assert control is not None
+        group = cls(place, own, control)
+        if group.rank == 0:
+            atexit.register(group.dismiss)
+        return group
+
+    # -- what is said
+
+    def tell(self, message: object) -> None:
+        """Rank 0: what all others `hear`."""
+        assert self.rank == 0
+        self._broadcast(pickle.dumps(message, protocol=5))
+
+    def hear(self) -> Any:
+        """Ranks above 0: what rank 0 tells next, whenever that is."""
+        assert self.rank > 0
+        return pickle.loads(self._broadcast(None))
+
+    def exchange(self, message: object, patience: timedelta | None = None) -> list[Any]:
+        """What each rank says, in the order of ranks.
+
+        Raises:
+            WorkerLost: a rank is gone, or did not come within `patience`.
+        """
+        data = pickle.dumps(message, protocol=5)
+        length = _SHORT_BYTES
+        said = self._gather(data, length, patience)
+        longest = max(_LENGTH_BYTES + size for size, _ in said)
+        if longest > length:
+            said = self._gather(data, longest, patience)
+        return [pickle.loads(each) for _, each in said]
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What is done in this block is done by all ranks, or fails on all.
+
+        Raises:
+            Exception: what the block raised here.
+            PensieveError: of the kind and with the words that it raised elsewhere, naming the rank.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except WorkerLost:
+            raise
+        except Exception as own:
+            error = own
+        said = self.exchange(None if error is None else _in_words(error))
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(said):
+            if failure is not None:
+                code, message = failure
+                raise error_from(code, f"rank {rank}: {message}")
+
+    # -- the end
+
+    def dismiss(self) -> None:
+        """Rank 0: tell the others that nothing more will come. Safe to call again, and when nobody is left."""
+        if self._control is not None:
+            with contextlib.suppress(WorkerLost):
+                self.tell(Leave())
+            self.leave()
+
+    def leave(self) -> None:
+        """Give the connections up: whoever waits for this rank learns that it is gone. Safe to call again."""
+        if self._control is None:
+            return
+        self._control = None
+        atexit.unregister(self.dismiss)
+        with contextlib.suppress(RuntimeError, AssertionError):
+            dist.destroy_process_group()
+
+    # -- bytes
+
+    def _broadcast(self, data: bytes | None) -> bytes:
+        first = _padded(data, _SHORT_BYTES)
+        self._collect(lambda control: control.broadcast([first], BroadcastOptions()))
+        length = int.from_bytes(first[:_LENGTH_BYTES].numpy().tobytes(), "little")
+        if _LENGTH_BYTES + length > _SHORT_BYTES:
+            first = _padded(data, _LENGTH_BYTES + length)
+            self._collect(lambda control: control.broadcast([first], BroadcastOptions()))
+        return first[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes()
+
+    def _gather(self, data: bytes, num_bytes: int, patience: timedelta | None) -> list[tuple[int, bytes]]:
+        """(how many bytes it would say, those of them that fitted) of each rank."""
+        own = _padded(data, num_bytes)
+        rows = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(self.size)]
+        options = AllgatherOptions()
+        options.timeout = patience or _IDLE  # the collective's own: a wait that ends before it would leave a thread in it for ever
+        self._collect(lambda control: control.allgather([rows], [own], options))
+        lengths = [int.from_bytes(row[:_LENGTH_BYTES].numpy().tobytes(), "little") for row in rows]
+        return [(length, row[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes()) for length, row in zip(lengths, rows, strict=True)]
+
+    def _collect(self, begin: Callable[[dist.ProcessGroup], dist.Work]) -> None:
+        if self._control is None:
+            raise WorkerLost(f"rank {self.rank} has left the other processes")
+        try:
+            begin(self._control).wait()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise WorkerLost(f"rank {self.rank} lost the other processes, one of them ended or is out of step: {reason[0]}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Rank 0 to all: the end."""
+
+
+def _own_device(place: Place, device: str) -> torch.device:
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        return kind
+    if kind.index is not None:
+        raise ConfigError(f"--device {device} names one device for {place.size} processes: each takes its own, give --device {kind.type}")
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise ConfigError(
+            f"rank {place.rank} is number {place.local_rank + 1} of {place.local_size} processes here, and there are {count} CUDA devices: "
+            f"start at most {count} a machine (torchrun --nproc-per-node)"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def _in_words(error: Exception) -> tuple[str, str]:
+    if isinstance(error, PensieveError):
+        return error.code, error.message
+    return PensieveError.code, f"{type(error).__name__}: {error}"
+
+
+def _padded(data: bytes | None, num_bytes: int) -> torch.Tensor:
+    """Length and bytes, cut or filled up to `num_bytes`."""
+    row = torch.zeros(num_bytes, dtype=torch.uint8)
+    if data is not None:
+        packed = (len(data).to_bytes(_LENGTH_BYTES, "little") + data)[:num_bytes]
+        row[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    return row

@@ -1,0 +1,389 @@
+"""One model computed by several processes. Every rank runs every plan, on its own share of the heads and over tiers of its own; rank 0 is
+the `Worker` that an engine drives, the others `follow`. Knows plans, results and what ranks say; never how weights are cut.
+
+Plans name slots and token ids, and those are the same on all ranks: nobody but rank 0's scheduler decides. What can differ is what happens
+(a copy fails here, memory runs out there), so the ranks tell each other before a forward whether all can take part in it, and after it whether
+all of what it attended was there. A rank that breaks in the middle of a forward leaves the others in a collective of it: then all end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from pensieve.config import TierConfig
+from pensieve.core.plan import CopyFailure, RequestStart, StepPlan, StepResult
+from pensieve.errors import WorkerLost
+from pensieve.worker.batch import Batch
+from pensieve.worker.group import Group, Leave
+from pensieve.worker.ledger import CopyLedger
+from pensieve.worker.model import CausalModel
+from pensieve.worker.sampler import NOTHING, Choice, Sampled
+from pensieve.worker.transfer import SwapIn
+from pensieve.worker.worker import Begun, Hooks, ModelWorker, require_room
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = timedelta(seconds=30)  # of a rank that broke in a forward, for the others to break in it as well
+
+
+# -- what rank 0 tells
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """Allocate tiers."""
+
+    tiers: tuple[TierConfig, ...]
+    chunk_tokens: int
+    attention: str
+    verify: bool
+    debug: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Run a plan."""
+
+    plan: StepPlan
+    sampled: tuple[Sampled, ...]  # by rank 0, since the step before
+    reports: bool  # all say afterwards what they copied
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    """Give the tiers back."""
+
+
+# -- what all ranks say
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """How it went up to here."""
+
+    error: str | None = None
+    lost: tuple[CopyFailure, ...] = ()  # swap-ins of this plan that failed
+    print: bytes | None = None  # in debug, a hash of what the ranks must have in common
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What settled since the last report."""
+
+    done: tuple[int, ...]
+    failed: tuple[CopyFailure, ...]
+    print: bytes | None = None
+
+
+class RankFailed(Exception):
+    """Something went wrong on a rank before anything was computed, or after everything: no rank's work counts, and all go on."""
+
+
+class RankWorker(ModelWorker):
+    """A rank's own worker. It says how it fares where the others must know, and goes no further than all of them can."""
+
+    def __init__(
+        self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int, *, attention: str, hooks: Hooks,
+        verify: bool, debug: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(model, tiers, chunk_tokens, attention=attention, hooks=hooks, verify=verify, on_device=False)
+        self._group = group
+        self._debug = debug
+        self._words_due = 0  # how often the others still wait in this step for a word of this rank
+        self._lost: WorkerLost | None = None
+        self._step_id = 0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """This rank's part of a plan; see `core.plan.Worker.run`.
+
+        Raises:
+            WorkerLost: the ranks are out of step, for good.
+        """
+        self._step_id = plan.step_id
+        self._words_due = bool(plan.wiped) + 2 * bool(plan.spans)
+        try:
+            result = super().run(plan)
+        except Exception as error:  # our own bug, in what comes before all else: the others must hear of it where they wait
+            log.exception("rank %d raised in step %d", self._group.rank, plan.step_id)
+            message = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(RankFailed, WorkerLost):
+                while self._words_due:
+                    self._say(_Word(message))
+            lost = tuple(CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out))
+            result = StepResult(plan.step_id, copies_failed=lost, forward_error=message, wipe_error=message if plan.wiped else None)
+        if self._lost is not None:
+            raise self._lost
+        return result
+
+    def accept(self, sampled: tuple[Sampled, ...]) -> None:
+        """What rank 0 sampled is what counts."""
+        self._sampler.accept(sampled)
+
+    def report(self, result: StepResult) -> list[_Report]:
+        """Say what came of the copies, and in debug of the sampling; returns what each rank says.
+
+        Raises:
+            WorkerLost: the ranks are out of step, or, in debug, sampled differently.
+        """
+        own = _Report(result.copies_done, result.copies_failed, _hash(result.tokens) if self._debug else None)
+        reports: list[_Report] = self._exchange(own)
+        self._compare("sampled other tokens", [report.print for report in reports])
+        return reports
+
+    # -- the parts of a step at which ranks may part
+
+    def _wipe(self, wiped: tuple[tuple[int, int], ...]) -> None:
+        if wiped:
+            with self._together():
+                super()._wipe(wiped)
+
+    def _prepare(self, plan: StepPlan) -> Batch:
+        """Nobody begins a forward that somebody cannot take part in: it would wait in a collective for ever."""
+        prints: list[bytes] = []
+        with self._together(prints):
+            batch = super()._prepare(plan)
+            if self._debug:
+                prints.append(_print_of(plan, batch))
+        return batch
+
+    def _forward(self, plan: StepPlan, swap_in: SwapIn) -> tuple[Batch, torch.Tensor]:
+        try:
+            computed = super()._forward(plan, swap_in)
+            if self._model.device.type == "cuda":
+                torch.cuda.current_stream(self._model.device).synchronize()  # it has not gone well before it is done
+        except (RankFailed, WorkerLost):
+            raise  # all know
+        except Exception as error:
+            self._say(_Word(f"{type(error).__name__}: {error}"), _PATIENCE)
+            raise
+        swap_in.wait()
+        words = self._say(_Word(lost=tuple(swap_in.failures)))
+        known = {failure.copy_id for failure in swap_in.failures}
+        for word in words:
+            swap_in.failures += [failure for failure in word.lost if failure.copy_id not in known]
+            known |= {failure.copy_id for failure in word.lost}
+        return computed
+
+    def _choose(self, begun: Begun, batch: Batch, logits: torch.Tensor) -> Choice:
+        if self._group.rank == 0 or self._debug:
+            return super()._choose(begun, batch, logits)
+        return NOTHING
+
+    @contextlib.contextmanager
+    def _together(self, prints: list[bytes] | None = None) -> Iterator[None]:
+        """What is done in this block is done by all ranks; `RankFailed` where one could not."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as own:
+            error = own
+        print_ = prints[0] if prints else None
+        self._say(_Word(None if error is None else f"{type(error).__name__}: {error}", print=print_))
+
+    def _say(self, word: _Word, patience: timedelta | None = None) -> list[_Word]:
+        self._words_due -= 1
+        words: list[_Word] = self._exchange(word, patience)
+        errors = [f"rank {rank}: {each.error}" for rank, each in enumerate(words) if each.error is not None]
+        if errors:
+            self._words_due = 0
+            raise RankFailed("; ".join(errors))
+        self._compare("would compute something else", [each.print for each in words])
+        return words
+
+    def _exchange(self, message: object, patience: timedelta | None = None) -> list[Any]:
+        try:
+            return self._group.exchange(message, patience)
+        except WorkerLost as error:
+            self._give_up(error)
+            raise
+
+    def _compare(self, what: str, prints: list[bytes | None]) -> None:
+        if others := [f"rank {rank}" for rank, each in enumerate(prints) if each != prints[0]]:
+            raise self._give_up(
+                WorkerLost(f"in step {self._step_id} {', '.join(others)} {what} than rank 0: the processes must be started again")
+            )
+
+    def _give_up(self, error: WorkerLost) -> WorkerLost:
+        """Remembered, since a step turns what is raised in it into its result; whoever waits for this rank learns that it is gone."""
+        self._lost = error
+        self._words_due = 0
+        self._group.leave()
+        return error
+
+
+class ParallelWorker:
+    """The worker that an engine sees, on rank 0. See `core.plan.Worker`; besides, everything raises `WorkerLost` once the ranks are out of step."""
+
+    def __init__(
+        self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int = 32, *,
+        attention: str = "auto", hooks: Hooks = Hooks(), verify: bool = False, debug: bool = False,
+    ) -> None:  # fmt: skip
+        """Allocate all tiers, on every rank.
+
+        Args:
+            group: its rank 0; the others are in `follow`.
+            model: this rank's share of it.
+            tiers: of each rank, see `ModelWorker`.
+            chunk_tokens: tokens of one slot.
+            attention: a backend's name, or "auto".
+            hooks: for tests of failures on this rank.
+            verify: compare checksums of what comes back from lower tiers, see `Transfer`.
+            debug: compare in each step what the ranks compute and sample.
+
+        Raises:
+            PensieveError: a rank cannot; the message says which.
+        """
+        order = _Open(tiers, chunk_tokens, attention, verify, debug)
+        group.tell(order)
+        self._group = group
+        self._debug = debug
+        self._local = _open(group, model, order, hooks)
+        self._ledger = CopyLedger(group.size)
+        self._sampled: tuple[Sampled, ...] = ()  # not told yet
+        self._closed = False
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one slot of one rank."""
+        return self._local.chunk_bytes
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention backend in use."""
+        return self._local.attention
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Let all ranks run a plan; see `core.plan.Worker.run`. A copy is done when it is on all ranks, and failed when it is on one.
+
+        Raises:
+            WorkerLost: the ranks are out of step, for good.
+        """
+        plan = replace(plan, started=tuple(map(_with_seed, plan.started))) if plan.started else plan
+        self._ledger.begin(plan)
+        idle = plan.is_empty and not plan.started and not plan.tables
+        told = not idle and self._tell(plan)
+        result = self._local.run(plan)
+        self._ledger.settle(0, result.copies_done, result.copies_failed)
+        if idle and self._ledger.others_owe:  # they had time enough; and rank 0, with nothing to do, may as well wait for them
+            told = self._tell(replace(plan, settles=True))
+        if told:
+            for rank, report in enumerate(self._local.report(result)):
+                if rank > 0:
+                    self._ledger.settle(rank, report.done, report.failed)
+        if plan.spans:
+            stops = {span.request_id: span.stop for span in plan.spans if span.emits_token}
+            self._sampled += tuple((token.request_id, stops[token.request_id], token.token_id) for token in result.tokens)
+        done, failed = self._ledger.take()
+        return replace(result, copies_done=done, copies_failed=failed)
+
+    def set_waker(self, wake: Callable[[], None]) -> None:
+        """See `core.plan.Worker.set_waker`. The `run` that follows waits for the other ranks where they are late."""
+        self._local.set_waker(wake)
+
+    def close(self) -> None:
+        """Give the memory back on every rank. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._local.close()
+        with contextlib.suppress(WorkerLost):
+            self._group.tell(_Close())
+            self._group.exchange(None)  # whoever allocates next finds the room
+
+    def _tell(self, plan: StepPlan) -> bool:
+        """Hand a plan to the others; returns whether they report."""
+        reports = self._debug or self._ledger.num_open > 0
+        self._group.tell(_Step(plan, self._sampled, reports))
+        self._sampled = ()
+        return reports
+
+
+def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
+    """What a rank above 0 does: whatever rank 0 says, until it says that this was all.
+
+    Args:
+        group: of which this is not rank 0.
+        model: this rank's share of it.
+        hooks: for tests of failures on this rank.
+
+    Raises:
+        WorkerLost: rank 0 is gone without a word, or the ranks are out of step.
+    """
+    worker: RankWorker | None = None
+    try:
+        while True:
+            match group.hear():
+                case _Open() as order:
+                    try:
+                        worker = _open(group, model, order, hooks)
+                    except WorkerLost:
+                        raise
+                    except Exception as error:  # rank 0 has heard of it, and says so
+                        log.debug("no worker on rank %d: %s", group.rank, error)
+                case _Step() as step:
+                    assert worker is not None, "a plan before the tiers were opened"
+                    worker.accept(step.sampled)
+                    result = worker.run(step.plan)
+                    if step.reports:
+                        worker.report(result)
+                case _Close():
+                    assert worker is not None
+                    worker.close()
+                    worker = None
+                    group.exchange(None)
+                case Leave():
+                    break
+    finally:
+        if worker is not None:
+            worker.close()
+        group.leave()
+
+
+def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankWorker:
+    """This rank's worker, once all ranks have theirs."""
+    geometry = model.geometry
+    chunk_bytes = order.chunk_tokens * 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * geometry.dtype.itemsize
+    with group.agreeing():  # before anybody allocates: the ranks of a machine share its memory
+        require_room(order.tiers, chunk_bytes, model.device, sharers=group.local_size)
+    worker: RankWorker | None = None
+    try:
+        with group.agreeing():
+            worker = RankWorker(
+                group, model, order.tiers, order.chunk_tokens, attention=order.attention, hooks=hooks, verify=order.verify, debug=order.debug
+            )  # fmt: skip
+    except BaseException:
+        if worker is not None:
+            worker.close()
+        raise
+    assert worker is not None
+    return worker
+
+
+def _with_seed(start: RequestStart) -> RequestStart:
+    """A seed that is left to the worker is drawn here, where all ranks can be told."""
+    if start.sampling.temperature == 0.0 or start.sampling.seed is not None:
+        return start
+    return replace(start, sampling=replace(start.sampling, seed=secrets.randbits(63)))
+
+
+def _print_of(plan: StepPlan, batch: Batch) -> bytes:
+    """A plan and what a rank makes of it. (Sets are sorted: those that came through a pipe may be in another order.)"""
+    started = [
+        (start.request_id, start.prompt, replace(start.sampling, stop_token_ids=frozenset()), sorted(start.sampling.stop_token_ids))
+        for start in plan.started
+    ]
+    tensors = (batch.input_ids, batch.slot_mapping, batch.block_tables, batch.logit_rows)
+    return _hash(replace(plan, started=()), started, [tensor.tolist() for tensor in tensors])
+
+
+def _hash(*values: object) -> bytes:
+    return hashlib.blake2b(repr(values).encode(), digest_size=8).digest()

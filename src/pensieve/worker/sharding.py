@@ -1,0 +1,124 @@
+"""A model's weights over several processes, each with its share of heads and columns. Knows transformers' tensor parallel plans; never plans of steps.
+
+Which matrix is cut, and how, is transformers' business (`base_model_tp_plan`). Whatever it cuts, attention comes to us with the heads of this
+rank only, and the load-time gate compares the result with eager attention, all ranks together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pensieve.errors import ConfigError
+from pensieve.worker.gguf_convert import quiet
+from pensieve.worker.model import CausalModel, Forward, shape_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from pensieve.worker.group import Group
+    from pensieve.worker.weights import ResolvedModel
+
+
+def require_divisible(config: PretrainedConfig, label: str, num_ranks: int) -> None:
+    """Refuse a model that cannot be divided by its heads.
+
+    Raises:
+        ConfigError: transformers has no plan for it, or its heads cannot be dealt out evenly; the message says the ways out.
+    """
+    text, shape = config.get_text_config(), shape_of(config)
+    start_otherwise = "start Pensieve without torchrun, in one process"
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ConfigError(
+            f"{label} cannot be split over {num_ranks} processes: transformers has no tensor parallel plan for {text.model_type!r} models. "
+            f"Choose another model, or {start_otherwise}"
+        )
+    for what, count in (("key/value heads", shape.num_kv_heads), ("query heads", shape.num_heads)):
+        if count % num_ranks:
+            fitting = ", ".join(str(n) for n in range(2, shape.num_kv_heads + 1) if shape.num_kv_heads % n == 0 == shape.num_heads % n)
+            raise ConfigError(
+                f"{label} has {count} {what}, which cannot be dealt out evenly to {num_ranks} processes: "
+                + (f"start a number that divides them ({fitting}), or " if fitting else "")
+                + start_otherwise
+            )
+
+
+def load_together(
+    group: Group, find: Callable[[], ResolvedModel], dtype: str, forward: Forward, *, int8: bool, say: Callable[[str], None]
+) -> tuple[ResolvedModel, CausalModel]:
+    """Find, load and gate a model on all ranks at once; what fails on one fails on all.
+
+    Args:
+        group: the ranks.
+        find: finds the model; called on rank 0 first, which may download or convert it, then on the others.
+        dtype: number type it is loaded in.
+        forward: see `CausalModel`; fused operations cannot compute a share.
+        int8: see `CausalModel`; neither can weights of 8 bits.
+        say: told what takes time.
+
+    Raises:
+        ModelUnavailable, ModelRefused, ConfigError: as in one process, or for a model that cannot be split. The message names the rank.
+    """
+    from pensieve.worker.weights import load
+
+    found: list[ResolvedModel] = []
+    for turn in (group.rank == 0, group.rank > 0):
+        with group.agreeing():
+            if turn:
+                found.append(find())
+    resolved = found[0]
+    names = group.exchange(f"{resolved.label} ({resolved.weights} weights, {resolved.num_parameters} parameters)")
+    if len(set(names)) > 1:
+        listed = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
+        raise ConfigError(f"the processes found different models under one name ({listed}): give every machine the same files")
+    say(f"loading {resolved.label} over {group.size} processes")
+    with group.agreeing():
+        model = load(resolved, dtype, group=group)
+    with group.agreeing():
+        causal = CausalModel(model, resolved.label, forward=forward, int8=int8)
+    return resolved, causal
+
+
+def load_split(folder: Path, dtype: torch.dtype, device: torch.device, num_ranks: int) -> PreTrainedModel:
+    """This rank's share of the weights in a folder; only the share is read."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    with quiet(), _meshes_on(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, distributed_config=DistributedConfig(tp_size=num_ranks)
+        )
+    return model.requires_grad_(False).eval()
+
+
+def split(model: PreTrainedModel, device: torch.device, num_ranks: int) -> PreTrainedModel:
+    """Cut a whole model, the same on every rank, in place: each matrix goes to `device` and is left with this rank's share."""
+    from transformers.distributed import DistributedConfig
+
+    with _meshes_on(device):
+        config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=num_ranks))
+    head = model.get_output_embeddings()
+    if is_tied := head is not None and head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)  # plans name both, and each once
+    divided: PreTrainedModel = model.maybe_distribute_model(model, config, mesh)
+    if is_tied:
+        divided.tie_weights()
+    return divided.to(device).requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _meshes_on(device: torch.device) -> Iterator[None]:
+    """transformers spreads a model over accelerators wherever PyTorch was built for one, asked for or not."""
+    if device.type != "cpu":
+        yield
+        return
+    asked = torch._C._get_accelerator
+    torch._C._get_accelerator = lambda *_: torch.device("cpu")
+    try:
+        yield
+    finally:
+        torch._C._get_accelerator = asked
