@@ -26,7 +26,7 @@ from pensieve.worker.batch import Batch
 from pensieve.worker.group import Group, Leave
 from pensieve.worker.ledger import CopyLedger
 from pensieve.worker.model import CausalModel
-from pensieve.worker.sampler import NOTHING, Choice, Sampled
+from pensieve.worker.sampler import Choice, Sampled, nothing
 from pensieve.worker.transfer import SwapIn
 from pensieve.worker.worker import Begun, Hooks, ModelWorker, require_room
 
@@ -176,7 +176,7 @@ class RankWorker(ModelWorker):
     def _choose(self, begun: Begun, batch: Batch, logits: torch.Tensor) -> Choice:
         if self._group.rank == 0 or self._debug:
             return super()._choose(begun, batch, logits)
-        return NOTHING
+        return nothing()
 
     @contextlib.contextmanager
     def _together(self, prints: list[bytes] | None = None) -> Iterator[None]:

@@ -79,7 +79,9 @@ class Choice:
     told: dict[str, torch.Tensor] = field(default_factory=dict)  # what `collect` reads, in host memory once its mark was reached
 
 
-NOTHING = Choice((), torch.empty(0, dtype=torch.int64))  # of no span
+def nothing() -> Choice:
+    """Of no span."""
+    return Choice((), torch.empty(0, dtype=torch.int64))
 
 
 class Sampler:
@@ -135,7 +137,7 @@ class Sampler:
             logits: (E, V), in any floating dtype.
         """
         if not spans:
-            return NOTHING
+            return nothing()
         if self._on_device or logits.device.type != "cpu":
             best, tokens = logits.max(dim=-1)  # (of a greedy request, that is its token; NaN wins a maximum)
             finite = torch.isfinite(best)

@@ -20,7 +20,7 @@ from pensieve.worker.kv_store import KVStore
 from pensieve.worker.lanes import lanes_for
 from pensieve.worker.model import CausalModel
 from pensieve.worker.random_weights import available_bytes
-from pensieve.worker.sampler import NOTHING, Choice, Sampler
+from pensieve.worker.sampler import Choice, Sampler, nothing
 from pensieve.worker.transfer import SwapIn, Transfer
 
 _SLACK_BYTES = 256 << 20  # activations and staging, which the tiers must leave room for
@@ -41,7 +41,7 @@ class Begun:
 
     plan: StepPlan
     swap_in: SwapIn | None = None  # None: nothing was begun
-    choice: Choice = NOTHING
+    choice: Choice = field(default_factory=nothing)
     contexts: dict[str, frozenset[int]] = field(
         default_factory=dict
     )  # slots that each emitting request attends, where some are being swapped in
