@@ -183,7 +183,8 @@ class Bench:
             clock = HostClock()
             clock.watch(world.scheduler, "schedule")
             clock.watch(world.scheduler, "commit")
-            clock.watch(world.worker, "run")
+            for method in ("begin", "finish") if world.ahead else ("run",):  # ("finish" is mostly waiting for the device)
+                clock.watch(world.worker, method)
             decoding.steps(self.sizes.profiled)
         finally:
             world.close()

@@ -29,6 +29,7 @@ from pensieve.worker.presets import PRESETS
 from pensieve.worker.random_weights import build, require_room
 from pensieve.worker.worker import ModelWorker
 
+MOST_GRAPH_ROWS = 256  # batches of so many decodes are captured as graphs, as `pensieve serve` does
 BATCH_TOKENS = 4096  # one step's budget on a GPU
 _RMS_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.03}  # of logits against the reference: above, it is no rounding
 
@@ -208,8 +209,10 @@ class World:
         )
         limit = min(model.shape.max_positions, gpu_slots * CHUNK, max_context or gpu_slots * CHUNK)
         self.scheduler = Scheduler(config, cache, limit, model.shape.vocab_size)
-        self.worker = ModelWorker(model, tiers, CHUNK, attention=attention)
-        self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=emit)
+        self.ahead = model.device.type == "cuda"
+        graph_rows = min(config.max_running, MOST_GRAPH_ROWS) if self.ahead else 0
+        self.worker = ModelWorker(model, tiers, CHUNK, attention=attention, graph_rows=graph_rows)
+        self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=emit, ahead=self.ahead)
 
     def close(self) -> None:
         """Stop, and give the tiers back."""
