@@ -107,6 +107,7 @@ def ask(client: httpx.Client, words: str) -> httpx.Response:
     return client.post("/v1/chat/completions", json=body)
 
 
+@pytest.mark.slow
 def test_serve_answers_over_two_processes_and_all_end_well(folder: Path, tmp_path: Path) -> None:
     with served(folder, tmp_path / "a.db") as (processes, client):
         for words in ("Hello there", "what is the capital of France"):

@@ -109,7 +109,9 @@ def report_here(name: str = "test") -> Report:
         ("kernel.py", (), {"turns tiny-gqa 70", "turns tiny-mha 20", "decode 3 x 100", "prefill 100"}),
         ("transfers.py", (), {"copies 9", "beside", "swapped 20", "swapped 40"}),
         ("decode.py", (), {"step 1 x 40", "step 3 x 40", "host 6 running"}),
-        ("serving.py", ("--modes", "stateless,pensieve,gpu-only"), {"stateless", "pensieve", "gpu-only"}),
+        pytest.param(
+            "serving.py", ("--modes", "stateless,pensieve,gpu-only"), {"stateless", "pensieve", "gpu-only"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_script_runs_without_a_gpu(script: str, arguments: tuple[str, ...], cases: set[str], tmp_path: Path) -> None:
@@ -125,6 +127,7 @@ def test_a_script_runs_without_a_gpu(script: str, arguments: tuple[str, ...], ca
     assert "goal" in words and "not judged here" in words
 
 
+@pytest.mark.slow
 def test_a_wrong_backend_fails_the_run_and_is_named_in_every_case(tmp_path: Path) -> None:
     status, told, _ = run(
         "kernel.py", "--device", "cpu", "--quick", "--attention", "no-such", "--parts", "decode", "--out", str(tmp_path / "r")
@@ -133,6 +136,7 @@ def test_a_wrong_backend_fails_the_run_and_is_named_in_every_case(tmp_path: Path
     assert len(told["wrong"]) == 4 and "no-such" in told["wrong"][0] and told["cases"] == {}
 
 
+@pytest.mark.slow
 def test_vllm_is_driven_by_the_same_arrivals_in_a_process_of_its_own(tmp_path: Path) -> None:
     for name, text in FAKE_VLLM.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +179,7 @@ def test_the_list_names_every_script_and_its_command() -> None:
         assert (ROOT / script).is_file() and job["command"] in words
 
 
+@pytest.mark.slow
 def test_no_server_or_terminal_package_is_needed_and_by_the_driver_of_vllm_no_torch() -> None:
     names = ("click", "rich", "fastapi", "uvicorn", "pydantic", "psutil", "platformdirs", "prometheus_client", "matplotlib")
     code = (
