@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from pensieve.bench.record import write_record
 from pensieve.cli.loops import loop_factory
 from pensieve.errors import ConfigError
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
+from pensieve.workloads.generators import LIKENESSES
 from pensieve.workloads.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
 from pensieve.workloads.prompts import PromptWriter
+from pensieve.workloads.scripts import SystemPrompts
 
 WARM_UP_TOKENS = 16  # of a warm-up's answer, at most
 JSON_NAME, PLOT_NAME = "bench.json", "bench.png"
@@ -68,8 +70,18 @@ def _option(name: str, *more: str, **keywords: Any) -> Callable[[Any], Any]:
 @_option("--first-tokens", type=click.IntRange(min=1), default=None, help="Tokens of the first message.  [default: as the others]")
 @_option("--output-tokens", type=click.IntRange(min=1), default=64, help="Tokens of an answer, exactly so many where the server can.")
 @_option("--natural", is_flag=True, show_default=False, help="Answers end where the model ends them; --output-tokens is the most.")
-@_option("--think", default="0", help="Seconds between an answer and the next turn: 2.5 | exp:3 (exponential with that mean).")
-@_option("--trace", type=click.Path(path_type=Path), default=None, help="Play recorded conversations: see docs/bench.md for the forms.")
+@_option(
+    "--think",
+    default="0",
+    help="Seconds between an answer and the next turn: 2.5 | exp:3 (exponential with that mean) | chats | file:GAPS.",
+)
+@_option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    default=None,
+    help=f"Play recorded conversations (docs/bench.md has the forms), or some like those of a dataset: {' | '.join(LIKENESSES)}.",
+)
+@_option("--system-prompts", default=None, help="Made conversations begin with one of COUNT prompts of TOKENS: COUNT:TOKENS[:SHARE].")
 @_option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster.")
 @_option("--max-context", type=click.IntRange(min=1), default=None, help="Leave out turns that would not fit in so many tokens, about.")
 @_option("--warm-up", "warm_up_requests", type=click.IntRange(min=0), default=4, help="Requests before the run that do not count.")
@@ -90,6 +102,7 @@ def bench(
     timeout_s: float,
     rates: str | None,
     think: str,
+    system_prompts: str | None,
     seed: int | None,
     out_dir: Path | None,
     json_path: Path | None,
@@ -104,6 +117,7 @@ def bench(
     options = LoadOptions(
         rates=parse_rates(rates) if rates is not None else (),
         think=ThinkTime.parse(think),
+        system_prompts=SystemPrompts.parse(system_prompts) if system_prompts is not None else None,
         seed=secrets.randbelow(1 << 31) if seed is None else seed,
         **arguments,
     )
@@ -153,7 +167,12 @@ async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target,
 
 
 def _config(server: ServerOptions, options: LoadOptions, planned: Sequence[PlannedRun]) -> dict[str, Any]:
-    asked = asdict(options) | {"think": str(options.think), "rates": list(options.rates) or None}
+    asked = {one.name: getattr(options, one.name) for one in fields(options)}  # (not asdict: a think time may be a file of gaps)
+    asked |= {
+        "think": str(options.think),
+        "rates": list(options.rates) or None,
+        "system_prompts": options.system_prompts and str(options.system_prompts),
+    }
     asked["trace"] = None if options.trace is None else str(options.trace)
     if planned[0].arrivals_s is None:
         asked["users"] = len(planned[0].players)

@@ -84,7 +84,7 @@ _ticks: Any = None  # of this process, if it is one of a sweep's
 
 
 def _prepare(ticks: Any) -> None:
-    global _ticks  # noqa: PLW0603 (a pool hands its queue to its processes in no other way)
+    global _ticks
     _ticks = ticks
 
 

@@ -17,12 +17,14 @@ from pathlib import Path
 from pensieve.errors import ConfigError
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.conversations import load_dataset
+from pensieve.workloads.generators import LIKENESSES, Generator, generator
 from pensieve.workloads.scripts import Script, ScriptTurn
 
 FORMS = (
     'one JSON object a line, either {"conversation", "turn", "arrival_s" or "gap_s", "new_tokens", "output_tokens"}, '
     'or {"id", "turns": [[input, output, shared with the turn before, think s, server s], ...]}, or a conversation with its texts (ShareGPT)'
 )
+NUM_MADE = 1000  # conversations of a trace that has no end
 _BLOCK = 128  # a prefix shared up to this many tokens less than all of it is shared: recorders count whole blocks
 
 
@@ -30,16 +32,17 @@ _BLOCK = 128  # a prefix shared up to this many tokens less than all of it is sh
 class Trace:
     """What a file holds."""
 
-    form: str  # "turns", "sessions" or "texts"
+    form: str  # "turns", "sessions" or "texts"; or the name of what it is like
     scripts: tuple[Script, ...]
     timed: bool  # it says when conversations begin; otherwise somebody else must
+    generator: Generator | None = None  # makes more of its conversations, without end
 
 
 def load_trace(path: str | Path, output_tokens: int, think: ThinkTime | None = None, seed: int | str = 0) -> Trace:
     """Read a trace; `.gz` files are unpacked.
 
     Args:
-        path: the file.
+        path: the file, or a name of `LIKENESSES`, whatever files there are: its first `NUM_MADE` conversations and what makes more.
         output_tokens: of answers whose length the trace does not tell.
         think: the time before turns whose gap it does not tell; None: no time at all.
         seed: of the think times.
@@ -48,6 +51,9 @@ def load_trace(path: str | Path, output_tokens: int, think: ThinkTime | None = N
         ConfigError: the file cannot be read, or an entry is wrong; the message names file and line, and what is allowed.
     """
     name = str(path)
+    if name in LIKENESSES:
+        made = generator(name, think or ThinkTime(), seed)
+        return Trace(name, tuple(map(made.script, range(NUM_MADE))), False, made)
     first = next(_lines(_read(path), name), None)
     if first is None:
         raise ConfigError(f"{name} holds no entry; it must be {FORMS}")
