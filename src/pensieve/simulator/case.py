@@ -13,7 +13,7 @@ from pensieve.core.cache import TieredCache
 from pensieve.core.eviction import POLICIES
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
-from pensieve.simulator.cost_model import CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
+from pensieve.simulator.cost_model import FITTED, CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
 from pensieve.simulator.hardware import GB, Hardware, find_hardware
 from pensieve.simulator.phases import PhasedScheduler
 from pensieve.simulator.records import RequestRecord, Summary, summarize
@@ -64,7 +64,7 @@ class Machine:
     gpu_cache_gb: float = 40.0  # of each device (paper, evaluation)
     cpu_cache_gb: float = 220.0  # host memory of each device
     disk_cache_gb: float = 0.0
-    overheads: Overheads = Overheads()
+    overheads: Overheads = FITTED
 
     def __post_init__(self) -> None:
         for name in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb"):

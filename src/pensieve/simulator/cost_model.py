@@ -35,6 +35,9 @@ class Overheads:
     request_s: float = 0.0  # a step and request in it
 
 
+FITTED = Overheads(0.0, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelNumbers:
     """A model as far as costs depend on it."""
