@@ -30,7 +30,7 @@ class World:
     def __init__(self, rng: random.Random, tiers: list[int], policy: str, lag: int, *, failures: bool, retain: bool = True) -> None:
         config = CacheConfig(tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), tiers, strict=False)), CHUNK)
         cost = CostProfile([(CHUNK, 1.0), (MAX_CONTEXT, 3.0)], CHUNK)
-        self.cache = TieredCache(config, lambda: POLICIES[policy](cost.of_chunk))
+        self.cache = TieredCache(config, POLICIES[policy](cost.of_chunk))
         budget = rng.choice([CHUNK + 4, 16, 64])
         in_ram = rng.random() < 0.5
         self.scheduler = Scheduler(
