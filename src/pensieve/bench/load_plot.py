@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pensieve.bench.canvas import COLOURS, MARKERS, canvas, whole_numbers
 from pensieve.bench.load import LoadRun
 from pensieve.bench.load_report import RunFigures, figures
 from pensieve.bench.probe import Target
+from pensieve.canvas import COLOURS, MARKERS, canvas, whole_numbers
 from pensieve.errors import ConfigError
 
 _QUANTILES = ("p50", "p90")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pensieve.bench.canvas import COLOURS, MARKERS, canvas, whole_numbers
 from pensieve.bench.runs import Run, Subject
 from pensieve.bench.stats import quantile
+from pensieve.canvas import COLOURS, MARKERS, canvas, whole_numbers
 from pensieve.errors import ConfigError
 
 

@@ -20,7 +20,6 @@ from rich.console import Console
 from pensieve.bench.chat_client import ChatClient
 from pensieve.bench.http_client import HttpClient
 from pensieve.bench.load import LoadDriver, LoadRun
-from pensieve.bench.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
 from pensieve.bench.load_plot import plot_load
 from pensieve.bench.load_progress import open_load_progress
 from pensieve.bench.load_report import build_json, failure_lines, print_load_report
@@ -29,6 +28,7 @@ from pensieve.bench.record import write_record
 from pensieve.cli.loops import loop_factory
 from pensieve.errors import ConfigError
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
+from pensieve.workloads.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
 from pensieve.workloads.prompts import PromptWriter
 
 WARM_UP_TOKENS = 16  # of a warm-up's answer, at most

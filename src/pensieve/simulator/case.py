@@ -1,0 +1,238 @@
+"""One simulation as a value: which machine, model, tiers, system, policy and people. Knows names and sizes; never how any of them works.
+
+A case is frozen and picklable; its result is a function of it to the last digit, so a sweep may run its cases anywhere, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.core.cache import TieredCache
+from pensieve.core.eviction import POLICIES
+from pensieve.core.scheduler import Scheduler
+from pensieve.errors import ConfigError
+from pensieve.simulator.cost_model import CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
+from pensieve.simulator.hardware import GB, Hardware, find_hardware
+from pensieve.simulator.phases import PhasedScheduler
+from pensieve.simulator.records import RequestRecord, Summary, summarize
+from pensieve.simulator.simulation import Simulation
+from pensieve.simulator.worker import CostWorker, Links, VirtualClock
+from pensieve.worker.presets import PRESETS
+from pensieve.workloads.load_plan import LoadOptions
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """How a server schedules and what it keeps."""
+
+    name: str
+    words: str
+    retain: bool = True
+    lower_tiers: bool = True  # False: what leaves the first tier is dropped
+    phases: bool = False  # prompts and decodes in separate steps
+    reserve_share: float = 0.10
+
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System("pensieve", "keeps each conversation's KV in tiers, one batch for everything"),
+        System("gpu-only", "as pensieve, but what leaves the GPU is dropped (the paper's variant 'GPU cache')", lower_tiers=False),
+        System("stateless", "keeps nothing between turns, one batch for prompts and decodes", retain=False, lower_tiers=False),
+        System(
+            "baseline",
+            "keeps nothing, prompts and decodes in separate steps: the servers the paper compares with",
+            retain=False,
+            lower_tiers=False,
+            phases=True,
+            reserve_share=0.01,  # vLLM's watermark
+        ),
+        System("pensieve-phased", "as pensieve, but prompts and decodes in separate steps (paper, Fig. 13)", phases=True),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a model runs on."""
+
+    model: str = "opt-13b"  # a named architecture
+    hardware: str = "a100-80gb"
+    devices: int = 1  # that share every layer
+    gpu_cache_gb: float = 40.0  # of each device (paper, evaluation)
+    cpu_cache_gb: float = 220.0  # host memory of each device
+    disk_cache_gb: float = 0.0
+    overheads: Overheads = Overheads()
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"--{name.removesuffix('_gb').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
+
+    def numbers(self) -> ModelNumbers:
+        """The model's.
+
+        Raises:
+            ConfigError: no architecture of that name, or a mixture of experts.
+        """
+        preset = PRESETS.get(self.model)
+        if preset is None:
+            raise ConfigError(f"no architecture is called {self.model!r}: take one of {', '.join(PRESETS)}")
+        if "num_local_experts" in preset.config_kwargs:
+            raise ConfigError(f"{self.model} is a mixture of experts, whose steps read weights by what is asked: it cannot be simulated")
+        shape = preset.shape
+        tied = preset.config_kwargs.get("tie_word_embeddings", preset.family in ("gpt2", "opt"))
+        return ModelNumbers(shape, preset.num_parameters - (0 if tied else shape.vocab_size * shape.hidden_size))
+
+    def device(self) -> Hardware:
+        """One of its devices."""
+        return find_hardware(self.hardware)
+
+    def cost(self) -> CostModel:
+        """What its steps cost."""
+        return Roofline(self.numbers(), self.device(), self.devices)
+
+    def links(self, chunk_tokens: int) -> Links:
+        """What its copies take. Devices copy their shares side by side."""
+        device, count = self.device(), self.devices
+        return Links(
+            self.numbers().chunk_bytes(chunk_tokens),
+            device.link_bytes_per_s * count,
+            device.disk_read_bytes_per_s,
+            device.disk_write_bytes_per_s,
+            device.duplex_share,
+        )
+
+    def tiers(self, system: System, chunk_tokens: int) -> tuple[TierConfig, ...]:
+        """Slots of each tier.
+
+        Raises:
+            ConfigError: model and cache do not fit in the device's memory.
+        """
+        device, numbers = self.device(), self.numbers()
+        weights = numbers.matrix_parameters * numbers.bytes_per_value / self.devices
+        if weights + self.gpu_cache_gb * GB > device.memory_bytes:
+            raise ConfigError(
+                f"{self.model} takes {weights / GB:.0f} GB of each of {self.devices} {device.name}, which leaves "
+                f"{max(0.0, device.memory_bytes - weights) / GB:.0f} GB: lower --gpu-cache (it is {self.gpu_cache_gb:g}), or take more devices"
+            )
+        chunk_bytes = numbers.chunk_bytes(chunk_tokens)
+
+        def tier(name: str, gigabytes: float) -> TierConfig:
+            return TierConfig(name, int(gigabytes * GB * (self.devices if name != "disk" else 1)) // chunk_bytes)
+
+        tiers = [tier("gpu", self.gpu_cache_gb)]
+        if system.lower_tiers and self.cpu_cache_gb:
+            tiers.append(tier("cpu", self.cpu_cache_gb))
+            if self.disk_cache_gb:
+                tiers.append(tier("disk", self.disk_cache_gb))
+        return tuple(tiers)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One simulation."""
+
+    machine: Machine
+    load: LoadOptions
+    system: str = "pensieve"
+    policy: str = "retention"
+    run: int = 0  # which of the load's runs: one for each rate
+    warm_up_s: float = 0.0  # requests sent before do not count
+    chunk_tokens: int = 32
+    max_context: int = 16_384  # tokens of prompt and answer (paper, evaluation)
+    max_batch_tokens: int = 2048
+    max_running: int = 512
+    debug: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its line in a picture."""
+        return self.system if self.policy == "retention" or not SYSTEMS[self.system].retain else f"{self.system}, {self.policy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a case."""
+
+    case: Case
+    rate: float | None  # asked for, requests a second
+    summary: Summary
+    simulated_s: float
+    num_steps: int
+    busy_share: float  # of the simulated time, the device computes or waits for a swap-in
+    swap_wait_share: float  # it waits for a swap-in
+    mean_in_system: float  # requests sent and not finished, over time
+    chunks: dict[str, int]  # copied up and down, reclaimed, dropped
+    peak_slots: tuple[int, ...]  # slots used at the end, a tier
+    records: tuple[RequestRecord, ...] = ()
+
+
+def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, keep_records: bool = False) -> Outcome:
+    """Simulate one case; a function of the case alone.
+
+    Raises:
+        ConfigError: something in it contradicts something else, or is not known.
+    """
+    system = find_system(case.system)
+    if case.policy not in POLICIES:
+        raise ConfigError(f"no policy is called {case.policy!r}: take one of {', '.join(sorted(POLICIES))}")
+    machine = case.machine
+    cost = machine.cost()
+    planned = case.load.plan()[case.run]
+    num_tokens = max(case.max_context, case.chunk_tokens)
+    profile = chunk_costs(cost, case.chunk_tokens, num_tokens)
+    tiers = machine.tiers(system, case.chunk_tokens)
+    cache = TieredCache(CacheConfig(tiers, case.chunk_tokens), lambda: POLICIES[case.policy](profile.of_chunk))
+    config = SchedulerConfig(
+        max_batch_tokens=max(case.max_batch_tokens, case.chunk_tokens + case.max_running),
+        max_running=case.max_running,
+        max_waiting=1 << 30,  # the paper's load waits however long the queue is
+        reserve_share=system.reserve_share,
+        retain=system.retain,
+    )
+    kind = PhasedScheduler if system.phases else Scheduler
+    scheduler = kind(config, cache, case.max_context)
+    clock = VirtualClock()
+    worker = CostWorker(cost, machine.links(case.chunk_tokens), len(tiers), clock, machine.overheads)
+    simulation = Simulation(scheduler, worker, clock, debug=case.debug)
+    window_s = None
+    if planned.arrivals_s is not None:
+        if case.warm_up_s >= planned.arrivals_s:
+            raise ConfigError(f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got {case.warm_up_s:g}")
+        window_s = (case.warm_up_s, planned.arrivals_s)
+    simulation.play(planned.players, window_s=window_s, tell=tell)
+    begin_s, end_s = window_s or (case.warm_up_s, max((record.finished_s for record in simulation.records), default=0.0) + 1e-9)
+    elapsed_s = clock.now_s or 1.0
+    places = cache.places
+    return Outcome(
+        case,
+        planned.rate,
+        summarize(simulation.records, begin_s, end_s),
+        clock.now_s,
+        worker.num_steps,
+        worker.busy_s / elapsed_s,
+        worker.waited_s / elapsed_s,
+        simulation.num_in_system_s / elapsed_s,
+        {
+            "swapped_in": sum(worker.chunks_up.values()),
+            "copied_down": sum(worker.chunks_down.values()),
+            "reclaimed": places.num_reclaimed,
+            "dropped": places.num_dropped,
+        },
+        tuple(pool.num_used for pool in places.pools),
+        tuple(simulation.records) if keep_records else (),
+    )
+
+
+def find_system(name: str) -> System:
+    """A system by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in SYSTEMS:
+        raise ConfigError(f"no system is called {name!r}: take one of {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]

@@ -1,0 +1,173 @@
+"""How long a step takes. Knows spans, a model's numbers and a machine's; never slots, requests or when.
+
+Two bodies: a roofline from arithmetic, and the measured points of a real machine (`pensieve profile`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pensieve.config import ModelShape
+from pensieve.core.cost import CostProfile
+from pensieve.core.plan import Span
+from pensieve.errors import ConfigError
+from pensieve.simulator.hardware import Hardware
+
+
+class CostModel(Protocol):
+    """What computing costs on a device."""
+
+    num_layers: int  # a swapped-in layer can be computed on while the next is copied
+
+    def step_s(self, spans: Iterable[Span]) -> float:
+        """Seconds of the device to compute these spans in one forward."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What a step costs beside the device's work: planning, sampling, launching, writing answers."""
+
+    step_s: float = 0.0  # a step
+    request_s: float = 0.0  # a step and request in it
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNumbers:
+    """A model as far as costs depend on it."""
+
+    shape: ModelShape
+    matrix_parameters: int  # weights that a token is multiplied with: all, less an input embedding that is not the output's too
+    bytes_per_value: int = 2  # of weights and KV
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one token over all layers."""
+        return self.shape.kv_bytes_per_token(self.bytes_per_value)
+
+    def chunk_bytes(self, chunk_tokens: int) -> int:
+        """One chunk over all layers."""
+        return chunk_tokens * self.kv_bytes_per_token
+
+
+class Roofline:
+    """A step as the larger of what it must multiply and what it must read, part by part, over `num_devices` that share every layer.
+
+    Products: 2 FLOPs a weight and token, or the weights' bytes. Attention, span by span: 4 * heads * head_dim FLOPs a visible token, query and layer, at
+    the rate tiles of so many rows reach, or the context's K and V. Two all-reduces a layer between devices. Never less than launching it all.
+    """
+
+    def __init__(self, model: ModelNumbers, hardware: Hardware, num_devices: int = 1) -> None:
+        if num_devices < 1:
+            raise ConfigError(f"the number of devices must be at least 1, got {num_devices}")
+        if num_devices > 1 and not hardware.peer_bytes_per_s:
+            raise ConfigError(f"{hardware.name} has no links between devices: it computes alone, got {num_devices} devices")
+        shape = model.shape
+        self.num_layers = shape.num_layers
+        weights = model.matrix_parameters
+        self._linear_token_s = 2.0 * weights / (hardware.matrix_flops_per_s * hardware.matrix_efficiency) / num_devices
+        bytes_per_s = hardware.memory_bytes_per_s * hardware.memory_efficiency * num_devices
+        self._weights_s = weights * model.bytes_per_value / bytes_per_s
+        self._kv_token_s = model.kv_bytes_per_token / bytes_per_s
+        self._pair_flops = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim
+        self._attention_flops_per_s = hardware.attention_flops_per_s * num_devices
+        self._half_rows = hardware.attention_rows
+        self._group = shape.num_heads // shape.num_kv_heads
+        self._launch_s = hardware.launch_s * shape.num_layers
+        self._reduce_s = self._reduce_token_s = 0.0
+        if num_devices > 1:
+            reduces = 2 * shape.num_layers
+            self._reduce_s = reduces * hardware.peer_latency_s
+            ring = 2.0 * (num_devices - 1) / num_devices
+            self._reduce_token_s = reduces * ring * shape.hidden_size * model.bytes_per_value / hardware.peer_bytes_per_s
+        self._decode_pair_s = self._pair_flops / self._attention_rate(1)
+        self._decode_token_s = max(self._kv_token_s, self._decode_pair_s)
+
+    def _attention_rate(self, queries: int) -> float:
+        rows = max(32.0, queries * self._group)  # a tile of fewer rows is not computed any slower
+        return self._attention_flops_per_s * rows / (rows + self._half_rows)
+
+    def attention_s(self, queries: int, context: int) -> float:
+        """Seconds of all layers' attention for one span of `queries` tokens whose last sees `context`."""
+        if queries == 1:
+            return context * self._decode_token_s
+        pairs = queries * (context - (queries - 1) / 2)
+        return max(context * self._kv_token_s, pairs * self._pair_flops / self._attention_rate(queries))
+
+    def linear_s(self, num_tokens: int) -> float:
+        """Seconds of everything but attention for so many tokens."""
+        return max(num_tokens * self._linear_token_s, self._weights_s) + self._reduce_s + num_tokens * self._reduce_token_s
+
+    def step_s(self, spans: Iterable[Span]) -> float:
+        """See `CostModel`."""
+        num_tokens = seen = 0
+        attention_s = 0.0
+        for span in spans:
+            queries = span.stop - span.start
+            num_tokens += queries
+            if queries == 1:
+                seen += span.stop
+            else:
+                attention_s += self.attention_s(queries, span.stop)
+        if not num_tokens:
+            return 0.0
+        return max(self._launch_s, self.linear_s(num_tokens) + attention_s + seen * self._decode_token_s)
+
+
+class Measured:
+    """A step from a machine's own measurements: everything but attention interpolated by tokens, attention by tokens seen."""
+
+    def __init__(
+        self, num_layers: int, linear: Sequence[tuple[int, float]], decode_token_s: float, chunk_token_s: float, chunk: int = 32
+    ) -> None:
+        """Tables of one machine and model.
+
+        Args:
+            num_layers: of the model.
+            linear: (tokens of a step, seconds beside attention), ascending; extrapolated along the last segment.
+            decode_token_s: attention of one query, seconds a token it sees.
+            chunk_token_s: attention of a chunk's queries together, seconds a token before it.
+            chunk: how many queries that was.
+        """
+        if len(linear) < 2 or [tokens for tokens, _ in linear] != sorted({tokens for tokens, _ in linear}):
+            raise ConfigError(f"a measured cost needs at least two ascending (tokens, seconds), got {list(linear)}")
+        self.num_layers = num_layers
+        self._tokens = [tokens for tokens, _ in linear]
+        self._seconds = [seconds for _, seconds in linear]
+        self._decode_token_s = decode_token_s
+        self._query_token_s = chunk_token_s / chunk
+
+    def linear_s(self, num_tokens: int) -> float:
+        """Seconds of everything but attention for so many tokens."""
+        tokens, seconds = self._tokens, self._seconds
+        right = min(max(1, bisect_left(tokens, num_tokens)), len(tokens) - 1)
+        slope = (seconds[right] - seconds[right - 1]) / (tokens[right] - tokens[right - 1])
+        return max(0.0, seconds[right - 1] + slope * (num_tokens - tokens[right - 1]))
+
+    def attention_s(self, queries: int, context: int) -> float:
+        """Seconds of all layers' attention for one span of `queries` tokens whose last sees `context`."""
+        if queries == 1:
+            return context * self._decode_token_s
+        return queries * (context - (queries - 1) / 2) * self._query_token_s
+
+    def step_s(self, spans: Iterable[Span]) -> float:
+        """See `CostModel`."""
+        num_tokens, attention_s = 0, 0.0
+        for span in spans:
+            num_tokens += span.stop - span.start
+            attention_s += self.attention_s(span.stop - span.start, span.stop)
+        return self.linear_s(num_tokens) + attention_s if num_tokens else 0.0
+
+
+def chunk_costs(model: CostModel, chunk_tokens: int, max_context: int) -> CostProfile:
+    """Cost(l) as `pensieve profile` would measure it on this device: a forward of one chunk at contexts of a power of two (paper §4.3.1)."""
+    points = []
+    context = chunk_tokens
+    while True:
+        points.append((context, model.step_s([Span("", context - chunk_tokens, context, None, emits_token=False)])))
+        if context >= max_context:
+            return CostProfile(points, chunk_tokens)
+        context *= 2

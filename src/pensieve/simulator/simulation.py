@@ -1,0 +1,190 @@
+"""Users who converse with the real scheduler and cache in virtual time. Knows scripts, requests and the clock; never costs or policies.
+
+Sole owner of time here, as the engine is where a model computes. One loop: send what is due, schedule, run, commit.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pensieve.core.request import Request, SamplingParams
+from pensieve.core.scheduler import Scheduler
+from pensieve.errors import PensieveError
+from pensieve.simulator.records import RequestRecord
+from pensieve.simulator.worker import CostWorker, VirtualClock
+from pensieve.workloads.scripts import Player, Script
+
+NAMESPACE = "simulation"
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """A script being played. Every token of a turn has the same made-up id, one that no other conversation uses."""
+
+    script: Script
+    name: str  # unique within the simulation
+    player: Iterator[Script]  # its user's next conversations
+    token_id: int
+    runs: list[tuple[int, int]] = field(default_factory=list)  # (token id, tokens) of each turn of the history
+    turn: int = 0  # the next to be sent, or the one under way
+
+
+@dataclass(slots=True)
+class _InFlight:
+    conversation: _Conversation
+    sent_s: float
+
+
+class Simulation:
+    """One run. `play` once; then `records`."""
+
+    def __init__(self, scheduler: Scheduler, worker: CostWorker, clock: VirtualClock, *, debug: bool = False) -> None:
+        """`debug`: verify every cache invariant after every step."""
+        self.records: list[RequestRecord] = []
+        self.num_in_system_s = 0.0  # integral over time of the requests sent and not finished (Little's law)
+        self._scheduler, self._worker, self._clock, self._debug = scheduler, worker, clock, debug
+        self._due: list[tuple[float, int, _Conversation]] = []
+        self._order = itertools.count()
+        self._ids = itertools.count(1)
+        self._names: dict[str, int] = {}
+        self._shared: dict[str, int] = {}  # token ids of shared beginnings
+        self._in_flight: dict[str, _InFlight] = {}
+        self.on_sent: Callable[[str, Script, int], None] | None = None  # told (sequence id, script, turn) before a turn is submitted
+
+    def play(
+        self,
+        players: Iterable[Player],
+        *,
+        window_s: tuple[float, float] | None = None,
+        tell: Callable[[float, int], None] | None = None,
+    ) -> None:
+        """Play everybody to the end, or until every request sent in the window has ended.
+
+        Args:
+            players: by their start, ascending; may be endless if there is a window.
+            window_s: what is measured. Everybody goes on until it is over and its requests have ended.
+            tell: called now and then with the virtual time and the number of requests finished.
+        """
+        coming = iter(players)
+        upcoming = next(coming, None)
+        scheduler, worker, clock = self._scheduler, self._worker, self._clock
+        steps = 0
+        while True:
+            while upcoming is not None and upcoming.start_s <= clock.now_s:
+                self._begin(upcoming)
+                upcoming = next(coming, None)
+            while self._due and self._due[0][0] <= clock.now_s:
+                due_s, _, conversation = heapq.heappop(self._due)
+                self._send(conversation, due_s)
+            if window_s is not None and clock.now_s >= window_s[1] and not self._owes(window_s):
+                return
+            plan = scheduler.schedule(clock.now_s)
+            if plan.is_empty:
+                next_s = self._next_s(upcoming)
+                if next_s is None:
+                    assert not scheduler.requests, f"{len(scheduler.requests)} requests wait for ever"
+                    return
+                self._move_on(max(next_s, clock.now_s))
+            before_s = clock.now_s
+            result = worker.run(plan)
+            self.num_in_system_s += len(self._in_flight) * (clock.now_s - before_s)
+            events = scheduler.commit(plan, result, clock.now_s)
+            for request in events.finished:
+                self._take_answer(request)
+            if self._debug:
+                scheduler.cache.check()
+            steps += 1
+            if tell is not None and steps % 256 == 0:
+                tell(clock.now_s, len(self.records))
+
+    def _next_s(self, upcoming: Player | None) -> float | None:
+        """When something happens next, if no step is planned before."""
+        times = [self._worker.next_settled_s, self._due[0][0] if self._due else None, upcoming.start_s if upcoming is not None else None]
+        return min((at for at in times if at is not None), default=None)
+
+    def _move_on(self, to_s: float) -> None:
+        self.num_in_system_s += len(self._in_flight) * (to_s - self._clock.now_s)
+        self._clock.advance(to_s)
+
+    def _owes(self, window_s: tuple[float, float]) -> bool:
+        return any(window_s[0] <= flight.sent_s < window_s[1] for flight in self._in_flight.values())
+
+    # -- users
+
+    def _begin(self, player: Player) -> None:
+        self._next_script(iter(player.scripts), player.start_s)
+
+    def _next_script(self, scripts: Iterator[Script], now_s: float) -> None:
+        script = next(scripts, None)
+        if script is None:
+            return
+        count = self._names.get(script.name, 0)
+        self._names[script.name] = count + 1
+        name = script.name if not count else f"{script.name}#{count}"
+        self._plan_turn(_Conversation(script, name, scripts, next(self._ids)), now_s)
+
+    def _plan_turn(self, conversation: _Conversation, now_s: float) -> None:
+        turn = conversation.script.turns[conversation.turn]
+        due_s = now_s + turn.think_s
+        if turn.due_s is not None:
+            due_s = max(due_s, turn.due_s)
+        heapq.heappush(self._due, (due_s, next(self._order), conversation))
+
+    def _send(self, conversation: _Conversation, now_s: float) -> None:
+        turn = conversation.script.turns[conversation.turn]
+        if turn.keep_turns is not None and turn.keep_turns < len(conversation.runs):
+            del conversation.runs[turn.keep_turns :]
+            conversation.token_id = next(self._ids)  # what comes now is another text than what was cut off
+        tokens: list[int] = []
+        for token_id, count in conversation.runs:
+            tokens += [token_id] * count
+        history = len(tokens)
+        tokens += [conversation.token_id] * turn.message_tokens
+        request_id = f"{conversation.name}/{conversation.turn}"
+        if self.on_sent is not None:
+            self.on_sent(conversation.name, conversation.script, conversation.turn)
+        sampling = SamplingParams(max_new_tokens=turn.output_tokens)
+        self._in_flight[request_id] = _InFlight(conversation, now_s)
+        try:
+            self._scheduler.submit(request_id, NAMESPACE, conversation.name, tuple(tokens), history, sampling, now_s)
+        except PensieveError as error:
+            self._refused(request_id, len(tokens), history, error.message)
+
+    # -- answers
+
+    def _take_answer(self, request: Request) -> None:
+        flight = self._in_flight.pop(request.request_id)
+        conversation = flight.conversation
+        self.records.append(
+            RequestRecord(
+                conversation.name, conversation.turn, flight.sent_s, request.admitted_s, request.first_token_s, self._clock.now_s,
+                request.num_prompt, request.history_tokens, request.gpu_tokens, request.cpu_tokens, request.recomputed_tokens,
+                request.new_tokens, request.num_output, request.resume_cpu_tokens, request.resume_recomputed_tokens, request.suspensions,
+                request.error,
+            )
+        )  # fmt: skip
+        message = conversation.script.turns[conversation.turn].message_tokens
+        conversation.runs.append((conversation.token_id, message + request.num_output))
+        self._go_on(conversation)
+
+    def _refused(self, request_id: str, prompt: int, history: int, why: str) -> None:
+        """A turn that the scheduler does not take ends its conversation: its user has nothing to answer to."""
+        flight = self._in_flight.pop(request_id)
+        now_s = self._clock.now_s
+        conversation = flight.conversation
+        self.records.append(
+            RequestRecord(
+                conversation.name, conversation.turn, flight.sent_s, None, None, now_s, prompt, history, 0, 0, 0, 0, 0, 0, 0, 0, why
+            )
+        )
+        self._next_script(conversation.player, now_s)
+
+    def _go_on(self, conversation: _Conversation) -> None:
+        conversation.turn += 1
+        if conversation.turn < len(conversation.script.turns):
+            self._plan_turn(conversation, self._clock.now_s)
+        else:
+            self._next_script(conversation.player, self._clock.now_s)
