@@ -41,7 +41,10 @@ class Room:
         if slot is None:
             victim = places.clean[tier].worst(now_s)
             assert victim is not None, f"no slot available in tier {tier}"
+            others = places.clean[tier].going_with(victim)
             slot = places.reclaim(victim, tier)
+            for chunk in others:
+                places.release_upper(chunk, tier)
         return slot
 
     def make(self, tier: int, num_slots: int, now_s: float, for_whom: Key | None = None) -> None:

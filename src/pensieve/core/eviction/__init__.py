@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pensieve.core.eviction.lines import ByLines
 from pensieve.core.eviction.lru import LRU
 from pensieve.core.eviction.policy import CostOfChunk, EvictionPolicy, PolicyFactory, PolicyFamily
 from pensieve.core.eviction.retention import MIN_IDLE_S, RetentionValue, SharersValue
@@ -17,6 +18,7 @@ POLICIES: dict[str, Callable[[CostOfChunk], PolicyFactory]] = {
 }
 
 __all__ = [
+    "ByLines",
     "LRU",
     "MIN_IDLE_S",
     "POLICIES",

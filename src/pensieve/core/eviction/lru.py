@@ -10,7 +10,10 @@ from pensieve.core.eviction.policy import OldestFirst
 
 
 class LRU:
-    """Least recently active first; leading chunk first within a conversation. Active conversations go last."""
+    """Least recently active first; leading chunk first within a conversation. Active conversations go last.
+
+    A subclass may rank by something else that does not change while a chunk is a candidate.
+    """
 
     trailing = False
     whole = False
@@ -24,7 +27,7 @@ class LRU:
         """See `EvictionPolicy`."""
         home = self._active if chunk.owner.num_active else self._idle
         self._home[chunk] = home
-        home.add(chunk, chunk.owner.last_active_s)
+        home.add(chunk, self._rank(chunk))
 
     def remove(self, chunk: Chunk) -> None:
         """See `EvictionPolicy`."""
@@ -36,5 +39,8 @@ class LRU:
         return top[1] if top else None
 
     def worth(self, chunk: Chunk, now_s: float) -> float:
-        """The time it was last active."""
-        return math.inf if chunk.owner.num_active else chunk.owner.last_active_s
+        """Its rank, for LRU the time it was last active."""
+        return math.inf if chunk.owner.num_active else self._rank(chunk)
+
+    def _rank(self, chunk: Chunk) -> float:
+        return chunk.owner.last_active_s
