@@ -40,11 +40,14 @@ def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
             words.append(
                 f"{share}{_ms(goal, answer.headroom.latency_s)}, {_ms(goal, abs(late_s))} {where} the target; it holds {_held_words(answer.held)}."
             )
-    worth = max(answer.margins, key=lambda margin: margin.more_per_s * margin.more_gb / margin.price if margin.price else 0.0, default=None)
-    if worth is not None and worth.more_per_s > 0 and worth.price:
-        per_s = worth.more_per_s * worth.more_gb * (1 if worth.tier == "disk_cache_gb" else best.machine.devices)
+    gains = [(margin.held.per_s - answer.held.per_s, margin) for margin in answer.margins if margin.price]
+    per_s, worth = max(gains, key=lambda gain: gain[0] / gain[1].price, default=(0.0, None))
+    if worth is not None and per_s > 0:
+        least = "" if worth.held.bounded else "at least "
+        each = " a device" if best.machine.devices > 1 and worth.tier != "disk_cache_gb" else ""
         words.append(
-            f"What is worth most for its price is more {TIERS[worth.tier]}: {worth.more_gb:.3g} GB for {worth.price:.3g} a month hold {per_s:.2g} requests/s more."
+            f"What is worth most for its price is more {TIERS[worth.tier]}: {worth.more_gb:.3g} GB{each} for {worth.price:.3g} a month hold "
+            f"{least}{per_s:.2g} requests/s more."
         )
     return words
 
@@ -228,6 +231,7 @@ def plot(path: Path, book: Book, answer: Answer, title: str, subtitle: str) -> P
         axes.set_ylabel(f"{book.goal.words}, {book.goal.unit}")
         if max(x for points in lines.values() for x, _ in points) > 0:
             axes.set_xscale("symlog", linthresh=_least_positive(lines))
+            axes.set_xlim(0.0, 1.4 * max(x for points in lines.values() for x, _ in points))
         axes.legend(frameon=False, fontsize=9)
     return path
 

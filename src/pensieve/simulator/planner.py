@@ -208,7 +208,11 @@ def search(book: Book, space: Space) -> Found:
     for factor in (2**-0.25, 2**-0.5, 2**-0.75):
         if (smaller := rounded(at.gpu_cache_gb * factor)) >= space.least_gpu_gb:
             finer.append(_column(book, space, smaller, at.disk_cache_gb))
-    return Found(space, _narrow(book, [*columns, *finer], everything, lucky), everything)
+    best = _narrow(book, [*columns, *finer], everything, lucky)
+    alone = book.machine(space.devices, best.machine.gpu_cache_gb, 0.0, 0.0)
+    if not any(trial.has(alone) and not book.holds(trial) for trial in _known(book, everything)):
+        book.try_all([(alone, 1.0)])  # (tiers of next to nothing are better not there)
+    return Found(space, _best(book, everything, lucky), everything)
 
 
 def _column(book: Book, space: Space, gpu_gb: float, disk_gb: float) -> _Column:
