@@ -171,6 +171,14 @@ def test_what_cannot_be_reached_is_said_with_the_reason_and_the_rate_that_is_hel
         assert answer.limit == limit and said in " ".join(sentences(book, answer))
 
 
+def test_a_run_too_short_for_its_rate_is_told() -> None:
+    book = Book(replace(BASE, load=replace(BASE.load, rates=(13.0,))), GOAL, PRICES, Fake(lambda machine, rate: 0.01))
+    words = sentences(book, make_plan(book, [SPACE]))
+    assert words[-1].startswith("In the measured window only 10 of 13 requests/s were sent")
+    steady = Book(BASE, GOAL, PRICES, Fake(kept))
+    assert "measured window" not in " ".join(sentences(steady, make_plan(steady, [SPACE])))
+
+
 def test_memory_that_was_not_allowed_is_named() -> None:
     book = Book(BASE, GOAL, PRICES, Fake(kept))
     answer = make_plan(book, [replace(SPACE, cpu_gb=40.0)])

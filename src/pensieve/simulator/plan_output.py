@@ -18,10 +18,20 @@ from pensieve.simulator.output import plain
 from pensieve.simulator.plan import Answer
 from pensieve.simulator.planner import Book, Goal, Trial, rate_of
 
+_MOST_LINES = 6  # of a picture: the answer's, and those with most points
+_STEADY = 0.85  # of the rate asked for, sent in the window
+
 
 def sentences(book: Book, answer: Answer) -> list[str]:
     """The answer in words: first what to buy, or why nothing will do."""
-    return _found(book, answer, answer.best) if answer.best is not None else _missed(book, answer)
+    words = _found(book, answer, answer.best) if answer.best is not None else _missed(book, answer)
+    asked, sent = rate_of(answer.closest), answer.closest.outcome.summary.sent_per_s
+    if sent < _STEADY * asked:
+        words.append(
+            f"In the measured window only {sent:.3g} of {asked:.3g} requests/s were sent, because people who came have not asked their later turns yet: "
+            "take a longer --duration and --warm-up, or this is a plan for less."
+        )
+    return words
 
 
 def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
@@ -204,7 +214,7 @@ def plot(path: Path, book: Book, answer: Answer, title: str, subtitle: str) -> P
     ordered = sorted(lines, key=lambda key: (taken is None or key != (taken.disk_cache_gb, taken.gpu_cache_gb), -len(lines[key]), key))
     highest = 4.0 * book.goal.latency_s * 1e3
     with canvas(path, title, subtitle) as (axes,):
-        for index, key in enumerate(ordered[: len(COLOURS) * len(MARKERS)]):
+        for index, key in enumerate(ordered[:_MOST_LINES]):
             disk_gb, gpu_gb = key
             label = f"first tier {gpu_gb:.3g} GB" + (f", disk {disk_gb:.3g} GB" if disk_gb else "")
             points = sorted(lines[key])

@@ -226,7 +226,7 @@ def _narrow(book: Book, columns: Sequence[_Column], everything: Trial, lucky: se
     while True:
         best = _best(book, everything, lucky)
         for column in columns:
-            _settle(book, column, best, lucky)
+            _bound(book, column, best, lucky)
         unsettled = [column for column in columns if column.high - column.low > 1]
         if unsettled:
             each = -(-_PROBES // len(unsettled))
@@ -249,7 +249,7 @@ def _known(book: Book, everything: Trial) -> list[Trial]:
     return [trial for trial in book.trials.values() if trial.load == 1.0 and trial.machine.devices == everything.machine.devices]
 
 
-def _settle(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
+def _bound(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
     """Set a column's bounds by all that is known; between them lies what is unknown and cheaper than the best by enough to matter."""
     known = _known(book, best)
     missed = [trial for trial in known if not book.holds(trial) or trial.case in lucky]
