@@ -36,7 +36,7 @@ from pensieve.core.eviction import Hazard, PolicyFactory, ReturnTimes
 from pensieve.core.sequence import Key, Sequence
 from pensieve.simulator.policies import Setting, make_policy
 
-CHUNK = 512
+CHUNK = 512  # tokens; Mooncake's blocks
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128_256, 131_072)
 COST = CostProfile.from_shape(LLAMA_8B, CHUNK, 1 << 17)
 OUTPUT_TOKEN_S = 0.02  # Mooncake's
@@ -60,6 +60,11 @@ class Session:
 
     name: str
     turns: list[Turn] = field(default_factory=list)
+
+
+def use_chunks_of(num_tokens: int) -> None:
+    global CHUNK, COST
+    CHUNK, COST = num_tokens, CostProfile.from_shape(LLAMA_8B, num_tokens, 1 << 17)
 
 
 def load(path: str) -> tuple[str, list[Session]]:
@@ -213,7 +218,9 @@ def main() -> None:
     parser.add_argument("--capacity", default="0.05,0.10")
     parser.add_argument("--hours", default="4,8")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--chunk-tokens", type=int, default=CHUNK, help="of sessions of agents: larger ones are quicker to replay")
     options = parser.parse_args()
+    use_chunks_of(options.chunk_tokens)
     kind, sessions = load(options.trace)
     policies = ["lru", "clairvoyant", *(p for p in options.policies.split(",") if p not in ("lru", "clairvoyant"))]
     results = []
@@ -241,7 +248,7 @@ def main() -> None:
                     }  # fmt: skip
                     print(json.dumps(row), file=sys.stderr, flush=True)
                     results.append(row)
-    config = {**vars(options), "chunk_tokens": CHUNK, "sessions": len(sessions)}
+    config = {**vars(options), "sessions": len(sessions)}
     print(json.dumps({"benchmark": "policies", "config": config, "python": platform.python_version(), "results": results}))
 
 

@@ -67,8 +67,14 @@ class _Listed:
 
     where: Literal[1, 2] = 1  # used once lately, or more often
     length: int = 0  # chunks, as it went idle
-    gone: int = 0  # of those, its ghosts
+    gone: int = 0  # of those, leading ones that are not there
+    forgotten: int = 0  # of those, leading ones that are no ghosts any more
     idle: bool = False
+
+    @property
+    def ghosts(self) -> int:
+        """Chunks that are remembered and not there."""
+        return self.gone - self.forgotten
 
 
 class AdaptiveFamily(PolicyFamily):
@@ -94,44 +100,46 @@ class AdaptiveFamily(PolicyFamily):
         listed = self._listed.get(sequence.key)
         if listed is None or not listed.idle:
             return
-        missing = listed.length - sum(chunk is not None and chunk.place is not None for chunk in sequence.chunks)
-        mine, others = max(1, self._ghosts[listed.where]), self._ghosts[3 - listed.where]
-        if listed.gone and missing > 0:
-            change = missing * max(1.0, others / mine)
+        there = sum(chunk is not None and chunk.place is not None for chunk in sequence.chunks)
+        self._set_gone(listed, max(listed.forgotten, listed.length - there))
+        if hits := listed.ghosts:
+            change = hits * max(1.0, self._ghosts[3 - listed.where] / self._ghosts[listed.where])
             self.target = min(self._num_slots, max(0.0, self.target + (change if listed.where == 1 else -change)))
-        forgotten = missing >= listed.length and not listed.gone
         self._count(listed, -1)
         listed.idle = False
-        listed.where = 1 if forgotten else 2
+        listed.where = 2 if there or hits else 1
 
     def went_idle(self, sequence: Sequence, now_s: float) -> None:
         """See `PolicyFamily`."""
         listed = self._listed.setdefault(sequence.key, _Listed())
         self._listed.move_to_end(sequence.key)
-        listed.length, listed.gone, listed.idle = len(sequence.chunks), 0, True
+        listed.length, listed.gone, listed.forgotten, listed.idle = len(sequence.chunks), 0, 0, True
         self._count(listed, +1)
         for where in (1, 2):
             oldest = iter(self._listed.values())
             while self._ghosts[where] > self._num_slots and (ghost := next(oldest, None)) is not None:
-                if ghost.where == where and ghost.idle and ghost.gone:
-                    self._ghosts[where] -= ghost.gone
-                    ghost.length, ghost.gone = ghost.length - ghost.gone, 0
+                if ghost.where == where and ghost.idle:
+                    self._ghosts[where] -= ghost.ghosts
+                    ghost.forgotten = ghost.gone
 
     def where(self, chunk: Chunk) -> int:
         """The list a chunk is in: the better one of its conversations'."""
         return max((listed.where for s in chunk.owner.sequences() if (listed := self._listed.get(s.key)) is not None), default=1)
 
-    def leads(self, chunk: Chunk) -> None:
-        """A private chunk of an idle conversation is next to go of it: what was before it is gone."""
+    def leads(self, chunk: Chunk, *, comes: bool) -> None:
+        """A private chunk of an idle conversation becomes next to go of it, and what was before it is gone; or it is so no more."""
         listed = self._listed.get(chunk.owner.sequences()[0].key)
-        if listed is not None and listed.idle and listed.gone < chunk.index < listed.length:
-            self._count(listed, -1)
-            listed.gone = chunk.index
-            self._count(listed, +1)
+        if listed is not None and listed.idle:
+            self._set_gone(listed, max(listed.forgotten, min(chunk.index, listed.length) if comes else listed.length))
+
+    def _set_gone(self, listed: _Listed, gone: int) -> None:
+        self._count(listed, -1)
+        listed.gone = gone
+        self._count(listed, +1)
 
     def _count(self, listed: _Listed, sign: int) -> None:
         self.resident[listed.where] += sign * (listed.length - listed.gone)
-        self._ghosts[listed.where] += sign * listed.gone
+        self._ghosts[listed.where] += sign * listed.ghosts
 
 
 class Adaptive:
@@ -149,14 +157,17 @@ class Adaptive:
     def add(self, chunk: Chunk) -> None:
         """See `EvictionPolicy`."""
         if not chunk.owner.num_active and isinstance(chunk.owner, Sequence):
-            self._family.leads(chunk)
+            self._family.leads(chunk, comes=True)
         home = 3 if chunk.owner.num_active else self._family.where(chunk)
         self._home[chunk] = home
         self._lists[home].add(chunk, chunk.owner.last_active_s)
 
     def remove(self, chunk: Chunk) -> None:
         """See `EvictionPolicy`."""
-        self._lists[self._home.pop(chunk)].remove(chunk)
+        home = self._home.pop(chunk)
+        self._lists[home].remove(chunk)
+        if home != 3 and isinstance(chunk.owner, Sequence):
+            self._family.leads(chunk, comes=False)
 
     def worst(self, now_s: float) -> Chunk | None:
         """See `EvictionPolicy`."""
