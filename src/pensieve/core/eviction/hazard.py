@@ -78,7 +78,8 @@ class Hazard(PolicyFamily):
 
     def curve_of(self, chunk: Chunk) -> Curve:
         """That of the conversation through a chunk that was active last."""
-        latest = max(chunk.owner.sequences(), key=lambda sequence: sequence.last_active_s)
+        owner = chunk.owner
+        latest = owner if isinstance(owner, Sequence) else max(owner.sequences(), key=lambda sequence: sequence.last_active_s)
         known = self._known.get(latest.key)
         return known.curve if known is not None else PRIOR_CURVE
 
