@@ -178,6 +178,19 @@ def test_a_session_s_rewritten_history_is_cut_back(
     assert len(third) == 3 and third[:2] == second[:2] and third[2] != second[2]
 
 
+def test_made_conversations_begin_with_shared_system_prompts(
+    server: Server, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gaps = tmp_path / "gaps"
+    gaps.write_text("0.01\n0.02\n")
+    result = bench(capsys, server.url, "--users", "3", "--turns", "2", "--system-prompts", "1:60", "--think", f"file:{gaps}")
+    assert result.status == 0, result.err
+    assert (result.json["config"]["system_prompts"], result.json["config"]["think"]) == ("1:60:1", f"file:{gaps}")
+    begun = {(body["messages"][0]["role"], body["messages"][0]["content"]) for body in model.measured}
+    ((role, words),) = begun
+    assert role == "system" and len(words.split()) == 30, "two tokens a word"
+
+
 # -- servers that fail
 
 
@@ -248,6 +261,9 @@ def test_the_key_is_sent_and_never_shown(
         (("--rate", "fast"), "requests a second"),
         (("--think", "soon"), "think time"),
         (("--duration", "5"), "--duration needs --rate"),
+        (("--think", "file:nowhere"), "cannot read the gaps"),
+        (("--system-prompts", "3"), "COUNT:TOKENS"),
+        (("--trace", "sharegpt-like", "--duration", "5"), "--duration needs --rate"),
         (("--speed", "5"), "--speed does not go with no --trace"),
         (("--trace", "nowhere.jsonl"), "cannot read the trace"),
         (("--max-context", "10"), "--max-context 10"),

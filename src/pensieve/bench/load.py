@@ -166,7 +166,8 @@ class _Stage:
 
     async def _converse(self, conversation: int, script: Script, free_s: float) -> float:
         """One conversation from `free_s` on, to its end or its first failure. When that was."""
-        head: Messages = [{"role": "system", "content": script.system}] if script.system else []
+        system = self._system(script)
+        head: Messages = [{"role": "system", "content": system}] if system else []
         said: Messages = []  # a question and an answer for each turn
         for index, turn in enumerate(script.turns):
             due_s = max(free_s + turn.think_s, turn.due_s or 0.0)
@@ -187,6 +188,14 @@ class _Stage:
                 break
             said += [question, {"role": "assistant", "content": asked.answer.text}]
         return free_s
+
+    def _system(self, script: Script) -> str | None:
+        """What stands before the first message: the same words for every conversation of the run that begins with the same pieces."""
+        texts = [script.system] if script.system else []
+        for piece in script.prefix:
+            words = max(1, round(piece.tokens / self._target.tokens_per_word))
+            texts.append(self._writer.write(f"{self._label}/begin/{piece.name}", words))
+        return "\n".join(texts) or None
 
     def _text(self, script: Script, index: int, turn: ScriptTurn) -> str:
         if turn.text is not None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import json
-import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,13 @@ from pensieve.bench.load_report import build_json, failure_lines, print_load_rep
 from pensieve.bench.probe import Target, find_model, probe, server_version, warm_up
 from pensieve.bench.record import write_record
 from pensieve.cli.loops import loop_factory
-from pensieve.errors import ConfigError
+from pensieve.cli.outputs import check_paths
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
+from pensieve.workloads.generators import LIKENESSES
 from pensieve.workloads.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
 from pensieve.workloads.prompts import PromptWriter
+from pensieve.workloads.scripts import SystemPrompts
+from pensieve.workloads.traces import DEFAULT_OUTPUT_TOKENS
 
 WARM_UP_TOKENS = 16  # of a warm-up's answer, at most
 JSON_NAME, PLOT_NAME = "bench.json", "bench.png"
@@ -66,10 +67,25 @@ def _option(name: str, *more: str, **keywords: Any) -> Callable[[Any], Any]:
 @_option("--turns", type=click.IntRange(min=1), default=None, help="Turns of a conversation.  [default: 6; all of a trace's]")
 @_option("--new-tokens", type=click.IntRange(min=1), default=100, help="Tokens of a user's message, about.")
 @_option("--first-tokens", type=click.IntRange(min=1), default=None, help="Tokens of the first message.  [default: as the others]")
-@_option("--output-tokens", type=click.IntRange(min=1), default=64, help="Tokens of an answer, exactly so many where the server can.")
+@_option(
+    "--output-tokens",
+    type=click.IntRange(min=1),
+    default=None,
+    help=f"Tokens of an answer, exactly so many where the server can.  [default: {DEFAULT_OUTPUT_TOKENS}; as a trace has them]",
+)
 @_option("--natural", is_flag=True, show_default=False, help="Answers end where the model ends them; --output-tokens is the most.")
-@_option("--think", default="0", help="Seconds between an answer and the next turn: 2.5 | exp:3 (exponential with that mean).")
-@_option("--trace", type=click.Path(path_type=Path), default=None, help="Play recorded conversations: see docs/bench.md for the forms.")
+@_option(
+    "--think",
+    default="0",
+    help="Seconds between an answer and the next turn: 2.5 | exp:3 (exponential with that mean) | chats | file:GAPS.",
+)
+@_option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    default=None,
+    help=f"Play recorded conversations (docs/bench.md has the forms), or some like those of a dataset: {' | '.join(LIKENESSES)}.",
+)
+@_option("--system-prompts", default=None, help="Made conversations begin with one of COUNT prompts of TOKENS: COUNT:TOKENS[:SHARE].")
 @_option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster.")
 @_option("--max-context", type=click.IntRange(min=1), default=None, help="Leave out turns that would not fit in so many tokens, about.")
 @_option("--warm-up", "warm_up_requests", type=click.IntRange(min=0), default=4, help="Requests before the run that do not count.")
@@ -90,6 +106,7 @@ def bench(
     timeout_s: float,
     rates: str | None,
     think: str,
+    system_prompts: str | None,
     seed: int | None,
     out_dir: Path | None,
     json_path: Path | None,
@@ -104,10 +121,11 @@ def bench(
     options = LoadOptions(
         rates=parse_rates(rates) if rates is not None else (),
         think=ThinkTime.parse(think),
+        system_prompts=SystemPrompts.parse(system_prompts) if system_prompts is not None else None,
         seed=secrets.randbelow(1 << 31) if seed is None else seed,
         **arguments,
     )
-    paths = _output_paths(out_dir, json_path)
+    paths = check_paths(out_dir, json_path, JSON_NAME)
     options.plan()  # what is wrong with it is said before the server is asked anything
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         target, planned, runs = runner.run(_measure(server, options))
@@ -142,7 +160,7 @@ async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target,
         _say(f"{model} at {http.url}: answers {'have a fixed length' if target.fixed_lengths else 'end where the model ends them'}")
         planned = options.plan(target.template_tokens or 0.0)
         words = max(1, round(options.new_tokens / target.tokens_per_word))
-        await warm_up(chat, writer, server.warm_up_requests, words, min(WARM_UP_TOKENS, options.output_tokens))
+        await warm_up(chat, writer, server.warm_up_requests, words, min(WARM_UP_TOKENS, options.output_tokens or DEFAULT_OUTPUT_TOKENS))
         driver = LoadDriver(chat, target, writer, open_load_progress())
         gc.collect()
         gc.freeze()  # what is there now is looked at no more: no long pauses in the middle of a run
@@ -153,12 +171,18 @@ async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target,
 
 
 def _config(server: ServerOptions, options: LoadOptions, planned: Sequence[PlannedRun]) -> dict[str, Any]:
-    asked = asdict(options) | {"think": str(options.think), "rates": list(options.rates) or None}
+    asked = {one.name: getattr(options, one.name) for one in fields(options)}  # (not asdict: a think time may be a file of gaps)
+    asked |= {
+        "think": str(options.think),
+        "rates": list(options.rates) or None,
+        "system_prompts": options.system_prompts and str(options.system_prompts),
+    }
     asked["trace"] = None if options.trace is None else str(options.trace)
     if planned[0].arrivals_s is None:
         asked["users"] = len(planned[0].players)
     if options.trace is None:
         asked["turns"] = options.turns or DEFAULT_TURNS
+        asked["output_tokens"] = options.output_tokens or DEFAULT_OUTPUT_TOKENS
     told = asdict(server)
     return asked | {name: told[name] for name in ("natural", "warm_up_requests", "fresh_connections", "timeout_s")}
 
@@ -177,33 +201,13 @@ def _command(arguments: Sequence[str]) -> list[str]:
     return shown
 
 
-def _output_paths(out_dir: Path | None, json_path: Path | None) -> list[Path]:
-    """Where the JSON goes. What would keep it from being written is said now, not after the run.
-
-    Raises:
-        ConfigError: a folder cannot be made, or the picture cannot be drawn.
-    """
-    paths = [json_path] if json_path is not None else []
-    paths += [out_dir / JSON_NAME] if out_dir is not None else []
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"cannot write {path}: it is a folder, or its folder may not be written to")
-    if out_dir is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--out draws a picture, which needs matplotlib: pip install 'pensieve-serve[plot]', or take --json")
-    return paths
-
-
 def _words(options: LoadOptions, planned: Sequence[PlannedRun]) -> str:
     """What was asked for, for a picture's title."""
     who = "conversations by their arrival times" if planned[0].arrivals_s is not None else f"{len(planned[0].players)} users at once"
     if options.trace is not None:
         return f"{options.trace.name}, {who}"
     first = f" (the first {options.first_tokens})" if options.first_tokens else ""
-    return f"{who}, {options.new_tokens} new tokens a turn{first}, {options.output_tokens} out, think time {options.think} s"
+    return f"{who}, {options.new_tokens} new tokens a turn{first}, {options.output_tokens or DEFAULT_OUTPUT_TOKENS} out, think time {options.think} s"
 
 
 def _say(words: str) -> None:

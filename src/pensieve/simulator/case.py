@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
-from pensieve.core.eviction import POLICIES
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
-from pensieve.simulator.cost_model import CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
+from pensieve.simulator.cost_model import FITTED, CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
 from pensieve.simulator.hardware import GB, Hardware, find_hardware
 from pensieve.simulator.phases import PhasedScheduler
+from pensieve.simulator.policies import Setting, make_policy
 from pensieve.simulator.records import RequestRecord, Summary, summarize
 from pensieve.simulator.simulation import Simulation
 from pensieve.simulator.worker import CostWorker, Links, VirtualClock
@@ -64,7 +64,7 @@ class Machine:
     gpu_cache_gb: float = 40.0  # of each device (paper, evaluation)
     cpu_cache_gb: float = 220.0  # host memory of each device
     disk_cache_gb: float = 0.0
-    overheads: Overheads = Overheads()
+    overheads: Overheads = FITTED
 
     def __post_init__(self) -> None:
         for name in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb"):
@@ -166,7 +166,8 @@ class Outcome:
     swap_wait_share: float  # it waits for a swap-in
     mean_in_system: float  # requests sent and not finished, over time
     chunks: dict[str, int]  # copied up and down, reclaimed, dropped
-    peak_slots: tuple[int, ...]  # slots used at the end, a tier
+    computed_tokens: int
+    used_slots: tuple[int, ...]  # at the end, a tier
     records: tuple[RequestRecord, ...] = ()
 
 
@@ -177,15 +178,15 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
         ConfigError: something in it contradicts something else, or is not known.
     """
     system = find_system(case.system)
-    if case.policy not in POLICIES:
-        raise ConfigError(f"no policy is called {case.policy!r}: take one of {', '.join(sorted(POLICIES))}")
     machine = case.machine
     cost = machine.cost()
     planned = case.load.plan()[case.run]
     num_tokens = max(case.max_context, case.chunk_tokens)
     profile = chunk_costs(cost, case.chunk_tokens, num_tokens)
     tiers = machine.tiers(system, case.chunk_tokens)
-    cache = TieredCache(CacheConfig(tiers, case.chunk_tokens), POLICIES[case.policy](profile.of_chunk))
+    playing: list[Simulation] = []  # (the one below, which needs the cache, whose policy may ask it for the future)
+    setting = Setting(profile.of_chunk, case.chunk_tokens, tiers[0].num_slots, lambda key, now_s: playing[0].next_use_s(key[1], now_s))
+    cache = TieredCache(CacheConfig(tiers, case.chunk_tokens), make_policy(case.policy, setting))
     config = SchedulerConfig(
         max_batch_tokens=max(case.max_batch_tokens, case.chunk_tokens + case.max_running),
         max_running=case.max_running,
@@ -198,8 +199,10 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
     clock = VirtualClock()
     worker = CostWorker(cost, machine.links(case.chunk_tokens), len(tiers), clock, machine.overheads)
     simulation = Simulation(scheduler, worker, clock, debug=case.debug)
+    playing.append(simulation)
     window_s = None
-    if planned.arrivals_s is not None:
+    if planned.rate is not None:  # (a trace with times of its own is played to its end)
+        assert planned.arrivals_s is not None
         if case.warm_up_s >= planned.arrivals_s:
             raise ConfigError(f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got {case.warm_up_s:g}")
         window_s = (case.warm_up_s, planned.arrivals_s)
@@ -222,6 +225,7 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
             "reclaimed": places.num_reclaimed,
             "dropped": places.num_dropped,
         },
+        worker.num_tokens,
         tuple(pool.num_used for pool in places.pools),
         tuple(simulation.records) if keep_records else (),
     )

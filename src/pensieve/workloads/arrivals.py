@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from pensieve.errors import ConfigError
+from pensieve.workloads.gaps import CHATS, Gaps, read_gaps
 
 MAX_RATES = 100  # of a sweep
 
@@ -61,10 +62,11 @@ class ThinkTimes:
 
 @dataclass(frozen=True, slots=True)
 class ThinkTime:
-    """How long anybody thinks between an answer and the next turn: always the same, or exponential around a mean (paper, evaluation)."""
+    """How long anybody thinks between an answer and the next turn: always the same, exponential around a mean (paper, evaluation), or as observed."""
 
     mean_s: float = 0.0
     exponential: bool = False
+    gaps: Gaps | None = None  # observed ones, that are drawn from; the mean is then theirs
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean_s) and self.mean_s >= 0):
@@ -72,23 +74,39 @@ class ThinkTime:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`2.5`: always so many seconds; `exp:3`: exponential with that mean.
+        """A think time's words.
+
+        `2.5`: always so many seconds; `exp:3`: exponential with that mean; `chats`: as people in chats took it; `file:GAPS`: as the file
+        has it, a number of seconds a line.
 
         Raises:
-            ConfigError: it is neither.
+            ConfigError: it is none of these, or the file cannot be read.
         """
-        kind, colon, mean = text.strip().rpartition(":")
+        text = text.strip()
+        form = f"a think time is a number of seconds, exp:MEAN, chats or file:GAPS, got {text!r}"
+        if text == CHATS.name:
+            return cls._observed(CHATS)
+        kind, colon, rest = text.partition(":")
+        if colon and kind == "file" and rest:
+            return cls._observed(read_gaps(rest))
         if colon and kind != "exp":
-            raise ConfigError(f"a think time is a number of seconds or exp:MEAN, got {text!r}")
-        return cls(_number(mean, f"a think time is a number of seconds or exp:MEAN, got {text!r}"), bool(colon))
+            raise ConfigError(form)
+        return cls(_number(rest if colon else text, form), bool(colon))
+
+    @classmethod
+    def _observed(cls, gaps: Gaps) -> Self:
+        return cls(gaps.mean_s, gaps=gaps)
 
     def draw_s(self, seed: int | str, conversation: int | str, turn: int) -> float:
         """Seconds before turn `turn` of a conversation. The same for the same seed, in whatever order it is asked."""
-        if not self.exponential:
+        if self.gaps is None and not self.exponential:
             return self.mean_s
-        return self.mean_s * random.Random(f"think/{seed}/{conversation}/{turn}").expovariate(1.0)
+        rng = random.Random(f"think/{seed}/{conversation}/{turn}")
+        return self.mean_s * rng.expovariate(1.0) if self.gaps is None else self.gaps.at(rng.random())
 
     def __str__(self) -> str:
+        if self.gaps is not None:
+            return self.gaps.name
         return f"exp:{self.mean_s:g}" if self.exponential else f"{self.mean_s:g}"
 
 
@@ -111,14 +129,16 @@ def even_starts(num_users: int, over_s: float) -> list[float]:
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """One rate, several (`0.5,1,2`) or a range with a step (`0.5:4:0.5`, both ends included).
+    """One rate, several (`0.5,1,2`) or a range, with a step of 1 (`1:10`) or another (`0.5:4:0.5`), both ends included.
 
     Raises:
         ConfigError: it is none of these, a rate is not positive, or there are too many.
     """
-    form = f"rates are one number, several (0.5,1,2) or FROM:TO:STEP (0.5:4:0.5), in requests a second, got {text!r}"
+    form = f"rates are one number, several (0.5,1,2), FROM:TO (1:10) or FROM:TO:STEP (0.5:4:0.5), in requests a second, got {text!r}"
     if ":" in text:
         parts = [_number(part, form) for part in text.split(":")]
+        if len(parts) == 2:
+            parts.append(1.0)
         if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
             raise ConfigError(form)
         start, stop, step = parts

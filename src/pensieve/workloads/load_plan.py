@@ -10,8 +10,20 @@ from statistics import fmean
 
 from pensieve.errors import ConfigError
 from pensieve.workloads.arrivals import ThinkTime
-from pensieve.workloads.scripts import NO_THINKING, Player, Script, Shape, as_recorded, closed_loop, faster, fitting, open_loop
-from pensieve.workloads.traces import Trace, load_trace
+from pensieve.workloads.generators import LIKENESSES, MAX_CONTEXT, SAMPLED, Generator, generator
+from pensieve.workloads.scripts import (
+    NO_THINKING,
+    Player,
+    Script,
+    Shape,
+    SystemPrompts,
+    as_recorded,
+    closed_loop,
+    faster,
+    fitting,
+    open_loop,
+)
+from pensieve.workloads.traces import DEFAULT_OUTPUT_TOKENS, Trace, load_trace
 
 DEFAULT_USERS, DEFAULT_TURNS, DEFAULT_DURATION_S = 8, 6, 60.0
 
@@ -38,11 +50,12 @@ class LoadOptions:
     turns: int | None = None  # None: 6, or as many as a trace has
     new_tokens: int = 100
     first_tokens: int | None = None
-    output_tokens: int = 64
+    output_tokens: int | None = None  # None: 64, or as the trace's answers are
     think: ThinkTime = NO_THINKING
-    trace: Path | None = None
+    trace: Path | None = None  # or a name of `LIKENESSES`, whatever files there are
     speed: float = 1.0
     max_context: int | None = None  # tokens; turns that would not fit are left out
+    system_prompts: SystemPrompts | None = None  # of conversations that are made, not recorded
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,6 +68,13 @@ class LoadOptions:
             raise ConfigError("--duration needs --rate or a --trace with times: users (--users) play a number of conversations, not a time")
         if self.trace is None:
             self._refuse("no --trace", "there is nothing to do it with", speed=1.0)
+        elif self.made_like is None:
+            self._refuse("a recorded trace", "its conversations begin as they did", system_prompts=None)
+
+    @property
+    def made_like(self) -> str | None:
+        """The dataset that conversations are made like; None: they are all alike, or recorded."""
+        return str(self.trace) if self.trace is not None and str(self.trace) in LIKENESSES else None
 
     def _refuse(self, because: str, why: str, **unset: object) -> None:
         for name, value in unset.items():
@@ -71,7 +91,8 @@ class LoadOptions:
         Raises:
             ConfigError: the trace is wrong, or options contradict it or each other.
         """
-        trace = None if self.trace is None else load_trace(self.trace, self.output_tokens, self.think, self.seed)
+        recorded = self.trace is not None and self.made_like is None
+        trace = load_trace(self.trace, self.output_tokens, self.think, self.seed) if self.trace is not None and recorded else None
         if self.rates:
             return tuple(self._open(trace, rate, index, template_tokens) for index, rate in enumerate(self.rates))
         if trace is not None and trace.timed:
@@ -86,8 +107,8 @@ class LoadOptions:
         users = self.users or DEFAULT_USERS
         scripts: Sequence[Script]
         if trace is None:
-            shape = self._shape(self.seed)
-            scripts = self._fitted(map(shape.script, range(users * (self.conversations_per_user or 1))), template_tokens)
+            made = self._made(self.seed)
+            scripts = self._fitted(map(made.script, range(users * (self.conversations_per_user or 1))), template_tokens)
         else:
             scripts = self._fitted(trace.scripts, template_tokens)
             if self.conversations_per_user is not None:
@@ -101,12 +122,9 @@ class LoadOptions:
         scripts: Iterable[Script]
         mean_turns: float
         if trace is None:
-            shape = self._shape(f"{self.seed}/{index}")
-            (first,) = self._fitted([shape.script(0)], template_tokens)
-            scripts, mean_turns = (
-                (self._cut(shape.script(number), template_tokens) or first for number in itertools.count()),
-                len(first.turns),
-            )
+            made = self._made(f"{self.seed}/{index}")
+            scripts = (cut for number in itertools.count() if (cut := self._cut(made.script(number), template_tokens)) is not None)
+            mean_turns = self._mean_turns(made, template_tokens)
         else:
             scripts = fitted = self._fitted(trace.scripts, template_tokens)
             mean_turns = fmean(len(script.turns) for script in fitted)
@@ -114,8 +132,31 @@ class LoadOptions:
         which = f", {index + 1} of {len(self.rates)}" if len(self.rates) > 1 else ""
         return PlannedRun(f"{rate:g} requests/s{which}", tuple(players), rate, duration_s)
 
-    def _shape(self, seed: int | str) -> Shape:
-        return Shape(self.turns or DEFAULT_TURNS, self.new_tokens, self.output_tokens, self.first_tokens, self.think, seed)
+    def _made(self, seed: int | str) -> Shape | Generator:
+        """Where conversations come from that are not recorded."""
+        if self.made_like is not None:
+            return generator(self.made_like, self.think, seed, self.system_prompts)
+        return Shape(
+            self.turns or DEFAULT_TURNS,
+            self.new_tokens,
+            self.output_tokens or DEFAULT_OUTPUT_TOKENS,
+            self.first_tokens,
+            self.think,
+            seed,
+            self.system_prompts,
+        )
+
+    def _mean_turns(self, made: Shape | Generator, template_tokens: float) -> float:
+        """Turns of a conversation as it will be played."""
+        if isinstance(made, Shape) and made.system is None:
+            return float(len(self._fitted([made.script(0)], template_tokens)[0].turns))
+        if (
+            isinstance(made, Generator)
+            and self.turns is None
+            and (self.max_context is None or (self.max_context >= MAX_CONTEXT and not template_tokens))
+        ):
+            return made.mean_turns
+        return fmean(len(script.turns) for script in self._fitted(map(made.script, range(SAMPLED)), template_tokens))
 
     def _fitted(self, scripts: Iterable[Script], template_tokens: float) -> list[Script]:
         """The scripts as they will be played: cut and sped up, those left out of which nothing fits."""

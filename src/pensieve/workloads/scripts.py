@@ -7,9 +7,12 @@ players alone, so whoever plays them, against a server or against a simulation, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from typing import Self
 
 from pensieve.errors import ConfigError
 from pensieve.workloads.arrivals import ThinkTime, even_starts, poisson_arrivals
@@ -36,12 +39,70 @@ class ScriptTurn:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text that several conversations begin with."""
+
+    name: str  # what its words are drawn by: the same name after the same pieces is the same text
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Script:
     """One conversation."""
 
     name: str  # what its words are drawn by; unique within a run
     turns: tuple[ScriptTurn, ...]
     system: str | None = None  # the system prompt, if there is one
+    prefix: tuple[
+        Piece, ...
+    ] = ()  # or one whose length alone matters: what it begins with, shared with all that begin with the same pieces
+    where: str | None = field(default=None, compare=False)  # the entry of a file that it begins with, for messages
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Length of what stands before its first message, about."""
+        return sum(piece.tokens for piece in self.prefix) + (text_length_tokens(self.system) if self.system else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SystemPrompts:
+    """A share of all conversations begins with one of a few system prompts."""
+
+    count: int  # different ones, each as likely
+    tokens: int  # of each
+    share: float = 1.0  # of the conversations that have one
+
+    def __post_init__(self) -> None:
+        for name in ("count", "tokens"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"system prompts: {name} must be at least 1, got {value}")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"system prompts: the share of conversations must be above 0 and at most 1, got {self.share}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`4:500`: each conversation begins with one of 4 system prompts of 500 tokens; `4:500:0.3`: 3 in 10 do.
+
+        Raises:
+            ConfigError: it is neither, or a number is out of range.
+        """
+        parts = text.strip().split(":")
+        try:
+            count, tokens = (int(part) for part in parts[:2])
+            share = float(parts[2]) if len(parts) > 2 else 1.0
+        except ValueError:
+            parts = []
+        if not 2 <= len(parts) <= 3:
+            raise ConfigError(f"system prompts are COUNT:TOKENS or COUNT:TOKENS:SHARE (4:500:0.3), got {text!r}")
+        return cls(count, tokens, share)
+
+    def of(self, seed: int | str, index: int) -> tuple[Piece, ...]:
+        """What conversation `index` begins with. The same for the same seed, in whatever order it is asked."""
+        rng = random.Random(f"system/{seed}/{index}")
+        return (Piece(f"system-{rng.randrange(self.count)}", self.tokens),) if rng.random() < self.share else ()
+
+    def __str__(self) -> str:
+        return f"{self.count}:{self.tokens}:{self.share:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +128,7 @@ class Shape:
     first_tokens: int | None = None  # of the first message; None: as the others
     think: ThinkTime = NO_THINKING
     seed: int | str = 0
+    system: SystemPrompts | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_turns", "new_tokens", "output_tokens", "first_tokens"):
@@ -83,7 +145,12 @@ class Shape:
             )
             for turn in range(self.num_turns)
         )
-        return Script(str(index), turns)
+        return Script(str(index), turns, prefix=self.system.of(self.seed, index) if self.system else ())
+
+    @property
+    def mean_turns(self) -> float:
+        """Turns of a conversation."""
+        return self.num_turns
 
 
 def closed_loop(scripts: Sequence[Script], num_users: int, starts_s: float = 0.0) -> list[Player]:
@@ -160,14 +227,37 @@ def fitting(script: Script, max_context: int, template_tokens: float = 0.0) -> S
         max_context: tokens of prompt and answer.
         template_tokens: what a chat template adds to a message.
     """
+    kept = sum(1 for _ in takewhile(lambda context: context <= max_context, contexts(script, template_tokens)))
+    return replace(script, turns=script.turns[:kept]) if kept else None
+
+
+def contexts(script: Script, template_tokens: float = 0.0) -> Iterator[float]:
+    """Tokens of prompt and answer of each turn, about."""
     lengths: list[float] = []  # of the history after each turn of the path
-    kept = 0
     for turn in script.turns:
         if turn.keep_turns is not None:
             del lengths[turn.keep_turns :]
-        before = lengths[-1] if lengths else text_length_tokens(script.system) if script.system else 0
+        before = lengths[-1] if lengths else script.prefix_tokens
         lengths.append(before + turn.message_tokens + turn.output_tokens + template_tokens)
-        if lengths[-1] > max_context:
-            break
-        kept += 1
-    return replace(script, turns=script.turns[:kept]) if kept else None
+        yield lengths[-1]
+
+
+def check_contexts(scripts: Iterable[Script], max_context: int, template_tokens: float = 0.0) -> None:
+    """Refuse what a model cannot hold.
+
+    Args:
+        scripts: the conversations.
+        max_context: the model's, in tokens.
+        template_tokens: what a chat template adds to a message.
+
+    Raises:
+        ConfigError: a turn does not fit; the message names the conversation and where it stands in its file.
+    """
+    for script in scripts:
+        for turn, context in enumerate(contexts(script, template_tokens)):
+            if context > max_context:
+                where = f"{script.where}: " if script.where else ""
+                raise ConfigError(
+                    f"{where}turn {turn} of conversation {script.name!r} needs {math.ceil(context)} tokens with its answer, the model holds "
+                    f"{max_context}: --max-context {max_context} leaves such turns out"
+                )
