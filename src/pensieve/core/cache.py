@@ -178,7 +178,7 @@ class TieredCache:
     def protected(self, sequence: Sequence) -> Iterator[None]:
         """While room is made for a sequence: its own chunks are leased, for they are not room for itself."""
         chunks = [chunk for chunk in sequence.chunks if chunk is not None and not chunk.computing]
-        for chunk in chunks:
+        for chunk in reversed(chunks):  # so that the leading one, which a victim queue offers, leaves last: no other is offered meanwhile
             self.places.lease(chunk, +1)
         try:
             yield
@@ -195,7 +195,7 @@ class TieredCache:
         sequence.leased, sequence.tail = True, ()
         gpu_tokens = cpu_tokens = num_swapped_in = 0
         lower: list[Range] = []
-        for chunk in sequence.chunks:
+        for chunk in reversed(sequence.chunks):  # (as in `protected`)
             if chunk is not None:
                 self.places.lease(chunk, +1)
         valid: list[int] = []
