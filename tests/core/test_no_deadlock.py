@@ -218,6 +218,10 @@ def test_every_request_ends_with_the_stateless_answer(seed: int, gpu: int, cpu: 
     play(seed, [gpu, cpu] if cpu else [gpu], policy, lag, failures=failures)
 
 
+def test_a_kept_chunk_is_anothers_for_a_turn_that_parts_from_it() -> None:
+    play(712, [4], "belady", 0, failures=False)  # (was admitted to the queue as if it could have that chunk's slot, and waited for ever)
+
+
 def test_what_two_erased_conversations_shared_goes_with_the_second() -> None:
     play(51292859, [9, 1], "t-lru", 1, failures=False)  # (was taken for bytes left by the first)
 

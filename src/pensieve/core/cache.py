@@ -396,6 +396,19 @@ class TieredCache:
         for chunk in chunks:
             self._change_keeps(chunk, +1)
 
+    def num_own_kept(self, sequence: Sequence, digests: Tokens[bytes]) -> int:
+        """Kept chunks that do not stand in the way of a path with these chain hashes: those it would run through, and those nobody else keeps.
+
+        What another conversation keeps and this one shares is its own only while their paths agree.
+        """
+        held = self._kept.get(sequence, set())
+        count = 0
+        for chunk in sequence.chunks:
+            if chunk is not None and chunk.keeps:
+                only_here = chunk.keeps == 1 and chunk in held
+                count += only_here or (chunk.index < len(digests) and chunk.digest == digests[chunk.index])
+        return count
+
     def _extend_keep(self, sequence: Sequence) -> None:
         """A kept conversation grew: its new chunks are kept as far as the budget goes, leading ones first.
 
