@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from pensieve.cli import main
 
@@ -91,6 +92,16 @@ def test_chat_goes_on_after_kill_9_from_raw_tokens(tmp_path: Path) -> None:
     assert f"gpu 0 + cpu 0 + recomputed {prompt + answer} + new" in again
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HF_HUB_OFFLINE has it, which is read when the package is imported."""
+
+    def offline(*_: object, **__: object) -> None:
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What a command says that ends as one does that was asked for something wrong."""
     with pytest.raises(SystemExit) as ended:
@@ -99,12 +110,14 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_chat_without_real_weights_fails_with_the_ways_out(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(["chat", "--model", "opt-125m"], capsys)
     assert "model_unavailable" in said
     assert "smollm2" in said
 
 
+@pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
