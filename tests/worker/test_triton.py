@@ -105,7 +105,7 @@ def test_any_step(
 
 
 @pytest.mark.kernels  # seconds an example in the interpreter
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @any_step
 def test_many_steps(
     spans: tuple[Span, ...], kind: str, window: int | None, kv_heads: int, dtype: torch.dtype, chunk: int, programs: int
