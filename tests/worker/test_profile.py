@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pensieve.core.plan import StepPlan, StepResult
 from pensieve.errors import ConfigError
@@ -20,7 +19,6 @@ from pensieve.worker.profile import Profile, constant_of, contexts, load, load_o
 from pensieve.worker.worker import ModelWorker
 from tiny_models import tiny
 
-torch.set_num_threads(1)
 CHUNK = 4
 SOME = Profile(4, ((4, 0.5), (8, 0.75)), 0.25, 100.0, 0.125, {"gpu->cpu": 1e9, "cpu->gpu": 2e9})
 
