@@ -222,6 +222,10 @@ def test_a_kept_chunk_is_anothers_for_a_turn_that_parts_from_it() -> None:
     play(712, [4], "belady", 0, failures=False)  # (was admitted to the queue as if it could have that chunk's slot, and waited for ever)
 
 
+def test_who_waits_for_kept_chunks_is_looked_at_again_when_the_keep_ends_or_a_failed_tier_may_be_tried() -> None:
+    play(921099, [7, 5, 30], "retention", 2, failures=True)  # (the head of the queue was not looked at again)
+
+
 def test_what_two_erased_conversations_shared_goes_with_the_second() -> None:
     play(51292859, [9, 1], "t-lru", 1, failures=False)  # (was taken for bytes left by the first)
 

@@ -426,6 +426,7 @@ class TieredCache:
         before = bool(chunk.keeps)
         chunk.keeps += change
         self.num_kept += bool(chunk.keeps) - before
+        self.places.version += before and not chunk.keeps
         self.places.reindex(chunk)
 
     # -- inside

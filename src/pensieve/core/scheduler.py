@@ -81,7 +81,7 @@ class Scheduler:
         self._warming = Warming(cache, self._reserve)
         self._num_arrived = 0
         self._next_step = 0
-        self._refused_at: tuple[Request, tuple[int, int, int]] | None = None  # the head of the queue and the room it did not fit in
+        self._refused_at: tuple[Request, tuple[int, int, int, int]] | None = None  # the head of the queue and the room it did not fit in
         self._copies_would_do = False  # that request could be admitted if the copies under way had settled
         self._copied_first = False  # the last step only copied
         self.num_forwards_failed = 0
@@ -476,7 +476,7 @@ class Scheduler:
         """Whether the head of the queue can be admitted now; if room must be made first, begins to make it."""
         cache, room, sequence = self.cache, self.cache.room, request.sequence
         assert sequence is not None
-        if self._refused_at == (request, self._room_state(step)):
+        if self._refused_at == (request, self._room_state(step, now_s)):
             return False
         cache.attach(sequence, request.tokens, request.digests)
         need = cache.survey(sequence, len(request.tokens))
@@ -501,12 +501,12 @@ class Scheduler:
             self._refused_at = None
             return True
         self._copies_would_do = possible and at_once + room.coming(0) >= ready
-        self._refused_at = (request, self._room_state(step))
+        self._refused_at = (request, self._room_state(step, now_s))
         return False
 
-    def _room_state(self, step: _Step) -> tuple[int, int, int]:
-        """Equal to an earlier value only if no chunk has become available or found since."""
-        return self.cache.places.version, len(self.running), step.num_unmet
+    def _room_state(self, step: _Step, now_s: float) -> tuple[int, int, int, int]:
+        """Equal to an earlier value only if no chunk has become available or found since, and no tier can be tried again."""
+        return self.cache.places.version, len(self.running), step.num_unmet, self.cache.room.retries_due(now_s)
 
     def _start(self, step: _Step, request: Request, now_s: float) -> None:
         sequence = request.sequence
