@@ -16,6 +16,7 @@ from pensieve.simulator.policies import COMPARED
 POLICY_NAMES = sorted((*POLICIES, *COMPARED))
 DEFAULT_DURATION_S, DEFAULT_WARM_UP = 1200.0, 0.25  # (a run of the paper's figures is shorter: docs/simulator.md)
 DEFAULT_THINK = "exp:60"  # (paper, evaluation)
+DEFAULT_CHUNK, LONG_CHUNK, LONG_CONTEXT = 32, 512, 65_536  # (a chunk of a long context is a small share of it, and what a turn costs to simulate)
 
 Decorator = Callable[[Any], Any]
 
@@ -67,7 +68,12 @@ load_options = together(
     ),
     option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster."),
     option("--turns", type=click.IntRange(min=1), default=None, help="At most so many turns of a conversation."),
-    option("--max-context", type=click.IntRange(min=32), default=16_384, help="Tokens of prompt and answer; longer conversations are cut."),
+    option(
+        "--max-context",
+        type=click.IntRange(min=32),
+        default=None,
+        help="Tokens of prompt and answer; longer conversations are cut.  [default: 16384; of a recorded trace what the first tier holds, uncut]",
+    ),
 )
 
 step_options = together(
@@ -76,8 +82,8 @@ step_options = together(
     option(
         "--chunk-tokens",
         type=click.IntRange(min=1),
-        default=32,
-        help="Tokens of a chunk; larger ones make long contexts faster to simulate.",
+        default=None,
+        help=f"Tokens of a chunk.  [default: 32; {LONG_CHUNK} where contexts are beyond {LONG_CONTEXT:,} tokens]",
     ),
 )
 
