@@ -2,57 +2,53 @@
 
 Recomputing a chunk costs its attention, which grows with the context before it, and the rest, which does not (paper §4.3.1, there
 called Cost(l) and c). Measured is a forward of one chunk at contexts of a power of two; whoever needs one between interpolates.
+Steps, answers, attention and planning are measured too, each apart from the others: a simulator puts any step together from them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
-import math
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
 
-from pensieve.config import TierConfig
+from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.core.cache import TieredCache
+from pensieve.core.cost import CostProfile
+from pensieve.core.eviction import POLICIES
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
+from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
 from pensieve.worker.attention import make_backend
+from pensieve.worker.measurements import FORMAT, Profile, attention_costs, attention_s, parse
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the file, and of what is measured: raised when either changes its meaning
 _STORE_BYTES = 512 << 20  # of KV while measuring; longer contexts read the same slots again
 _PREFILL_TOKENS = 512
 _DECODE_CONTEXT = 1024
 _COPIED_CHUNKS = 8
 _WARM_UPS = 2
-_REQUEST = "profile"
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Plain numbers, each a median after warm-up."""
-
-    chunk_tokens: int
-    points: tuple[tuple[int, float], ...]  # (context tokens, seconds to compute one chunk whose last token sees so many), ascending
-    rest_s: float  # of these seconds, what does not depend on the context: where their line meets a context of 0
-    prefill_tokens_per_s: float  # one prompt of up to 512 tokens
-    decode_step_s: float  # one token of one request at a context of up to 1,024 tokens
-    copy_bytes_per_s: dict[str, float]  # by direction, "gpu->cpu" and "cpu->gpu", a few chunks at a time
+_STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_BATCHES = (1, 2, 4, 8, 16, 32)  # answers in a step
+_FAR_BATCH, _FAR_CONTEXT = 8, 2048  # where attention shows
+_PLANNED = (1, 16)  # requests of the steps whose planning is timed
+_PLANNED_STEPS = 24
 
 
 def load_or_measure(
@@ -125,29 +121,63 @@ def measure(
             f"max_context must lie between one chunk ({chunk_tokens}) and the model's {model.shape.max_positions} tokens, got {max_context}"
         )
     chunk_bytes = model.shape.num_layers * 2 * chunk_tokens * model.geometry.num_kv_heads * model.geometry.head_dim * model.dtype.itemsize
-    num_slots = min(-(-max_context // chunk_tokens), max(_COPIED_CHUNKS, _STORE_BYTES // chunk_bytes))
+    far = min(_FAR_CONTEXT, max_context)
+    wanted = max(-(-max_context // chunk_tokens), _FAR_BATCH * -(-far // chunk_tokens))
+    num_slots = min(wanted, max(_COPIED_CHUNKS, _STORE_BYTES // chunk_bytes))
     tiers = (TierConfig("gpu", num_slots), TierConfig("cpu", min(num_slots, _COPIED_CHUNKS)))
     worker = ModelWorker(model, tiers, chunk_tokens, attention=attention)
-    tell = progress or (lambda what, share: None)
+    places = contexts(max_context, chunk_tokens)
+    steps = [tokens for tokens in _STEP_TOKENS if tokens <= max_context]
+    names = [
+        *(f"context of {context} tokens" for context in places), "prefill", "decode", "copies", "attention", "steps", "answers", "planning",
+    ]  # fmt: skip
+    done = itertools.count()
+
+    def tell(what: str) -> None:
+        if progress is not None:
+            progress(what, next(done) / len(names))
+
     try:
         bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, repeats, clock)
         points = []
-        places = contexts(max_context, chunk_tokens)
-        for index, context in enumerate(places):
-            tell(f"context of {context} tokens", index / (len(places) + 3))
+        for context in places:
+            tell(f"context of {context} tokens")
             points.append((context, bench.forward(context - chunk_tokens, context)))
-        tell("prefill", len(places) / (len(places) + 3))
+        tell("prefill")
         prompt = min(_PREFILL_TOKENS, max_context)
         prefill_s = bench.forward(0, prompt)
-        tell("decode", (len(places) + 1) / (len(places) + 3))
+        tell("decode")
         context = min(_DECODE_CONTEXT, max_context)
         decode_s = bench.forward(context - 1, context, emits_token=True)
-        tell("copies", (len(places) + 2) / (len(places) + 3))
+        tell("copies")
         rates = {"gpu->cpu": bench.copy(0, 1), "cpu->gpu": bench.copy(1, 0)}
-        tell("done", 1.0)
+        tell("attention")
+        decode_token_s, chunk_token_s = bench.attention(min(chunk_tokens, far), far)
+        read_s, pair_s = attention_costs(decode_token_s, chunk_token_s, chunk_tokens)
+        tell("steps")
+        step_points = tuple((tokens, max(1e-9, bench.forward(0, tokens) - attention_s(read_s, pair_s, tokens, tokens))) for tokens in steps)
+        tell("answers")
+        answer_points = tuple((count, bench.answers(count)) for count in _BATCHES)
+        tell("planning")
+        plan_step_s, plan_request_s = bench.planning(max_context)
+        if progress is not None:
+            progress("done", 1.0)
     finally:
         worker.close()
-    return Profile(chunk_tokens, tuple(points), constant_of(points), prompt / prefill_s, decode_s, rates)
+    return Profile(
+        chunk_tokens=chunk_tokens,
+        points=tuple(points),
+        rest_s=constant_of(points),
+        prefill_tokens_per_s=prompt / prefill_s,
+        decode_step_s=decode_s,
+        copy_bytes_per_s=rates,
+        step_points=step_points,
+        answer_points=answer_points,
+        decode_token_s=decode_token_s,
+        chunk_token_s=chunk_token_s,
+        plan_step_s=plan_step_s,
+        plan_request_s=plan_request_s,
+    )
 
 
 def constant_of(points: list[tuple[int, float]]) -> float:
@@ -173,17 +203,82 @@ class _Bench:
         clock: Callable[[], float],
     ) -> None:
         self._worker, self._model, self._repeats, self._clock = worker, model, repeats, clock
+        self._num_slots, self._chunk_tokens = num_slots, chunk_tokens
         self._num_copied = min(num_slots, _COPIED_CHUNKS)
         self._num_steps = self._num_copies = 0
-        table = tuple(index % num_slots for index in range(-(-max_context // chunk_tokens)))
-        start = RequestStart(_REQUEST, SamplingParams(), ())
-        self._run((), started=(start,), tables=(BlockTableUpdate(_REQUEST, 0, table),))
+        apart = num_slots // _FAR_BATCH + 1  # so that no two of a small batch read the same slots
+        chunks = -(-max_context // chunk_tokens)
+        tables = [tuple((row * apart + index) % num_slots for index in range(chunks)) for row in range(max(_BATCHES))]
+        self._run(
+            (),
+            started=tuple(RequestStart(_name(row), SamplingParams(), ()) for row in range(len(tables))),
+            tables=tuple(BlockTableUpdate(_name(row), 0, table) for row, table in enumerate(tables)),
+        )
 
     def forward(self, start: int, stop: int, *, emits_token: bool = False) -> float:
         """Seconds of a forward over `[start, stop)` of one sequence."""
-        vocabulary = self._model.shape.vocab_size
-        span = Span(_REQUEST, start, stop, tuple(position * 7919 % vocabulary for position in range(start, stop)), emits_token)
+        span = self._span(0, start, stop, emits_token=emits_token)
         return self._median(lambda: self._run((span,)))
+
+    def attention(self, near: int, far: int) -> tuple[float, float]:
+        """Of one query and of a chunk's queries, seconds a token before them: what `far` takes more than `near`."""
+        if far <= near:
+            return 0.0, 0.0
+        chunk, rows = near, range(_FAR_BATCH)
+
+        def decodes(stop: int) -> Callable[[], Any]:
+            spans = tuple(self._span(row, stop - 1, stop) for row in rows)
+            return lambda: self._run(spans)
+
+        def chunks(stop: int) -> Callable[[], Any]:
+            spans = (self._span(0, stop - chunk, stop),)
+            return lambda: self._run(spans)
+
+        decode_s = self._more(decodes(near), decodes(far)) / len(rows)
+        return decode_s / (far - near), self._more(chunks(near), chunks(far)) / (far - near)
+
+    def answers(self, count: int) -> float:
+        """Seconds that it takes more to answer the requests of a step."""
+        silent = tuple(self._span(row, 0, 1) for row in range(count))
+        answered = tuple(self._span(row, 0, 1, emits_token=True) for row in range(count))
+        return self._more(lambda: self._run(silent), lambda: self._run(answered))
+
+    def planning(self, max_context: int) -> tuple[float, float]:
+        """Seconds of the scheduler for a step, and more for each request in it. A real worker computes between: what Python needs is cold then."""
+        found = []
+        for count in _PLANNED:
+            room = self._num_slots * self._chunk_tokens // count
+            found.append((count, self._planning(count, min(max_context, room))))
+        (few, few_s), (many, many_s) = found
+        request_s = max(0.0, many_s - few_s) / (many - few)
+        return max(0.0, few_s - few * request_s), request_s
+
+    def _planning(self, count: int, max_context: int) -> float:
+        if max_context < 4:
+            return 0.0
+        cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
+        tiers = (TierConfig("gpu", self._num_slots),)
+        cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), lambda: POLICIES["retention"](cost.of_chunk))
+        config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
+        scheduler = Scheduler(config, cache, max_context)
+        answer = min(_PLANNED_STEPS + _WARM_UPS, max_context - 2)
+        for row in range(count):
+            # (ids of its own for each: nothing is shared)
+            scheduler.submit(
+                f"planned {count} {row}", "profile", str(row), (row, row), 0, SamplingParams(max_new_tokens=answer), self._clock()
+            )
+        seconds = []
+        while scheduler.requests:
+            before = self._clock()
+            plan = scheduler.schedule(before)
+            planned = self._clock()
+            result = self._worker.run(plan)
+            computed = self._clock()
+            scheduler.commit(plan, result, computed)
+            if len(plan.spans) == count:
+                seconds.append(self._clock() - computed + planned - before)
+        self._worker.run(scheduler.schedule(self._clock()))  # it forgets them
+        return statistics.median(seconds[_WARM_UPS:] or seconds or [0.0])
 
     def copy(self, source: int, target: int) -> float:
         """Bytes per second from one tier to the other."""
@@ -200,6 +295,23 @@ class _Bench:
                 raise RuntimeError(f"a copy failed while measuring: {result.copies_failed[0].message}")
             time.sleep(20e-6)  # let the copying thread have the interpreter
             result = self._run(())
+
+    def _span(self, row: int, start: int, stop: int, *, emits_token: bool = False) -> Span:
+        vocabulary = self._model.shape.vocab_size
+        return Span(_name(row), start, stop, tuple(position * 7919 % vocabulary for position in range(start, stop)), emits_token)
+
+    def _more(self, less: Callable[[], Any], more: Callable[[], Any]) -> float:
+        """Seconds that `more` takes beyond `less`, at least 0; measured in turn, so that a machine that slows down slows both."""
+        for work in (less, more) * _WARM_UPS:
+            work()
+        differences = []
+        for _ in range(2 * self._repeats):
+            begin = self._clock()
+            less()
+            between = self._clock()
+            more()
+            differences.append(self._clock() - between - (between - begin))
+        return max(0.0, statistics.median(differences))
 
     def _median(self, work: Callable[[], Any]) -> float:
         for _ in range(_WARM_UPS):
@@ -228,16 +340,34 @@ class _Bench:
         return result
 
 
+def _name(row: int) -> str:
+    return f"profile {row}"
+
+
+def document(profile: Profile, model: CausalModel) -> dict[str, Any]:
+    """A profile with what it is of, as JSON has it: all that a simulation of this machine needs."""
+    return {
+        "format": FORMAT,
+        "model": model.label,
+        "shape": dataclasses.asdict(model.shape),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes_per_value": model.dtype.itemsize,
+        "device": _device_name(model.device),
+        "device_type": model.device.type,
+        "threads": torch.get_num_threads(),
+        **dataclasses.asdict(profile),
+    }
+
+
 # -- kept
 
 
 def save(profile: Profile, path: Path, model: CausalModel) -> None:
     """Write a profile whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": _FORMAT, "model": model.label, "dtype": str(model.dtype), "device": _device_name(model.device)}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
         try:
-            json.dump(content | dataclasses.asdict(profile), file, indent=1)
+            json.dump(document(profile, model), file, indent=1)
             file.close()
             os.replace(file.name, path)
         except BaseException:
@@ -257,31 +387,12 @@ def load(path: Path) -> Profile | None:
         return None
     try:
         content = json.loads(text)
-        if content["format"] != _FORMAT:
+        if content["format"] != FORMAT:
             return None
-        profile = Profile(
-            chunk_tokens=int(content["chunk_tokens"]),
-            points=tuple((int(context), float(seconds)) for context, seconds in content["points"]),
-            rest_s=float(content["rest_s"]),
-            prefill_tokens_per_s=float(content["prefill_tokens_per_s"]),
-            decode_step_s=float(content["decode_step_s"]),
-            copy_bytes_per_s={str(name): float(rate) for name, rate in content["copy_bytes_per_s"].items()},
-        )
-        _check(profile)
+        return parse(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("the profile %s is damaged (%s: %s); measuring again", path, type(error).__name__, error)
         return None
-    return profile
-
-
-def _check(profile: Profile) -> None:
-    places = [context for context, _ in profile.points]
-    numbers = [seconds for _, seconds in profile.points]
-    numbers += [profile.prefill_tokens_per_s, profile.decode_step_s, *profile.copy_bytes_per_s.values()]
-    if not places or places != sorted(set(places)) or places[0] < 1 or not all(math.isfinite(n) and n > 0 for n in numbers):
-        raise ValueError("its numbers make no sense")
-    if not 0.0 <= profile.rest_s <= min(numbers[: len(places)]):
-        raise ValueError(f"its constant rest of {profile.rest_s} s is no part of its points")
 
 
 def _default_folder() -> Path:
@@ -293,7 +404,7 @@ def _key(model: CausalModel, chunk_tokens: int, attention: str) -> str:
     """A file name for everything that changes the numbers."""
     backend = make_backend(attention, model.geometry, chunk_tokens, model.device).name
     parts = (
-        _FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, backend,
+        FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, backend,
         model.forward_name, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
     readable = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in Path(model.label).name)[:40]
