@@ -33,7 +33,7 @@ COST = CostProfile([(2**p, 1.0 + 2**p / 10_000) for p in range(5, 15)])
 
 def new_cache(gpu: int, cpu: int, policy: str) -> TieredCache:
     config = CacheConfig((TierConfig("gpu", gpu), TierConfig("cpu", cpu)), CHUNK)
-    return TieredCache(config, lambda: POLICIES[policy](COST.of_chunk))
+    return TieredCache(config, POLICIES[policy](COST.of_chunk))
 
 
 def fill(cache: TieredCache, num_sequences: int, num_chunks: int, rng: random.Random) -> None:
@@ -104,7 +104,7 @@ def measure_steps(cache: TieredCache, num_running: int, rng: random.Random, num_
 
 def measure_victims(policy: str, num_sequences: int, num_chunks: int, rng: random.Random) -> dict[str, float]:
     """Drop everything, worst first, with time moving on: one victim at a time, as a full cache with no lower tier does."""
-    cache = TieredCache(CacheConfig((TierConfig("gpu", num_chunks),), CHUNK), lambda: POLICIES[policy](COST.of_chunk))
+    cache = TieredCache(CacheConfig((TierConfig("gpu", num_chunks),), CHUNK), POLICIES[policy](COST.of_chunk))
     fill(cache, num_sequences, num_chunks, rng)
     now_s = 1e5
     wanted = min(20_000, num_chunks // 2)

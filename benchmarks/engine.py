@@ -64,7 +64,7 @@ class Bench:
     ) -> None:
         tiers = (TierConfig("gpu", gpu), *((TierConfig("cpu", cpu),) if cpu else ()))
         cost = CostProfile.from_shape(model.shape)
-        self.cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: POLICIES[policy](cost.of_chunk))
+        self.cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES[policy](cost.of_chunk))
         self.scheduler = Scheduler(
             SchedulerConfig(max_batch_tokens=budget, retain=retain), self.cache, min(model.shape.max_positions, gpu * CHUNK)
         )

@@ -1,7 +1,7 @@
 """What a step costs beside the device's work, fitted on one published curve: vLLM's in the paper's Fig. 10a (OPT-13B, ShareGPT, A100).
 
-Two numbers are fitted, seconds a step and seconds a step and request (`simulator.cost_model.FITTED`), and held for every other figure. Each
-candidate simulates the baseline at several rates with several seeds; its error is the mean squared logarithm of simulated over published
+Fitted are seconds a step, seconds a step and request (`simulator.cost_model.FITTED`), and how long a run lasts, which the paper does not say (it
+decides how long histories get, since a run begins with nobody): all held for every other figure. Each candidate simulates the baseline at several rates with several seeds; its error is the mean squared logarithm of simulated over published
 90th percentile of normalized latency at the published throughputs. The last line is JSON.
 """
 
@@ -23,8 +23,8 @@ from pensieve.simulator.sweep import run_cases
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
 
-RATES = (0.7, 1.4, 2.1, 2.8, 3.3, 3.7, 4.1)  # asked for; a run of 20 minutes begins with nobody, so fewer come
-DURATION_S, WARM_UP_S = 1200.0, 300.0
+RATES = (0.7, 1.4, 2.1, 2.8, 3.3, 3.7, 4.1)  # asked for; a run begins with nobody, so fewer come
+WARM_UP = 0.25  # of a run
 
 
 def numbers(text: str) -> list[float]:
@@ -36,20 +36,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step-ms", type=numbers, default=[8.0, 10.0, 12.0])
     parser.add_argument("--request-us", type=numbers, default=[0.0, 50.0, 100.0])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--duration", type=numbers, default=[900.0, 1200.0])
+    parser.add_argument("--seeds", type=int, default=4)
     options = parser.parse_args()
     published = CURVES["10a"]["vLLM"]
     found = []
-    for step_ms, request_us in itertools.product(options.step_ms, options.request_us):
+    for duration_s, step_ms, request_us in itertools.product(options.duration, options.step_ms, options.request_us):
         machine = Machine(overheads=Overheads(1e-3 * step_ms, 1e-6 * request_us))
         cases = [
             Case(
                 machine,
                 LoadOptions(
-                    trace=Path("sharegpt-like"), rates=(rate,), duration_s=DURATION_S, think=ThinkTime(60.0, exponential=True), seed=seed
+                    trace=Path("sharegpt-like"), rates=(rate,), duration_s=duration_s, think=ThinkTime(60.0, exponential=True), seed=seed
                 ),
                 "baseline",
-                warm_up_s=WARM_UP_S,
+                warm_up_s=WARM_UP * duration_s,
             )
             for rate in RATES
             for seed in range(options.seeds)
@@ -59,6 +60,7 @@ def main() -> None:
         errors = [math.log(ours / latency) for _, ours, latency in ratios if ours is not None]
         found.append(
             {
+                "duration_s": duration_s,
                 "step_ms": step_ms,
                 "request_us": request_us,
                 "rms_log_error": math.sqrt(statistics.fmean(error * error for error in errors)),

@@ -111,7 +111,7 @@ class World:
         rng = random.Random(seed)
         gpu = idle_chunks // 2 + num_running * 130  # the first tier is full of idle chunks: growing reclaims
         tiers = (TierConfig("gpu", gpu), TierConfig("cpu", idle_chunks + num_running * 130))
-        cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: POLICIES["retention"](COST.of_chunk))
+        cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES["retention"](COST.of_chunk))
         self.scheduler = Scheduler(SchedulerConfig(max_batch_tokens=4096, max_running=max(8, num_running)), cache, 8192, VOCAB)
         self.worker = FreeForward(tiers, max(8, num_running))
         self.clock = Clock()

@@ -66,7 +66,7 @@ class Lab:
     ) -> None:
         tiers = tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), slots, strict=False))
         cost = CostProfile([(chunk_tokens, 1.0), (max_context, 2.0)], chunk_tokens)
-        self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), lambda: POLICIES[policy](cost.of_chunk))
+        self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), POLICIES[policy](cost.of_chunk))
         self.scheduler = Scheduler(config or SchedulerConfig(max_batch_tokens=72, max_running=8), self.cache, max_context)
         wants = {"hooks": hooks or Hooks(), "attention": attention}
         if make_worker is None:

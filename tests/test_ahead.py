@@ -176,7 +176,7 @@ def make_engine() -> Iterator[Callable[..., tuple[Engine, Listener]]]:
         model, _ = cached_pair("llama")
         tiers = (TierConfig("gpu", 16), TierConfig("cpu", 20))
         cost = CostProfile([(8, 1.0), (120, 2.0)], 8)
-        cache = TieredCache(CacheConfig(tiers, 8), lambda: POLICIES["retention"](cost.of_chunk))
+        cache = TieredCache(CacheConfig(tiers, 8), POLICIES["retention"](cost.of_chunk))
         scheduler = Scheduler(SchedulerConfig(max_batch_tokens=72, max_running=8), cache, 120)
         worker = ModelWorker(model, tiers, 8, hooks=hooks, on_device=ahead)
         listener = Listener()

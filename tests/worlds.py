@@ -31,7 +31,7 @@ class World:
     ) -> None:
         tiers = tuple(TierConfig(name, count) for name, count in zip(names.split(), slots, strict=False))
         cost = CostProfile([(4, 1.0), (64, 2.0)], CHUNK)
-        self.cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: POLICIES[policy](cost.of_chunk))
+        self.cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES[policy](cost.of_chunk))
         settings = {"max_batch_tokens": 64, "max_running": 8, **config}
         self.scheduler = Scheduler(SchedulerConfig(**settings), self.cache, max_context=400)  # type: ignore[arg-type]
         self.worker = worker or FakeWorker(list(slots), CHUNK)

@@ -198,7 +198,7 @@ class World:
         model = loaded.model
         tiers = (TierConfig("gpu", gpu_slots), *((TierConfig("cpu", cpu_slots),) if cpu_slots else ()))
         cost = CostProfile.from_shape(model.shape, CHUNK)
-        cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: POLICIES["retention"](cost.of_chunk))
+        cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES["retention"](cost.of_chunk))
         on_cpu = model.device.type == "cpu"
         config = SchedulerConfig(
             max_batch_tokens=BATCH_TOKENS,

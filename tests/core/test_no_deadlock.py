@@ -14,11 +14,12 @@ from fake_worker import FakeWorker, LateWorker, cells_of, expected_answer
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
-from pensieve.core.eviction import POLICIES
 from pensieve.core.request import FinishReason, Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.core.wipes import Erasure
 from pensieve.errors import PensieveError, RequestTooLarge
+from pensieve.simulator.policies import Setting, make_policy
+from policy_worlds import ALL_POLICIES, some_time_later
 
 CHUNK = 4
 MAX_CONTEXT = 64
@@ -30,7 +31,7 @@ class World:
     def __init__(self, rng: random.Random, tiers: list[int], policy: str, lag: int, *, failures: bool, retain: bool = True) -> None:
         config = CacheConfig(tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), tiers, strict=False)), CHUNK)
         cost = CostProfile([(CHUNK, 1.0), (MAX_CONTEXT, 3.0)], CHUNK)
-        self.cache = TieredCache(config, lambda: POLICIES[policy](cost.of_chunk))
+        self.cache = TieredCache(config, make_policy(policy, Setting(cost.of_chunk, CHUNK, next_use_s=some_time_later)))
         budget = rng.choice([CHUNK + 4, 16, 64])
         in_ram = rng.random() < 0.5
         self.scheduler = Scheduler(
@@ -207,7 +208,7 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
     seed=st.integers(0, 1 << 32),
     gpu=st.integers(1, 20),
     cpu=st.sampled_from([0, 1, 3, 8, 40]),
-    policy=st.sampled_from(sorted(POLICIES)),
+    policy=st.sampled_from(ALL_POLICIES),
     lag=st.sampled_from([0, 0, 1, 2]),
     failures=st.booleans(),
 )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import json
-import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ from pensieve.bench.load_report import build_json, failure_lines, print_load_rep
 from pensieve.bench.probe import Target, find_model, probe, server_version, warm_up
 from pensieve.bench.record import write_record
 from pensieve.cli.loops import loop_factory
-from pensieve.errors import ConfigError
+from pensieve.cli.outputs import check_paths
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
 from pensieve.workloads.generators import LIKENESSES
 from pensieve.workloads.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
@@ -121,7 +119,7 @@ def bench(
         seed=secrets.randbelow(1 << 31) if seed is None else seed,
         **arguments,
     )
-    paths = _output_paths(out_dir, json_path)
+    paths = check_paths(out_dir, json_path, JSON_NAME)
     options.plan()  # what is wrong with it is said before the server is asked anything
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         target, planned, runs = runner.run(_measure(server, options))
@@ -194,26 +192,6 @@ def _command(arguments: Sequence[str]) -> list[str]:
             shown.append(argument)
         hide = argument == "--api-key"
     return shown
-
-
-def _output_paths(out_dir: Path | None, json_path: Path | None) -> list[Path]:
-    """Where the JSON goes. What would keep it from being written is said now, not after the run.
-
-    Raises:
-        ConfigError: a folder cannot be made, or the picture cannot be drawn.
-    """
-    paths = [json_path] if json_path is not None else []
-    paths += [out_dir / JSON_NAME] if out_dir is not None else []
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"cannot write {path}: it is a folder, or its folder may not be written to")
-    if out_dir is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--out draws a picture, which needs matplotlib: pip install 'pensieve-serve[plot]', or take --json")
-    return paths
 
 
 def _words(options: LoadOptions, planned: Sequence[PlannedRun]) -> str:

@@ -346,7 +346,7 @@ def make_engine(
     cost, cost_source, copy_bytes_per_s = cost_profile(options, loaded)
     worker = _make_worker(options, loaded, sizes)
     assert worker.chunk_bytes == sizes.chunk_bytes, f"a chunk has {worker.chunk_bytes} bytes, {sizes.chunk_bytes} were reckoned"
-    cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), lambda: POLICIES[options.policy](cost.of_chunk))
+    cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), POLICIES[options.policy](cost.of_chunk))
     config = SchedulerConfig(max_batch_tokens=options.batch_tokens, max_running=options.max_running, retain=retain)
     if loaded.model.device.type == "cpu":  # all tiers in RAM: a chunk is copied in a fraction of a millisecond, nothing need be ready early
         config = replace(config, copies_first=True, copy_ahead_share=0.0)

@@ -13,6 +13,7 @@ from pensieve.cli.keys import keys
 from pensieve.cli.models import models
 from pensieve.cli.profile import profile
 from pensieve.cli.serve import serve
+from pensieve.cli.simulate import simulate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -21,5 +22,5 @@ def cli() -> None:
     """Pensieve serves large language models to people in conversation, and remembers: the KV cache of a chat is kept between its turns."""
 
 
-for _command in (serve, chat, conversations, keys, compare, bench, models, profile):
+for _command in (serve, chat, conversations, keys, compare, bench, simulate, models, profile):
     cli.add_command(_command)

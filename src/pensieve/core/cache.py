@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pensieve.config import CacheConfig
 from pensieve.core.checks import check_cache
 from pensieve.core.chunk import Chunk
-from pensieve.core.eviction import PolicyFactory
+from pensieve.core.eviction import PolicyFactory, PolicyFamily
 from pensieve.core.history import History
 from pensieve.core.places import Places
 from pensieve.core.plan import Copy
@@ -60,8 +60,9 @@ class TieredCache:
     """Every conversation's chunks over an ordered list of tiers. Time is told, never asked, and never runs backwards."""
 
     def __init__(self, config: CacheConfig, policy: PolicyFactory) -> None:
-        """`policy()` makes one eviction policy; each tier and kind of victim has its own."""
+        """`policy()` makes one eviction policy; each tier and kind of victim has its own. A `PolicyFamily` hears of returns, too."""
         self.config = config
+        self._family = policy if isinstance(policy, PolicyFamily) else None
         self.chunk_tokens = config.chunk_tokens
         self.places = Places(config, policy, self._on_vanish)
         self.history = History()  # of chunks that are gone
@@ -468,6 +469,11 @@ class TieredCache:
 
     def _set_activity(self, sequence: Sequence, change: int, now_s: float) -> None:
         self._withdraw(sequence)
+        if self._family is not None:
+            if change > 0 and not sequence.num_active:
+                self._family.came_back(sequence, now_s)
+            elif change < 0 and sequence.num_active == 1:
+                self._family.went_idle(sequence, now_s)
         sequence.num_active += change
         sequence.seen_s = max(sequence.seen_s, now_s)  # (a request may say that it was submitted earlier)
         sequence.last_active_s = max(sequence.last_active_s, now_s)

@@ -106,9 +106,7 @@ def _check_queues(cache: TieredCache, chunks: set[Chunk]) -> None:
             members = [chunk for chunk in chunks if chunk.queues & queue.bit]
             assert queue.count == len(members), f"queue {queue.bit:b}: {queue.count} counted, {len(members)} found"
             for chunk in members:
-                if isinstance(chunk.owner, Sequence):
-                    leading = queue.leading(chunk.owner)
-                    assert leading is not None and leading.index <= chunk.index, f"{chunk!r} is queued behind nobody"
+                queue.check(chunk)
         assert places.duplicates[tier].count == sum(1 for c in chunks if c.queues & places.duplicates[tier].bit)
 
 

@@ -155,6 +155,13 @@ class Places:
         self.reindex(chunk)
         return slot
 
+    def release_upper(self, chunk: Chunk, tier: int) -> None:
+        """Free a clean copy in `tier`, which is wanted by nobody yet; the chunk lives on below."""
+        chunk.require(Event.RECLAIM, tier, self._next_copy_below(chunk, tier))
+        self._free_slot(chunk, tier)
+        self.num_reclaimed += 1
+        self.reindex(chunk)
+
     def release_lower(self, chunk: Chunk, tier: int) -> None:
         """Free the copy in `tier` of a chunk that also lies in a faster one."""
         upper = next((t for t in range(tier - 1, -1, -1) if chunk.slots[t] is not None), tier - 1)

@@ -41,7 +41,10 @@ class Room:
         if slot is None:
             victim = places.clean[tier].worst(now_s)
             assert victim is not None, f"no slot available in tier {tier}"
+            others = places.clean[tier].going_with(victim)
             slot = places.reclaim(victim, tier)
+            for chunk in others:
+                places.release_upper(chunk, tier)
         return slot
 
     def make(self, tier: int, num_slots: int, now_s: float, for_whom: Key | None = None) -> None:
@@ -85,7 +88,16 @@ class Room:
                 places.begin_copy(victim, tier, tier + 1, slot)
 
     def _evict(self, victim: Chunk, tier: int, now_s: float, for_whom: Key | None) -> bool:
-        """Begin to free the slot of a chunk without a lower copy; False if that is not possible now."""
+        """Begin to free the slot of a chunk without a lower copy; False if that is not possible now. Some policies let more go with it."""
+        queue = self._places.sole[tier]
+        others = queue.going_with(victim)
+        done = self._evict_one(victim, tier, now_s, for_whom)
+        for chunk in others if done else ():
+            if chunk.queues & queue.bit:
+                self._evict_one(chunk, tier, now_s, for_whom)
+        return done
+
+    def _evict_one(self, victim: Chunk, tier: int, now_s: float, for_whom: Key | None) -> bool:
         places = self._places
         if victim.place != tier and not victim.keeps:  # a faster tier has it too (a kept one would only come back)
             places.release_lower(victim, tier)

@@ -10,15 +10,17 @@ from pensieve.core.sequence import Sequence
 class VictimQueue:
     """The chunks of one tier that could give up their slot in one way.
 
-    A sequence's private chunks are worth more the further right they are, so only the leading one is offered to the policy; a shared
-    chunk is offered in its own right. Membership is a bit in `chunk.queues`, which keeps an idle chunk's record small.
+    Of a sequence's private chunks only one is offered to the policy: the leading one, which is worth least where cost is monotone, or the
+    trailing one for a policy that wants that. A shared chunk is offered in its own right. Membership is a bit in `chunk.queues`, which
+    keeps an idle chunk's record small.
     """
 
     def __init__(self, bit: int, policy: EvictionPolicy) -> None:
         self.bit = bit
         self.count = 0  # members; a question asked every step, so kept by hand and compared in check()
         self._policy = policy
-        self._leading: dict[Sequence, Chunk] = {}
+        self._trailing = policy.trailing
+        self._offered: dict[Sequence, Chunk] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Take a chunk in."""
@@ -28,32 +30,39 @@ class VictimQueue:
         if not isinstance(owner, Sequence):
             self._policy.add(chunk)
             return
-        leading = self._leading.get(owner)
-        if leading is None or chunk.index < leading.index:
-            if leading is not None:
-                self._policy.remove(leading)
-            self._leading[owner] = chunk
+        offered = self._offered.get(owner)
+        if offered is None or (chunk.index > offered.index if self._trailing else chunk.index < offered.index):
+            if offered is not None:
+                self._policy.remove(offered)
+            self._offered[owner] = chunk
             self._policy.add(chunk)
 
     def discard(self, chunk: Chunk) -> None:
-        """Take a chunk out; the next of its sequence leads."""
+        """Take a chunk out; the next of its sequence is offered."""
         chunk.queues &= ~self.bit
         self.count -= 1
         owner = chunk.owner
         if not isinstance(owner, Sequence):
             self._policy.remove(chunk)
-        elif self._leading.get(owner) is chunk:
+        elif self._offered.get(owner) is chunk:
             self._policy.remove(chunk)
-            following = self._next_of(owner, chunk.index + 1)
+            following = self._next_of(owner, chunk.index)
             if following is None:
-                del self._leading[owner]
+                del self._offered[owner]
             else:
-                self._leading[owner] = following
+                self._offered[owner] = following
                 self._policy.add(following)
 
     def worst(self, now_s: float) -> Chunk | None:
         """The first to go, which stays in; None if there is none."""
         return self._policy.worst(now_s)
+
+    def going_with(self, chunk: Chunk) -> list[Chunk]:
+        """The others of a victim's conversation, where the policy lets go of all of it at once."""
+        owner = chunk.owner
+        if not (self._policy.whole and isinstance(owner, Sequence)):
+            return []
+        return [other for other in owner.chunks if other is not None and other is not chunk and self._is_private(other, owner)]
 
     def worth(self, chunk: Chunk, now_s: float) -> float:
         """What the policy says a chunk is worth."""
@@ -61,25 +70,30 @@ class VictimQueue:
 
     def withdraw(self, sequence: Sequence) -> None:
         """Take a sequence's candidate back before its activity changes; `offer` returns it."""
-        if (leading := self._leading.get(sequence)) is not None:
-            self._policy.remove(leading)
+        if (offered := self._offered.get(sequence)) is not None:
+            self._policy.remove(offered)
 
     def offer(self, sequence: Sequence) -> None:
         """Offer a sequence's candidate again."""
-        if (leading := self._leading.get(sequence)) is not None:
-            self._policy.add(leading)
+        if (offered := self._offered.get(sequence)) is not None:
+            self._policy.add(offered)
 
-    def leading(self, sequence: Sequence) -> Chunk | None:
-        """The private chunk offered for a sequence (for `check`)."""
-        return self._leading.get(sequence)
+    def check(self, chunk: Chunk) -> None:
+        """That a private member is the one offered for its sequence, or comes after it."""
+        offered = self._offered.get(chunk.owner) if isinstance(chunk.owner, Sequence) else chunk
+        ahead = offered is not None and (offered.index >= chunk.index if self._trailing else offered.index <= chunk.index)
+        assert ahead, f"{chunk!r} is queued behind nobody"
 
-    def _next_of(self, owner: Sequence, start: int) -> Chunk | None:
+    def _next_of(self, owner: Sequence, index: int) -> Chunk | None:
         chunks = owner.chunks
-        for index in range(start, len(chunks)):
-            chunk = chunks[index]
-            if chunk is not None and chunk.queues & self.bit and chunk.owner is owner:
+        for position in range(min(index, len(chunks)) - 1, -1, -1) if self._trailing else range(index + 1, len(chunks)):
+            chunk = chunks[position]
+            if chunk is not None and self._is_private(chunk, owner):
                 return chunk
         return None
+
+    def _is_private(self, chunk: Chunk, owner: Sequence) -> bool:
+        return bool(chunk.queues & self.bit) and chunk.owner is owner
 
 
 class Duplicates:

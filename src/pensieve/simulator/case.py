@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
-from pensieve.core.eviction import POLICIES
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
 from pensieve.simulator.cost_model import FITTED, CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
 from pensieve.simulator.hardware import GB, Hardware, find_hardware
 from pensieve.simulator.measured import MeasuredMachine
 from pensieve.simulator.phases import PhasedScheduler
+from pensieve.simulator.policies import Setting, make_policy
 from pensieve.simulator.records import RequestRecord, Summary, summarize
 from pensieve.simulator.simulation import Simulation
 from pensieve.simulator.worker import CostWorker, Links, VirtualClock
@@ -209,15 +209,15 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
         ConfigError: something in it contradicts something else, or is not known.
     """
     system = find_system(case.system)
-    if case.policy not in POLICIES:
-        raise ConfigError(f"no policy is called {case.policy!r}: take one of {', '.join(sorted(POLICIES))}")
     machine = case.machine
     cost = machine.cost()
     planned = case.load.plan()[case.run]
     num_tokens = max(case.max_context, case.chunk_tokens)
     profile = machine.chunk_costs(cost, case.chunk_tokens, num_tokens)
     tiers = machine.tiers(system, case.chunk_tokens)
-    cache = TieredCache(CacheConfig(tiers, case.chunk_tokens), lambda: POLICIES[case.policy](profile.of_chunk))
+    playing: list[Simulation] = []  # (the one below, which needs the cache, whose policy may ask it for the future)
+    setting = Setting(profile.of_chunk, case.chunk_tokens, tiers[0].num_slots, lambda key, now_s: playing[0].next_use_s(key[1], now_s))
+    cache = TieredCache(CacheConfig(tiers, case.chunk_tokens), make_policy(case.policy, setting))
     config = SchedulerConfig(
         max_batch_tokens=max(case.max_batch_tokens, case.chunk_tokens + case.max_running),
         max_running=case.max_running,
@@ -232,6 +232,7 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
     clock = VirtualClock()
     worker = CostWorker(cost, machine.links(case.chunk_tokens), len(tiers), clock, machine.host_overheads())
     simulation = Simulation(scheduler, worker, clock, debug=case.debug)
+    playing.append(simulation)
     window_s = None
     if planned.arrivals_s is not None:
         if case.warm_up_s >= planned.arrivals_s:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
@@ -25,7 +26,7 @@ def mean_curve(outcomes: Iterable[Outcome]) -> list[tuple[float, float]]:
 
 def throughput_at(points: Points, latency_s: float) -> float | None:
     """Requests a second at which a curve first passes a latency, between its points in a straight line; None: it never does, or begins above."""
-    for (low_x, low_y), (high_x, high_y) in zip(points, points[1:], strict=False):
+    for (low_x, low_y), (high_x, high_y) in itertools.pairwise(points):
         if low_y <= latency_s <= high_y:
             share = (latency_s - low_y) / (high_y - low_y) if high_y > low_y else 1.0
             return low_x + share * (high_x - low_x)
@@ -36,7 +37,7 @@ def latency_at(points: Points, per_s: float) -> float | None:
     """Latency at a throughput, between its points in a straight line, before its first as there; None: it never gets there."""
     if points and per_s <= points[0][0]:
         return points[0][1]
-    for (low_x, low_y), (high_x, high_y) in zip(points, points[1:], strict=False):
+    for (low_x, low_y), (high_x, high_y) in itertools.pairwise(points):
         if low_x <= per_s <= high_x:
             share = (per_s - low_x) / (high_x - low_x) if high_x > low_x else 1.0
             return low_y + share * (high_y - low_y)

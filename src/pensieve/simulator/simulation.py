@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -15,7 +16,8 @@ from pensieve.core.scheduler import Scheduler
 from pensieve.errors import PensieveError
 from pensieve.simulator.records import RequestRecord
 from pensieve.simulator.worker import CostWorker, VirtualClock
-from pensieve.workloads.scripts import Player, Script
+from pensieve.workloads.conversations import text_length_tokens
+from pensieve.workloads.scripts import Piece, Player, Script, ScriptTurn
 
 NAMESPACE = "simulation"
 
@@ -50,9 +52,9 @@ class Simulation:
         self._order = itertools.count()
         self._ids = itertools.count(1)
         self._names: dict[str, int] = {}
-        self._shared: dict[str, int] = {}  # token ids of shared beginnings
+        self._shared: dict[tuple[str, ...], int] = {}  # token ids of shared beginnings
         self._in_flight: dict[str, _InFlight] = {}
-        self.on_sent: Callable[[str, Script, int], None] | None = None  # told (sequence id, script, turn) before a turn is submitted
+        self._playing: dict[str, _Conversation] = {}  # by name, from their first turn to their last answer
 
     def play(
         self,
@@ -100,6 +102,13 @@ class Simulation:
             if tell is not None and steps % 256 == 0:
                 tell(clock.now_s, len(self.records))
 
+    def next_use_s(self, name: str, now_s: float) -> float:
+        """When a conversation whose turn ends now sends its next: what a clairvoyant policy knows. Infinity: never."""
+        conversation = self._playing[name]
+        if conversation.turn + 1 >= len(conversation.script.turns):
+            return math.inf
+        return self._due_s(conversation.script.turns[conversation.turn + 1], now_s)
+
     def _next_s(self, upcoming: Player | None) -> float | None:
         """When something happens next, if no step is planned before."""
         times = [self._worker.next_settled_s, self._due[0][0] if self._due else None, upcoming.start_s if upcoming is not None else None]
@@ -127,31 +136,45 @@ class Simulation:
         self._plan_turn(_Conversation(script, name, scripts, next(self._ids)), now_s)
 
     def _plan_turn(self, conversation: _Conversation, now_s: float) -> None:
-        turn = conversation.script.turns[conversation.turn]
-        due_s = now_s + turn.think_s
-        if turn.due_s is not None:
-            due_s = max(due_s, turn.due_s)
+        due_s = self._due_s(conversation.script.turns[conversation.turn], now_s)
         heapq.heappush(self._due, (due_s, next(self._order), conversation))
+
+    @staticmethod
+    def _due_s(turn: ScriptTurn, now_s: float) -> float:
+        return max(now_s + turn.think_s, turn.due_s or 0.0)
 
     def _send(self, conversation: _Conversation, now_s: float) -> None:
         turn = conversation.script.turns[conversation.turn]
         if turn.keep_turns is not None and turn.keep_turns < len(conversation.runs):
             del conversation.runs[turn.keep_turns :]
             conversation.token_id = next(self._ids)  # what comes now is another text than what was cut off
-        tokens: list[int] = []
+        tokens = self._prefix(conversation.script)
         for token_id, count in conversation.runs:
             tokens += [token_id] * count
-        history = len(tokens)
+        history = len(tokens) if conversation.turn else 0
         tokens += [conversation.token_id] * turn.message_tokens
         request_id = f"{conversation.name}/{conversation.turn}"
-        if self.on_sent is not None:
-            self.on_sent(conversation.name, conversation.script, conversation.turn)
+        self._playing[conversation.name] = conversation
         sampling = SamplingParams(max_new_tokens=turn.output_tokens)
         self._in_flight[request_id] = _InFlight(conversation, now_s)
         try:
             self._scheduler.submit(request_id, NAMESPACE, conversation.name, tuple(tokens), history, sampling, now_s)
         except PensieveError as error:
             self._refused(request_id, len(tokens), history, error.message)
+
+    def _prefix(self, script: Script) -> list[int]:
+        """What several conversations begin with: the same piece after the same pieces is the same tokens."""
+        pieces = list(script.prefix)
+        if script.system:
+            pieces.append(Piece(script.system, text_length_tokens(script.system)))
+        tokens: list[int] = []
+        path: tuple[str, ...] = ()
+        for piece in pieces:
+            path = (*path, piece.name)
+            if path not in self._shared:
+                self._shared[path] = next(self._ids)
+            tokens += [self._shared[path]] * piece.tokens
+        return tokens
 
     # -- answers
 
@@ -180,6 +203,7 @@ class Simulation:
                 conversation.name, conversation.turn, flight.sent_s, None, None, now_s, prompt, history, 0, 0, 0, 0, 0, 0, 0, 0, why
             )
         )
+        del self._playing[conversation.name]
         self._next_script(conversation.player, now_s)
 
     def _go_on(self, conversation: _Conversation) -> None:
@@ -187,4 +211,5 @@ class Simulation:
         if conversation.turn < len(conversation.script.turns):
             self._plan_turn(conversation, self._clock.now_s)
         else:
+            del self._playing[conversation.name]
             self._next_script(conversation.player, self._clock.now_s)

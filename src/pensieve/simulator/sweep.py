@@ -15,6 +15,8 @@ from pensieve.simulator.case import Case, Outcome, run_case
 
 _POLL_S = 0.2
 
+Tell = Callable[["Tick"], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Tick:
@@ -26,9 +28,7 @@ class Tick:
     done: bool = False
 
 
-def run_cases(
-    cases: Sequence[Case], *, jobs: int | None = None, tell: Callable[[Tick], None] | None = None, keep_records: bool = False
-) -> list[Outcome]:
+def run_cases(cases: Sequence[Case], *, jobs: int | None = None, tell: Tell | None = None, keep_records: bool = False) -> list[Outcome]:
     """Simulate every case, as many at a time as there are cores.
 
     Args:
@@ -74,7 +74,7 @@ def _weight(case: Case) -> float:
     return (rates[case.run] if rates else 1.0) * (case.load.duration_s or 1.0)
 
 
-def _here(index: int, case: Case, tell: Callable[[Tick], None], keep_records: bool) -> Outcome:
+def _here(index: int, case: Case, tell: Tell, keep_records: bool) -> Outcome:
     outcome = run_case(case, tell=lambda now_s, finished: tell(Tick(index, now_s, finished)), keep_records=keep_records)
     tell(Tick(index, outcome.simulated_s, outcome.summary.sent, done=True))
     return outcome

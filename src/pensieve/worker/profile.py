@@ -59,6 +59,7 @@ def load_or_measure(
     attention: str = "auto",
     folder: Path | None = None,
     fresh: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
     """The profile of this model on this machine, from the user's cache if it was measured before.
@@ -70,6 +71,7 @@ def load_or_measure(
         attention: backend, as `ModelWorker` takes it.
         folder: where profiles are kept; None: `profiles` in $PENSIEVE_CACHE or the user's cache directory.
         fresh: measure even if there is one.
+        clock: seconds, in which it is measured.
         progress: called with (what is measured, share done).
 
     Raises:
@@ -80,7 +82,7 @@ def load_or_measure(
         kept = load(path)
         if kept is not None and kept.points[-1][0] >= contexts(max_context, chunk_tokens)[-1]:
             return kept
-    profile = measure(model, max_context, chunk_tokens, attention=attention, progress=progress)
+    profile = measure(model, max_context, chunk_tokens, attention=attention, clock=clock, progress=progress)
     try:
         save(profile, path, model)
     except OSError as error:
@@ -258,7 +260,7 @@ class _Bench:
             return 0.0
         cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
         tiers = (TierConfig("gpu", self._num_slots),)
-        cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), lambda: POLICIES["retention"](cost.of_chunk))
+        cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
         config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
         scheduler = Scheduler(config, cache, max_context)
         answer = min(_PLANNED_STEPS + _WARM_UPS, max_context - 2)

@@ -129,14 +129,16 @@ def even_starts(num_users: int, over_s: float) -> list[float]:
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """One rate, several (`0.5,1,2`) or a range with a step (`0.5:4:0.5`, both ends included).
+    """One rate, several (`0.5,1,2`) or a range, with a step of 1 (`1:10`) or another (`0.5:4:0.5`), both ends included.
 
     Raises:
         ConfigError: it is none of these, a rate is not positive, or there are too many.
     """
-    form = f"rates are one number, several (0.5,1,2) or FROM:TO:STEP (0.5:4:0.5), in requests a second, got {text!r}"
+    form = f"rates are one number, several (0.5,1,2), FROM:TO (1:10) or FROM:TO:STEP (0.5:4:0.5), in requests a second, got {text!r}"
     if ":" in text:
         parts = [_number(part, form) for part in text.split(":")]
+        if len(parts) == 2:
+            parts.append(1.0)
         if len(parts) != 3 or parts[2] <= 0 or parts[1] < parts[0]:
             raise ConfigError(form)
         start, stop, step = parts

@@ -1,0 +1,189 @@
+"""`pensieve simulate`: the scheduler and the cache in virtual time, on machines nobody has to own. Wires cases; the simulator plays them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from pensieve.cli.outputs import check_paths
+from pensieve.core.eviction import POLICIES
+from pensieve.errors import ConfigError
+from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
+from pensieve.simulator.hardware import HARDWARE
+from pensieve.simulator.output import plot, print_table, to_json, write_json
+from pensieve.simulator.policies import COMPARED
+from pensieve.simulator.progress import progress
+from pensieve.simulator.sweep import run_cases
+from pensieve.workloads.arrivals import ThinkTime, parse_rates
+from pensieve.workloads.load_plan import LoadOptions
+
+JSON_NAME, PLOT_NAME = "simulate.json", "simulate.png"
+POLICY_NAMES = sorted((*POLICIES, *COMPARED))
+DEFAULT_DURATION_S, DEFAULT_WARM_UP = 1200.0, 0.25  # (a run of the paper's figures is shorter: docs/simulator.md)
+DEFAULT_THINK = "exp:60"  # (paper, evaluation)
+
+
+def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
+    """Several names with commas, or `all`."""
+    if text == "all":
+        return list(known)
+    names = [name.strip() for name in text.split(",")]
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"no {what} is called {unknown!r}: take {', '.join(known)} (several with commas) or all")
+    return names
+
+
+_option = partial(click.option, show_default=True)
+
+
+@click.command()
+@_option("--model", default="llama3-8b", help="A named architecture (pensieve models lists them).")
+@_option("--hardware", default="h200", help=f"A machine of the table: {', '.join(HARDWARE)}.")
+@_option("--devices", type=click.IntRange(min=1), default=1, help="Devices that share every layer (tensor parallel).")
+@_option("--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=40.0, help="First tier, GB a device.")
+@_option("--cpu-cache", "cpu_cache_gb", type=click.FloatRange(min=0), default=220.0, help="Second tier, GB a device.")
+@_option("--disk-cache", "disk_cache_gb", type=click.FloatRange(min=0), default=0.0, help="Third tier, GB.")
+@_option("--system", "systems", default="pensieve", help=f"{' | '.join(SYSTEMS)}, several with commas, or all.")
+@_option(
+    "--policy", "policies", default="retention", help=f"What is evicted first: {' | '.join(POLICY_NAMES)}, several with commas, or all."
+)
+@_option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    default=Path("sharegpt-like"),
+    help="sharegpt-like, ultrachat-like, or a file (docs/bench.md has the forms).",
+)
+@_option("--rate", "rates", default=None, help="Requests a second, as Poisson arrivals of conversations: 2 | 1,2,4 | 1:10 | 0.5:4:0.5.")
+@_option("--users", type=click.IntRange(min=1), default=None, help="Closed loop: conversations at once, instead of --rate.")
+@_option(
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="Simulated seconds of arrivals.  [default: 1200 with --rate; all of a trace]",
+)
+@_option(
+    "--warm-up",
+    "warm_up_s",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Requests sent before do not count.  [default: a quarter of --duration]",
+)
+@_option(
+    "--think",
+    default=None,
+    help="Seconds between an answer and the next turn where a trace does not say: 2.5 | exp:60 | chats.  [default: exp:60]",
+)
+@_option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster.")
+@_option("--turns", type=click.IntRange(min=1), default=None, help="At most so many turns of a conversation.")
+@_option("--max-context", type=click.IntRange(min=32), default=16_384, help="Tokens of prompt and answer; longer conversations are cut.")
+@_option("--max-batch-tokens", type=click.IntRange(min=1), default=2048, help="Token budget of a step.")
+@_option("--max-running", type=click.IntRange(min=1), default=512, help="Requests in a step.")
+@_option(
+    "--chunk-tokens", type=click.IntRange(min=1), default=32, help="Tokens of a chunk; larger ones make long contexts faster to simulate."
+)
+@_option("--seed", type=click.IntRange(min=0), default=0, help="Of lengths, think times and arrivals.")
+@_option("--jobs", type=click.IntRange(min=1), default=None, help="Processes.  [default: one a core]")
+@_option(
+    "--out", "out_dir", type=click.Path(path_type=Path), default=None, help=f"Folder for {JSON_NAME} and {PLOT_NAME}.  [default: none]"
+)
+@_option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the JSON to this file.")
+@_option("--debug", is_flag=True, show_default=False, help="Verify every invariant of the cache after every step.")
+def simulate(
+    model: str,
+    hardware: str,
+    devices: int,
+    gpu_cache_gb: float,
+    cpu_cache_gb: float,
+    disk_cache_gb: float,
+    systems: str,
+    policies: str,
+    trace: Path,
+    rates: str | None,
+    users: int | None,
+    duration_s: float | None,
+    warm_up_s: float | None,
+    think: str | None,
+    speed: float,
+    turns: int | None,
+    max_context: int,
+    seed: int,
+    jobs: int | None,
+    out_dir: Path | None,
+    json_path: Path | None,
+    **limits: Any,
+) -> None:
+    """Play people in conversation through the real scheduler and cache in virtual time, on hardware that is only numbers.
+
+    Every system and policy meets the same people at every rate. The same seed gives the same result, to the last digit. docs/simulator.md
+    says what is modelled and how far to trust it.
+    """
+    machine = Machine(model, hardware, devices, gpu_cache_gb, cpu_cache_gb, disk_cache_gb)
+    loads = _loads(trace, rates, users, duration_s, think, speed, turns, max_context, seed)
+    named = _names(systems, SYSTEMS, "system")
+    cases = [
+        Case(machine, load, system, policy, warm_up_s=_warm_up(warm_up_s, load), max_context=max_context, **limits)
+        for system in named
+        for policy in (_names(policies, dict.fromkeys(POLICY_NAMES), "policy") if SYSTEMS[system].retain else ["retention"])
+        for load in loads
+    ]
+    paths = check_paths(out_dir, json_path, JSON_NAME)
+    begun_s = time.perf_counter()
+    with progress(cases) as tell:
+        outcomes = run_cases(cases, jobs=jobs, tell=tell)
+    took_s = time.perf_counter() - begun_s
+    console = Console()
+    console.print(f"[bold]{model}[/bold] on {devices} × {hardware}, {trace}: {_simulated(outcomes, took_s)}\n", highlight=False)
+    print_table(outcomes, console)
+    record = to_json(outcomes)
+    for path in paths:
+        click.echo(f"json: {write_json(path, record)}", err=True)
+    if out_dir is not None:
+        subtitle = f"{trace}, {gpu_cache_gb:g} GB gpu + {cpu_cache_gb:g} GB cpu a device"
+        click.echo(f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}", err=True)
+    if not sys.stdout.isatty():
+        click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+
+
+def _loads(
+    trace: Path,
+    rates: str | None,
+    users: int | None,
+    duration_s: float | None,
+    think: str | None,
+    speed: float,
+    turns: int | None,
+    max_context: int,
+    seed: int,
+) -> list[LoadOptions]:
+    """One load a rate, all of the same seed, so that the same people come, only sooner."""
+
+    def load(rate: float | None, seconds: float | None) -> LoadOptions:
+        return LoadOptions(
+            users=users, rates=() if rate is None else (rate,), duration_s=seconds, turns=turns, think=ThinkTime.parse(think or DEFAULT_THINK),
+            trace=trace, speed=speed, max_context=max_context, seed=seed,
+        )  # fmt: skip
+
+    if rates is not None:
+        return [load(rate, duration_s or DEFAULT_DURATION_S) for rate in parse_rates(rates)]
+    return [load(None, duration_s)]
+
+
+def _warm_up(warm_up_s: float | None, load: LoadOptions) -> float:
+    if warm_up_s is not None:
+        return warm_up_s
+    return DEFAULT_WARM_UP * load.duration_s if load.rates and load.duration_s else 0.0
+
+
+def _simulated(outcomes: list[Outcome], took_s: float) -> str:
+    requests = sum(outcome.summary.sent for outcome in outcomes)
+    hours = sum(outcome.simulated_s for outcome in outcomes) / 3600
+    return f"{requests:,} requests in {hours:.1f} simulated hours, in {took_s:.0f} s"

@@ -1,0 +1,32 @@
+"""Which idle chunk goes first. One policy a module; `POLICIES` are those a server offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pensieve.core.eviction.lines import ByLines
+from pensieve.core.eviction.lru import LRU
+from pensieve.core.eviction.policy import CostOfChunk, EvictionPolicy, PolicyFactory, PolicyFamily
+from pensieve.core.eviction.retention import MIN_IDLE_S, RetentionValue, SharersValue
+from pensieve.core.eviction.tournament import KineticTournament
+
+# name -> cost -> what makes the policies of one cache
+POLICIES: dict[str, Callable[[CostOfChunk], PolicyFactory]] = {
+    "retention": lambda cost: lambda: RetentionValue(cost),
+    "lru": lambda cost: LRU,
+    "sharers": lambda cost: lambda: SharersValue(cost),
+}
+
+__all__ = [
+    "ByLines",
+    "LRU",
+    "MIN_IDLE_S",
+    "POLICIES",
+    "CostOfChunk",
+    "EvictionPolicy",
+    "KineticTournament",
+    "PolicyFactory",
+    "PolicyFamily",
+    "RetentionValue",
+    "SharersValue",
+]

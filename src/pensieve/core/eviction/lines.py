@@ -1,0 +1,112 @@
+"""Policies whose 1/worth is a straight line in time, exactly, in O(log) a victim. Knows classes and lines; a subclass says which.
+
+The worth of every chunk changes every second, so no one heap can hold the order. But chunks fall into classes within which the order never
+changes: a heap each. Between classes the lines of the tops meet at times that can be computed: a kinetic tournament keeps the highest line
+and redoes a match only when it is due.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+from pensieve.core.chunk import Chunk
+from pensieve.core.eviction.policy import OldestFirst
+from pensieve.core.eviction.tournament import KineticTournament
+
+ClassKey = TypeVar("ClassKey", bound=Hashable)
+
+
+class ByLines(ABC, Generic[ClassKey]):
+    """Chunks of a class are ordered by a key that never changes, smallest first; the smallest enters its line into the tournament."""
+
+    trailing = False
+    whole = False
+
+    def __init__(self) -> None:
+        self._order = itertools.count()
+        self._leaf_of: dict[ClassKey, int] = {}  # of classes with members
+        self._class_at: list[ClassKey] = []
+        self._heaps: list[OldestFirst] = []
+        self._spare: list[int] = []  # leaves whose class has no member left
+        self._tournament = KineticTournament()
+        self._home: dict[Chunk, int] = {}
+        self._bends: list[tuple[float, int]] = []  # when the line of a leaf ends, and a new one must be entered
+        self._bend_of: dict[int, float] = {}  # the one of a leaf that counts
+        self._now_s = -math.inf
+
+    @abstractmethod
+    def _class_of(self, chunk: Chunk) -> tuple[ClassKey, float]:
+        """A chunk's class, and its key there."""
+
+    @abstractmethod
+    def _line(self, kind: ClassKey, key: float, now_s: float) -> tuple[float, float, float]:
+        """1/worth of a chunk as slope * t + offset, and the time until which that holds (from `now_s`, which may lag behind)."""
+
+    @abstractmethod
+    def worth(self, chunk: Chunk, now_s: float) -> float:
+        """See `EvictionPolicy`."""
+
+    def add(self, chunk: Chunk) -> None:
+        """See `EvictionPolicy`."""
+        kind, key = self._class_of(chunk)
+        leaf = self._leaf_of.get(kind)
+        if leaf is None:
+            leaf = self._take_leaf(kind)
+        self._home[chunk] = leaf
+        self._heaps[leaf].add(chunk, key)
+        self._refresh(leaf)
+
+    def remove(self, chunk: Chunk) -> None:
+        """See `EvictionPolicy`."""
+        leaf = self._home.pop(chunk)
+        self._heaps[leaf].remove(chunk)
+        self._refresh(leaf)
+
+    def worst(self, now_s: float) -> Chunk | None:
+        """See `EvictionPolicy`."""
+        self._now_s = max(self._now_s, now_s)
+        while self._bends and self._bends[0][0] <= self._now_s:
+            until_s, leaf = heapq.heappop(self._bends)
+            if self._bend_of.get(leaf) == until_s:
+                del self._bend_of[leaf]
+                self._refresh(leaf)
+        leaf_or_none = self._tournament.highest(now_s)
+        top = self._heaps[leaf_or_none].top() if leaf_or_none is not None else None
+        return top[1] if top else None
+
+    def _refresh_all(self) -> None:
+        """Enter every line anew: what they were made of has changed."""
+        for leaf in tuple(self._leaf_of.values()):
+            self._refresh(leaf)
+
+    def _refresh(self, leaf: int) -> None:
+        top = self._heaps[leaf].top()
+        if top is None:
+            self._tournament.set(leaf, 0.0, -math.inf)
+            self._bend_of.pop(leaf, None)
+            del self._leaf_of[self._class_at[leaf]]
+            self._spare.append(leaf)
+            return
+        slope, offset, until_s = self._line(self._class_at[leaf], top[0], self._now_s)
+        self._tournament.set(leaf, slope, offset)
+        if until_s == math.inf:
+            self._bend_of.pop(leaf, None)
+        elif self._bend_of.get(leaf) != until_s:
+            self._bend_of[leaf] = until_s
+            heapq.heappush(self._bends, (until_s, leaf))
+
+    def _take_leaf(self, kind: ClassKey) -> int:
+        if self._spare:
+            leaf = self._spare.pop()
+            self._class_at[leaf] = kind
+        else:
+            leaf = len(self._heaps)
+            self._heaps.append(OldestFirst(self._order, trailing=self.trailing))
+            self._class_at.append(kind)
+        self._leaf_of[kind] = leaf
+        return leaf
