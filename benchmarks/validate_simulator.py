@@ -8,8 +8,8 @@ stepped in this thread, with prompts as drawn token ids and answers of fixed len
 waited for: when there is nothing to do, the clock is set to when the next user speaks.
 
 `--clock cpu` counts this process's processor time instead of the wall's: on a machine that others use as well (with `--threads 1`: threads that
-wait for each other spin). Beside each run a prompt and a batch of decodes are timed, and again beside the profile: their ratio, the drift, says how
-much slower the machine was in that run than when it was profiled. Both are reported: the simulation with the profile as it was measured, and with
+wait for each other spin). Now and then in each run, and in the profile's, a prompt and a batch of decodes are timed on another worker: their ratio, the
+drift, says how much slower the machine was in that run than when it was profiled. Both are reported: the simulation with the profile as it was measured, and with
 its seconds times the drift.
 
 Prints JSON: throughput, latencies and tokens by source of both, and a verdict on three bounds: throughput within 15 %, each source's share of
@@ -42,7 +42,7 @@ from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
 from pensieve.messages import Event, Failed, Finished, Submit
-from pensieve.simulator.case import Case, Machine, run_case
+from pensieve.simulator.case import Case, Machine, find_system, run_case
 from pensieve.simulator.measured import MeasuredMachine, read_machine
 from pensieve.simulator.records import RequestRecord, Summary, summarize
 from pensieve.worker.model import CausalModel
@@ -53,7 +53,9 @@ from pensieve.workloads.load_plan import LoadOptions
 from pensieve.workloads.scripts import Player, Script
 
 CHUNK = 32
+STEPS_A_SAMPLE = 50  # between two looks at how fast the machine is
 MAX_THROUGHPUT_ERROR, MAX_SHARE_POINTS = 0.15, 3.0
+NEAR = (0.94, 0.97, 1.03, 1.06)  # machines nearly as fast: how far figures depend on who happens to come first
 TIERS_SHARE = 1 / 3  # of all histories at their end, in both tiers together
 GPU_SHARE = 2 / 3  # of that
 SYSTEMS = {"stateful": "pensieve", "gpu-only": "gpu-only", "stateless": "stateless"}  # here: in the simulator
@@ -68,6 +70,12 @@ class Clock:
 
     def __call__(self) -> float:
         return self._base() + self._skipped_s
+
+    def leave_out(self, work: Callable[[], None]) -> None:
+        """Do something that does not count."""
+        before = self._base()
+        work()
+        self._skipped_s -= self._base() - before
 
     def skip_to(self, at_s: float) -> None:
         self._skipped_s += max(0.0, at_s - self())
@@ -109,7 +117,7 @@ class RealRun:
 
     def __init__(self, options: Options, loaded: LoadedModel, retain: bool, clock: Clock, machine: MeasuredMachine, seed: int) -> None:
         self._clock, self._seed, self._vocabulary = clock, seed, loaded.shape.vocab_size
-        made = make_engine(options, loaded, emit=self._emit, retain=retain, clock=clock)
+        made = make_engine(options, replace(loaded, gpu_cache_gb=options.gpu_cache_gb or 0.0), emit=self._emit, retain=retain, clock=clock)
         self.sizes, self.cost_source = made.sizes, made.cost_source
         self._engine = made.engine
         self._due: list[tuple[float, int, Conversation]] = []
@@ -133,8 +141,8 @@ class RealRun:
 
         worker.run = timed
 
-    def play(self, players: Sequence[Player]) -> None:
-        """To the end."""
+    def play(self, players: Sequence[Player], sample: Callable[[], None]) -> None:
+        """To the end; `sample` is called now and then, beside the clock."""
         engine, clock = self._engine, self._clock
         self._begin_s = clock()
         for player in players:
@@ -149,6 +157,8 @@ class RealRun:
             busy = engine.step()
             if self.steps.count > count:
                 self.stepping_s += clock() - begin_s
+                if self.steps.count % STEPS_A_SAMPLE == 0:
+                    clock.leave_out(sample)
             if not busy:
                 if self._in_flight or not self._due:  # a copy is under way
                     time.sleep(2e-5)
@@ -199,13 +209,14 @@ class RealRun:
 class Calibration:
     """A prompt and a batch of decodes, timed: how fast the machine is now."""
 
-    PROMPT, BATCH, CONTEXT, REPEATS = 256, 8, 512, 7
+    PROMPT, BATCH, CONTEXT, DECODES = 128, 8, 512, 4
 
     def __init__(self, model: CausalModel, clock: Callable[[], float]) -> None:
         self._clock = clock
         chunks = self.CONTEXT // CHUNK
         self._worker = ModelWorker(model, (TierConfig("gpu", self.BATCH * chunks),), CHUNK)
         self._num_steps = 0
+        self._samples: dict[str, list[float]] = {}
         names = [f"calibration {row}" for row in range(self.BATCH)]
         self._run(
             (),
@@ -218,16 +229,20 @@ class Calibration:
             "decodes": tuple(Span(name, self.CONTEXT - 1, self.CONTEXT, ids[:1], True) for name in names),
         }
 
-    def __call__(self) -> dict[str, float]:
-        """Seconds of each, medians."""
-        found = {}
+    def sample(self) -> None:
+        """Time each of them now."""
         for name, spans in self._plans.items():
             times = []
-            for _ in range(self.REPEATS if name == "prompt" else 4 * self.REPEATS):
+            for _ in range(1 if name == "prompt" else self.DECODES):
                 begin = self._clock()
                 self._run(spans)
                 times.append(self._clock() - begin)
-            found[name] = statistics.median(times[1:])
+            self._samples.setdefault(name, []).append(statistics.median(times))
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each, medians over the samples since the last call."""
+        found = {name: statistics.median(seconds) for name, seconds in self._samples.items()}
+        self._samples.clear()
         return found
 
     def _run(self, spans: tuple[Span, ...], started: tuple[RequestStart, ...] = (), tables: tuple[BlockTableUpdate, ...] = ()) -> None:
@@ -236,9 +251,9 @@ class Calibration:
         self._num_steps += 1
 
 
-def drift_of(then: list[dict[str, float]], now: list[dict[str, float]]) -> dict[str, float]:
+def drift_of(then: dict[str, float], now: dict[str, float]) -> dict[str, float]:
     """How much longer each calibration takes now than then."""
-    return {name: statistics.fmean(one[name] for one in now) / statistics.fmean(one[name] for one in then) for name in then[0]}
+    return {name: now[name] / then[name] for name in then}
 
 
 def slowed(machine: MeasuredMachine, factor: float) -> MeasuredMachine:
@@ -324,10 +339,10 @@ def simulate(setting: Setting, system: str, measured: MeasuredMachine, options: 
 
 def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean of each number, however deep."""
-    first = runs[0]
+    names = [name for name in runs[0] if all(name in run for run in runs)]
     return {
-        name: mean_of([run[name] for run in runs]) if isinstance(first[name], dict) else statistics.fmean(run[name] for run in runs)
-        for name in first
+        name: mean_of([run[name] for run in runs]) if isinstance(runs[0][name], dict) else statistics.fmean(run[name] for run in runs)
+        for name in names
     }
 
 
@@ -363,13 +378,16 @@ def say(text: str) -> None:
 
 def run_real(
     setting: Setting, system: str, base: Options, loaded: LoadedModel, clock: Clock, machine: MeasuredMachine, calibrate: Calibration
-) -> tuple[dict[str, Any], list[dict[str, float]], int]:
-    """One real run, the calibrations on both sides of it, and the longest context it allows."""
-    load_before, before = load_average(), calibrate()
+) -> tuple[dict[str, Any], dict[str, float], int]:
+    """One real run, the calibrations in it, and the longest context it allows."""
+    load_before = load_average()
+    calibrate.sample()
     run = RealRun(setting.options(base, system), loaded, system != "stateless", clock, machine, setting.load.seed)
     assert "measurement" in run.cost_source, run.cost_source
+    expected = setting.machine(machine, system).tiers(find_system(SYSTEMS[system]), CHUNK)
+    assert run.sizes.tiers == expected, (run.sizes.tiers, expected)
     begun = time.perf_counter()
-    run.play(setting.load.plan()[0].players)
+    run.play(setting.load.plan()[0].players, calibrate.sample)
     took = time.perf_counter() - begun
     run.close()
     steps = run.steps
@@ -384,7 +402,8 @@ def run_real(
         "load_average_before": load_before[0],
         "load_average_after": load_average()[0],
     }
-    return found, [before, calibrate()], run.sizes.max_context
+    calibrate.sample()
+    return found, calibrate.take(), run.sizes.max_context
 
 
 def commit() -> str:
@@ -394,15 +413,15 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def settings_of(arguments: argparse.Namespace, shape_bytes: int) -> dict[int, Setting]:
-    chunk_bytes = shape_bytes * CHUNK
+def settings_of(arguments: argparse.Namespace, token_bytes: int, seed: int) -> dict[int, Setting]:
+    chunk_bytes = token_bytes * CHUNK
     think = ThinkTime.parse(arguments.think)
     tokens = arguments.first + (arguments.turns - 1) * arguments.new + arguments.turns * arguments.output
     found = {}
     for users in map(int, arguments.users.split(",")):
         load = LoadOptions(
             users=users, turns=arguments.turns, new_tokens=arguments.new, first_tokens=arguments.first, output_tokens=arguments.output,
-            think=think, starts_s=think.mean_s, seed=arguments.seed,
+            think=think, starts_s=think.mean_s, seed=seed,
         )  # fmt: skip
         total = round(users * -(-tokens // CHUNK) * TIERS_SHARE)
         gpu = round(total * GPU_SHARE)
@@ -415,7 +434,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--users", default="8,24")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="each with a profile and think times of its own")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--new", type=int, default=100, help="tokens of a message")
     parser.add_argument("--first", type=int, default=300, help="tokens of the first message")
@@ -434,31 +453,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PENSIEVE_CACHE"] = folder  # (the model is loaded) the engine finds this run's profile there, and nobody else does
         calibrate = Calibration(loaded.model, base_clock)
-        results: dict[int, dict[str, Any]] = {}
         rounds: list[dict[str, Any]] = []
         for round_ in range(arguments.rounds):
             rounds.append(run_round(round_, arguments, base, loaded, clock, base_clock, calibrate, systems))
-        for users in map(int, arguments.users.split(",")):
-            results[users] = {}
-            for system in systems:
-                each = [one["runs"][users][system] for one in rounds]
-                results[users][system] = {
-                    "real_mean": mean_of([one["real"] for one in each]),
-                    "simulated": mean_of([one["simulated"] for one in each]),
-                    "compared": mean_of([one["compared"] for one in each]),
-                    "compared_at_drift": mean_of([one["compared_at_drift"] for one in each]),
-                }
-    report = {
+            text = json.dumps(report_of(arguments, rounds))
+            if arguments.out is not None:
+                arguments.out.write_text(text + "\n")
+    print(text)
+
+
+def report_of(arguments: argparse.Namespace, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the rounds, and what they say."""
+    results: dict[int, dict[str, Any]] = {}
+    for users, systems in rounds[0]["runs"].items():
+        results[users] = {}
+        for system in systems:
+            each = [one["runs"][users][system] for one in rounds]
+            results[users][system] = {
+                "real_mean": mean_of([one["real"] for one in each]),
+                "simulated": mean_of([one["simulated"] for one in each]),
+                "compared": mean_of([one["compared"] for one in each]),
+                "compared_at_drift": mean_of([one["compared_at_drift"] for one in each]),
+            }
+    return {
         "benchmark": "validate_simulator", "commit": commit(), "command": " ".join(["python", "benchmarks/validate_simulator.py", *sys.argv[1:]]),
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
         "verdict": judge(results, "compared"), "verdict_at_drift": judge(results, "compared_at_drift"),
         "results": results, "rounds": rounds,
     }  # fmt: skip
-    text = json.dumps(report)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
-    print(text)
 
 
 def run_round(
@@ -473,12 +496,12 @@ def run_round(
 ) -> dict[str, Any]:
     """A profile, and one run of everything."""
     say(f"round {number}: load average {load_average()}, measuring the profile")
-    load_profile, then = load_average(), [calibrate()]
-    profile = load_or_measure(loaded.model, 2048, CHUNK, fresh=True, clock=base_clock)
-    then.append(calibrate())
+    load_profile = load_average()
+    profile = load_or_measure(loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, progress=lambda what, share: calibrate.sample())
+    then = calibrate.take()
     content = {**document(profile, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}
     machine = read_machine(json.loads(json.dumps(content)))
-    settings = settings_of(arguments, machine.chunk_bytes(1))
+    settings = settings_of(arguments, machine.chunk_bytes(1), arguments.seed + number)
     found: dict[int, dict[str, Any]] = {}
     for users, setting in settings.items():
         found[users] = {}
@@ -488,7 +511,9 @@ def run_round(
             factor = statistics.fmean(drift.values())
             simulated = simulate(setting, system, machine, base, max_context)
             at_drift = simulate(setting, system, slowed(machine, factor), base, max_context)
+            near = [simulate(setting, system, slowed(machine, speed), base, max_context) for speed in NEAR]
             one = {
+                "simulated_near": [{name: other[name] for name in ("requests_per_s", "tokens_by_source")} for other in near],
                 "real": real, "simulated": simulated, "simulated_at_drift": at_drift, "drift": drift, "calibrations": now,
                 "compared": compare(simulated, real), "compared_at_drift": compare(at_drift, real),
             }  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -43,7 +42,8 @@ _STORE_BYTES = 512 << 20  # of KV while measuring; longer contexts read the same
 _PREFILL_TOKENS = 512
 _DECODE_CONTEXT = 1024
 _COPIED_CHUNKS = 8
-_WARM_UPS = 2
+_WARM_UPS = 2  # steps before those whose planning is timed
+_LEAST_S = 1e-9
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _BATCHES = (1, 2, 4, 8, 16, 32)  # answers in a step
 _FAR_BATCH, _FAR_CONTEXT = 8, 2048  # where attention shows
@@ -109,7 +109,7 @@ def measure(
     chunk_tokens: int = 32,
     *,
     attention: str = "auto",
-    repeats: int = 5,
+    repeats: int = 7,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
@@ -129,52 +129,48 @@ def measure(
     tiers = (TierConfig("gpu", num_slots), TierConfig("cpu", min(num_slots, _COPIED_CHUNKS)))
     worker = ModelWorker(model, tiers, chunk_tokens, attention=attention)
     places = contexts(max_context, chunk_tokens)
-    steps = [tokens for tokens in _STEP_TOKENS if tokens <= max_context]
-    names = [
-        *(f"context of {context} tokens" for context in places), "prefill", "decode", "copies", "attention", "steps", "answers", "planning",
-    ]  # fmt: skip
-    done = itertools.count()
-
-    def tell(what: str) -> None:
-        if progress is not None:
-            progress(what, next(done) / len(names))
-
+    tell = progress or (lambda what, share: None)
     try:
-        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, repeats, clock)
-        points = []
+        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, clock)
         for context in places:
-            tell(f"context of {context} tokens")
-            points.append((context, bench.forward(context - chunk_tokens, context)))
-        tell("prefill")
-        prompt = min(_PREFILL_TOKENS, max_context)
-        prefill_s = bench.forward(0, prompt)
-        tell("decode")
-        context = min(_DECODE_CONTEXT, max_context)
-        decode_s = bench.forward(context - 1, context, emits_token=True)
-        tell("copies")
-        rates = {"gpu->cpu": bench.copy(0, 1), "cpu->gpu": bench.copy(1, 0)}
-        tell("attention")
-        decode_token_s, chunk_token_s = bench.attention(min(chunk_tokens, far), far)
-        read_s, pair_s = attention_costs(decode_token_s, chunk_token_s, chunk_tokens)
-        tell("steps")
-        step_points = tuple((tokens, max(1e-9, bench.forward(0, tokens) - attention_s(read_s, pair_s, tokens, tokens))) for tokens in steps)
-        tell("answers")
-        answer_points = tuple((count, bench.answers(count)) for count in _BATCHES)
-        tell("planning")
+            bench.add(f"chunk {context}", bench.spans((context - chunk_tokens, context)))
+        prompt, context = min(_PREFILL_TOKENS, max_context), min(_DECODE_CONTEXT, max_context)
+        bench.add("prompt", bench.spans((0, prompt)))
+        bench.add("decode", bench.spans((context - 1, context), emits_token=True))
+        bench.works["gpu->cpu"] = lambda: bench.copy(0, 1)
+        bench.works["cpu->gpu"] = lambda: bench.copy(1, 0)
+        steps = [tokens for tokens in _STEP_TOKENS if tokens <= max_context]
+        for tokens in steps:
+            bench.add(f"step {tokens}", bench.spans((0, tokens)))
+        for place in (chunk_tokens, far):
+            bench.add(f"queries at {place}", bench.spans((place - 1, place), rows=_FAR_BATCH))
+            bench.add(f"chunk at {place}", bench.spans((place - chunk_tokens, place)))
+        for rows in _BATCHES:
+            bench.add(f"silent {rows}", bench.spans((0, 1), rows=rows))
+            bench.add(f"answered {rows}", bench.spans((0, 1), rows=rows, emits_token=True))
+        bench.run_rounds(repeats, tell)
+        tell("planning", repeats / (repeats + 1))
         plan_step_s, plan_request_s = bench.planning(max_context)
-        if progress is not None:
-            progress("done", 1.0)
+        tell("done", 1.0)
     finally:
         worker.close()
+    points = [(context, bench.seconds(f"chunk {context}")) for context in places]
+    span = max(1, far - chunk_tokens)
+    decode_token_s = bench.more(f"queries at {chunk_tokens}", f"queries at {far}") / _FAR_BATCH / span
+    chunk_token_s = bench.more(f"chunk at {chunk_tokens}", f"chunk at {far}") / span
+    read_s, pair_s = attention_costs(decode_token_s, chunk_token_s, chunk_tokens)
+    bytes_copied = bench.num_copied * chunk_bytes
     return Profile(
         chunk_tokens=chunk_tokens,
         points=tuple(points),
         rest_s=constant_of(points),
-        prefill_tokens_per_s=prompt / prefill_s,
-        decode_step_s=decode_s,
-        copy_bytes_per_s=rates,
-        step_points=step_points,
-        answer_points=answer_points,
+        prefill_tokens_per_s=prompt / bench.seconds("prompt"),
+        decode_step_s=bench.seconds("decode"),
+        copy_bytes_per_s={direction: bytes_copied / bench.seconds(direction) for direction in ("gpu->cpu", "cpu->gpu")},
+        step_points=tuple(
+            (tokens, max(_LEAST_S, bench.seconds(f"step {tokens}") - attention_s(read_s, pair_s, tokens, tokens))) for tokens in steps
+        ),
+        answer_points=tuple((rows, bench.more(f"silent {rows}", f"answered {rows}")) for rows in _BATCHES),
         decode_token_s=decode_token_s,
         chunk_token_s=chunk_token_s,
         plan_step_s=plan_step_s,
@@ -192,7 +188,7 @@ def constant_of(points: list[tuple[int, float]]) -> float:
 
 
 class _Bench:
-    """Times single steps of a worker."""
+    """Times single steps of a worker: `works` by name, each once a round, so that a machine that is slow for a while is slow for all of them."""
 
     def __init__(
         self,
@@ -201,12 +197,13 @@ class _Bench:
         num_slots: int,
         max_context: int,
         chunk_tokens: int,
-        repeats: int,
         clock: Callable[[], float],
     ) -> None:
-        self._worker, self._model, self._repeats, self._clock = worker, model, repeats, clock
+        self._worker, self._model, self._clock = worker, model, clock
         self._num_slots, self._chunk_tokens = num_slots, chunk_tokens
-        self._num_copied = min(num_slots, _COPIED_CHUNKS)
+        self.works: dict[str, Callable[[], Any]] = {}
+        self._seconds: dict[str, list[float]] = {}  # of each round
+        self.num_copied = min(num_slots, _COPIED_CHUNKS)
         self._num_steps = self._num_copies = 0
         apart = num_slots // _FAR_BATCH + 1  # so that no two of a small batch read the same slots
         chunks = -(-max_context // chunk_tokens)
@@ -217,33 +214,34 @@ class _Bench:
             tables=tuple(BlockTableUpdate(_name(row), 0, table) for row, table in enumerate(tables)),
         )
 
-    def forward(self, start: int, stop: int, *, emits_token: bool = False) -> float:
-        """Seconds of a forward over `[start, stop)` of one sequence."""
-        span = self._span(0, start, stop, emits_token=emits_token)
-        return self._median(lambda: self._run((span,)))
+    def spans(self, tokens: tuple[int, int], *, rows: int = 1, emits_token: bool = False) -> tuple[Span, ...]:
+        """The same tokens of so many sequences."""
+        vocabulary, (start, stop) = self._model.shape.vocab_size, tokens
+        ids = tuple(position * 7919 % vocabulary for position in range(start, stop))
+        return tuple(Span(_name(row), start, stop, ids, emits_token) for row in range(rows))
 
-    def attention(self, near: int, far: int) -> tuple[float, float]:
-        """Of one query and of a chunk's queries, seconds a token before them: what `far` takes more than `near`."""
-        if far <= near:
-            return 0.0, 0.0
-        chunk, rows = near, range(_FAR_BATCH)
+    def add(self, name: str, spans: tuple[Span, ...]) -> None:
+        """One more work: a forward over these spans."""
+        self.works[name] = lambda: self._run(spans)
 
-        def decodes(stop: int) -> Callable[[], Any]:
-            spans = tuple(self._span(row, stop - 1, stop) for row in rows)
-            return lambda: self._run(spans)
+    def run_rounds(self, repeats: int, tell: Callable[[str, float], None]) -> None:
+        """Everything once to warm up, and then so many times, in turn."""
+        self._seconds = {name: [] for name in self.works}
+        for round_ in range(-1, repeats):
+            tell("warm-up" if round_ < 0 else f"round {round_ + 1} of {repeats}", max(0, round_) / (repeats + 1))
+            for name, work in self.works.items():
+                before = self._clock()
+                work()
+                if round_ >= 0:
+                    self._seconds[name].append(self._clock() - before)
 
-        def chunks(stop: int) -> Callable[[], Any]:
-            spans = (self._span(0, stop - chunk, stop),)
-            return lambda: self._run(spans)
+    def seconds(self, name: str) -> float:
+        """What a work takes."""
+        return max(_LEAST_S, statistics.median(self._seconds[name]))
 
-        decode_s = self._more(decodes(near), decodes(far)) / len(rows)
-        return decode_s / (far - near), self._more(chunks(near), chunks(far)) / (far - near)
-
-    def answers(self, count: int) -> float:
-        """Seconds that it takes more to answer the requests of a step."""
-        silent = tuple(self._span(row, 0, 1) for row in range(count))
-        answered = tuple(self._span(row, 0, 1, emits_token=True) for row in range(count))
-        return self._more(lambda: self._run(silent), lambda: self._run(answered))
+    def more(self, less: str, more: str) -> float:
+        """Seconds that one work takes beyond another, at least 0: the median over the rounds."""
+        return max(0.0, statistics.median(b - a for a, b in zip(self._seconds[less], self._seconds[more], strict=True)))
 
     def planning(self, max_context: int) -> tuple[float, float]:
         """Seconds of the scheduler for a step, and more for each request in it. A real worker computes between: what Python needs is cold then."""
@@ -282,14 +280,10 @@ class _Bench:
         self._worker.run(scheduler.schedule(self._clock()))  # it forgets them
         return statistics.median(seconds[_WARM_UPS:] or seconds or [0.0])
 
-    def copy(self, source: int, target: int) -> float:
-        """Bytes per second from one tier to the other."""
-        seconds = self._median(lambda: self._run_copies(source, target))
-        return self._num_copied * self._worker.chunk_bytes / seconds
-
-    def _run_copies(self, source: int, target: int) -> None:
-        copies = tuple(Copy(self._num_copies + slot, source, slot, target, slot) for slot in range(self._num_copied))
-        self._num_copies += self._num_copied
+    def copy(self, source: int, target: int) -> None:
+        """A few chunks from one tier to the other."""
+        copies = tuple(Copy(self._num_copies + slot, source, slot, target, slot) for slot in range(self.num_copied))
+        self._num_copies += self.num_copied
         waiting = {copy.copy_id for copy in copies}
         result = self._run((), swap_in=copies) if target == 0 else self._run((), swap_out=copies)
         while waiting := waiting - set(result.copies_done):
@@ -297,33 +291,6 @@ class _Bench:
                 raise RuntimeError(f"a copy failed while measuring: {result.copies_failed[0].message}")
             time.sleep(20e-6)  # let the copying thread have the interpreter
             result = self._run(())
-
-    def _span(self, row: int, start: int, stop: int, *, emits_token: bool = False) -> Span:
-        vocabulary = self._model.shape.vocab_size
-        return Span(_name(row), start, stop, tuple(position * 7919 % vocabulary for position in range(start, stop)), emits_token)
-
-    def _more(self, less: Callable[[], Any], more: Callable[[], Any]) -> float:
-        """Seconds that `more` takes beyond `less`, at least 0; measured in turn, so that a machine that slows down slows both."""
-        for work in (less, more) * _WARM_UPS:
-            work()
-        differences = []
-        for _ in range(2 * self._repeats):
-            begin = self._clock()
-            less()
-            between = self._clock()
-            more()
-            differences.append(self._clock() - between - (between - begin))
-        return max(0.0, statistics.median(differences))
-
-    def _median(self, work: Callable[[], Any]) -> float:
-        for _ in range(_WARM_UPS):
-            work()
-        seconds = []
-        for _ in range(self._repeats):
-            before = self._clock()
-            work()
-            seconds.append(self._clock() - before)
-        return max(statistics.median(seconds), 1e-9)
 
     def _run(
         self,
