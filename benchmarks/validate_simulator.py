@@ -346,10 +346,12 @@ def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def judge(results: dict[str, Any], which: str) -> dict[str, Any]:
+def judge(results: dict[int, dict[str, Any]], which: str) -> dict[str, Any]:
     """The three bounds, over the mean of all rounds."""
     verdict: dict[str, Any] = {}
-    errors, points, rankings = {}, {}, {}
+    errors: dict[str, float] = {}
+    points: dict[str, float] = {}
+    rankings: dict[str, dict[str, Any]] = {}
     for users, systems in results.items():
         for system, found in systems.items():
             compared = found[which]
@@ -499,7 +501,7 @@ def run_round(
     load_profile = load_average()
     profile = load_or_measure(loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, progress=lambda what, share: calibrate.sample())
     then = calibrate.take()
-    content = {**document(profile, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}
+    content: dict[str, Any] = {**document(profile, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}
     machine = read_machine(json.loads(json.dumps(content)))
     settings = settings_of(arguments, machine.chunk_bytes(1), arguments.seed + number)
     found: dict[int, dict[str, Any]] = {}
