@@ -23,7 +23,7 @@ from pensieve.simulator.sweep import run_cases
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
 
-RATES = (0.7, 1.4, 2.1, 2.8, 3.3, 3.7, 4.1)  # asked for; a run begins with nobody, so fewer come
+RATES = (0.7, 1.4, 2.1, 2.8, 3.4, 4.0, 4.6)  # asked for; a run begins with nobody, so fewer come
 WARM_UP = 0.25  # of a run
 
 

@@ -31,6 +31,7 @@ def _no_context() -> Any:
 
 SCHEMA = schemathesis.openapi.from_dict(create_app(_no_context, Metrics(), 1 << 20).openapi())
 OPERATIONS = {found.ok().label: found.ok() for found in SCHEMA.get_all_operations()}
+del OPERATIONS["GET /v1/pensieve/record"]  # it has no end
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 CHECKS = [
     checks.not_a_server_error,

@@ -87,7 +87,7 @@ def test_belady_takes_the_farthest_whatever_it_costs() -> None:
 def test_nobody_knows_the_future_unless_told() -> None:
     with pytest.raises(ConfigError, match="only a simulation can"):
         make_policy("clairvoyant", Setting(COST.of_chunk))
-    with pytest.raises(ConfigError, match="no policy is called 'fifo': take one of .*belady.*retention"):
+    with pytest.raises(ConfigError, match=r"no policy is called 'fifo': take one of .*belady.*retention"):
         make_policy("fifo", Setting(COST.of_chunk))
 
 

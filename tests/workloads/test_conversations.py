@@ -177,3 +177,19 @@ def test_random_tokens_are_in_range_and_the_same_for_the_same_seed() -> None:
         random_tokens(1, 0, 1)
     with pytest.raises(ConfigError, match="-1 tokens"):
         random_tokens(-1, 50, 1)
+
+
+def test_lengths_of_recorded_answers_are_told(tmp_path: Path) -> None:
+    messages = [
+        {"role": "assistant", "content": "nobody asked"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "x" * 40},
+        {"role": "tool", "content": "a long result " * 50},
+        {"role": "assistant", "content": "y" * 8},
+        {"role": "user", "content": "two"},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": ""},
+    ]
+    (found,) = load_dataset(write(tmp_path / "m.jsonl", {"id": "m", "messages": messages}))
+    assert found.answer_tokens == (12, None, None)
+    assert select([found], 2, max_turns=1).conversations[1].answer_tokens == (12,)

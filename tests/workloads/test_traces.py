@@ -10,6 +10,7 @@ import pytest
 
 from pensieve.errors import ConfigError
 from pensieve.workloads.arrivals import ThinkTime
+from pensieve.workloads.scripts import check_contexts, contexts
 from pensieve.workloads.traces import load_trace
 
 
@@ -31,6 +32,27 @@ def test_turns_with_times(tmp_path: Path) -> None:
     assert (b.name, b.turns[0].new_tokens, b.turns[0].output_tokens) == ("b", 7, 5)
 
 
+def test_turns_that_begin_alike_share_a_beginning(tmp_path: Path) -> None:
+    def begun(name: str, *blocks: str, new: int = 10, **more: object) -> dict[str, object]:
+        return turn(name, arrival_s=0, new=new, blocks=list(blocks), block_tokens=4, **more)
+
+    records = [
+        begun("a", "s", "t"),
+        begun("b", "s", "t", new=8),
+        begun("c", "s", "u"),
+        begun("d", "x"),
+        turn("c", 1, new=30, gap_s=1),
+        turn("c", 2, new=20, gap_s=1, keep_turns=0),
+    ]
+    a, b, c, d = load_trace(write(tmp_path / "t.jsonl", *records)).scripts
+    assert [[piece.tokens for piece in script.prefix] for script in (a, b, c, d)] == [[4], [4], [4], []]  # b's second block is all it says
+    assert a.prefix == b.prefix == c.prefix and a.prefix[0].name
+    assert [script.turns[0].new_tokens for script in (a, b, c, d)] == [6, 4, 6, 10]
+    assert [(t.new_tokens, t.keep_turns) for t in c.turns] == [(6, None), (30, None), (16, 0)], "a prompt made anew has the beginning too"
+    assert list(contexts(c)) == [15, 50, 25]
+    assert c.where == f"{tmp_path / 't.jsonl'}, line 3"
+
+
 @pytest.mark.parametrize(
     ("records", "line", "words"),
     [
@@ -48,7 +70,18 @@ def test_turns_with_times(tmp_path: Path) -> None:
         ([turn(turn=1, arrival_s=0)], 1, "numbered 0, 1, 2"),
         ([turn(arrival_s=5), turn(turn=1, arrival_s=4)], 2, "before an earlier turn"),
         ([turn(None, arrival_s=0)], 1, '"conversation"'),
+        ([turn(arrival_s=10**400)], 1, "at least 0"),
+        ([turn(arrival_s=0, new=-3)], 1, "at least 1, got -3"),
         ([turn(arrival_s=0, words="hi")], 1, "unknown field 'words'"),
+        ([turn(arrival_s=0), turn(turn=1, gap_s=0, keep_turns=2)], 2, "at most 1"),
+        ([turn(arrival_s=0), turn(turn=1, gap_s=0, keep_turns=0), turn(turn=2, gap_s=0, keep_turns=2)], 3, "at most 1"),
+        ([turn(arrival_s=0, keep_turns=-1)], 1, '"keep_turns"'),
+        ([turn(arrival_s=0, blocks="ab", block_tokens=4)], 1, "list of texts"),
+        ([turn(arrival_s=0, blocks=[1.5], block_tokens=4)], 1, "list of texts"),
+        ([turn(arrival_s=0, blocks=["a"])], 1, '"block_tokens"'),
+        ([turn(arrival_s=0, block_tokens=4)], 1, '"blocks"'),
+        ([turn(arrival_s=0, blocks=["a", "b", "c"], block_tokens=4)], 1, "more than the 10"),
+        ([turn(arrival_s=0), turn(turn=1, gap_s=0, blocks=["a"], block_tokens=4)], 2, "turn 0 alone"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, records: list[object], line: int, words: str) -> None:
@@ -110,8 +143,20 @@ def test_chats_with_their_words(tmp_path: Path) -> None:
     (script,) = trace.scripts
     assert (script.name, script.system, [t.text for t in script.turns]) == ("c1", "be brief", ["hi", "bye"])
     assert [(t.new_tokens, t.output_tokens, t.think_s) for t in script.turns] == [(None, 32, 3.0)] * 2
+    (told,) = load_trace(tmp_path / "c.json").scripts
+    assert [t.output_tokens for t in told.turns] == [1, 64], "as many as were answered, or 64"
     shipped = Path(__file__).parents[2] / "src/pensieve/workloads/data/conversations.jsonl"
     assert len(load_trace(shipped, 32).scripts) == 24
+
+
+def test_what_a_model_cannot_hold_is_named(tmp_path: Path) -> None:
+    records = [turn(arrival_s=0), turn("b", arrival_s=0), turn("b", 1, gap_s=1)]
+    scripts = load_trace(write(tmp_path / "t.jsonl", *records)).scripts
+    check_contexts(scripts, 30)
+    with pytest.raises(ConfigError, match=r"t\.jsonl, line 2: turn 1 of conversation 'b' needs 30 tokens .* holds 29: --max-context 29"):
+        check_contexts(scripts, 29)
+    with pytest.raises(ConfigError, match="turn 0 of conversation 'a' needs 17 tokens"):
+        check_contexts(scripts, 15, template_tokens=1.5)
 
 
 @pytest.mark.parametrize(

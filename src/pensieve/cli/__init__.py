@@ -1,4 +1,4 @@
-"""The command line: `pensieve serve | chat | compare | bench | conversations | keys | models | profile`. Chooses, wires, starts; the rooms do the work."""
+"""The command line: `pensieve serve | chat | compare | bench | record | conversations | keys | models | profile`. Chooses, wires, starts; the rooms do the work."""
 
 from __future__ import annotations
 

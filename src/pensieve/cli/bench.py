@@ -30,6 +30,7 @@ from pensieve.workloads.generators import LIKENESSES
 from pensieve.workloads.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
 from pensieve.workloads.prompts import PromptWriter
 from pensieve.workloads.scripts import SystemPrompts
+from pensieve.workloads.traces import DEFAULT_OUTPUT_TOKENS
 
 WARM_UP_TOKENS = 16  # of a warm-up's answer, at most
 JSON_NAME, PLOT_NAME = "bench.json", "bench.png"
@@ -66,7 +67,12 @@ def _option(name: str, *more: str, **keywords: Any) -> Callable[[Any], Any]:
 @_option("--turns", type=click.IntRange(min=1), default=None, help="Turns of a conversation.  [default: 6; all of a trace's]")
 @_option("--new-tokens", type=click.IntRange(min=1), default=100, help="Tokens of a user's message, about.")
 @_option("--first-tokens", type=click.IntRange(min=1), default=None, help="Tokens of the first message.  [default: as the others]")
-@_option("--output-tokens", type=click.IntRange(min=1), default=64, help="Tokens of an answer, exactly so many where the server can.")
+@_option(
+    "--output-tokens",
+    type=click.IntRange(min=1),
+    default=None,
+    help=f"Tokens of an answer, exactly so many where the server can.  [default: {DEFAULT_OUTPUT_TOKENS}; as a trace has them]",
+)
 @_option("--natural", is_flag=True, show_default=False, help="Answers end where the model ends them; --output-tokens is the most.")
 @_option(
     "--think",
@@ -154,7 +160,7 @@ async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target,
         _say(f"{model} at {http.url}: answers {'have a fixed length' if target.fixed_lengths else 'end where the model ends them'}")
         planned = options.plan(target.template_tokens or 0.0)
         words = max(1, round(options.new_tokens / target.tokens_per_word))
-        await warm_up(chat, writer, server.warm_up_requests, words, min(WARM_UP_TOKENS, options.output_tokens))
+        await warm_up(chat, writer, server.warm_up_requests, words, min(WARM_UP_TOKENS, options.output_tokens or DEFAULT_OUTPUT_TOKENS))
         driver = LoadDriver(chat, target, writer, open_load_progress())
         gc.collect()
         gc.freeze()  # what is there now is looked at no more: no long pauses in the middle of a run
@@ -176,6 +182,7 @@ def _config(server: ServerOptions, options: LoadOptions, planned: Sequence[Plann
         asked["users"] = len(planned[0].players)
     if options.trace is None:
         asked["turns"] = options.turns or DEFAULT_TURNS
+        asked["output_tokens"] = options.output_tokens or DEFAULT_OUTPUT_TOKENS
     told = asdict(server)
     return asked | {name: told[name] for name in ("natural", "warm_up_requests", "fresh_connections", "timeout_s")}
 
@@ -200,7 +207,7 @@ def _words(options: LoadOptions, planned: Sequence[PlannedRun]) -> str:
     if options.trace is not None:
         return f"{options.trace.name}, {who}"
     first = f" (the first {options.first_tokens})" if options.first_tokens else ""
-    return f"{who}, {options.new_tokens} new tokens a turn{first}, {options.output_tokens} out, think time {options.think} s"
+    return f"{who}, {options.new_tokens} new tokens a turn{first}, {options.output_tokens or DEFAULT_OUTPUT_TOKENS} out, think time {options.think} s"
 
 
 def _say(words: str) -> None:

@@ -12,6 +12,7 @@ from pensieve.cli.conversations import conversations
 from pensieve.cli.keys import keys
 from pensieve.cli.models import models
 from pensieve.cli.profile import profile
+from pensieve.cli.record import record
 from pensieve.cli.serve import serve
 from pensieve.cli.simulate import simulate
 
@@ -22,5 +23,5 @@ def cli() -> None:
     """Pensieve serves large language models to people in conversation, and remembers: the KV cache of a chat is kept between its turns."""
 
 
-for _command in (serve, chat, conversations, keys, compare, bench, simulate, models, profile):
+for _command in (serve, chat, conversations, keys, compare, bench, record, simulate, models, profile):
     cli.add_command(_command)

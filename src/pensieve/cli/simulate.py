@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from pensieve.cli.outputs import check_paths
 from pensieve.core.eviction import POLICIES
 from pensieve.errors import ConfigError
 from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
+from pensieve.simulator.figures import FIGURES, compare, simulate_figures
 from pensieve.simulator.hardware import HARDWARE
 from pensieve.simulator.output import plot, print_table, to_json, write_json
 from pensieve.simulator.policies import COMPARED
 from pensieve.simulator.progress import progress
+from pensieve.simulator.report import JSON_NAME as FIGURES_JSON_NAME
+from pensieve.simulator.report import PAGE_NAME, comparison_rows, small_comparisons, write_page
+from pensieve.simulator.report import to_json as figures_to_json
+from pensieve.simulator.small_figures import SMALL_FIGURES
 from pensieve.simulator.sweep import run_cases
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
 from pensieve.workloads.load_plan import LoadOptions
@@ -45,6 +52,12 @@ _option = partial(click.option, show_default=True)
 
 
 @click.command()
+@_option(
+    "--figure",
+    "figures",
+    default=None,
+    help="The paper's figures instead: 10a | 3,4,12 | all; a page with pictures and tables in --out.  [default: none]",
+)
 @_option("--model", default="llama3-8b", help="A named architecture (pensieve models lists them).")
 @_option("--hardware", default="h200", help=f"A machine of the table: {', '.join(HARDWARE)}.")
 @_option("--devices", type=click.IntRange(min=1), default=1, help="Devices that share every layer (tensor parallel).")
@@ -98,6 +111,7 @@ _option = partial(click.option, show_default=True)
 @_option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the JSON to this file.")
 @_option("--debug", is_flag=True, show_default=False, help="Verify every invariant of the cache after every step.")
 def simulate(
+    figures: str | None,
     model: str,
     hardware: str,
     devices: int,
@@ -126,6 +140,9 @@ def simulate(
     Every system and policy meets the same people at every rate. The same seed gives the same result, to the last digit. docs/simulator.md
     says what is modelled and how far to trust it.
     """
+    if figures is not None:
+        _figures(figures, out_dir or Path("figures"), jobs)
+        return
     machine = Machine(model, hardware, devices, gpu_cache_gb, cpu_cache_gb, disk_cache_gb)
     loads = _loads(trace, rates, users, duration_s, think, speed, turns, max_context, seed)
     named = _names(systems, SYSTEMS, "system")
@@ -187,3 +204,31 @@ def _simulated(outcomes: list[Outcome], took_s: float) -> str:
     requests = sum(outcome.summary.sent for outcome in outcomes)
     hours = sum(outcome.simulated_s for outcome in outcomes) / 3600
     return f"{requests:,} requests in {hours:.1f} simulated hours, in {took_s:.0f} s"
+
+
+def _figures(names: str, folder: Path, jobs: int | None) -> None:
+    """Simulate figures of the paper, and write what they show."""
+    wanted = _names(names, dict.fromkeys((*SMALL_FIGURES, *FIGURES)), "figure")
+    check_paths(folder, None, PAGE_NAME)
+
+    def run(cases: Sequence[Case]) -> list[Outcome]:
+        with progress(cases) as tell:
+            return run_cases(cases, jobs=jobs, tell=tell)
+
+    small = [SMALL_FIGURES[name]() for name in wanted if name in SMALL_FIGURES]
+    results = simulate_figures([FIGURES[name] for name in wanted if name in FIGURES], run)
+    console = Console()
+    for title, comparisons in [
+        *((f"Figure {figure.name}: {figure.title}", small_comparisons(figure)) for figure in small),
+        *((f"Figure {result.figure.name}: {result.figure.title}", compare(result)) for result in results),
+    ]:
+        console.print(f"[bold]{title}[/bold]", highlight=False)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for heading in ("", "paper", "simulated", "difference", "as it should be"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in comparison_rows(comparisons):
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    click.echo(f"page: {write_page(folder, results, small)}", err=True)
+    click.echo(f"json: {write_json(folder / FIGURES_JSON_NAME, figures_to_json(results, small))}", err=True)

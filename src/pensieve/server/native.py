@@ -7,6 +7,7 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from starlette.responses import Response
 
 from pensieve.chat import Message
 from pensieve.errors import ConversationNotFound, KeepRefused
@@ -15,13 +16,16 @@ from pensieve.server.answers import ANSWER
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.conversations import erase, get
 from pensieve.server.errors import ApiError
+from pensieve.server.recorders import MAX_RECORDERS, Recorder
 from pensieve.server.responses import turn_of
 from pensieve.server.schemas import ForkRequest, TtlRequest
+from pensieve.server.sse import EventStream
 from pensieve.store.base import Conversation, Turn
 
 router = APIRouter(prefix="/v1/pensieve")
 
 MAX_ROWS = 500
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "Events, until the time is up"}}
 
 
 @router.get("/map", summary="Where every conversation's chunks lie")
@@ -155,6 +159,25 @@ async def check(context: Server, caller: Asking) -> dict[str, Any]:
         raise ApiError(403, "the cache is verified on demand only where the server was started with --debug", code="not_allowed")
     checked: Any = await asyncio.wrap_future(context.service.check())
     return {"ok": checked.error is None, "error": checked.error, "leases": checked.leases, "used": list(checked.used)}
+
+
+@router.get("/record", summary="Finished turns as they come, for `pensieve record`", responses=EVENTS)
+async def record(context: Server, caller: Asking, duration_s: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None) -> Response:
+    """Lengths, times and salted hashes of the caller's own turns, from now on: no text, no token ids. At most a few recorders at once."""
+    turns = context.turns
+    if len(turns.watchers) >= MAX_RECORDERS:
+        raise ApiError(429, f"{len(turns.watchers)} recorders are at work, at most {MAX_RECORDERS} may: end one", code="too_many_recorders")
+    recorder = Recorder(caller.tenant, context.info.chunk_tokens)
+
+    def on_open(change: int) -> None:
+        context.metrics.streams.inc(change)
+        if change > 0:
+            turns.watchers.append(recorder.take)
+        else:
+            turns.watchers.remove(recorder.take)
+
+    events = recorder.events(turns, duration_s)
+    return EventStream(events, on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s, on_open=on_open)
 
 
 # -- inside

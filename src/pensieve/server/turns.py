@@ -150,6 +150,7 @@ class Turns:
         self._queue_timeout_s = queue_timeout_s
         self._request_timeout_s = request_timeout_s
         self._on_end = on_end
+        self.watchers: list[Callable[[Answer], None]] = []  # more of those who are told of every end
         self.open: dict[str, Answer] = {}
         self._ended: OrderedDict[str, Answer] = OrderedDict()
         self._inbox: list[tuple[Answer, Piece | None]] = []
@@ -260,6 +261,8 @@ class Turns:
                 break
             self._ended.popitem(last=False)
         self._on_end(answer)
+        for watcher in self.watchers:
+            watcher(answer)
 
     def _time_out(self, answer: Answer, waiting: bool) -> None:
         if answer.ended or answer.timeout is not None or (waiting and answer.first_piece_s is not None):

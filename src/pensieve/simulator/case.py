@@ -198,7 +198,8 @@ class Outcome:
     swap_wait_share: float  # it waits for a swap-in
     mean_in_system: float  # requests sent and not finished, over time
     chunks: dict[str, int]  # copied up and down, reclaimed, dropped
-    peak_slots: tuple[int, ...]  # slots used at the end, a tier
+    computed_tokens: int
+    used_slots: tuple[int, ...]  # at the end, a tier
     records: tuple[RequestRecord, ...] = ()
 
 
@@ -257,6 +258,7 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
             "reclaimed": places.num_reclaimed,
             "dropped": places.num_dropped,
         },
+        worker.num_tokens,
         tuple(pool.num_used for pool in places.pools),
         tuple(simulation.records) if keep_records else (),
     )

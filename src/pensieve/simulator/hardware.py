@@ -1,7 +1,7 @@
 """Machines as numbers, each with its source. Knows rates and sizes; never models, plans or time.
 
 Peaks are the vendors' data sheets; what of a peak a kernel reaches is an efficiency, and efficiencies of the A100 are taken from the
-paper's own small measurements (Fig. 3, 4 and 12), so that those three figures check the arithmetic and not the numbers.
+paper's own small measurements (Fig. 3 and 4), so that those two figures check the arithmetic and not the numbers.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Hardware:
 #   a prompt of 128 tokens each takes 0.5 s, so 122 us a token for 26 GFLOP: 0.66 of 312 TFLOP/s;
 #   a decode step goes from 24.5 ms at 128 past tokens to 88.5 ms at 4,096: 104 GB of KV in 64 ms, 0.80 of 2.04 TB/s;
 #   a prompt of 4,096 takes 42 us a token more than one of 128, for 1.7 GFLOP of attention: 40 TFLOP/s.
-# Fig. 4: 32 queries over 16,384 tokens take 1.5 times a layer's other work (0.39 ms): 18 TFLOP/s; Fig. 12: 8 queries of 4 heads a
-# KV head, 32 rows as well, over 2,048 tokens in 0.55 ms: 19.5 TFLOP/s. A rate of 40 r / (r + 34) TFLOP/s has all of these.
+# Fig. 4: 32 queries over 16,384 tokens take 1.5 times a layer's other work (0.39 ms): 18 TFLOP/s. A rate of 40 r / (r + 34) TFLOP/s for r rows
+# has both.
 _A100_MATRIX, _A100_MEMORY, _A100_ATTENTION, _A100_ROWS = 0.66, 0.80, 40e12, 34.0
 # §5 of the paper: both directions at once cost each of them 18 to 20 %.
 _DUPLEX = 0.81

@@ -157,6 +157,7 @@ class Simulation:
         self._playing[conversation.name] = conversation
         sampling = SamplingParams(max_new_tokens=turn.output_tokens)
         self._in_flight[request_id] = _InFlight(conversation, now_s)
+        self.num_in_system_s += self._clock.now_s - now_s  # (sent while a step was under way)
         try:
             self._scheduler.submit(request_id, NAMESPACE, conversation.name, tuple(tokens), history, sampling, now_s)
         except PensieveError as error:

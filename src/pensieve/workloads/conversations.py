@@ -1,6 +1,6 @@
 """What users say: conversations from files and the shipped ones. Knows text; never a model's tokens, a template or time.
 
-Only the users' side is read. Answers found in a file are skipped: the model under test gives its own.
+Only the users' side is read, and how long the answers were: the model under test gives its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pensieve.errors import ConfigError
@@ -20,7 +20,8 @@ SHIPPED = "conversations.jsonl"
 FORMATS = 'a JSON list or one JSON object a line, each with "turns": [texts], "messages": [{"role", "content"}] or "conversations": [{"from", "value"}]'
 
 _USER = {"user", "human", "prompter"}
-_ANSWER = {"assistant", "gpt", "chatgpt", "bing", "bard", "model", "tool", "function", "observation", "function_call"}
+_MODEL = {"assistant", "gpt", "chatgpt", "bing", "bard", "model"}
+_ANSWER = _MODEL | {"tool", "function", "observation", "function_call"}
 _SYSTEM = {"system", "developer"}
 
 
@@ -31,6 +32,9 @@ class Conversation:
     id: str  # unique within one dataset
     system: str | None  # the system prompt, if there is one
     turns: tuple[str, ...]  # the user's texts, none of them blank
+    answer_tokens: tuple[int | None, ...] = field(
+        default=(), compare=False
+    )  # of the recorded answer to each turn, about; None: there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ def select(conversations: Sequence[Conversation], num: int, min_turns: int = 1, 
             while identity in used:
                 identity += "~"
             used.add(identity)
-        picked.append(replace(source, id=identity, turns=source.turns[:max_turns]))
+        picked.append(replace(source, id=identity, turns=source.turns[:max_turns], answer_tokens=source.answer_tokens[:max_turns]))
     note = None
     if num > len(fit):
         which = f"{len(fit)} conversations" if len(fit) > 1 else "1 conversation"
@@ -187,15 +191,16 @@ def _parse(record: Mapping[str, object], where: str) -> Conversation:
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise ConfigError(f'{where}: "system" must be a text, got {_kind(system)}')
+    answers: list[int | None] = []
     if "turns" in record:
         turns = _texts(record["turns"], where)
     elif "messages" in record:
-        system, turns = _chat(record["messages"], where, "messages", "role", "content", system)
+        system, turns, answers = _chat(record["messages"], where, "messages", "role", "content", system)
     elif "conversations" in record:
-        system, turns = _chat(record["conversations"], where, "conversations", "from", "value", system)
+        system, turns, answers = _chat(record["conversations"], where, "conversations", "from", "value", system)
     else:
         raise ConfigError(f'{where}: none of "turns", "messages" or "conversations" is there; the file must be {FORMATS}')
-    return Conversation(name, _clean(system) if system and system.strip() else None, tuple(turns))
+    return Conversation(name, _clean(system) if system and system.strip() else None, tuple(turns), tuple(answers))
 
 
 def _texts(value: object, where: str) -> list[str]:
@@ -208,11 +213,14 @@ def _texts(value: object, where: str) -> list[str]:
     return [_clean(text) for text in value]
 
 
-def _chat(value: object, where: str, field: str, role_key: str, text_key: str, system: str | None) -> tuple[str | None, list[str]]:
-    """System prompt and user texts of a recorded chat; blank messages are left out."""
+def _chat(
+    value: object, where: str, field: str, role_key: str, text_key: str, system: str | None
+) -> tuple[str | None, list[str], list[int | None]]:
+    """System prompt, user texts and the lengths of their answers in a recorded chat; blank messages are left out."""
     if not isinstance(value, list):
         raise ConfigError(f'{where}: "{field}" must be a list of messages, got {_kind(value)}')
     turns: list[str] = []
+    answers: list[int | None] = []
     for index, message in enumerate(value):
         here = f"{where}: {field}[{index}]"
         if not isinstance(message, dict):
@@ -221,9 +229,11 @@ def _chat(value: object, where: str, field: str, role_key: str, text_key: str, s
         if not isinstance(role, str) or role.lower() not in _USER | _ANSWER | _SYSTEM:
             known = ", ".join(sorted(_USER | _ANSWER | _SYSTEM))
             raise ConfigError(f'{here}: "{role_key}" must be one of {known}, got {role!r}')
-        if role.lower() in _ANSWER:
-            continue
         text = message.get(text_key)
+        if role.lower() in _ANSWER:
+            if role.lower() in _MODEL and answers and isinstance(text, str) and text.strip():
+                answers[-1] = (answers[-1] or 0) + text_length_tokens(_clean(text))
+            continue
         if isinstance(text, list):
             text = _joined_parts(text, here, text_key)
         if not isinstance(text, str):
@@ -236,7 +246,8 @@ def _chat(value: object, where: str, field: str, role_key: str, text_key: str, s
             system = text if system is None else f"{system}\n\n{text}"
         else:
             turns.append(_clean(text))
-    return system, turns
+            answers.append(None)
+    return system, turns, answers
 
 
 def _joined_parts(parts: Sequence[object], here: str, text_key: str) -> str:

@@ -23,7 +23,7 @@ from pensieve.workloads.scripts import (
     fitting,
     open_loop,
 )
-from pensieve.workloads.traces import Trace, load_trace
+from pensieve.workloads.traces import DEFAULT_OUTPUT_TOKENS, Trace, load_trace
 
 DEFAULT_USERS, DEFAULT_TURNS, DEFAULT_DURATION_S = 8, 6, 60.0
 
@@ -50,7 +50,7 @@ class LoadOptions:
     turns: int | None = None  # None: 6, or as many as a trace has
     new_tokens: int = 100
     first_tokens: int | None = None
-    output_tokens: int = 64
+    output_tokens: int | None = None  # None: 64, or as the trace's answers are
     think: ThinkTime = NO_THINKING
     trace: Path | None = None  # or a name of `LIKENESSES`, whatever files there are
     speed: float = 1.0
@@ -137,7 +137,13 @@ class LoadOptions:
         if self.made_like is not None:
             return generator(self.made_like, self.think, seed, self.system_prompts)
         return Shape(
-            self.turns or DEFAULT_TURNS, self.new_tokens, self.output_tokens, self.first_tokens, self.think, seed, self.system_prompts
+            self.turns or DEFAULT_TURNS,
+            self.new_tokens,
+            self.output_tokens or DEFAULT_OUTPUT_TOKENS,
+            self.first_tokens,
+            self.think,
+            seed,
+            self.system_prompts,
         )
 
     def _mean_turns(self, made: Shape | Generator, template_tokens: float) -> float:

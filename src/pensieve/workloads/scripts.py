@@ -7,9 +7,10 @@ players alone, so whoever plays them, against a server or against a simulation, 
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Self
 
@@ -55,7 +56,7 @@ class Script:
     prefix: tuple[
         Piece, ...
     ] = ()  # or one whose length alone matters: what it begins with, shared with all that begin with the same pieces
-    where: str | None = None  # the entry of a file that it began with, for messages
+    where: str | None = field(default=None, compare=False)  # the entry of a file that it begins with, for messages
 
     @property
     def prefix_tokens(self) -> int:
@@ -226,14 +227,37 @@ def fitting(script: Script, max_context: int, template_tokens: float = 0.0) -> S
         max_context: tokens of prompt and answer.
         template_tokens: what a chat template adds to a message.
     """
+    kept = sum(1 for _ in takewhile(lambda context: context <= max_context, contexts(script, template_tokens)))
+    return replace(script, turns=script.turns[:kept]) if kept else None
+
+
+def contexts(script: Script, template_tokens: float = 0.0) -> Iterator[float]:
+    """Tokens of prompt and answer of each turn, about."""
     lengths: list[float] = []  # of the history after each turn of the path
-    kept = 0
     for turn in script.turns:
         if turn.keep_turns is not None:
             del lengths[turn.keep_turns :]
         before = lengths[-1] if lengths else script.prefix_tokens
         lengths.append(before + turn.message_tokens + turn.output_tokens + template_tokens)
-        if lengths[-1] > max_context:
-            break
-        kept += 1
-    return replace(script, turns=script.turns[:kept]) if kept else None
+        yield lengths[-1]
+
+
+def check_contexts(scripts: Iterable[Script], max_context: int, template_tokens: float = 0.0) -> None:
+    """Refuse what a model cannot hold.
+
+    Args:
+        scripts: the conversations.
+        max_context: the model's, in tokens.
+        template_tokens: what a chat template adds to a message.
+
+    Raises:
+        ConfigError: a turn does not fit; the message names the conversation and where it stands in its file.
+    """
+    for script in scripts:
+        for turn, context in enumerate(contexts(script, template_tokens)):
+            if context > max_context:
+                where = f"{script.where}: " if script.where else ""
+                raise ConfigError(
+                    f"{where}turn {turn} of conversation {script.name!r} needs {math.ceil(context)} tokens with its answer, the model holds "
+                    f"{max_context}: --max-context {max_context} leaves such turns out"
+                )
