@@ -6,20 +6,24 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
+from pensieve.cli.build import CPU_BATCH_TOKENS, Options
 from pensieve.cli.outputs import check_paths
 from pensieve.core.eviction import POLICIES
 from pensieve.errors import ConfigError
 from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
 from pensieve.simulator.figures import FIGURES, compare, simulate_figures
 from pensieve.simulator.hardware import HARDWARE
+from pensieve.simulator.measured import load_machine
 from pensieve.simulator.output import plot, print_table, to_json, write_json
 from pensieve.simulator.policies import COMPARED
 from pensieve.simulator.progress import progress
@@ -60,6 +64,13 @@ _option = partial(click.option, show_default=True)
 )
 @_option("--model", default="llama3-8b", help="A named architecture (pensieve models lists them).")
 @_option("--hardware", default="h200", help=f"A machine of the table: {', '.join(HARDWARE)}.")
+@_option(
+    "--profile",
+    "profile_path",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Instead of both: a model on a machine as `pensieve profile --json > FILE` measured it.",
+)
 @_option("--devices", type=click.IntRange(min=1), default=1, help="Devices that share every layer (tensor parallel).")
 @_option("--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=40.0, help="First tier, GB a device.")
 @_option("--cpu-cache", "cpu_cache_gb", type=click.FloatRange(min=0), default=220.0, help="Second tier, GB a device.")
@@ -114,6 +125,7 @@ def simulate(
     figures: str | None,
     model: str,
     hardware: str,
+    profile_path: Path | None,
     devices: int,
     gpu_cache_gb: float,
     cpu_cache_gb: float,
@@ -144,6 +156,9 @@ def simulate(
         _figures(figures, out_dir or Path("figures"), jobs)
         return
     machine = Machine(model, hardware, devices, gpu_cache_gb, cpu_cache_gb, disk_cache_gb)
+    if profile_path is not None:
+        machine = _measured(profile_path, machine, limits)
+        model, hardware = machine.model, machine.hardware
     loads = _loads(trace, rates, users, duration_s, think, speed, turns, max_context, seed)
     named = _names(systems, SYSTEMS, "system")
     cases = [
@@ -168,6 +183,24 @@ def simulate(
         click.echo(f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}", err=True)
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+
+
+def _measured(path: Path, asked: Machine, limits: dict[str, Any]) -> Machine:
+    """The machine of a profile. On a CPU a step is as large as `pensieve serve` makes it there, unless told otherwise."""
+    context = click.get_current_context()
+
+    def is_told(name: str) -> bool:
+        return context.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+    for name in ("model", "hardware", "devices"):
+        if is_told(name):
+            raise ConfigError(f"--{name} does not go with --profile: the profile is of one model on one machine")
+    measured = load_machine(path)
+    if measured.tiers_in_ram:
+        for name, usual in (("max_batch_tokens", CPU_BATCH_TOKENS), ("max_running", Options().max_running)):
+            if not is_told(name):
+                limits[name] = usual
+    return replace(Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb), disk_cache_gb=asked.disk_cache_gb)
 
 
 def _loads(

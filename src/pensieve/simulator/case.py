@@ -69,11 +69,15 @@ class Machine:
     overheads: Overheads = FITTED  # of a machine of the table; a measured one has its own
     measured: MeasuredMachine | None = None  # a profile: model, hardware and devices are its, whatever stands above
 
+    @classmethod
+    def of_profile(cls, measured: MeasuredMachine, gpu_cache_gb: float, cpu_cache_gb: float) -> Machine:
+        """A machine that was measured."""
+        return cls(measured.model, measured.device, 1, gpu_cache_gb, cpu_cache_gb, measured=measured)
+
     def __post_init__(self) -> None:
         for name in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.removesuffix('_gb').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
-
         if self.measured is not None and self.disk_cache_gb:
             raise ConfigError("a profile measures no disk: leave --disk-cache out with --profile")
 
