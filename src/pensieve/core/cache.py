@@ -228,6 +228,13 @@ class TieredCache:
     def commit(self, sequence: Sequence, start: int, stop: int, digests: Tokens[bytes]) -> None:
         """Tokens [start, stop) of a leased sequence have their KV; full chunks can be found from now on."""
         size = self.chunk_tokens
+        if stop - start == 1 and (valid := stop % size) > 1:  # nearly every decoded token: one more in a chunk that is neither new nor full
+            chunk = sequence.chunks[start // size]
+            assert chunk is not None
+            if not chunk.computing:
+                assert chunk.owner is sequence and chunk.digest is None, f"{chunk!r} is shared or full: no append"
+                self.places.append(chunk, valid)
+                return
         for position in range(start // size, -(-stop // size)):
             chunk = sequence.chunks[position]
             assert chunk is not None

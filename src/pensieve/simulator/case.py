@@ -239,7 +239,8 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
     simulation = Simulation(scheduler, worker, clock, debug=case.debug)
     playing.append(simulation)
     window_s = None
-    if planned.arrivals_s is not None:
+    if planned.rate is not None:  # (a trace with times of its own is played to its end)
+        assert planned.arrivals_s is not None
         if case.warm_up_s >= planned.arrivals_s:
             raise ConfigError(f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got {case.warm_up_s:g}")
         window_s = (case.warm_up_s, planned.arrivals_s)
