@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from simulator_worlds import DOCUMENT
 
 from pensieve.cli.commands import cli
 from pensieve.errors import ConfigError
@@ -87,3 +88,18 @@ def test_it_needs_no_torch_and_no_server_packages() -> None:
         "import pensieve.simulator.sweep, pensieve.simulator.report, pensieve.simulator.output, pensieve.simulator.figures\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_measured_machine_takes_the_place_of_model_and_hardware(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(DOCUMENT))
+    arguments = ["simulate", "--profile", str(profile), "--gpu-cache", "0.05", "--cpu-cache", "0.1", "--max-context", "2000", "--jobs", "1"]
+    load = ["--trace", trace(tmp_path), "--turns", "3"]
+    result = CliRunner().invoke(cli, [*arguments, *load], standalone_mode=False)
+    assert result.exception is None, result.exception
+    (outcome,) = record(result)["outcomes"]
+    assert "some model" in result.stdout and "some CPU" in result.stdout
+    assert outcome["summary"]["sent"] > 0 and not outcome["summary"]["failed"]
+    assert (outcome["case"]["max_batch_tokens"], outcome["case"]["max_running"]) == (512, 64)  # as a server has them on a CPU
+    told = CliRunner().invoke(cli, [*arguments, *load, "--hardware", "h100"], standalone_mode=False)
+    assert isinstance(told.exception, ConfigError) and "--hardware does not go with --profile" in str(told.exception)

@@ -90,15 +90,35 @@ def test_the_papers_small_figures_come_out(figure: str) -> None:
 
 
 def test_measured_points_are_met_and_extended() -> None:
-    cost = Measured(30, [(1, 0.010), (8, 0.012), (512, 0.150)], 1e-6, 6.4e-5, 32)
+    cost = Measured(30, [(1, 0.010), (8, 0.012), (512, 0.150)], [(1, 0.002), (5, 0.004)], 1e-6, 3.2e-5 - 31e-7, 32)
     assert cost.linear_s(1) == pytest.approx(0.010)
     assert cost.linear_s(8) == pytest.approx(0.012)
     assert cost.linear_s(1016) == pytest.approx(0.150 + (0.150 - 0.012))
+    assert cost.linear_s(8, 1) == pytest.approx(0.014)
+    assert cost.linear_s(8, 3) == pytest.approx(0.015)
+    assert cost.linear_s(8, 9) == pytest.approx(0.018)
     assert cost.step_s([span(99, 100)]) == pytest.approx(0.010 + 100e-6)
-    assert cost.attention_s(32, 1000) == pytest.approx(2e-6 * 32 * (1000 - 15.5))
     assert cost.step_s([]) == 0.0
-    with pytest.raises(ConfigError, match="at least two ascending"):
-        Measured(30, [(8, 0.1), (1, 0.2)], 1e-6, 1e-5)
+    with pytest.raises(ConfigError, match=r"at least 2 ascending \(count, seconds\) for steps"):
+        Measured(30, [(8, 0.1), (1, 0.2)], [(1, 0.0)], 1e-6, 1e-5)
+    with pytest.raises(ConfigError, match=r"at least 1 ascending \(count, seconds\) for answers"):
+        Measured(30, [(1, 0.1), (8, 0.2)], [], 1e-6, 1e-5)
+
+
+def test_what_attention_reads_and_what_it_multiplies_are_told_apart() -> None:
+    # one query: 1 us a token; a chunk of 32: 16.5 us. So 0.5 us to read a token, and 0.5 us a query and token.
+    cost = Measured(30, [(1, 0.0), (8, 0.0)], [(1, 0.0)], 1e-6, 16.5e-6, 32)
+    assert cost.attention_s(1, 1000) == pytest.approx(1e-3)
+    assert cost.attention_s(32, 1000) == pytest.approx(0.5e-6 * 1000 + 0.5e-6 * 32 * (1000 - 15.5))
+    assert cost.attention_s(32, 2000) - cost.attention_s(32, 1000) == pytest.approx(16.5e-3)  # as it was measured
+
+
+def test_an_answer_costs_more_than_a_token() -> None:
+    cost = Measured(30, [(1, 0.010), (8, 0.017)], [(1, 0.002), (8, 0.009)], 0.0, 0.0, 32)
+    prompt = [Span("p", 0, 8, None, emits_token=True)]
+    decodes = [Span(str(row), 0, 1, None, emits_token=True) for row in range(8)]
+    assert cost.step_s(prompt) == pytest.approx(0.019)
+    assert cost.step_s(decodes) == pytest.approx(0.026)
 
 
 def test_hardware_that_cannot_be_is_refused() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from pensieve.core.eviction import POLICIES
+from pensieve.simulator.extent import LONG_CHUNK, LONG_CONTEXT
 from pensieve.simulator.hardware import HARDWARE
 from pensieve.simulator.policies import COMPARED
 
 POLICY_NAMES = sorted((*POLICIES, *COMPARED))
 DEFAULT_DURATION_S, DEFAULT_WARM_UP = 1200.0, 0.25  # (a run of the paper's figures is shorter: docs/simulator.md)
 DEFAULT_THINK = "exp:60"  # (paper, evaluation)
-DEFAULT_CHUNK, LONG_CHUNK, LONG_CONTEXT = 32, 512, 65_536  # (a chunk of a long context is a small share of it, and what a turn costs to simulate)
 
 Decorator = Callable[[Any], Any]
 
