@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pensieve.core.plan import StepPlan, StepResult
+from pensieve.core.scheduler import Scheduler, StepEvents
 from pensieve.errors import ConfigError
 from pensieve.worker import profile as profile_module
 from pensieve.worker.model import CausalModel
@@ -20,9 +19,21 @@ from pensieve.worker.profile import Profile, constant_of, contexts, load, load_o
 from pensieve.worker.worker import ModelWorker
 from tiny_models import tiny
 
-torch.set_num_threads(1)
 CHUNK = 4
-SOME = Profile(4, ((4, 0.5), (8, 0.75)), 0.25, 100.0, 0.125, {"gpu->cpu": 1e9, "cpu->gpu": 2e9})
+SOME = Profile(
+    chunk_tokens=4,
+    points=((4, 0.5), (8, 0.75)),
+    rest_s=0.25,
+    prefill_tokens_per_s=100.0,
+    decode_step_s=0.125,
+    copy_bytes_per_s={"gpu->cpu": 1e9, "cpu->gpu": 2e9},
+    step_points=((1, 0.5), (8, 1.5)),
+    answer_points=((1, 0.0), (8, 0.25)),
+    decode_token_s=1e-3,
+    chunk_token_s=4e-3,
+    plan_step_s=0.0,
+    plan_request_s=1e-5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +42,14 @@ def model() -> CausalModel:
 
 
 class Clock:
-    """A worker on this clock takes 1 s a new token, 1 ms a token of context before it, and 2 s a copying step."""
+    """A worker on this clock takes 1 s a new token, 1 ms a token of context before it, 10 s an answer, and 2 s a copying step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         run = ModelWorker.run
 
         def timed(worker: ModelWorker, plan: StepPlan) -> StepResult:
-            self.now += sum(span.stop - span.start + 1e-3 * span.start for span in plan.spans)
+            self.now += sum(span.stop - span.start + 1e-3 * span.start + 10 * span.emits_token for span in plan.spans)
             self.now += 2.0 * bool(plan.swap_in or plan.swap_out)
             return run(worker, plan)
 
@@ -63,25 +74,52 @@ def test_each_point_is_one_chunk_at_its_context(model: CausalModel, monkeypatch:
         assert seconds == pytest.approx(CHUNK + 1e-3 * (context - CHUNK))
     assert found.rest_s == pytest.approx(CHUNK - 1e-3 * CHUNK)
     assert found.prefill_tokens_per_s == pytest.approx(1.0)
-    assert found.decode_step_s == pytest.approx(1.299)
+    assert found.decode_step_s == pytest.approx(11.299)
     assert found.copy_bytes_per_s["cpu->gpu"] == pytest.approx(8 * CHUNK * model.shape.kv_bytes_per_token(4) / 2.0)
     assert found.copy_bytes_per_s["gpu->cpu"] == pytest.approx(8 * CHUNK * model.shape.kv_bytes_per_token(4) / 2.0)
+    assert found.decode_token_s == pytest.approx(1e-3) and found.chunk_token_s == pytest.approx(1e-3)
+    assert [tokens for tokens, _ in found.step_points] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    for tokens, seconds in found.step_points:
+        assert seconds == pytest.approx(tokens - 1e-3 * tokens)  # (its attention, as the costs above have it)
+    assert found.answer_points == tuple((rows, pytest.approx(10.0 * rows)) for rows in (1, 2, 4, 8, 16, 32))
+    assert (found.plan_step_s, found.plan_request_s) == (0.0, 0.0)  # planning takes no time on this clock
     shares = [share for _, share in told]
     assert shares == sorted(shares) and shares[0] == 0.0 and told[-1] == ("done", 1.0)
 
 
-def test_warm_up_and_outliers_do_not_count(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_and_rounds_on_a_slow_machine_do_not_count(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    calls = itertools.count()
+    rounds: list[str] = []
     timed = ModelWorker.run
 
     def uneven(worker: ModelWorker, plan: StepPlan) -> StepResult:
-        if plan.spans and next(calls) % 7 in (0, 1, 4):  # 2 warm-ups, then one slow run of 5
-            clock.now += 1000.0
+        if rounds and rounds[-1] in ("warm-up", "round 2 of 5", "round 5 of 5"):
+            clock.now += 1000.0 * len(plan.spans)
         return timed(worker, plan)
 
     monkeypatch.setattr(ModelWorker, "run", uneven)
-    assert measure(model, 8, CHUNK, clock=clock).points[0][1] == pytest.approx(CHUNK)
+    found = measure(model, 8, CHUNK, clock=clock, repeats=5, progress=lambda what, share: rounds.append(what))
+    assert found.points[0][1] == pytest.approx(CHUNK)
+    assert found.step_points[0][1] == pytest.approx(1.0 - 1e-3) and found.answer_points[-1][1] == pytest.approx(320.0)
+
+
+def test_planning_is_what_the_scheduler_takes(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    schedule, commit = Scheduler.schedule, Scheduler.commit
+
+    def slow_schedule(scheduler: Scheduler, now_s: float) -> StepPlan:
+        plan = schedule(scheduler, now_s)
+        clock.now += 0.5 + 0.25 * len(plan.spans)
+        return plan
+
+    def slow_commit(scheduler: Scheduler, plan: StepPlan, result: StepResult, now_s: float) -> StepEvents:
+        clock.now += 0.125 * len(plan.spans)
+        return commit(scheduler, plan, result, now_s)
+
+    monkeypatch.setattr(Scheduler, "schedule", slow_schedule)
+    monkeypatch.setattr(Scheduler, "commit", slow_commit)
+    found = measure(model, 64, CHUNK, clock=clock, repeats=1)
+    assert found.plan_step_s == pytest.approx(0.5) and found.plan_request_s == pytest.approx(0.375)
 
 
 def test_a_long_context_is_measured_in_little_memory(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +145,9 @@ def test_a_profile_comes_back_as_it_was_kept(model: CausalModel, tmp_path: Path)
     save(SOME, path, model)
     assert load(path) == SOME
     assert [file.name for file in path.parent.iterdir()] == ["p.json"]
-    assert json.loads(path.read_text())["model"] == "some/llama"
+    content = json.loads(path.read_text())
+    assert content["model"] == "some/llama" and content["shape"]["num_layers"] == model.shape.num_layers
+    assert (content["bytes_per_value"], content["device_type"], content["dtype"]) == (4, "cpu", "float32")
     assert load(tmp_path / "none.json") is None
 
 
@@ -122,6 +162,8 @@ def test_a_profile_comes_back_as_it_was_kept(model: CausalModel, tmp_path: Path)
         lambda content: json.dumps({**content, "points": [[4, float("nan")]]}),
         lambda content: json.dumps({**content, "rest_s": 9.0}),
         lambda content: json.dumps({key: value for key, value in content.items() if key != "decode_step_s"}),
+        lambda content: json.dumps({**content, "step_points": [[8, 1.0], [1, 1.0]]}),
+        lambda content: json.dumps({**content, "plan_step_s": -1.0}),
         lambda content: json.dumps({**content, "copy_bytes_per_s": None}),
     ],
 )

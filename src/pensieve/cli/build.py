@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class StartedEngine:
-    """An engine that runs, and how it came out."""
+    """An engine, and how it came out."""
 
     engine: Engine
     sizes: Sizes
@@ -327,6 +328,20 @@ def start(
 
 def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[Event]], None], retain: bool = True) -> StartedEngine:
     """The engine alone, its thread running; `emit` gets its events."""
+    made = make_engine(options, loaded, emit=emit, retain=retain)
+    made.engine.start()
+    return made
+
+
+def make_engine(
+    options: Options,
+    loaded: LoadedModel,
+    *,
+    emit: Callable[[list[Event]], None],
+    retain: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> StartedEngine:
+    """The engine alone, for whoever steps it by hand or starts its thread; `emit` gets its events."""
     sizes = _sizes_of(options, loaded, retain)
     cost, cost_source, copy_bytes_per_s = cost_profile(options, loaded)
     worker = _make_worker(options, loaded, sizes)
@@ -338,12 +353,10 @@ def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[
     scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size)
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(
-        scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, debug=options.debug, quote=quote,
+        scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, clock=clock, debug=options.debug, quote=quote,
         ahead=options.is_on_gpu and loaded.group is None,
     )  # fmt: skip
-    attention = worker.attention
-    engine.start()
-    return StartedEngine(engine, sizes, cost_source, attention, loaded.model.forward_name)
+    return StartedEngine(engine, sizes, cost_source, worker.attention, loaded.model.forward_name)
 
 
 def _make_worker(options: Options, loaded: LoadedModel, sizes: Sizes) -> ModelWorker | ParallelWorker:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pensieve.cli.simulation_options import (
 from pensieve.errors import ConfigError
 from pensieve.simulator.case import Case, Machine, Outcome
 from pensieve.simulator.demand import Demand, alone, demand_of, on_devices, room_gb
+from pensieve.simulator.extent import extent_of
 from pensieve.simulator.hardware import GB
 from pensieve.simulator.output import write_json
 from pensieve.simulator.plan import make_plan
@@ -116,7 +118,7 @@ def plan(
     think: str | None,
     speed: float,
     turns: int | None,
-    max_context: int,
+    max_context: int | None,
     seed: int,
     jobs: int | None,
     out_dir: Path | None,
@@ -133,11 +135,16 @@ def plan(
     duration_s = duration_s or (DEFAULT_DURATION_S if rate is not None else None)
     load = LoadOptions(
         rates=() if rate is None else (rate,), duration_s=duration_s, turns=turns, think=ThinkTime.parse(think or DEFAULT_THINK), trace=trace,
-        speed=speed, max_context=max_context, seed=seed,
+        speed=speed, seed=seed,
     )  # fmt: skip
+    machine = Machine(model, hardware)
+    largest = replace(machine, devices=max_devices, gpu_cache_gb=replace(machine, devices=max_devices).largest_gpu_cache_gb())
+    extent = extent_of(load, largest.first_tier_tokens(), max_context, limits.pop("chunk_tokens"))
+    for remark in extent.remarks:
+        click.secho(remark, dim=True, err=True)
     case = Case(
-        Machine(model, hardware), load, policy=policy, warm_up_s=default_warm_up_s(warm_up_s, rate is not None, duration_s), max_context=max_context,
-        **limits,
+        machine, extent.load, policy=policy, warm_up_s=default_warm_up_s(warm_up_s, rate is not None, duration_s),
+        max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **limits,
     )  # fmt: skip
     paths = check_paths(out_dir, json_path, JSON_NAME)
     spaces = _spaces(case, goal, demand_of(case), max_devices, memory_share, max_cpu_gb, max_disk_gb)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -23,7 +23,7 @@ from pensieve.worker.place import Place
 @model_options
 def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) -> None:
     """Measure what recomputing a chunk costs at each context length (Cost(l), paper §4.3.1), and keep it."""
-    from pensieve.worker.profile import load_or_measure
+    from pensieve.worker.profile import document, load_or_measure
 
     if Place.from_environment() is not None:
         raise ConfigError("`pensieve profile` measures one process: start it without torchrun")
@@ -42,11 +42,19 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
         progress=lambda what, share: click.secho(f"{share:4.0%} {what}", dim=True, err=True),
     )
     if as_json:
-        click.echo(json.dumps({"model": loaded.resolved.label, "weights": loaded.resolved.weights, **dataclasses.asdict(measured)}))
+        click.echo(json.dumps({**document(measured, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}))
         return
     click.echo(f"\n{'context':>8}  {'ms a chunk':>10}  {'of it attention':>15}")
     for context, seconds in measured.points:
         click.echo(f"{context:>8}  {1e3 * seconds:>10.2f}  {max(0.0, 1 - measured.rest_s / seconds):>15.0%}")
-    click.echo(f"\nprefill {measured.prefill_tokens_per_s:,.0f} tokens/s, decode step {1e3 * measured.decode_step_s:.1f} ms")
+    click.echo(f"\n{'tokens':>8}  {'ms a step':>10}    {'answers':>8}  {'ms more':>8}")
+    for (tokens, step_s), answer in itertools.zip_longest(measured.step_points, measured.answer_points):
+        more = "" if answer is None else f"    {answer[0]:>8}  {1e3 * answer[1]:>8.2f}"
+        click.echo(f"{tokens:>8}  {1e3 * step_s:>10.2f}{more}")
+    click.echo(
+        f"\nattention {1e6 * measured.decode_token_s:.2f} us a token that one query sees, {1e6 * measured.chunk_token_s:.2f} us a token before a chunk"
+    )
+    click.echo(f"planning {1e3 * measured.plan_step_s:.2f} ms a step and {1e6 * measured.plan_request_s:.0f} us a request in it")
+    click.echo(f"prefill {measured.prefill_tokens_per_s:,.0f} tokens/s, decode step {1e3 * measured.decode_step_s:.1f} ms")
     for direction, speed in measured.copy_bytes_per_s.items():
         click.echo(f"copy {direction} {speed / 1e9:.1f} GB/s")

@@ -6,13 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
+from pensieve.cli.build import CPU_BATCH_TOKENS, CPU_CACHE_GB, Options
 from pensieve.cli.outputs import check_paths
 from pensieve.cli.simulation_options import (
     DEFAULT_DURATION_S,
@@ -29,7 +32,9 @@ from pensieve.cli.simulation_options import (
 )
 from pensieve.errors import ConfigError
 from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
+from pensieve.simulator.extent import extent_of
 from pensieve.simulator.figures import FIGURES, compare, simulate_figures
+from pensieve.simulator.measured import load_machine
 from pensieve.simulator.output import plot, print_table, to_json, write_json
 from pensieve.simulator.progress import progress
 from pensieve.simulator.report import JSON_NAME as FIGURES_JSON_NAME
@@ -62,8 +67,18 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
     help="The paper's figures instead: 10a | 3,4,12 | all; a page with pictures and tables in --out.  [default: none]",
 )
 @machine_options
+@option(
+    "--profile",
+    "profile_path",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Instead of both: a model on a machine as `pensieve profile --json > FILE` measured it.",
+)
 @option("--devices", type=click.IntRange(min=1), default=1, help="Devices that share every layer (tensor parallel).")
-@option("--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=40.0, help="First tier, GB a device.")
+@option(
+    "--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=None,
+    help="First tier, GB a device.  [default: what the weights leave of its memory; 1 with --profile of a CPU]",
+)  # fmt: skip
 @option("--cpu-cache", "cpu_cache_gb", type=click.FloatRange(min=0), default=220.0, help="Second tier, GB a device.")
 @option("--disk-cache", "disk_cache_gb", type=click.FloatRange(min=0), default=0.0, help="Third tier, GB.")
 @option("--system", "systems", default="pensieve", help=f"{' | '.join(SYSTEMS)}, several with commas, or all.")
@@ -81,8 +96,9 @@ def simulate(
     figures: str | None,
     model: str,
     hardware: str,
+    profile_path: Path | None,
     devices: int,
-    gpu_cache_gb: float,
+    gpu_cache_gb: float | None,
     cpu_cache_gb: float,
     disk_cache_gb: float,
     systems: str,
@@ -95,7 +111,7 @@ def simulate(
     think: str | None,
     speed: float,
     turns: int | None,
-    max_context: int,
+    max_context: int | None,
     seed: int,
     jobs: int | None,
     out_dir: Path | None,
@@ -110,23 +126,32 @@ def simulate(
     if figures is not None:
         _figures(figures, out_dir or Path("figures"), jobs)
         return
-    machine = Machine(model, hardware, devices, gpu_cache_gb, cpu_cache_gb, disk_cache_gb)
-    loads = _loads(trace, rates, users, duration_s, think, speed, turns, max_context, seed)
+    machine = Machine(model, hardware, devices, gpu_cache_gb or 0.0, cpu_cache_gb, disk_cache_gb)
+    if profile_path is not None:
+        machine = _measured(profile_path, machine, limits)
+        model, hardware = machine.model, machine.hardware
+    if gpu_cache_gb is None:
+        machine = replace(machine, gpu_cache_gb=CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb())
+    asked = parse_rates(rates) if rates is not None else ()
+    load = LoadOptions(
+        users=users, rates=asked[:1], duration_s=duration_s or (DEFAULT_DURATION_S if asked else None), turns=turns,
+        think=ThinkTime.parse(think or DEFAULT_THINK), trace=trace, speed=speed, seed=seed,
+    )  # fmt: skip
+    extent = extent_of(load, machine.first_tier_tokens(), max_context, limits.pop("chunk_tokens"))
+    for remark in extent.remarks:
+        click.secho(remark, dim=True, err=True)
+    # one load a rate, all of the same seed, so that the same people come, only sooner
+    loads = [replace(extent.load, rates=(rate,)) for rate in asked] or [extent.load]
     named = _names(systems, SYSTEMS, "system")
     cases = [
         Case(
-            machine,
-            load,
-            system,
-            policy,
-            warm_up_s=default_warm_up_s(warm_up_s, bool(load.rates), load.duration_s),
-            max_context=max_context,
-            **limits,
+            machine, one, system, policy, warm_up_s=default_warm_up_s(warm_up_s, bool(one.rates), one.duration_s),
+            max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **limits,
         )
         for system in named
         for policy in (_names(policies, dict.fromkeys(POLICY_NAMES), "policy") if SYSTEMS[system].retain else ["retention"])
-        for load in loads
-    ]
+        for one in loads
+    ]  # fmt: skip
     paths = check_paths(out_dir, json_path, JSON_NAME)
     begun_s = time.perf_counter()
     with progress(cases) as tell:
@@ -139,34 +164,28 @@ def simulate(
     for path in paths:
         click.echo(f"json: {write_json(path, record)}", err=True)
     if out_dir is not None:
-        subtitle = f"{trace}, {gpu_cache_gb:g} GB gpu + {cpu_cache_gb:g} GB cpu a device"
+        subtitle = f"{trace}, {machine.gpu_cache_gb:.3g} GB gpu + {cpu_cache_gb:g} GB cpu a device"
         click.echo(f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}", err=True)
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 
-def _loads(
-    trace: Path,
-    rates: str | None,
-    users: int | None,
-    duration_s: float | None,
-    think: str | None,
-    speed: float,
-    turns: int | None,
-    max_context: int,
-    seed: int,
-) -> list[LoadOptions]:
-    """One load a rate, all of the same seed, so that the same people come, only sooner."""
+def _measured(path: Path, asked: Machine, limits: dict[str, Any]) -> Machine:
+    """The machine of a profile. On a CPU a step is as large as `pensieve serve` makes it there, unless told otherwise."""
+    context = click.get_current_context()
 
-    def load(rate: float | None, seconds: float | None) -> LoadOptions:
-        return LoadOptions(
-            users=users, rates=() if rate is None else (rate,), duration_s=seconds, turns=turns, think=ThinkTime.parse(think or DEFAULT_THINK),
-            trace=trace, speed=speed, max_context=max_context, seed=seed,
-        )  # fmt: skip
+    def is_told(name: str) -> bool:
+        return context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
-    if rates is not None:
-        return [load(rate, duration_s or DEFAULT_DURATION_S) for rate in parse_rates(rates)]
-    return [load(None, duration_s)]
+    for name in ("model", "hardware", "devices"):
+        if is_told(name):
+            raise ConfigError(f"--{name} does not go with --profile: the profile is of one model on one machine")
+    measured = load_machine(path)
+    if measured.tiers_in_ram:
+        for name, usual in (("max_batch_tokens", CPU_BATCH_TOKENS), ("max_running", Options().max_running)):
+            if not is_told(name):
+                limits[name] = usual
+    return replace(Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb), disk_cache_gb=asked.disk_cache_gb)
 
 
 def _simulated(outcomes: list[Outcome], took_s: float) -> str:

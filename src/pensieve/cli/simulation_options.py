@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pensieve.core.eviction import POLICIES
+from pensieve.simulator.extent import LONG_CHUNK, LONG_CONTEXT
 from pensieve.simulator.hardware import HARDWARE
 from pensieve.simulator.policies import COMPARED
 
@@ -67,7 +68,12 @@ load_options = together(
     ),
     option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster."),
     option("--turns", type=click.IntRange(min=1), default=None, help="At most so many turns of a conversation."),
-    option("--max-context", type=click.IntRange(min=32), default=16_384, help="Tokens of prompt and answer; longer conversations are cut."),
+    option(
+        "--max-context",
+        type=click.IntRange(min=32),
+        default=None,
+        help="Tokens of prompt and answer; longer conversations are cut.  [default: 16384; of a recorded trace what the first tier holds, uncut]",
+    ),
 )
 
 step_options = together(
@@ -76,8 +82,8 @@ step_options = together(
     option(
         "--chunk-tokens",
         type=click.IntRange(min=1),
-        default=32,
-        help="Tokens of a chunk; larger ones make long contexts faster to simulate.",
+        default=None,
+        help=f"Tokens of a chunk.  [default: 32; {LONG_CHUNK} where contexts are beyond {LONG_CONTEXT:,} tokens]",
     ),
 )
 

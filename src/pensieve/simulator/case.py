@@ -6,14 +6,16 @@ A case is frozen and picklable; its result is a function of it to the last digit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.cost import CostProfile
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
 from pensieve.simulator.cost_model import FITTED, CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
 from pensieve.simulator.hardware import GB, Hardware, find_hardware
+from pensieve.simulator.measured import MeasuredMachine
 from pensieve.simulator.phases import PhasedScheduler
 from pensieve.simulator.policies import Setting, make_policy
 from pensieve.simulator.records import RequestRecord, Summary, summarize
@@ -21,6 +23,8 @@ from pensieve.simulator.simulation import Simulation
 from pensieve.simulator.worker import CostWorker, Links, VirtualClock
 from pensieve.worker.presets import PRESETS
 from pensieve.workloads.load_plan import LoadOptions
+
+TIER_SHARE = 0.95  # of what weights leave of a device's memory: the rest is for activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +68,37 @@ class Machine:
     gpu_cache_gb: float = 40.0  # of each device (paper, evaluation)
     cpu_cache_gb: float = 220.0  # host memory of each device
     disk_cache_gb: float = 0.0
-    overheads: Overheads = FITTED
+    overheads: Overheads = FITTED  # of a machine of the table; a measured one has its own
+    measured: MeasuredMachine | None = None  # a profile: model, hardware and devices are its, whatever stands above
+
+    @classmethod
+    def of_profile(cls, measured: MeasuredMachine, gpu_cache_gb: float, cpu_cache_gb: float) -> Machine:
+        """A machine that was measured."""
+        return cls(measured.model, measured.device, 1, gpu_cache_gb, cpu_cache_gb, measured=measured)
 
     def __post_init__(self) -> None:
         for name in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.removesuffix('_gb').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
+        if self.measured is not None and self.disk_cache_gb:
+            raise ConfigError("a profile measures no disk: leave --disk-cache out with --profile")
+
+    @property
+    def copies_first(self) -> bool:
+        """All tiers lie in RAM: copies that somebody waits for are a step of their own, and nothing need be ready early (as `pensieve serve` does)."""
+        return self.measured is not None and self.measured.tiers_in_ram
+
+    def chunk_bytes(self, chunk_tokens: int) -> int:
+        """One chunk over all layers and devices."""
+        return self.numbers().chunk_bytes(chunk_tokens) if self.measured is None else self.measured.chunk_bytes(chunk_tokens)
+
+    def chunk_costs(self, cost: CostModel, chunk_tokens: int, max_context: int) -> CostProfile:
+        """Cost(l), by which chunks are evicted: as it was measured, or as the cost model has it."""
+        return chunk_costs(cost, chunk_tokens, max_context) if self.measured is None else self.measured.chunk_costs(chunk_tokens)
+
+    def host_overheads(self) -> Overheads:
+        """What a step costs beside the device's work."""
+        return self.overheads if self.measured is None else self.measured.overheads()
 
     def numbers(self) -> ModelNumbers:
         """The model's.
@@ -92,10 +121,14 @@ class Machine:
 
     def cost(self) -> CostModel:
         """What its steps cost."""
+        if self.measured is not None:
+            return self.measured.cost()
         return Roofline(self.numbers(), self.device(), self.devices)
 
     def links(self, chunk_tokens: int) -> Links:
         """What its copies take. Devices copy their shares side by side."""
+        if self.measured is not None:
+            return self.measured.links(chunk_tokens)
         device, count = self.device(), self.devices
         return Links(
             self.numbers().chunk_bytes(chunk_tokens),
@@ -105,23 +138,28 @@ class Machine:
             device.duplex_share,
         )
 
+    def largest_gpu_cache_gb(self) -> float:
+        """What the device's memory leaves beside the weights, but for a little: the largest first tier, GB a device."""
+        numbers = self.numbers()
+        return max(0.0, TIER_SHARE * (self.device().memory_bytes - numbers.matrix_parameters * numbers.bytes_per_value / self.devices)) / GB
+
+    def first_tier_tokens(self) -> int:
+        """What the first tier holds."""
+        return int(self.gpu_cache_gb * GB) * self.devices // self.chunk_bytes(1)
+
     def tiers(self, system: System, chunk_tokens: int) -> tuple[TierConfig, ...]:
         """Slots of each tier.
 
         Raises:
             ConfigError: model and cache do not fit in the device's memory.
         """
-        device, numbers = self.device(), self.numbers()
-        weights = numbers.matrix_parameters * numbers.bytes_per_value / self.devices
-        if weights + self.gpu_cache_gb * GB > device.memory_bytes:
-            raise ConfigError(
-                f"{self.model} takes {weights / GB:.0f} GB of each of {self.devices} {device.name}, which leaves "
-                f"{max(0.0, device.memory_bytes - weights) / GB:.0f} GB: lower --gpu-cache (it is {self.gpu_cache_gb:g}), or take more devices"
-            )
-        chunk_bytes = numbers.chunk_bytes(chunk_tokens)
+        if self.measured is None:
+            self._check_room()
+        chunk_bytes = self.chunk_bytes(chunk_tokens)
+        devices = self.devices if self.measured is None else 1
 
         def tier(name: str, gigabytes: float) -> TierConfig:
-            return TierConfig(name, int(gigabytes * GB * (self.devices if name != "disk" else 1)) // chunk_bytes)
+            return TierConfig(name, int(gigabytes * GB * (devices if name != "disk" else 1)) // chunk_bytes)
 
         tiers = [tier("gpu", self.gpu_cache_gb)]
         if system.lower_tiers and self.cpu_cache_gb:
@@ -129,6 +167,15 @@ class Machine:
             if self.disk_cache_gb:
                 tiers.append(tier("disk", self.disk_cache_gb))
         return tuple(tiers)
+
+    def _check_room(self) -> None:
+        device, numbers = self.device(), self.numbers()
+        weights = numbers.matrix_parameters * numbers.bytes_per_value / self.devices
+        if weights + self.gpu_cache_gb * GB > device.memory_bytes:
+            raise ConfigError(
+                f"{self.model} takes {weights / GB:.0f} GB of each of {self.devices} {device.name}, which leaves "
+                f"{max(0.0, device.memory_bytes - weights) / GB:.0f} GB: lower --gpu-cache (it is {self.gpu_cache_gb:g}), or take more devices"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +229,7 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
     cost = machine.cost()
     planned = case.load.plan()[case.run]
     num_tokens = max(case.max_context, case.chunk_tokens)
-    profile = chunk_costs(cost, case.chunk_tokens, num_tokens)
+    profile = machine.chunk_costs(cost, case.chunk_tokens, num_tokens)
     tiers = machine.tiers(system, case.chunk_tokens)
     playing: list[Simulation] = []  # (the one below, which needs the cache, whose policy may ask it for the future)
     setting = Setting(profile.of_chunk, case.chunk_tokens, tiers[0].num_slots, lambda key, now_s: playing[0].next_use_s(key[1], now_s))
@@ -194,14 +241,17 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
         reserve_share=system.reserve_share,
         retain=system.retain,
     )
+    if machine.copies_first:
+        config = replace(config, copies_first=True, copy_ahead_share=0.0)
     kind = PhasedScheduler if system.phases else Scheduler
     scheduler = kind(config, cache, case.max_context)
     clock = VirtualClock()
-    worker = CostWorker(cost, machine.links(case.chunk_tokens), len(tiers), clock, machine.overheads)
+    worker = CostWorker(cost, machine.links(case.chunk_tokens), len(tiers), clock, machine.host_overheads())
     simulation = Simulation(scheduler, worker, clock, debug=case.debug)
     playing.append(simulation)
     window_s = None
-    if planned.arrivals_s is not None:
+    if planned.rate is not None:  # (a trace with times of its own is played to its end)
+        assert planned.arrivals_s is not None
         if case.warm_up_s >= planned.arrivals_s:
             raise ConfigError(f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got {case.warm_up_s:g}")
         window_s = (case.warm_up_s, planned.arrivals_s)

@@ -15,6 +15,7 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.plan import Span
 from pensieve.errors import ConfigError
 from pensieve.simulator.hardware import Hardware
+from pensieve.worker.measurements import attention_costs, attention_s
 
 
 class CostModel(Protocol):
@@ -123,48 +124,63 @@ class Roofline:
 
 
 class Measured:
-    """A step from a machine's own measurements: everything but attention interpolated by tokens, attention by tokens seen."""
+    """A step from a machine's own measurements: by its tokens, by the answers it gives a token to, and span by span for attention.
+
+    The output layer is computed for answers only, so a decode of many requests and a prompt of as many tokens are different steps.
+    """
 
     def __init__(
-        self, num_layers: int, linear: Sequence[tuple[int, float]], decode_token_s: float, chunk_token_s: float, chunk: int = 32
+        self,
+        num_layers: int,
+        steps: Sequence[tuple[int, float]],
+        answers: Sequence[tuple[int, float]],
+        decode_token_s: float,
+        chunk_token_s: float,
+        chunk: int = 32,
     ) -> None:
         """Tables of one machine and model.
 
         Args:
             num_layers: of the model.
-            linear: (tokens of a step, seconds beside attention), ascending; extrapolated along the last segment.
+            steps: (tokens of a step, seconds beside attention if nobody is answered), ascending; extrapolated along the last segment.
+            answers: (answers that get a token in a step, seconds more), ascending; extrapolated likewise, and to 0 at none.
             decode_token_s: attention of one query, seconds a token it sees.
             chunk_token_s: attention of a chunk's queries together, seconds a token before it.
             chunk: how many queries that was.
         """
-        if len(linear) < 2 or [tokens for tokens, _ in linear] != sorted({tokens for tokens, _ in linear}):
-            raise ConfigError(f"a measured cost needs at least two ascending (tokens, seconds), got {list(linear)}")
+        for what, points, least in (("steps", steps, 2), ("answers", answers, 1)):
+            if len(points) < least or [count for count, _ in points] != sorted({count for count, _ in points}):
+                raise ConfigError(f"a measured cost needs at least {least} ascending (count, seconds) for {what}, got {list(points)}")
         self.num_layers = num_layers
-        self._tokens = [tokens for tokens, _ in linear]
-        self._seconds = [seconds for _, seconds in linear]
-        self._decode_token_s = decode_token_s
-        self._query_token_s = chunk_token_s / chunk
+        self._steps = tuple(steps)
+        self._answers = ((0, 0.0), *answers)
+        self._read_s, self._pair_s = attention_costs(decode_token_s, chunk_token_s, chunk)
 
-    def linear_s(self, num_tokens: int) -> float:
-        """Seconds of everything but attention for so many tokens."""
-        tokens, seconds = self._tokens, self._seconds
-        right = min(max(1, bisect_left(tokens, num_tokens)), len(tokens) - 1)
-        slope = (seconds[right] - seconds[right - 1]) / (tokens[right] - tokens[right - 1])
-        return max(0.0, seconds[right - 1] + slope * (num_tokens - tokens[right - 1]))
+    def linear_s(self, num_tokens: int, num_answers: int = 0) -> float:
+        """Seconds of everything but attention."""
+        seconds = _along(self._steps, num_tokens)
+        return seconds + _along(self._answers, num_answers) if num_answers else seconds
 
     def attention_s(self, queries: int, context: int) -> float:
         """Seconds of all layers' attention for one span of `queries` tokens whose last sees `context`."""
-        if queries == 1:
-            return context * self._decode_token_s
-        return queries * (context - (queries - 1) / 2) * self._query_token_s
+        return attention_s(self._read_s, self._pair_s, queries, context)
 
     def step_s(self, spans: Iterable[Span]) -> float:
         """See `CostModel`."""
-        num_tokens, attention_s = 0, 0.0
+        num_tokens = num_answers = 0
+        seconds = 0.0
         for span in spans:
             num_tokens += span.stop - span.start
-            attention_s += self.attention_s(span.stop - span.start, span.stop)
-        return self.linear_s(num_tokens) + attention_s if num_tokens else 0.0
+            num_answers += span.emits_token
+            seconds += self.attention_s(span.stop - span.start, span.stop)
+        return self.linear_s(num_tokens, num_answers) + seconds if num_tokens else 0.0
+
+
+def _along(points: Sequence[tuple[int, float]], at: int) -> float:
+    """On the line through the points on both sides, or through the last two; at least 0."""
+    right = min(max(1, bisect_left(points, (at,))), len(points) - 1)
+    (before, less), (after, more) = points[right - 1], points[right]
+    return max(0.0, less + (more - less) / (after - before) * (at - before))
 
 
 def chunk_costs(model: CostModel, chunk_tokens: int, max_context: int) -> CostProfile:

@@ -46,10 +46,10 @@ def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
     """A line a case."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in (
-        "system", "policy", "asked/s", "finished/s", "normalized ms: mean", "p90", "TTFT ms: p50", "p90", "of history: gpu", "cpu", "recomputed", "busy",
-        "failed",
+        "system", "policy", "asked\n1/s", "done\n1/s", "norm.\nmean", "norm.\np90 ms", "TTFT\np50 ms", "TTFT\np90 ms", "history\ngpu", "\ncpu",
+        "recom-\nputed", "device\nbusy", "failed",
     ):  # fmt: skip
-        table.add_column(heading, justify="left" if heading in ("system", "policy") else "right")
+        table.add_column(heading, justify="left" if heading in ("system", "policy") else "right", no_wrap=True)
     for outcome in outcomes:
         found = outcome.summary
         table.add_row(
@@ -59,7 +59,10 @@ def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
             f"{found.finished_per_s:.2f}",
             *(f"{1e3 * value:.1f}" for value in (found.normalized_s.mean, found.normalized_s.p90)),
             *(f"{1e3 * value:.0f}" for value in (found.ttft_s.p50, found.ttft_s.p90)),
-            *(f"{share:.1%}" for share in (found.gpu_share, found.cpu_share, found.recomputed_share, outcome.busy_share)),
+            *(
+                f"{share:.1%}" if share < 0.995 else "100%"
+                for share in (found.gpu_share, found.cpu_share, found.recomputed_share, outcome.busy_share)
+            ),
             str(found.failed),
         )
     console.print(table)

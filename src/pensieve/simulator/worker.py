@@ -38,6 +38,7 @@ class Links:
     disk_write_bytes_per_s: float
     duplex_share: float  # of a direction's rate while the other is busy
     hold_back: bool = True  # swap-outs do not begin while a swap-in is under way
+    host_down_bytes_per_s: float | None = None  # from the first tier to the second; None: as fast as up
 
     def up_s(self, tier: int) -> float:
         """Seconds for one chunk from `tier` to the first."""
@@ -45,7 +46,8 @@ class Links:
 
     def down_s(self, tier: int) -> float:
         """Seconds for one chunk from `tier` to the next."""
-        return self.chunk_bytes / (self.host_bytes_per_s if tier == 0 else self.disk_write_bytes_per_s)
+        host = self.host_down_bytes_per_s or self.host_bytes_per_s
+        return self.chunk_bytes / (host if tier == 0 else self.disk_write_bytes_per_s)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 Recomputing a chunk costs its attention, which grows with the context before it, and the rest, which does not (paper §4.3.1, there
 called Cost(l) and c). Measured is a forward of one chunk at contexts of a power of two; whoever needs one between interpolates.
+Steps, answers, attention and planning are measured too, each apart from the others: a simulator puts any step together from them.
 """
 
 from __future__ import annotations
@@ -10,49 +11,44 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
 
-from pensieve.config import TierConfig
+from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.core.cache import TieredCache
+from pensieve.core.cost import CostProfile
+from pensieve.core.eviction import POLICIES
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
+from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
 from pensieve.worker.attention import make_backend
+from pensieve.worker.measurements import FORMAT, Profile, attention_costs, attention_s, parse
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the file, and of what is measured: raised when either changes its meaning
 _STORE_BYTES = 512 << 20  # of KV while measuring; longer contexts read the same slots again
 _PREFILL_TOKENS = 512
 _DECODE_CONTEXT = 1024
 _COPIED_CHUNKS = 8
-_WARM_UPS = 2
-_REQUEST = "profile"
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Plain numbers, each a median after warm-up."""
-
-    chunk_tokens: int
-    points: tuple[tuple[int, float], ...]  # (context tokens, seconds to compute one chunk whose last token sees so many), ascending
-    rest_s: float  # of these seconds, what does not depend on the context: where their line meets a context of 0
-    prefill_tokens_per_s: float  # one prompt of up to 512 tokens
-    decode_step_s: float  # one token of one request at a context of up to 1,024 tokens
-    copy_bytes_per_s: dict[str, float]  # by direction, "gpu->cpu" and "cpu->gpu", a few chunks at a time
+_WARM_UPS = 2  # steps before those whose planning is timed
+_LEAST_S = 1e-9
+_STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_BATCHES = (1, 2, 4, 8, 16, 32)  # answers in a step
+_FAR_BATCH, _FAR_CONTEXT = 8, 2048  # where attention shows
+_PLANNED = (1, 16)  # requests of the steps whose planning is timed
+_PLANNED_STEPS = 24
 
 
 def load_or_measure(
@@ -63,6 +59,7 @@ def load_or_measure(
     attention: str = "auto",
     folder: Path | None = None,
     fresh: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
     """The profile of this model on this machine, from the user's cache if it was measured before.
@@ -74,6 +71,7 @@ def load_or_measure(
         attention: backend, as `ModelWorker` takes it.
         folder: where profiles are kept; None: `profiles` in $PENSIEVE_CACHE or the user's cache directory.
         fresh: measure even if there is one.
+        clock: seconds, in which it is measured.
         progress: called with (what is measured, share done).
 
     Raises:
@@ -84,7 +82,7 @@ def load_or_measure(
         kept = load(path)
         if kept is not None and kept.points[-1][0] >= contexts(max_context, chunk_tokens)[-1]:
             return kept
-    profile = measure(model, max_context, chunk_tokens, attention=attention, progress=progress)
+    profile = measure(model, max_context, chunk_tokens, attention=attention, clock=clock, progress=progress)
     try:
         save(profile, path, model)
     except OSError as error:
@@ -111,7 +109,7 @@ def measure(
     chunk_tokens: int = 32,
     *,
     attention: str = "auto",
-    repeats: int = 5,
+    repeats: int = 7,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
@@ -125,29 +123,59 @@ def measure(
             f"max_context must lie between one chunk ({chunk_tokens}) and the model's {model.shape.max_positions} tokens, got {max_context}"
         )
     chunk_bytes = model.shape.num_layers * 2 * chunk_tokens * model.geometry.num_kv_heads * model.geometry.head_dim * model.dtype.itemsize
-    num_slots = min(-(-max_context // chunk_tokens), max(_COPIED_CHUNKS, _STORE_BYTES // chunk_bytes))
+    far = min(_FAR_CONTEXT, max_context)
+    wanted = max(-(-max_context // chunk_tokens), _FAR_BATCH * -(-far // chunk_tokens))
+    num_slots = min(wanted, max(_COPIED_CHUNKS, _STORE_BYTES // chunk_bytes))
     tiers = (TierConfig("gpu", num_slots), TierConfig("cpu", min(num_slots, _COPIED_CHUNKS)))
     worker = ModelWorker(model, tiers, chunk_tokens, attention=attention)
+    places = contexts(max_context, chunk_tokens)
     tell = progress or (lambda what, share: None)
     try:
-        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, repeats, clock)
-        points = []
-        places = contexts(max_context, chunk_tokens)
-        for index, context in enumerate(places):
-            tell(f"context of {context} tokens", index / (len(places) + 3))
-            points.append((context, bench.forward(context - chunk_tokens, context)))
-        tell("prefill", len(places) / (len(places) + 3))
-        prompt = min(_PREFILL_TOKENS, max_context)
-        prefill_s = bench.forward(0, prompt)
-        tell("decode", (len(places) + 1) / (len(places) + 3))
-        context = min(_DECODE_CONTEXT, max_context)
-        decode_s = bench.forward(context - 1, context, emits_token=True)
-        tell("copies", (len(places) + 2) / (len(places) + 3))
-        rates = {"gpu->cpu": bench.copy(0, 1), "cpu->gpu": bench.copy(1, 0)}
+        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, clock)
+        for context in places:
+            bench.add(f"chunk {context}", bench.spans((context - chunk_tokens, context)))
+        prompt, context = min(_PREFILL_TOKENS, max_context), min(_DECODE_CONTEXT, max_context)
+        bench.add("prompt", bench.spans((0, prompt)))
+        bench.add("decode", bench.spans((context - 1, context), emits_token=True))
+        bench.works["gpu->cpu"] = lambda: bench.copy(0, 1)
+        bench.works["cpu->gpu"] = lambda: bench.copy(1, 0)
+        steps = [tokens for tokens in _STEP_TOKENS if tokens <= max_context]
+        for tokens in steps:
+            bench.add(f"step {tokens}", bench.spans((0, tokens)))
+        for place in (chunk_tokens, far):
+            bench.add(f"queries at {place}", bench.spans((place - 1, place), rows=_FAR_BATCH))
+            bench.add(f"chunk at {place}", bench.spans((place - chunk_tokens, place)))
+        for rows in _BATCHES:
+            bench.add(f"silent {rows}", bench.spans((0, 1), rows=rows))
+            bench.add(f"answered {rows}", bench.spans((0, 1), rows=rows, emits_token=True))
+        bench.run_rounds(repeats, tell)
+        tell("planning", repeats / (repeats + 1))
+        plan_step_s, plan_request_s = bench.planning(max_context)
         tell("done", 1.0)
     finally:
         worker.close()
-    return Profile(chunk_tokens, tuple(points), constant_of(points), prompt / prefill_s, decode_s, rates)
+    points = [(context, bench.seconds(f"chunk {context}")) for context in places]
+    span = max(1, far - chunk_tokens)
+    decode_token_s = bench.more(f"queries at {chunk_tokens}", f"queries at {far}") / _FAR_BATCH / span
+    chunk_token_s = bench.more(f"chunk at {chunk_tokens}", f"chunk at {far}") / span
+    read_s, pair_s = attention_costs(decode_token_s, chunk_token_s, chunk_tokens)
+    bytes_copied = bench.num_copied * chunk_bytes
+    return Profile(
+        chunk_tokens=chunk_tokens,
+        points=tuple(points),
+        rest_s=constant_of(points),
+        prefill_tokens_per_s=prompt / bench.seconds("prompt"),
+        decode_step_s=bench.seconds("decode"),
+        copy_bytes_per_s={direction: bytes_copied / bench.seconds(direction) for direction in ("gpu->cpu", "cpu->gpu")},
+        step_points=tuple(
+            (tokens, max(_LEAST_S, bench.seconds(f"step {tokens}") - attention_s(read_s, pair_s, tokens, tokens))) for tokens in steps
+        ),
+        answer_points=tuple((rows, bench.more(f"silent {rows}", f"answered {rows}")) for rows in _BATCHES),
+        decode_token_s=decode_token_s,
+        chunk_token_s=chunk_token_s,
+        plan_step_s=plan_step_s,
+        plan_request_s=plan_request_s,
+    )
 
 
 def constant_of(points: list[tuple[int, float]]) -> float:
@@ -160,7 +188,7 @@ def constant_of(points: list[tuple[int, float]]) -> float:
 
 
 class _Bench:
-    """Times single steps of a worker."""
+    """Times single steps of a worker: `works` by name, each once a round, so that a machine that is slow for a while is slow for all of them."""
 
     def __init__(
         self,
@@ -169,30 +197,93 @@ class _Bench:
         num_slots: int,
         max_context: int,
         chunk_tokens: int,
-        repeats: int,
         clock: Callable[[], float],
     ) -> None:
-        self._worker, self._model, self._repeats, self._clock = worker, model, repeats, clock
-        self._num_copied = min(num_slots, _COPIED_CHUNKS)
+        self._worker, self._model, self._clock = worker, model, clock
+        self._num_slots, self._chunk_tokens = num_slots, chunk_tokens
+        self.works: dict[str, Callable[[], Any]] = {}
+        self._seconds: dict[str, list[float]] = {}  # of each round
+        self.num_copied = min(num_slots, _COPIED_CHUNKS)
         self._num_steps = self._num_copies = 0
-        table = tuple(index % num_slots for index in range(-(-max_context // chunk_tokens)))
-        start = RequestStart(_REQUEST, SamplingParams(), ())
-        self._run((), started=(start,), tables=(BlockTableUpdate(_REQUEST, 0, table),))
+        apart = num_slots // _FAR_BATCH + 1  # so that no two of a small batch read the same slots
+        chunks = -(-max_context // chunk_tokens)
+        tables = [tuple((row * apart + index) % num_slots for index in range(chunks)) for row in range(max(_BATCHES))]
+        self._run(
+            (),
+            started=tuple(RequestStart(_name(row), SamplingParams(), ()) for row in range(len(tables))),
+            tables=tuple(BlockTableUpdate(_name(row), 0, table) for row, table in enumerate(tables)),
+        )
 
-    def forward(self, start: int, stop: int, *, emits_token: bool = False) -> float:
-        """Seconds of a forward over `[start, stop)` of one sequence."""
-        vocabulary = self._model.shape.vocab_size
-        span = Span(_REQUEST, start, stop, tuple(position * 7919 % vocabulary for position in range(start, stop)), emits_token)
-        return self._median(lambda: self._run((span,)))
+    def spans(self, tokens: tuple[int, int], *, rows: int = 1, emits_token: bool = False) -> tuple[Span, ...]:
+        """The same tokens of so many sequences."""
+        vocabulary, (start, stop) = self._model.shape.vocab_size, tokens
+        ids = tuple(position * 7919 % vocabulary for position in range(start, stop))
+        return tuple(Span(_name(row), start, stop, ids, emits_token) for row in range(rows))
 
-    def copy(self, source: int, target: int) -> float:
-        """Bytes per second from one tier to the other."""
-        seconds = self._median(lambda: self._run_copies(source, target))
-        return self._num_copied * self._worker.chunk_bytes / seconds
+    def add(self, name: str, spans: tuple[Span, ...]) -> None:
+        """One more work: a forward over these spans."""
+        self.works[name] = lambda: self._run(spans)
 
-    def _run_copies(self, source: int, target: int) -> None:
-        copies = tuple(Copy(self._num_copies + slot, source, slot, target, slot) for slot in range(self._num_copied))
-        self._num_copies += self._num_copied
+    def run_rounds(self, repeats: int, tell: Callable[[str, float], None]) -> None:
+        """Everything once to warm up, and then so many times, in turn."""
+        self._seconds = {name: [] for name in self.works}
+        for round_ in range(-1, repeats):
+            tell("warm-up" if round_ < 0 else f"round {round_ + 1} of {repeats}", max(0, round_) / (repeats + 1))
+            for name, work in self.works.items():
+                before = self._clock()
+                work()
+                if round_ >= 0:
+                    self._seconds[name].append(self._clock() - before)
+
+    def seconds(self, name: str) -> float:
+        """What a work takes."""
+        return max(_LEAST_S, statistics.median(self._seconds[name]))
+
+    def more(self, less: str, more: str) -> float:
+        """Seconds that one work takes beyond another, at least 0: the median over the rounds."""
+        return max(0.0, statistics.median(b - a for a, b in zip(self._seconds[less], self._seconds[more], strict=True)))
+
+    def planning(self, max_context: int) -> tuple[float, float]:
+        """Seconds of the scheduler for a step, and more for each request in it. A real worker computes between: what Python needs is cold then."""
+        found = []
+        for count in _PLANNED:
+            room = self._num_slots * self._chunk_tokens // count
+            found.append((count, self._planning(count, min(max_context, room))))
+        (few, few_s), (many, many_s) = found
+        request_s = max(0.0, many_s - few_s) / (many - few)
+        return max(0.0, few_s - few * request_s), request_s
+
+    def _planning(self, count: int, max_context: int) -> float:
+        if max_context < 4:
+            return 0.0
+        cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
+        tiers = (TierConfig("gpu", self._num_slots),)
+        cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
+        config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
+        scheduler = Scheduler(config, cache, max_context)
+        answer = min(_PLANNED_STEPS + _WARM_UPS, max_context - 2)
+        for row in range(count):
+            # (ids of its own for each: nothing is shared)
+            scheduler.submit(
+                f"planned {count} {row}", "profile", str(row), (row, row), 0, SamplingParams(max_new_tokens=answer), self._clock()
+            )
+        seconds = []
+        while scheduler.requests:
+            before = self._clock()
+            plan = scheduler.schedule(before)
+            planned = self._clock()
+            result = self._worker.run(plan)
+            computed = self._clock()
+            scheduler.commit(plan, result, computed)
+            if len(plan.spans) == count:
+                seconds.append(self._clock() - computed + planned - before)
+        self._worker.run(scheduler.schedule(self._clock()))  # it forgets them
+        return statistics.median(seconds[_WARM_UPS:] or seconds or [0.0])
+
+    def copy(self, source: int, target: int) -> None:
+        """A few chunks from one tier to the other."""
+        copies = tuple(Copy(self._num_copies + slot, source, slot, target, slot) for slot in range(self.num_copied))
+        self._num_copies += self.num_copied
         waiting = {copy.copy_id for copy in copies}
         result = self._run((), swap_in=copies) if target == 0 else self._run((), swap_out=copies)
         while waiting := waiting - set(result.copies_done):
@@ -200,16 +291,6 @@ class _Bench:
                 raise RuntimeError(f"a copy failed while measuring: {result.copies_failed[0].message}")
             time.sleep(20e-6)  # let the copying thread have the interpreter
             result = self._run(())
-
-    def _median(self, work: Callable[[], Any]) -> float:
-        for _ in range(_WARM_UPS):
-            work()
-        seconds = []
-        for _ in range(self._repeats):
-            before = self._clock()
-            work()
-            seconds.append(self._clock() - before)
-        return max(statistics.median(seconds), 1e-9)
 
     def _run(
         self,
@@ -228,16 +309,34 @@ class _Bench:
         return result
 
 
+def _name(row: int) -> str:
+    return f"profile {row}"
+
+
+def document(profile: Profile, model: CausalModel) -> dict[str, Any]:
+    """A profile with what it is of, as JSON has it: all that a simulation of this machine needs."""
+    return {
+        "format": FORMAT,
+        "model": model.label,
+        "shape": dataclasses.asdict(model.shape),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes_per_value": model.dtype.itemsize,
+        "device": _device_name(model.device),
+        "device_type": model.device.type,
+        "threads": torch.get_num_threads(),
+        **dataclasses.asdict(profile),
+    }
+
+
 # -- kept
 
 
 def save(profile: Profile, path: Path, model: CausalModel) -> None:
     """Write a profile whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": _FORMAT, "model": model.label, "dtype": str(model.dtype), "device": _device_name(model.device)}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
         try:
-            json.dump(content | dataclasses.asdict(profile), file, indent=1)
+            json.dump(document(profile, model), file, indent=1)
             file.close()
             os.replace(file.name, path)
         except BaseException:
@@ -257,31 +356,12 @@ def load(path: Path) -> Profile | None:
         return None
     try:
         content = json.loads(text)
-        if content["format"] != _FORMAT:
+        if content["format"] != FORMAT:
             return None
-        profile = Profile(
-            chunk_tokens=int(content["chunk_tokens"]),
-            points=tuple((int(context), float(seconds)) for context, seconds in content["points"]),
-            rest_s=float(content["rest_s"]),
-            prefill_tokens_per_s=float(content["prefill_tokens_per_s"]),
-            decode_step_s=float(content["decode_step_s"]),
-            copy_bytes_per_s={str(name): float(rate) for name, rate in content["copy_bytes_per_s"].items()},
-        )
-        _check(profile)
+        return parse(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("the profile %s is damaged (%s: %s); measuring again", path, type(error).__name__, error)
         return None
-    return profile
-
-
-def _check(profile: Profile) -> None:
-    places = [context for context, _ in profile.points]
-    numbers = [seconds for _, seconds in profile.points]
-    numbers += [profile.prefill_tokens_per_s, profile.decode_step_s, *profile.copy_bytes_per_s.values()]
-    if not places or places != sorted(set(places)) or places[0] < 1 or not all(math.isfinite(n) and n > 0 for n in numbers):
-        raise ValueError("its numbers make no sense")
-    if not 0.0 <= profile.rest_s <= min(numbers[: len(places)]):
-        raise ValueError(f"its constant rest of {profile.rest_s} s is no part of its points")
 
 
 def _default_folder() -> Path:
@@ -293,7 +373,7 @@ def _key(model: CausalModel, chunk_tokens: int, attention: str) -> str:
     """A file name for everything that changes the numbers."""
     backend = make_backend(attention, model.geometry, chunk_tokens, model.device).name
     parts = (
-        _FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, backend,
+        FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, backend,
         model.forward_name, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
     readable = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in Path(model.label).name)[:40]
