@@ -190,7 +190,7 @@ def test_requests_that_fail_are_no_answer() -> None:
     book = Book(BASE, GOAL, PRICES, Fake(lambda machine, rate: 0.01, failed=3))
     answer = make_plan(book, [SPACE])
     assert answer.best is None and math.isinf(answer.closest.latency_s)
-    assert "3 of 1000 requests fail" in " ".join(sentences(book, answer))
+    assert "fails 3 of 1000 requests" in " ".join(sentences(book, answer))
     json.dumps(to_json(book, answer), allow_nan=False)
 
 

@@ -65,11 +65,11 @@ def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
 def _missed(book: Book, answer: Answer) -> list[str]:
     goal, closest = book.goal, answer.closest
     found = closest.outcome
-    everything = f"{_machine_words(closest.machine)} {'has' if closest.machine.devices == 1 else 'have'}"
+    everything = f"{_machine_words(closest.machine)},"
     if found.summary.failed:
-        by = f"{found.summary.failed} of {found.summary.sent} requests fail"
+        by = f"fails {found.summary.failed} of {found.summary.sent} requests"
     else:
-        by = f"{_ms(goal, closest.latency_s)}, {closest.latency_s / goal.latency_s:.2g} times the target of {_ms(goal, goal.latency_s)}"
+        by = f"takes {_ms(goal, closest.latency_s)}, {closest.latency_s / goal.latency_s:.2g} times the target of {_ms(goal, goal.latency_s)}"
     words = [f"Nothing that was allowed holds {goal.words} at {rate_of(closest):.3g} requests/s: the best, {everything} {by}."]
     devices = "add devices (--max-devices)"
     if answer.unlimited is not None:
