@@ -21,7 +21,7 @@ from pensieve.workloads.load_plan import LoadOptions
 RUN_S, WARM_UP = 900.0, 0.25  # the run's arrivals, and the share of it that does not count
 SEEDS = 2
 # Where points lie: shares of the highest published throughput, asked for a little higher since a run begins with nobody.
-_SHARES = (0.2, 0.45, 0.65, 0.8)
+_SHARES = (0.2, 0.5, 0.75, 0.95)
 _ASKED = 1.3
 _FURTHER = 1.1  # a curve that has not passed the latency it is read at goes on in such steps
 _MOST_STEPS = 9
