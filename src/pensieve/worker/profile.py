@@ -150,7 +150,7 @@ def measure(
             bench.add(f"answered {rows}", bench.spans((0, 1), rows=rows, emits_token=True))
         bench.run_rounds(repeats, tell)
         tell("planning", repeats / (repeats + 1))
-        plan_step_s, plan_request_s = bench.planning(max_context)
+        planning, committing, commit_end_s = bench.planning(max_context)
         tell("done", 1.0)
     finally:
         worker.close()
@@ -173,8 +173,11 @@ def measure(
         answer_points=tuple((rows, bench.more(f"silent {rows}", f"answered {rows}")) for rows in _BATCHES),
         decode_token_s=decode_token_s,
         chunk_token_s=chunk_token_s,
-        plan_step_s=plan_step_s,
-        plan_request_s=plan_request_s,
+        plan_step_s=planning[0],
+        plan_request_s=planning[1],
+        commit_step_s=committing[0],
+        commit_request_s=committing[1],
+        commit_end_s=commit_end_s,
     )
 
 
@@ -243,19 +246,18 @@ class _Bench:
         """Seconds that one work takes beyond another, at least 0: the median over the rounds."""
         return max(0.0, statistics.median(b - a for a, b in zip(self._seconds[less], self._seconds[more], strict=True)))
 
-    def planning(self, max_context: int) -> tuple[float, float]:
-        """Seconds of the scheduler for a step, and more for each request in it. A real worker computes between: what Python needs is cold then."""
-        found = []
-        for count in _PLANNED:
-            room = self._num_slots * self._chunk_tokens // count
-            found.append((count, self._planning(count, min(max_context, room))))
-        (few, few_s), (many, many_s) = found
-        request_s = max(0.0, many_s - few_s) / (many - few)
-        return max(0.0, few_s - few * request_s), request_s
+    def planning(self, max_context: int) -> tuple[tuple[float, float], tuple[float, float], float]:
+        """Of the scheduler: planning and committing, each a step and more for each request in it; and more for an answer that ends.
 
-    def _planning(self, count: int, max_context: int) -> float:
+        A real worker computes between: what Python needs is cold then.
+        """
+        few, many = (self._planning(count, min(max_context, self._num_slots * self._chunk_tokens // count)) for count in _PLANNED)
+        return _line(few[0], many[0]), _line(few[1], many[1]), many[2]
+
+    def _planning(self, count: int, max_context: int) -> tuple[float, float, float]:
+        """Seconds to plan a step of so many decodes, to commit it, and more of an answer that ends."""
         if max_context < 4:
-            return 0.0
+            return 0.0, 0.0, 0.0
         cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
         tiers = (TierConfig("gpu", self._num_slots),)
         cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
@@ -267,18 +269,25 @@ class _Bench:
             scheduler.submit(
                 f"planned {count} {row}", "profile", str(row), (row, row), 0, SamplingParams(max_new_tokens=answer), self._clock()
             )
-        seconds = []
+        planning: list[float] = []
+        committing: list[float] = []
+        ends_s = 0.0
         while scheduler.requests:
-            before = self._clock()
-            plan = scheduler.schedule(before)
+            begin = self._clock()
+            plan = scheduler.schedule(begin)
             planned = self._clock()
             result = self._worker.run(plan)
             computed = self._clock()
-            scheduler.commit(plan, result, computed)
-            if len(plan.spans) == count:
-                seconds.append(self._clock() - computed + planned - before)
+            events = scheduler.commit(plan, result, computed)
+            took_s = self._clock() - computed
+            if events.finished:
+                ends_s = took_s
+            elif len(plan.spans) == count:
+                planning.append(planned - begin)
+                committing.append(took_s)
         self._worker.run(scheduler.schedule(self._clock()))  # it forgets them
-        return statistics.median(seconds[_WARM_UPS:] or seconds or [0.0])
+        plan_s, commit_s = (statistics.median(seconds[_WARM_UPS:] or seconds or [0.0]) for seconds in (planning, committing))
+        return plan_s, commit_s, max(0.0, ends_s - commit_s) / count
 
     def copy(self, source: int, target: int) -> None:
         """A few chunks from one tier to the other."""
@@ -307,6 +316,13 @@ class _Bench:
         if result.forward_error is not None:
             raise RuntimeError(f"a forward failed while measuring: {result.forward_error}")
         return result
+
+
+def _line(few_s: float, many_s: float) -> tuple[float, float]:
+    """A constant and a slope, at least 0 each, through what the fewest and the most requests took."""
+    few, many = _PLANNED
+    slope = max(0.0, many_s - few_s) / (many - few)
+    return max(0.0, few_s - few * slope), slope
 
 
 def _name(row: int) -> str:
