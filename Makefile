@@ -5,12 +5,14 @@
 #   TORCH="..."       what pip is told for PyTorch, a CPU-only index for instance:
 #                     TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #   PEERS=/some/dir   where `bench-peers` sets up vLLM, llama.cpp and transformers serve (5 GB), and finds them again
+#   JOBS=2            processes that `test` shares the tests between, a file at a time (each takes some 3 GB; 0: none but the first)
 #   ARGS="..."        more options for `demo`, `test`, `check-slow`, `bench` and `bench-peers`
 
 PY    ?= python3
 VENV  ?= .venv
 TORCH ?= torch==2.13.0
 PEERS ?= .peers
+JOBS  ?= 2
 ARGS  ?=
 # Tiers too small for all six conversations, so that chunks are copied down, swapped in, dropped and recomputed before your eyes.
 DEMO  := --users 6 --turns 8 --gpu-cache 0.09 --cpu-cache 0.02
@@ -31,7 +33,7 @@ demo: $(VENV)/.ready model ## install, fetch the default model, then compare sta
 	$(BIN)/pensieve compare $(DEMO) $(ARGS)
 
 test: lint model ## install, fetch the default model, lint, check types and imports, run the tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow and not browser and not kernels" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not kernels" $(ARGS)
 
 check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -144,7 +144,7 @@ def main() -> None:
         "bytes_per_chunk": num_bytes / cache.places.num_chunks,
     }
     report |= measure_steps(cache, options.running, rng)
-    for policy in ("retention", "lru"):
+    for policy in POLICIES:
         report[policy] = measure_victims(policy, options.idle // 5, options.chunks // 5, rng)
     print(json.dumps(report))
 

@@ -25,7 +25,6 @@ from pensieve.worker.graphs import _sizes
 from pensieve.worker.sampler import Sampler
 from pensieve.worker.worker import Hooks, ModelWorker
 
-torch.set_num_threads(2)
 cached_pair = functools.cache(pair)
 
 

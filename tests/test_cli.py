@@ -1,4 +1,4 @@
-"""The commands as users type them, in processes of their own."""
+"""The commands as users type them, in processes of their own; what is refused before anything is computed, in this one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from pensieve.cli import main
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.model
@@ -23,12 +26,12 @@ def run(*arguments: str, given: str = "", cwd: Path | None = None) -> subprocess
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "COLUMNS": "120"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
 
 def test_compare_reports_both_systems_and_their_equality(tmp_path: Path) -> None:
     result = run(
-        *("-m", "pensieve", "compare", "--users", "3", "--turns", "3", "--max-new-tokens", "6", "--request-interval", "0.05"),
+        *("-m", "pensieve", "compare", "--users", "2", "--turns", "3", "--max-new-tokens", "4", "--request-interval", "0.05"),
         *("--gpu-cache", "0.03", "--cpu-cache", "0.01", "--out", str(tmp_path), "--debug"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -41,7 +44,7 @@ def test_compare_reports_both_systems_and_their_equality(tmp_path: Path) -> None
     record = json.loads(record_path.read_text())
     assert record["weights"] == "real"
     assert len(record["runs"]) == 2
-    assert all(len(run_["requests"]) == 9 for run_ in record["runs"])
+    assert all(len(run_["requests"]) == 6 for run_ in record["runs"])
 
 
 def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_path: Path) -> None:
@@ -89,17 +92,35 @@ def test_chat_goes_on_after_kill_9_from_raw_tokens(tmp_path: Path) -> None:
     assert f"gpu 0 + cpu 0 + recomputed {prompt + answer} + new" in again
 
 
-def test_chat_without_real_weights_fails_with_the_ways_out() -> None:
-    result = run("-m", "pensieve", "chat", "--model", "opt-125m")
-    assert result.returncode == 2
-    assert "model_unavailable" in result.stderr
-    assert "smollm2" in result.stderr
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HF_HUB_OFFLINE has it, which is read when the package is imported."""
+
+    def offline(*_: object, **__: object) -> None:
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
 
 
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that ends as one does that was asked for something wrong."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_chat_without_real_weights_fails_with_the_ways_out(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["chat", "--model", "opt-125m"], capsys)
+    assert "model_unavailable" in said
+    assert "smollm2" in said
+
+
+@pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["compare", "--model", "nosuch"], "invalid_config", "there is no model 'nosuch'"),
         (["compare", "--model", "opt-66b", "--weights", "random"], "model_refused", "131.4 GB"),
         (["compare", "--gpu-cache", "0.001"], "invalid_config", "at least 2 are needed"),
         (["compare", "--max-context", "9999999"], "invalid_config", "more than the 8192 tokens"),
@@ -107,12 +128,16 @@ def test_chat_without_real_weights_fails_with_the_ways_out() -> None:
         (["chat", "--temperature", "-1"], "invalid_request", "temperature must be in [0, 100], got -1.0"),
     ],
 )
-def test_bad_input_gets_one_clear_line(arguments: list[str], code: str, words: str) -> None:
-    result = run("-m", "pensieve", *arguments)
-    assert result.returncode == 2
-    last = result.stderr.splitlines()[-1]
+def test_bad_input_gets_one_clear_line(arguments: list[str], code: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    last = refused(arguments, capsys).splitlines()[-1]
     assert last.startswith(f"pensieve: {code}: ")
     assert words in last
+
+
+def test_bad_input_gets_one_clear_line_from_a_process_of_its_own() -> None:
+    result = run("-m", "pensieve", "compare", "--model", "nosuch")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("pensieve: invalid_config: there is no model 'nosuch'")
 
 
 def test_models_names_what_can_be_loaded() -> None:

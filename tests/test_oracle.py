@@ -17,7 +17,6 @@ from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import Hooks
 from tiny_models import ARCHITECTURES
 
-torch.set_num_threads(2)
 cached_pair = functools.cache(pair)
 
 
@@ -166,7 +165,7 @@ def test_bfloat16_stays_within_its_tolerance_teacher_forced(architecture: str) -
 
 
 @pytest.mark.model
-def test_the_default_model_over_six_turns_equals_generate_on_the_full_history() -> None:
+def test_the_default_model_over_five_turns_equals_generate_on_the_full_history() -> None:
     from pensieve.worker.weights import load, resolve
 
     resolved = resolve("smollm2")
@@ -174,19 +173,19 @@ def test_the_default_model_over_six_turns_equals_generate_on_the_full_history() 
     model = CausalModel(load(resolved, "float32"), label="smollm2")
     lab = Lab(model, (9, 12), chunk_tokens=32, max_context=512)
     log: list[int] = []
-    for turn in range(6):
+    for turn in range(5):
         new = [(1000 * turn + 37 * i) % 40_000 + 100 for i in range(23)]
         other = [(500 * turn + 91 * i) % 40_000 + 100 for i in range(120)]
-        lab.submit(f"t{turn}", "c", log + new, 12, len(log))
+        lab.submit(f"t{turn}", "c", log + new, 8, len(log))
         lab.submit(f"o{turn}", f"o{turn}", other, 4)  # pressure, so that the history moves
         lab.run()
         request = lab.done[f"t{turn}"]
         with torch.inference_mode():
             full = reference.generate(
-                torch.tensor([log + new]), max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+                torch.tensor([log + new]), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
             )[0].tolist()
         if request.tokens != full:
             assert_answer_is_stateless(reference, request)  # equal up to near-ties, shown by logits
         log = request.tokens
-    assert lab.done["t5"].gpu_tokens < len(log)
+    assert lab.done["t4"].gpu_tokens < len(log)
     lab.close()

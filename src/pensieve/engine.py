@@ -50,7 +50,8 @@ from pensieve.messages import (
 
 log = logging.getLogger(__name__)
 
-# A worker wakes the engine when a copy settles. Should a wake-up ever be lost, copies under way are looked after this often.
+# A worker wakes the engine when a copy settles. Should a wake-up ever be lost, copies under way are looked after this often; and requests that wait
+# for a tier whose copies failed, which is tried again after a while.
 COPY_POLL_S = 0.05
 
 
@@ -129,7 +130,7 @@ class Engine:
             while not self._closing:
                 self._wake.clear()
                 if not self.step():
-                    self._wake.wait(COPY_POLL_S if self._scheduler.cache.places.copies else None)
+                    self._wake.wait(COPY_POLL_S if self._scheduler.cache.places.copies or self._scheduler.requests else None)
         except WorkerLost as error:
             log.error("the engine stopped: %s", error.message)
             why = f"the engine stopped: {error.message}"

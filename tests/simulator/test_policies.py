@@ -57,6 +57,45 @@ def test_t_lru_takes_first_what_the_next_turn_can_do_without() -> None:
     assert [world.places(name) for name in "abcd"] == ["g", "gg", "gg", "g"], "5 spare chunks went, oldest first; then LRU"
 
 
+def test_lfu_takes_who_had_the_fewest_turns_until_the_cache_has_aged() -> None:
+    world = TinyCache(policy_of("lfu"), 12)
+    for second in (1.0, 2.0, 3.0):
+        world.turn("often", 4, second)
+    world.turn("b", 4, 20.0)
+    world.turn("c", 4, 30.0)
+    world.turn("d", 5, 40.0)
+    assert [world.places(name) for name in ("often", "b", "c")] == ["gggg", "", ".ggg"]
+    world.turn("e", 8, 50.0)  # d entered at 2, above what had gone; e enters at 3
+    assert [world.places(name) for name in ("often", "c", "d", "e")] == ["gggg", "", "", "g" * 8]
+    world.turn("f", 8, 60.0)
+    assert [world.places(name) for name in ("often", "e", "f")] == ["", "....gggg", "g" * 8], "3 turns of long ago weigh as 1 of now"
+
+
+def test_arc_spares_who_came_back_and_learns_from_ghosts() -> None:
+    world = TinyCache(policy_of("arc", num_slots=12), 12)
+    world.turn("twice", 4, 1.0)
+    world.turn("twice", 4, 2.0)
+    world.turn("b", 4, 20.0)
+    world.turn("c", 4, 30.0)
+    world.turn("d", 4, 40.0)
+    assert [world.places(name) for name in ("twice", "b", "c")] == ["gggg", "", "gggg"], "the oldest, but it came back"
+    world.turn("b", 4, 50.0)  # 4 ghost hits: the list of those used once may have 4 chunks
+    assert [world.places(name) for name in ("twice", "b", "c", "d")] == ["gggg", "gggg", "", "gggg"]
+    world.turn("e", 1, 60.0)
+    assert [world.places(name) for name in ("twice", "b", "d")] == [".ggg", "gggg", "gggg"], "as many as it may: the other list gives"
+
+
+def test_sharers_spare_what_many_run_through() -> None:
+    for policy, expected in (("retention", "."), ("sharers", "g")):
+        world = TinyCache(policy_of(policy), 8)
+        for number, name in enumerate("abc"):
+            world.turn(name, 2, 10.0 * number, system=1)  # chunk 0 costs 1.0 and is everybody's
+        world.turn("x", 2, 90.0)
+        assert world.places("c") == "gg"
+        world.turn("y", 5, 100.0)  # three of a, b, c's four chunks go, or two and one of x
+        assert world.places("c")[:1] == expected, policy
+
+
 def test_the_clairvoyant_lets_go_what_never_comes_back_then_by_cost_over_time() -> None:
     known = {"a": 45.0, "b": 1000.0}
     world = TinyCache(policy_of("clairvoyant", known), 12)

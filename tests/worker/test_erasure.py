@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
 from oracle import Lab, assert_answer_is_stateless, pair
 from pensieve.core.plan import Copy
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.worker import Hooks
 
-torch.set_num_threads(1)
 SECRET = [150 + i % 49 for i in range(45)]  # ids that nobody else uses, at the same positions least of all
 OTHER = [i % 140 for i in range(45)]
 PATTERN_BYTES = 32

@@ -17,8 +17,6 @@ from pensieve.worker.batch import BatchBuilder
 from pensieve.worker.model import CausalModel, shape_of
 from tiny_models import ARCHITECTURES, CONFIGS, WINDOW, tiny
 
-torch.set_num_threads(1)
-
 LLAMA = CONFIGS["llama"]
 
 

@@ -21,8 +21,6 @@ from pensieve.worker.products import PanelProduct
 from tiny_models import _MODERN, CONFIGS, WINDOW, tiny
 
 pytestmark = pytest.mark.skipif(not kernel.levels(), reason="the kernels are not built")
-torch.set_num_threads(2)
-
 _ROPE = {"rope_theta": 10_000.0, "original_max_position_embeddings": 64, "factor": 8.0}
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

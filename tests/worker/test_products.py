@@ -13,8 +13,6 @@ from torch import nn
 from pensieve.worker import kernel, products
 from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct
 
-torch.set_num_threads(2)
-
 BF16 = torch.bfloat16
 PANELS = bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16
 any_shape = given(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.scheduler import Scheduler, StepEvents
@@ -20,7 +19,6 @@ from pensieve.worker.profile import Profile, constant_of, contexts, load, load_o
 from pensieve.worker.worker import ModelWorker
 from tiny_models import tiny
 
-torch.set_num_threads(1)
 CHUNK = 4
 SOME = Profile(
     chunk_tokens=4,

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from pensieve.worker import kernel, rows
 from pensieve.worker.rows import Rows, float_weight
 
-torch.set_num_threads(2)
-
 CPU = torch.device("cpu")
 LEVELS = kernel.levels()
 DTYPES = [torch.float32, torch.bfloat16]

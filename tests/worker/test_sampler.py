@@ -20,8 +20,6 @@ from pensieve.worker import draws as draws_module
 from pensieve.worker.draws import draw, likeliest, uniform
 from pensieve.worker.sampler import Sampler
 
-torch.set_num_threads(1)
-
 LOGITS = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.9, 0.0, -3.0, 1.9])
 
 

@@ -17,7 +17,7 @@ def test_a_text_has_the_words_asked_for_and_is_the_same_every_time() -> None:
 
 
 def test_no_two_texts_begin_alike() -> None:
-    texts = [PromptWriter(seed).write(f"{c}/{turn}", 20) for seed in (0, 1) for c in range(100) for turn in range(3)]
+    texts = [writer.write(f"{c}/{turn}", 20) for writer in (PromptWriter(0), PromptWriter(1)) for c in range(100) for turn in range(3)]
     assert len({" ".join(text.split()[:3]) for text in texts}) == len(texts)
 
 

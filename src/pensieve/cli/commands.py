@@ -11,6 +11,7 @@ from pensieve.cli.compare import compare
 from pensieve.cli.conversations import conversations
 from pensieve.cli.keys import keys
 from pensieve.cli.models import models
+from pensieve.cli.plan import plan
 from pensieve.cli.profile import profile
 from pensieve.cli.record import record
 from pensieve.cli.serve import serve
@@ -23,5 +24,5 @@ def cli() -> None:
     """Pensieve serves large language models to people in conversation, and remembers: the KV cache of a chat is kept between its turns."""
 
 
-for _command in (serve, chat, conversations, keys, compare, bench, record, simulate, models, profile):
+for _command in (serve, chat, conversations, keys, compare, bench, record, simulate, plan, models, profile):
     cli.add_command(_command)

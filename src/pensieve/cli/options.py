@@ -69,7 +69,12 @@ _CACHE = (
         help="A prompt past the context: refuse it, or leave out the oldest turns.",
     ),
     click.option(
-        "--policy", type=click.Choice(sorted(POLICIES)), default=_DEFAULTS.policy, show_default=True, help="What is evicted first."
+        "--policy",
+        type=click.Choice(sorted(POLICIES)),
+        default=_DEFAULTS.policy,
+        show_default=True,
+        help="What is evicted first. retention: least recompute cost / idle time; lru: longest idle; sharers: retention weighed by how many "
+        "share a chunk; hazard: retention with a learned rate of return in place of 1 / idle time.",
     ),
     click.option("--max-batch-tokens", type=int, default=None, help="Token budget of a step (default: 512 on a CPU, 4096 on CUDA)."),
     click.option(

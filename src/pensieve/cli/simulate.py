@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,27 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
-from pensieve.cli.build import CPU_BATCH_TOKENS, Options
+from pensieve.cli.build import CPU_BATCH_TOKENS, CPU_CACHE_GB, Options
 from pensieve.cli.outputs import check_paths
-from pensieve.core.eviction import POLICIES
+from pensieve.cli.simulation_options import (
+    DEFAULT_DURATION_S,
+    DEFAULT_THINK,
+    POLICY_NAMES,
+    default_warm_up_s,
+    load_options,
+    machine_options,
+    option,
+    output_options,
+    run_options,
+    step_options,
+    trace_option,
+)
 from pensieve.errors import ConfigError
 from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
+from pensieve.simulator.extent import extent_of
 from pensieve.simulator.figures import FIGURES, compare, simulate_figures
-from pensieve.simulator.hardware import HARDWARE
 from pensieve.simulator.measured import load_machine
 from pensieve.simulator.output import plot, print_table, to_json, write_json
-from pensieve.simulator.policies import COMPARED
 from pensieve.simulator.progress import progress
 from pensieve.simulator.report import JSON_NAME as FIGURES_JSON_NAME
 from pensieve.simulator.report import PAGE_NAME, comparison_rows, small_comparisons, write_page
@@ -36,9 +46,6 @@ from pensieve.workloads.arrivals import ThinkTime, parse_rates
 from pensieve.workloads.load_plan import LoadOptions
 
 JSON_NAME, PLOT_NAME = "simulate.json", "simulate.png"
-POLICY_NAMES = sorted((*POLICIES, *COMPARED))
-DEFAULT_DURATION_S, DEFAULT_WARM_UP = 1200.0, 0.25  # (a run of the paper's figures is shorter: docs/simulator.md)
-DEFAULT_THINK = "exp:60"  # (paper, evaluation)
 
 
 def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
@@ -52,82 +59,46 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
     return names
 
 
-_option = partial(click.option, show_default=True)
-
-
 @click.command()
-@_option(
+@option(
     "--figure",
     "figures",
     default=None,
     help="The paper's figures instead: 10a | 3,4,12 | all; a page with pictures and tables in --out.  [default: none]",
 )
-@_option("--model", default="llama3-8b", help="A named architecture (pensieve models lists them).")
-@_option("--hardware", default="h200", help=f"A machine of the table: {', '.join(HARDWARE)}.")
-@_option(
+@machine_options
+@option(
     "--profile",
     "profile_path",
     type=click.Path(path_type=Path),
     default=None,
     help="Instead of both: a model on a machine as `pensieve profile --json > FILE` measured it.",
 )
-@_option("--devices", type=click.IntRange(min=1), default=1, help="Devices that share every layer (tensor parallel).")
-@_option("--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=40.0, help="First tier, GB a device.")
-@_option("--cpu-cache", "cpu_cache_gb", type=click.FloatRange(min=0), default=220.0, help="Second tier, GB a device.")
-@_option("--disk-cache", "disk_cache_gb", type=click.FloatRange(min=0), default=0.0, help="Third tier, GB.")
-@_option("--system", "systems", default="pensieve", help=f"{' | '.join(SYSTEMS)}, several with commas, or all.")
-@_option(
+@option("--devices", type=click.IntRange(min=1), default=1, help="Devices that share every layer (tensor parallel).")
+@option(
+    "--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=None,
+    help="First tier, GB a device.  [default: what the weights leave of its memory; 1 with --profile of a CPU]",
+)  # fmt: skip
+@option("--cpu-cache", "cpu_cache_gb", type=click.FloatRange(min=0), default=220.0, help="Second tier, GB a device.")
+@option("--disk-cache", "disk_cache_gb", type=click.FloatRange(min=0), default=0.0, help="Third tier, GB.")
+@option("--system", "systems", default="pensieve", help=f"{' | '.join(SYSTEMS)}, several with commas, or all.")
+@option(
     "--policy", "policies", default="retention", help=f"What is evicted first: {' | '.join(POLICY_NAMES)}, several with commas, or all."
 )
-@_option(
-    "--trace",
-    type=click.Path(path_type=Path),
-    default=Path("sharegpt-like"),
-    help="sharegpt-like, ultrachat-like, or a file (docs/bench.md has the forms).",
-)
-@_option("--rate", "rates", default=None, help="Requests a second, as Poisson arrivals of conversations: 2 | 1,2,4 | 1:10 | 0.5:4:0.5.")
-@_option("--users", type=click.IntRange(min=1), default=None, help="Closed loop: conversations at once, instead of --rate.")
-@_option(
-    "--duration",
-    "duration_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=None,
-    help="Simulated seconds of arrivals.  [default: 1200 with --rate; all of a trace]",
-)
-@_option(
-    "--warm-up",
-    "warm_up_s",
-    type=click.FloatRange(min=0),
-    default=None,
-    help="Requests sent before do not count.  [default: a quarter of --duration]",
-)
-@_option(
-    "--think",
-    default=None,
-    help="Seconds between an answer and the next turn where a trace does not say: 2.5 | exp:60 | chats.  [default: exp:60]",
-)
-@_option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster.")
-@_option("--turns", type=click.IntRange(min=1), default=None, help="At most so many turns of a conversation.")
-@_option("--max-context", type=click.IntRange(min=32), default=16_384, help="Tokens of prompt and answer; longer conversations are cut.")
-@_option("--max-batch-tokens", type=click.IntRange(min=1), default=2048, help="Token budget of a step.")
-@_option("--max-running", type=click.IntRange(min=1), default=512, help="Requests in a step.")
-@_option(
-    "--chunk-tokens", type=click.IntRange(min=1), default=32, help="Tokens of a chunk; larger ones make long contexts faster to simulate."
-)
-@_option("--seed", type=click.IntRange(min=0), default=0, help="Of lengths, think times and arrivals.")
-@_option("--jobs", type=click.IntRange(min=1), default=None, help="Processes.  [default: one a core]")
-@_option(
-    "--out", "out_dir", type=click.Path(path_type=Path), default=None, help=f"Folder for {JSON_NAME} and {PLOT_NAME}.  [default: none]"
-)
-@_option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the JSON to this file.")
-@_option("--debug", is_flag=True, show_default=False, help="Verify every invariant of the cache after every step.")
+@trace_option
+@option("--rate", "rates", default=None, help="Requests a second, as Poisson arrivals of conversations: 2 | 1,2,4 | 1:10 | 0.5:4:0.5.")
+@option("--users", type=click.IntRange(min=1), default=None, help="Closed loop: conversations at once, instead of --rate.")
+@load_options
+@step_options
+@run_options
+@output_options(JSON_NAME, PLOT_NAME)
 def simulate(
     figures: str | None,
     model: str,
     hardware: str,
     profile_path: Path | None,
     devices: int,
-    gpu_cache_gb: float,
+    gpu_cache_gb: float | None,
     cpu_cache_gb: float,
     disk_cache_gb: float,
     systems: str,
@@ -140,7 +111,7 @@ def simulate(
     think: str | None,
     speed: float,
     turns: int | None,
-    max_context: int,
+    max_context: int | None,
     seed: int,
     jobs: int | None,
     out_dir: Path | None,
@@ -155,18 +126,32 @@ def simulate(
     if figures is not None:
         _figures(figures, out_dir or Path("figures"), jobs)
         return
-    machine = Machine(model, hardware, devices, gpu_cache_gb, cpu_cache_gb, disk_cache_gb)
+    machine = Machine(model, hardware, devices, gpu_cache_gb or 0.0, cpu_cache_gb, disk_cache_gb)
     if profile_path is not None:
         machine = _measured(profile_path, machine, limits)
         model, hardware = machine.model, machine.hardware
-    loads = _loads(trace, rates, users, duration_s, think, speed, turns, max_context, seed)
+    if gpu_cache_gb is None:
+        machine = replace(machine, gpu_cache_gb=CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb())
+    asked = parse_rates(rates) if rates is not None else ()
+    load = LoadOptions(
+        users=users, rates=asked[:1], duration_s=duration_s or (DEFAULT_DURATION_S if asked else None), turns=turns,
+        think=ThinkTime.parse(think or DEFAULT_THINK), trace=trace, speed=speed, seed=seed,
+    )  # fmt: skip
+    extent = extent_of(load, machine.first_tier_tokens(), max_context, limits.pop("chunk_tokens"))
+    for remark in extent.remarks:
+        click.secho(remark, dim=True, err=True)
+    # one load a rate, all of the same seed, so that the same people come, only sooner
+    loads = [replace(extent.load, rates=(rate,)) for rate in asked] or [extent.load]
     named = _names(systems, SYSTEMS, "system")
     cases = [
-        Case(machine, load, system, policy, warm_up_s=_warm_up(warm_up_s, load), max_context=max_context, **limits)
+        Case(
+            machine, one, system, policy, warm_up_s=default_warm_up_s(warm_up_s, bool(one.rates), one.duration_s),
+            max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **limits,
+        )
         for system in named
         for policy in (_names(policies, dict.fromkeys(POLICY_NAMES), "policy") if SYSTEMS[system].retain else ["retention"])
-        for load in loads
-    ]
+        for one in loads
+    ]  # fmt: skip
     paths = check_paths(out_dir, json_path, JSON_NAME)
     begun_s = time.perf_counter()
     with progress(cases) as tell:
@@ -179,7 +164,7 @@ def simulate(
     for path in paths:
         click.echo(f"json: {write_json(path, record)}", err=True)
     if out_dir is not None:
-        subtitle = f"{trace}, {gpu_cache_gb:g} GB gpu + {cpu_cache_gb:g} GB cpu a device"
+        subtitle = f"{trace}, {machine.gpu_cache_gb:.3g} GB gpu + {cpu_cache_gb:g} GB cpu a device"
         click.echo(f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}", err=True)
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
@@ -201,36 +186,6 @@ def _measured(path: Path, asked: Machine, limits: dict[str, Any]) -> Machine:
             if not is_told(name):
                 limits[name] = usual
     return replace(Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb), disk_cache_gb=asked.disk_cache_gb)
-
-
-def _loads(
-    trace: Path,
-    rates: str | None,
-    users: int | None,
-    duration_s: float | None,
-    think: str | None,
-    speed: float,
-    turns: int | None,
-    max_context: int,
-    seed: int,
-) -> list[LoadOptions]:
-    """One load a rate, all of the same seed, so that the same people come, only sooner."""
-
-    def load(rate: float | None, seconds: float | None) -> LoadOptions:
-        return LoadOptions(
-            users=users, rates=() if rate is None else (rate,), duration_s=seconds, turns=turns, think=ThinkTime.parse(think or DEFAULT_THINK),
-            trace=trace, speed=speed, max_context=max_context, seed=seed,
-        )  # fmt: skip
-
-    if rates is not None:
-        return [load(rate, duration_s or DEFAULT_DURATION_S) for rate in parse_rates(rates)]
-    return [load(None, duration_s)]
-
-
-def _warm_up(warm_up_s: float | None, load: LoadOptions) -> float:
-    if warm_up_s is not None:
-        return warm_up_s
-    return DEFAULT_WARM_UP * load.duration_s if load.rates and load.duration_s else 0.0
 
 
 def _simulated(outcomes: list[Outcome], took_s: float) -> str:

@@ -178,7 +178,7 @@ class TieredCache:
     def protected(self, sequence: Sequence) -> Iterator[None]:
         """While room is made for a sequence: its own chunks are leased, for they are not room for itself."""
         chunks = [chunk for chunk in sequence.chunks if chunk is not None and not chunk.computing]
-        for chunk in chunks:
+        for chunk in reversed(chunks):  # so that the leading one, which a victim queue offers, leaves last: no other is offered meanwhile
             self.places.lease(chunk, +1)
         try:
             yield
@@ -195,7 +195,7 @@ class TieredCache:
         sequence.leased, sequence.tail = True, ()
         gpu_tokens = cpu_tokens = num_swapped_in = 0
         lower: list[Range] = []
-        for chunk in sequence.chunks:
+        for chunk in reversed(sequence.chunks):  # (as in `protected`)
             if chunk is not None:
                 self.places.lease(chunk, +1)
         valid: list[int] = []
@@ -396,6 +396,19 @@ class TieredCache:
         for chunk in chunks:
             self._change_keeps(chunk, +1)
 
+    def num_own_kept(self, sequence: Sequence, digests: Tokens[bytes]) -> int:
+        """Kept chunks that do not stand in the way of a path with these chain hashes: those it would run through, and those nobody else keeps.
+
+        What another conversation keeps and this one shares is its own only while their paths agree.
+        """
+        held = self._kept.get(sequence, set())
+        count = 0
+        for chunk in sequence.chunks:
+            if chunk is not None and chunk.keeps:
+                only_here = chunk.keeps == 1 and chunk in held
+                count += only_here or (chunk.index < len(digests) and chunk.digest == digests[chunk.index])
+        return count
+
     def _extend_keep(self, sequence: Sequence) -> None:
         """A kept conversation grew: its new chunks are kept as far as the budget goes, leading ones first.
 
@@ -413,6 +426,7 @@ class TieredCache:
         before = bool(chunk.keeps)
         chunk.keeps += change
         self.num_kept += bool(chunk.keeps) - before
+        self.places.version += before and not chunk.keeps
         self.places.reindex(chunk)
 
     # -- inside

@@ -34,6 +34,12 @@ class Room:
         """Slots whose chunk would have to be copied down or dropped first."""
         return self._places.sole[tier].count
 
+    def retries_due(self, now_s: float) -> int:
+        """Tiers left alone because copies into them failed, and which may be tried again now."""
+        return sum(
+            count >= FAILED_TIER and now_s >= retry_s for count, retry_s in zip(self._places.failed_down, self._retry_s, strict=True)
+        )
+
     def take(self, tier: int, now_s: float) -> int:
         """A slot of `tier`: a free one, or that of the worst clean copy. The caller has seen that one is available."""
         places = self._places

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from pensieve.config import SchedulerConfig
@@ -80,7 +81,7 @@ class Scheduler:
         self._warming = Warming(cache, self._reserve)
         self._num_arrived = 0
         self._next_step = 0
-        self._refused_at: tuple[Request, tuple[int, int, int]] | None = None  # the head of the queue and the room it did not fit in
+        self._refused_at: tuple[Request, tuple[int, int, int, int]] | None = None  # the head of the queue and the room it did not fit in
         self._copies_would_do = False  # that request could be admitted if the copies under way had settled
         self._copied_first = False  # the last step only copied
         self.num_forwards_failed = 0
@@ -140,7 +141,13 @@ class Scheduler:
                 f"the prompt has {len(tokens)} tokens, but at most {self.max_context - 1} fit in the context of {self.max_context}: "
                 "shorten it, start a new conversation, or allow the oldest turns to be dropped (--overflow truncate)"
             )
-        size, capacity = self.cache.chunk_tokens, self._first_tier_limit(self.cache.find(namespace, sequence_id))
+        salt = (
+            namespace if self.config.retain else f"{namespace}\0{request_id}"
+        )  # a stateless baseline shares nothing, not even between running requests
+        size = self.cache.chunk_tokens
+        digests: list[bytes] = []
+        extend_digests(digests, salt, tokens, size)
+        capacity = self._first_tier_limit(self.cache.find(namespace, sequence_id), digests)
         if (need := -(-len(tokens) // size)) > capacity:
             raise RequestTooLarge(
                 f"the prompt has {len(tokens)} tokens and needs {need} chunks of {size}, but the first tier has {capacity} for one request: "
@@ -149,9 +156,7 @@ class Scheduler:
         if self.num_waiting >= self.config.max_waiting:
             raise Overloaded(f"{self.num_waiting} requests wait already, at most {self.config.max_waiting} may: try again later")
         request = Request(request_id, namespace, sequence_id, list(tokens), history_tokens, sampling, self._num_arrived, now_s)
-        if not self.config.retain:
-            request.salt = f"{namespace}\0{request_id}"  # a stateless baseline shares nothing, not even between running requests
-        extend_digests(request.digests, request.salt, request.tokens, size)
+        request.salt, request.digests = salt, digests
         self._num_arrived += 1
         self.requests[request_id] = request
         key = (request.namespace, sequence_id)
@@ -237,7 +242,7 @@ class Scheduler:
         self.cache.set_keep(sequence, keep)
         size = self.cache.chunk_tokens
         for request in self.requests.values() if keep else ():
-            need, limit = -(-len(request.tokens) // size), self._first_tier_limit(request.sequence)
+            need, limit = -(-len(request.tokens) // size), self._first_tier_limit(request.sequence, request.digests)
             if need > limit:
                 self.cache.set_keep(sequence, False)
                 raise KeepRefused(
@@ -471,7 +476,7 @@ class Scheduler:
         """Whether the head of the queue can be admitted now; if room must be made first, begins to make it."""
         cache, room, sequence = self.cache, self.cache.room, request.sequence
         assert sequence is not None
-        if self._refused_at == (request, self._room_state(step)):
+        if self._refused_at == (request, self._room_state(step, now_s)):
             return False
         cache.attach(sequence, request.tokens, request.digests)
         need = cache.survey(sequence, len(request.tokens))
@@ -496,12 +501,12 @@ class Scheduler:
             self._refused_at = None
             return True
         self._copies_would_do = possible and at_once + room.coming(0) >= ready
-        self._refused_at = (request, self._room_state(step))
+        self._refused_at = (request, self._room_state(step, now_s))
         return False
 
-    def _room_state(self, step: _Step) -> tuple[int, int, int]:
-        """Equal to an earlier value only if no chunk has become available or found since."""
-        return self.cache.places.version, len(self.running), step.num_unmet
+    def _room_state(self, step: _Step, now_s: float) -> tuple[int, int, int, int]:
+        """Equal to an earlier value only if no chunk has become available or found since, and no tier can be tried again."""
+        return self.cache.places.version, len(self.running), step.num_unmet, self.cache.room.retries_due(now_s)
 
     def _start(self, step: _Step, request: Request, now_s: float) -> None:
         sequence = request.sequence
@@ -532,12 +537,11 @@ class Scheduler:
         assert request.sequence is not None
         request.misses = explain(self.cache, request.sequence.key, request.tokens, history, request.digests, admission)
 
-    def _first_tier_limit(self, sequence: Sequence | None) -> int:
-        """First-tier slots that one request of `sequence` can have: all but those that others' keeps hold there for good."""
+    def _first_tier_limit(self, sequence: Sequence | None, digests: Tokens[bytes]) -> int:
+        """First-tier slots that one request of `sequence` can have, its path having these chain hashes: all but those that others' keeps hold for good."""
         others = 0
         if self.cache.keep_takes_first_tier:
-            own = sum(chunk is not None and chunk.keeps > 0 for chunk in sequence.chunks) if sequence is not None else 0
-            others = self.cache.num_kept - own
+            others = self.cache.num_kept - (self.cache.num_own_kept(sequence, digests) if sequence is not None else 0)
         return self.cache.places.pools[0].num_slots - others
 
     # -- endings
@@ -574,7 +578,9 @@ class Scheduler:
             self.cache.release(sequence, request.tokens, request.digests, now_s if request.failed else None)
             if request.failed:
                 self.cache.drop_unread(sequence, now_s)
-        if request.ending is None and -(-len(request.tokens) // self.cache.chunk_tokens) > self._first_tier_limit(sequence):
+        if request.ending is None and -(-len(request.tokens) // self.cache.chunk_tokens) > self._first_tier_limit(
+            sequence, request.digests
+        ):
             request.ending = FinishReason.LENGTH  # it had grown to the whole tier: it could not come back
         if request.ending is not None:
             self._finish(request, now_s)

@@ -24,6 +24,8 @@ from pensieve.simulator.worker import CostWorker, Links, VirtualClock
 from pensieve.worker.presets import PRESETS
 from pensieve.workloads.load_plan import LoadOptions
 
+TIER_SHARE = 0.95  # of what weights leave of a device's memory: the rest is for activations
+
 
 @dataclass(frozen=True, slots=True)
 class System:
@@ -135,6 +137,15 @@ class Machine:
             device.disk_write_bytes_per_s,
             device.duplex_share,
         )
+
+    def largest_gpu_cache_gb(self) -> float:
+        """What the device's memory leaves beside the weights, but for a little: the largest first tier, GB a device."""
+        numbers = self.numbers()
+        return max(0.0, TIER_SHARE * (self.device().memory_bytes - numbers.matrix_parameters * numbers.bytes_per_value / self.devices)) / GB
+
+    def first_tier_tokens(self) -> int:
+        """What the first tier holds."""
+        return int(self.gpu_cache_gb * GB) * self.devices // self.chunk_bytes(1)
 
     def tiers(self, system: System, chunk_tokens: int) -> tuple[TierConfig, ...]:
         """Slots of each tier.

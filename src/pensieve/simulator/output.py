@@ -19,7 +19,7 @@ from pensieve.simulator.case import Outcome
 
 def to_json(outcomes: Sequence[Outcome], **more: Any) -> dict[str, Any]:
     """Everything of some outcomes, as plain values. Nothing in it depends on where or when they were simulated."""
-    return {"benchmark": "simulate", "version": __version__, **more, "outcomes": [_plain(asdict(outcome)) for outcome in outcomes]}
+    return {"benchmark": "simulate", "version": __version__, **more, "outcomes": [plain(asdict(outcome)) for outcome in outcomes]}
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> Path:
@@ -29,11 +29,12 @@ def write_json(path: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it: keys are words, what is not finite is null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -3,6 +3,7 @@
     tail-lru       least recently active conversation first, its trailing chunk first: what vLLM and SGLang do
     conversation   least recently active conversation first, and all of it: what CachedAttention does
     t-lru          Tail-Optimized LRU: first what the next turn can do without and stay under a threshold, then LRU
+    lfu            fewest turns first, aged (LFUDA); arc: recency against frequency, adaptive (`classic_policies`)
     clairvoyant    knows when each conversation comes back: worth = Cost(l) / time until then. Greedy, so a strong policy and not a bound
     belady         knows it too, and lets the farthest go first, whatever it costs
 
@@ -19,6 +20,7 @@ from pensieve.core.chunk import Chunk
 from pensieve.core.eviction import LRU, MIN_IDLE_S, POLICIES, ByLines, CostOfChunk, PolicyFactory, PolicyFamily
 from pensieve.core.sequence import Key, Sequence
 from pensieve.errors import ConfigError
+from pensieve.simulator.classic_policies import AdaptiveFamily, FrequencyFamily
 
 NextUse = Callable[[Key, float], float]  # (sequence key, the time it went idle) -> when it comes back, infinity for never
 NEVER = 1e300  # 1/worth of what is never used again: above every line
@@ -150,6 +152,8 @@ COMPARED: dict[str, Callable[[Setting], PolicyFactory]] = {
     "tail-lru": lambda setting: TailLRU,
     "conversation": lambda setting: WholeConversations,
     "t-lru": lambda setting: _Lengths(setting.uncached_tokens, setting.prompt_tokens, setting.chunk_tokens),
+    "lfu": lambda setting: FrequencyFamily(),
+    "arc": lambda setting: AdaptiveFamily(setting.num_slots),
     "clairvoyant": lambda setting: _foresight(setting, lambda family: Clairvoyant(setting.cost_of_chunk, family)),
     "belady": lambda setting: _foresight(setting, Belady),
 }

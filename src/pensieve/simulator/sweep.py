@@ -89,4 +89,11 @@ def _prepare(ticks: Any) -> None:
 
 
 def _there(index: int, case: Case, keep_records: bool) -> Outcome:
-    return _here(index, case, _ticks.put, keep_records)
+    parent = os.getppid()
+
+    def tell(tick: Tick) -> None:
+        if os.getppid() != parent:  # whoever wanted it was killed
+            os._exit(1)
+        _ticks.put(tick)
+
+    return _here(index, case, tell, keep_records)

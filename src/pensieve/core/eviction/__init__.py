@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pensieve.core.eviction.hazard import Hazard
 from pensieve.core.eviction.lines import ByLines
 from pensieve.core.eviction.lru import LRU
-from pensieve.core.eviction.policy import CostOfChunk, EvictionPolicy, PolicyFactory, PolicyFamily
+from pensieve.core.eviction.policy import CostOfChunk, EvictionPolicy, OldestFirst, PolicyFactory, PolicyFamily
 from pensieve.core.eviction.retention import MIN_IDLE_S, RetentionValue, SharersValue
+from pensieve.core.eviction.returns import ReturnTimes
 from pensieve.core.eviction.tournament import KineticTournament
 
 # name -> cost -> what makes the policies of one cache
@@ -15,6 +17,7 @@ POLICIES: dict[str, Callable[[CostOfChunk], PolicyFactory]] = {
     "retention": lambda cost: lambda: RetentionValue(cost),
     "lru": lambda cost: LRU,
     "sharers": lambda cost: lambda: SharersValue(cost),
+    "hazard": lambda cost: Hazard(cost),
 }
 
 __all__ = [
@@ -24,9 +27,12 @@ __all__ = [
     "POLICIES",
     "CostOfChunk",
     "EvictionPolicy",
+    "Hazard",
     "KineticTournament",
+    "OldestFirst",
     "PolicyFactory",
     "PolicyFamily",
     "RetentionValue",
+    "ReturnTimes",
     "SharersValue",
 ]

@@ -79,23 +79,20 @@ class ByLines(ABC, Generic[ClassKey]):
         top = self._heaps[leaf_or_none].top() if leaf_or_none is not None else None
         return top[1] if top else None
 
-    def _refresh_all(self) -> None:
-        """Enter every line anew: what they were made of has changed."""
-        for leaf in tuple(self._leaf_of.values()):
-            self._refresh(leaf)
-
     def _refresh(self, leaf: int) -> None:
         top = self._heaps[leaf].top()
         if top is None:
             self._tournament.set(leaf, 0.0, -math.inf)
-            self._bend_of.pop(leaf, None)
+            if self._bends:
+                self._bend_of.pop(leaf, None)
             del self._leaf_of[self._class_at[leaf]]
             self._spare.append(leaf)
             return
         slope, offset, until_s = self._line(self._class_at[leaf], top[0], self._now_s)
         self._tournament.set(leaf, slope, offset)
         if until_s == math.inf:
-            self._bend_of.pop(leaf, None)
+            if self._bends:
+                self._bend_of.pop(leaf, None)
         elif self._bend_of.get(leaf) != until_s:
             self._bend_of[leaf] = until_s
             heapq.heappush(self._bends, (until_s, leaf))

@@ -1,0 +1,235 @@
+"""`pensieve plan`: the cheapest tiers that hold a load. Wires a search over simulated machines; the simulator says how each does."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from pensieve.cli.outputs import check_paths
+from pensieve.cli.simulation_options import (
+    DEFAULT_DURATION_S,
+    DEFAULT_THINK,
+    POLICY_NAMES,
+    default_warm_up_s,
+    load_options,
+    machine_options,
+    option,
+    output_options,
+    run_options,
+    step_options,
+    trace_option,
+)
+from pensieve.errors import ConfigError
+from pensieve.simulator.case import Case, Machine, Outcome
+from pensieve.simulator.demand import Demand, alone, demand_of, on_devices, room_gb
+from pensieve.simulator.extent import extent_of
+from pensieve.simulator.hardware import GB
+from pensieve.simulator.output import write_json
+from pensieve.simulator.plan import make_plan
+from pensieve.simulator.plan_output import plot, print_margins, print_trials, sentences, to_json
+from pensieve.simulator.planner import Book, Goal, Prices, Quantile, Space, rounded
+from pensieve.simulator.progress import progress
+from pensieve.simulator.sweep import run_cases
+from pensieve.workloads.arrivals import ThinkTime
+from pensieve.workloads.load_plan import LoadOptions
+
+JSON_NAME, PLOT_NAME = "plan.json", "plan.png"
+# A month of 730 hours at on-demand prices of clouds, late 2025, in US dollars. They differ by a factor of two between vendors: give your own.
+#   device: an H200 at 3.59 an hour.
+#   GB of device memory: an H200 is an H100 with 61 GB more, for 0.90 an hour more.
+#   GB of host memory: 0.0042 an hour, as general-purpose machines are charged by the GB.
+#   GB of disk: local or network NVMe, 0.08 a month.
+PRICE_DEVICE, PRICE_GPU_GB, PRICE_CPU_GB, PRICE_DISK_GB = 2_600.0, 11.0, 3.0, 0.08
+MEMORY_SHARE = 0.9  # what vLLM takes by default, too: the rest is for activations and the driver
+_LESS_THAN_ALONE = 0.97  # (a window's quantile may lie a little below that of all requests)
+_USEFUL = 1.5  # times everything that is said: with the scheduler's reserve and what it copies ahead, more cannot be used
+
+
+@click.command()
+@machine_options
+@option("--max-devices", type=click.IntRange(min=1), default=1, help="Consider 1, 2, 4, ... up to so many devices that share every layer.")
+@option(
+    "--max-cpu-gb", type=click.FloatRange(min=0), default=None, help="The largest CPU tier, GB a device.  [default: whatever can be used]"
+)
+@option(
+    "--max-disk-gb", type=click.FloatRange(min=0), default=None, help="The largest disk tier, GB; 0: none.  [default: whatever can be used]"
+)
+@option(
+    "--memory-share",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=MEMORY_SHARE,
+    help="Of the device's memory, for weights and first tier together.",
+)
+@option(
+    "--p90-latency-ms", type=click.FloatRange(min=0, min_open=True), default=None, help="The target; the same as --latency-ms with p90."
+)
+@option("--latency-ms", type=click.FloatRange(min=0, min_open=True), default=None, help="The target, for --quantile and --metric.")
+@option(
+    "--quantile", type=click.Choice(["p50", "p90", "p99"]), default="p90", help="Of the requests, who must be served within the target."
+)
+@option(
+    "--metric",
+    type=click.Choice(["normalized", "ttft"]),
+    default="normalized",
+    help="normalized: end-to-end latency over output tokens; ttft: time to first token.",
+)
+@option("--price-gpu-gb", type=click.FloatRange(min=0), default=PRICE_GPU_GB, help="A GB of first tier, a month. Only ratios matter.")
+@option("--price-cpu-gb", type=click.FloatRange(min=0), default=PRICE_CPU_GB, help="A GB of CPU tier.")
+@option("--price-disk-gb", type=click.FloatRange(min=0), default=PRICE_DISK_GB, help="A GB of disk tier.")
+@option("--price-device", type=click.FloatRange(min=0), default=PRICE_DEVICE, help="A device.")
+@option("--policy", type=click.Choice(POLICY_NAMES), default="retention", help="What is evicted first.")
+@trace_option
+@option(
+    "--rate", type=click.FloatRange(min=0, min_open=True), default=None,
+    help="Requests a second, as Poisson arrivals of conversations.  [default: as a trace's times say]",
+)  # fmt: skip
+@load_options
+@step_options
+@run_options
+@output_options(JSON_NAME, PLOT_NAME)
+def plan(
+    model: str,
+    hardware: str,
+    max_devices: int,
+    max_cpu_gb: float | None,
+    max_disk_gb: float | None,
+    memory_share: float,
+    p90_latency_ms: float | None,
+    latency_ms: float | None,
+    quantile: Quantile,
+    metric: Any,
+    price_gpu_gb: float,
+    price_cpu_gb: float,
+    price_disk_gb: float,
+    price_device: float,
+    policy: str,
+    trace: Path,
+    rate: float | None,
+    duration_s: float | None,
+    warm_up_s: float | None,
+    think: str | None,
+    speed: float,
+    turns: int | None,
+    max_context: int | None,
+    seed: int,
+    jobs: int | None,
+    out_dir: Path | None,
+    json_path: Path | None,
+    **limits: Any,
+) -> None:
+    """Find the cheapest tiers that hold a load within a latency, and what another GB of each would bring.
+
+    A few dozen machines are simulated. Exit status 1: none holds it; then it says by how much it is missed, and why. docs/simulator.md says
+    what is modelled and how far to trust it.
+    """
+    goal = _goal(p90_latency_ms, latency_ms, quantile, metric)
+    prices = Prices(price_gpu_gb, price_cpu_gb, price_disk_gb, price_device)
+    duration_s = duration_s or (DEFAULT_DURATION_S if rate is not None else None)
+    load = LoadOptions(
+        rates=() if rate is None else (rate,), duration_s=duration_s, turns=turns, think=ThinkTime.parse(think or DEFAULT_THINK), trace=trace,
+        speed=speed, seed=seed,
+    )  # fmt: skip
+    machine = Machine(model, hardware)
+    largest = replace(machine, devices=max_devices, gpu_cache_gb=replace(machine, devices=max_devices).largest_gpu_cache_gb())
+    extent = extent_of(load, largest.first_tier_tokens(), max_context, limits.pop("chunk_tokens"))
+    for remark in extent.remarks:
+        click.secho(remark, dim=True, err=True)
+    case = Case(
+        machine, extent.load, policy=policy, warm_up_s=default_warm_up_s(warm_up_s, rate is not None, duration_s),
+        max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **limits,
+    )  # fmt: skip
+    paths = check_paths(out_dir, json_path, JSON_NAME)
+    spaces = _spaces(case, goal, demand_of(case), max_devices, memory_share, max_cpu_gb, max_disk_gb)
+
+    def run(cases: Sequence[Case]) -> list[Outcome]:
+        with progress(cases) as tell:
+            return run_cases(cases, jobs=jobs, tell=tell)
+
+    begun_s = time.perf_counter()
+    book = Book(case, goal, prices, run)
+    answer = make_plan(book, spaces)
+    took_s = time.perf_counter() - begun_s
+    console = Console()
+    console.print(f"[bold]{model}[/bold] on {hardware}, {trace}: {len(book.trials)} simulations in {took_s:.0f} s\n", highlight=False)
+    print_trials(book, console, answer.best)
+    if answer.margins:
+        console.print()
+        print_margins(book, answer, console)
+    words = sentences(book, answer)
+    console.print()
+    console.print(f"[bold]{words[0]}[/bold] {' '.join(words[1:])}", highlight=False)
+    record = to_json(book, answer)
+    for path in paths:
+        click.echo(f"json: {write_json(path, record)}", err=True)
+    if out_dir is not None:
+        subtitle = f"{trace}" + (f" at {rate:g} requests/s" if rate is not None else "")
+        click.echo(f"plot: {plot(out_dir / PLOT_NAME, book, answer, f'{model} on {hardware}, simulated', subtitle)}", err=True)
+    if not sys.stdout.isatty():
+        click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+    if answer.best is None:
+        sys.exit(1)
+
+
+def _goal(p90_latency_ms: float | None, latency_ms: float | None, quantile: Quantile, metric: Any) -> Goal:
+    if (p90_latency_ms is None) == (latency_ms is None):
+        raise ConfigError("a plan needs one target: --p90-latency-ms 120, or --latency-ms with --quantile")
+    if p90_latency_ms is not None and quantile != "p90":
+        raise ConfigError(f"--p90-latency-ms is about p90, --quantile says {quantile}: give --latency-ms {p90_latency_ms:g} instead")
+    return Goal((p90_latency_ms or latency_ms or 0.0) / 1e3, quantile, metric)
+
+
+def _spaces(
+    case: Case,
+    goal: Goal,
+    demand: Demand,
+    max_devices: int,
+    memory_share: float,
+    max_cpu_gb: float | None,
+    max_disk_gb: float | None,
+) -> list[Space]:
+    """What may be bought, for each number of devices on which the model and its longest request fit and are fast enough when alone.
+
+    Raises:
+        ConfigError: there is none; the message says what the largest number lacks.
+    """
+    spaces: list[Space] = []
+    why = ""
+    counts = [1 << power for power in range(max_devices.bit_length())]
+    for devices in counts:
+        one = on_devices(case, devices)
+        machine = one.machine
+        alone_s = goal.quantile_of(getattr(alone(one, demand), "normalized_s" if goal.metric == "normalized" else "ttft_s"))
+        room, each_gb = room_gb(machine, memory_share), demand.longest_gb / devices
+        least_gb = each_gb * 1.02  # (and the last sampled tokens)
+        if room < least_gb:
+            weights_gb = memory_share * machine.device().memory_bytes / GB - room
+            why = (
+                f"{machine.model} takes {weights_gb:.3g} GB of each of {devices} {machine.hardware} and its longest request {each_gb:.2g} GB more; "
+                f"--memory-share {memory_share:g} leaves {memory_share * machine.device().memory_bytes / GB:.3g}: raise --max-devices (it is {max_devices}) "
+                "or --memory-share, lower --max-context, or take a smaller model"
+            )
+            continue
+        if goal.latency_s < _LESS_THAN_ALONE * alone_s:
+            why = (
+                f"the target of {1e3 * goal.latency_s:g} ms is less than requests take that have {devices} {machine.hardware} to themselves: their "
+                f"{goal.words} is {1e3 * alone_s:.3g} {goal.unit}; no memory and no lower rate help: take a target above it, more devices (--max-devices) or a "
+                "faster machine (--hardware)"
+            )
+            continue
+        useful_gb = demand.kept_gb / devices
+        gpu_gb = rounded(min(room, max(_USEFUL * useful_gb, 2 * least_gb)))
+        kept_gb = rounded(_USEFUL * useful_gb)
+        cpu_gb = kept_gb if max_cpu_gb is None else min(max_cpu_gb, kept_gb)
+        disk_gb = rounded(_USEFUL * demand.kept_gb)
+        spaces.append(Space(devices, least_gb, gpu_gb, cpu_gb, disk_gb if max_disk_gb is None else min(max_disk_gb, disk_gb), kept_gb))
+    if not spaces:
+        raise ConfigError(why)
+    return spaces

@@ -1,0 +1,115 @@
+"""Options that commands about simulated machines share. Knows click; never simulations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pensieve.core.eviction import POLICIES
+from pensieve.simulator.extent import LONG_CHUNK, LONG_CONTEXT
+from pensieve.simulator.hardware import HARDWARE
+from pensieve.simulator.policies import COMPARED
+
+POLICY_NAMES = sorted((*POLICIES, *COMPARED))
+DEFAULT_DURATION_S, DEFAULT_WARM_UP = 1200.0, 0.25  # (a run of the paper's figures is shorter: docs/simulator.md)
+DEFAULT_THINK = "exp:60"  # (paper, evaluation)
+
+Decorator = Callable[[Any], Any]
+
+option = partial(click.option, show_default=True)
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Several decorators as one, the first outermost, as if they stood below each other."""
+
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+machine_options = together(
+    option("--model", default="llama3-8b", help="A named architecture (pensieve models lists them)."),
+    option("--hardware", default="h200", help=f"A machine of the table: {', '.join(HARDWARE)}."),
+)
+
+trace_option = option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    default=Path("sharegpt-like"),
+    help="sharegpt-like, ultrachat-like, or a file (docs/bench.md has the forms).",
+)
+
+load_options = together(
+    option(
+        "--duration",
+        "duration_s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=None,
+        help="Simulated seconds of arrivals.  [default: 1200 with --rate; all of a trace]",
+    ),
+    option(
+        "--warm-up",
+        "warm_up_s",
+        type=click.FloatRange(min=0),
+        default=None,
+        help="Requests sent before do not count.  [default: a quarter of --duration]",
+    ),
+    option(
+        "--think",
+        default=None,
+        help="Seconds between an answer and the next turn where a trace does not say: 2.5 | exp:60 | chats.  [default: exp:60]",
+    ),
+    option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster."),
+    option("--turns", type=click.IntRange(min=1), default=None, help="At most so many turns of a conversation."),
+    option(
+        "--max-context",
+        type=click.IntRange(min=32),
+        default=None,
+        help="Tokens of prompt and answer; longer conversations are cut.  [default: 16384; of a recorded trace what the first tier holds, uncut]",
+    ),
+)
+
+step_options = together(
+    option("--max-batch-tokens", type=click.IntRange(min=1), default=2048, help="Token budget of a step."),
+    option("--max-running", type=click.IntRange(min=1), default=512, help="Requests in a step."),
+    option(
+        "--chunk-tokens",
+        type=click.IntRange(min=1),
+        default=None,
+        help=f"Tokens of a chunk.  [default: 32; {LONG_CHUNK} where contexts are beyond {LONG_CONTEXT:,} tokens]",
+    ),
+)
+
+run_options = together(
+    option("--seed", type=click.IntRange(min=0), default=0, help="Of lengths, think times and arrivals."),
+    option("--jobs", type=click.IntRange(min=1), default=None, help="Processes.  [default: one a core]"),
+)
+
+
+def output_options(json_name: str, plot_name: str) -> Decorator:
+    """Where what is found goes."""
+    return together(
+        option(
+            "--out",
+            "out_dir",
+            type=click.Path(path_type=Path),
+            default=None,
+            help=f"Folder for {json_name} and {plot_name}.  [default: none]",
+        ),
+        option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the JSON to this file."),
+        option("--debug", is_flag=True, show_default=False, help="Verify every invariant of the cache after every step."),
+    )
+
+
+def default_warm_up_s(asked_s: float | None, rated: bool, duration_s: float | None) -> float:
+    """How long requests do not count: as asked, or a quarter of arrivals that go on for a given time."""
+    if asked_s is not None:
+        return asked_s
+    return DEFAULT_WARM_UP * duration_s if rated and duration_s else 0.0

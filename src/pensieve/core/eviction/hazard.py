@@ -1,0 +1,149 @@
+"""The retention value with a learned rate of return in place of 1 / T. Knows costs, gaps and turns; never slots, tiers or the future."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from pensieve.core.chunk import Chunk
+from pensieve.core.eviction.lines import ByLines
+from pensieve.core.eviction.policy import CostOfChunk, PolicyFamily
+from pensieve.core.eviction.retention import num_sharers
+from pensieve.core.eviction.returns import NUM_OCTAVES, PRIOR, STARTS_S, Habits, ReturnTimes, octave_of, saving_rates
+from pensieve.core.sequence import Key, Sequence
+
+MAX_KNOWN = 65_536  # conversations whose habits are remembered; the longest idle are forgotten first
+_END_S = 2.0 * STARTS_S[-1]  # of what is waited for and learned from
+_ACTIVE_S = 1e-6  # 1 / rate of who is active: below that of anybody idle
+
+Curve = tuple[float, ...]  # 1 / rate at the start of each octave of idle time, not falling; a straight line between
+
+PRIOR_CURVE: Curve = tuple(1.0 / rate for rate in saving_rates([PRIOR] * NUM_OCTAVES))
+
+
+@dataclass(slots=True, eq=False)
+class _Known:
+    """One conversation."""
+
+    habits: Habits = field(default_factory=Habits)
+    busy_since_s: float = 0.0
+    idle_since_s: float | None = None  # None: a request of it is queued or running
+    features: tuple[int, ...] = ()  # as it went idle
+    curve: Curve = PRIOR_CURVE
+
+
+class Hazard(PolicyFamily):
+    """V = n * Cost(l) * r, with r the rate at which holding on to a conversation's chunk pays, and n the conversations through it.
+
+    r is a Gittins index (`saving_rates`) of when the conversation comes back, as learned from all that came back before and from all that
+    have not yet (`ReturnTimes`), given this one's habits: its last gaps, turns, length, and how long the last request took. For servers
+    whose users return at different paces: agents, whose tools answer in seconds, beside people who go to lunch. With nothing learned yet
+    r is near 1 / (2 T), so it begins as the paper's policy and departs from it as it learns. A shared chunk counts as n times its latest.
+    """
+
+    def __init__(self, cost_of_chunk: CostOfChunk, times: ReturnTimes | None = None) -> None:
+        """`cost_of_chunk(index)` gives seconds, positive and monotone in the index; `times` may have learned elsewhere."""
+        super().__init__(lambda: HazardValue(cost_of_chunk, self))
+        self.times = times or ReturnTimes()
+        self._known: OrderedDict[Key, _Known] = OrderedDict()
+        self._order = itertools.count()
+        self._waits: list[tuple[float, int, _Known, int, float]] = []  # when one outlasts an octave, if idle since the time at the end
+
+    def came_back(self, sequence: Sequence, now_s: float) -> None:
+        """See `PolicyFamily`."""
+        self._outlast(now_s)
+        known = self._known.setdefault(sequence.key, _Known())
+        if known.idle_since_s is not None:
+            gap_s = max(0.0, now_s - known.idle_since_s)
+            if gap_s < _END_S:
+                self.times.learn(known.features, octave_of(gap_s), returned=True)
+            known.habits.came_back(gap_s)
+        known.idle_since_s, known.busy_since_s = None, now_s
+
+    def went_idle(self, sequence: Sequence, now_s: float) -> None:
+        """See `PolicyFamily`."""
+        self._outlast(now_s)
+        known = self._known.setdefault(sequence.key, _Known(busy_since_s=now_s))
+        self._known.move_to_end(sequence.key)
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)[1].idle_since_s = None
+        known.habits.turns += 1
+        known.idle_since_s = now_s
+        known.features = known.habits.features(max(0.0, now_s - known.busy_since_s), len(sequence.chunks))
+        known.curve = tuple(1.0 / rate for rate in saving_rates(self.times.chances(known.features)))
+        heapq.heappush(self._waits, (now_s + STARTS_S[1], next(self._order), known, 0, now_s))
+
+    def curve_of(self, chunk: Chunk) -> Curve:
+        """That of the conversation through a chunk that was active last."""
+        owner = chunk.owner
+        latest = owner if isinstance(owner, Sequence) else max(owner.sequences(), key=lambda sequence: sequence.last_active_s)
+        known = self._known.get(latest.key)
+        return known.curve if known is not None else PRIOR_CURVE
+
+    def _outlast(self, now_s: float) -> None:
+        """Learn from those that are idle still: each octave that has gone by since the last call."""
+        waits = self._waits
+        while waits and waits[0][0] <= now_s:
+            _, _, known, octave, since_s = heapq.heappop(waits)
+            if known.idle_since_s != since_s:
+                continue
+            self.times.learn(known.features, octave, returned=False)
+            if octave + 1 < NUM_OCTAVES:
+                end_s = STARTS_S[octave + 2] if octave + 2 < NUM_OCTAVES else _END_S
+                heapq.heappush(waits, (since_s + end_s, next(self._order), known, octave + 1, since_s))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    """A chunk as it is ordered while it is in: its worth is 1 / (scale * curve(idle time))."""
+
+    curve: Curve
+    scale: float  # 1 / (n * cost)
+    active: bool
+
+
+class HazardValue(ByLines[_Candidate]):
+    """The policy of one queue. Each candidate is a class of its own, whose line bends at octaves: O(log) a victim and a bend."""
+
+    def __init__(self, cost_of_chunk: CostOfChunk, family: Hazard) -> None:
+        super().__init__()
+        self._cost, self._family = cost_of_chunk, family
+
+    def worth(self, chunk: Chunk, now_s: float) -> float:
+        """n * V, in Cost units a second."""
+        leaf = self._home.get(chunk)
+        candidate = self._class_at[leaf] if leaf is not None else self._class_of(chunk)[0]
+        return 1.0 / _height(candidate, now_s - chunk.owner.last_active_s)
+
+    def _class_of(self, chunk: Chunk) -> tuple[_Candidate, float]:
+        scale = 1.0 / (num_sharers(chunk) * self._cost(chunk.index))
+        return _Candidate(self._family.curve_of(chunk), scale, chunk.owner.num_active > 0), chunk.owner.last_active_s
+
+    def _line(self, kind: _Candidate, key: float, now_s: float) -> tuple[float, float, float]:
+        if kind.active:
+            return 0.0, _ACTIVE_S * kind.scale, math.inf
+        octave = octave_of(now_s - key)
+        while octave + 1 < NUM_OCTAVES and key + STARTS_S[octave + 1] <= now_s:  # (as the caller will compare it)
+            octave += 1
+        start, slope = _piece(kind.curve, octave)
+        until_s = key + STARTS_S[octave + 1] if octave + 1 < NUM_OCTAVES else math.inf
+        return kind.scale * slope, kind.scale * (start - slope * (key + STARTS_S[octave])), until_s
+
+
+def _piece(curve: Curve, octave: int) -> tuple[float, float]:
+    """1 / rate at an octave's start, and its slope there; in the last one it grows as 1 / idle time falls."""
+    start = curve[octave]
+    if octave + 1 == NUM_OCTAVES:
+        return start, start / STARTS_S[octave]
+    return start, (curve[octave + 1] - start) / (STARTS_S[octave + 1] - STARTS_S[octave])
+
+
+def _height(candidate: _Candidate, idle_s: float) -> float:
+    if candidate.active:
+        return _ACTIVE_S * candidate.scale
+    octave = octave_of(idle_s)
+    start, slope = _piece(candidate.curve, octave)
+    return candidate.scale * (start + slope * (max(0.0, idle_s) - STARTS_S[octave]))

@@ -1,0 +1,150 @@
+"""What is learned of returns, and whom it lets go."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pensieve.core.chunk import Chunk
+from pensieve.core.eviction import Hazard
+from pensieve.core.eviction.returns import NUM_OCTAVES, STARTS_S, Habits, ReturnTimes, octave_of, saving_rates
+from pensieve.core.sequence import Sequence, Sharers
+from policy_worlds import COST, TinyCache, policy_of
+
+
+def test_octaves_hold_every_idle_time() -> None:
+    for octave, start_s in enumerate(STARTS_S):
+        assert octave_of(start_s) == octave
+        assert octave == 0 or octave_of(start_s * 0.999) == octave - 1
+    assert octave_of(1e12) == NUM_OCTAVES - 1
+
+
+def test_with_nothing_learned_the_rate_falls_as_the_papers_does() -> None:
+    rates = saving_rates(ReturnTimes().chances((1, 2, 3)))
+    for start_s, rate in list(zip(STARTS_S, rates, strict=True))[1:-2]:
+        assert 0.2 < rate * start_s < 0.5
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.01, 0.99), min_size=NUM_OCTAVES, max_size=NUM_OCTAVES))
+def test_saving_rates_are_the_best_ratio_and_fall(chances: list[float]) -> None:
+    rates = saving_rates(chances)
+    assert rates == sorted(rates, reverse=True)
+    widths = [2.0, *(STARTS_S[k] for k in range(1, NUM_OCTAVES))]
+    for start in range(NUM_OCTAVES):
+        best = 0.0
+        for stop in range(start + 1, NUM_OCTAVES + 1):  # hold on until the end of octave stop - 1
+            alive, back, held_s = 1.0, 0.0, 0.0
+            for k in range(start, stop):
+                held_s += alive * (1.0 - chances[k] / 2.0) * widths[k]
+                back += alive * chances[k]
+                alive *= 1.0 - chances[k]
+            best = max(best, back / held_s)
+        assert rates[start] == pytest.approx(min([best, *rates[:start]]))
+
+
+def test_who_does_not_come_back_counts_for_as_long_as_it_was_waited_for() -> None:
+    family = Hazard(COST.of_chunk)
+    for number in range(300):
+        sequence = Sequence(("n", f"{number}"), 0.0)
+        family.came_back(sequence, 1000.0 * number)
+        family.went_idle(sequence, 1000.0 * number)
+        if number % 4 == 0:
+            family.came_back(sequence, 1000.0 * number + 20.0)  # of four, one comes back, after 20 s; then it stays idle, too
+            family.went_idle(sequence, 1000.0 * number + 20.0)
+    features = Habits(turns=1).features(0.0, 0)
+    chances = family.times.chances(features)
+    assert 0.12 < chances[octave_of(20.0)] < 0.4
+    assert max(chances[:4]) < 0.1 and max(chances[5:9]) < 0.1, "nobody came back sooner or later"
+    assert min(chances[9:]) > 0.0 and chances[-1] == pytest.approx(family.times.chances(())[-1], abs=0.3)
+
+
+def test_gaps_of_its_own_tell_the_quick_from_the_slow() -> None:
+    """Quick users come back after 5 s, or are gone for good after 10 turns; slow ones come back after 10 minutes."""
+    times = ReturnTimes()
+    rng = random.Random(0)
+    for _ in range(150):
+        for gap_s in (5.0, 600.0):
+            habits = Habits()
+            for turn in range(10):
+                habits.turns += 1
+                features = habits.features(1.0, 4)
+                gap = gap_s * rng.uniform(0.8, 1.25)
+                last = octave_of(gap) if turn < 9 else NUM_OCTAVES
+                for octave in range(last):
+                    times.learn(features, octave, returned=False)
+                if last < NUM_OCTAVES:
+                    times.learn(features, last, returned=True)
+                habits.came_back(gap)
+    family = Hazard(COST.of_chunk, times)
+    world = TinyCache(family, 9)
+    for turn in range(6):
+        world.turn("quick", 4, 3000.0 + 6.0 * turn, 3001.0 + 6.0 * turn)
+        world.turn("slow", 4, 601.0 * turn, 601.0 * turn + 1.0) if turn < 5 else None
+    world.turn("slow", 4, 3005.0, 3032.0)
+    world.turn("new", 3, 3100.0)  # both were active 69 s ago: who comes back after 5 s will not
+    assert (world.places("quick"), world.places("slow")) == ("..gg", "gggg")
+    paper = TinyCache(policy_of("retention"), 9)
+    paper.turn("slow", 4, 3031.0)
+    paper.turn("quick", 4, 3032.0)
+    paper.turn("new", 3, 3100.0)
+    assert (paper.places("quick"), paper.places("slow")) == (".ggg", ".ggg"), "V sees no difference"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_the_worst_is_what_brute_force_finds(seed: int) -> None:
+    rng = random.Random(seed)
+    family = Hazard(COST.of_chunk)
+    policy = family()
+    present: list[Chunk] = []
+    now_s = rng.choice([0.0, 1e6])
+    for number in range(rng.randint(1, 80)):
+        now_s += rng.choice([0.0, 1e-4, 0.3, 60.0, 5000.0, 2e5])
+        action = rng.random()
+        if action < 0.6 or not present:
+            members = {Sequence(("n", f"{number}.{k}"), now_s) for k in range(rng.choice([1, 1, 1, 2, 5]))}
+            for sequence in members:
+                family.came_back(sequence, now_s)
+                family.went_idle(sequence, now_s + rng.choice([0.0, 3.0]))
+                sequence.last_active_s = now_s - rng.choice([0.0, 1.0, 77.0, 1e6])
+                sequence.num_active = int(rng.random() < 0.1)
+            chunk = Chunk(rng.choice([0, 1, 2, 5, 15]), 1, Sharers(members) if len(members) > 1 else next(iter(members)), None)
+            policy.add(chunk)
+            present.append(chunk)
+        elif action < 0.7:
+            policy.remove(present.pop(rng.randrange(len(present))))
+        else:
+            victim = policy.worst(now_s)
+            assert victim in present
+            lowest = min(by_formula(family, chunk, now_s) for chunk in present)
+            assert by_formula(family, victim, now_s) == pytest.approx(lowest, rel=1e-6)
+            assert policy.worth(victim, now_s) == pytest.approx(lowest, rel=1e-6)
+            policy.remove(victim)
+            present.remove(victim)
+
+
+def by_formula(family: Hazard, chunk: Chunk, now_s: float) -> float:
+    """n * Cost * r, with 1 / r interpolated between the starts of octaves."""
+    num_members = len(chunk.owner.sequences())
+    if chunk.owner.num_active:
+        return num_members * COST.of_chunk(chunk.index) / 1e-6
+    idle_s = max(0.0, now_s - chunk.owner.last_active_s)
+    curve = (*family.curve_of(chunk), 2.0 * family.curve_of(chunk)[-1])
+    starts = (*STARTS_S, 2.0 * STARTS_S[-1])
+    octave = max(k for k in range(NUM_OCTAVES) if starts[k] <= idle_s)
+    share = (idle_s - starts[octave]) / (starts[octave + 1] - starts[octave])
+    return num_members * COST.of_chunk(chunk.index) / (curve[octave] + share * (curve[octave + 1] - curve[octave]))
+
+
+def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pensieve.core.eviction.hazard.MAX_KNOWN", 10)
+    family = Hazard(COST.of_chunk)
+    for number in range(50):
+        sequence = Sequence(("n", f"{number}"), 0.0)
+        family.came_back(sequence, float(number))
+        family.went_idle(sequence, float(number))
+    assert len(family._known) == 10
