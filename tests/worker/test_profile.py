@@ -122,7 +122,7 @@ def test_planning_is_what_the_scheduler_takes(model: CausalModel, monkeypatch: p
 
     monkeypatch.setattr(Scheduler, "schedule", slow_schedule)
     monkeypatch.setattr(Scheduler, "commit", slow_commit)
-    found = measure(model, 64, CHUNK, clock=clock, repeats=1)
+    found = measure(model, 128, CHUNK, clock=clock, repeats=1)
     assert found.plan_step_s == pytest.approx(0.5) and found.plan_request_s == pytest.approx(0.25)
     assert found.commit_step_s == pytest.approx(0.0) and found.commit_request_s == pytest.approx(0.125)
     assert found.commit_end_s == pytest.approx(2.0)

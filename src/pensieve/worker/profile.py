@@ -49,6 +49,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32)  # answers in a step
 _FAR_BATCH, _FAR_CONTEXT = 8, 2048  # where attention shows
 _PLANNED = (1, 16)  # requests of the steps whose planning is timed
 _PLANNED_STEPS = 24
+_ENDED_CONTEXT, _ENDED_NEW, _ENDED_ANSWER, _ENDED_TURNS = 512, 100, 4, 5  # tokens, and turns, of the conversation whose ends are timed
 
 
 def load_or_measure(
@@ -252,23 +253,53 @@ class _Bench:
         A real worker computes between: what Python needs is cold then.
         """
         few, many = (self._planning(count, min(max_context, self._num_slots * self._chunk_tokens // count)) for count in _PLANNED)
-        return _line(few[0], many[0]), _line(few[1], many[1]), many[2]
+        return _line(few[0], many[0]), _line(few[1], many[1]), self._ending(min(max_context, self._num_slots * self._chunk_tokens))
 
-    def _planning(self, count: int, max_context: int) -> tuple[float, float, float]:
-        """Seconds to plan a step of so many decodes, to commit it, and more of an answer that ends."""
+    def _planning(self, count: int, max_context: int) -> tuple[float, float]:
+        """Seconds to plan a step of so many decodes, and to commit it."""
         if max_context < 4:
-            return 0.0, 0.0, 0.0
-        cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
-        tiers = (TierConfig("gpu", self._num_slots),)
-        cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
-        config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
-        scheduler = Scheduler(config, cache, max_context)
+            return 0.0, 0.0
+        scheduler = self._scheduler(count, max_context)
         answer = min(_PLANNED_STEPS + _WARM_UPS, max_context - 2)
         for row in range(count):
             # (ids of its own for each: nothing is shared)
             scheduler.submit(
                 f"planned {count} {row}", "profile", str(row), (row, row), 0, SamplingParams(max_new_tokens=answer), self._clock()
             )
+        planning, committing, _ = self._play(scheduler, count)
+        return (
+            statistics.median(planning[_WARM_UPS:] or planning or [0.0]),
+            statistics.median(committing[_WARM_UPS:] or committing or [0.0]),
+        )
+
+    def _ending(self, max_context: int) -> float:
+        """Seconds that a commit takes more in which an answer ends: of a conversation as long as they usually are, turn by turn."""
+        first = min(_ENDED_CONTEXT, max_context // 2)
+        new = min(_ENDED_NEW, first // _ENDED_TURNS)
+        if new < _ENDED_ANSWER + 1:
+            return 0.0
+        scheduler = self._scheduler(1, max_context)
+        vocabulary, ends, others = self._model.shape.vocab_size, [], []
+        for turn in range(_ENDED_TURNS):
+            length = first + turn * new
+            tokens = tuple(position * 7919 % vocabulary for position in range(length))
+            sampling = SamplingParams(max_new_tokens=_ENDED_ANSWER)
+            scheduler.submit(f"ended {turn}", "profile", "ended", tokens, max(0, length - new), sampling, self._clock())
+            _, committing, ended_s = self._play(scheduler, 1)
+            ends.append(ended_s)
+            others += committing
+        return max(0.0, statistics.median(ends) - statistics.median(others))
+
+    def _scheduler(self, count: int, max_context: int) -> Scheduler:
+        """A real one over the slots that are there."""
+        cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
+        tiers = (TierConfig("gpu", self._num_slots),)
+        cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
+        config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
+        return Scheduler(config, cache, max_context)
+
+    def _play(self, scheduler: Scheduler, count: int) -> tuple[list[float], list[float], float]:
+        """Steps until every request has ended. Seconds to plan those with all of them, to commit them, and of the last commit."""
         planning: list[float] = []
         committing: list[float] = []
         ends_s = 0.0
@@ -286,8 +317,7 @@ class _Bench:
                 planning.append(planned - begin)
                 committing.append(took_s)
         self._worker.run(scheduler.schedule(self._clock()))  # it forgets them
-        plan_s, commit_s = (statistics.median(seconds[_WARM_UPS:] or seconds or [0.0]) for seconds in (planning, committing))
-        return plan_s, commit_s, max(0.0, ends_s - commit_s) / count
+        return planning, committing, ends_s
 
     def copy(self, source: int, target: int) -> None:
         """A few chunks from one tier to the other."""
