@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-from pensieve.cli.build import GB, LoadedModel, Options, load_model, make_engine
+from pensieve.cli.build import GB, LoadedModel, Options, bare_engine, load_model, make_engine
 from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
@@ -552,7 +552,9 @@ def run_round(
     """A profile, and one run of everything."""
     say(f"round {number}: load average {load_average()}, measuring the profile")
     load_profile = load_average()
-    profile = load_or_measure(loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, progress=lambda what, share: calibrate.sample())
+    profile = load_or_measure(
+        loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, engine=bare_engine, progress=lambda what, share: calibrate.sample()
+    )
     then = calibrate.take()
     content: dict[str, Any] = {**document(profile, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}
     machine = read_machine(json.loads(json.dumps(content)))

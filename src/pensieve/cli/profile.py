@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pensieve.cli.build import load_model
+from pensieve.cli.build import bare_engine, load_model
 from pensieve.cli.options import model_options, pick
 from pensieve.errors import ConfigError
 from pensieve.worker.place import Place
@@ -39,6 +39,7 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
         longest,
         options.chunk_tokens,
         fresh=fresh,
+        engine=bare_engine,
         progress=lambda what, share: click.secho(f"{share:4.0%} {what}", dim=True, err=True),
     )
     if as_json:

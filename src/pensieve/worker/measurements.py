@@ -36,7 +36,7 @@ class Profile:
     chunk_token_s: float  # attention of a chunk's queries together, seconds a token before it
     plan_step_s: float  # the scheduler plans a step
     plan_request_s: float  # of that, more for each request in it
-    commit_step_s: float  # it takes a step's result in
+    commit_step_s: float  # the engine takes a step's result in: from there to the next plan
     commit_request_s: float  # of that, more for each request in it
     commit_end_s: float  # and more for each answer that ends
 

@@ -29,7 +29,7 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
-from pensieve.core.scheduler import Scheduler
+from pensieve.core.scheduler import Scheduler, StepEvents
 from pensieve.errors import ConfigError
 from pensieve.worker.attention import make_backend
 from pensieve.worker.measurements import FORMAT, Profile, attention_costs, attention_s, parse
@@ -61,6 +61,7 @@ def load_or_measure(
     folder: Path | None = None,
     fresh: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    engine: EngineMaker | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
     """The profile of this model on this machine, from the user's cache if it was measured before.
@@ -73,6 +74,7 @@ def load_or_measure(
         folder: where profiles are kept; None: `profiles` in $PENSIEVE_CACHE or the user's cache directory.
         fresh: measure even if there is one.
         clock: seconds, in which it is measured.
+        engine: makes the engine whose planning is timed; None: a scheduler and nothing around it.
         progress: called with (what is measured, share done).
 
     Raises:
@@ -83,7 +85,7 @@ def load_or_measure(
         kept = load(path)
         if kept is not None and kept.points[-1][0] >= contexts(max_context, chunk_tokens)[-1]:
             return kept
-    profile = measure(model, max_context, chunk_tokens, attention=attention, clock=clock, progress=progress)
+    profile = measure(model, max_context, chunk_tokens, attention=attention, clock=clock, engine=engine, progress=progress)
     try:
         save(profile, path, model)
     except OSError as error:
@@ -112,6 +114,7 @@ def measure(
     attention: str = "auto",
     repeats: int = 7,
     clock: Callable[[], float] = time.perf_counter,
+    engine: EngineMaker | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
     """Measure now; see `load_or_measure` for the arguments.
@@ -132,7 +135,7 @@ def measure(
     places = contexts(max_context, chunk_tokens)
     tell = progress or (lambda what, share: None)
     try:
-        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, clock)
+        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, clock, engine or _bare_engine)
         for context in places:
             bench.add(f"chunk {context}", bench.spans((context - chunk_tokens, context)))
         prompt, context = min(_PREFILL_TOKENS, max_context), min(_DECODE_CONTEXT, max_context)
@@ -191,6 +194,50 @@ def constant_of(points: list[tuple[int, float]]) -> float:
     return max(0.0, min(least, constant)) if slope > 0.0 else least
 
 
+# Makes what steps an engine: given a scheduler, its worker and a clock, a function for one step. (The engine is not this room's to import.)
+EngineMaker = Callable[[Scheduler, ModelWorker, Callable[[], float]], Callable[[], object]]
+
+
+def _bare_engine(scheduler: Scheduler, worker: ModelWorker, clock: Callable[[], float]) -> Callable[[], object]:
+    """Schedule, run, commit, and nothing else."""
+
+    def step() -> None:
+        plan = scheduler.schedule(clock())
+        result = worker.run(plan)
+        scheduler.commit(plan, result, clock())
+
+    return step
+
+
+class _TimedScheduler(Scheduler):
+    """Notes what it takes to plan, and how long it is from a result to the next plan."""
+
+    def watch(self, clock: Callable[[], float]) -> None:
+        """From now on."""
+        self._timer = clock
+        self._committed: tuple[float, int, int] | None = None
+        self.plans: list[tuple[float, int]] = []  # (seconds, spans)
+        self.gaps: list[tuple[float, int, int]] = []  # (seconds, spans of the result, answers that ended)
+
+    def schedule(self, now_s: float) -> StepPlan:
+        """See `Scheduler`."""
+        begin = self._timer()
+        if self._committed is not None:
+            committed_s, num_spans, num_ended = self._committed
+            self.gaps.append((begin - committed_s, num_spans, num_ended))
+            self._committed = None
+        plan = super().schedule(now_s)
+        self.plans.append((self._timer() - begin, len(plan.spans)))
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> StepEvents:
+        """See `Scheduler`."""
+        events = super().commit(plan, result, now_s)
+        if plan.spans:
+            self._committed = (now_s, len(plan.spans), len(events.finished))
+        return events
+
+
 class _Bench:
     """Times single steps of a worker: `works` by name, each once a round, so that a machine that is slow for a while is slow for all of them."""
 
@@ -202,8 +249,9 @@ class _Bench:
         max_context: int,
         chunk_tokens: int,
         clock: Callable[[], float],
+        engine: EngineMaker,
     ) -> None:
-        self._worker, self._model, self._clock = worker, model, clock
+        self._worker, self._model, self._clock, self._engine = worker, model, clock, engine
         self._num_slots, self._chunk_tokens = num_slots, chunk_tokens
         self.works: dict[str, Callable[[], Any]] = {}
         self._seconds: dict[str, list[float]] = {}  # of each round
@@ -248,7 +296,7 @@ class _Bench:
         return max(0.0, statistics.median(b - a for a, b in zip(self._seconds[less], self._seconds[more], strict=True)))
 
     def planning(self, max_context: int) -> tuple[tuple[float, float], tuple[float, float], float]:
-        """Of the scheduler: planning and committing, each a step and more for each request in it; and more for an answer that ends.
+        """Of the engine: planning, and from a result to the next plan, each a step and more for each request in it; and more for an answer's end.
 
         A real worker computes between: what Python needs is cold then.
         """
@@ -266,11 +314,10 @@ class _Bench:
             scheduler.submit(
                 f"planned {count} {row}", "profile", str(row), (row, row), 0, SamplingParams(max_new_tokens=answer), self._clock()
             )
-        planning, committing, _ = self._play(scheduler, count)
-        return (
-            statistics.median(planning[_WARM_UPS:] or planning or [0.0]),
-            statistics.median(committing[_WARM_UPS:] or committing or [0.0]),
-        )
+        self._play(scheduler)
+        plans = [seconds for seconds, num_spans in scheduler.plans if num_spans == count][_WARM_UPS:]
+        gaps = [seconds for seconds, num_spans, num_ended in scheduler.gaps if num_spans == count and not num_ended][_WARM_UPS:]
+        return statistics.median(plans or [0.0]), statistics.median(gaps or [0.0])
 
     def _ending(self, max_context: int) -> float:
         """Seconds that a commit takes more in which an answer ends: of a conversation as long as they usually are, turn by turn."""
@@ -279,45 +326,32 @@ class _Bench:
         if new < _ENDED_ANSWER + 1:
             return 0.0
         scheduler = self._scheduler(1, max_context)
-        vocabulary, ends, others = self._model.shape.vocab_size, [], []
+        vocabulary = self._model.shape.vocab_size
         for turn in range(_ENDED_TURNS):
             length = first + turn * new
             tokens = tuple(position * 7919 % vocabulary for position in range(length))
             sampling = SamplingParams(max_new_tokens=_ENDED_ANSWER)
             scheduler.submit(f"ended {turn}", "profile", "ended", tokens, max(0, length - new), sampling, self._clock())
-            _, committing, ended_s = self._play(scheduler, 1)
-            ends.append(ended_s)
-            others += committing
+            self._play(scheduler)
+        ends, others = ([seconds for seconds, _, ended in scheduler.gaps if bool(ended) == asked] for asked in (True, False))
         return max(0.0, statistics.median(ends) - statistics.median(others))
 
-    def _scheduler(self, count: int, max_context: int) -> Scheduler:
+    def _scheduler(self, count: int, max_context: int) -> _TimedScheduler:
         """A real one over the slots that are there."""
         cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
         tiers = (TierConfig("gpu", self._num_slots),)
         cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
         config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
-        return Scheduler(config, cache, max_context)
+        scheduler = _TimedScheduler(config, cache, max_context)
+        scheduler.watch(self._clock)
+        return scheduler
 
-    def _play(self, scheduler: Scheduler, count: int) -> tuple[list[float], list[float], float]:
-        """Steps until every request has ended. Seconds to plan those with all of them, to commit them, and of the last commit."""
-        planning: list[float] = []
-        committing: list[float] = []
-        ends_s = 0.0
+    def _play(self, scheduler: Scheduler) -> None:
+        """Steps until every request has ended and the worker has forgotten it."""
+        step = self._engine(scheduler, self._worker, self._clock)
         while scheduler.requests:
-            begin = self._clock()
-            plan = scheduler.schedule(begin)
-            planned = self._clock()
-            result = self._worker.run(plan)
-            computed = self._clock()
-            events = scheduler.commit(plan, result, computed)
-            took_s = self._clock() - computed
-            if events.finished:
-                ends_s = took_s
-            elif len(plan.spans) == count:
-                planning.append(planned - begin)
-                committing.append(took_s)
-        self._worker.run(scheduler.schedule(self._clock()))  # it forgets them
-        return planning, committing, ends_s
+            step()
+        step()
 
     def copy(self, source: int, target: int) -> None:
         """A few chunks from one tier to the other."""
