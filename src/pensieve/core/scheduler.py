@@ -8,6 +8,7 @@ committed.
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Tokens
@@ -125,9 +126,8 @@ class Scheduler:
         """
         if not tokens:
             raise InvalidRequest("a prompt needs at least one token, got none")
-        wrong = next((token for token in tokens if not (isinstance(token, int) and 0 <= token < self.vocab_size)), None)
-        if wrong is not None:
-            raise InvalidRequest(f"token ids must be integers in [0, {self.vocab_size}) (the vocabulary), got {wrong!r}")
+        if (wrong := _first_wrong_id(tokens, self.vocab_size)) is not None:
+            raise InvalidRequest(f"token ids must be integers in [0, {self.vocab_size}) (the vocabulary), got {tokens[wrong]!r}")
         try:
             namespace.encode()
         except UnicodeEncodeError as error:
@@ -654,3 +654,13 @@ class Scheduler:
         if request.num_failures > MAX_FAILURES and request.ending is None:
             request.error = f"gave up after {request.num_failures} failures: {message}"
             request.ending = FinishReason.ERROR
+
+
+def _first_wrong_id(tokens: Tokens[int], vocab_size: int) -> int | None:
+    """Where the first id stands that is no integer in [0, vocab_size). Long prompts are looked through by the array's own loop."""
+    try:
+        if max(array("Q", tokens)) < vocab_size:
+            return None
+    except (TypeError, OverflowError):
+        pass
+    return next((at for at, token in enumerate(tokens) if not (isinstance(token, int) and 0 <= token < vocab_size)), None)

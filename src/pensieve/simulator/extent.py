@@ -10,7 +10,7 @@ from pensieve.workloads.load_plan import LoadOptions
 from pensieve.workloads.scripts import check_contexts, contexts
 from pensieve.workloads.traces import load_trace
 
-CHUNK, LONG_CHUNK, LONG_CONTEXT = 32, 512, 65_536  # (of a long context a chunk is a small share, and what a turn costs to simulate)
+CHUNK, LONG_CHUNK, LONG_CONTEXT = 32, 1024, 65_536  # (of a long context a chunk is a small share, and what a turn costs to simulate)
 USERS = 32  # at once, of a trace that does not say when its conversations begin
 
 

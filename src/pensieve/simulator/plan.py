@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pensieve.simulator.case import Machine
 from pensieve.simulator.margins import HEADROOM, Held, Margin, held_loads, margins
-from pensieve.simulator.planner import Book, Found, Space, Trial, search
+from pensieve.simulator.planner import Book, Found, Space, Trial, rounded, search
 
 Limit = Literal["memory", "link", "first tier", "computing"]
+_CURVE = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0)  # of the largest CPU tier: how latency falls with it, for the picture
 _LINK_SHARE = 0.25  # of the time: waiting for swap-ins is what is wrong
 _SUSPENDED_SHARE = 0.05  # of the requests: those that run at once do not fit
 
@@ -43,8 +45,14 @@ def make_plan(book: Book, spaces: Sequence[Space]) -> Answer:
         return _nothing(book, found)
     space = next(one.space for one in found if one.space.devices == best.machine.devices)
     held, more = margins(book, space, best)
-    headroom = book.try_all([(best.machine, HEADROOM)])[0]
+    headroom = book.try_all([(best.machine, HEADROOM), *_curve(space, best)])[0]
     return Answer(tuple(found), best, held, tuple(more), headroom, best, None, None)
+
+
+def _curve(space: Space, trial: Trial) -> list[tuple[Machine, float]]:
+    """A machine with CPU tiers of a few sizes."""
+    sizes = [rounded(space.cpu_gb * share) for share in _CURVE]
+    return [(replace(trial.machine, cpu_cache_gb=size), 1.0) for size in sizes if size or not trial.machine.disk_cache_gb]
 
 
 def _nothing(book: Book, found: Sequence[Found]) -> Answer:
@@ -54,6 +62,7 @@ def _nothing(book: Book, found: Sequence[Found]) -> Answer:
     if space.cpu_gb < space.kept_gb and space.disk_gb < space.kept_gb * space.devices:
         more = book.try_all([(replace(closest.machine, cpu_cache_gb=space.kept_gb), 1.0)])[0]
         unlimited = more if book.holds(more) else None
+    book.try_all(_curve(space, closest))
     held = held_loads(book, [closest.machine])[0]
     limit: Limit = "memory" if unlimited is not None else _limit(closest)
     return Answer(tuple(found), None, held, (), None, closest, limit, unlimited)

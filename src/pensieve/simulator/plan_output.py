@@ -18,10 +18,20 @@ from pensieve.simulator.output import plain
 from pensieve.simulator.plan import Answer
 from pensieve.simulator.planner import Book, Goal, Trial, rate_of
 
+_MOST_LINES = 6  # of a picture: the answer's, and those with most points
+_STEADY = 0.85  # of the rate asked for, sent in the window
+
 
 def sentences(book: Book, answer: Answer) -> list[str]:
     """The answer in words: first what to buy, or why nothing will do."""
-    return _found(book, answer, answer.best) if answer.best is not None else _missed(book, answer)
+    words = _found(book, answer, answer.best) if answer.best is not None else _missed(book, answer)
+    asked, sent = rate_of(answer.closest), answer.closest.outcome.summary.sent_per_s
+    if sent < _STEADY * asked:
+        words.append(
+            f"In the measured window only {sent:.3g} of {asked:.3g} requests/s were sent, because people who came have not asked their later turns yet: "
+            "take a longer --duration and --warm-up, or this is a plan for less."
+        )
+    return words
 
 
 def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
@@ -40,11 +50,14 @@ def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
             words.append(
                 f"{share}{_ms(goal, answer.headroom.latency_s)}, {_ms(goal, abs(late_s))} {where} the target; it holds {_held_words(answer.held)}."
             )
-    worth = max(answer.margins, key=lambda margin: margin.more_per_s * margin.more_gb / margin.price if margin.price else 0.0, default=None)
-    if worth is not None and worth.more_per_s > 0 and worth.price:
-        per_s = worth.more_per_s * worth.more_gb * (1 if worth.tier == "disk_cache_gb" else best.machine.devices)
+    gains = [(margin.held.per_s - answer.held.per_s, margin) for margin in answer.margins if margin.price]
+    per_s, worth = max(gains, key=lambda gain: gain[0] / gain[1].price, default=(0.0, None))
+    if worth is not None and per_s > 0:
+        least = "" if worth.held.bounded else "at least "
+        each = " a device" if best.machine.devices > 1 and worth.tier != "disk_cache_gb" else ""
         words.append(
-            f"What is worth most for its price is more {TIERS[worth.tier]}: {worth.more_gb:.3g} GB for {worth.price:.3g} a month hold {per_s:.2g} requests/s more."
+            f"What is worth most for its price is more {TIERS[worth.tier]}: {worth.more_gb:.3g} GB{each} for {worth.price:.3g} a month hold "
+            f"{least}{per_s:.2g} requests/s more."
         )
     return words
 
@@ -52,11 +65,11 @@ def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
 def _missed(book: Book, answer: Answer) -> list[str]:
     goal, closest = book.goal, answer.closest
     found = closest.outcome
-    everything = f"{_machine_words(closest.machine)} {'has' if closest.machine.devices == 1 else 'have'}"
+    everything = f"{_machine_words(closest.machine)},"
     if found.summary.failed:
-        by = f"{found.summary.failed} of {found.summary.sent} requests fail"
+        by = f"fails {found.summary.failed} of {found.summary.sent} requests"
     else:
-        by = f"{_ms(goal, closest.latency_s)}, {closest.latency_s / goal.latency_s:.2g} times the target of {_ms(goal, goal.latency_s)}"
+        by = f"takes {_ms(goal, closest.latency_s)}, {closest.latency_s / goal.latency_s:.2g} times the target of {_ms(goal, goal.latency_s)}"
     words = [f"Nothing that was allowed holds {goal.words} at {rate_of(closest):.3g} requests/s: the best, {everything} {by}."]
     devices = "add devices (--max-devices)"
     if answer.unlimited is not None:
@@ -201,7 +214,7 @@ def plot(path: Path, book: Book, answer: Answer, title: str, subtitle: str) -> P
     ordered = sorted(lines, key=lambda key: (taken is None or key != (taken.disk_cache_gb, taken.gpu_cache_gb), -len(lines[key]), key))
     highest = 4.0 * book.goal.latency_s * 1e3
     with canvas(path, title, subtitle) as (axes,):
-        for index, key in enumerate(ordered[: len(COLOURS) * len(MARKERS)]):
+        for index, key in enumerate(ordered[:_MOST_LINES]):
             disk_gb, gpu_gb = key
             label = f"first tier {gpu_gb:.3g} GB" + (f", disk {disk_gb:.3g} GB" if disk_gb else "")
             points = sorted(lines[key])
@@ -228,6 +241,7 @@ def plot(path: Path, book: Book, answer: Answer, title: str, subtitle: str) -> P
         axes.set_ylabel(f"{book.goal.words}, {book.goal.unit}")
         if max(x for points in lines.values() for x, _ in points) > 0:
             axes.set_xscale("symlog", linthresh=_least_positive(lines))
+            axes.set_xlim(0.0, 1.4 * max(x for points in lines.values() for x, _ in points))
         axes.legend(frameon=False, fontsize=9)
     return path
 

@@ -208,7 +208,11 @@ def search(book: Book, space: Space) -> Found:
     for factor in (2**-0.25, 2**-0.5, 2**-0.75):
         if (smaller := rounded(at.gpu_cache_gb * factor)) >= space.least_gpu_gb:
             finer.append(_column(book, space, smaller, at.disk_cache_gb))
-    return Found(space, _narrow(book, [*columns, *finer], everything, lucky), everything)
+    best = _narrow(book, [*columns, *finer], everything, lucky)
+    alone = book.machine(space.devices, best.machine.gpu_cache_gb, 0.0, 0.0)
+    if not any(trial.has(alone) and not book.holds(trial) for trial in _known(book, everything)):
+        book.try_all([(alone, 1.0)])  # (tiers of next to nothing are better not there)
+    return Found(space, _best(book, everything, lucky), everything)
 
 
 def _column(book: Book, space: Space, gpu_gb: float, disk_gb: float) -> _Column:
@@ -222,7 +226,7 @@ def _narrow(book: Book, columns: Sequence[_Column], everything: Trial, lucky: se
     while True:
         best = _best(book, everything, lucky)
         for column in columns:
-            _settle(book, column, best, lucky)
+            _bound(book, column, best, lucky)
         unsettled = [column for column in columns if column.high - column.low > 1]
         if unsettled:
             each = -(-_PROBES // len(unsettled))
@@ -245,7 +249,7 @@ def _known(book: Book, everything: Trial) -> list[Trial]:
     return [trial for trial in book.trials.values() if trial.load == 1.0 and trial.machine.devices == everything.machine.devices]
 
 
-def _settle(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
+def _bound(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
     """Set a column's bounds by all that is known; between them lies what is unknown and cheaper than the best by enough to matter."""
     known = _known(book, best)
     missed = [trial for trial in known if not book.holds(trial) or trial.case in lucky]
