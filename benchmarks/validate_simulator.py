@@ -13,7 +13,9 @@ drift, says how much slower the machine was in that run than when it was profile
 its seconds times the drift.
 
 Prints JSON: throughput, latencies and tokens by source of both, and a verdict on three bounds: throughput within 15 %, each source's share of
-prompt tokens within 3 points, the same ranking of the systems.
+prompt tokens within 3 points, the same ranking of the systems (but for those whose real throughputs lie within 3 % of each other).
+
+`--again FILE,FILE` simulates anew what earlier results ran for real, each run with its own round's profile: for changes of the simulator.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from typing import Any
 
 import torch
 
-from pensieve.cli.build import GB, LoadedModel, Options, load_model, make_engine
+from pensieve.cli.build import GB, LoadedModel, Options, bare_engine, load_model, make_engine
 from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
@@ -56,6 +58,7 @@ CHUNK = 32
 STEPS_A_SAMPLE = 50  # between two looks at how fast the machine is
 MAX_THROUGHPUT_ERROR, MAX_SHARE_POINTS = 0.15, 3.0
 NEAR = (0.94, 0.97, 1.03, 1.06)  # machines nearly as fast: how far figures depend on who happens to come first
+TIE = 0.03  # systems whose real throughputs differ by less have no order
 TIERS_SHARE = 1 / 3  # of all histories at their end, in both tiers together
 GPU_SHARE = 2 / 3  # of that
 SYSTEMS = {"stateful": "pensieve", "gpu-only": "gpu-only", "stateless": "stateless"}  # here: in the simulator
@@ -273,6 +276,9 @@ def slowed(machine: MeasuredMachine, factor: float) -> MeasuredMachine:
             chunk_token_s=profile.chunk_token_s * factor,
             plan_step_s=profile.plan_step_s * factor,
             plan_request_s=profile.plan_request_s * factor,
+            commit_step_s=profile.commit_step_s * factor,
+            commit_request_s=profile.commit_request_s * factor,
+            commit_end_s=profile.commit_end_s * factor,
             copy_bytes_per_s={name: rate / factor for name, rate in profile.copy_bytes_per_s.items()},
         ),
     )
@@ -328,13 +334,27 @@ class Setting:
         return Machine(measured.model, gpu_cache_gb=gpu + cpu if system == "stateless" else gpu, cpu_cache_gb=cpu, measured=measured)
 
 
-def simulate(setting: Setting, system: str, measured: MeasuredMachine, options: Options, max_context: int) -> dict[str, Any]:
+def simulate(setting: Setting, system: str, measured: MeasuredMachine, options: Options) -> dict[str, Any]:
     case = Case(
-        setting.machine(measured, system), setting.load, SYSTEMS[system], chunk_tokens=CHUNK, max_context=max_context,
-        max_batch_tokens=options.batch_tokens, max_running=options.max_running,
+        setting.machine(measured, system), setting.load, SYSTEMS[system], chunk_tokens=CHUNK, max_batch_tokens=options.batch_tokens,
+        max_running=options.max_running, max_context=min(measured.shape.max_positions, setting.gpu_slots * CHUNK),
     )  # fmt: skip
     outcome = run_case(case, keep_records=True)
     return figures(outcome.records) | {"steps": outcome.num_steps, "busy_share": outcome.busy_share}
+
+
+def put_together(
+    setting: Setting, system: str, machine: MeasuredMachine, base: Options, real: dict[str, Any], drift: dict[str, float], calibrations: Any
+) -> dict[str, Any]:
+    """A real run beside its simulations."""
+    simulated = simulate(setting, system, machine, base)
+    at_drift = simulate(setting, system, slowed(machine, statistics.fmean(drift.values())), base)
+    near = [simulate(setting, system, slowed(machine, speed), base) for speed in NEAR]
+    return {
+        "real": real, "simulated": simulated, "simulated_at_drift": at_drift, "drift": drift, "calibrations": calibrations,
+        "simulated_near": [{name: other[name] for name in ("requests_per_s", "tokens_by_source")} for other in near],
+        "compared": compare(simulated, real), "compared_at_drift": compare(at_drift, real),
+    }  # fmt: skip
 
 
 def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -359,7 +379,11 @@ def judge(results: dict[int, dict[str, Any]], which: str) -> dict[str, Any]:
             points[f"{users} users, {system}"] = max(compared["source_points"].values(), key=abs)
         real = sorted(systems, key=lambda name: -systems[name]["real_mean"]["requests_per_s"])
         simulated = sorted(systems, key=lambda name: -systems[name]["simulated"]["requests_per_s"])
-        rankings[f"{users} users"] = {"real": real, "simulated": simulated, "same": real == simulated}
+        rate = {name: systems[name]["real_mean"]["requests_per_s"] for name in systems}
+        pairs = list(itertools.combinations(real, 2))  # (faster, slower)
+        ties = [pair for pair in pairs if rate[pair[0]] < (1 + TIE) * rate[pair[1]]]
+        same = all(simulated.index(fast) < simulated.index(slow) for fast, slow in pairs if (fast, slow) not in ties)
+        rankings[f"{users} users"] = {"real": real, "simulated": simulated, "ties": ties, "same": same}
     verdict["throughput"] = {
         "bound": MAX_THROUGHPUT_ERROR,
         "errors": errors,
@@ -380,14 +404,15 @@ def say(text: str) -> None:
 
 def run_real(
     setting: Setting, system: str, base: Options, loaded: LoadedModel, clock: Clock, machine: MeasuredMachine, calibrate: Calibration
-) -> tuple[dict[str, Any], dict[str, float], int]:
-    """One real run, the calibrations in it, and the longest context it allows."""
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """One real run, and the calibrations in it."""
     load_before = load_average()
     calibrate.sample()
     run = RealRun(setting.options(base, system), loaded, system != "stateless", clock, machine, setting.load.seed)
     assert "measurement" in run.cost_source, run.cost_source
     expected = setting.machine(machine, system).tiers(find_system(SYSTEMS[system]), CHUNK)
     assert run.sizes.tiers == expected, (run.sizes.tiers, expected)
+    assert run.sizes.max_context == min(machine.shape.max_positions, setting.gpu_slots * CHUNK)
     begun = time.perf_counter()
     run.play(setting.load.plan()[0].players, calibrate.sample)
     took = time.perf_counter() - begun
@@ -405,7 +430,7 @@ def run_real(
         "load_average_after": load_average()[0],
     }
     calibrate.sample()
-    return found, calibrate.take(), run.sizes.max_context
+    return found, calibrate.take()
 
 
 def commit() -> str:
@@ -446,7 +471,15 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
+    parser.add_argument("--again", default=None, help="results of earlier runs, several with commas: nothing is run for real")
     arguments = parser.parse_args()
+    if arguments.again is not None:
+        earlier = [json.loads(Path(name).read_text()) for name in arguments.again.split(",")]
+        text = json.dumps(report_of(arguments, simulate_again(earlier)))
+        if arguments.out is not None:
+            arguments.out.write_text(text + "\n")
+        print(text)
+        return
     base_clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     base = Options(model=arguments.model, threads=arguments.threads)
     loaded = load_model(base, must_talk=False, say=say, with_text=False)
@@ -464,14 +497,34 @@ def main() -> None:
     print(text)
 
 
+def simulate_again(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rounds of some reports with their real runs as they are and all else anew."""
+    rounds = []
+    for report in reports:
+        config = argparse.Namespace(**report["config"])
+        base = Options(model=config.model, threads=config.threads)
+        for number, round_ in enumerate(report["rounds"]):
+            machine = read_machine(round_["profile"])
+            runs: dict[int, dict[str, Any]] = {}
+            for users, setting in settings_of(config, machine.chunk_bytes(1), config.seed + number).items():
+                runs[users] = {
+                    system: put_together(setting, system, machine, base, run["real"], run["drift"], run["calibrations"])
+                    for system, run in round_["runs"][str(users)].items()
+                }
+            rounds.append(round_ | {"runs": runs, "command": report["command"], "commit": report["commit"]})
+    return rounds
+
+
 def report_of(arguments: argparse.Namespace, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the rounds, and what they say."""
     results: dict[int, dict[str, Any]] = {}
-    for users, systems in rounds[0]["runs"].items():
+    for users in dict.fromkeys(users for one in rounds for users in one["runs"]):
         results[users] = {}
-        for system in systems:
-            each = [one["runs"][users][system] for one in rounds]
+        there = [one["runs"][users] for one in rounds if users in one["runs"]]
+        for system in there[0]:
+            each = [systems[system] for systems in there]
             results[users][system] = {
+                "rounds": len(each),
                 "real_mean": mean_of([one["real"] for one in each]),
                 "simulated": mean_of([one["simulated"] for one in each]),
                 "compared": mean_of([one["compared"] for one in each]),
@@ -499,7 +552,9 @@ def run_round(
     """A profile, and one run of everything."""
     say(f"round {number}: load average {load_average()}, measuring the profile")
     load_profile = load_average()
-    profile = load_or_measure(loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, progress=lambda what, share: calibrate.sample())
+    profile = load_or_measure(
+        loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, engine=bare_engine, progress=lambda what, share: calibrate.sample()
+    )
     then = calibrate.take()
     content: dict[str, Any] = {**document(profile, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}
     machine = read_machine(json.loads(json.dumps(content)))
@@ -508,19 +563,9 @@ def run_round(
     for users, setting in settings.items():
         found[users] = {}
         for system in systems:
-            real, now, max_context = run_real(setting, system, base, loaded, clock, machine, calibrate)
-            drift = drift_of(then, now)
-            factor = statistics.fmean(drift.values())
-            simulated = simulate(setting, system, machine, base, max_context)
-            at_drift = simulate(setting, system, slowed(machine, factor), base, max_context)
-            near = [simulate(setting, system, slowed(machine, speed), base, max_context) for speed in NEAR]
-            one = {
-                "simulated_near": [{name: other[name] for name in ("requests_per_s", "tokens_by_source")} for other in near],
-                "real": real, "simulated": simulated, "simulated_at_drift": at_drift, "drift": drift, "calibrations": now,
-                "compared": compare(simulated, real), "compared_at_drift": compare(at_drift, real),
-            }  # fmt: skip
-            found[users][system] = one
-            compared = one["compared"]
+            real, now = run_real(setting, system, base, loaded, clock, machine, calibrate)
+            one = found[users][system] = put_together(setting, system, machine, base, real, drift_of(then, now), now)
+            simulated, compared, factor = one["simulated"], one["compared"], statistics.fmean(one["drift"].values())
             say(
                 f"round {number}, {users} users, {system}: real {real['requests_per_s']:.3f} requests/s in {real['wall_s']:.0f} s, simulated "
                 f"{simulated['requests_per_s']:.3f} ({compared['requests_per_s'] - 1:+.1%}; at drift {factor:.2f} "

@@ -40,7 +40,7 @@ def test_the_table_has_everything(measured: CausalModel) -> None:
         "     512      521.00",
         "       8      3.00",
         "attention 1.00 us a token that one query sees, 13.00 us a token before a chunk",
-        "planning 0.10 ms a step and 3 us a request in it",
+        "planning 0.10 ms a step and 3 us a request in it, committing 0.05 ms, 2 us, and 200 us an answer's end",
         "prefill 850 tokens/s, decode step 12.0 ms",
         "copy cpu->gpu 2.0 GB/s",
     ):

@@ -31,6 +31,9 @@ PROFILE = Profile(
     chunk_token_s=1.3e-5,
     plan_step_s=1e-4,
     plan_request_s=3e-6,
+    commit_step_s=5e-5,
+    commit_request_s=2e-6,
+    commit_end_s=2e-4,
 )
 DOCUMENT: dict[str, Any] = {
     "format": 2,

@@ -16,6 +16,7 @@ from pensieve.errors import ConfigError
 from pensieve.simulator.case import SYSTEMS, Machine, run_case
 from pensieve.simulator.cost_model import Overheads
 from pensieve.simulator.measured import load_machine
+from pensieve.workloads.load_plan import LoadOptions
 
 
 def written(folder: Path, content: dict[str, Any] | str) -> Path:
@@ -33,7 +34,7 @@ def test_a_machine_comes_out_of_its_file(tmp_path: Path) -> None:
     assert machine.measured is not None and machine.measured.profile == PROFILE
     assert (machine.model, machine.hardware) == ("some model", "some CPU")
     assert [tier.num_slots for tier in machine.tiers(SYSTEMS["pensieve"], 32)] == [40, 60]
-    assert machine.host_overheads() == Overheads(1e-4, 3e-6)
+    assert machine.host_overheads() == Overheads(1e-4, 3e-6, 5e-5, 2e-6, 2e-4)
     assert machine.cost().step_s([Span("r", 0, 1, None, emits_token=True)]) == pytest.approx(0.012 + 1e-6)
     links = machine.links(32)
     assert links.up_s(1) == pytest.approx(CHUNK_BYTES / 2e9) and links.down_s(0) == pytest.approx(CHUNK_BYTES / 1e9)
@@ -53,6 +54,15 @@ def test_a_case_of_it_is_a_value_that_runs(tmp_path: Path, system: str) -> None:
     outcome = run_case(case, keep_records=True)
     assert outcome.summary.sent == 60 and not outcome.summary.failed
     assert outcome.summary == run_case(case).summary
+
+
+def test_a_result_is_taken_in_before_the_next_step_is_planned(tmp_path: Path) -> None:
+    alone = LoadOptions(users=1, turns=1, new_tokens=10, output_tokens=5)
+    machine = measured_machine(tmp_path)
+    outcome = run_case(small(machine=machine, load=alone), keep_records=True)
+    (record,) = outcome.records
+    assert outcome.simulated_s - record.finished_s == pytest.approx(5e-5 + 2e-6 + 2e-4)  # an answer is there before that
+    assert outcome.busy_share < 1.0
 
 
 def test_chunks_are_those_that_were_measured(tmp_path: Path) -> None:

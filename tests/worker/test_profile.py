@@ -33,6 +33,9 @@ SOME = Profile(
     chunk_token_s=4e-3,
     plan_step_s=0.0,
     plan_request_s=1e-5,
+    commit_step_s=0.0,
+    commit_request_s=1e-5,
+    commit_end_s=1e-4,
 )
 
 
@@ -82,7 +85,7 @@ def test_each_point_is_one_chunk_at_its_context(model: CausalModel, monkeypatch:
     for tokens, seconds in found.step_points:
         assert seconds == pytest.approx(tokens - 1e-3 * tokens)  # (its attention, as the costs above have it)
     assert found.answer_points == tuple((rows, pytest.approx(10.0 * rows)) for rows in (1, 2, 4, 8, 16, 32))
-    assert (found.plan_step_s, found.plan_request_s) == (0.0, 0.0)  # planning takes no time on this clock
+    assert (found.plan_step_s, found.plan_request_s, found.commit_step_s, found.commit_end_s) == (0.0,) * 4  # no time on this clock
     shares = [share for _, share in told]
     assert shares == sorted(shares) and shares[0] == 0.0 and told[-1] == ("done", 1.0)
 
@@ -113,13 +116,16 @@ def test_planning_is_what_the_scheduler_takes(model: CausalModel, monkeypatch: p
         return plan
 
     def slow_commit(scheduler: Scheduler, plan: StepPlan, result: StepResult, now_s: float) -> StepEvents:
-        clock.now += 0.125 * len(plan.spans)
-        return commit(scheduler, plan, result, now_s)
+        events = commit(scheduler, plan, result, now_s)
+        clock.now += 0.125 * len(plan.spans) + 2.0 * len(events.finished)
+        return events
 
     monkeypatch.setattr(Scheduler, "schedule", slow_schedule)
     monkeypatch.setattr(Scheduler, "commit", slow_commit)
-    found = measure(model, 64, CHUNK, clock=clock, repeats=1)
-    assert found.plan_step_s == pytest.approx(0.5) and found.plan_request_s == pytest.approx(0.375)
+    found = measure(model, 128, CHUNK, clock=clock, repeats=1)
+    assert found.plan_step_s == pytest.approx(0.5) and found.plan_request_s == pytest.approx(0.25)
+    assert found.commit_step_s == pytest.approx(0.0) and found.commit_request_s == pytest.approx(0.125)
+    assert found.commit_end_s == pytest.approx(2.0)
 
 
 def test_a_long_context_is_measured_in_little_memory(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,6 +359,11 @@ def make_engine(
     return StartedEngine(engine, sizes, cost_source, worker.attention, loaded.model.forward_name)
 
 
+def bare_engine(scheduler: Scheduler, worker: ModelWorker, clock: Callable[[], float]) -> Callable[[], bool]:
+    """One step of an engine that nobody listens to, for `worker.profile`."""
+    return Engine(scheduler, worker, chunk_bytes=worker.chunk_bytes, emit=lambda events: None, clock=clock).step
+
+
 def _make_worker(options: Options, loaded: LoadedModel, sizes: Sizes) -> ModelWorker | ParallelWorker:
     if loaded.group is None:
         from pensieve.worker.worker import ModelWorker

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pensieve.cli.build import load_model
+from pensieve.cli.build import bare_engine, load_model
 from pensieve.cli.options import model_options, pick
 from pensieve.errors import ConfigError
 from pensieve.worker.place import Place
@@ -39,6 +39,7 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
         longest,
         options.chunk_tokens,
         fresh=fresh,
+        engine=bare_engine,
         progress=lambda what, share: click.secho(f"{share:4.0%} {what}", dim=True, err=True),
     )
     if as_json:
@@ -54,7 +55,10 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
     click.echo(
         f"\nattention {1e6 * measured.decode_token_s:.2f} us a token that one query sees, {1e6 * measured.chunk_token_s:.2f} us a token before a chunk"
     )
-    click.echo(f"planning {1e3 * measured.plan_step_s:.2f} ms a step and {1e6 * measured.plan_request_s:.0f} us a request in it")
+    click.echo(
+        f"planning {1e3 * measured.plan_step_s:.2f} ms a step and {1e6 * measured.plan_request_s:.0f} us a request in it, committing "
+        f"{1e3 * measured.commit_step_s:.2f} ms, {1e6 * measured.commit_request_s:.0f} us, and {1e6 * measured.commit_end_s:.0f} us an answer's end"
+    )
     click.echo(f"prefill {measured.prefill_tokens_per_s:,.0f} tokens/s, decode step {1e3 * measured.decode_step_s:.1f} ms")
     for direction, speed in measured.copy_bytes_per_s.items():
         click.echo(f"copy {direction} {speed / 1e9:.1f} GB/s")

@@ -34,6 +34,11 @@ class Overheads:
 
     step_s: float = 0.0  # a step
     request_s: float = 0.0  # a step and request in it
+    # And when its result is there: a conversation whose answer has just ended has been idle so long when the next step is planned, and is
+    # told apart by that from those that wait.
+    commit_step_s: float = 0.0
+    commit_request_s: float = 0.0
+    commit_end_s: float = 0.0  # an answer that ends
 
 
 # Fitted on vLLM's curve of the paper's Fig. 10a alone, by benchmarks/fit_overheads.py (benchmarks/results has the candidates), and held for

@@ -63,8 +63,9 @@ class MeasuredMachine:
         return CostProfile(self.profile.points, chunk_tokens)
 
     def overheads(self) -> Overheads:
-        """What planning a step takes."""
-        return Overheads(self.profile.plan_step_s, self.profile.plan_request_s)
+        """What the scheduler takes."""
+        found = self.profile
+        return Overheads(found.plan_step_s, found.plan_request_s, found.commit_step_s, found.commit_request_s, found.commit_end_s)
 
     def links(self, chunk_tokens: int) -> Links:
         """What its copies take. There is no disk: none was measured."""

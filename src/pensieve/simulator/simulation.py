@@ -96,6 +96,8 @@ class Simulation:
             events = scheduler.commit(plan, result, clock.now_s)
             for request in events.finished:
                 self._take_answer(request)
+            if committed_s := worker.committed_s(plan, len(events.finished)):
+                self._move_on(clock.now_s + committed_s)
             if self._debug:
                 scheduler.cache.check()
             steps += 1

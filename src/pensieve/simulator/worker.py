@@ -129,6 +129,14 @@ class CostWorker:
         tokens = self._tokens
         return StepResult(plan.step_id, tuple([tokens[span.request_id] for span in plan.spans if span.emits_token]), tuple(done))
 
+    def committed_s(self, plan: StepPlan, num_ended: int) -> float:
+        """Seconds from when a plan's result is there to when the next step is planned."""
+        if not plan.spans:
+            return 0.0
+        overheads = self._overheads
+        num_requests = len({span.request_id for span in plan.spans})
+        return overheads.commit_step_s + overheads.commit_request_s * num_requests + overheads.commit_end_s * num_ended
+
     @property
     def next_settled_s(self) -> float | None:
         """When the next swap-out is done; None: none is under way."""

@@ -34,8 +34,11 @@ class Profile:
     ]  # (answers that get a token in a step, seconds more: the output layer, sampling), ascending
     decode_token_s: float  # attention of one query, seconds a token it sees
     chunk_token_s: float  # attention of a chunk's queries together, seconds a token before it
-    plan_step_s: float  # planning a step and taking its result in
-    plan_request_s: float  # of that, more for each request in the step
+    plan_step_s: float  # the scheduler plans a step
+    plan_request_s: float  # of that, more for each request in it
+    commit_step_s: float  # the engine takes a step's result in: from there to the next plan
+    commit_request_s: float  # of that, more for each request in it
+    commit_end_s: float  # and more for each answer that ends
 
 
 def attention_costs(decode_token_s: float, chunk_token_s: float, chunk_tokens: int) -> tuple[float, float]:
@@ -98,6 +101,9 @@ _READERS: dict[str, Any] = {
     "chunk_token_s": float,
     "plan_step_s": float,
     "plan_request_s": float,
+    "commit_step_s": float,
+    "commit_request_s": float,
+    "commit_end_s": float,
 }
 
 
@@ -112,7 +118,7 @@ def _check(profile: Profile) -> None:
     _check_numbers("prefill_tokens_per_s", [profile.prefill_tokens_per_s], zero=False)
     _check_numbers("decode_step_s", [profile.decode_step_s], zero=False)
     _check_numbers("copy_bytes_per_s", list(profile.copy_bytes_per_s.values()), zero=False)
-    for name in ("decode_token_s", "chunk_token_s", "plan_step_s", "plan_request_s"):
+    for name in ("decode_token_s", "chunk_token_s", "plan_step_s", "plan_request_s", "commit_step_s", "commit_request_s", "commit_end_s"):
         _check_numbers(name, [getattr(profile, name)], zero=True)
     if not 0.0 <= profile.rest_s <= min(seconds for _, seconds in profile.points):
         raise ValueError(f"rest_s of {profile.rest_s} s is no part of its points")

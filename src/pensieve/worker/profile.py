@@ -29,7 +29,7 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
-from pensieve.core.scheduler import Scheduler
+from pensieve.core.scheduler import Scheduler, StepEvents
 from pensieve.errors import ConfigError
 from pensieve.worker.attention import make_backend
 from pensieve.worker.measurements import FORMAT, Profile, attention_costs, attention_s, parse
@@ -49,6 +49,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32)  # answers in a step
 _FAR_BATCH, _FAR_CONTEXT = 8, 2048  # where attention shows
 _PLANNED = (1, 16)  # requests of the steps whose planning is timed
 _PLANNED_STEPS = 24
+_ENDED_CONTEXT, _ENDED_NEW, _ENDED_ANSWER, _ENDED_TURNS = 512, 100, 4, 5  # tokens, and turns, of the conversation whose ends are timed
 
 
 def load_or_measure(
@@ -60,6 +61,7 @@ def load_or_measure(
     folder: Path | None = None,
     fresh: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    engine: EngineMaker | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
     """The profile of this model on this machine, from the user's cache if it was measured before.
@@ -72,6 +74,7 @@ def load_or_measure(
         folder: where profiles are kept; None: `profiles` in $PENSIEVE_CACHE or the user's cache directory.
         fresh: measure even if there is one.
         clock: seconds, in which it is measured.
+        engine: makes the engine whose planning is timed; None: a scheduler and nothing around it.
         progress: called with (what is measured, share done).
 
     Raises:
@@ -82,7 +85,7 @@ def load_or_measure(
         kept = load(path)
         if kept is not None and kept.points[-1][0] >= contexts(max_context, chunk_tokens)[-1]:
             return kept
-    profile = measure(model, max_context, chunk_tokens, attention=attention, clock=clock, progress=progress)
+    profile = measure(model, max_context, chunk_tokens, attention=attention, clock=clock, engine=engine, progress=progress)
     try:
         save(profile, path, model)
     except OSError as error:
@@ -111,6 +114,7 @@ def measure(
     attention: str = "auto",
     repeats: int = 7,
     clock: Callable[[], float] = time.perf_counter,
+    engine: EngineMaker | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
     """Measure now; see `load_or_measure` for the arguments.
@@ -131,7 +135,7 @@ def measure(
     places = contexts(max_context, chunk_tokens)
     tell = progress or (lambda what, share: None)
     try:
-        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, clock)
+        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, clock, engine or _bare_engine)
         for context in places:
             bench.add(f"chunk {context}", bench.spans((context - chunk_tokens, context)))
         prompt, context = min(_PREFILL_TOKENS, max_context), min(_DECODE_CONTEXT, max_context)
@@ -150,7 +154,7 @@ def measure(
             bench.add(f"answered {rows}", bench.spans((0, 1), rows=rows, emits_token=True))
         bench.run_rounds(repeats, tell)
         tell("planning", repeats / (repeats + 1))
-        plan_step_s, plan_request_s = bench.planning(max_context)
+        planning, committing, commit_end_s = bench.planning(max_context)
         tell("done", 1.0)
     finally:
         worker.close()
@@ -173,8 +177,11 @@ def measure(
         answer_points=tuple((rows, bench.more(f"silent {rows}", f"answered {rows}")) for rows in _BATCHES),
         decode_token_s=decode_token_s,
         chunk_token_s=chunk_token_s,
-        plan_step_s=plan_step_s,
-        plan_request_s=plan_request_s,
+        plan_step_s=planning[0],
+        plan_request_s=planning[1],
+        commit_step_s=committing[0],
+        commit_request_s=committing[1],
+        commit_end_s=commit_end_s,
     )
 
 
@@ -185,6 +192,50 @@ def constant_of(points: list[tuple[int, float]]) -> float:
         return least
     slope, constant = statistics.linear_regression(*zip(*points, strict=True))
     return max(0.0, min(least, constant)) if slope > 0.0 else least
+
+
+# Makes what steps an engine: given a scheduler, its worker and a clock, a function for one step. (The engine is not this room's to import.)
+EngineMaker = Callable[[Scheduler, ModelWorker, Callable[[], float]], Callable[[], object]]
+
+
+def _bare_engine(scheduler: Scheduler, worker: ModelWorker, clock: Callable[[], float]) -> Callable[[], object]:
+    """Schedule, run, commit, and nothing else."""
+
+    def step() -> None:
+        plan = scheduler.schedule(clock())
+        result = worker.run(plan)
+        scheduler.commit(plan, result, clock())
+
+    return step
+
+
+class _TimedScheduler(Scheduler):
+    """Notes what it takes to plan, and how long it is from a result to the next plan."""
+
+    def watch(self, clock: Callable[[], float]) -> None:
+        """From now on."""
+        self._timer = clock
+        self._committed: tuple[float, int, int] | None = None
+        self.plans: list[tuple[float, int]] = []  # (seconds, spans)
+        self.gaps: list[tuple[float, int, int]] = []  # (seconds, spans of the result, answers that ended)
+
+    def schedule(self, now_s: float) -> StepPlan:
+        """See `Scheduler`."""
+        begin = self._timer()
+        if self._committed is not None:
+            committed_s, num_spans, num_ended = self._committed
+            self.gaps.append((begin - committed_s, num_spans, num_ended))
+            self._committed = None
+        plan = super().schedule(now_s)
+        self.plans.append((self._timer() - begin, len(plan.spans)))
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> StepEvents:
+        """See `Scheduler`."""
+        events = super().commit(plan, result, now_s)
+        if plan.spans:
+            self._committed = (now_s, len(plan.spans), len(events.finished))
+        return events
 
 
 class _Bench:
@@ -198,8 +249,9 @@ class _Bench:
         max_context: int,
         chunk_tokens: int,
         clock: Callable[[], float],
+        engine: EngineMaker,
     ) -> None:
-        self._worker, self._model, self._clock = worker, model, clock
+        self._worker, self._model, self._clock, self._engine = worker, model, clock, engine
         self._num_slots, self._chunk_tokens = num_slots, chunk_tokens
         self.works: dict[str, Callable[[], Any]] = {}
         self._seconds: dict[str, list[float]] = {}  # of each round
@@ -243,42 +295,63 @@ class _Bench:
         """Seconds that one work takes beyond another, at least 0: the median over the rounds."""
         return max(0.0, statistics.median(b - a for a, b in zip(self._seconds[less], self._seconds[more], strict=True)))
 
-    def planning(self, max_context: int) -> tuple[float, float]:
-        """Seconds of the scheduler for a step, and more for each request in it. A real worker computes between: what Python needs is cold then."""
-        found = []
-        for count in _PLANNED:
-            room = self._num_slots * self._chunk_tokens // count
-            found.append((count, self._planning(count, min(max_context, room))))
-        (few, few_s), (many, many_s) = found
-        request_s = max(0.0, many_s - few_s) / (many - few)
-        return max(0.0, few_s - few * request_s), request_s
+    def planning(self, max_context: int) -> tuple[tuple[float, float], tuple[float, float], float]:
+        """Of the engine: planning, and from a result to the next plan, each a step and more for each request in it; and more for an answer's end.
 
-    def _planning(self, count: int, max_context: int) -> float:
+        A real worker computes between: what Python needs is cold then.
+        """
+        few, many = (self._planning(count, min(max_context, self._num_slots * self._chunk_tokens // count)) for count in _PLANNED)
+        return _line(few[0], many[0]), _line(few[1], many[1]), self._ending(min(max_context, self._num_slots * self._chunk_tokens))
+
+    def _planning(self, count: int, max_context: int) -> tuple[float, float]:
+        """Seconds to plan a step of so many decodes, and to commit it."""
         if max_context < 4:
-            return 0.0
-        cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
-        tiers = (TierConfig("gpu", self._num_slots),)
-        cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
-        config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
-        scheduler = Scheduler(config, cache, max_context)
+            return 0.0, 0.0
+        scheduler = self._scheduler(count, max_context)
         answer = min(_PLANNED_STEPS + _WARM_UPS, max_context - 2)
         for row in range(count):
             # (ids of its own for each: nothing is shared)
             scheduler.submit(
                 f"planned {count} {row}", "profile", str(row), (row, row), 0, SamplingParams(max_new_tokens=answer), self._clock()
             )
-        seconds = []
+        self._play(scheduler)
+        plans = [seconds for seconds, num_spans in scheduler.plans if num_spans == count][_WARM_UPS:]
+        gaps = [seconds for seconds, num_spans, num_ended in scheduler.gaps if num_spans == count and not num_ended][_WARM_UPS:]
+        return statistics.median(plans or [0.0]), statistics.median(gaps or [0.0])
+
+    def _ending(self, max_context: int) -> float:
+        """Seconds that a commit takes more in which an answer ends: of a conversation as long as they usually are, turn by turn."""
+        first = min(_ENDED_CONTEXT, max_context // 2)
+        new = min(_ENDED_NEW, first // _ENDED_TURNS)
+        if new < _ENDED_ANSWER + 1:
+            return 0.0
+        scheduler = self._scheduler(1, max_context)
+        vocabulary = self._model.shape.vocab_size
+        for turn in range(_ENDED_TURNS):
+            length = first + turn * new
+            tokens = tuple(position * 7919 % vocabulary for position in range(length))
+            sampling = SamplingParams(max_new_tokens=_ENDED_ANSWER)
+            scheduler.submit(f"ended {turn}", "profile", "ended", tokens, max(0, length - new), sampling, self._clock())
+            self._play(scheduler)
+        ends, others = ([seconds for seconds, _, ended in scheduler.gaps if bool(ended) == asked] for asked in (True, False))
+        return max(0.0, statistics.median(ends) - statistics.median(others))
+
+    def _scheduler(self, count: int, max_context: int) -> _TimedScheduler:
+        """A real one over the slots that are there."""
+        cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
+        tiers = (TierConfig("gpu", self._num_slots),)
+        cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
+        config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
+        scheduler = _TimedScheduler(config, cache, max_context)
+        scheduler.watch(self._clock)
+        return scheduler
+
+    def _play(self, scheduler: Scheduler) -> None:
+        """Steps until every request has ended and the worker has forgotten it."""
+        step = self._engine(scheduler, self._worker, self._clock)
         while scheduler.requests:
-            before = self._clock()
-            plan = scheduler.schedule(before)
-            planned = self._clock()
-            result = self._worker.run(plan)
-            computed = self._clock()
-            scheduler.commit(plan, result, computed)
-            if len(plan.spans) == count:
-                seconds.append(self._clock() - computed + planned - before)
-        self._worker.run(scheduler.schedule(self._clock()))  # it forgets them
-        return statistics.median(seconds[_WARM_UPS:] or seconds or [0.0])
+            step()
+        step()
 
     def copy(self, source: int, target: int) -> None:
         """A few chunks from one tier to the other."""
@@ -307,6 +380,13 @@ class _Bench:
         if result.forward_error is not None:
             raise RuntimeError(f"a forward failed while measuring: {result.forward_error}")
         return result
+
+
+def _line(few_s: float, many_s: float) -> tuple[float, float]:
+    """A constant and a slope, at least 0 each, through what the fewest and the most requests took."""
+    few, many = _PLANNED
+    slope = max(0.0, many_s - few_s) / (many - few)
+    return max(0.0, few_s - few * slope), slope
 
 
 def _name(row: int) -> str:
