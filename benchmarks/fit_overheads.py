@@ -23,7 +23,7 @@ from pensieve.simulator.sweep import run_cases
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
 
-RATES = (0.7, 1.4, 2.1, 2.8, 3.4, 4.0, 4.6)  # asked for; a run begins with nobody, so fewer come
+RATES = (0.8, 1.7, 2.6, 3.3, 3.9, 4.4, 4.8)  # asked for; a run begins with nobody, so fewer come
 WARM_UP = 0.25  # of a run
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=numbers, default=[8.0, 10.0, 12.0])
     parser.add_argument("--request-us", type=numbers, default=[0.0, 50.0, 100.0])
     parser.add_argument("--duration", type=numbers, default=[900.0, 1200.0])
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     published = CURVES["10a"]["vLLM"]
     found = []

@@ -36,7 +36,7 @@ class Series:
     system: str
     policy: str = "retention"
     think_s: float = 60.0
-    like: str | None = None  # whose published throughputs its rates follow, if it has none of its own
+    like: str | None = None  # whose published throughputs its rates follow; None: its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class CurveFigure:
 
     def rates(self, series: Series) -> list[float]:
         """What is asked for at first, requests a second."""
-        like = series.published or series.like
+        like = series.like or series.published
         assert like is not None
         highest = max(per_s for per_s, _ in CURVES[self.name][like])
         return [round(share * highest * _ASKED, 3) for share in _SHARES]
@@ -149,7 +149,7 @@ FIGURES = {
         ),
         CurveFigure(
             "14", "Retention value and LRU (OPT-13B, ShareGPT)", _OPT13, "sharegpt-like",
-            (Series("retention value", "retention value", "pensieve"), Series("LRU", "LRU", "pensieve", "lru")), 0.12,
+            (Series("retention value", "retention value", "pensieve"), Series("LRU", "LRU", "pensieve", "lru", like="retention value")), 0.12,
         ),
         CurveFigure(
             "15", "Think times (Llama 2-13B, ShareGPT)", _LLAMA13, "sharegpt-like",
@@ -248,7 +248,9 @@ def _phases(result: Result) -> list[Comparison]:
 def _policies(result: Result) -> list[Comparison]:
     paper = _quotient(result.published_throughput("retention value"), result.published_throughput("LRU"))
     ours = _quotient(result.throughput("retention value"), result.throughput("LRU"))
-    pairs = list(zip(result.outcomes["retention value"], result.outcomes["LRU"], strict=False))
+    lru_of = {(one.rate, one.case.load.seed): one for one in result.outcomes["LRU"]}
+    same = ((one, lru_of.get((one.rate, one.case.load.seed))) for one in result.outcomes["retention value"])
+    pairs = [(value, lru) for value, lru in same if lru is not None]
     more = max(100 * (value.summary.cpu_share - lru.summary.cpu_share) for value, lru in pairs)
     fewer = max(
         1.0 - value.summary.recomputed_tokens / lru.summary.recomputed_tokens for value, lru in pairs if lru.summary.recomputed_tokens
