@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def to_json(results: Sequence[Result], small: Sequence[SmallFigure]) -> dict[str
     return {
         "benchmark": "simulate figures",
         "version": __version__,
-        "config": {"run_s": RUN_S, "warm_up": WARM_UP, "seeds": SEEDS, "step_s": FITTED.step_s, "request_s": FITTED.request_s},
+        "config": {"run_s": RUN_S, "warm_up": WARM_UP, "seeds": SEEDS, "overheads": asdict(FITTED)},
         "figures": [
             {
                 "figure": result.figure.name,
