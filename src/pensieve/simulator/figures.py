@@ -24,7 +24,7 @@ SEEDS = 2
 _SHARES = (0.2, 0.5, 0.75, 0.95)
 _ASKED = 1.3
 _FURTHER = 1.1  # a curve that has not passed the latency it is read at goes on in such steps
-_MOST_STEPS = 9
+_MOST_STEPS = 18
 
 
 @dataclass(frozen=True, slots=True)
