@@ -9,8 +9,16 @@ from typing import Any
 
 from pensieve.errors import ConfigError
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers too (Okabe and Ito)
-MARKERS = ("o", "s", "^", "D")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#444444",
+)  # told apart by colour-blind readers too (Okabe and Ito)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @contextmanager

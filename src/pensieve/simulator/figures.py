@@ -63,7 +63,7 @@ class CurveFigure:
 
     def cases(self, series: Series, rate: float) -> list[Case]:
         """One point: a case a seed."""
-        run_s = RUN_S * max(1.0, series.think_s / 60.0) ** 0.5  # (who thinks longer comes back later: histories need longer to grow)
+        run_s = RUN_S * (series.think_s / 60.0) ** 0.5  # (who thinks longer comes back later: histories need longer to grow)
         return [
             Case(
                 self.machine,
