@@ -245,7 +245,7 @@ def test_one_bad_request_disturbs_nobody(store: SqliteStore) -> None:
 
 
 def test_a_cancelled_turn_does_not_take_others_along(store: SqliteStore) -> None:
-    with running(store) as service:
+    with running(store, pause_s=0.005) as service:  # (so that the turn is under way when it is cancelled, on a busy machine too)
         turns = [service.send(f"c{i}", [Message("user", "hello")], SamplingParams(max_new_tokens=30)) for i in range(4)]
         assert turns[0].future.cancel()
         for turn in turns[1:]:

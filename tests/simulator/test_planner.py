@@ -20,6 +20,7 @@ from pensieve.simulator.plan import make_plan
 from pensieve.simulator.plan_output import sentences, to_json
 from pensieve.simulator.planner import Book, Goal, Prices, Space, at_load, rounded, search
 from pensieve.simulator.records import Spread, Summary
+from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
 
 RATE = 10.0
@@ -244,7 +245,7 @@ def timed(tmp_path: Path) -> list[str]:
 def test_alone_is_what_an_idle_machine_takes() -> None:
     from pensieve.simulator.case import run_case
 
-    load = LoadOptions(trace=Path("sharegpt-like"), rates=(0.05,), duration_s=400.0, turns=3, max_context=1024)
+    load = LoadOptions(trace=Path("sharegpt-like"), rates=(0.05,), duration_s=400.0, turns=3, max_context=1024, think=ThinkTime(5.0))
     case = Case(Machine("smollm2-135m"), load, max_context=1024)
     summary = run_case(case).summary
     bound = alone(case, demand_of(case))

@@ -85,13 +85,14 @@ def test_starts_are_spread_evenly() -> None:
         ("0.5:2:0.5", (0.5, 1.0, 1.5, 2.0)),
         ("0.1:1:0.3", (0.1, 0.4, 0.7, 1.0)),
         ("1:1:1", (1.0,)),
+        ("1:3", (1.0, 2.0, 3.0)),
     ],
 )
 def test_rates_are_a_number_some_numbers_or_a_range(text: str, rates: tuple[float, ...]) -> None:
     assert parse_rates(text) == rates
 
 
-@pytest.mark.parametrize("text", ["", "fast", "0", "-1", "1,0", "1:2", "1:2:0", "2:1:1", "1:1e9:1", "nan", "1,,2", "0:1:0.5"])
+@pytest.mark.parametrize("text", ["", "fast", "0", "-1", "1,0", "2:1", "1:2:0", "2:1:1", "1:1e9:1", "nan", "1,,2", "0:1:0.5"])
 def test_rates_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="rate"):
         parse_rates(text)

@@ -70,6 +70,7 @@ def alone(case: Case, demand: Demand) -> Alone:
     """How long a load's requests take on a machine that has nothing else to do and has forgotten nothing."""
     cost, overheads = case.machine.cost(), case.machine.overheads
     host_s = overheads.step_s + overheads.request_s
+    between_s = overheads.commit_step_s + overheads.commit_request_s  # a result and the next plan
 
     def span_s(start: int, stop: int) -> float:
         return cost.step_s([Span("", start, stop, None, emits_token=True)])
@@ -80,13 +81,13 @@ def alone(case: Case, demand: Demand) -> Alone:
         for index, (turn, context) in enumerate(zip(script.turns, contexts(script), strict=True)):
             prompt = max(1, int(context) - turn.output_tokens)
             at = max(0, prompt - turn.message_tokens - 1) if index else 0  # (the last sampled token has no KV yet)
-            ttft_s = 0.0
+            ttft_s = -between_s
             while at < prompt:
                 stop = min(prompt, at + case.max_batch_tokens)
-                ttft_s += span_s(at, stop) + host_s
+                ttft_s += span_s(at, stop) + host_s + between_s
                 at = stop
             middle = prompt + turn.output_tokens // 2 + 1  # a decode costs more as its context grows, in a straight line
-            decodes_s = (turn.output_tokens - 1) * (span_s(middle - 1, middle) + host_s)
+            decodes_s = (turn.output_tokens - 1) * (span_s(middle - 1, middle) + host_s + between_s)
             first.append(ttft_s)
             normalized.append((ttft_s + decodes_s) / turn.output_tokens)
     return Alone(Spread.of(normalized), Spread.of(first))
