@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from pensieve.errors import ConfigError
+
+_WIDTH = 130  # of tables in a file or a pipe
 
 
 def check_paths(out_dir: Path | None, json_path: Path | None, name: str) -> list[Path]:
@@ -27,3 +32,8 @@ def check_paths(out_dir: Path | None, json_path: Path | None, name: str) -> list
     if out_dir is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--out draws a picture, which needs matplotlib: pip install 'pensieve-serve[plot]', or take --json")
     return paths
+
+
+def table_console() -> Console:
+    """Where tables go: as wide as the terminal, or wide enough where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=_WIDTH)

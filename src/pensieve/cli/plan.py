@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from pensieve.cli.outputs import check_paths
+from pensieve.cli.outputs import check_paths, table_console
 from pensieve.cli.simulation_options import (
     DEFAULT_DURATION_S,
     DEFAULT_THINK,
@@ -157,7 +156,7 @@ def plan(
     book = Book(case, goal, prices, run)
     answer = make_plan(book, spaces)
     took_s = time.perf_counter() - begun_s
-    console = Console()
+    console = table_console()
     console.print(f"[bold]{model}[/bold] on {hardware}, {trace}: {len(book.trials)} simulations in {took_s:.0f} s\n", highlight=False)
     print_trials(book, console, answer.best)
     if answer.margins:

@@ -12,11 +12,10 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 from rich.table import Table
 
 from pensieve.cli.build import CPU_BATCH_TOKENS, CPU_CACHE_GB, Options
-from pensieve.cli.outputs import check_paths
+from pensieve.cli.outputs import check_paths, table_console
 from pensieve.cli.simulation_options import (
     DEFAULT_DURATION_S,
     DEFAULT_THINK,
@@ -157,7 +156,7 @@ def simulate(
     with progress(cases) as tell:
         outcomes = run_cases(cases, jobs=jobs, tell=tell)
     took_s = time.perf_counter() - begun_s
-    console = Console()
+    console = table_console()
     console.print(f"[bold]{model}[/bold] on {devices} × {hardware}, {trace}: {_simulated(outcomes, took_s)}\n", highlight=False)
     print_table(outcomes, console)
     record = to_json(outcomes)
@@ -205,7 +204,7 @@ def _figures(names: str, folder: Path, jobs: int | None) -> None:
 
     small = [SMALL_FIGURES[name]() for name in wanted if name in SMALL_FIGURES]
     results = simulate_figures([FIGURES[name] for name in wanted if name in FIGURES], run)
-    console = Console()
+    console = table_console()
     for title, comparisons in [
         *((f"Figure {figure.name}: {figure.title}", small_comparisons(figure)) for figure in small),
         *((f"Figure {result.figure.name}: {result.figure.title}", compare(result)) for result in results),
