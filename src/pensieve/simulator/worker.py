@@ -100,6 +100,7 @@ class CostWorker:
         self._lanes = [_Lane(deque()) for _ in range(max(0, num_tiers - 1))]
         self._tokens: dict[str, SampledToken] = {}
         self._free_from_s = 0.0  # swap-outs do not begin before
+        self._num_requests = 0  # in the last step that computed
         self.busy_s = 0.0  # with steps that compute
         self.waited_s = 0.0  # of those, for swap-ins
         self.num_steps = 0  # that computed
@@ -130,12 +131,11 @@ class CostWorker:
         return StepResult(plan.step_id, tuple([tokens[span.request_id] for span in plan.spans if span.emits_token]), tuple(done))
 
     def committed_s(self, plan: StepPlan, num_ended: int) -> float:
-        """Seconds from when a plan's result is there to when the next step is planned."""
+        """Seconds from when the result of the plan that ran last is there to when the next step is planned."""
         if not plan.spans:
             return 0.0
         overheads = self._overheads
-        num_requests = len({span.request_id for span in plan.spans})
-        return overheads.commit_step_s + overheads.commit_request_s * num_requests + overheads.commit_end_s * num_ended
+        return overheads.commit_step_s + overheads.commit_request_s * self._num_requests + overheads.commit_end_s * num_ended
 
     @property
     def next_settled_s(self) -> float | None:
@@ -173,8 +173,8 @@ class CostWorker:
         if not plan.spans:
             return copied_s
         device_s = self._cost.step_s(plan.spans)
-        num_requests = len({span.request_id for span in plan.spans})
-        host_s = self._overheads.step_s + self._overheads.request_s * num_requests
+        self._num_requests = len({span.request_id for span in plan.spans})
+        host_s = self._overheads.step_s + self._overheads.request_s * self._num_requests
         computed_s = device_s
         if copied_s:
             # layer i can be computed when it is copied and layer i - 1 is computed: all layers are alike, so one of the two runs is the whole
