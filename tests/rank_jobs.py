@@ -251,7 +251,7 @@ def follow_another_plan(group: Group, what: str) -> None:
             message = hear()
             plan = getattr(message, "plan", None)
             if plan is not None and plan.step_id == 1:
-                other = replace(plan.spans[0], token_ids=(7,))
+                other = plan.spans[0]._replace(token_ids=(7,))
                 message = replace(message, plan=replace(plan, spans=(other,)))
             return message
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -77,6 +78,29 @@ def test_the_tournament_finds_the_highest_line_at_every_later_time(lines: list[t
         assert winner is not None
         heights = [slope * now_s + offset for slope, offset in lines]
         assert heights[winner] == pytest.approx(max(heights), rel=1e-9, abs=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 20), st.floats(0, 10), st.floats(-1e4, 1e4) | st.just(-math.inf), st.sampled_from([0.0, 0.0, 1.0, 1e3]))
+    )
+)
+def test_the_tournament_follows_lines_that_change_between_questions(changes: list[tuple[int, float, float, float]]) -> None:
+    tournament = KineticTournament()
+    lines: dict[int, tuple[float, float]] = {}
+    now_s = 0.0
+    for leaf, slope, offset, passed_s in changes:
+        tournament.set(leaf, slope, offset)
+        lines[leaf] = slope, offset
+        if not passed_s:
+            continue  # several are set before the next question
+        now_s += passed_s
+        heights = {at: slope * now_s + offset for at, (slope, offset) in lines.items() if offset > -math.inf}
+        winner = tournament.highest(now_s)
+        assert (winner is None) == (not heights)
+        if winner is not None:
+            assert heights[winner] == pytest.approx(max(heights.values()), rel=1e-9, abs=1e-6)
 
 
 def test_the_leading_chunk_goes_first_at_equal_idle_time() -> None:

@@ -24,6 +24,8 @@ class State(enum.Enum):
     LOWER = "lower"
     LOWER_COPYING = "lower, copying up"
 
+    __hash__ = object.__hash__  # (an enum's own is a Python function, and a table of moves is looked up several times a chunk)
+
 
 class Event(enum.Enum):
     """What can happen to a chunk."""
@@ -42,6 +44,8 @@ class Event(enum.Enum):
     FAIL_SWAP_IN = "fail_swap_in"
     LOSE = "lose"  # a swap-in failed and its source cannot be read either
     DROP = "drop"
+
+    __hash__ = object.__hash__  # (as above)
 
 
 MOVES: dict[tuple[State, Event], State] = {
@@ -108,10 +112,14 @@ class Chunk:
         """The state between two tiers."""
         if self.computing:
             return State.COMPUTING
+        copy = self.copy
+        if copy is not None:
+            if copy.src_tier == upper and copy.dst_tier == lower:
+                return State.UPPER_COPYING
+            if copy.src_tier == lower and copy.dst_tier == upper:
+                return State.LOWER_COPYING
         in_upper = self.slots[upper] is not None
         in_lower = lower != upper and self.slots[lower] is not None  # (a single tier has nothing below it)
-        if self.copy is not None and {self.copy.src_tier, self.copy.dst_tier} == {upper, lower}:
-            return State.UPPER_COPYING if self.copy.src_tier == upper else State.LOWER_COPYING
         if in_upper:
             return State.BOTH if in_lower else State.UPPER
         return State.LOWER if in_lower else State.ABSENT

@@ -28,6 +28,12 @@ class Places:
         self.clean = [VictimQueue(1 << (3 * tier), policy()) for tier in tiers]  # a lower copy exists: reclaimed at no cost
         self.sole = [VictimQueue(2 << (3 * tier), policy()) for tier in tiers]  # no lower copy: copied down, released or dropped
         self.duplicates = [Duplicates(4 << (3 * tier)) for tier in tiers]  # lower copies of leased chunks
+        queues = (queue for tier in tiers for queue in (self.clean[tier], self.sole[tier], self.duplicates[tier]))
+        self._queue_of: dict[int, VictimQueue | Duplicates] = {queue.bit: queue for queue in queues}
+        combinations = range(1 << self.num_tiers)
+        self._bits_idle = [self._bits_of(lies_in) for lies_in in combinations]
+        self._bits_leased = [self._bits_of(lies_in, leased=True) for lies_in in combinations]
+        self._bits_kept = [self._bits_of(lies_in, kept=True) for lies_in in combinations]
         self.copies: dict[int, CopyRecord] = {}
         self.copies_down = [0] * self.num_tiers  # of those, downward ones by source tier
         self.failed_down = [0] * self.num_tiers  # downward copies into a tier that failed in a row
@@ -164,7 +170,9 @@ class Places:
 
     def release_lower(self, chunk: Chunk, tier: int) -> None:
         """Free the copy in `tier` of a chunk that also lies in a faster one."""
-        upper = next((t for t in range(tier - 1, -1, -1) if chunk.slots[t] is not None), tier - 1)
+        upper = tier - 1
+        while upper > 0 and chunk.slots[upper] is None:
+            upper -= 1
         chunk.require(Event.RELEASE_LOWER, upper, tier)
         self._free_slot(chunk, tier)
         self.reindex(chunk)
@@ -196,52 +204,53 @@ class Places:
 
     def reindex(self, chunk: Chunk) -> None:
         """Put a chunk into exactly the queues its state says."""
-        wanted, present = self.wanted_queues(chunk), chunk.queues
-        if wanted == present:
-            return
-        for tier in range(self.num_tiers):
-            for queue in (self.clean[tier], self.sole[tier], self.duplicates[tier]):
-                if (wanted ^ present) & queue.bit:
-                    if wanted & queue.bit:
-                        queue.add(chunk)
-                    else:
-                        queue.discard(chunk)
+        wanted = 0 if chunk.computing or chunk.copy is not None else self.wanted_queues(chunk)
+        changed = wanted ^ chunk.queues
+        while changed:
+            bit = changed & -changed
+            changed ^= bit
+            if wanted & bit:
+                self._queue_of[bit].add(chunk)
+            else:
+                self._queue_of[bit].discard(chunk)
 
     def wanted_queues(self, chunk: Chunk) -> int:
         """The bits of the queues a chunk belongs to."""
         if chunk.computing or chunk.copy is not None:
             return 0
-        bits, slots = 0, chunk.slots
-        if chunk.leases:
-            if slots[0] is not None:
-                for tier in range(1, self.num_tiers):
-                    if slots[tier] is not None:
-                        bits |= self.duplicates[tier].bit
-            return bits
-        has_lower = False
-        for tier in range(self.num_tiers - 1, -1, -1):
-            if slots[tier] is None:
-                continue
-            if has_lower:
-                bits |= self.clean[tier].bit
-            elif tier < self.num_tiers - 1 or not chunk.keeps:
-                bits |= self.sole[tier].bit  # (in the last tier a kept chunk stays: it has nowhere to go)
-            has_lower = True
+        lies_in, tier_bit = 0, 1
+        for slot in chunk.slots:
+            if slot is not None:
+                lies_in |= tier_bit
+            tier_bit += tier_bit
+        return (self._bits_leased if chunk.leases else self._bits_kept if chunk.keeps else self._bits_idle)[lies_in]
+
+    def _bits_of(self, lies_in: int, *, leased: bool = False, kept: bool = False) -> int:
+        """The bits of the queues for a chunk that lies in some tiers, one bit each: a table has the answers."""
+        tiers = [tier for tier in range(self.num_tiers) if lies_in & (1 << tier)]
+        if not tiers:
+            return 0
+        if leased:
+            return sum(self.duplicates[tier].bit for tier in tiers[1:]) if tiers[0] == 0 else 0
+        *upper, lowest = tiers
+        bits = sum(self.clean[tier].bit for tier in upper)
+        if lowest < self.num_tiers - 1 or not kept:
+            bits |= self.sole[lowest].bit  # (in the last tier a kept chunk stays: it has nowhere to go)
         return bits
 
     def leave_queues(self, chunk: Chunk) -> None:
         """Take a chunk out of its queues while its owner changes; `reindex` puts it back."""
-        if chunk.queues:
-            for tier in range(self.num_tiers):
-                for queue in (self.clean[tier], self.sole[tier], self.duplicates[tier]):
-                    if chunk.queues & queue.bit:
-                        queue.discard(chunk)
+        while chunk.queues:
+            self._queue_of[chunk.queues & -chunk.queues].discard(chunk)
 
     # -- inside
 
     def _next_copy_below(self, chunk: Chunk, tier: int) -> int:
-        lower = range(tier + 1, self.num_tiers)
-        return next((t for t in lower if chunk.slots[t] is not None), min(tier + 1, self.num_tiers - 1))
+        slots, last = chunk.slots, self.num_tiers - 1
+        for lower in range(tier + 1, last):
+            if slots[lower] is not None:
+                return lower
+        return last if tier >= last or slots[last] is not None else tier + 1
 
     def _settle(self, copy_id: int, if_down: Event, if_up: Event) -> CopyRecord:
         record = self.copies[copy_id]

@@ -356,11 +356,11 @@ class Scheduler:
                 return
             step.tables.append(BlockTableUpdate(request.request_id, len(sequence.chunks) - 1, (slot,)))
         token_ids = None if request.num_pending else (request.tokens[-1],)
-        self._add_span(step, request, Span(request.request_id, start, length, token_ids, emits_token=True))
+        self._add_span(step, request, Span(request.request_id, start, length, token_ids, True))
 
     def _next_length(self, request: Request) -> int | None:
         """Tokens of a decoding request with those that are on their way; None: it does not decode, or its last token is on its way."""
-        if request.missing or not request.plannable:
+        if request.missing or request.ending is not None or not request.plannable:
             return None
         length = len(request.tokens) + request.num_pending
         is_last = length - request.num_prompt >= request.sampling.max_new_tokens or length >= self.max_context
@@ -659,7 +659,8 @@ class Scheduler:
 def _first_wrong_id(tokens: Tokens[int], vocab_size: int) -> int | None:
     """Where the first id stands that is no integer in [0, vocab_size). Long prompts are looked through by the array's own loop."""
     try:
-        if max(array("Q", tokens)) < vocab_size:
+        array("Q", tokens)
+        if max(tokens) < vocab_size:
             return None
     except (TypeError, OverflowError):
         pass

@@ -120,7 +120,7 @@ def tenant_of(namespace: str) -> str:
 
 def chain_digest(parent: bytes, tokens: Tokens[int]) -> bytes:
     """The chain hash of a chunk's tokens after what `parent` stands for."""
-    return hashlib.blake2b(parent + array("I", tokens).tobytes(), digest_size=DIGEST_BYTES).digest()
+    return _digest(parent, array("I", tokens).tobytes())
 
 
 def root_digest(namespace: str) -> bytes:
@@ -133,7 +133,16 @@ def extend_digests(digests: list[bytes], namespace: str, tokens: Tokens[int], ch
 
     digest[i] = H(digest[i-1] + tokens of chunk i), so equal digests mean equal tokens from the root on.
     """
+    first, last = len(digests), len(tokens) // chunk_tokens
+    if first >= last:
+        return
     parent = digests[-1] if digests else root_digest(namespace)
-    for index in range(len(digests), len(tokens) // chunk_tokens):
-        parent = chain_digest(parent, tokens[index * chunk_tokens : (index + 1) * chunk_tokens])
+    chunks = array("I", tokens[first * chunk_tokens : last * chunk_tokens])
+    flat, step = chunks.tobytes(), chunks.itemsize * chunk_tokens
+    for at in range(0, len(flat), step):
+        parent = _digest(parent, flat[at : at + step])
         digests.append(parent)
+
+
+def _digest(parent: bytes, chunk: bytes) -> bytes:
+    return hashlib.blake2b(parent + chunk, digest_size=DIGEST_BYTES).digest()

@@ -29,10 +29,10 @@ class ByLines(ABC, Generic[ClassKey]):
 
     def __init__(self) -> None:
         self._order = itertools.count()
-        self._leaf_of: dict[ClassKey, int] = {}  # of classes with members
+        self._leaf_of: dict[ClassKey, int] = {}  # of classes with members, and of those without until their leaf is wanted by another
         self._class_at: list[ClassKey] = []
         self._heaps: list[OldestFirst] = []
-        self._spare: list[int] = []  # leaves whose class has no member left
+        self._spare: dict[int, None] = {}  # leaves whose class has no member left, the longest empty first
         self._tournament = KineticTournament()
         self._home: dict[Chunk, int] = {}
         self._bends: list[tuple[float, int]] = []  # when the line of a leaf ends, and a new one must be entered
@@ -57,6 +57,8 @@ class ByLines(ABC, Generic[ClassKey]):
         leaf = self._leaf_of.get(kind)
         if leaf is None:
             leaf = self._take_leaf(kind)
+        elif leaf in self._spare:
+            del self._spare[leaf]
         self._home[chunk] = leaf
         self._heaps[leaf].add(chunk, key)
         self._refresh(leaf)
@@ -85,8 +87,7 @@ class ByLines(ABC, Generic[ClassKey]):
             self._tournament.set(leaf, 0.0, -math.inf)
             if self._bends:
                 self._bend_of.pop(leaf, None)
-            del self._leaf_of[self._class_at[leaf]]
-            self._spare.append(leaf)
+            self._spare[leaf] = None
             return
         slope, offset, until_s = self._line(self._class_at[leaf], top[0], self._now_s)
         self._tournament.set(leaf, slope, offset)
@@ -99,7 +100,8 @@ class ByLines(ABC, Generic[ClassKey]):
 
     def _take_leaf(self, kind: ClassKey) -> int:
         if self._spare:
-            leaf = self._spare.pop()
+            leaf = next(iter(self._spare))
+            del self._spare[leaf], self._leaf_of[self._class_at[leaf]]
             self._class_at[leaf] = kind
         else:
             leaf = len(self._heaps)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 
+_OUT = -math.inf  # the offset of a leaf without a line
+
 
 class KineticTournament:
     """Which of many straight lines is the highest, as time moves on.
 
     A complete binary tree of matches. Each remembers its winner and until when the matches at and below it stand: two lines meet at
-    most once, so that time is known. `set` replays one path; `highest(t)` replays only matches that are due. Ties go to the lower index.
+    most once, so that time is known. `highest(t)` replays only matches that are due, and those above the leaves set since it was last asked,
+    as far up as a result changes. Ties go to the lower index.
     """
 
     def __init__(self) -> None:
         self._size = 1  # leaves, a power of two
         self._slope = [0.0]
-        self._offset = [-math.inf]
+        self._offset = [_OUT]
         self._winner = [0, 0]  # node 1 is the root, leaf i is node size + i
         self._until = [math.inf, math.inf]
+        self._set: set[int] = set()  # nodes of leaves that were given a line since the last question
         self._now_s = 0.0
 
     def set(self, leaf: int, slope: float, offset: float) -> None:
@@ -27,30 +31,50 @@ class KineticTournament:
         if self._slope[leaf] == slope and self._offset[leaf] == offset:
             return
         self._slope[leaf], self._offset[leaf] = slope, offset
-        node = (self._size + leaf) // 2
-        while node:
-            self._play(node)
-            node //= 2
+        self._set.add(self._size + leaf)
 
     def highest(self, now_s: float) -> int | None:
         """The leaf whose line is highest at `now_s` (not before any earlier `now_s`); None if all are out."""
         self._now_s = max(self._now_s, now_s)
+        if self._set:
+            self._replay_set()
         if self._until[1] <= self._now_s:
             self._replay(1)
         winner = self._winner[1]
-        return None if self._offset[winner] == -math.inf else winner
+        return None if self._offset[winner] == _OUT else winner
 
     def _grow(self, leaf: int) -> None:
         size = self._size
         while size <= leaf:
             size *= 2
         self._slope += [0.0] * (size - self._size)
-        self._offset += [-math.inf] * (size - self._size)
+        self._offset += [_OUT] * (size - self._size)
         self._size = size
         self._winner = [0] * size + list(range(size))
         self._until = [math.inf] * (2 * size)
+        self._set.clear()
         for node in range(size - 1, 0, -1):
             self._play(node)
+
+    def _replay_set(self) -> None:
+        """The matches above the leaves that were set, level by level: what neither changed its result nor was won by one of them ends its path."""
+        size, winner, until, play = self._size, self._winner, self._until, self._play
+        changed = {node - size for node in self._set}
+        level = sorted(self._set) if size > 1 else []
+        self._set.clear()
+        while level:
+            above: list[int] = []
+            last = 0
+            for child in level:
+                node = child // 2
+                if node == last:
+                    continue
+                last = node
+                before, stood = winner[node], until[node]
+                play(node)
+                if node > 1 and (before in changed or winner[node] != before or until[node] != stood):
+                    above.append(node)
+            level = above
 
     def _replay(self, node: int) -> None:
         if node >= self._size:
@@ -61,14 +85,20 @@ class KineticTournament:
         self._play(node)
 
     def _play(self, node: int) -> None:
-        slope, offset, winner, until, now_s = self._slope, self._offset, self._winner, self._until, self._now_s
-        left, right = 2 * node, 2 * node + 1
+        winner, until, now_s = self._winner, self._until, self._now_s  # (called some ten times a victim: no builtin where an `if` will do)
+        left = 2 * node
+        right = left + 1
         a, b = winner[left], winner[right]
-        if slope[b] * now_s + offset[b] > slope[a] * now_s + offset[a]:
-            a, b = b, a
-        stands = min(until[left], until[right])
-        if slope[b] > slope[a] and offset[b] != -math.inf:
+        slope_a, slope_b, offset_a, offset_b = self._slope[a], self._slope[b], self._offset[a], self._offset[b]
+        if slope_b * now_s + offset_b > slope_a * now_s + offset_a:
+            a = b
+            slope_a, slope_b, offset_a, offset_b = slope_b, slope_a, offset_b, offset_a
+        stands = until[left] if until[left] < until[right] else until[right]
+        if slope_b > slope_a and offset_b != _OUT:
             # the loser is steeper and will overtake; a meeting that rounding puts in the past is due at the next instant
-            meet_s = (offset[a] - offset[b]) / (slope[b] - slope[a])
-            stands = min(stands, max(meet_s, math.nextafter(now_s, math.inf)))
+            meet_s = (offset_a - offset_b) / (slope_b - slope_a)
+            if meet_s <= now_s:
+                meet_s = math.nextafter(now_s, math.inf)
+            if meet_s < stands:
+                stands = meet_s
         winner[node], until[node] = a, stands
