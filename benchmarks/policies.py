@@ -50,6 +50,7 @@ class Turn:
     length: int  # tokens, answer included
     digests: list[bytes]  # of its full chunks
     busy_s: float
+    answered: int  # tokens of the answer
     think_s: float = 0.0  # after the answer before
     at_s: float = 0.0  # not before
 
@@ -84,7 +85,7 @@ def agent(number: int, row: dict[str, list[list[float]]]) -> Session:
         history = int(prompt) + max(1, int(output))
         del digests[history // CHUNK :]
         digests += [f"{number}/{version}/{position}".encode() for position in range(len(digests), history // CHUNK)]
-        session.turns.append(Turn(history, list(digests), busy_s, think_s if index else 0.0))
+        session.turns.append(Turn(history, list(digests), busy_s, int(output), think_s if index else 0.0))
     return session
 
 
@@ -100,7 +101,7 @@ def mooncake(rows: list[dict[str, list[int]]]) -> list[Session]:
         output, prompt = int(row["output_length"]), int(row["input_length"])  # type: ignore[call-overload]
         full = [b"%d" % block for block in blocks[: prompt // CHUNK]]
         full += [f"{found.name}/{len(found.turns)}/{n}".encode() for n in range((prompt + output) // CHUNK - len(full))]
-        found.turns.append(Turn(prompt + output, full, output * OUTPUT_TOKEN_S, at_s=row["timestamp"] / 1e3))  # type: ignore[operator]
+        found.turns.append(Turn(prompt + output, full, output * OUTPUT_TOKEN_S, output, at_s=row["timestamp"] / 1e3))  # type: ignore[operator]
         ends[blocks[:-1] if len(blocks) > 2 else blocks] = found
     return sessions
 
@@ -140,7 +141,7 @@ def fit(sessions: list[Session], starts_s: list[float]) -> ReturnTimes:
             family.came_back(sequence, now_s)
         else:
             sequence.chunks = [None] * -(-session.turns[index].length // CHUNK)
-            family.went_idle(sequence, now_s)
+            family.went_idle(sequence, now_s, session.turns[index].answered)
     return family.times
 
 
@@ -179,7 +180,7 @@ class Replay:
                 if session.name in admitted:
                     admitted.remove(session.name)
                     self.cache.release(ended, range(turn.length), turn.digests)
-                self.cache.close(ended, now_s)
+                self.cache.close(ended, now_s, turn.answered)
 
     def _admit(self, sequence: Sequence, turn: Turn, now_s: float) -> bool:
         cache, tokens = self.cache, range(turn.length)

@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.core.cache import TieredCache
 from pensieve.core.chunk import Chunk
-from pensieve.core.eviction import Hazard
+from pensieve.core.eviction import LRU, Hazard, PolicyFamily
 from pensieve.core.eviction.returns import NUM_OCTAVES, STARTS_S, Habits, ReturnTimes, octave_of, saving_rates
+from pensieve.core.plan import SampledToken, StepResult
+from pensieve.core.request import SamplingParams
+from pensieve.core.scheduler import Scheduler
 from pensieve.core.sequence import Sequence, Sharers
 from policy_worlds import COST, TinyCache, policy_of
 
@@ -51,11 +56,11 @@ def test_who_does_not_come_back_counts_for_as_long_as_it_was_waited_for() -> Non
     for number in range(300):
         sequence = Sequence(("n", f"{number}"), 0.0)
         family.came_back(sequence, 1000.0 * number)
-        family.went_idle(sequence, 1000.0 * number)
+        family.went_idle(sequence, 1000.0 * number, 0)
         if number % 4 == 0:
             family.came_back(sequence, 1000.0 * number + 20.0)  # of four, one comes back, after 20 s; then it stays idle, too
-            family.went_idle(sequence, 1000.0 * number + 20.0)
-    features = Habits(turns=1).features(0.0, 0)
+            family.went_idle(sequence, 1000.0 * number + 20.0, 0)
+    features = Habits(turns=1).features(0.0, 0, 0)
     chances = family.times.chances(features)
     assert 0.12 < chances[octave_of(20.0)] < 0.4
     assert max(chances[:4]) < 0.1 and max(chances[5:9]) < 0.1, "nobody came back sooner or later"
@@ -71,7 +76,7 @@ def test_gaps_of_its_own_tell_the_quick_from_the_slow() -> None:
             habits = Habits()
             for turn in range(10):
                 habits.turns += 1
-                features = habits.features(1.0, 4)
+                features = habits.features(1.0, 4, 0)
                 gap = gap_s * rng.uniform(0.8, 1.25)
                 last = octave_of(gap) if turn < 9 else NUM_OCTAVES
                 for octave in range(last):
@@ -94,6 +99,40 @@ def test_gaps_of_its_own_tell_the_quick_from_the_slow() -> None:
     assert (paper.places("quick"), paper.places("slow")) == (".ggg", ".ggg"), "V sees no difference"
 
 
+def test_the_length_of_an_answer_tells_a_tools_call_from_words_to_read() -> None:
+    """Everybody's answers of 60 tokens are followed after 4 s, those of 800 after an hour; gaps and turns say nothing."""
+    family = Hazard(COST.of_chunk)
+    rng = random.Random(0)
+    for number in range(400):
+        sequence = Sequence(("n", f"{number}"), 0.0)
+        calls = rng.random() < 0.5
+        begun_s = 10_000.0 * number
+        family.came_back(sequence, begun_s)
+        family.went_idle(sequence, begun_s + 5.0, 60 if calls else 800)
+        family.came_back(sequence, begun_s + (9.0 if calls else 3605.0))
+    call, words = (family.times.chances(Habits().features(5.0, 0, answered)) for answered in (60, 800))
+    assert call[octave_of(4.0)] > 0.5 > 0.1 > words[octave_of(4.0)]
+
+
+def test_a_policy_hears_how_long_an_answer_was() -> None:
+    heard: list[int] = []
+
+    class Listening(PolicyFamily):
+        def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
+            heard.append(num_answered)
+
+    cache = TieredCache(CacheConfig((TierConfig("gpu", 64),), 32), Listening(LRU))
+    scheduler = Scheduler(SchedulerConfig(), cache, 4096)
+    scheduler.submit("r", "n", "s", (1, 2, 3), 0, SamplingParams(max_new_tokens=7), 0.0)
+    step = 0
+    while scheduler.requests:
+        plan = scheduler.schedule(float(step))
+        tokens = tuple(SampledToken(span.request_id, 5) for span in plan.spans if span.emits_token)
+        scheduler.commit(plan, StepResult(plan.step_id, tokens), float(step))
+        step += 1
+    assert heard == [7]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_the_worst_is_what_brute_force_finds(seed: int) -> None:
@@ -109,7 +148,7 @@ def test_the_worst_is_what_brute_force_finds(seed: int) -> None:
             members = {Sequence(("n", f"{number}.{k}"), now_s) for k in range(rng.choice([1, 1, 1, 2, 5]))}
             for sequence in members:
                 family.came_back(sequence, now_s)
-                family.went_idle(sequence, now_s + rng.choice([0.0, 3.0]))
+                family.went_idle(sequence, now_s + rng.choice([0.0, 3.0]), rng.choice([0, 50, 2000]))
                 sequence.last_active_s = now_s - rng.choice([0.0, 1.0, 77.0, 1e6])
                 sequence.num_active = int(rng.random() < 0.1)
             chunk = Chunk(rng.choice([0, 1, 2, 5, 15]), 1, Sharers(members) if len(members) > 1 else next(iter(members)), None)
@@ -146,5 +185,5 @@ def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(50):
         sequence = Sequence(("n", f"{number}"), 0.0)
         family.came_back(sequence, float(number))
-        family.went_idle(sequence, float(number))
+        family.went_idle(sequence, float(number), 0)
     assert len(family._known) == 10

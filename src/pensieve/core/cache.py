@@ -91,9 +91,9 @@ class TieredCache:
         self._set_activity(sequence, +1, now_s)
         return sequence
 
-    def close(self, sequence: Sequence, now_s: float) -> None:
-        """One request of the sequence has ended."""
-        self._set_activity(sequence, -1, now_s)
+    def close(self, sequence: Sequence, now_s: float, num_answered: int = 0) -> None:
+        """One request of the sequence has ended, with an answer of so many tokens."""
+        self._set_activity(sequence, -1, now_s, num_answered)
         self._forget_if_empty(sequence)
 
     def forget(self, sequence: Sequence) -> int:
@@ -488,13 +488,13 @@ class TieredCache:
         assert place is not None
         self.places.begin_copy(chunk, place, 0, self.room.take(0, now_s))
 
-    def _set_activity(self, sequence: Sequence, change: int, now_s: float) -> None:
+    def _set_activity(self, sequence: Sequence, change: int, now_s: float, num_answered: int = 0) -> None:
         self._withdraw(sequence)
         if self._family is not None:
             if change > 0 and not sequence.num_active:
                 self._family.came_back(sequence, now_s)
             elif change < 0 and sequence.num_active == 1:
-                self._family.went_idle(sequence, now_s)
+                self._family.went_idle(sequence, now_s, num_answered)
         sequence.num_active += change
         sequence.seen_s = max(sequence.seen_s, now_s)  # (a request may say that it was submitted earlier)
         sequence.last_active_s = max(sequence.last_active_s, now_s)

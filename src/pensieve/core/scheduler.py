@@ -608,7 +608,7 @@ class Scheduler:
         assert sequence is not None
         if not self.config.retain:
             self.cache.forget(sequence)
-        self.cache.close(sequence, now_s)
+        self.cache.close(sequence, now_s, request.num_output)
         if behind:
             self._enqueue(behind.popleft(), now_s)
         else:

@@ -33,7 +33,7 @@ class FrequencyFamily(PolicyFamily):
         self.ranks: dict[Key, int] = {}
         self._turns: dict[Key, int] = {}
 
-    def went_idle(self, sequence: Sequence, now_s: float) -> None:
+    def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
         """See `PolicyFamily`."""
         turns = self._turns[sequence.key] = self._turns.get(sequence.key, 0) + 1
         self.ranks[sequence.key] = self.age + turns
@@ -109,7 +109,7 @@ class AdaptiveFamily(PolicyFamily):
         listed.idle = False
         listed.where = 2 if there or hits else 1
 
-    def went_idle(self, sequence: Sequence, now_s: float) -> None:
+    def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
         """See `PolicyFamily`."""
         listed = self._listed.setdefault(sequence.key, _Listed())
         self._listed.move_to_end(sequence.key)

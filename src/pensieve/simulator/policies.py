@@ -77,7 +77,7 @@ class _Lengths(PolicyFamily):
         super().__init__(lambda: TailOptimizedLRU(self, spare_chunks))
         self.lengths: dict[Key, int] = {}  # chunks; one entry a conversation, for as long as the simulation lasts
 
-    def went_idle(self, sequence: Sequence, now_s: float) -> None:
+    def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
         """See `PolicyFamily`."""
         self.lengths[sequence.key] = len(sequence.chunks)
 
@@ -90,7 +90,7 @@ class Foresight(PolicyFamily):
         self._next_use_s = next_use_s
         self._next: dict[Key, float] = {}  # of idle sequences
 
-    def went_idle(self, sequence: Sequence, now_s: float) -> None:
+    def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
         """See `PolicyFamily`."""
         self._next[sequence.key] = self._next_use_s(sequence.key, now_s)
 

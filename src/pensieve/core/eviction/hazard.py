@@ -39,7 +39,7 @@ class Hazard(PolicyFamily):
     """V = n * Cost(l) * r, with r the rate at which holding on to a conversation's chunk pays, and n the conversations through it.
 
     r is a Gittins index (`saving_rates`) of when the conversation comes back, as learned from all that came back before and from all that
-    have not yet (`ReturnTimes`), given this one's habits: its last gaps, turns, length, and how long the last request took. For servers
+    have not yet (`ReturnTimes`), given this one's habits: its last gaps, turns, length, how long the last answer was and took. For servers
     whose users return at different paces: agents, whose tools answer in seconds, beside people who go to lunch. With nothing learned yet
     r is near 1 / (2 T), so it begins as the paper's policy and departs from it as it learns. A shared chunk counts as n times its latest.
     """
@@ -63,7 +63,7 @@ class Hazard(PolicyFamily):
             known.habits.came_back(gap_s)
         known.idle_since_s, known.busy_since_s = None, now_s
 
-    def went_idle(self, sequence: Sequence, now_s: float) -> None:
+    def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
         """See `PolicyFamily`."""
         self._outlast(now_s)
         known = self._known.setdefault(sequence.key, _Known(busy_since_s=now_s))
@@ -72,7 +72,7 @@ class Hazard(PolicyFamily):
             self._known.popitem(last=False)[1].idle_since_s = None
         known.habits.turns += 1
         known.idle_since_s = now_s
-        known.features = known.habits.features(max(0.0, now_s - known.busy_since_s), len(sequence.chunks))
+        known.features = known.habits.features(max(0.0, now_s - known.busy_since_s), len(sequence.chunks), num_answered)
         known.curve = tuple(1.0 / rate for rate in saving_rates(self.times.chances(known.features)))
         heapq.heappush(self._waits, (now_s + STARTS_S[1], next(self._order), known, 0, now_s))
 

@@ -60,8 +60,8 @@ class PolicyFamily:
     def came_back(self, sequence: Sequence, now_s: float) -> None:
         """A sequence, new or idle until now, has a request; its candidates are not offered during the call."""
 
-    def went_idle(self, sequence: Sequence, now_s: float) -> None:
-        """A sequence's last request has ended; its candidates are not offered during the call."""
+    def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
+        """A sequence's last request has ended with an answer of so many tokens; its candidates are not offered during the call."""
 
 
 PolicyFactory = Callable[[], EvictionPolicy]  # a `PolicyFamily`, or any other maker: then nobody listens

@@ -16,6 +16,7 @@ STARTS_S = (0.0, *(2.0**k for k in range(1, NUM_OCTAVES)))
 PRIOR = 0.3  # of coming back within an octave, with nothing learned: a rate of about 0.5 / idle time, as the paper's 1 / T
 LEARNING_RATE = 0.1
 _RECENT = 5  # gaps
+_PAIR = 256  # above the bins of a feature
 
 
 def octave_of(idle_s: float) -> int:
@@ -42,19 +43,31 @@ class Habits:
         self.num_long += 0.1 * ((gap_s > 60.0) - self.num_long)
         self.num_very_long += 0.1 * ((gap_s > 300.0) - self.num_very_long)
 
-    def features(self, busy_s: float, num_chunks: int) -> tuple[int, ...]:
-        """A bin of each feature, for a conversation that goes idle after a request of `busy_s`."""
+    def features(self, busy_s: float, num_chunks: int, num_answered: int) -> tuple[int, ...]:
+        """A bin of each feature, for a conversation that goes idle after a request of `busy_s` whose answer had so many tokens.
+
+        The length of an answer tells a tool's call, after which an agent is back in seconds, from words that somebody reads; the more so
+        beside the last gap and beside how long it took. (A pair of bins is a bin.)
+        """
         recent = self.recent
+        last = int(2.0 * recent[-1]) if recent else 40
+        mean = int(4.0 * self.mean_log)
+        busy = int(3.0 * math.log2(1.0 + busy_s))
+        answered = int(2.0 * math.log2(1 + num_answered))
         return (
-            int(2.0 * recent[-1]) if recent else 40,
+            last,
             int(2.0 * recent[-2]) if len(recent) > 1 else 40,
-            int(4.0 * self.mean_log),
+            mean,
             int(2.0 * max(recent)) if recent else 40,
             int(20.0 * self.num_long),
             int(20.0 * self.num_very_long),
             min(12, int(math.log2(1 + self.turns))),
-            int(3.0 * math.log2(1.0 + busy_s)),
+            busy,
             int(math.log2(1 + num_chunks)),
+            answered,
+            _PAIR * last + answered,
+            _PAIR * (last // 2) + mean // 2,
+            _PAIR * busy + answered,
         )
 
 
