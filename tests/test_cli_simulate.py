@@ -12,7 +12,9 @@ from click.testing import CliRunner, Result
 from simulator_worlds import DOCUMENT
 
 from pensieve.cli.commands import cli
+from pensieve.cli.simulate import figure_names
 from pensieve.errors import ConfigError
+from pensieve.simulator.figures import FIGURES
 
 SMALL = ["simulate", "--model", "smollm2-135m", "--hardware", "a100-80gb", "--gpu-cache", "0.05", "--cpu-cache", "0.1", "--max-context", "4000",
          "--turns", "3", "--jobs", "1"]  # fmt: skip
@@ -79,6 +81,19 @@ def test_made_conversations_come_at_several_rates() -> None:
 def test_what_is_wrong_is_said(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         invoke(*arguments)
+
+
+def test_a_span_of_figures_and_a_number_stand_for_their_parts() -> None:
+    asked = {name: figure_names(name, FIGURES) for name in ("10b-d", "11a-b", "10", "13", "10a", "12a-b", "all")}
+    assert asked == {
+        "10b-d": "10b,10c,10d",
+        "11a-b": "11a,11b",
+        "10": "10a,10b,10c,10d",
+        "13": "13",
+        "10a": "10a",
+        "12a-b": "12a-b",
+        "all": "all",
+    }
 
 
 def test_it_needs_no_torch_and_no_server_packages() -> None:

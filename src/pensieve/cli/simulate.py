@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
     "--figure",
     "figures",
     default=None,
-    help="The paper's figures instead: 10a | 3,4,12 | all; a page with pictures and tables in --out.  [default: none]",
+    help="The paper's figures instead: 10a | 3,4,10b-d | all; a page with pictures and tables in --out.  [default: none]",
 )
 @machine_options
 @option(
@@ -193,9 +194,20 @@ def _simulated(outcomes: list[Outcome], took_s: float) -> str:
     return f"{requests:,} requests in {hours:.1f} simulated hours, in {took_s:.0f} s"
 
 
+def figure_names(name: str, known: Iterable[str]) -> str:
+    """`10b-d` and `10` are all the parts they stand for, as names with commas between; what is none of these stays as it is."""
+    if (span := re.fullmatch(r"(\d+)([a-z])-([a-z])", name)) is not None:
+        number, first, last = span.groups()
+        found = [figure for figure in known if figure[:-1] == number and first <= figure[-1] <= last]
+    else:
+        found = [figure for figure in known if name.isdigit() and figure.rstrip("abcd") == name]
+    return ",".join(found) or name
+
+
 def _figures(names: str, folder: Path, jobs: int | None) -> None:
     """Simulate figures of the paper, and write what they show."""
-    wanted = _names(names, dict.fromkeys((*SMALL_FIGURES, *FIGURES)), "figure")
+    known = dict.fromkeys((*SMALL_FIGURES, *FIGURES))
+    wanted = list(dict.fromkeys(_names(",".join(figure_names(name.strip(), known) for name in names.split(",")), known, "figure")))
     check_paths(folder, None, PAGE_NAME)
 
     def run(cases: Sequence[Case]) -> list[Outcome]:
