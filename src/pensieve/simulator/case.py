@@ -14,6 +14,7 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
 from pensieve.simulator.cost_model import FITTED, CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
+from pensieve.simulator.goal import Goal, Lateness
 from pensieve.simulator.hardware import GB, Hardware, find_hardware
 from pensieve.simulator.measured import MeasuredMachine
 from pensieve.simulator.phases import PhasedScheduler
@@ -193,6 +194,7 @@ class Case:
     max_batch_tokens: int = 2048
     max_running: int = 512
     debug: bool = False
+    give_up: Goal | None = None  # stop when it is certain that this is missed
 
     @property
     def label(self) -> str:
@@ -215,6 +217,7 @@ class Outcome:
     chunks: dict[str, int]  # copied up and down, reclaimed, dropped
     computed_tokens: int
     used_slots: tuple[int, ...]  # at the end, a tier
+    gave_up: bool = False  # it was stopped: figures are of the part that was simulated
     records: tuple[RequestRecord, ...] = ()
 
 
@@ -255,7 +258,8 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
         if case.warm_up_s >= planned.arrivals_s:
             raise ConfigError(f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got {case.warm_up_s:g}")
         window_s = (case.warm_up_s, planned.arrivals_s)
-    simulation.play(planned.players, window_s=window_s, tell=tell)
+    lateness = Lateness(case.give_up, planned.players, window_s) if case.give_up is not None else None
+    gave_up = not simulation.play(planned.players, window_s=window_s, tell=tell, lateness=lateness)
     begin_s, end_s = window_s or (case.warm_up_s, max((record.finished_s for record in simulation.records), default=0.0) + 1e-9)
     elapsed_s = clock.now_s or 1.0
     places = cache.places
@@ -276,6 +280,7 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
         },
         worker.num_tokens,
         tuple(pool.num_used for pool in places.pools),
+        gave_up,
         tuple(simulation.records) if keep_records else (),
     )
 

@@ -13,10 +13,11 @@ from rich.table import Table
 from pensieve import __version__
 from pensieve.canvas import COLOURS, MARKERS, canvas
 from pensieve.simulator.case import Machine
+from pensieve.simulator.goal import Goal
 from pensieve.simulator.margins import HEADROOM, TIERS, Held, Margin
 from pensieve.simulator.output import plain
 from pensieve.simulator.plan import Answer
-from pensieve.simulator.planner import Book, Goal, Trial, rate_of
+from pensieve.simulator.planner import Book, Trial, rate_of
 
 _MOST_LINES = 6  # of a picture: the answer's, and those with most points
 _STEADY = 0.85  # of the rate asked for, sent in the window
@@ -107,6 +108,12 @@ def _held_words(held: Held) -> str:
     return f"{held.per_s:.3g} requests/s and more" if held.load >= 1.0 else f"not even {held.per_s:.3g} requests/s"
 
 
+def _latency_words(goal: Goal, trial: Trial) -> str:
+    if trial.outcome.gave_up:
+        return f"> {1e3 * goal.latency_s:.4g}"
+    return f"{1e3 * trial.latency_s:.1f}" if math.isfinite(trial.latency_s) else "fails"
+
+
 def _ms(goal: Goal, seconds: float) -> str:
     return f"{1e3 * seconds:.4g} {goal.unit}"
 
@@ -124,9 +131,8 @@ def print_trials(book: Book, console: Console, best: Trial | None) -> None:
             str(machine.devices),
             *(f"{size:.3g}" for size in (machine.gpu_cache_gb, machine.cpu_cache_gb, machine.disk_cache_gb)),
             f"{trial.price:,.0f}",
-            f"{1e3 * trial.latency_s:.1f}" if math.isfinite(trial.latency_s) else "fails",
-            f"{found.summary.recomputed_share:.1%}",
-            f"{found.swap_wait_share:.1%}",
+            _latency_words(book.goal, trial),
+            *(("", "") if found.gave_up else (f"{found.summary.recomputed_share:.1%}", f"{found.swap_wait_share:.1%}")),
             "taken" if chosen else "holds" if book.holds(trial) else "misses",
             style="bold" if chosen else None,
         )
@@ -189,7 +195,7 @@ def _trial(book: Book, trial: Trial) -> dict[str, Any]:
     return {
         "model": machine.model, "hardware": machine.hardware, "devices": machine.devices, "gpu_gb": machine.gpu_cache_gb,
         "cpu_gb": machine.cpu_cache_gb, "disk_gb": machine.disk_cache_gb, "price": trial.price, "load": trial.load,
-        "requests_per_s": rate_of(trial), "latency_s": trial.latency_s, "holds": book.holds(trial), "busy_share": outcome.busy_share,
+        "requests_per_s": rate_of(trial), "latency_s": trial.latency_s, "holds": book.holds(trial), "gave_up": outcome.gave_up, "busy_share": outcome.busy_share,
         "swap_wait_share": outcome.swap_wait_share, "summary": asdict(outcome.summary),
     }  # fmt: skip
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from pensieve.errors import ConfigError
 from pensieve.simulator.case import Case, Machine, Outcome
-from pensieve.simulator.records import Spread
+from pensieve.simulator.goal import Goal
 
-Quantile = Literal["p50", "p90", "p99"]
-Metric = Literal["normalized", "ttft"]
 Run = Callable[[Sequence[Case]], list[Outcome]]
 
 STEPS_PER_OCTAVE = 8  # CPU tiers are a factor of 2^(1/8), 9 %, apart
@@ -25,39 +22,6 @@ _WORTH = 0.02  # of the tiers' price: less is not worth another simulation
 _PROBES = 4  # of a batch, at least, as long as there is anything to ask
 _GPU_HALVINGS = 3  # below the largest
 _DISK_SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the largest, once it is known that a disk is worth having
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """A latency not to be exceeded."""
-
-    latency_s: float
-    quantile: Quantile = "p90"
-    metric: Metric = "normalized"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.latency_s) and self.latency_s > 0):
-            raise ConfigError(f"the target must be a latency above 0 ms, got {1e3 * self.latency_s:g}")
-
-    def of(self, outcome: Outcome) -> float:
-        """What it is in an outcome, in seconds; infinity if a request failed: that one was never answered."""
-        found = outcome.summary
-        value = self.quantile_of(found.normalized_s if self.metric == "normalized" else found.ttft_s)
-        return math.inf if found.failed or math.isnan(value) else value
-
-    def quantile_of(self, spread: Spread) -> float:
-        """The quantile it is about."""
-        return {"p50": spread.p50, "p90": spread.p90, "p99": spread.p99}[self.quantile]
-
-    @property
-    def words(self) -> str:
-        """What is measured."""
-        return f"{self.quantile} {'normalized latency' if self.metric == 'normalized' else 'time to first token'}"
-
-    @property
-    def unit(self) -> str:
-        """Of what is measured."""
-        return "ms a token" if self.metric == "normalized" else "ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +75,7 @@ class Trial:
     case: Case
     outcome: Outcome
     load: float  # of the load that is planned for, so much came
-    latency_s: float
+    latency_s: float  # infinite: a request failed, or the simulation was given up
     price: float
 
     @property
@@ -141,13 +105,18 @@ class Book:
     run: Run
     trials: dict[Case, Trial] = field(default_factory=dict)
 
-    def try_all(self, wanted: Iterable[tuple[Machine, float]]) -> list[Trial]:
-        """Simulate machines under shares of the load, those not known yet, in one batch; the trials come in the order asked for."""
+    def try_all(self, wanted: Iterable[tuple[Machine, float]], *, to_the_end: bool = True) -> list[Trial]:
+        """Simulate machines under shares of the load, those not known yet, in one batch; the trials come in the order asked for.
+
+        Not `to_the_end`: only whether they hold is wanted, so a simulation is given up once that is certain.
+        """
         cases = [(at_load(replace(self.base, machine=machine), load), load) for machine, load in wanted]
-        new = {case: load for case, load in cases if case not in self.trials}
+        new = {case: load for case, load in cases if case not in self.trials or (to_the_end and self.trials[case].outcome.gave_up)}
         if new:
-            for (case, load), outcome in zip(new.items(), self.run(list(new)), strict=True):
-                self.trials[case] = Trial(case, outcome, load, self.goal.of(outcome), self.prices.of(case.machine))
+            give_up = None if to_the_end else self.goal
+            for (case, load), outcome in zip(new.items(), self.run([replace(case, give_up=give_up) for case in new]), strict=True):
+                latency_s = math.inf if outcome.gave_up else self.goal.of(outcome.summary)
+                self.trials[case] = Trial(case, outcome, load, latency_s, self.prices.of(case.machine))
         return [self.trials[case] for case, _ in cases]
 
     def holds(self, trial: Trial) -> bool:
@@ -196,7 +165,8 @@ def search(book: Book, space: Space) -> Found:
     """
     largest = book.machine(space.devices, space.gpu_gb, space.cpu_gb, space.disk_gb if space.cpu_gb else 0.0)
     smallest = book.machine(space.devices, space.gpu_sizes()[-1], 0.0, 0.0)
-    everything = book.try_all([(largest, 1.0), (smallest, 1.0)])[0]
+    book.try_all([(smallest, 1.0), (largest, 1.0)], to_the_end=False)
+    everything = book.try_all([(largest, 1.0)])[0]  # (by how much that misses is part of the answer)
     if not book.holds(everything):
         return Found(space, None, everything)
     disks = sorted({0.0, largest.disk_cache_gb})
@@ -211,7 +181,7 @@ def search(book: Book, space: Space) -> Found:
     best = _narrow(book, [*columns, *finer], everything, lucky)
     alone = book.machine(space.devices, best.machine.gpu_cache_gb, 0.0, 0.0)
     if not any(trial.has(alone) and not book.holds(trial) for trial in _known(book, everything)):
-        book.try_all([(alone, 1.0)])  # (tiers of next to nothing are better not there)
+        book.try_all([(alone, 1.0)], to_the_end=False)  # (tiers of next to nothing are better not there)
     return Found(space, _best(book, everything, lucky), everything)
 
 
@@ -231,10 +201,10 @@ def _narrow(book: Book, columns: Sequence[_Column], everything: Trial, lucky: se
         if unsettled:
             each = -(-_PROBES // len(unsettled))
             probes = [column.at(index) for column in unsettled for index in column.between(each)]
-            book.try_all((machine, 1.0) for machine in dict.fromkeys(probes))
+            book.try_all(((machine, 1.0) for machine in dict.fromkeys(probes)), to_the_end=False)
             continue
         above = _above(columns, best)
-        if above is None or book.holds(book.try_all([(above, 1.0)])[0]):
+        if above is None or book.holds(book.try_all([(above, 1.0)], to_the_end=False)[0]):
             return best
         lucky.add(best.case)
 

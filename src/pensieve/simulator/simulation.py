@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pensieve.core.request import Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import PensieveError
+from pensieve.simulator.goal import Lateness, Waiting
 from pensieve.simulator.records import RequestRecord
 from pensieve.simulator.worker import CostWorker, VirtualClock
 from pensieve.workloads.conversations import text_length_tokens
@@ -62,13 +63,15 @@ class Simulation:
         *,
         window_s: tuple[float, float] | None = None,
         tell: Callable[[float, int], None] | None = None,
-    ) -> None:
-        """Play everybody to the end, or until every request sent in the window has ended.
+        lateness: Lateness | None = None,
+    ) -> bool:
+        """Play everybody to the end, or until every request sent in the window has ended. False: it was given up before.
 
         Args:
             players: by their start, ascending; may be endless if there is a window.
             window_s: what is measured. Everybody goes on until it is over and its requests have ended.
             tell: called now and then with the virtual time and the number of requests finished.
+            lateness: asked now and then; when it says that its goal is missed for certain, there is no need to go on.
         """
         coming = iter(players)
         upcoming = next(coming, None)
@@ -82,13 +85,13 @@ class Simulation:
                 due_s, _, conversation = heapq.heappop(self._due)
                 self._send(conversation, due_s)
             if window_s is not None and clock.now_s >= window_s[1] and not self._owes(window_s):
-                return
+                return True
             plan = scheduler.schedule(clock.now_s)
             if plan.is_empty:
                 next_s = self._next_s(upcoming)
                 if next_s is None:
                     assert not scheduler.requests, f"{len(scheduler.requests)} requests wait for ever"
-                    return
+                    return True
                 self._move_on(max(next_s, clock.now_s))
             before_s = clock.now_s
             result = worker.run(plan)
@@ -101,8 +104,11 @@ class Simulation:
             if self._debug:
                 scheduler.cache.check()
             steps += 1
-            if tell is not None and steps % 256 == 0:
-                tell(clock.now_s, len(self.records))
+            if steps % 256 == 0:
+                if tell is not None:
+                    tell(clock.now_s, len(self.records))
+                if lateness is not None and lateness.missed(self.records, self._waiting(), clock.now_s):
+                    return False
 
     def next_use_s(self, name: str, now_s: float) -> float:
         """When a conversation whose turn ends now sends its next: what a clairvoyant policy knows. Infinity: never."""
@@ -122,6 +128,11 @@ class Simulation:
 
     def _owes(self, window_s: tuple[float, float]) -> bool:
         return any(window_s[0] <= flight.sent_s < window_s[1] for flight in self._in_flight.values())
+
+    def _waiting(self) -> Iterator[Waiting]:
+        for request_id, flight in self._in_flight.items():
+            turn = flight.conversation.script.turns[flight.conversation.turn]
+            yield Waiting(flight.sent_s, turn.output_tokens, self._scheduler.requests[request_id].first_token_s)
 
     # -- users
 
