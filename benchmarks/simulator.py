@@ -153,10 +153,10 @@ def measure_scale(conversations: int, chunks: int) -> dict[str, Any]:
 
 
 def measure_day(conversations: int) -> dict[str, Any]:
-    """A simulated day in which so many conversations begin."""
+    """A simulated day in which so many conversations begin, on two devices: one cannot hold 100,000, and most of the day would be a queue."""
     day_s = 86_400.0
     rate = conversations * 5.56 / day_s
-    case = Case(Machine("llama2-13b-gqa"), load(rate, day_s), warm_up_s=3600.0)
+    case = Case(Machine("llama2-13b-gqa", devices=2), load(rate, day_s), warm_up_s=3600.0)
     begun_s, last_s = time.perf_counter(), [0.0]
 
     def tell(now_s: float, finished: int) -> None:
