@@ -360,7 +360,7 @@ class Scheduler:
 
     def _next_length(self, request: Request) -> int | None:
         """Tokens of a decoding request with those that are on their way; None: it does not decode, or its last token is on its way."""
-        if request.missing or request.ending is not None or not request.plannable:
+        if request.missing or not request.plannable:
             return None
         length = len(request.tokens) + request.num_pending
         is_last = length - request.num_prompt >= request.sampling.max_new_tokens or length >= self.max_context
