@@ -170,7 +170,7 @@ class _Stage:
         head: Messages = [{"role": "system", "content": system}] if system else []
         said: Messages = []  # a question and an answer for each turn
         for index, turn in enumerate(script.turns):
-            due_s = max(free_s + turn.think_s, turn.due_s or 0.0)
+            due_s = turn.due_after(free_s)
             await self._until(due_s)
             if turn.keep_turns is not None:
                 del said[2 * turn.keep_turns :]

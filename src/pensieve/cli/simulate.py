@@ -194,20 +194,21 @@ def _simulated(outcomes: list[Outcome], took_s: float) -> str:
     return f"{requests:,} requests in {hours:.1f} simulated hours, in {took_s:.0f} s"
 
 
-def figure_names(name: str, known: Iterable[str]) -> str:
-    """`10b-d` and `10` are all the parts they stand for, as names with commas between; what is none of these stays as it is."""
+def figure_names(name: str, known: Iterable[str]) -> list[str]:
+    """`10b-d` and `10` are all the parts they stand for; what is none of these stays as it is."""
     if (span := re.fullmatch(r"(\d+)([a-z])-([a-z])", name)) is not None:
         number, first, last = span.groups()
         found = [figure for figure in known if figure[:-1] == number and first <= figure[-1] <= last]
     else:
         found = [figure for figure in known if name.isdigit() and figure.rstrip("abcd") == name]
-    return ",".join(found) or name
+    return found or [name]
 
 
 def _figures(names: str, folder: Path, jobs: int | None) -> None:
     """Simulate figures of the paper, and write what they show."""
     known = dict.fromkeys((*SMALL_FIGURES, *FIGURES))
-    wanted = list(dict.fromkeys(_names(",".join(figure_names(name.strip(), known) for name in names.split(",")), known, "figure")))
+    asked = dict.fromkeys(part for name in names.split(",") for part in figure_names(name.strip(), known))
+    wanted = _names(",".join(asked), known, "figure")
     check_paths(folder, None, PAGE_NAME)
 
     def run(cases: Sequence[Case]) -> list[Outcome]:

@@ -100,7 +100,7 @@ def _num_turns_before(player: Player, end_s: float) -> int:
     at_s, count = player.start_s, 0
     for script in player.scripts:
         for turn in script.turns:
-            at_s = max(at_s + turn.think_s, turn.due_s or 0.0)
+            at_s = turn.due_after(at_s)
             if at_s >= end_s:
                 return count
             count += 1

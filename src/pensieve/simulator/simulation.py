@@ -18,7 +18,7 @@ from pensieve.simulator.goal import Lateness, Waiting
 from pensieve.simulator.records import RequestRecord
 from pensieve.simulator.worker import CostWorker, VirtualClock
 from pensieve.workloads.conversations import text_length_tokens
-from pensieve.workloads.scripts import Piece, Player, Script, ScriptTurn
+from pensieve.workloads.scripts import Piece, Player, Script
 
 NAMESPACE = "simulation"
 
@@ -115,7 +115,7 @@ class Simulation:
         conversation = self._playing[name]
         if conversation.turn + 1 >= len(conversation.script.turns):
             return math.inf
-        return self._due_s(conversation.script.turns[conversation.turn + 1], now_s)
+        return conversation.script.turns[conversation.turn + 1].due_after(now_s)
 
     def _next_s(self, upcoming: Player | None) -> float | None:
         """When something happens next, if no step is planned before."""
@@ -149,12 +149,8 @@ class Simulation:
         self._plan_turn(_Conversation(script, name, scripts, next(self._ids)), now_s)
 
     def _plan_turn(self, conversation: _Conversation, now_s: float) -> None:
-        due_s = self._due_s(conversation.script.turns[conversation.turn], now_s)
+        due_s = conversation.script.turns[conversation.turn].due_after(now_s)
         heapq.heappush(self._due, (due_s, next(self._order), conversation))
-
-    @staticmethod
-    def _due_s(turn: ScriptTurn, now_s: float) -> float:
-        return max(now_s + turn.think_s, turn.due_s or 0.0)
 
     def _send(self, conversation: _Conversation, now_s: float) -> None:
         turn = conversation.script.turns[conversation.turn]

@@ -32,6 +32,10 @@ class ScriptTurn:
     text: str | None = None
     keep_turns: int | None = None  # how many turns of the history stay before this one; None: all of them
 
+    def due_after(self, free_s: float) -> float:
+        """When it is sent, in seconds of the run, if the answer before it ended at `free_s`."""
+        return max(free_s + self.think_s, self.due_s or 0.0)
+
     @property
     def message_tokens(self) -> int:
         """Length of the user's message, about."""
