@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -12,7 +13,8 @@ from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.chunk import Chunk
 from pensieve.core.eviction import LRU, Hazard, PolicyFamily
-from pensieve.core.eviction.returns import NUM_OCTAVES, STARTS_S, Habits, ReturnTimes, octave_of, saving_rates
+from pensieve.core.eviction.habits import NUM_CONTEXTS, Habits
+from pensieve.core.eviction.returns import NUM_PERIODS, PRIOR, STARTS_S, WIDTHS_S, Context, ReturnTimes, period_of, saving_rates
 from pensieve.core.plan import SampledToken, StepResult
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
@@ -20,35 +22,65 @@ from pensieve.core.sequence import Sequence, Sharers
 from policy_worlds import COST, TinyCache, policy_of
 
 
-def test_octaves_hold_every_idle_time() -> None:
-    for octave, start_s in enumerate(STARTS_S):
-        assert octave_of(start_s) == octave
-        assert octave == 0 or octave_of(start_s * 0.999) == octave - 1
-    assert octave_of(1e12) == NUM_OCTAVES - 1
+def test_periods_hold_every_idle_time() -> None:
+    for period, start_s in enumerate(STARTS_S):
+        assert period_of(start_s) == period
+        assert period == 0 or period_of(start_s * 0.999) == period - 1
+    assert period_of(1e12) == NUM_PERIODS - 1
+    assert period_of(-1.0) == 0
 
 
 def test_with_nothing_learned_the_rate_falls_as_the_papers_does() -> None:
-    rates = saving_rates(ReturnTimes().chances((1, 2, 3)))
-    for start_s, rate in list(zip(STARTS_S, rates, strict=True))[1:-2]:
+    times = ReturnTimes()
+    assert times.chances(times.contexts(Habits().went_idle(5.0, 4, 60))) == pytest.approx(list(PRIOR))
+    for start_s, rate in list(zip(STARTS_S, saving_rates(PRIOR), strict=True))[1:-2]:
         assert 0.2 < rate * start_s < 0.5
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0.01, 0.99), min_size=NUM_OCTAVES, max_size=NUM_OCTAVES))
-def test_saving_rates_are_the_best_ratio_and_fall(chances: list[float]) -> None:
+@given(st.lists(st.floats(0.01, 0.99), min_size=NUM_PERIODS, max_size=NUM_PERIODS))
+def test_saving_rates_are_the_best_ratio(chances: list[float]) -> None:
     rates = saving_rates(chances)
-    assert rates == sorted(rates, reverse=True)
-    widths = [2.0, *(STARTS_S[k] for k in range(1, NUM_OCTAVES))]
-    for start in range(NUM_OCTAVES):
+    widths = [*(stop - start for start, stop in itertools.pairwise(STARTS_S)), STARTS_S[-1]]
+    assert list(WIDTHS_S) == widths
+    for start in range(NUM_PERIODS):
         best = 0.0
-        for stop in range(start + 1, NUM_OCTAVES + 1):  # hold on until the end of octave stop - 1
+        for stop in range(start + 1, NUM_PERIODS + 1):  # hold on until the end of period stop - 1
             alive, back, held_s = 1.0, 0.0, 0.0
             for k in range(start, stop):
                 held_s += alive * (1.0 - chances[k] / 2.0) * widths[k]
                 back += alive * chances[k]
                 alive *= 1.0 - chances[k]
             best = max(best, back / held_s)
-        assert rates[start] == pytest.approx(min([best, *rates[:start]]))
+        assert rates[start] == pytest.approx(best)
+
+
+def test_who_never_comes_back_at_once_is_worth_more_a_while_later() -> None:
+    chances = [0.001] * NUM_PERIODS
+    chances[period_of(70.0)] = 0.9
+    rates = saving_rates(chances)
+    assert rates[period_of(50.0)] > 2.0 * rates[period_of(4.0)]
+
+
+def test_contexts_trust_those_that_tell_and_not_those_that_do_not() -> None:
+    """Of two kinds of context one says all, the other nothing."""
+    times, rng = ReturnTimes(), random.Random(0)
+    for _ in range(4000):
+        told, idle = rng.randrange(2), rng.randrange(50)
+        times.learn(times.contexts([(0, told), (1, idle)]), 3, returned=rng.random() < (0.9 if told else 0.1))
+    for told, chance in ((0, 0.1), (1, 0.9)):
+        for idle in range(5):
+            assert times.chances(times.contexts([(0, told), (1, idle)]))[3] == pytest.approx(chance, abs=0.05)
+
+
+def test_counts_of_a_context_that_changes_are_forgotten() -> None:
+    times = ReturnTimes()
+    for returned in (True, False):
+        for _ in range(3000):
+            times.learn(times.contexts([(0, 1)]), 2, returned)
+    context: Context = times.contexts([(0, 1)])[0]
+    assert context.seen[2] <= 1000.0 and context.back[2] < 0.1 * context.seen[2]
+    assert times.chances([context])[2] < 0.1
 
 
 def test_who_does_not_come_back_counts_for_as_long_as_it_was_waited_for() -> None:
@@ -60,11 +92,11 @@ def test_who_does_not_come_back_counts_for_as_long_as_it_was_waited_for() -> Non
         if number % 4 == 0:
             family.came_back(sequence, 1000.0 * number + 20.0)  # of four, one comes back, after 20 s; then it stays idle, too
             family.went_idle(sequence, 1000.0 * number + 20.0, 0)
-    features = Habits(turns=1).features(0.0, 0, 0)
-    chances = family.times.chances(features)
-    assert 0.12 < chances[octave_of(20.0)] < 0.4
-    assert max(chances[:4]) < 0.1 and max(chances[5:9]) < 0.1, "nobody came back sooner or later"
-    assert min(chances[9:]) > 0.0 and chances[-1] == pytest.approx(family.times.chances(())[-1], abs=0.3)
+    chances = family.times.chances(family.times.contexts(Habits().went_idle(0.0, 0, 0)))
+    twenty, two_hundred = period_of(20.0), period_of(200.0)
+    assert 0.12 < chances[twenty] < 0.4
+    assert max(chances[:twenty]) < 0.1 and max(chances[twenty + 1 : two_hundred]) < 0.1, "nobody came back sooner or later"
+    assert chances[-1] < 0.1 < PRIOR[-1], "and those of the first day were waited for that long"
 
 
 def test_gaps_of_its_own_tell_the_quick_from_the_slow() -> None:
@@ -75,14 +107,13 @@ def test_gaps_of_its_own_tell_the_quick_from_the_slow() -> None:
         for gap_s in (5.0, 600.0):
             habits = Habits()
             for turn in range(10):
-                habits.turns += 1
-                features = habits.features(1.0, 4, 0)
+                contexts = times.contexts(habits.went_idle(1.0, 4, 0))
                 gap = gap_s * rng.uniform(0.8, 1.25)
-                last = octave_of(gap) if turn < 9 else NUM_OCTAVES
-                for octave in range(last):
-                    times.learn(features, octave, returned=False)
-                if last < NUM_OCTAVES:
-                    times.learn(features, last, returned=True)
+                last = period_of(gap) if turn < 9 else NUM_PERIODS
+                for period in range(last):
+                    times.learn(contexts, period, returned=False)
+                if last < NUM_PERIODS:
+                    times.learn(contexts, last, returned=True)
                 habits.came_back(gap)
     family = Hazard(COST.of_chunk, times)
     world = TinyCache(family, 9)
@@ -110,8 +141,8 @@ def test_the_length_of_an_answer_tells_a_tools_call_from_words_to_read() -> None
         family.came_back(sequence, begun_s)
         family.went_idle(sequence, begun_s + 5.0, 60 if calls else 800)
         family.came_back(sequence, begun_s + (9.0 if calls else 3605.0))
-    call, words = (family.times.chances(Habits().features(5.0, 0, answered)) for answered in (60, 800))
-    assert call[octave_of(4.0)] > 0.5 > 0.1 > words[octave_of(4.0)]
+    call, words = (family.times.chances(family.times.contexts(Habits().went_idle(5.0, 0, answered))) for answered in (60, 800))
+    assert call[period_of(4.0)] > 0.5 > 0.1 > words[period_of(4.0)]
 
 
 def test_a_policy_hears_how_long_an_answer_was() -> None:
@@ -167,16 +198,16 @@ def test_the_worst_is_what_brute_force_finds(seed: int) -> None:
 
 
 def by_formula(family: Hazard, chunk: Chunk, now_s: float) -> float:
-    """n * Cost * r, with 1 / r interpolated between the starts of octaves."""
+    """n * Cost * r, with 1 / r interpolated between the starts of periods."""
     num_members = len(chunk.owner.sequences())
     if chunk.owner.num_active:
         return num_members * COST.of_chunk(chunk.index) / 1e-6
     idle_s = max(0.0, now_s - chunk.owner.last_active_s)
     curve = (*family.curve_of(chunk), 2.0 * family.curve_of(chunk)[-1])
     starts = (*STARTS_S, 2.0 * STARTS_S[-1])
-    octave = max(k for k in range(NUM_OCTAVES) if starts[k] <= idle_s)
-    share = (idle_s - starts[octave]) / (starts[octave + 1] - starts[octave])
-    return num_members * COST.of_chunk(chunk.index) / (curve[octave] + share * (curve[octave + 1] - curve[octave]))
+    period = max(k for k in range(NUM_PERIODS) if starts[k] <= idle_s)
+    share = (idle_s - starts[period]) / (starts[period + 1] - starts[period])
+    return num_members * COST.of_chunk(chunk.index) / (curve[period] + share * (curve[period + 1] - curve[period]))
 
 
 def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,3 +218,19 @@ def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         family.came_back(sequence, float(number))
         family.went_idle(sequence, float(number), 0)
     assert len(family._known) == 10
+
+
+def test_contexts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pensieve.core.eviction.returns.MAX_CONTEXTS", 3)
+    times = ReturnTimes()
+    first = times.contexts([(0, 0)])[0]
+    times.contexts([(0, 1), (0, 2), (0, 0), (0, 3)])
+    assert list(times._contexts) == [(0, 2), (0, 0), (0, 3)], "the one met longest ago has gone"
+    assert times.contexts([(0, 0)]) == [first]
+
+
+def test_every_context_has_a_kind_of_its_own() -> None:
+    habits = Habits()
+    for gap_s in (0.0, 3.0, 40.0, 500.0, 4000.0, 1e6, 2.0):
+        assert [key[0] for key in habits.went_idle(2.0, 3, 100)] == list(range(NUM_CONTEXTS))
+        habits.came_back(gap_s)

@@ -9,19 +9,20 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from pensieve.core.chunk import Chunk
+from pensieve.core.eviction.habits import Habits
 from pensieve.core.eviction.lines import ByLines
 from pensieve.core.eviction.policy import CostOfChunk, PolicyFamily
 from pensieve.core.eviction.retention import num_sharers
-from pensieve.core.eviction.returns import NUM_OCTAVES, PRIOR, STARTS_S, Habits, ReturnTimes, octave_of, saving_rates
+from pensieve.core.eviction.returns import NUM_PERIODS, PRIOR, STARTS_S, WIDTHS_S, Context, ReturnTimes, period_of, saving_rates
 from pensieve.core.sequence import Key, Sequence
 
 MAX_KNOWN = 65_536  # conversations whose habits are remembered; the longest idle are forgotten first
-_END_S = 2.0 * STARTS_S[-1]  # of what is waited for and learned from
+_END_S = STARTS_S[-1] + WIDTHS_S[-1]  # of what is waited for and learned from
 _ACTIVE_S = 1e-6  # 1 / rate of who is active: below that of anybody idle
 
-Curve = tuple[float, ...]  # 1 / rate at the start of each octave of idle time, not falling; a straight line between
+Curve = tuple[float, ...]  # 1 / rate at the start of each period of idle time; a straight line between
 
-PRIOR_CURVE: Curve = tuple(1.0 / rate for rate in saving_rates([PRIOR] * NUM_OCTAVES))
+PRIOR_CURVE: Curve = tuple(1.0 / rate for rate in saving_rates(PRIOR))
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +32,7 @@ class _Known:
     habits: Habits = field(default_factory=Habits)
     busy_since_s: float = 0.0
     idle_since_s: float | None = None  # None: a request of it is queued or running
-    features: tuple[int, ...] = ()  # as it went idle
+    contexts: list[Context] = field(default_factory=list)  # as it went idle
     curve: Curve = PRIOR_CURVE
 
 
@@ -50,7 +51,7 @@ class Hazard(PolicyFamily):
         self.times = times or ReturnTimes()
         self._known: OrderedDict[Key, _Known] = OrderedDict()
         self._order = itertools.count()
-        self._waits: list[tuple[float, int, _Known, int, float]] = []  # when one outlasts an octave, if idle since the time at the end
+        self._waits: list[tuple[float, int, _Known, int, float]] = []  # when one outlasts a period, if idle since the time at the end
 
     def came_back(self, sequence: Sequence, now_s: float) -> None:
         """See `PolicyFamily`."""
@@ -59,7 +60,7 @@ class Hazard(PolicyFamily):
         if known.idle_since_s is not None:
             gap_s = max(0.0, now_s - known.idle_since_s)
             if gap_s < _END_S:
-                self.times.learn(known.features, octave_of(gap_s), returned=True)
+                self.times.learn(known.contexts, period_of(gap_s), returned=True)
             known.habits.came_back(gap_s)
         known.idle_since_s, known.busy_since_s = None, now_s
 
@@ -70,10 +71,10 @@ class Hazard(PolicyFamily):
         self._known.move_to_end(sequence.key)
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)[1].idle_since_s = None
-        known.habits.turns += 1
         known.idle_since_s = now_s
-        known.features = known.habits.features(max(0.0, now_s - known.busy_since_s), len(sequence.chunks), num_answered)
-        known.curve = tuple(1.0 / rate for rate in saving_rates(self.times.chances(known.features)))
+        keys = known.habits.went_idle(max(0.0, now_s - known.busy_since_s), len(sequence.chunks), num_answered)
+        known.contexts = self.times.contexts(keys)
+        known.curve = tuple(1.0 / rate for rate in saving_rates(self.times.chances(known.contexts)))
         heapq.heappush(self._waits, (now_s + STARTS_S[1], next(self._order), known, 0, now_s))
 
     def curve_of(self, chunk: Chunk) -> Curve:
@@ -84,16 +85,16 @@ class Hazard(PolicyFamily):
         return known.curve if known is not None else PRIOR_CURVE
 
     def _outlast(self, now_s: float) -> None:
-        """Learn from those that are idle still: each octave that has gone by since the last call."""
+        """Learn from those that are idle still: each period that has gone by since the last call."""
         waits = self._waits
         while waits and waits[0][0] <= now_s:
-            _, _, known, octave, since_s = heapq.heappop(waits)
+            _, _, known, period, since_s = heapq.heappop(waits)
             if known.idle_since_s != since_s:
                 continue
-            self.times.learn(known.features, octave, returned=False)
-            if octave + 1 < NUM_OCTAVES:
-                end_s = STARTS_S[octave + 2] if octave + 2 < NUM_OCTAVES else _END_S
-                heapq.heappush(waits, (since_s + end_s, next(self._order), known, octave + 1, since_s))
+            self.times.learn(known.contexts, period, returned=False)
+            if period + 1 < NUM_PERIODS:
+                end_s = STARTS_S[period + 2] if period + 2 < NUM_PERIODS else _END_S
+                heapq.heappush(waits, (since_s + end_s, next(self._order), known, period + 1, since_s))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +107,7 @@ class _Candidate:
 
 
 class HazardValue(ByLines[_Candidate]):
-    """The policy of one queue. Each candidate is a class of its own, whose line bends at octaves: O(log) a victim and a bend."""
+    """The policy of one queue. Each candidate is a class of its own, whose line bends where periods meet: O(log) a victim and a bend."""
 
     def __init__(self, cost_of_chunk: CostOfChunk, family: Hazard) -> None:
         super().__init__()
@@ -125,25 +126,25 @@ class HazardValue(ByLines[_Candidate]):
     def _line(self, kind: _Candidate, key: float, now_s: float) -> tuple[float, float, float]:
         if kind.active:
             return 0.0, _ACTIVE_S * kind.scale, math.inf
-        octave = octave_of(now_s - key)
-        while octave + 1 < NUM_OCTAVES and key + STARTS_S[octave + 1] <= now_s:  # (as the caller will compare it)
-            octave += 1
-        start, slope = _piece(kind.curve, octave)
-        until_s = key + STARTS_S[octave + 1] if octave + 1 < NUM_OCTAVES else math.inf
-        return kind.scale * slope, kind.scale * (start - slope * (key + STARTS_S[octave])), until_s
+        period = period_of(now_s - key)
+        while period + 1 < NUM_PERIODS and key + STARTS_S[period + 1] <= now_s:  # (as the caller will compare it)
+            period += 1
+        start, slope = _piece(kind.curve, period)
+        until_s = key + STARTS_S[period + 1] if period + 1 < NUM_PERIODS else math.inf
+        return kind.scale * slope, kind.scale * (start - slope * (key + STARTS_S[period])), until_s
 
 
-def _piece(curve: Curve, octave: int) -> tuple[float, float]:
-    """1 / rate at an octave's start, and its slope there; in the last one it grows as 1 / idle time falls."""
-    start = curve[octave]
-    if octave + 1 == NUM_OCTAVES:
-        return start, start / STARTS_S[octave]
-    return start, (curve[octave + 1] - start) / (STARTS_S[octave + 1] - STARTS_S[octave])
+def _piece(curve: Curve, period: int) -> tuple[float, float]:
+    """1 / rate at a period's start, and its slope there; in the last one it grows as 1 / idle time falls."""
+    start = curve[period]
+    if period + 1 == NUM_PERIODS:
+        return start, start / STARTS_S[period]
+    return start, (curve[period + 1] - start) / (STARTS_S[period + 1] - STARTS_S[period])
 
 
 def _height(candidate: _Candidate, idle_s: float) -> float:
     if candidate.active:
         return _ACTIVE_S * candidate.scale
-    octave = octave_of(idle_s)
-    start, slope = _piece(candidate.curve, octave)
-    return candidate.scale * (start + slope * (max(0.0, idle_s) - STARTS_S[octave]))
+    period = period_of(idle_s)
+    start, slope = _piece(candidate.curve, period)
+    return candidate.scale * (start + slope * (max(0.0, idle_s) - STARTS_S[period]))

@@ -1,127 +1,144 @@
-"""How likely an idle conversation comes back, and when, learned as it happens. Knows gaps and turns; never chunks, costs or policies.
+"""How likely an idle conversation comes back, and when, learned as it happens. Knows contexts and time; never chunks, costs or policies.
 
-Idle time falls into octaves of seconds. Whether a conversation that has been idle up to the start of an octave comes back within it is
-a logistic regression on what is known of it when it goes idle; its features are cut into bins, and each bin has one weight an octave. A
-conversation teaches each octave that it outlasts when it has, and the one in which it returns when it does: so those that have not come
+Idle time falls into periods. How likely a conversation that has been idle up to the start of a period comes back within it is told by
+logistic mixing, as compressors predict the next bit (Mahoney, Adaptive Weighing of Context Models for Lossless Data Compression, 2005): the
+conversation is in several contexts, each of which has counted who came back and who did not. How far a context's odds lie from
+everybody's, times what such contexts have proved to be worth, is added to everybody's.
+
+A conversation teaches each period that it outlasts when it has, and the one in which it returns when it does: so those that have not come
 back (yet) count for exactly as long as they have been waited for.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
-NUM_OCTAVES = 18  # [0, 2), [2, 4), ... [65536, 131072), and beyond
-STARTS_S = (0.0, *(2.0**k for k in range(1, NUM_OCTAVES)))
-PRIOR = 0.3  # of coming back within an octave, with nothing learned: a rate of about 0.5 / idle time, as the paper's 1 / T
-LEARNING_RATE = 0.1
-_RECENT = 5  # gaps
-_PAIR = 256  # above the bins of a feature
+from pensieve.core.eviction.habits import NUM_CONTEXTS, Key
+
+# [0, 2.8 s), then half octaves up to an hour, then octaves: [4096, 8192), ... [131072, ...
+STARTS_S: tuple[float, ...] = (0.0, *(2.0 ** (k / 2) for k in range(3, 24)), *(2.0**k for k in range(12, 18)))
+NUM_PERIODS = len(STARTS_S)
+MAX_CONTEXTS = 32_768  # that are counted in; those met longest ago are forgotten first
+
+_ENDS_S = (*STARTS_S[1:], 2.0 * STARTS_S[-1])  # the last one is as long as what came before, where a length is needed
+WIDTHS_S = tuple(end_s - start_s for start_s, end_s in zip(STARTS_S, _ENDS_S, strict=True))
+
+# Of coming back within each, with nothing learned: the rate is 0.5 / idle time, in the shape of the paper's 1 / T.
+PRIOR = (0.3, *(1.0 - math.sqrt(start_s / end_s) for start_s, end_s in zip(STARTS_S[1:], _ENDS_S[1:], strict=True)))
+
+_LEARNING_RATE = 0.05
+_FIRST_TRUST = 1.5 / NUM_CONTEXTS  # contexts overlap, so together they count for little more than one
+_DOUBT = 2.0  # conversations of everybody that a context's counts begin with
+_MEMORY = 1000.0  # conversations; beyond it older ones count half
+_MEMORY_OF_ALL = 20_000.0
+_NUM_SIZES = 8  # octaves of how many a context has seen
 
 
-def octave_of(idle_s: float) -> int:
-    """The octave an idle time lies in."""
-    return 0 if idle_s < 2.0 else min(NUM_OCTAVES - 1, math.frexp(idle_s)[1] - 1)
+def period_of(idle_s: float) -> int:
+    """The period an idle time lies in."""
+    return bisect_right(STARTS_S, idle_s) - 1 if idle_s > 0.0 else 0
 
 
-@dataclass(slots=True)
-class Habits:
-    """What is known of one conversation's user."""
+class Context:
+    """What conversations did that were alike in some respect. Written by `ReturnTimes`."""
 
-    turns: int = 0
-    recent: list[float] = field(default_factory=list)  # log2 of the last gaps, in seconds, at least 1
-    mean_log: float = 3.3  # of them, older ones counting less
-    num_long: float = 0.0  # gaps of more than a minute, older ones counting less
-    num_very_long: float = 0.0  # of more than five
+    __slots__ = ("back", "kind", "lean", "seen", "size")
 
-    def came_back(self, gap_s: float) -> None:
-        """After so long."""
-        log = math.log2(max(1.0, gap_s))
-        self.recent.append(log)
-        del self.recent[:-_RECENT]
-        self.mean_log += 0.3 * (log - self.mean_log)
-        self.num_long += 0.1 * ((gap_s > 60.0) - self.num_long)
-        self.num_very_long += 0.1 * ((gap_s > 300.0) - self.num_very_long)
-
-    def features(self, busy_s: float, num_chunks: int, num_answered: int) -> tuple[int, ...]:
-        """A bin of each feature, for a conversation that goes idle after a request of `busy_s` whose answer had so many tokens.
-
-        The length of an answer tells a tool's call, after which an agent is back in seconds, from words that somebody reads; the more so
-        beside the last gap and beside how long it took. (A pair of bins is a bin.)
-        """
-        recent = self.recent
-        last = int(2.0 * recent[-1]) if recent else 40
-        mean = int(4.0 * self.mean_log)
-        busy = int(3.0 * math.log2(1.0 + busy_s))
-        answered = int(2.0 * math.log2(1 + num_answered))
-        return (
-            last,
-            int(2.0 * recent[-2]) if len(recent) > 1 else 40,
-            mean,
-            int(2.0 * max(recent)) if recent else 40,
-            int(20.0 * self.num_long),
-            int(20.0 * self.num_very_long),
-            min(12, int(math.log2(1 + self.turns))),
-            busy,
-            int(math.log2(1 + num_chunks)),
-            answered,
-            _PAIR * last + answered,
-            _PAIR * (last // 2) + mean // 2,
-            _PAIR * busy + answered,
-        )
+    def __init__(self, kind: int) -> None:
+        self.kind = kind  # in which respect
+        self.seen = [0.0] * NUM_PERIODS  # that were idle up to each period and have come back or outlasted it
+        self.back = [0.0] * NUM_PERIODS  # of these, that came back
+        self.lean = [0.0] * NUM_PERIODS  # log odds, less everybody's
+        self.size = [0] * NUM_PERIODS  # octave of `seen`
 
 
 class ReturnTimes:
-    """The regression. Learns by AdaGrad, one observation at a time."""
+    """What has been learned from everybody. Learns one observation at a time."""
 
     def __init__(self) -> None:
-        bias = math.log(PRIOR / (1.0 - PRIOR))
-        self._bias = [bias] * NUM_OCTAVES
-        self._bias_seen = [1.0] * NUM_OCTAVES
-        self._weights: dict[tuple[int, int], list[float]] = {}
-        self._seen: dict[tuple[int, int], list[float]] = {}  # squared gradients so far
+        self._contexts: OrderedDict[Key, Context] = OrderedDict()
+        self._seen = [1.0] * NUM_PERIODS
+        self._back = list(PRIOR)
+        self._odds = [_log_odds(back, 1.0 - back) for back in PRIOR]
+        self._trust = [[_FIRST_TRUST] * _NUM_SIZES for _ in range(NUM_CONTEXTS)]  # by kind and size
+        self._steps = [[1.0] * _NUM_SIZES for _ in range(NUM_CONTEXTS)]  # squared gradients so far (AdaGrad)
 
-    def chances(self, features: tuple[int, ...]) -> list[float]:
-        """Of coming back within each octave, if not before it."""
-        logits = list(self._bias)
-        for key in enumerate(features):
-            weights = self._weights.get(key)
-            if weights is not None:
-                logits = [a + b for a, b in zip(logits, weights, strict=True)]
-        return [1.0 / (1.0 + math.exp(-x)) for x in logits]
+    def contexts(self, keys: Iterable[Key]) -> list[Context]:
+        """Those that a conversation is in."""
+        contexts, found = self._contexts, []
+        for key in keys:
+            context = contexts.get(key)
+            if context is None:
+                context = contexts[key] = Context(key[0])
+                if len(contexts) > MAX_CONTEXTS:
+                    contexts.popitem(last=False)
+            else:
+                contexts.move_to_end(key)
+            found.append(context)
+        return found
 
-    def learn(self, features: tuple[int, ...], octave: int, returned: bool) -> None:
-        """A conversation that was idle up to an octave came back within it, or outlasted it."""
-        logit = self._bias[octave]
-        rows = []
-        for key in enumerate(features):
-            weights = self._weights.get(key)
-            if weights is None:
-                weights = self._weights[key] = [0.0] * NUM_OCTAVES
-                self._seen[key] = [1.0] * NUM_OCTAVES
-            rows.append((weights, self._seen[key]))
-            logit += weights[octave]
-        gradient = 1.0 / (1.0 + math.exp(-logit)) - returned
-        for weights, seen in ((self._bias, self._bias_seen), *rows):
-            seen[octave] += gradient * gradient
-            weights[octave] -= LEARNING_RATE * gradient / math.sqrt(seen[octave])
+    def chances(self, contexts: Sequence[Context]) -> list[float]:
+        """Of coming back within each period, if not before it."""
+        log_odds = self._odds
+        for context in contexts:
+            trust = self._trust[context.kind]
+            log_odds = [odds + trust[size] * lean for odds, size, lean in zip(log_odds, context.size, context.lean, strict=True)]
+        return [_chance(odds) for odds in log_odds]
+
+    def learn(self, contexts: Sequence[Context], period: int, returned: bool) -> None:
+        """A conversation that was idle up to a period came back within it, or outlasted it."""
+        log_odds = self._odds[period]
+        for context in contexts:
+            log_odds += self._trust[context.kind][context.size[period]] * context.lean[period]
+        error = _chance(log_odds) - returned
+        self._seen[period], self._back[period] = _count(self._seen[period], self._back[period], returned, _MEMORY_OF_ALL)
+        chance = self._back[period] / self._seen[period]
+        odds = self._odds[period] = _log_odds(chance, 1.0 - chance)
+        for context in contexts:
+            size = context.size[period]
+            gradient = error * context.lean[period]
+            if gradient:
+                steps = self._steps[context.kind]
+                steps[size] += gradient * gradient
+                self._trust[context.kind][size] -= _LEARNING_RATE * gradient / math.sqrt(steps[size])
+            seen, back = _count(context.seen[period], context.back[period], returned, _MEMORY)
+            context.seen[period], context.back[period] = seen, back
+            context.lean[period] = _log_odds(back + _DOUBT * chance, seen - back + _DOUBT * (1.0 - chance)) - odds
+            context.size[period] = min(_NUM_SIZES, int(seen + 1.0).bit_length()) - 1
 
 
-def saving_rates(chances: list[float]) -> list[float]:
-    """For each octave's start, the best ratio of the chance to come back within some time to the expected time held until then.
+def _count(seen: float, back: float, returned: bool, memory: float) -> tuple[float, float]:
+    seen, back = seen + 1.0, back + returned
+    return (0.5 * seen, 0.5 * back) if seen > memory else (seen, back)
 
-    That is the Gittins index of holding on: what a slot saves a second, of one unit of cost, if one stops holding at the best moment. Made
-    falling, so that who has been idle longer is never worth more for it.
+
+def _log_odds(came: float, stayed: float) -> float:
+    return math.log(came / stayed)
+
+
+def _chance(log_odds: float) -> float:
+    return 1.0 / (1.0 + math.exp(-log_odds))
+
+
+def saving_rates(chances: Sequence[float]) -> list[float]:
+    """For each period's start, the best ratio of the chance to come back within some time to the expected time held until then, in 1/s.
+
+    That is the Gittins index of holding on: what a slot saves a second, of one unit of cost, if one stops holding at the best moment. It may
+    rise while a conversation is idle: whoever never comes back within seconds is worth more once those have gone by.
     """
     rates: list[float] = []
-    for start in range(NUM_OCTAVES):
+    for start in range(NUM_PERIODS):
         alive, back, held_s, best = 1.0, 0.0, 0.0, 0.0
-        for octave in range(start, NUM_OCTAVES):
-            width_s = STARTS_S[octave + 1] - STARTS_S[octave] if octave + 1 < NUM_OCTAVES else STARTS_S[-1]
-            leaving = alive * chances[octave]
+        for chance, width_s in zip(chances[start:], WIDTHS_S[start:], strict=True):
+            leaving = alive * chance
             back += leaving
             alive -= leaving
             held_s += (alive + 0.5 * leaving) * width_s
-            best = max(best, back / held_s)
-        rates.append(min(best, rates[-1]) if rates else best)
+            ratio = back / held_s
+            if ratio > best:
+                best = ratio
+        rates.append(best)
     return rates
