@@ -8,10 +8,10 @@ TRACE holds sessions of coding agents ({"id", "turns": [[input, output, shared, 
 Sessions start at uniformly random times in `--hours`, which says how much they overlap; a turn comes `think s` after the previous answer
 ended and its answer takes `server s`, whatever the cache holds, so every policy sees the same requests at the same times. Mooncake's
 requests come when the trace says and take 20 ms an output token; they are chained to conversations by what they share. Capacity is a share
-of all histories at their longest of the judged half. What counts is the recompute cost: the sum of Cost(l), from the arithmetic of an 8B Llama, over chunks
-that were computed before, belong to a request and are not there. `hazard` is fitted on half of the sessions and goes on learning; all are
-judged on the other half. `hazard-cold` has learned nothing before. Some sessions are forks of others, with many turns alike to the last
-digit; those are kept in the same half.
+of all histories of the judged half at their longest. What counts is the recompute cost: the sum of Cost(l), from the arithmetic of an 8B
+Llama, over chunks that were computed before, belong to a request and are not there. `hazard` is fitted on half of the sessions and goes on
+learning; all are judged on the other half. `hazard-cold` has learned nothing before. Some sessions of agents are forks of others, with many
+turns alike to the last digit: those stay in the same half.
 
 `closed` is the share of the gap between lru and the clairvoyant: (lru - policy) / (lru - clairvoyant). The last line is JSON.
 """
@@ -132,13 +132,13 @@ def next_use_s(session: Session, index: int, now_s: float) -> float:
     return max(now_s + following.think_s, following.at_s)
 
 
-def halves(sessions: list[Session], rng: random.Random) -> tuple[list[Session], list[Session]]:
-    """In random order, sessions that have a turn in common together."""
+def halves(sessions: list[Session], rng: random.Random, *, forks_together: bool) -> tuple[list[Session], list[Session]]:
+    """In random order; if so asked, sessions that have a turn in common together."""
     forks: dict[tuple[int, int, float], list[Session]] = {}
     family: dict[str, list[Session]] = {}
     for session in sessions:
         together = family[session.name] = [session]
-        for turn in session.turns:
+        for turn in session.turns if forks_together else ():
             other = family[forks.setdefault((turn.length, turn.answered, turn.busy_s), together)[0].name]
             if other is not together:
                 other += together
@@ -252,7 +252,7 @@ def main() -> None:
     for hours in [float(h) for h in options.hours.split(",")] if kind == "agents" else [0.0]:
         for seed in range(options.seeds):
             rng = random.Random(f"{kind} {seed}")
-            fitted, judged = halves(sessions, rng)
+            fitted, judged = halves(sessions, rng, forks_together=kind == "agents")
             times = fit(fitted, [rng.uniform(0.0, 3600.0 * hours) for _ in fitted])
             starts_s = [rng.uniform(0.0, 3600.0 * hours) for _ in judged]
             for capacity in [float(share) for share in options.capacity.split(",")]:
