@@ -129,8 +129,11 @@ class Chunk:
         """The fastest tier with a valid copy; None while it is computed or dropped."""
         if self.computing:
             return None
-        for tier, slot in enumerate(self.slots):
-            if slot is not None:
+        slots = self.slots
+        if slots[0] is not None:
+            return 0
+        for tier in range(1, len(slots)):
+            if slots[tier] is not None:
                 return tier
         return None
 

@@ -204,7 +204,7 @@ class Places:
 
     def reindex(self, chunk: Chunk) -> None:
         """Put a chunk into exactly the queues its state says."""
-        wanted = 0 if chunk.computing or chunk.copy is not None else self.wanted_queues(chunk)
+        wanted = self.wanted_queues(chunk)
         changed = wanted ^ chunk.queues
         while changed:
             bit = changed & -changed
@@ -246,11 +246,14 @@ class Places:
     # -- inside
 
     def _next_copy_below(self, chunk: Chunk, tier: int) -> int:
-        slots, last = chunk.slots, self.num_tiers - 1
+        last = self.num_tiers - 1
+        if tier + 1 >= last:
+            return last
+        slots = chunk.slots
         for lower in range(tier + 1, last):
             if slots[lower] is not None:
                 return lower
-        return last if tier >= last or slots[last] is not None else tier + 1
+        return last if slots[last] is not None else tier + 1
 
     def _settle(self, copy_id: int, if_down: Event, if_up: Event) -> CopyRecord:
         record = self.copies[copy_id]

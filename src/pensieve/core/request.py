@@ -80,6 +80,7 @@ class Request:
     sampling: SamplingParams
     arrival: int  # order of submission
     submitted_s: float
+    most_tokens: int  # prompt and answer together, as the answer's limit and the context allow
     salt: str = ""  # what the chain hashes start from: the namespace
     num_prompt: int = 0
     digests: list[bytes] = field(default_factory=list)  # chain hashes of the full chunks of `tokens`

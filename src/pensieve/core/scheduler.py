@@ -155,7 +155,8 @@ class Scheduler:
             )
         if self.num_waiting >= self.config.max_waiting:
             raise Overloaded(f"{self.num_waiting} requests wait already, at most {self.config.max_waiting} may: try again later")
-        request = Request(request_id, namespace, sequence_id, list(tokens), history_tokens, sampling, self._num_arrived, now_s)
+        most_tokens = min(len(tokens) + sampling.max_new_tokens, self.max_context)
+        request = Request(request_id, namespace, sequence_id, list(tokens), history_tokens, sampling, self._num_arrived, now_s, most_tokens)
         request.salt, request.digests = salt, digests
         self._num_arrived += 1
         self.requests[request_id] = request
@@ -347,9 +348,8 @@ class Scheduler:
         length = self._next_length(request)
         if length is None:
             return
-        sequence = request.sequence
+        sequence, start = request.sequence, length - 1
         assert sequence is not None
-        start = length - 1
         if start // self.cache.chunk_tokens == len(sequence.chunks):
             slot = self._grow(step, request, now_s)
             if slot is None:
@@ -360,11 +360,10 @@ class Scheduler:
 
     def _next_length(self, request: Request) -> int | None:
         """Tokens of a decoding request with those that are on their way; None: it does not decode, or its last token is on its way."""
-        if request.missing or not request.plannable:
+        if request.missing:
             return None
         length = len(request.tokens) + request.num_pending
-        is_last = length - request.num_prompt >= request.sampling.max_new_tokens or length >= self.max_context
-        return None if is_last else length
+        return length if length < request.most_tokens and request.plannable else None
 
     def _grow(self, step: _Step, request: Request, now_s: float) -> int | None:
         """A slot for a decoding request's next chunk; None: it waits, is suspended, or ends for lack of room (paper §4.3.5)."""
@@ -553,7 +552,7 @@ class Scheduler:
         events.tokens.append(token)
         if token.token_id in request.sampling.stop_token_ids:
             self._end(request, FinishReason.STOP, now_s)
-        elif request.num_output >= request.sampling.max_new_tokens or len(request.tokens) >= self.max_context:
+        elif len(request.tokens) >= request.most_tokens:
             self._end(request, FinishReason.LENGTH, now_s)
 
     def _end(self, request: Request, reason: FinishReason, now_s: float) -> None:

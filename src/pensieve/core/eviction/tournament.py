@@ -21,7 +21,7 @@ class KineticTournament:
         self._offset = [_OUT]
         self._winner = [0, 0]  # node 1 is the root, leaf i is node size + i
         self._until = [math.inf, math.inf]
-        self._set: set[int] = set()  # nodes of leaves that were given a line since the last question
+        self._set: set[int] = set()  # leaves that were given a line since the last question
         self._now_s = 0.0
 
     def set(self, leaf: int, slope: float, offset: float) -> None:
@@ -31,7 +31,7 @@ class KineticTournament:
         if self._slope[leaf] == slope and self._offset[leaf] == offset:
             return
         self._slope[leaf], self._offset[leaf] = slope, offset
-        self._set.add(self._size + leaf)
+        self._set.add(leaf)
 
     def highest(self, now_s: float) -> int | None:
         """The leaf whose line is highest at `now_s` (not before any earlier `now_s`); None if all are out."""
@@ -59,9 +59,8 @@ class KineticTournament:
     def _replay_set(self) -> None:
         """The matches above the leaves that were set, level by level: what neither changed its result nor was won by one of them ends its path."""
         size, winner, until, play = self._size, self._winner, self._until, self._play
-        changed = {node - size for node in self._set}
-        level = sorted(self._set) if size > 1 else []
-        self._set.clear()
+        changed, self._set = self._set, set()
+        level = [size + leaf for leaf in sorted(changed)] if size > 1 else []
         while level:
             above: list[int] = []
             last = 0
