@@ -62,6 +62,23 @@ def test_who_never_comes_back_at_once_is_worth_more_a_while_later() -> None:
     assert rates[period_of(50.0)] > 2.0 * rates[period_of(4.0)]
 
 
+def test_a_period_that_few_have_reached_is_like_the_one_before() -> None:
+    """Nobody comes back within half a minute; who would have after an hour has not been seen: there is no hope of it, and none that grows."""
+    times = ReturnTimes()
+    for number in range(500):
+        contexts = times.contexts(Habits().went_idle(5.0, 4, number))
+        for period in range(period_of(30.0)):
+            times.learn(contexts, period, returned=False)
+    chances = times.chances(times.contexts([]))
+    assert all(chance < 0.1 * prior for chance, prior in zip(chances[:20], PRIOR[:20], strict=True))
+    assert saving_rates(chances)[period_of(30.0)] < 3.0 * saving_rates(chances)[0]
+    for _ in range(500):
+        times.learn([], period_of(3000.0), returned=True)
+    chances = times.chances([])
+    assert chances[period_of(3000.0)] > 0.9 and chances[period_of(30.0)] < 0.1 * PRIOR[period_of(30.0)]
+    assert chances[period_of(10_000.0)] > 0.9, "as far as anybody knows"
+
+
 def test_contexts_trust_those_that_tell_and_not_those_that_do_not() -> None:
     """Of two kinds of context one says all, the other nothing."""
     times, rng = ReturnTimes(), random.Random(0)

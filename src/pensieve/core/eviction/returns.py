@@ -3,7 +3,9 @@
 Idle time falls into periods. How likely a conversation that has been idle up to the start of a period comes back within it is told by
 logistic mixing, as compressors predict the next bit (Mahoney, Adaptive Weighing of Context Models for Lossless Data Compression, 2005): the
 conversation is in several contexts, each of which has counted who came back and who did not. How far a context's odds lie from
-everybody's, times what such contexts have proved to be worth, is added to everybody's.
+everybody's, times what such contexts have proved to be worth, is added to everybody's. A period that few have been seen to reach is taken to
+be like the one before it: long ones are reached late and by few, and hoping for them on no evidence would make who has been idle for
+longest worth most.
 
 A conversation teaches each period that it outlasts when it has, and the one in which it returns when it does: so those that have not come
 back (yet) count for exactly as long as they have been waited for.
@@ -11,6 +13,7 @@ back (yet) count for exactly as long as they have been waited for.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections import OrderedDict
@@ -28,10 +31,16 @@ WIDTHS_S = tuple(end_s - start_s for start_s, end_s in zip(STARTS_S, _ENDS_S, st
 
 # Of coming back within each, with nothing learned: the rate is 0.5 / idle time, in the shape of the paper's 1 / T.
 PRIOR = (0.3, *(1.0 - math.sqrt(start_s / end_s) for start_s, end_s in zip(STARTS_S[1:], _ENDS_S[1:], strict=True)))
+_LOG_STAYS = [math.log(1.0 - chance) for chance in PRIOR]
+# How many periods as the one before each is worth: 2 where octaves begin. (The first is no octave's part, and the second follows it as it is.)
+_WORTH = [1.0, 1.0, *(after / before for before, after in itertools.pairwise(_LOG_STAYS[1:]))]
 
 _LEARNING_RATE = 0.05
 _FIRST_TRUST = 1.5 / NUM_CONTEXTS  # contexts overlap, so together they count for little more than one
 _DOUBT = 2.0  # conversations of everybody that a context's counts begin with
+_DOUBT_OF_ALL = 20.0  # conversations like those of the period before, that everybody's counts begin with
+_HOPE = 0.002  # share of `PRIOR` in these: no chance is ever nothing
+_RIPE = 1000.0  # conversations, after which those hardly matter
 _MEMORY = 1000.0  # conversations; beyond it older ones count half
 _MEMORY_OF_ALL = 20_000.0
 _NUM_SIZES = 8  # octaves of how many a context has seen
@@ -54,15 +63,24 @@ class Context:
         self.lean = [0.0] * NUM_PERIODS  # log odds, less everybody's
         self.size = [0] * NUM_PERIODS  # octave of `seen`
 
+    def count(self, period: int, returned: bool, odds: float) -> None:
+        """One more, where everybody's log odds are `odds`."""
+        seen, back = _counted(self.seen[period], self.back[period], returned, _MEMORY)
+        self.seen[period], self.back[period] = seen, back
+        self.size[period] = min(_NUM_SIZES, int(seen + 1.0).bit_length()) - 1
+        expected = _DOUBT * _chance(odds)
+        self.lean[period] = _log_odds(back + expected, seen - back + _DOUBT - expected) - odds
+
 
 class ReturnTimes:
     """What has been learned from everybody. Learns one observation at a time."""
 
     def __init__(self) -> None:
         self._contexts: OrderedDict[Key, Context] = OrderedDict()
-        self._seen = [1.0] * NUM_PERIODS
-        self._back = list(PRIOR)
-        self._odds = [_log_odds(back, 1.0 - back) for back in PRIOR]
+        self._seen = [0.0] * NUM_PERIODS
+        self._back = [0.0] * NUM_PERIODS
+        self._chance = list(PRIOR)
+        self._odds = [_log_odds(chance, 1.0 - chance) for chance in PRIOR]
         self._trust = [[_FIRST_TRUST] * _NUM_SIZES for _ in range(NUM_CONTEXTS)]  # by kind and size
         self._steps = [[1.0] * _NUM_SIZES for _ in range(NUM_CONTEXTS)]  # squared gradients so far (AdaGrad)
 
@@ -94,23 +112,30 @@ class ReturnTimes:
         for context in contexts:
             log_odds += self._trust[context.kind][context.size[period]] * context.lean[period]
         error = _chance(log_odds) - returned
-        self._seen[period], self._back[period] = _count(self._seen[period], self._back[period], returned, _MEMORY_OF_ALL)
-        chance = self._back[period] / self._seen[period]
-        odds = self._odds[period] = _log_odds(chance, 1.0 - chance)
+        self._count(period, returned)
         for context in contexts:
-            size = context.size[period]
             gradient = error * context.lean[period]
             if gradient:
-                steps = self._steps[context.kind]
+                size, steps = context.size[period], self._steps[context.kind]
                 steps[size] += gradient * gradient
                 self._trust[context.kind][size] -= _LEARNING_RATE * gradient / math.sqrt(steps[size])
-            seen, back = _count(context.seen[period], context.back[period], returned, _MEMORY)
-            context.seen[period], context.back[period] = seen, back
-            context.lean[period] = _log_odds(back + _DOUBT * chance, seen - back + _DOUBT * (1.0 - chance)) - odds
-            context.size[period] = min(_NUM_SIZES, int(seen + 1.0).bit_length()) - 1
+            context.count(period, returned, self._odds[period])
+
+    def _count(self, period: int, returned: bool) -> None:
+        self._seen[period], self._back[period] = _counted(self._seen[period], self._back[period], returned, _MEMORY_OF_ALL)
+        while True:
+            expected, doubt = PRIOR[period], 1.0
+            if period:
+                like_before = 1.0 - (1.0 - self._chance[period - 1]) ** _WORTH[period]
+                expected, doubt = like_before + _HOPE * (expected - like_before), _DOUBT_OF_ALL
+            chance = self._chance[period] = (self._back[period] + doubt * expected) / (self._seen[period] + doubt)
+            self._odds[period] = _log_odds(chance, 1.0 - chance)
+            period += 1
+            if period == NUM_PERIODS or self._seen[period] > _RIPE:
+                return
 
 
-def _count(seen: float, back: float, returned: bool, memory: float) -> tuple[float, float]:
+def _counted(seen: float, back: float, returned: bool, memory: float) -> tuple[float, float]:
     seen, back = seen + 1.0, back + returned
     return (0.5 * seen, 0.5 * back) if seen > memory else (seen, back)
 
