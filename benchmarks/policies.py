@@ -1,6 +1,6 @@
 """What each eviction policy makes a trace recompute. The real cache, one tier, a clock of its own; no scheduler, no model.
 
-    python benchmarks/policies.py TRACE [--policies lru,retention,hazard,clairvoyant] [--capacity 0.05,0.10] [--hours 4,8] [--seeds 2]
+    python benchmarks/policies.py TRACE [--policies lru,retention,hazard,clairvoyant] [--capacity 0.05,0.10] [--hours 4,8] [--seeds 2] [--hardware h200 | flops]
 
 TRACE holds sessions of coding agents ({"id", "turns": [[input, output, shared, think s, server s], ...]}) or requests of Mooncake
 ({"timestamp", "input_length", "output_length", "hash_ids"}), one JSON object a line, perhaps gzipped.
@@ -8,8 +8,9 @@ TRACE holds sessions of coding agents ({"id", "turns": [[input, output, shared, 
 Sessions start at uniformly random times in `--hours`, which says how much they overlap; a turn comes `think s` after the previous answer
 ended and its answer takes `server s`, whatever the cache holds, so every policy sees the same requests at the same times. Mooncake's
 requests come when the trace says and take 20 ms an output token; they are chained to conversations by what they share. Capacity is a share
-of all histories of the judged half at their longest. What counts is the recompute cost: the sum of Cost(l), from the arithmetic of an 8B
-Llama, over chunks that were computed before, belong to a request and are not there. `hazard` is fitted on half of the sessions and goes on
+of all histories of the judged half at their longest. What counts is the recompute cost: the sum of Cost(l) over chunks that were computed
+before, belong to a request and are not there. Cost(l) is the seconds that a Llama 3 8B takes on `--hardware`, by the simulator's roofline, or its
+FLOPs, which make little of context: kernels of attention reach a fifth of what products do (paper, Fig. 3 and 4). `hazard` is fitted on half of the sessions and goes on
 learning; all are judged on the other half. `hazard-cold` has learned nothing before. Some sessions of agents are forks of others, with many
 turns alike to the last digit: those stay in the same half.
 
@@ -30,16 +31,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pensieve.config import CacheConfig, ModelShape, TierConfig
+from pensieve.config import CacheConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import Hazard, PolicyFactory, ReturnTimes
 from pensieve.core.sequence import Key, Sequence
+from pensieve.simulator.case import Machine
 from pensieve.simulator.policies import Setting, make_policy
+from pensieve.worker.presets import PRESETS
 
 CHUNK = 512  # tokens; Mooncake's blocks
-LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128_256, 131_072)
-COST = CostProfile.from_shape(LLAMA_8B, CHUNK, 1 << 17)
+MODEL = "llama3-8b"
 OUTPUT_TOKEN_S = 0.02  # Mooncake's
 NEVER = float("inf")
 
@@ -64,9 +66,20 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
 
 
-def use_chunks_of(num_tokens: int) -> None:
+def cost_on(hardware: str, chunk_tokens: int) -> CostProfile:
+    """Cost(l) of one chunk; "flops" is no machine."""
+    if hardware == "flops":
+        return CostProfile.from_shape(PRESETS[MODEL].shape, chunk_tokens, 1 << 17)
+    machine = Machine(MODEL, hardware)
+    return machine.chunk_costs(machine.cost(), chunk_tokens, 1 << 17)
+
+
+COST = cost_on("h200", CHUNK)
+
+
+def use(chunk_tokens: int, hardware: str) -> None:
     global CHUNK, COST
-    CHUNK, COST = num_tokens, CostProfile.from_shape(LLAMA_8B, num_tokens, 1 << 17)
+    CHUNK, COST = chunk_tokens, cost_on(hardware, chunk_tokens)
 
 
 def load(path: str) -> tuple[str, list[Session]]:
@@ -244,8 +257,9 @@ def main() -> None:
     parser.add_argument("--hours", default="4,8")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--chunk-tokens", type=int, default=CHUNK, help="of sessions of agents: larger ones are quicker to replay")
+    parser.add_argument("--hardware", default="h200", help="whose seconds Cost(l) is; flops: arithmetic alone")
     options = parser.parse_args()
-    use_chunks_of(options.chunk_tokens)
+    use(options.chunk_tokens, options.hardware)
     kind, sessions = load(options.trace)
     policies = ["lru", "clairvoyant", *(p for p in options.policies.split(",") if p not in ("lru", "clairvoyant"))]
     results = []
