@@ -1,6 +1,7 @@
 """What each eviction policy makes a trace recompute. The real cache, one tier, a clock of its own; no scheduler, no model.
 
-    python benchmarks/policies.py TRACE [--policies lru,retention,hazard,clairvoyant] [--capacity 0.05,0.10] [--hours 4,8] [--seeds 2] [--hardware h200 | flops]
+    python benchmarks/policies.py TRACE [--policies lru,retention,hazard,clairvoyant] [--capacity 0.05,0.10] [--hours 4,8] [--seeds 2]
+        [--hardware h200 | flops]
 
 TRACE holds sessions of coding agents ({"id", "turns": [[input, output, shared, think s, server s], ...]}) or requests of Mooncake
 ({"timestamp", "input_length", "output_length", "hash_ids"}), one JSON object a line, perhaps gzipped.
@@ -9,10 +10,11 @@ Sessions start at uniformly random times in `--hours`, which says how much they 
 ended and its answer takes `server s`, whatever the cache holds, so every policy sees the same requests at the same times. Mooncake's
 requests come when the trace says and take 20 ms an output token; they are chained to conversations by what they share. Capacity is a share
 of all histories of the judged half at their longest. What counts is the recompute cost: the sum of Cost(l) over chunks that were computed
-before, belong to a request and are not there. Cost(l) is the seconds that a Llama 3 8B takes on `--hardware`, by the simulator's roofline, or its
-FLOPs, which make little of context: kernels of attention reach a fifth of what products do (paper, Fig. 3 and 4). `hazard` is fitted on half of the sessions and goes on
-learning; all are judged on the other half. `hazard-cold` has learned nothing before. Some sessions of agents are forks of others, with many
-turns alike to the last digit: those stay in the same half.
+before, belong to a request and are not there. Cost(l) is the seconds that a Llama 3 8B takes on `--hardware`, by the simulator's roofline,
+or its FLOPs, which make little of context: kernels of attention reach a fifth of what products do (paper, Fig. 3 and 4).
+
+`hazard` is fitted on half of the sessions and goes on learning; all are judged on the other half. `hazard-cold` has learned nothing before.
+Some sessions of agents are forks of others, with many turns alike to the last digit: those stay in the same half.
 
 `closed` is the share of the gap between lru and the clairvoyant: (lru - policy) / (lru - clairvoyant). The last line is JSON.
 """

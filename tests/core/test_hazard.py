@@ -90,6 +90,20 @@ def test_contexts_trust_those_that_tell_and_not_those_that_do_not() -> None:
             assert times.chances(times.contexts([(0, told), (1, idle)]))[3] == pytest.approx(chance, abs=0.05)
 
 
+def test_no_chance_is_ever_nothing_or_certain() -> None:
+    times = ReturnTimes()
+    for number in range(60_000):
+        told = number % 2
+        times.learn(times.contexts([(kind, told) for kind in range(NUM_CONTEXTS)]), 3, returned=bool(told))
+    for told in range(2):
+        chances = times.chances(times.contexts([(kind, told) for kind in range(NUM_CONTEXTS)]))
+        assert 0.0 < chances[3] < 1.0 and (chances[3] > 0.99) == bool(told)
+        assert min(saving_rates(chances)) > 0.0
+    times._trust = [[9.0] * 8 for _ in range(NUM_CONTEXTS)]
+    for told in range(2):
+        assert 0.0 < times.chances(times.contexts([(kind, told) for kind in range(NUM_CONTEXTS)]))[3] < 1.0
+
+
 def test_counts_of_a_context_that_changes_are_forgotten() -> None:
     times = ReturnTimes()
     for returned in (True, False):

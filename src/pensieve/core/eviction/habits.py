@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-Key = tuple[int, ...]  # of a context: which one it is, and the bins
+ContextKey = tuple[int, ...]  # of a context: which one it is, and the bins
 
 _RECENT = 5  # gaps
 _UNKNOWN = -1  # the bin of what has not happened yet
@@ -34,7 +34,7 @@ class Habits:
         self.num_long += 0.1 * ((gap_s > _LONG_S) - self.num_long)
         self.num_very_long += gap_s > _VERY_LONG_S
 
-    def went_idle(self, busy_s: float, num_chunks: int, num_answered: int) -> tuple[Key, ...]:
+    def went_idle(self, busy_s: float, num_chunks: int, num_answered: int) -> tuple[ContextKey, ...]:
         """The contexts it is in after a request of `busy_s` whose answer had `num_answered` tokens; the history has `num_chunks`.
 
         A context is a few things together, each cut into bins. The length of an answer tells a tool's call, after which an agent is back

@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from pensieve.core.eviction.habits import NUM_CONTEXTS, Key
+from pensieve.core.eviction.habits import NUM_CONTEXTS, ContextKey
 
 # [0, 2.8 s), then half octaves up to an hour, then octaves: [4096, 8192), ... [131072, ...
 STARTS_S: tuple[float, ...] = (0.0, *(2.0 ** (k / 2) for k in range(3, 24)), *(2.0**k for k in range(12, 18)))
@@ -43,6 +43,7 @@ _HOPE = 0.002  # share of `PRIOR` in these: no chance is ever nothing
 _RIPE = 1000.0  # conversations, after which those hardly matter
 _MEMORY = 1000.0  # conversations; beyond it older ones count half
 _MEMORY_OF_ALL = 20_000.0
+_MOST_LOG_ODDS = 30.0  # either way: nothing is certain, and a rate of nothing would have no inverse
 _NUM_SIZES = 8  # octaves of how many a context has seen
 
 
@@ -76,7 +77,7 @@ class ReturnTimes:
     """What has been learned from everybody. Learns one observation at a time."""
 
     def __init__(self) -> None:
-        self._contexts: OrderedDict[Key, Context] = OrderedDict()
+        self._contexts: OrderedDict[ContextKey, Context] = OrderedDict()
         self._seen = [0.0] * NUM_PERIODS
         self._back = [0.0] * NUM_PERIODS
         self._chance = list(PRIOR)
@@ -84,7 +85,7 @@ class ReturnTimes:
         self._trust = [[_FIRST_TRUST] * _NUM_SIZES for _ in range(NUM_CONTEXTS)]  # by kind and size
         self._steps = [[1.0] * _NUM_SIZES for _ in range(NUM_CONTEXTS)]  # squared gradients so far (AdaGrad)
 
-    def contexts(self, keys: Iterable[Key]) -> list[Context]:
+    def contexts(self, keys: Iterable[ContextKey]) -> list[Context]:
         """Those that a conversation is in."""
         contexts, found = self._contexts, []
         for key in keys:
@@ -145,7 +146,7 @@ def _log_odds(came: float, stayed: float) -> float:
 
 
 def _chance(log_odds: float) -> float:
-    return 1.0 / (1.0 + math.exp(-log_odds))
+    return 1.0 / (1.0 + math.exp(max(-_MOST_LOG_ODDS, min(_MOST_LOG_ODDS, -log_odds))))
 
 
 def saving_rates(chances: Sequence[float]) -> list[float]:
