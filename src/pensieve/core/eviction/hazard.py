@@ -13,11 +13,10 @@ from pensieve.core.eviction.habits import Habits
 from pensieve.core.eviction.lines import ByLines
 from pensieve.core.eviction.policy import CostOfChunk, PolicyFamily
 from pensieve.core.eviction.retention import num_sharers
-from pensieve.core.eviction.returns import NUM_PERIODS, PRIOR, STARTS_S, WIDTHS_S, Context, ReturnTimes, period_of, saving_rates
+from pensieve.core.eviction.returns import ENDS_S, NUM_PERIODS, PRIOR, STARTS_S, WIDTHS_S, Context, ReturnTimes, period_of, saving_rates
 from pensieve.core.sequence import Key, Sequence
 
 MAX_KNOWN = 65_536  # conversations whose habits are remembered; the longest idle are forgotten first
-_END_S = STARTS_S[-1] + WIDTHS_S[-1]  # of what is waited for and learned from
 _ACTIVE_S = 1e-6  # 1 / rate of who is active: below that of anybody idle
 
 Curve = tuple[float, ...]  # 1 / rate at the start of each period of idle time; a straight line between
@@ -59,7 +58,7 @@ class Hazard(PolicyFamily):
         known = self._known.setdefault(sequence.key, _Known())
         if known.idle_since_s is not None:
             gap_s = max(0.0, now_s - known.idle_since_s)
-            if gap_s < _END_S:
+            if gap_s < ENDS_S[-1]:
                 self.times.learn(known.contexts, period_of(gap_s), returned=True)
             known.habits.came_back(gap_s)
         known.idle_since_s, known.busy_since_s = None, now_s
@@ -93,8 +92,7 @@ class Hazard(PolicyFamily):
                 continue
             self.times.learn(known.contexts, period, returned=False)
             if period + 1 < NUM_PERIODS:
-                end_s = STARTS_S[period + 2] if period + 2 < NUM_PERIODS else _END_S
-                heapq.heappush(waits, (since_s + end_s, next(self._order), known, period + 1, since_s))
+                heapq.heappush(waits, (since_s + ENDS_S[period + 1], next(self._order), known, period + 1, since_s))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,9 +135,8 @@ class HazardValue(ByLines[_Candidate]):
 def _piece(curve: Curve, period: int) -> tuple[float, float]:
     """1 / rate at a period's start, and its slope there; in the last one it grows as 1 / idle time falls."""
     start = curve[period]
-    if period + 1 == NUM_PERIODS:
-        return start, start / STARTS_S[period]
-    return start, (curve[period + 1] - start) / (STARTS_S[period + 1] - STARTS_S[period])
+    end = curve[period + 1] if period + 1 < NUM_PERIODS else 2.0 * start
+    return start, (end - start) / WIDTHS_S[period]
 
 
 def _height(candidate: _Candidate, idle_s: float) -> float:

@@ -26,11 +26,11 @@ STARTS_S: tuple[float, ...] = (0.0, *(2.0 ** (k / 2) for k in range(3, 24)), *(2
 NUM_PERIODS = len(STARTS_S)
 MAX_CONTEXTS = 32_768  # that are counted in; those met longest ago are forgotten first
 
-_ENDS_S = (*STARTS_S[1:], 2.0 * STARTS_S[-1])  # the last one is as long as what came before, where a length is needed
-WIDTHS_S = tuple(end_s - start_s for start_s, end_s in zip(STARTS_S, _ENDS_S, strict=True))
+ENDS_S = (*STARTS_S[1:], 2.0 * STARTS_S[-1])  # the last one is as long as what came before, where a length is needed
+WIDTHS_S = tuple(end_s - start_s for start_s, end_s in zip(STARTS_S, ENDS_S, strict=True))
 
 # Of coming back within each, with nothing learned: the rate is 0.5 / idle time, in the shape of the paper's 1 / T.
-PRIOR = (0.3, *(1.0 - math.sqrt(start_s / end_s) for start_s, end_s in zip(STARTS_S[1:], _ENDS_S[1:], strict=True)))
+PRIOR = (0.3, *(1.0 - math.sqrt(start_s / end_s) for start_s, end_s in zip(STARTS_S[1:], ENDS_S[1:], strict=True)))
 _LOG_STAYS = [math.log(1.0 - chance) for chance in PRIOR]
 # How many periods as the one before each is worth: 2 where octaves begin. (The first is no octave's part, and the second follows it as it is.)
 _WORTH = [1.0, 1.0, *(after / before for before, after in itertools.pairwise(_LOG_STAYS[1:]))]
