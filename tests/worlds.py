@@ -129,3 +129,17 @@ class World:
             for slot in sorted(pool.free_slots())
             if any(self.worker.tiers[tier][slot])
         ]
+
+
+def below(world: World, name: str, tokens: list[int]) -> list[int]:
+    """A conversation that others have pushed below."""
+    log = world.turn(name, tokens, 1).tokens
+    world.cache.room.copy_ahead(1.0, 99, world.now_s)
+    world.settle()
+    places = world.cache.places
+    for chunk in world.cache.find("n", name).chunks:  # type: ignore[union-attr]
+        assert chunk is not None and None not in chunk.slots
+        slot = places.reclaim(chunk, 0)
+        places.pools[0].release(slot)
+        places.wipes.released(0, slot, erase=False)
+    return log

@@ -7,21 +7,7 @@ import pytest
 from pensieve.core import warming
 from pensieve.core.eviction import POLICIES
 from pensieve.errors import ConversationNotFound
-from worlds import World
-
-
-def below(world: World, name: str, tokens: list[int]) -> list[int]:
-    """A conversation that others have pushed below."""
-    log = world.turn(name, tokens, 1).tokens
-    world.cache.room.copy_ahead(1.0, 99, world.now_s)
-    world.settle()
-    places = world.cache.places
-    for chunk in world.cache.find("n", name).chunks:  # type: ignore[union-attr]
-        assert chunk is not None and None not in chunk.slots
-        slot = places.reclaim(chunk, 0)
-        places.pools[0].release(slot)
-        places.wipes.released(0, slot, erase=False)
-    return log
+from worlds import World, below
 
 
 def test_typing_brings_chunks_up_while_nothing_runs() -> None:

@@ -23,6 +23,7 @@ from pensieve.simulator.case import SYSTEMS, Case, Outcome, run_case
 from pensieve.simulator.output import to_json
 from pensieve.simulator.phases import PhasedScheduler
 from pensieve.simulator.policies import COMPARED
+from pensieve.simulator.simulation import Simulation
 from pensieve.simulator.sweep import Tick, run_cases
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
@@ -101,6 +102,24 @@ def test_the_same_case_gives_the_same_result_to_the_last_digit_in_any_process() 
     together = run_cases(cases, jobs=2, tell=ticks.append, keep_records=True)
     assert [json.dumps(to_json([run_case(case, keep_records=True)])) for case in cases] == [json.dumps(to_json([o])) for o in together]
     assert {tick.index for tick in ticks} <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+@pytest.mark.parametrize("open_loop", [False, True])
+def test_steps_taken_many_at_a_time_change_no_digit(system: str, open_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = LoadOptions(rates=(12.0,), duration_s=8.0, turns=3, new_tokens=50, output_tokens=70, think=ThinkTime(0.5), seed=1)
+    case = small(system, load=load, warm_up_s=2.0) if open_loop else small(system, load=replace(LOAD, output_tokens=70))
+    one_by_one = run_case(case, keep_records=True)
+    sizes, real = [], Simulation._run_steadily
+
+    def counted(self: Simulation, *arguments: object) -> int:
+        sizes.append(real(self, *arguments))  # type: ignore[arg-type]
+        return sizes[-1]
+
+    monkeypatch.setattr(Simulation, "_run_steadily", counted)
+    at_once = run_case(replace(case, debug=False), keep_records=True)
+    assert replace(at_once, case=case) == one_by_one
+    assert max(sizes) > 1, "some were"
 
 
 def test_an_error_in_one_process_is_the_error() -> None:

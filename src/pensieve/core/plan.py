@@ -82,6 +82,22 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SteadySteps:
+    """Steps that only decode, one token further each than the one before. Made by `Scheduler.steady_steps`."""
+
+    step_id: int  # of the first
+    spans: tuple[Span, ...]  # of the first
+    count: int  # of steps, at least 1
+
+    def plan(self, index: int) -> StepPlan:
+        """That of the step at `index`, whose tokens are those sampled in the step before it."""
+        spans = self.spans
+        if index:
+            spans = tuple([Span(name, start + index, stop + index, None, True) for name, start, stop, _, _ in spans])
+        return StepPlan(self.step_id + index, spans, (), (), (), (), (), ())
+
+
+@dataclass(frozen=True, slots=True)
 class SampledToken:
     """One token sampled for a span that emits; on its way to a front end it is the event that says so (`messages.Token`)."""
 

@@ -128,6 +128,15 @@ class Request:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def is_steady(self) -> bool:
+        """It decodes, nothing is in flight for it or wrong with it, and no token of its answer ends it."""
+        return (
+            self.plannable
+            and self.first_token_s is not None
+            and not (self.missing or self.in_flight or self.suspect or self.num_failures or self.sampling.stop_token_ids)
+        )
+
+    @property
     def plannable(self) -> bool:
         """May be given spans: it runs, and nothing ends or suspends it."""
         return self.state is RequestState.RUNNING and self.ending is None and not self.suspending

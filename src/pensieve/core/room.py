@@ -69,6 +69,14 @@ class Room:
         for chunk in stuck:
             queue.add(chunk)
 
+    def has_copies_to_begin(self, share: float, max_in_flight: int) -> bool:
+        """Whether `copy_ahead`, asked for no more than the share, would look for victims. If not, it will not until a chunk moves or is leased."""
+        places = self._places
+        return len(places.copies) < max_in_flight and any(
+            self.evictable(tier) and self.available(tier) + self.coming(tier) < self._share_slots(tier, share)
+            for tier in range(places.num_tiers - 1)
+        )
+
     def copy_ahead(self, share: float, max_in_flight: int, now_s: float, asked_for: int = 0) -> None:
         """Copy the lowest retention values down before room is needed (paper §4.3.2).
 
@@ -79,7 +87,7 @@ class Room:
         """
         places = self._places
         for tier in range(places.num_tiers - 1):
-            share_slots = share * min(places.pools[tier].num_slots, places.pools[tier + 1].num_slots)
+            share_slots = self._share_slots(tier, share)
             target = max(share_slots, asked_for if tier == 0 else 0)
             while len(places.copies) < max_in_flight and (ready := self.available(tier) + self.coming(tier)) < target:
                 if ready >= share_slots and not places.pools[tier + 1].num_free:
@@ -92,6 +100,9 @@ class Room:
                 if slot is None:
                     break
                 places.begin_copy(victim, tier, tier + 1, slot)
+
+    def _share_slots(self, tier: int, share: float) -> float:
+        return share * min(pool.num_slots for pool in self._places.pools[tier : tier + 2])
 
     def _evict(self, victim: Chunk, tier: int, now_s: float, for_whom: Key | None) -> bool:
         """Begin to free the slot of a chunk without a lower copy; False if that is not possible now. Some policies let more go with it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pensieve.config import SchedulerConfig
 from pensieve.core.cache import Admission, TieredCache
 from pensieve.core.misses import explain
-from pensieve.core.plan import BlockTableUpdate, RequestStart, SampledToken, Span, StepPlan, StepResult
+from pensieve.core.plan import BlockTableUpdate, RequestStart, SampledToken, Span, SteadySteps, StepPlan, StepResult
 from pensieve.core.recovery import cut
 from pensieve.core.request import FinishReason, Request, RequestState, SamplingParams
 from pensieve.core.sequence import Sequence, extend_digests
@@ -325,6 +325,50 @@ class Scheduler:
                 self._settle(request, now_s)
         events.finished += self.take_finished()
         return events
+
+    # -- steps that only decode
+
+    def steady_steps(self) -> SteadySteps | None:
+        """The steps to come in which every running request decodes one more token into a chunk it has, and nothing else happens.
+
+        Running them and handing the results to `commit_steady` is the same as scheduling, running and committing each, provided that
+        nothing is asked of the scheduler meanwhile, that each is committed before the next would be planned, and that one in which copies
+        settled was the last. It is for those who have nobody to show tokens to: a simulation, whose steps mostly are of this kind.
+        None: the next step is not.
+        """
+        cache, config = self.cache, self.config
+        if self._waiting or self._ended or self._finished or self._warming or cache.places.wipes.has_work or not self.running:
+            return None
+        if cache.room.has_copies_to_begin(config.copy_ahead_share, config.max_copies_in_flight):
+            return None
+        size = count = cache.chunk_tokens
+        spans: list[Span] = []
+        for request in self.running:
+            start = len(request.tokens) - 1
+            in_chunk, before_last = start % size, request.most_tokens - 2 - start
+            if not in_chunk or before_last < 1 or not request.is_steady:
+                return None
+            count = min(count, size - in_chunk, before_last)
+            spans.append(Span(request.request_id, start, start + 1, (request.tokens[-1],), True))
+        return SteadySteps(self._next_step, tuple(spans), count)
+
+    def commit_steady(self, steps: SteadySteps, results: Tokens[StepResult], now_s: float) -> None:
+        """Take in what came of the first of these steps, none of which may have failed; those after them have not run."""
+        assert steps.step_id == self._next_step, f"steady steps from {steps.step_id} on committed after step {self._next_step - 1}"
+        assert len(results) <= steps.count, f"{len(results)} steps ran of {steps.count} steady ones"
+        self._next_step += len(results)
+        self._copied_first = False
+        for result in results:
+            assert not (result.forward_error or result.requests_failed or result.wipe_error), f"steady step {result.step_id} failed"
+            for token in result.tokens:
+                self.requests[token.request_id].tokens.append(token.token_id)
+            self._settle_copies(result, now_s)
+        for span in steps.spans:
+            request, stop = self.requests[span.request_id], span.start + len(results)
+            assert request.sequence is not None
+            if stop // self.cache.chunk_tokens > len(request.digests):
+                extend_digests(request.digests, request.salt, request.tokens, self.cache.chunk_tokens)
+            self.cache.commit(request.sequence, span.start, stop, request.digests)
 
     # -- planning
 
@@ -658,8 +702,8 @@ class Scheduler:
 def _first_wrong_id(tokens: Tokens[int], vocab_size: int) -> int | None:
     """Where the first id stands that is no integer in [0, vocab_size). Long prompts are looked through by the array's own loop."""
     try:
-        array("Q", tokens)
-        if max(tokens) < vocab_size:
+        array("I", tokens)  # (as they are hashed: none is beyond `MAX_TOKEN_ID`)
+        if vocab_size > MAX_TOKEN_ID or max(tokens) < vocab_size:
             return None
     except (TypeError, OverflowError):
         pass

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.request import Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import PensieveError
@@ -21,6 +22,7 @@ from pensieve.workloads.conversations import text_length_tokens
 from pensieve.workloads.scripts import Piece, Player, Script
 
 NAMESPACE = "simulation"
+_STEPS_A_LOOK = 256  # between looking whether somebody wants to know or the goal is missed
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ class Simulation:
         """
         coming = iter(players)
         upcoming = next(coming, None)
-        scheduler, worker, clock = self._scheduler, self._worker, self._clock
+        clock = self._clock
         steps = 0
         while True:
             while upcoming is not None and upcoming.start_s <= clock.now_s:
@@ -86,25 +88,11 @@ class Simulation:
                 self._send(conversation, due_s)
             if window_s is not None and clock.now_s >= window_s[1] and not self._owes(window_s):
                 return True
-            plan = scheduler.schedule(clock.now_s)
-            if plan.is_empty:
-                next_s = self._next_s(upcoming)
-                if next_s is None:
-                    assert not scheduler.requests, f"{len(scheduler.requests)} requests wait for ever"
-                    return True
-                self._move_on(max(next_s, clock.now_s))
-            before_s = clock.now_s
-            result = worker.run(plan)
-            self.num_in_system_s += len(self._in_flight) * (clock.now_s - before_s)
-            events = scheduler.commit(plan, result, clock.now_s)
-            for request in events.finished:
-                self._take_answer(request)
-            if committed_s := worker.committed_s(plan, len(events.finished)):
-                self._move_on(clock.now_s + committed_s)
-            if self._debug:
-                scheduler.cache.check()
-            steps += 1
-            if steps % 256 == 0:
+            ran = 0 if self._debug else self._run_steadily(_STEPS_A_LOOK - steps % _STEPS_A_LOOK, upcoming, window_s)
+            if not ran and not self._run_step(upcoming):
+                return True
+            steps += ran or 1
+            if steps % _STEPS_A_LOOK == 0:
                 if tell is not None:
                     tell(clock.now_s, len(self.records))
                 if lateness is not None and lateness.missed(self.records, self._waiting(), clock.now_s):
@@ -116,6 +104,54 @@ class Simulation:
         if conversation.turn + 1 >= len(conversation.script.turns):
             return math.inf
         return conversation.script.turns[conversation.turn + 1].due_after(now_s)
+
+    # -- steps
+
+    def _run_step(self, upcoming: Player | None) -> bool:
+        """Schedule, run, commit; if there is nothing to do, move on to when there is. False: there never will be."""
+        scheduler, worker, clock = self._scheduler, self._worker, self._clock
+        plan = scheduler.schedule(clock.now_s)
+        if plan.is_empty:
+            next_s = self._next_s(upcoming)
+            if next_s is None:
+                assert not scheduler.requests, f"{len(scheduler.requests)} requests wait for ever"
+                return False
+            self._move_on(max(next_s, clock.now_s))
+        events = scheduler.commit(plan, self._run(plan), clock.now_s)
+        for request in events.finished:
+            self._take_answer(request)
+        if committed_s := worker.committed_s(plan, len(events.finished)):
+            self._move_on(clock.now_s + committed_s)
+        if self._debug:
+            scheduler.cache.check()
+        return True
+
+    def _run_steadily(self, most: int, upcoming: Player | None, window_s: tuple[float, float] | None) -> int:
+        """Run steps that only decode, if such come next, `most` or until something else is due; returns how many."""
+        steady = self._scheduler.steady_steps()
+        if steady is None:
+            return 0
+        worker, clock = self._worker, self._clock
+        dues = [self._due[0][0] if self._due else math.inf, upcoming.start_s if upcoming is not None else math.inf]
+        if window_s is not None and clock.now_s < window_s[1]:
+            dues.append(window_s[1])
+        until_s = min(dues)
+        results: list[StepResult] = []
+        for index in range(min(most, steady.count)):
+            plan = steady.plan(index)
+            results.append(self._run(plan))
+            if committed_s := worker.committed_s(plan, 0):
+                self._move_on(clock.now_s + committed_s)
+            if results[-1].copies_done or clock.now_s >= until_s:
+                break
+        self._scheduler.commit_steady(steady, results, clock.now_s)
+        return len(results)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        before_s = self._clock.now_s
+        result = self._worker.run(plan)
+        self.num_in_system_s += len(self._in_flight) * (self._clock.now_s - before_s)
+        return result
 
     def _next_s(self, upcoming: Player | None) -> float | None:
         """When something happens next, if no step is planned before."""

@@ -36,10 +36,10 @@ class KineticTournament:
     def highest(self, now_s: float) -> int | None:
         """The leaf whose line is highest at `now_s` (not before any earlier `now_s`); None if all are out."""
         self._now_s = max(self._now_s, now_s)
-        if self._set:
-            self._replay_set()
         if self._until[1] <= self._now_s:
-            self._replay(1)
+            self._set_due()
+        if self._set:
+            self._replay()
         winner = self._winner[1]
         return None if self._offset[winner] == _OUT else winner
 
@@ -52,52 +52,51 @@ class KineticTournament:
         self._size = size
         self._winner = [0] * size + list(range(size))
         self._until = [math.inf] * (2 * size)
-        self._set.clear()
-        for node in range(size - 1, 0, -1):
-            self._play(node)
+        self._set.update(range(size))
 
-    def _replay_set(self) -> None:
+    def _set_due(self) -> None:
+        """A due match without a due one below it is replayed as if its winner had been set anew; those above it are due because it is."""
+        until, now_s = self._until, self._now_s
+        due = [1]
+        while due:
+            node = due.pop()
+            below = [child for child in (2 * node, 2 * node + 1) if until[child] <= now_s]
+            if below:
+                due += below
+            else:
+                self._set.add(self._winner[node])
+
+    def _replay(self) -> None:
         """The matches above the leaves that were set, level by level: what neither changed its result nor was won by one of them ends its path."""
-        size, winner, until, play = self._size, self._winner, self._until, self._play
+        size, winner, until = self._size, self._winner, self._until
+        slopes, offsets, now_s = self._slope, self._offset, self._now_s
         changed, self._set = self._set, set()
         level = [size + leaf for leaf in sorted(changed)] if size > 1 else []
         while level:
             above: list[int] = []
-            last = 0
+            node = 0
             for child in level:
-                node = child // 2
-                if node == last:
+                if child // 2 == node:
                     continue
-                last = node
-                before, stood = winner[node], until[node]
-                play(node)
-                if node > 1 and (before in changed or winner[node] != before or until[node] != stood):
+                node = child // 2
+                # (played some ten times a victim: no call, and no builtin where an `if` will do)
+                left = 2 * node
+                right = left + 1
+                a, b = winner[left], winner[right]
+                slope_a, slope_b, offset_a, offset_b = slopes[a], slopes[b], offsets[a], offsets[b]
+                if slope_b * now_s + offset_b > slope_a * now_s + offset_a:
+                    a = b
+                    slope_a, slope_b, offset_a, offset_b = slope_b, slope_a, offset_b, offset_a
+                stands = until[left] if until[left] < until[right] else until[right]
+                if slope_b > slope_a and offset_b != _OUT:
+                    # the loser is steeper and will overtake; a meeting that rounding puts in the past is due at the next instant
+                    meet_s = (offset_a - offset_b) / (slope_b - slope_a)
+                    if meet_s <= now_s:
+                        meet_s = math.nextafter(now_s, math.inf)
+                    if meet_s < stands:
+                        stands = meet_s
+                before = winner[node]
+                if node > 1 and (before != a or before in changed or until[node] != stands):
                     above.append(node)
+                winner[node], until[node] = a, stands
             level = above
-
-    def _replay(self, node: int) -> None:
-        if node >= self._size:
-            return
-        for child in (2 * node, 2 * node + 1):
-            if self._until[child] <= self._now_s:
-                self._replay(child)
-        self._play(node)
-
-    def _play(self, node: int) -> None:
-        winner, until, now_s = self._winner, self._until, self._now_s  # (called some ten times a victim: no builtin where an `if` will do)
-        left = 2 * node
-        right = left + 1
-        a, b = winner[left], winner[right]
-        slope_a, slope_b, offset_a, offset_b = self._slope[a], self._slope[b], self._offset[a], self._offset[b]
-        if slope_b * now_s + offset_b > slope_a * now_s + offset_a:
-            a = b
-            slope_a, slope_b, offset_a, offset_b = slope_b, slope_a, offset_b, offset_a
-        stands = until[left] if until[left] < until[right] else until[right]
-        if slope_b > slope_a and offset_b != _OUT:
-            # the loser is steeper and will overtake; a meeting that rounding puts in the past is due at the next instant
-            meet_s = (offset_a - offset_b) / (slope_b - slope_a)
-            if meet_s <= now_s:
-                meet_s = math.nextafter(now_s, math.inf)
-            if meet_s < stands:
-                stands = meet_s
-        winner[node], until[node] = a, stands
