@@ -530,7 +530,7 @@ class Scheduler:
         at_once = room.available(0) - need.own_clean
         in_time = at_once + room.coming(0) + room.evictable(0) - need.own_sole
         possible = not need.blocked and wanted <= in_time
-        if possible and at_once < ready:
+        if possible and at_once + room.coming(0) < ready:  # (else the copies under way make what room is missing)
             with cache.protected(sequence):
                 room.make(0, ready, now_s, sequence.key)
                 at_once = room.available(0)
