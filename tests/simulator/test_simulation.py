@@ -105,10 +105,13 @@ def test_the_same_case_gives_the_same_result_to_the_last_digit_in_any_process() 
 
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
-@pytest.mark.parametrize("open_loop", [False, True])
-def test_steps_taken_many_at_a_time_change_no_digit(system: str, open_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("open_loop", "chunk_tokens"), [(False, 32), (True, 32), (False, 1)])
+def test_steps_taken_many_at_a_time_change_no_digit(
+    system: str, open_loop: bool, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load = LoadOptions(rates=(12.0,), duration_s=8.0, turns=3, new_tokens=50, output_tokens=70, think=ThinkTime(0.5), seed=1)
     case = small(system, load=load, warm_up_s=2.0) if open_loop else small(system, load=replace(LOAD, output_tokens=70))
+    case = replace(case, chunk_tokens=chunk_tokens)
     one_by_one = run_case(case, keep_records=True)
     sizes, real = [], Simulation._run_steadily
 
@@ -119,7 +122,7 @@ def test_steps_taken_many_at_a_time_change_no_digit(system: str, open_loop: bool
     monkeypatch.setattr(Simulation, "_run_steadily", counted)
     at_once = run_case(replace(case, debug=False), keep_records=True)
     assert replace(at_once, case=case) == one_by_one
-    assert max(sizes) > 1, "some were"
+    assert (max(sizes) > 1) == (chunk_tokens > 1), "some were, but where every token begins a chunk"
 
 
 def test_an_error_in_one_process_is_the_error() -> None:

@@ -336,19 +336,23 @@ class Scheduler:
         settled was the last. It is for those who have nobody to show tokens to: a simulation, whose steps mostly are of this kind.
         None: the next step is not.
         """
+        if self._waiting or self._ended or not self.running:
+            return None
+        size = count = self.cache.chunk_tokens
+        for request in self.running:  # (most of the time it is one of these, and whoever asks does so every step)
+            if request.missing or not (len(request.tokens) - 1) % size:
+                return None
         cache, config = self.cache, self.config
-        if self._waiting or self._ended or self._finished or self._warming or cache.places.wipes.has_work or not self.running:
+        if self._finished or self._warming or cache.places.wipes.has_work:
             return None
         if cache.room.has_copies_to_begin(config.copy_ahead_share, config.max_copies_in_flight):
             return None
-        size = count = cache.chunk_tokens
         spans: list[Span] = []
         for request in self.running:
             start = len(request.tokens) - 1
-            in_chunk, before_last = start % size, request.most_tokens - 2 - start
-            if not in_chunk or before_last < 1 or not request.is_steady:
+            count = min(count, size - start % size, request.most_tokens - 2 - start)
+            if count < 1 or not request.is_steady:
                 return None
-            count = min(count, size - in_chunk, before_last)
             spans.append(Span(request.request_id, start, start + 1, (request.tokens[-1],), True))
         return SteadySteps(self._next_step, tuple(spans), count)
 
