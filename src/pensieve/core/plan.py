@@ -57,7 +57,7 @@ class BlockTableUpdate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: what moves, then what is computed. Made by `Scheduler.schedule`, never changed after."""
+    """One step: what moves, then what is computed. Made by `Scheduler.schedule` (or `SteadySteps.plan`), never changed after."""
 
     step_id: int  # 0, 1, 2, ...: plans run in this order
     spans: tuple[Span, ...]
