@@ -139,6 +139,9 @@ class StepResult:
     requests_failed: tuple[RequestFailure, ...] = ()
     forward_error: str | None = None  # the forward raised: nothing this plan computed is valid
     wipe_error: str | None = None  # a wipe raised: none of them counts, no copy was begun and nothing was computed
+    seconds: float | None = (
+        None  # that computing the spans took; None if it says nothing of the spans (copies, a first run) or was not measured
+    )
 
 
 class Worker(Protocol):

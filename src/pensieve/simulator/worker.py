@@ -128,7 +128,8 @@ class CostWorker:
         for lane in self._lanes:
             done += lane.settle(end_s, self._free_from_s)
         tokens = self._tokens
-        return StepResult(plan.step_id, tuple([tokens[span.request_id] for span in plan.spans if span.emits_token]), tuple(done))
+        sampled = tuple([tokens[span.request_id] for span in plan.spans if span.emits_token])
+        return StepResult(plan.step_id, sampled, tuple(done), seconds=end_s - begin_s if plan.spans else None)
 
     def committed_s(self, plan: StepPlan, num_ended: int) -> float:
         """Seconds from when the result of the plan that ran last is there to when the next step is planned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Begun:
     """A plan that was begun and not finished."""
 
     plan: StepPlan
+    begun_s: float  # by `time.perf_counter`
     swap_in: SwapIn | None = None  # None: nothing was begun
     choice: Choice = field(default_factory=nothing)
     contexts: dict[str, frozenset[int]] = field(
@@ -99,6 +101,7 @@ class ModelWorker:
         self._lanes = lanes_for(model.device)
         self._transfer = Transfer(self._stores, before_copy=hooks.before_copy, lanes=self._lanes, verify=verify)
         self._begun: deque[Begun] = deque()
+        self._finished_s = 0.0  # when the last step was finished
         self._latest = torch.zeros(0, dtype=torch.int64, device=model.device)  # by row among requests, the token sampled last
         self._graphs: DecodeGraphs | None = None
         if has_graphs:
@@ -136,7 +139,7 @@ class ModelWorker:
         self._builder.forget(plan.ended)
         self._sampler.start(plan.started)
         self._builder.update(plan.tables)
-        begun = Begun(plan)
+        begun = Begun(plan, time.perf_counter())
         self._begun.append(begun)
         try:
             self._wipe(plan.wiped)
@@ -166,11 +169,14 @@ class ModelWorker:
             return StepResult(plan.step_id, (), done, (*failed, *lost), (), begun.wipe_error, begun.wipe_error)
         self._collect(begun)
         self._begun.popleft()
+        now_s = time.perf_counter()  # (before swap-outs are waited for)
+        seconds = now_s - max(begun.begun_s, self._finished_s) if plan.spans and begun.error is None else None
+        self._finished_s = now_s
         if plan.settles:
             self._transfer.wait()
         done, failed = self._transfer.end_step()
         tokens, broken = begun.outcome or ([], [])
-        return StepResult(plan.step_id, tuple(tokens), done, failed, tuple(broken), begun.error)
+        return StepResult(plan.step_id, tuple(tokens), done, failed, tuple(broken), begun.error, seconds=seconds)
 
     def set_waker(self, wake: Callable[[], None]) -> None:
         """`wake` is called from the copying thread when a swap-out settles while no `run` is under way."""

@@ -1,0 +1,158 @@
+"""How long a step takes and may take. Knows token counts and seconds as told; never requests, tensors or a clock."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pensieve.core.cost import CostProfile
+from pensieve.core.plan import Span
+
+_MEMORY = 0.98  # what a step counts for, the one after it counting for one: machines, and who else uses them, change
+_CLIP = 2.0  # a step that took more than so many times what was predicted, or less than that part of it, counts as if it had taken that
+_PRIOR = 0.01  # what the proportions that a profile gives count for
+_NEAR, _FAR = 1024, 8192  # contexts between which a profile says what attention costs
+_FIXED_TOKENS = 32  # before any step was measured: the weights are read in the time that so many tokens of a prefill take
+_READ_PAIRS = 4  # likewise: a decode reads a cached token in the time in which a prefill attends it with so many
+LONE_STEPS = 2.0  # a step in which no request decodes may take so many times `step_s`,
+LONE_FIXED = 4.0  # or so many times what it takes whatever it computes, if that is more: smaller steps would waste too much of the machine
+DECODE_SHARE = 0.4  # decode-only steps between two chunks of prefill take at most so much of the time of the step before them
+
+
+class Load(NamedTuple):
+    """What a step computes, as far as its time depends on it."""
+
+    rows: int = 0  # spans of one token: decodes
+    reads: int = 0  # cached tokens that those attend
+    tokens: int = 0  # of longer spans
+    pairs: int = 0  # (query, key) pairs of those
+
+    @classmethod
+    def of(cls, spans: Iterable[Span]) -> Load:
+        """That of a step with these spans."""
+        rows = reads = tokens = pairs = 0
+        for _, start, stop, _, _ in spans:
+            if (length := stop - start) == 1:
+                rows += 1
+                reads += stop
+            else:
+                tokens += length
+                pairs += _pairs(start, stop)
+        return cls(rows, reads, tokens, pairs)
+
+
+class Pace:
+    """Predicts the seconds of a step: fixed + a * rows + b * reads + c * tokens + d * pairs. Learns the five from the steps that ran.
+
+    Least squares of the relative error, none of the five negative, older steps counting less. The sums over the steps are kept as a
+    5 x 5 matrix; each step is followed by one sweep of coordinate descent from the weights of the step before.
+    """
+
+    def __init__(self, cost: CostProfile, *, measured: bool = False) -> None:
+        """`cost` gives the proportions to begin with; `measured`: it is in seconds, so predictions can be had before the first step."""
+        chunk = cost.chunk_tokens
+        pair = max(1e-12, (cost.at(_FAR) - cost.at(_NEAR)) / (_FAR - _NEAR) / chunk)
+        token = max(cost.at(_NEAR) / chunk - _NEAR * pair, 0.1 * cost.at(_NEAR) / chunk)
+        self._weights = [_FIXED_TOKENS * token, token, _READ_PAIRS * pair, token, pair]
+        self.known = measured
+        self._products: list[list[float]] = []  # (5, 5)
+        self._sums: list[float] = []  # (5,)
+        self._begin()
+
+    @property
+    def fixed_s(self) -> float:
+        """What a step takes whatever it computes: reading the weights, mostly."""
+        return self._weights[0]
+
+    def seconds(self, load: Load) -> float:
+        """Of a step with this load."""
+        fixed, row, read, token, pair = self._weights
+        return fixed + row * load.rows + read * load.reads + token * load.tokens + pair * load.pairs
+
+    def prefill_s(self, ranges: Iterable[tuple[int, int]]) -> float:
+        """What these token ranges add to a step."""
+        _, _, _, token, pair = self._weights
+        return sum((stop - start) * token + _pairs(start, stop) * pair for start, stop in ranges)
+
+    def tokens_within(self, seconds: float, start: int) -> int:
+        """How many tokens from position `start` on can be computed in so many seconds; a large number if there is no telling."""
+        _, _, _, token, pair = self._weights
+        linear = token + start * pair  # n * linear + n^2 / 2 * pair = seconds
+        if seconds <= 0.0:
+            return 0
+        if math.isinf(seconds) or linear + pair <= 0.0:
+            return 1 << 30
+        return int(2.0 * seconds / (linear + math.sqrt(linear * linear + 2.0 * pair * seconds)))
+
+    def observe(self, load: Load, seconds: float) -> None:
+        """A step with this load took so long."""
+        if not seconds > 0.0:
+            return
+        predicted = self.seconds(load)
+        if not self.known:
+            self._weights = [weight * seconds / predicted for weight in self._weights]
+            self.known = True
+            self._begin()
+        elif predicted > 0.0:
+            seconds = max(predicted / _CLIP, min(seconds, predicted * _CLIP))
+        scaled = [part / seconds for part in (1, *load)]
+        for row, part in zip(self._products, scaled, strict=True):
+            for index, other in enumerate(scaled):
+                row[index] = _MEMORY * row[index] + part * other
+        self._sums = [_MEMORY * total + part for total, part in zip(self._sums, scaled, strict=True)]
+        weights = self._weights
+        for index, row in enumerate(self._products):
+            if not scaled[index]:
+                continue  # the step says nothing of it
+            rest = sum(map(operator.mul, row, weights)) - row[index] * weights[index]
+            weights[index] = max(0.0, (self._sums[index] - rest) / row[index])
+
+    def _begin(self) -> None:
+        """As if the weights had been seen to be right, a little."""
+        count = len(self._weights)
+        self._products = [[_PRIOR / weight**2 * (row == column) for column in range(count)] for row, weight in enumerate(self._weights)]
+        self._sums = [_PRIOR / weight for weight in self._weights]
+
+
+class StepTime:
+    """How many seconds of prefill the next step may hold.
+
+    While a request decodes, a step takes about `step_s`. Where one chunk of prefill takes longer than that, steps that only decode
+    follow it: until the decoding requests have had a token every `step_s` on average, or for `DECODE_SHARE` of its time. While none
+    decodes, steps are as long as throughput wants, but not so long that a request that comes meanwhile waits for several `step_s`.
+    """
+
+    def __init__(self, step_s: float, pace: Pace) -> None:
+        self.step_s = step_s
+        self.pace = pace
+        self._late_s = 0.0  # by which the last step with prefill was too long, less what decode-only steps have made good
+        self._prefill_s = 0.0  # the time that step took
+        self._decoded_s = 0.0  # of decode-only steps since
+
+    def for_prefill(self, decodes: Load) -> float:
+        """Seconds of prefill that a step with these decodes may hold. 0: it should only decode. Infinity: nothing is known yet."""
+        pace = self.pace
+        if not pace.known:
+            return math.inf
+        if not decodes.rows:
+            return max(LONE_STEPS * self.step_s, LONE_FIXED * pace.fixed_s) - pace.fixed_s
+        if self._late_s > 0.0 and self._decoded_s < DECODE_SHARE * self._prefill_s:
+            return 0.0
+        return max(1e-6, self.step_s - pace.seconds(decodes))
+
+    def ran(self, load: Load, seconds: float) -> None:
+        """A step with this load took so long."""
+        self.pace.observe(load, seconds)
+        if load.tokens:
+            self._late_s = max(0.0, seconds - self.step_s) if load.rows else 0.0
+            self._prefill_s, self._decoded_s = seconds, 0.0
+        else:
+            self._late_s -= max(0.0, self.step_s - seconds)
+            self._decoded_s += seconds
+
+
+def _pairs(start: int, stop: int) -> int:
+    """(query, key) pairs of a causal range."""
+    return (stop * (stop + 1) - start * (start + 1)) // 2
