@@ -51,6 +51,7 @@ def expected_answer(prompt: list[int], num_tokens: int, vocab: int = 50, stops: 
 class FakeWorker:
     """Runs plans in order at once, or as slowly as it is told to; reports results and finished swap-outs as late as it is told to."""
 
+    timing: Callable[[StepPlan], float] | None = None  # seconds that a plan's spans are said to have taken
     pause_s = 0.0  # of each step that computes, so that something can happen while an answer is made
 
     def __init__(
@@ -115,7 +116,8 @@ class FakeWorker:
         for request_id in plan.ended:
             self.tables.pop(request_id, None)
             self.last.pop(request_id, None)
-        return StepResult(plan.step_id, tuple(tokens), tuple(done), tuple(failed), tuple(broken), error)
+        seconds = self.timing(plan) if self.timing is not None and plan.spans else None
+        return StepResult(plan.step_id, tuple(tokens), tuple(done), tuple(failed), tuple(broken), error, seconds=seconds)
 
     def wipe(self, tier: int, slot: int) -> None:
         self.tiers[tier][slot] = [ZERO] * self.size

@@ -9,7 +9,8 @@ from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
-from pensieve.core.plan import StepPlan, StepResult
+from pensieve.core.pace import Load, Pace
+from pensieve.core.plan import RequestFailure, SampledToken, StepPlan, StepResult
 from pensieve.core.request import Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.core.wipes import Erasure
@@ -27,16 +28,20 @@ class World:
         worker: FakeWorker | None = None,
         lag: int = 0,
         names: str = "gpu cpu disk",
-        **config: float,
+        max_context: int = 400,
+        pace: Pace | None = None,
+        **config: float | str,
     ) -> None:
         tiers = tuple(TierConfig(name, count) for name, count in zip(names.split(), slots, strict=False))
         cost = CostProfile([(4, 1.0), (64, 2.0)], CHUNK)
         self.cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES[policy](cost.of_chunk))
         settings = {"max_batch_tokens": 64, "max_running": 8, **config}
-        self.scheduler = Scheduler(SchedulerConfig(**settings), self.cache, max_context=400)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(SchedulerConfig(**settings), self.cache, max_context, pace=pace)  # type: ignore[arg-type]
         self.worker = worker or FakeWorker(list(slots), CHUNK)
         self.late = LateWorker(self.worker, lag)
         self.now_s = 0.0
+        self.num_steps = 0
+        self.check_every = 1  # steps
         self.done: dict[str, Request] = {}
 
     def submit(
@@ -46,18 +51,25 @@ class World:
         return self.scheduler.submit(name, namespace, conversation or name, tuple(tokens), history, sampling, self.now_s)
 
     def step(self, change: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result) -> StepPlan:
-        self.now_s += 1.0
+        self.now_s += 0.0 if self.worker.timing else 1.0
         plan = self.scheduler.schedule(self.now_s)
-        self.cache.check()
+        self.check()
         self.late.submit(plan)
+        if self.worker.timing and plan.spans:
+            self.now_s += self.worker.timing(plan)
         for settled, result in self.late.ready(drain=plan.is_empty):
             finished = self.scheduler.commit(settled, change(settled, result), self.now_s).finished
             for request in finished:
                 self.done[request.request_id] = request
-            self.cache.check()
+            self.check()
         for request in self.scheduler.take_finished():
             self.done[request.request_id] = request
         return plan
+
+    def check(self) -> None:
+        self.num_steps += 1
+        if self.num_steps % self.check_every == 0:
+            self.cache.check()
 
     def run(self) -> None:
         for _ in range(2000):
@@ -129,6 +141,29 @@ class World:
             for slot in sorted(pool.free_slots())
             if any(self.worker.tiers[tier][slot])
         ]
+
+
+class TimedWorld(World):
+    """A world whose steps take what a machine would: time passes as they run, and the scheduler is told."""
+
+    FIXED_S, ROW_S, READ_S, TOKEN_S, PAIR_S = 0.015, 2e-4, 2e-7, 2.5e-4, 2e-8
+
+    def __init__(self, *slots: int, step_s: float = 0.1, slowness: float = 1.0, max_context: int = 40_000, **config: float | str) -> None:
+        worker = QuickWorker(list(slots), CHUNK)
+        worker.timing = lambda plan: slowness * self.seconds(Load.of(plan.spans))
+        pace = Pace(CostProfile([(CHUNK, 1.0), (max_context, 9.0)], CHUNK))
+        super().__init__(*slots, worker=worker, max_context=max_context, pace=pace, **{"step_s": step_s, "max_batch_tokens": 512, **config})
+        self.check_every = 100  # (thousands of chunks)
+
+    def seconds(self, load: Load) -> float:
+        return self.FIXED_S + self.ROW_S * load.rows + self.READ_S * load.reads + self.TOKEN_S * load.tokens + self.PAIR_S * load.pairs
+
+
+class QuickWorker(FakeWorker):
+    """One whose tokens mean nothing, for contexts too long to compute cell by cell."""
+
+    def _forward(self, plan: StepPlan) -> tuple[list[SampledToken], list[RequestFailure], str | None]:
+        return [SampledToken(span.request_id, 7) for span in plan.spans if span.emits_token], [], None
 
 
 def below(world: World, name: str, tokens: list[int]) -> list[int]:

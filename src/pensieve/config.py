@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pensieve.errors import ConfigError
 
@@ -72,6 +73,8 @@ class SchedulerConfig:
     max_copies_in_flight: int = 256  # swap-outs under way at once, chunks
     copies_first: bool = False  # copies cost next to nothing (all tiers in RAM): those that somebody waits for are a step of their own
     retain: bool = True  # False: the stateless baseline, nothing kept between turns
+    admission: Literal["work", "fcfs"] = "work"  # who is admitted next: by work and tenant, bounded, or first come, first served
+    step_s: float | None = None  # seconds of a step while a request decodes. None: steps are bounded by tokens alone
 
     def __post_init__(self) -> None:
         if self.max_running < 1:
@@ -80,6 +83,10 @@ class SchedulerConfig:
             raise ConfigError(
                 f"max_batch_tokens must be at least max_running ({self.max_running}), one token a running request, got {self.max_batch_tokens}"
             )
+        if self.admission not in ("work", "fcfs"):
+            raise ConfigError(f"admission must be 'work' or 'fcfs', got {self.admission!r}")
+        if self.step_s is not None and not self.step_s > 0.0:
+            raise ConfigError(f"step_s must be positive, got {self.step_s}")
         for name in ("reserve_share", "copy_ahead_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")

@@ -14,8 +14,10 @@ from fake_worker import FakeWorker, LateWorker, cells_of, expected_answer
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
+from pensieve.core.pace import Pace
 from pensieve.core.request import FinishReason, Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
+from pensieve.core.waiting import MAX_OVERTAKINGS
 from pensieve.core.wipes import Erasure
 from pensieve.errors import PensieveError, RequestTooLarge
 from pensieve.simulator.policies import Setting, make_policy
@@ -34,6 +36,8 @@ class World:
         self.cache = TieredCache(config, make_policy(policy, Setting(cost.of_chunk, CHUNK, next_use_s=some_time_later)))
         budget = rng.choice([CHUNK + 4, 16, 64])
         in_ram = rng.random() < 0.5
+        own = random.Random(rng.getstate()[1][0])  # (what it draws leaves the other's draws as they were)
+        timed = own.random() < 0.5
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_batch_tokens=budget,
@@ -41,9 +45,12 @@ class World:
                 copies_first=in_ram,
                 copy_ahead_share=0.0 if in_ram else 0.25,
                 retain=retain,
+                admission=own.choice(["work", "work", "fcfs"]),
+                step_s=own.choice([0.01, 0.1, 3.0]) if timed else None,
             ),
             self.cache,
             MAX_CONTEXT,
+            pace=Pace(cost) if timed else None,
         )
         worker = FakeWorker(
             tiers,
@@ -53,6 +60,9 @@ class World:
             copy_failure_rate=0.1 if failures else 0.0,
             forward_failure_rate=0.02 if failures else 0.0,
         )
+        if timed:
+            worker.timing = lambda plan: own.choice([0.01, 0.02, 0.5]) + 0.001 * plan.num_tokens
+        self.own = own
         self.late = LateWorker(worker, lag)
         self.rng = rng
         self.now_s = 100.0
@@ -67,6 +77,7 @@ class World:
         self.now_s += self.rng.choice([0.0, 0.001, 0.5, 30.0])
         plan = self.scheduler.schedule(self.now_s)
         self.cache.check()
+        self.check_overtaking()
         self.late.submit(plan)
         self.check_zeros()
         idle = plan.is_empty
@@ -95,6 +106,11 @@ class World:
 
     def submit(self, request_id: str, name: str, prompt: list[int], history: int, sampling: SamplingParams) -> None:
         self.requests[request_id] = self.scheduler.submit(request_id, "n", name, tuple(prompt), history, sampling, self.now_s)
+
+    def check_overtaking(self) -> None:
+        """Bounded, and never rising along the queue."""
+        counts = [request.num_overtaken for request in self.scheduler._waiting]
+        assert all(count <= MAX_OVERTAKINGS for count in counts) and counts == sorted(counts, reverse=True), counts
 
     def cells(self, only: str | None = None) -> set[int]:
         """Every cell that the requests of a conversation, or of all, may have had."""

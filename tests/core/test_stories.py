@@ -138,7 +138,7 @@ def test_room_for_the_whole_queue_is_made_in_one_step() -> None:
 
 
 def test_first_come_first_served_and_all_or_nothing() -> None:
-    world = World(10, 0)
+    world = World(10, 0, admission="fcfs")
     world.submit("running", [1, 2, 3], answer=30)
     world.step()
     world.submit("large", list(range(33)))  # 9 chunks: with the reserve they do not fit beside it

@@ -33,6 +33,7 @@ class Need:
     own_clean: int  # reclaimable chunks that are its own, hence not room for it
     own_sole: int  # evictable chunks that are its own
     blocked: bool  # a chunk of it is being computed for another request, or moved between lower tiers: wait
+    missing: int  # tokens to compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +161,12 @@ class TieredCache:
         slots = own_clean = own_sole = 0
         clean, sole = self.places.clean[0].bit, self.places.sole[0].bit
         blocked = False
-        num_chunks = -(-num_tokens // self.chunk_tokens)
+        num_chunks, missing = -(-num_tokens // self.chunk_tokens), num_tokens
         for chunk in sequence.chunks:
             if chunk is None:
                 continue
             num_chunks -= 1
+            missing -= chunk.num_tokens
             if chunk.computing or (chunk.copy is not None and chunk.copy.src_tier > 0 and chunk.copy.dst_tier > 0):
                 blocked = True
             elif chunk.slots[0] is not None:
@@ -172,7 +174,7 @@ class TieredCache:
                 own_sole += bool(chunk.queues & sole)
             elif chunk.copy is None:  # (with a copy it is on its way up for another request)
                 slots += 1
-        return Need(slots + num_chunks, own_clean, own_sole, blocked)
+        return Need(slots + num_chunks, own_clean, own_sole, blocked, missing)
 
     @contextmanager
     def protected(self, sequence: Sequence) -> Iterator[None]:

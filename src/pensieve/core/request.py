@@ -59,6 +59,15 @@ class RequestState(enum.Enum):
     FINISHED = "finished"
 
 
+class Verdict(enum.Enum):
+    """Whether a waiting request can be admitted."""
+
+    NOW = "now"
+    AFTER_COPIES = "after copies"  # once copies under way have settled
+    MAKING_ROOM = "making room"  # it will be, but copies under way are not enough
+    NOT_YET = "not yet"  # what runs holds the room, or computes what it needs
+
+
 class FinishReason(enum.Enum):
     """Why an answer ended."""
 
@@ -87,7 +96,11 @@ class Request:
     sequence: Sequence | None = None
     state: RequestState = RequestState.WAITING
 
-    due: float = 0.0  # when its missing tokens should be computed: the step of its admission and a few for each step's worth of them
+    work: int = 0  # tokens to compute until its first, as far as is known: exact since it was last looked at while it waited
+    num_overtaken: int = 0  # requests that came later and were admitted while it waited
+    refusal: Verdict | None = None  # why it could not be admitted when it was last looked at, the room being in the state `seen`
+    seen: tuple[int, int, int, int] | None = None
+    due: float = 0.0  # when its missing tokens should be computed: seconds where steps are timed, else steps
     missing: list[tuple[int, int]] = field(default_factory=list)  # token ranges admitted and not scheduled yet
     num_pending: int = 0  # tokens being sampled by plans not committed yet
     in_flight: int = 0  # plans not committed yet that name this request
@@ -126,6 +139,11 @@ class Request:
     def num_output(self) -> int:
         """How many tokens were sampled so far."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens admitted and not scheduled yet."""
+        return sum(stop - start for start, stop in self.missing)
 
     @property
     def is_steady(self) -> bool:

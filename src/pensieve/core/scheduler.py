@@ -13,14 +13,17 @@ from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from itertools import islice
 
 from pensieve.config import SchedulerConfig
 from pensieve.core.cache import Admission, TieredCache
 from pensieve.core.misses import explain
+from pensieve.core.pace import Load, Pace, StepTime
 from pensieve.core.plan import BlockTableUpdate, RequestStart, SampledToken, Span, SteadySteps, StepPlan, StepResult
 from pensieve.core.recovery import cut
-from pensieve.core.request import FinishReason, Request, RequestState, SamplingParams
+from pensieve.core.request import FinishReason, Request, RequestState, SamplingParams, Verdict
 from pensieve.core.sequence import Sequence, extend_digests
+from pensieve.core.waiting import MAX_OVERTAKINGS, WaitingQueue
 from pensieve.core.warming import Warming
 from pensieve.core.wipes import Erasure
 from pensieve.errors import (
@@ -35,9 +38,10 @@ from pensieve.errors import (
 )
 
 MAX_FAILURES = 4  # in a row, without a token computed between them, before a request is given up
-BACKLOG_STEPS = 8  # admission stops while so many steps' worth of tokens wait to be computed
+BACKLOG_STEPS = 8  # a request is not admitted while so many steps' worth of tokens are to be computed before its own
 # Of several admitted requests the one with the least to compute goes first, unless it came later by more than the other takes times this:
-# behind a dropped history a short turn would wait as long as it, and a long one is put off by a bounded number of steps.
+# behind a dropped history a short turn would wait as long as it, and a long one is put off by a bounded time. A long one whose time has
+# come takes turns with short ones, a step each.
 PATIENCE = 4
 LOOK_AHEAD = 8  # queued requests for which chunks are copied down ahead of time
 MAX_TOKEN_ID = (1 << 32) - 1  # what a chain hash and the store can hold
@@ -56,6 +60,8 @@ class _Step:
     """A plan being filled."""
 
     budget: int  # tokens left
+    prefill_s: float = math.inf  # seconds left for spans other than decodes; 0: only what ends within one step
+    num_prefill: int = 0  # tokens of such spans
     spans: list[Span] = field(default_factory=list)
     tables: list[BlockTableUpdate] = field(default_factory=list)
     started: list[RequestStart] = field(default_factory=list)
@@ -66,15 +72,28 @@ class _Step:
 class Scheduler:
     """Sole writer of the waiting and running queues, the token budget and every `Request`."""
 
-    def __init__(self, config: SchedulerConfig, cache: TieredCache, max_context: int, vocab_size: int = MAX_TOKEN_ID + 1) -> None:
-        """`max_context` is the longest sequence in tokens, prompt and answer together; token ids lie in [0, vocab_size)."""
+    def __init__(
+        self, config: SchedulerConfig, cache: TieredCache, max_context: int, vocab_size: int = MAX_TOKEN_ID + 1, pace: Pace | None = None
+    ) -> None:
+        """Start with nothing queued.
+
+        Args:
+            config: how steps are filled.
+            cache: empty, and from now on only ours to change.
+            max_context: the longest sequence in tokens, prompt and answer together.
+            vocab_size: token ids lie in [0, vocab_size).
+            pace: what steps take; needed where `config.step_s` bounds them in time.
+
+        Raises:
+            ConfigError: the token budget is too small, or `step_s` comes without a pace.
+        """
         self.config = config
         self.cache = cache
         self.max_context = max_context
         self.vocab_size = vocab_size
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []  # in arrival order
-        self._waiting: list[Request] = []  # in arrival order; the first is next
+        self._waiting = WaitingQueue(config.max_batch_tokens, fcfs=config.admission == "fcfs")
         self._behind: dict[tuple[str, str], deque[Request]] = {}  # turns that wait for an earlier turn of their conversation
         self._ended: list[str] = []  # for the worker to forget
         self._finished: list[Request] = []  # ended outside of a commit, reported by the next `schedule` or `commit`
@@ -82,8 +101,12 @@ class Scheduler:
         self._warming = Warming(cache, self._reserve)
         self._num_arrived = 0
         self._next_step = 0
-        self._refused_at: tuple[Request, tuple[int, int, int, int]] | None = None  # the head of the queue and the room it did not fit in
-        self._copies_would_do = False  # that request could be admitted if the copies under way had settled
+        self._time: StepTime | None = None
+        if config.step_s is not None:
+            if pace is None:
+                raise ConfigError("step_s bounds steps in time, which takes a pace: what steps take")
+            self._time = StepTime(config.step_s, pace)
+        self._first: Request | None = None  # whose missing tokens went first in the last step that computed such
         self._copied_first = False  # the last step only copied
         self.num_forwards_failed = 0
         self.num_copies_failed = 0
@@ -295,6 +318,8 @@ class Scheduler:
         if cannot_wipe is not None:
             raise WorkerFailed(cannot_wipe)
         self._settle_copies(result, now_s)
+        if self._time is not None and result.seconds is not None and plan.spans and not plan.swap_in:
+            self._time.ran(Load.of(plan.spans), result.seconds)
         if result.forward_error is not None:
             self._fail_forward(plan, result.forward_error, now_s)
         for failure in result.requests_failed:
@@ -362,11 +387,13 @@ class Scheduler:
         assert len(results) <= steps.count, f"{len(results)} steps ran of {steps.count} steady ones"
         self._next_step += len(results)
         self._copied_first = False
-        for result in results:
+        for index, result in enumerate(results):
             assert not (result.forward_error or result.requests_failed or result.wipe_error), f"steady step {result.step_id} failed"
             for token in result.tokens:
                 self.requests[token.request_id].tokens.append(token.token_id)
             self._settle_copies(result, now_s)
+            if self._time is not None and result.seconds is not None:
+                self._time.ran(Load.of(steps.plan(index).spans), result.seconds)
         for span in steps.spans:
             request, stop = self.requests[span.request_id], span.start + len(results)
             assert request.sequence is not None
@@ -386,8 +413,7 @@ class Scheduler:
             for request in list(self.running):
                 self._plan_decode(step, request, now_s)
             self._admit(step, now_s)
-            for request in sorted((r for r in self.running if r.missing), key=lambda r: (r.due, r.arrival)):
-                self._plan_missing(step, request)
+            self._plan_prefill(step)
             if not (self._waiting or step.num_unmet):
                 self._warming.begin(now_s)
 
@@ -438,14 +464,55 @@ class Scheduler:
                     self._end(request, FinishReason.LENGTH, now_s)
                 return None
 
+    def _plan_prefill(self, step: _Step) -> None:
+        """Spans for what admitted requests still lack, in the order of `due`, as far as the step's tokens and seconds go."""
+        requests = sorted((r for r in self.running if r.missing), key=lambda r: (r.due, r.arrival))
+        if not requests:
+            return
+        if self._time is not None:
+            step.prefill_s = self._time.for_prefill(Load.of(step.spans))
+        if self.config.admission == "work" and requests[0] is self._first:
+            # It went first in the last step too, and has not ended: one that ends within this step need not wait for it.
+            short = next((r for r in requests[1:] if self._is_short(r.num_missing, r.missing)), None)
+            if short is not None:
+                requests.remove(short)
+                requests.insert(0, short)
+        for request in requests:
+            before = step.num_prefill
+            self._plan_missing(step, request)
+            if not before and step.num_prefill:
+                self._first = request
+
+    def _is_short(self, num_tokens: int, ranges: list[tuple[int, int]]) -> bool:
+        """Whether so many tokens, of these ranges, are computed within one step."""
+        if num_tokens > self.config.max_batch_tokens:
+            return False
+        return self._time is None or not self._time.pace.known or self._time.pace.prefill_s(ranges) <= self._time.step_s
+
     def _plan_missing(self, step: _Step, request: Request) -> None:
         """Spans for what an admitted request still lacks, as far as the budget goes."""
         if not (request.missing and request.plannable):
             return
-        taken, request.missing = cut(request.missing, step.budget, self.cache.chunk_tokens)
+        taken, request.missing = cut(request.missing, self._prefill_budget(step, request), self.cache.chunk_tokens)
         for start, stop in taken:
             emits = not request.missing and (start, stop) == taken[-1]
             self._add_span(step, request, Span(request.request_id, start, stop, tuple(request.tokens[start:stop]), emits))
+            step.num_prefill += stop - start
+        if self._time is not None:
+            step.prefill_s = max(0.0, step.prefill_s - self._time.pace.prefill_s(taken))
+
+    def _prefill_budget(self, step: _Step, request: Request) -> int:
+        """Tokens of what a request lacks that this step may hold."""
+        if self._time is None or math.isinf(step.prefill_s):
+            return step.budget
+        if not step.num_prefill:
+            if self._is_short(request.num_missing, request.missing):
+                return step.budget
+            if step.prefill_s <= 0.0:
+                return 0  # it sits this step out: the decoding requests are behind
+        within = self._time.pace.tokens_within(step.prefill_s, request.missing[0][0])
+        # A chunk is the least that can be computed. However long it takes, the first request of a step gets one.
+        return min(step.budget, max(within, 0 if step.num_prefill else self.cache.chunk_tokens))
 
     def _add_span(self, step: _Step, request: Request, span: Span) -> None:
         step.spans.append(span)
@@ -457,18 +524,47 @@ class Scheduler:
     # -- admission
 
     def _admit(self, step: _Step, now_s: float) -> None:
-        """First come, first served: everything a request needs, or nothing (DESIGN §4)."""
-        budget = self.config.max_batch_tokens
-        backlog = sum(stop - start for request in self.running for start, stop in request.missing)
-        while self._waiting and backlog < BACKLOG_STEPS * budget and len(self.running) < self.config.max_running:
-            request = self._waiting[0]
-            if request.suspect or not self._fits(step, request, now_s):
+        """Admit who can be, in the queue's order: everything a request needs, or nothing (DESIGN §4)."""
+        while self._waiting and len(self.running) < self.config.max_running:
+            request = self._next_admitted(step, now_s)
+            if request is None:
                 return
-            del self._waiting[0]
+            self._waiting.admit(request)
             self._start(step, request, now_s)
-            num_missing = sum(stop - start for start, stop in request.missing)
-            request.due = self._next_step + PATIENCE * num_missing / budget
-            backlog += num_missing
+            request.due = self._due(request.missing, now_s)
+
+    def _next_admitted(self, step: _Step, now_s: float) -> Request | None:
+        """Whom to admit now. None: nobody can be, or what is coming free is on its way to somebody."""
+        for request in self._waiting.candidates():
+            if request.suspect:
+                return None
+            verdict = self._judge(step, request, now_s)
+            if verdict is Verdict.NOW and not self._waits_for_others(request, now_s):
+                return request
+            if verdict in (Verdict.AFTER_COPIES, Verdict.MAKING_ROOM):
+                return None
+        return None
+
+    def _waits_for_others(self, request: Request, now_s: float) -> bool:
+        """Whether so much is to be computed before a request that it need not hold its slots yet."""
+        most = BACKLOG_STEPS * self.config.max_batch_tokens
+        if self.config.admission == "fcfs":
+            return sum(r.num_missing for r in self.running) >= most
+        if request.num_overtaken >= MAX_OVERTAKINGS:
+            return False
+        ranges = [(len(request.tokens) - request.work, len(request.tokens))]
+        due, short = self._due(ranges, now_s), self._is_short(request.work, ranges)
+        before = 0
+        for other in self.running:
+            if other.missing and other.due <= due and not (short and other.num_missing > self.config.max_batch_tokens):
+                before += other.num_missing
+        return before >= most
+
+    def _due(self, ranges: list[tuple[int, int]], now_s: float) -> float:
+        """When these ranges, admitted now, should be computed at the latest."""
+        if self._time is not None:
+            return now_s + PATIENCE * self._time.pace.prefill_s(ranges)
+        return self._next_step + PATIENCE * sum(stop - start for start, stop in ranges) / self.config.max_batch_tokens
 
     def _slots_asked_for(self) -> int:
         """First-tier slots that the next requests of the queue will take, at most, and the reserve they leave.
@@ -479,24 +575,26 @@ class Scheduler:
         if not self._waiting:
             return 0
         size = self.cache.chunk_tokens
-        return self._reserve + sum(-(-len(request.tokens) // size) for request in self._waiting[:LOOK_AHEAD])
+        return self._reserve + sum(-(-len(request.tokens) // size) for request in islice(self._waiting, LOOK_AHEAD))
 
     def _next_suspect(self, step: _Step, now_s: float) -> Request | None:
         """The request that has this step for itself because a forward failed with it, admitted if it is the queue's head."""
         for request in self.running:
             if request.suspect and request.plannable:
                 return request
-        head = self._waiting[0] if self._waiting else None
-        if head is None or not head.suspect or len(self.running) >= self.config.max_running or not self._fits(step, head, now_s):
+        head = self._waiting.head
+        if head is None or not head.suspect or len(self.running) >= self.config.max_running:
             return None
-        del self._waiting[0]
+        if self._judge(step, head, now_s) is not Verdict.NOW:
+            return None
+        self._waiting.admit(head)
         self._start(step, head, now_s)
         return head
 
     def _copies_come_first(self, step: _Step, now_s: float) -> bool:
         """Whether this step only copies, because running requests or the head of the queue wait for nothing else; never twice in a row."""
         self._copied_first = (
-            self.config.copies_first and not self._copied_first and (self._growth_waits(now_s) or self._head_waits(step, now_s))
+            self.config.copies_first and not self._copied_first and (self._growth_waits(now_s) or self._queue_waits(step, now_s))
         )
         return self._copied_first
 
@@ -513,28 +611,41 @@ class Scheduler:
         room.make(0, num_growing, now_s)
         return room.available(0) < num_growing <= room.available(0) + room.coming(0)
 
-    def _head_waits(self, step: _Step, now_s: float) -> bool:
-        """Whether the head of the queue could be admitted if copies under way had settled."""
+    def _queue_waits(self, step: _Step, now_s: float) -> bool:
+        """Whether the next request of the queue could be admitted if copies under way had settled."""
         if not self._waiting or len(self.running) >= self.config.max_running:
             return False
-        return not self._fits(step, self._waiting[0], now_s) and self._copies_would_do
+        for request in self._waiting.candidates():
+            verdict = self._judge(step, request, now_s)
+            if verdict is not Verdict.NOT_YET:
+                return verdict is Verdict.AFTER_COPIES
+        return False
 
-    def _fits(self, step: _Step, request: Request, now_s: float) -> bool:
-        """Whether the head of the queue can be admitted now; if room must be made first, begins to make it."""
+    def _judge(self, step: _Step, request: Request, now_s: float) -> Verdict:
+        """Whether a waiting request can be admitted; if room must be made first, begins to make it."""
+        if request.refusal is None or request.seen != self._room_state(step, now_s):
+            verdict = self._look(step, request, now_s)
+            if verdict is Verdict.NOW:  # (not remembered: slots may be taken without a change of that state)
+                request.refusal = None
+                return verdict
+            request.refusal, request.seen = verdict, self._room_state(step, now_s)
+        return request.refusal
+
+    def _look(self, step: _Step, request: Request, now_s: float) -> Verdict:
         cache, room, sequence = self.cache, self.cache.room, request.sequence
         assert sequence is not None
-        if self._refused_at == (request, self._room_state(step, now_s)):
-            return False
         cache.attach(sequence, request.tokens, request.digests)
         need = cache.survey(sequence, len(request.tokens))
+        self._waiting.set_work(request, need.missing)
         least = need.slots + step.num_unmet
         wanted = least + (self._reserve if self.running else 0)
         # Where copies cost next to nothing the reserve need not lie ready: copies made for nobody crowd a small lower tier.
         ready = least if self.config.copies_first else wanted
         at_once = room.available(0) - need.own_clean
         in_time = at_once + room.coming(0) + room.evictable(0) - need.own_sole
-        possible = not need.blocked and wanted <= in_time
-        if possible and at_once + room.coming(0) < ready:  # (else the copies under way make what room is missing)
+        if need.blocked or wanted > in_time:
+            return Verdict.NOT_YET
+        if at_once + room.coming(0) < ready:  # (else the copies under way make what room is missing)
             with cache.protected(sequence):
                 room.make(0, ready, now_s, sequence.key)
                 at_once = room.available(0)
@@ -543,13 +654,10 @@ class Scheduler:
                 version = cache.places.version
                 room.make(0, ready, now_s, sequence.key)
                 if cache.places.version != version:  # (perhaps it was its own that went: look again, nothing else would make us)
-                    return self._fits(step, request, now_s)
-        if possible and at_once >= ready:
-            self._refused_at = None
-            return True
-        self._copies_would_do = possible and at_once + room.coming(0) >= ready
-        self._refused_at = (request, self._room_state(step, now_s))
-        return False
+                    return self._look(step, request, now_s)
+        if at_once >= ready:
+            return Verdict.NOW
+        return Verdict.AFTER_COPIES if at_once + room.coming(0) >= ready else Verdict.MAKING_ROOM
 
     def _room_state(self, step: _Step, now_s: float) -> tuple[int, int, int, int]:
         """Equal to an earlier value only if no chunk has become available or found since, and no tier can be tried again."""
@@ -636,7 +744,7 @@ class Scheduler:
         request.suspensions += 1
         self.num_suspensions += 1
         extend_digests(request.digests, request.salt, request.tokens, self.cache.chunk_tokens)
-        insort(self._waiting, request, key=lambda r: r.arrival)
+        self._queue(request, len(request.tokens))
 
     def _finish(self, request: Request, now_s: float) -> None:
         key = (request.namespace, request.sequence_id)
@@ -663,7 +771,12 @@ class Scheduler:
 
     def _enqueue(self, request: Request, now_s: float) -> None:
         request.sequence = self.cache.open(request.namespace, request.sequence_id, now_s)
-        insort(self._waiting, request, key=lambda r: r.arrival)
+        self._queue(request, len(request.tokens) - request.history_tokens * self.config.retain)
+
+    def _queue(self, request: Request, work: int) -> None:
+        """Let a request wait for admission. `work` is what it has to compute as far as is known before a look at the cache."""
+        request.work, request.refusal = max(1, work), None
+        self._waiting.add(request)
 
     # -- failures
 
