@@ -19,6 +19,7 @@ from pensieve.config import CacheConfig, ModelShape, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import POLICIES
+from pensieve.core.pace import Pace
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
 from pensieve.errors import ConfigError
@@ -40,6 +41,7 @@ GB = 1_000_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_CACHE_GB = 1.0  # of the first tier on a CPU, unless told otherwise
 MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
+CPU_STEP_MS, CUDA_STEP_MS = 100.0, 30.0  # a step's time while a request decodes, unless told otherwise
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
 
 Say = Callable[[str], None]
@@ -60,6 +62,8 @@ class Options:
     policy: str = "retention"
     chunk_tokens: int = 32
     max_batch_tokens: int | None = None
+    step_ms: float | None = None  # None: `CPU_STEP_MS`, on a GPU `CUDA_STEP_MS`
+    admission: Literal["work", "fcfs"] = "work"
     max_running: int = 64
     threads: int | None = None
     forward: Literal["auto", "fused", "modules"] = "auto"
@@ -80,6 +84,12 @@ class Options:
         return self.max_batch_tokens or (CUDA_BATCH_TOKENS if self.is_on_gpu else CPU_BATCH_TOKENS)
 
     @property
+    def step_s(self) -> float:
+        """What a step may take while a request decodes."""
+        default = CUDA_STEP_MS if self.is_on_gpu else CPU_STEP_MS
+        return (default if self.step_ms is None else self.step_ms) / 1e3
+
+    @property
     def graph_rows(self) -> int:
         """Batches of so many decodes are captured as graphs."""
         return min(self.max_running, MOST_GRAPH_ROWS) if self.is_on_gpu and self.graphs else 0
@@ -88,6 +98,8 @@ class Options:
         for name in ("gpu_cache_gb", "cpu_cache_gb"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
+        if self.step_ms is not None and not self.step_ms > 0:
+            raise ConfigError(f"--step-ms must be positive, got {self.step_ms:g}")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"--max-context must be at least 2 tokens, got {self.max_context}")
 
@@ -347,10 +359,14 @@ def make_engine(
     worker = _make_worker(options, loaded, sizes)
     assert worker.chunk_bytes == sizes.chunk_bytes, f"a chunk has {worker.chunk_bytes} bytes, {sizes.chunk_bytes} were reckoned"
     cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), POLICIES[options.policy](cost.of_chunk))
-    config = SchedulerConfig(max_batch_tokens=options.batch_tokens, max_running=options.max_running, retain=retain)
+    config = SchedulerConfig(
+        max_batch_tokens=options.batch_tokens, max_running=options.max_running, retain=retain, admission=options.admission,
+        step_s=options.step_s if options.admission == "work" else None,
+    )  # fmt: skip
+    pace = Pace(cost, measured=copy_bytes_per_s is not None)
     if loaded.model.device.type == "cpu":  # all tiers in RAM: a chunk is copied in a fraction of a millisecond, nothing need be ready early
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
-    scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size)
+    scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size, pace)
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(
         scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, clock=clock, debug=options.debug, quote=quote,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pensieve.cli.build import CPU_CACHE_GB, DTYPE_BYTES, Options
+from pensieve.cli.build import CPU_CACHE_GB, CPU_STEP_MS, CUDA_STEP_MS, DTYPE_BYTES, Options
 from pensieve.core.eviction import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -77,6 +77,21 @@ _CACHE = (
         "share a chunk; hazard: retention with a learned rate of return in place of 1 / idle time.",
     ),
     click.option("--max-batch-tokens", type=int, default=None, help="Token budget of a step (default: 512 on a CPU, 4096 on CUDA)."),
+    click.option(
+        "--step-ms",
+        type=float,
+        default=None,
+        help=f"What a step may take while an answer is being made: what others compute beside it is cut accordingly (default: {CPU_STEP_MS:g} on a "
+        f"CPU, {CUDA_STEP_MS:g} on CUDA). Less: steadier answers; more: long prompts are done sooner.",
+    ),
+    click.option(
+        "--admission",
+        type=click.Choice(["work", "fcfs"]),
+        default=_DEFAULTS.admission,
+        show_default=True,
+        help="Who is admitted next. work: short turns pass long prompts, a bounded number of times, and tenants take turns; fcfs: first come, "
+        "first served, in steps bounded by tokens alone, as in the paper.",
+    ),
     click.option(
         "--attention",
         default=_DEFAULTS.attention,
