@@ -95,7 +95,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._to_forget: list[tuple[Forget, Erasure | None]] = []  # None: turns of it are still in flight
         self._maps: deque[tuple[str, int, Overview]] = deque()  # (tag, total, rows so far)
-        self._num_steps = 0
+        self.num_steps = 0
         self._ahead = ahead
         self._begun: deque[tuple[StepPlan, StepResult | None]] = deque()  # with its result where it could not even be begun
         self._totals: Counter[str] = Counter()
@@ -156,7 +156,7 @@ class Engine:
         self._to_forget = [left for command, erasure in self._to_forget if (left := self._forget(command, erasure, events)) is not None]
         self._build_map(events)
         if plan.spans:
-            self._num_steps += 1
+            self.num_steps += 1
         if events:
             self._emit(events)
         return bool(events or self._maps or not plan.is_empty or has_result)
@@ -370,7 +370,7 @@ class Engine:
             running=len(scheduler.running),
             sequences=len(cache.sequences),
             chunks=places.num_chunks,
-            steps=self._num_steps,
+            steps=self.num_steps,
             tiers=self._tiers(),
             chunks_reclaimed=places.num_reclaimed,
             chunks_dropped=places.num_dropped,
