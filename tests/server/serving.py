@@ -150,6 +150,7 @@ def serving(
         turns = Turns(
             service,
             max_open=server_config.max_open,
+            max_open_per_tenant=server_config.max_open_per_key,
             queue_timeout_s=server_config.queue_timeout_s,
             request_timeout_s=server_config.request_timeout_s,
             on_end=lambda answer: metrics.observe(answer.done.receipt) if answer.done is not None else None,

@@ -32,6 +32,35 @@ def keys(tmp_path: Path) -> Iterator[tuple[Serving, dict[str, str], dict[str, st
         server.until_idle()
 
 
+def test_one_tenant_cannot_take_every_place(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    alice, again, bob = new_key(), new_key(), new_key()
+    path.write_text("".join(key_line(name, key) + "\n" for name, key in (("alice", alice), ("alice", again), ("bob", bob))))
+    with serving(keys=path, key=alice, config={"max_open": 4, "max_open_per_key": 2}) as server:
+        server.worker.pause_s = 0.03
+        body = chat("busy") | {"max_tokens": 60}
+        answers: list[httpx.Response] = []
+
+        def ask(key: str, salt: str) -> None:
+            headers = {"Authorization": f"Bearer {key}", "X-Cache-Salt": salt}
+            answers.append(server.client.post("/v1/chat/completions", json=body, headers=headers))
+
+        threads = [threading.Thread(target=ask, args=(key, salt)) for key in (alice, again) for salt in ("", "a", "b")]
+        for thread in threads:
+            thread.start()
+        while len(server.context.turns.open) < 2:
+            time.sleep(0.005)
+        mine = server.client.post("/v1/chat/completions", json=chat("mine"), headers={"Authorization": f"Bearer {bob}"})
+        for thread in threads:
+            thread.join()
+        assert mine.status_code == 200
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert len(refused) == 4, "two keys and three salts are one tenant"
+        assert all("--max-open-per-key" in answer.json()["error"]["message"] for answer in refused)
+        server.until_idle()
+        assert not server.context.turns._num_open
+
+
 def computed(server: Serving, ask: Any) -> tuple[int, int]:
     """Tokens computed and steps taken while something is asked."""
     counts = [0, 0]

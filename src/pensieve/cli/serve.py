@@ -56,6 +56,12 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
     "--max-open", type=click.IntRange(min=1), default=256, show_default=True, help="Requests running and waiting; beyond it: 429."
 )
 @click.option(
+    "--max-open-per-key",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Of these, of one tenant's keys together.  [default: three quarters with --api-key-file, else all]",
+)
+@click.option(
     "--max-body", "max_body_mb", type=click.FloatRange(min=0.001), default=16.0, show_default=True, help="MB of a request's body."
 )
 @click.option(
@@ -88,6 +94,7 @@ def run_server(
     store_url: str | None,
     model_name: str | None,
     max_open: int,
+    max_open_per_key: int | None,
     max_body_mb: float,
     access_log: bool,
     stateless: bool,
@@ -120,6 +127,7 @@ def run_server(
     config = ServerConfig(
         model=model_name or options.model,
         max_open=max_open,
+        max_open_per_key=max_open_per_key or (None if api_key_file is None else max(1, max_open * 3 // 4)),
         max_body_bytes=int(max_body_mb * (1 << 20)),
         queue_timeout_s=queue_timeout_s,
         request_timeout_s=request_timeout_s,
@@ -227,6 +235,7 @@ class _Parts:
             turns = Turns(
                 runtime.service,
                 max_open=config.max_open,
+                max_open_per_tenant=config.max_open_per_key,
                 queue_timeout_s=config.queue_timeout_s,
                 request_timeout_s=config.request_timeout_s,
                 on_end=on_end,

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from pensieve.core.request import Request
-from pensieve.core.sequence import TENANT_END
+from pensieve.core.sequence import tenant_of
 
 MAX_OVERTAKINGS = 32  # of a waiting request by later ones; then what becomes free is held for it
 LOOK_AHEAD = 8  # requests of a tenant that are looked at in one step: the one that waits longest, and those with the least to compute
@@ -53,14 +53,14 @@ class WaitingQueue:
             place + 1 : place + 2
         ]:  # so that the count never rises along the queue, and the head's is the highest
             request.num_overtaken = max(request.num_overtaken, behind.num_overtaken)
-        line = self._lines.setdefault(tenant_of(request), _Line())
+        line = self._lines.setdefault(tenant_of(request.namespace), _Line())
         insort(line.by_arrival, request, key=lambda r: r.arrival)
         insort(line.by_work, (request.work, request.arrival, request))
 
     def remove(self, request: Request) -> None:
         """It is not to be admitted any more, or was."""
         self._by_arrival.remove(request)
-        tenant = tenant_of(request)
+        tenant = tenant_of(request.namespace)
         line = self._lines[tenant]
         line.by_arrival.remove(request)
         line.by_work.remove((request.work, request.arrival, request))
@@ -70,7 +70,7 @@ class WaitingQueue:
     def set_work(self, request: Request, work: int) -> None:
         """A look at the cache showed what a waiting request has to compute, in tokens."""
         if work != request.work:
-            line = self._lines[tenant_of(request)]
+            line = self._lines[tenant_of(request.namespace)]
             line.by_work.remove((request.work, request.arrival, request))
             request.work = work
             insort(line.by_work, (work, request.arrival, request))
@@ -98,7 +98,7 @@ class WaitingQueue:
                 if other.arrival >= request.arrival:
                     break
                 other.num_overtaken += 1
-        tenant = tenant_of(request)
+        tenant = tenant_of(request.namespace)
         line = self._lines[tenant]
         if len(self._lines) > 1 and not self._fcfs:
             if rounds := self._rounds(line, request):
@@ -130,8 +130,3 @@ class _Line:
         """The one that waits longest, then those with the least to compute."""
         head = self.by_arrival[0]
         return [head, *(request for _, _, request in self.by_work[:count] if request is not head)]
-
-
-def tenant_of(request: Request) -> str:
-    """Whose request it is: the namespace without its salt."""
-    return request.namespace.partition(TENANT_END)[0]

@@ -28,6 +28,7 @@ class ServerConfig:
 
     model: str  # the name that clients use
     max_open: int = 256  # answers running and waiting
+    max_open_per_key: int | None = None  # of these, of one tenant's keys together. None: all of them
     max_body_bytes: int = 16 << 20
     max_messages: int = 4096
     queue_timeout_s: float = 120.0  # to the first token
@@ -48,6 +49,8 @@ class ServerConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.removesuffix('_s').replace('_', '-')} must be positive, got {getattr(self, name)}")
+        if self.max_open_per_key is not None and not 0 < self.max_open_per_key <= self.max_open:
+            raise ConfigError(f"--max-open-per-key must lie in [1, {self.max_open}] (--max-open), got {self.max_open_per_key}")
 
 
 class EngineState(Protocol):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from pensieve.errors import Overloaded, PensieveError
+from pensieve.messages import tenant_of
 from pensieve.service import ConversationService, PendingTurn, Piece, TurnDone, TurnSpec
 
 MAX_ENDED = 512  # answers that can be read again after their end without the store
@@ -139,14 +140,16 @@ class Turns:
         service: ConversationService,
         *,
         max_open: int,
+        max_open_per_tenant: int | None = None,
         queue_timeout_s: float,
         request_timeout_s: float,
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """At most `max_open` answers at once, running and waiting; beyond it a request is refused."""
+        """At most `max_open` answers at once, running and waiting, and of one tenant at most so many of them; beyond that a request is refused."""
         self._service = service
         self._loop = asyncio.get_running_loop()
-        self._max_open = max_open
+        self._max_open, self._max_open_per_tenant = max_open, max_open_per_tenant or max_open
+        self._num_open: Counter[str] = Counter()  # by tenant
         self._queue_timeout_s = queue_timeout_s
         self._request_timeout_s = request_timeout_s
         self._on_end = on_end
@@ -171,6 +174,12 @@ class Turns:
             raise Draining("the server is shutting down: ask again in a moment")
         if len(self.open) >= self._max_open:
             raise Overloaded(f"{len(self.open)} requests are running or waiting, at most {self._max_open} may: try again later")
+        tenant = tenant_of(spec.namespace)
+        if self._num_open[tenant] >= self._max_open_per_tenant:
+            raise Overloaded(
+                f"{self._num_open[tenant]} requests of your keys are running or waiting, at most {self._max_open_per_tenant} may "
+                "(--max-open-per-key): try again later"
+            )
         answer: Answer
 
         def on_piece(piece: Piece) -> None:
@@ -179,6 +188,7 @@ class Turns:
         pending = PendingTurn(spec, time.monotonic(), on_piece)
         answer = Answer(spec.namespace, pending, Answer.now() if created is None else created, record=record)
         self.open[answer.id] = answer
+        self._num_open[tenant] += 1
         self._idle.clear()
         pending.future.add_done_callback(lambda future: self._hand_in(answer, None))
         self._service.begin(pending)
@@ -251,6 +261,10 @@ class Turns:
             answer.done = future.result()
         answer.ended_s = self._loop.time()
         del self.open[answer.id]
+        tenant = tenant_of(answer.namespace)
+        self._num_open[tenant] -= 1
+        if not self._num_open[tenant]:
+            del self._num_open[tenant]
         if not self.open:
             self._idle.set()
         self._ended[answer.id] = answer
