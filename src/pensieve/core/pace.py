@@ -11,14 +11,19 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.plan import Span
 
 _MEMORY = 0.98  # what a step counts for, the one after it counting for one: machines, and who else uses them, change
-_CLIP = 2.0  # a step that took more than so many times what was predicted, or less than that part of it, counts as if it had taken that
+_CLIP = 3.0  # a step that took more than so many times what was predicted, or less than that part of it, counts as if it had taken that:
+_TRUSTING = 16  # a busy neighbour must not become the rule. But the first so many steps count as they are
 _PRIOR = 0.01  # what the proportions that a profile gives count for
 _NEAR, _FAR = 1024, 8192  # contexts between which a profile says what attention costs
 _FIXED_TOKENS = 32  # before any step was measured: the weights are read in the time that so many tokens of a prefill take
 _READ_PAIRS = 4  # likewise: a decode reads a cached token in the time in which a prefill attends it with so many
 LONE_STEPS = 2.0  # a step in which no request decodes may take so many times `step_s`,
 LONE_FIXED = 4.0  # or so many times what it takes whatever it computes, if that is more: smaller steps would waste too much of the machine
-DECODE_SHARE = 0.4  # decode-only steps between two chunks of prefill take at most so much of the time of the step before them
+# Where decodes alone take most of `step_s`, or more: prefill gets at least so many times their time, or nobody's prompt would ever be done.
+LEAST_PREFILL = 1.0
+# After so many steps with prefill in a row one only decodes. If all took exactly `step_s`, what prefill costs could not be told from what
+# decodes cost, and a wrong guess of the two would confirm itself.
+_PROBE_STEPS = 16
 
 
 class Load(NamedTuple):
@@ -59,6 +64,7 @@ class Pace:
         self.known = measured
         self._products: list[list[float]] = []  # (5, 5)
         self._sums: list[float] = []  # (5,)
+        self._num_seen = 0
         self._begin()
 
     @property
@@ -95,17 +101,18 @@ class Pace:
             self._weights = [weight * seconds / predicted for weight in self._weights]
             self.known = True
             self._begin()
-        elif predicted > 0.0:
+        elif predicted > 0.0 and self._num_seen >= _TRUSTING:
             seconds = max(predicted / _CLIP, min(seconds, predicted * _CLIP))
+        self._num_seen += 1
         scaled = [part / seconds for part in (1, *load)]
         for row, part in zip(self._products, scaled, strict=True):
             for index, other in enumerate(scaled):
                 row[index] = _MEMORY * row[index] + part * other
         self._sums = [_MEMORY * total + part for total, part in zip(self._sums, scaled, strict=True)]
         weights = self._weights
-        for index, row in enumerate(self._products):
-            if not scaled[index]:
-                continue  # the step says nothing of it
+        said = [index for index, part in enumerate(scaled) if part]  # of the others the step says nothing
+        for index in said:
+            row = self._products[index]
             rest = sum(map(operator.mul, row, weights)) - row[index] * weights[index]
             weights[index] = max(0.0, (self._sums[index] - rest) / row[index])
 
@@ -119,17 +126,17 @@ class Pace:
 class StepTime:
     """How many seconds of prefill the next step may hold.
 
-    While a request decodes, a step takes about `step_s`. Where one chunk of prefill takes longer than that, steps that only decode
-    follow it: until the decoding requests have had a token every `step_s` on average, or for `DECODE_SHARE` of its time. While none
-    decodes, steps are as long as throughput wants, but not so long that a request that comes meanwhile waits for several `step_s`.
+    While a request decodes, each step earns what is left of `step_s` beside the decodes, and prefill spends it. A chunk is the least
+    that can be computed: one that takes longer is paid off by steps that only decode, so that decoding requests still get a token every
+    `step_s` on average. While none decodes, steps are as long as throughput wants, but not so long that a request which comes meanwhile
+    waits for several `step_s`.
     """
 
     def __init__(self, step_s: float, pace: Pace) -> None:
         self.step_s = step_s
         self.pace = pace
-        self._late_s = 0.0  # by which the last step with prefill was too long, less what decode-only steps have made good
-        self._prefill_s = 0.0  # the time that step took
-        self._decoded_s = 0.0  # of decode-only steps since
+        self._credit_s = 0.0  # prefill earned and not spent
+        self._num_in_a_row = 0  # steps with decodes and prefill
 
     def for_prefill(self, decodes: Load) -> float:
         """Seconds of prefill that a step with these decodes may hold. 0: it should only decode. Infinity: nothing is known yet."""
@@ -137,20 +144,21 @@ class StepTime:
         if not pace.known:
             return math.inf
         if not decodes.rows:
+            self._credit_s = 0.0
             return max(LONE_STEPS * self.step_s, LONE_FIXED * pace.fixed_s) - pace.fixed_s
-        if self._late_s > 0.0 and self._decoded_s < DECODE_SHARE * self._prefill_s:
+        decodes_s = pace.seconds(decodes)
+        earned_s = max(self.step_s - decodes_s, LEAST_PREFILL * decodes_s)
+        self._credit_s = min(self._credit_s, earned_s) + earned_s
+        if self._credit_s <= 0.0 or self._num_in_a_row >= _PROBE_STEPS:
+            self._num_in_a_row = 0
             return 0.0
-        return max(1e-6, self.step_s - pace.seconds(decodes))
+        self._num_in_a_row += 1
+        return self._credit_s
 
-    def ran(self, load: Load, seconds: float) -> None:
-        """A step with this load took so long."""
-        self.pace.observe(load, seconds)
-        if load.tokens:
-            self._late_s = max(0.0, seconds - self.step_s) if load.rows else 0.0
-            self._prefill_s, self._decoded_s = seconds, 0.0
-        else:
-            self._late_s -= max(0.0, self.step_s - seconds)
-            self._decoded_s += seconds
+    def spend(self, seconds: float) -> None:
+        """So much prefill was put into the step."""
+        if self.pace.known:
+            self._credit_s -= seconds
 
 
 def _pairs(start: int, stop: int) -> int:

@@ -319,7 +319,7 @@ class Scheduler:
             raise WorkerFailed(cannot_wipe)
         self._settle_copies(result, now_s)
         if self._time is not None and result.seconds is not None and plan.spans and not plan.swap_in:
-            self._time.ran(Load.of(plan.spans), result.seconds)
+            self._time.pace.observe(Load.of(plan.spans), result.seconds)
         if result.forward_error is not None:
             self._fail_forward(plan, result.forward_error, now_s)
         for failure in result.requests_failed:
@@ -393,7 +393,7 @@ class Scheduler:
                 self.requests[token.request_id].tokens.append(token.token_id)
             self._settle_copies(result, now_s)
             if self._time is not None and result.seconds is not None:
-                self._time.ran(Load.of(steps.plan(index).spans), result.seconds)
+                self._time.pace.observe(Load.of(steps.plan(index).spans), result.seconds)
         for span in steps.spans:
             request, stop = self.requests[span.request_id], span.start + len(results)
             assert request.sequence is not None
@@ -498,8 +498,10 @@ class Scheduler:
             emits = not request.missing and (start, stop) == taken[-1]
             self._add_span(step, request, Span(request.request_id, start, stop, tuple(request.tokens[start:stop]), emits))
             step.num_prefill += stop - start
-        if self._time is not None:
-            step.prefill_s = max(0.0, step.prefill_s - self._time.pace.prefill_s(taken))
+        if self._time is not None and taken and step.prefill_s > 0.0:
+            seconds = self._time.pace.prefill_s(taken)
+            self._time.spend(seconds)
+            step.prefill_s = max(0.0, step.prefill_s - seconds)
 
     def _prefill_budget(self, step: _Step, request: Request) -> int:
         """Tokens of what a request lacks that this step may hold."""
