@@ -29,6 +29,7 @@ from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
+from pensieve.core.pace import Pace
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
@@ -66,8 +67,9 @@ class Bench:
         cost = CostProfile.from_shape(model.shape)
         self.cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES[policy](cost.of_chunk))
         self.scheduler = Scheduler(
-            SchedulerConfig(max_batch_tokens=budget, retain=retain), self.cache, min(model.shape.max_positions, gpu * CHUNK)
-        )
+            SchedulerConfig(max_batch_tokens=budget, retain=retain, step_s=Options().step_s), self.cache,
+            min(model.shape.max_positions, gpu * CHUNK), pace=Pace(cost),
+        )  # fmt: skip
         self.worker = ModelWorker(model, tiers, CHUNK, attention=attention)
         self.ended: dict[str, Event] = {}
         self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit)

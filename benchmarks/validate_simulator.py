@@ -337,7 +337,7 @@ class Setting:
 def simulate(setting: Setting, system: str, measured: MeasuredMachine, options: Options) -> dict[str, Any]:
     case = Case(
         setting.machine(measured, system), setting.load, SYSTEMS[system], chunk_tokens=CHUNK, max_batch_tokens=options.batch_tokens,
-        max_running=options.max_running, max_context=min(measured.shape.max_positions, setting.gpu_slots * CHUNK),
+        max_running=options.max_running, admission=options.admission, step_ms=options.step_ms, max_context=min(measured.shape.max_positions, setting.gpu_slots * CHUNK),
     )  # fmt: skip
     outcome = run_case(case, keep_records=True)
     return figures(outcome.records) | {"steps": outcome.num_steps, "busy_share": outcome.busy_share}

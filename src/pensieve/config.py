@@ -8,6 +8,7 @@ from typing import Literal
 from pensieve.errors import ConfigError
 
 GIB = 1 << 30
+CPU_STEP_MS, CUDA_STEP_MS = 100.0, 30.0  # of a step while a request decodes, unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pensieve.config import CacheConfig, ModelShape, SchedulerConfig, TierConfig, slots_for_bytes
+from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS, CacheConfig, ModelShape, SchedulerConfig, TierConfig, slots_for_bytes
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import POLICIES
@@ -41,7 +41,6 @@ GB = 1_000_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_CACHE_GB = 1.0  # of the first tier on a CPU, unless told otherwise
 MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
-CPU_STEP_MS, CUDA_STEP_MS = 100.0, 30.0  # a step's time while a request decodes, unless told otherwise
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
 
 Say = Callable[[str], None]

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from pensieve.cli.build import CPU_CACHE_GB, CPU_STEP_MS, CUDA_STEP_MS, DTYPE_BYTES, Options
+from pensieve.cli.build import CPU_CACHE_GB, DTYPE_BYTES, Options
+from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS
 from pensieve.core.eviction import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS
 from pensieve.core.eviction import POLICIES
 from pensieve.simulator.extent import LONG_CHUNK, LONG_CONTEXT
 from pensieve.simulator.hardware import HARDWARE
@@ -78,6 +79,18 @@ load_options = together(
 
 step_options = together(
     option("--max-batch-tokens", type=click.IntRange(min=1), default=2048, help="Token budget of a step."),
+    option(
+        "--step-ms",
+        type=click.FloatRange(min=0, min_open=True),
+        default=None,
+        help=f"A step while a request decodes, with --admission work.  [default: {CUDA_STEP_MS:g}; {CPU_STEP_MS:g} of a CPU's profile]",
+    ),
+    option(
+        "--admission",
+        type=click.Choice(["work", "fcfs"]),
+        default="work",
+        help="Who is admitted next: as pensieve serve does, or first come, first served, as in the paper (and as --figure always does).",
+    ),
     option("--max-running", type=click.IntRange(min=1), default=512, help="Requests in a step."),
     option(
         "--chunk-tokens",

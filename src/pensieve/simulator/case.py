@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
+from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS, CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
+from pensieve.core.pace import Pace
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
 from pensieve.simulator.cost_model import FITTED, CostModel, ModelNumbers, Overheads, Roofline, chunk_costs
@@ -88,6 +90,11 @@ class Machine:
     def copies_first(self) -> bool:
         """All tiers lie in RAM: copies that somebody waits for are a step of their own, and nothing need be ready early (as `pensieve serve` does)."""
         return self.measured is not None and self.measured.tiers_in_ram
+
+    @property
+    def step_ms(self) -> float:
+        """What a step in which a request decodes takes by default (as `pensieve serve` has it)."""
+        return CPU_STEP_MS if self.copies_first else CUDA_STEP_MS
 
     def chunk_bytes(self, chunk_tokens: int) -> int:
         """One chunk over all layers and devices."""
@@ -193,6 +200,8 @@ class Case:
     max_context: int = 16_384  # tokens of prompt and answer (paper, evaluation)
     max_batch_tokens: int = 2048
     max_running: int = 512
+    admission: Literal["work", "fcfs"] = "fcfs"  # as the paper has it; "work": as `pensieve serve` does by default
+    step_ms: float | None = None  # of a step in which a request decodes, with admission by work. None: `Machine.step_ms`
     debug: bool = False
     give_up: Goal | None = None  # stop when it is certain that this is missed
 
@@ -243,11 +252,13 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
         max_waiting=1 << 30,  # the paper's load waits however long the queue is
         reserve_share=system.reserve_share,
         retain=system.retain,
+        admission="fcfs" if system.phases else case.admission,
+        step_s=(case.step_ms or machine.step_ms) / 1e3 if case.admission == "work" and not system.phases else None,
     )
     if machine.copies_first:
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
     kind = PhasedScheduler if system.phases else Scheduler
-    scheduler = kind(config, cache, case.max_context)
+    scheduler = kind(config, cache, case.max_context, pace=Pace(profile))
     clock = VirtualClock()
     worker = CostWorker(cost, machine.links(case.chunk_tokens), len(tiers), clock, machine.host_overheads())
     simulation = Simulation(scheduler, worker, clock, debug=case.debug)
