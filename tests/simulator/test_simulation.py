@@ -105,13 +105,13 @@ def test_the_same_case_gives_the_same_result_to_the_last_digit_in_any_process() 
 
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
-@pytest.mark.parametrize(("open_loop", "chunk_tokens"), [(False, 32), (True, 32), (False, 1)])
+@pytest.mark.parametrize(("open_loop", "chunk_tokens", "admission"), [(False, 32, "fcfs"), (True, 32, "work"), (False, 1, "fcfs")])
 def test_steps_taken_many_at_a_time_change_no_digit(
-    system: str, open_loop: bool, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+    system: str, open_loop: bool, chunk_tokens: int, admission: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = LoadOptions(rates=(12.0,), duration_s=8.0, turns=3, new_tokens=50, output_tokens=70, think=ThinkTime(0.5), seed=1)
     case = small(system, load=load, warm_up_s=2.0) if open_loop else small(system, load=replace(LOAD, output_tokens=70))
-    case = replace(case, chunk_tokens=chunk_tokens)
+    case = replace(case, chunk_tokens=chunk_tokens, admission=admission)  # type: ignore[arg-type]
     one_by_one = run_case(case, keep_records=True)
     sizes, real = [], Simulation._run_steadily
 
