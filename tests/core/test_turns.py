@@ -286,6 +286,18 @@ def test_a_request_that_does_not_fit_is_overtaken_a_bounded_number_of_times() ->
     assert large.admitted_s is not None and large.admitted_s <= (small.admitted_s or 0.0), "what became free was held for it"
 
 
+def test_a_suspended_request_is_not_overtaken() -> None:
+    world = World(20, 20, max_running=4, reserve_share=0.0)
+    first, second = world.submit("first", prompt(24), 50), world.submit("second", prompt(24, 1), 50)
+    while second.state is not RequestState.SUSPENDED:
+        world.step()
+    small = world.submit("small", [3])
+    world.run()
+    assert second.suspensions and second.num_overtaken == 0 and first.num_output == 50
+    assert small.admitted_s is not None and first.first_token_s is not None
+    assert next(iter(world.done)) == "first"
+
+
 def test_first_come_first_served_overtakes_nobody() -> None:
     world = World(20, 0, max_running=4, admission="fcfs")
     world.submit("running", prompt(40), answer=30)

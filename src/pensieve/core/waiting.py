@@ -7,7 +7,7 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from pensieve.core.request import Request
+from pensieve.core.request import Request, RequestState
 from pensieve.core.sequence import tenant_of
 
 MAX_OVERTAKINGS = 32  # of a waiting request by later ones; then what becomes free is held for it
@@ -20,7 +20,7 @@ class WaitingQueue:
 
     Between tenants: deficit round robin (Shreedhar and Varghese, SIGCOMM '95), counted in tokens to compute. Among the requests of one
     tenant: the one that waits longest first, then those with the least to compute. A request that `MAX_OVERTAKINGS` later ones have
-    overtaken is overtaken no more. First come, first served knows neither tenants nor overtaking.
+    overtaken is overtaken no more, and one that was suspended is not overtaken at all. First come, first served knows neither tenants nor overtaking.
     """
 
     def __init__(self, quantum_tokens: int, *, fcfs: bool = False) -> None:
@@ -79,8 +79,9 @@ class WaitingQueue:
         """Who may be admitted, in the order in which it should be tried."""
         if self._fcfs or len(self._by_arrival) <= 1:
             return self._by_arrival[:1]
-        if self._by_arrival[0].num_overtaken >= MAX_OVERTAKINGS:
-            return self._by_arrival[:1]
+        head = self._by_arrival[0]
+        if head.num_overtaken >= MAX_OVERTAKINGS or head.state is RequestState.SUSPENDED:
+            return [head]  # (of a suspended one somebody reads the answer already)
         lines = list(self._lines.values())[:MAX_TENANTS]
         if len(lines) == 1:
             return lines[0].first(LOOK_AHEAD)
