@@ -394,10 +394,12 @@ def _windows(source: Source, period: int) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention" for windowed in said]
 
 
-def _query_scalar(source: Source, *, layers_of_27b: int) -> float:
+def _query_scalar(source: Source, *, layers_of_27b: int) -> int:
     """What Gemma divides queries by, squared. No key says it: llama.cpp knows the one size that differs by its number of layers."""
     if (scale := source.keys.number("attention.scale", 0.0)) > 0:
-        return scale**-2
+        squared = round(scale**-2)
+        source.keys.require("attention.scale", squared**-0.5, "transformers has the root of a whole number")
+        return squared
     if source.keys.whole("block_count") == layers_of_27b:
         return source.keys.whole("embedding_length") // source.keys.whole("attention.head_count")
     return source.head_dim

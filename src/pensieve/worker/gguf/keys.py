@@ -103,8 +103,13 @@ class Keys:
 
     def require(self, name: str, value: float, why: str) -> None:
         """If the key is there it must have this value, which transformers computes with whatever the file says."""
-        if self.has(name) and abs(self.number(name) - value) > 1e-5 * abs(value):
+        if name in self._values and abs(self.number(name) - value) > 1e-5 * abs(value):
             raise self.refused(f"its {name} is {self.number(name):g}; {why}")
+
+    def require_if_unused(self, name: str, value: float, why: str) -> None:
+        """The same, unless the key was used otherwise."""
+        if name not in self._used:
+            self.require(name, value, why)
 
     def unused(self) -> list[str]:
         """Keys that nothing asked for and that are not known to be harmless, with their values."""

@@ -60,6 +60,7 @@ def describe(model: GgufModel) -> Described:
 
     source = Source(model)
     meaning = meaning_of(source)
+    source.keys.require_if_unused("attention.scale", source.head_dim**-0.5, "transformers takes the root of the size of a head")
     unused = source.keys.unused()
     if unused:
         raise source.keys.refused(
