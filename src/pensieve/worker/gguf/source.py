@@ -87,9 +87,9 @@ class Source:
         """The part of a config that speaks of tokens."""
         embedding = self._embedding()
         size, tokens = embedding.shape[0], self.model.metadata.get("tokenizer.ggml.tokens")
-        if self.keys.whole("vocab_size", size) != size or (isinstance(tokens, Strings) and tokens.count > size):
-            said = tokens.count if isinstance(tokens, Strings) else self.keys.whole("vocab_size", size)
-            raise self.keys.refused(f"it has {size} embeddings for {said} tokens")
+        counts = [self.keys.whole("vocab_size", size), *([tokens.count] if isinstance(tokens, Strings) else [])]
+        if counts[0] != size or counts[-1] > size:
+            raise self.keys.refused(f"it has {size} embeddings for {max(counts)} tokens")
         special = {f"{name}_token_id": self._token(key) for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
         return {"vocab_size": size, "tie_word_embeddings": not self.has("output.weight"), **special}
 
