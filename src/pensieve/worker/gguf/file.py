@@ -32,6 +32,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _FETCH_AGAIN = "fetch it again"
+_AT_ONCE = 1 << 16  # values widened at a time: what they go through stays in the processor's cache
 _SHOWN = 4  # names shown of a long list
 
 PLAIN_TYPES = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64})
@@ -95,8 +96,7 @@ class GgufTensor:
                 return data.view("<f8").astype(np.float32).reshape(shape)
             case GGMLQuantizationType.BF16:
                 return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-        values: npt.NDArray[np.float32] = dequantize(data, self.type).reshape(shape)
-        return values
+        return _widened(data, self.type).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,17 @@ class _Part:
     path: Path
     metadata: dict[str, Any]
     tensors: list[GgufTensor]
+
+
+def _widened(data: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = data.reshape(-1, block_bytes)
+    step = _AT_ONCE // block
+    values = np.empty((len(blocks), block), np.float32)
+    for start in range(0, len(blocks), step):
+        part = blocks[start : start + step]
+        values[start : start + step] = dequantize(part.reshape(1, -1), kind).reshape(len(part), block)
+    return values
 
 
 def open_model(path: Path) -> GgufModel:
