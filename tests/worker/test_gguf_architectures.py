@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pensieve.worker.gguf import transforms
 from pensieve.worker.gguf.file import open_model
 from pensieve.worker.gguf.plan import account, describe
-from pensieve.worker.gguf.write import write
+from pensieve.worker.gguf.write import file_bytes, working_bytes, write
 from tiny_gguf import VOCAB_SIZE, tensors_of, tiny, write_gguf
 
 LONG = 300  # tokens: past every window and every original context below
@@ -264,3 +266,19 @@ def test_numbers_keep_the_type_of_the_file(number_type: str, kept: str, tmp_path
 def quantize_and_back(tensor: torch.Tensor) -> torch.Tensor:
     kind = gguf.GGMLQuantizationType.Q8_0
     return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), kind), kind))
+
+
+def test_a_model_is_written_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large a matrix or a stack of experts, no more than a piece of it is in memory."""
+    monkeypatch.setattr(transforms, "_PIECE", 1 << 14)
+    model = tiny("mixtral", num_local_experts=64, num_experts_per_tok=2, intermediate_size=512, num_hidden_layers=1)
+    path = write_gguf(tmp_path / "m.gguf", model, number_type="Q8_0")
+    parameters = account(describe(open_model(path)))
+    tracemalloc.start()
+    try:
+        write(tmp_path / "model.safetensors", parameters)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "model.safetensors").stat().st_size == file_bytes(parameters) > 6_000_000
+    assert peak < working_bytes(parameters) + 200_000 < 1_000_000

@@ -250,7 +250,7 @@ def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None, che
     config.eos_token_id = list(eos) if len(eos) > 1 else (eos[0] if eos else None)
     config.bos_token_id = int(bos) if bos is not None else None
     config.save_pretrained(into)
-    GenerationConfig(eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id).save_pretrained(into)
+    GenerationConfig.from_model_config(config).save_pretrained(into)
     write(into / "model.safetensors", parameters, (lambda share: progress(what, share)) if progress else None)
     note = "; ".join(n for n in (described.meaning.note, tokenizer_note) if n) or None
     if note:

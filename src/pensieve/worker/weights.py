@@ -162,7 +162,7 @@ def describe_models() -> list[ModelRow]:
     how_to = {
         "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline",
         "FOLDER": "a local folder with config.json, safetensors (or .bin) files and a tokenizer",
-        "FILE.gguf": "a GGUF file: converted to bfloat16 once, kept in the cache (needs pensieve-serve[gguf])",
+        "FILE.gguf": "a GGUF file, or any part of a split one: converted once, kept in the cache (needs pensieve-serve[gguf])",
     }
     rows.extend(ModelRow(name, "how-to", None, None, None, None, detail) for name, detail in how_to.items())
     return rows
