@@ -224,10 +224,12 @@ def _plan(gguf: Path, check: Check | None) -> tuple[Described, list[Parameter]]:
     """What the file means, every tensor and key accounted for; nothing but its header is read."""
     from pensieve.worker.gguf.file import open_model
     from pensieve.worker.gguf.plan import account, describe
+    from pensieve.worker.gguf.tokenizer import require_tokenizer
 
     described = describe(open_model(gguf))
     if check:
         check(described.config)
+    require_tokenizer(described.source.model)
     return described, account(described)
 
 

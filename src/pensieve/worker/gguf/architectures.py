@@ -38,6 +38,8 @@ def meaning_of(source: Source) -> Meaning:
             f"{source.model.name} is of the architecture {architecture!r}: {why}. Name another model, or a folder with safetensors of this "
             f"one; GGUF files of these architectures are read: {', '.join(sorted(_KNOWN))}"
         )
+    if (layers := source.keys.whole("block_count")) > len(source.tensors):  # nothing is built for so many
+        raise source.keys.refused(f"it says {layers:,} layers and holds {len(source.tensors)} tensors")
     return known(source)
 
 

@@ -143,7 +143,7 @@ def open_model(path: Path) -> GgufModel:
         ModelRefused: no GGUF file, cut short, damaged, or a part without the others; the message says which and what to do.
     """
     named = _read(path)
-    parts = _all_parts(named) if int(named.metadata.get("split.count", 0)) > 1 else [named]
+    parts = _all_parts(named) if _count(named, "split.count") > 1 else [named]
     tensors = [tensor for part in parts for tensor in part.tensors]
     twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
     if twice:
@@ -159,9 +159,16 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
+def _count(part: _Part, key: str) -> int:
+    value = part.metadata.get(key, 0)
+    if not isinstance(value, int):
+        raise _unreadable(part.path, f"its {key} is {value!r}")
+    return value
+
+
 def _all_parts(named: _Part) -> list[_Part]:
     """The parts of a split model in order, found by the name of one of them."""
-    path, count, number = named.path, int(named.metadata["split.count"]), int(named.metadata.get("split.no", 0))
+    path, count, number = named.path, _count(named, "split.count"), _count(named, "split.no")
     match = _PART_NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count or int(match["number"]) != number + 1:
         raise ModelRefused(
@@ -177,7 +184,7 @@ def _all_parts(named: _Part) -> list[_Part]:
         )
     parts = [named if other == path else _read(other) for other in paths]
     for i, part in enumerate(parts):
-        said = (int(part.metadata.get("split.count", 0)), int(part.metadata.get("split.no", 0)))
+        said = (_count(part, "split.count"), _count(part, "split.no"))
         if said != (count, i):
             raise ModelRefused(
                 f"{part.path} calls itself part {said[1] + 1} of {said[0]}, its name says {i + 1} of {count}: it belongs to another model, "
@@ -186,8 +193,8 @@ def _all_parts(named: _Part) -> list[_Part]:
         for key, value in part.metadata.items():
             if not key.startswith("split.") and parts[0].metadata.get(key) != value:
                 raise ModelRefused(f"{part.path} and {parts[0].path} differ in {key}: they are parts of different models")
-    expected, found = parts[0].metadata.get("split.tensors.count"), sum(len(part.tensors) for part in parts)
-    if expected is not None and int(expected) != found:
+    expected, found = _count(parts[0], "split.tensors.count"), sum(len(part.tensors) for part in parts)
+    if expected and expected != found:
         raise ModelRefused(f"the {count} parts of {path} hold {found} tensors, the model has {expected}: a part belongs to another model")
     return parts
 

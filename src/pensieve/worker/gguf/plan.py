@@ -59,7 +59,10 @@ def describe(model: GgufModel) -> Described:
     from transformers import AutoConfig
 
     source = Source(model)
-    meaning = meaning_of(source)
+    try:
+        meaning = meaning_of(source)
+    except (ArithmeticError, TypeError, ValueError) as error:  # a value of another kind than the key's, where it is used
+        raise source.keys.refused(f"its keys contradict each other or are damaged ({_first_line(error)})") from error
     source.keys.require_if_unused("attention.scale", source.head_dim**-0.5, "transformers takes the root of the size of a head")
     unused = source.keys.unused()
     if unused:

@@ -107,4 +107,6 @@ class Source:
 
     def _token(self, key: str) -> int | None:
         value = self.model.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        return int(value) if value is not None and int(value) < self._embedding().shape[0] else None
+        if value is not None and not isinstance(value, int):
+            raise self.keys.refused(f"its tokenizer.ggml.{key}_token_id is {value!r}, which is no token id")
+        return value if value is not None and value < self._embedding().shape[0] else None

@@ -22,7 +22,20 @@ _STOPS = ("eos", "eot", "eom")  # end of sequence, of turn, of message
 def stop_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
     """Token ids that end an answer, as the file names them."""
     ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _STOPS)
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
+
+
+def require_tokenizer(model: GgufModel) -> None:
+    """Refuse by the header a file whose kind of tokenizer transformers has not.
+
+    Raises:
+        ModelRefused: with the kinds it has.
+    """
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    kinds = getattr(gguf_tokenizer_mapping, "GGUF_TOKENIZER_TYPES", None)
+    if kinds is not None and model.metadata.get("tokenizer.ggml.model") not in kinds:
+        raise _unbuildable(model, f"it builds {', '.join(sorted(kinds))}")
 
 
 def tokenizer_of(model: GgufModel) -> tuple[PreTrainedTokenizerBase, str | None]:
@@ -41,14 +54,10 @@ def tokenizer_of(model: GgufModel) -> tuple[PreTrainedTokenizerBase, str | None]
             (Path(folder) / "model.gguf").symlink_to(model.parts[0].resolve())
             tokenizer: PreTrainedTokenizerBase = TokenizersBackend.from_pretrained(folder, gguf_file="model.gguf", local_files_only=True)
     except Exception as error:  # tokenizers raises bare ones
-        what = "holds no tokenizer" if kind is None else f"has a tokenizer (of the kind {kind!r}) that transformers cannot build"
-        raise ModelRefused(
-            f"{model.name} {what}: {' '.join(str(error).split())[:300] or type(error).__name__}. "
-            "Name a folder with safetensors and tokenizer of the same model, or its hub id, instead"
-        ) from error
+        raise _unbuildable(model, " ".join(str(error).split())[:300] or type(error).__name__) from error
     context = model.metadata.get(f"{model.architecture}.context_length")
-    if context is not None:
-        tokenizer.model_max_length = int(context)
+    if isinstance(context, int):
+        tokenizer.model_max_length = context
     if kind != "gpt2":
         return tokenizer, None
     split = model.metadata.get("tokenizer.ggml.pre", "default")
@@ -63,4 +72,12 @@ def tokenizer_of(model: GgufModel) -> tuple[PreTrainedTokenizerBase, str | None]
         return tokenizer, None
     return tokenizer, (
         f"text is split as GPT-2 does, because the file's own way ({split!r}) is not known: some texts get other tokens than in training"
+    )
+
+
+def _unbuildable(model: GgufModel, why: str) -> ModelRefused:
+    kind = model.metadata.get("tokenizer.ggml.model")
+    what = "holds no tokenizer" if kind is None else f"has a tokenizer (of the kind {kind!r}) that transformers cannot build"
+    return ModelRefused(
+        f"{model.name} {what}: {why}. Name a folder with safetensors and tokenizer of the same model, or its hub id, instead"
     )
