@@ -83,6 +83,11 @@ def account(described: Described) -> list[Parameter]:
         ModelRefused: tensors are missing, left over, of another shape, or of a number type that cannot be read.
     """
     model = described.source.model
+    if model.architecture not in _ARCHITECTURES:
+        raise ModelRefused(
+            f"{model.name} is of an architecture ({model.architecture}) that came after the installed package gguf: "
+            "`pip install --upgrade gguf`"
+        )
     expected = _parameters(described)
     names = get_tensor_name_map(_ARCHITECTURES[model.architecture], described.config.num_hidden_layers)
     wanted = {name: _sources(described, names, name) for name in expected}
