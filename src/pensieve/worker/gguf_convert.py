@@ -1,8 +1,9 @@
-"""One GGUF file -> one folder a Hugging Face model loads from, kept in the user's cache. Knows no model names.
+"""GGUF files -> folders a Hugging Face model loads from, kept in the user's cache. Knows no model names and no tensors.
 
-The folder (config, bfloat16 safetensors, tokenizer, chat template, manifest) is keyed by the file's SHA-256, built in
+The folder (config, safetensors, tokenizer, chat template, manifest) is keyed by the file's SHA-256, built in
 a temporary place under a lock and renamed into sight whole, so that no reader ever meets half a conversion. The
 manifest lists every file's size, modification time and hash: a folder that disagrees with it is built again.
+What a file means, and whether it is whole, is known to `worker.gguf`; all refusals come before a tensor is read.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +27,21 @@ import platformdirs
 from pensieve.errors import ModelRefused, ModelUnavailable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
+
+    from pensieve.worker.gguf.plan import Described, Parameter
+
+# gguf, torch and transformers are imported where they are used: the first is an extra, and listing models needs none of them.
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float | None], None]  # (what is being done, share done in [0, 1]; None = unknown)
+Check = Callable[["PretrainedConfig"], None]  # raises ModelRefused for a config that cannot be served
+Room = Callable[[int], None]  # raises ModelRefused for a number of weights that cannot be loaded
 
-FORMAT = 1  # of the converted folder: raised when a conversion of the same file would come out different
+FORMAT = 2  # of the converted folder: raised when a conversion of the same file would come out different
 MANIFEST = "manifest.json"
 _MIN_TRANSFORMERS = (5, 23)  # before it, tokenizers built from a GGUF take the wrong end-of-sequence token
-# Pre-tokenizers that split digits one by one and then as GPT-2 does; transformers takes GPT-2's split alone for them,
-# which merges the space before a number differently ("\n\n  1").
-_SINGLE_DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"})
-_GPT2_SPLITS = frozenset({"default", "gpt-2", "gpt2"})
 
 
 def cache_dir() -> Path:
@@ -99,7 +101,44 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def ensure_converted(gguf: Callable[[], Path], sha256: str, progress: Progress | None = None, *, full_check: bool = False) -> Path:
+def ensure_file_converted(
+    path: Path, progress: Progress | None = None, *, full_check: bool = False, check: Check | None = None, room: Room | None = None
+) -> Path:
+    """The folder converted from a GGUF file of the user's, or from all parts of a split one of which this is one.
+
+    Cheap answers come first: what the header tells is refused before the file is hashed, that before a tensor is read.
+
+    Args:
+        path: the file.
+        progress: told what takes time.
+        full_check: hash every file of a folder found (after loading from it failed).
+        check: called with the config, to refuse what cannot be served.
+        room: called with the number of weights, to refuse what cannot be loaded.
+
+    Raises:
+        ModelUnavailable: a package for converting is missing, or the disk is full.
+        ModelRefused: the file is no whole model, of a kind that cannot be carried over, or refused by `check` or `room`.
+    """
+    known = _remembered_hash(path)
+    if known is not None and not full_check and is_sound(converted_path(known)):
+        if check:
+            from transformers import AutoConfig
+
+            check(AutoConfig.from_pretrained(converted_path(known), local_files_only=True))
+        return converted_path(known)
+    require_packages()
+    described, parameters = _plan(path, check)
+    if room:
+        from pensieve.worker.gguf.write import num_values
+
+        room(num_values(parameters))
+    sha256 = file_hash(path, progress, described.source.model.parts)
+    return ensure_converted(lambda: path, sha256, progress, full_check=full_check)
+
+
+def ensure_converted(
+    gguf: Callable[[], Path], sha256: str, progress: Progress | None = None, *, full_check: bool = False, check: Check | None = None
+) -> Path:
     """The folder converted from the GGUF with this hash, converting it first if needed.
 
     Args:
@@ -107,10 +146,11 @@ def ensure_converted(gguf: Callable[[], Path], sha256: str, progress: Progress |
         sha256: hash of that file.
         progress: told what takes time.
         full_check: hash every file of a folder found (after loading from it failed).
+        check: called with the config that the file's header gives, before anything is converted.
 
     Raises:
         ModelUnavailable: a package for converting is missing, the disk is full, or the file cannot be got.
-        ModelRefused: the file is no GGUF transformers can read.
+        ModelRefused: the file is no whole model, of a kind that cannot be carried over, or refused by `check`.
     """
     folder = converted_path(sha256)
     if not full_check and is_sound(folder):
@@ -129,7 +169,7 @@ def ensure_converted(gguf: Callable[[], Path], sha256: str, progress: Progress |
             fresh = Path(scratch) / "model"
             fresh.mkdir()
             with quiet():
-                _convert(path, sha256, fresh, progress)
+                _convert(path, sha256, fresh, progress, check)
             if folder.exists():
                 folder.rename(Path(scratch) / "damaged")
             fresh.rename(folder)
@@ -137,55 +177,91 @@ def ensure_converted(gguf: Callable[[], Path], sha256: str, progress: Progress |
     return folder
 
 
-def file_hash(gguf: Path, progress: Progress | None = None) -> str:
-    """SHA-256 of a GGUF file, remembered in the cache by path, size and modification time.
+def file_hash(gguf: Path, progress: Progress | None = None, parts: Sequence[Path] | None = None) -> str:
+    """SHA-256 of a GGUF file, or over those of all parts of a split one; remembered in the cache by paths, sizes and times.
 
     A file of tens of GB takes a minute to hash; a start must not.
     """
-    gguf = gguf.resolve()
-    stat = gguf.stat()
-    stamp = [str(gguf), stat.st_size, stat.st_mtime_ns]
-    memo = cache_dir() / "hashes" / f"{hashlib.sha256(str(gguf).encode()).hexdigest()[:32]}.json"
-    try:
-        remembered = json.loads(memo.read_text())
-        if remembered["stamp"] == stamp:
-            return str(remembered["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no memo, or a damaged one: hash the file
-    if progress:
-        progress(f"hashing {gguf.name}", None)
-    digest = sha256_of(gguf)
+    if (known := _remembered_hash(gguf)) is not None:
+        return known
+    files = [part.resolve() for part in parts or (gguf,)]
+    stamps = [_stamp(file) for file in files]
+    digests = []
+    for file in files:
+        if progress:
+            progress(f"hashing {file.name}", None)
+        digests.append(sha256_of(file))
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    memo = _memo(gguf)
     memo.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as file:
-        json.dump({"stamp": stamp, "sha256": digest}, file)
-    os.replace(file.name, memo)
+    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as scratch:
+        json.dump({"stamps": stamps, "sha256": digest}, scratch)
+    os.replace(scratch.name, memo)
     return digest
 
 
-def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None) -> None:
-    import torch
+def _remembered_hash(gguf: Path) -> str | None:
+    """The hash, if it was remembered and no part changed since."""
+    try:
+        remembered = json.loads(_memo(gguf).read_text())
+        if all(_stamp(Path(stamp[0])) == stamp for stamp in remembered["stamps"]):
+            return str(remembered["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        pass  # no memo, or a damaged one
+    return None
 
-    from pensieve.worker.random_weights import require_room
 
+def _memo(gguf: Path) -> Path:
+    return cache_dir() / "hashes" / f"{hashlib.sha256(str(gguf.resolve()).encode()).hexdigest()[:32]}.json"
+
+
+def _stamp(file: Path) -> list[str | int]:
+    stat = file.stat()
+    return [str(file), stat.st_size, stat.st_mtime_ns]
+
+
+def _plan(gguf: Path, check: Check | None) -> tuple[Described, list[Parameter]]:
+    """What the file means, every tensor and key accounted for; nothing but its header is read."""
+    from pensieve.worker.gguf.file import open_model
+    from pensieve.worker.gguf.plan import account, describe
+    from pensieve.worker.gguf.tokenizer import require_tokenizer
+
+    described = describe(open_model(gguf))
+    if check:
+        check(described.config)
+    require_tokenizer(described.source.model)
+    return described, account(described)
+
+
+def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None, check: Check | None) -> None:
+    from transformers import GenerationConfig
+
+    from pensieve.worker.gguf.tokenizer import stop_ids, tokenizer_of
+    from pensieve.worker.gguf.write import file_bytes, num_values, working_bytes, write
+
+    what = f"converting {gguf.name}"
     if progress:
-        progress(f"converting {gguf.name}", None)
-    metadata, num_parameters, tensor_names = _read_header(gguf)
-    require_room(gguf.name, num_parameters, torch.bfloat16, "cpu")
-    _require_disk(gguf, into, 2 * num_parameters)
-    eos = _stop_ids(metadata)
-    model = _load(gguf, metadata, eos)
-    notes = _mend_rope(gguf, model, tensor_names)
-    model.save_pretrained(into)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    del model
-    tokenizer, tokenizer_note = _tokenizer(gguf, metadata)
+        progress(what, None)
+    described, parameters = _plan(gguf, check)
+    model, config = described.source.model, described.config
+    _require_memory(gguf, working_bytes(parameters))
+    _require_disk(gguf, into, file_bytes(parameters))
+    tokenizer, tokenizer_note = tokenizer_of(model)
     tokenizer.save_pretrained(into)
-    note = "; ".join(n for n in (notes, tokenizer_note) if n) or None
+    eos, bos = stop_ids(model.metadata), model.metadata.get("tokenizer.ggml.bos_token_id")
+    config.eos_token_id = list(eos) if len(eos) > 1 else (eos[0] if eos else None)
+    config.bos_token_id = int(bos) if bos is not None else None
+    config.save_pretrained(into)
+    GenerationConfig.from_model_config(config).save_pretrained(into)
+    write(into / "model.safetensors", parameters, (lambda share: progress(what, share)) if progress else None)
+    note = "; ".join(n for n in (described.meaning.note, tokenizer_note) if n) or None
+    if note:
+        log.warning("%s: %s", gguf.name, note)
     manifest = {
         "format": FORMAT,
         "source": {"name": gguf.name, "sha256": sha256},
         "eos_token_ids": list(eos),
-        "num_parameters": num_parameters,
+        "num_parameters": num_values(parameters),
         "note": note,
         "transformers": importlib.metadata.version("transformers"),
         "files": {file.name: _entry(file) for file in sorted(into.iterdir())},
@@ -197,12 +273,9 @@ def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None) -> 
 
 
 def require_packages() -> None:
-    """Raise ModelUnavailable, saying what to install, if a package for converting is missing."""
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModelUnavailable(
-            f"converting a GGUF file needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}: pip install 'pensieve-serve[gguf]'"
-        )
+    """Raise ModelUnavailable, saying what to install, if a package for converting is missing or too old."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelUnavailable("converting a GGUF file needs the package gguf: pip install 'pensieve-serve[gguf]'")
     version = importlib.metadata.version("transformers")
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRANSFORMERS:
         need = ".".join(map(str, _MIN_TRANSFORMERS))
@@ -212,122 +285,24 @@ def require_packages() -> None:
         )
 
 
-def _read_header(gguf: Path) -> tuple[dict[str, Any], int, frozenset[str]]:
-    """(scalar metadata, number of weights, tensor names); vocabulary-sized arrays are left out."""
-    from gguf import GGUFReader, GGUFValueType
+def _require_memory(gguf: Path, need_bytes: int) -> None:
+    from pensieve.worker.random_weights import available_bytes
 
-    try:
-        reader = GGUFReader(gguf)
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise ModelRefused(f"{gguf} is not a readable GGUF file ({error}): fetch it again, or name a folder or a hub id") from error
-    metadata = {name: f.contents() for name, f in reader.fields.items() if f.types and f.types[0] is not GGUFValueType.ARRAY}
-    return metadata, sum(int(tensor.n_elements) for tensor in reader.tensors), frozenset(tensor.name for tensor in reader.tensors)
+    room = available_bytes()
+    if room is not None and need_bytes > room:
+        raise ModelRefused(
+            f"{gguf.name} does not fit: converting it takes {need_bytes / 1e9:.2f} GB of memory at a time, {room / 1e9:.2f} GB are available. "
+            "Ways out: close other programs, a smaller model, or a machine with more memory"
+        )
 
 
 def _require_disk(gguf: Path, into: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(into).free
     if free < need_bytes:
         raise ModelUnavailable(
-            f"converting {gguf.name} needs {need_bytes / 1e9:.1f} GB in {into.parent.parent}, {free / 1e9:.1f} GB are free: "
-            "make room, or set PENSIEVE_CACHE to a larger disk"
+            f"converting {gguf.name} needs {need_bytes / 1e9:.1f} GB in {into.parent.parent}, {free / 1e9:.1f} GB are free: make room "
+            "(`pensieve models --cached` lists what was converted, --remove removes it), or set PENSIEVE_CACHE to a larger disk"
         )
-
-
-def _stop_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
-    """Token ids that end an answer, as the file names them: end of sequence, of turn, of message."""
-    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
-
-
-def _load(gguf: Path, metadata: dict[str, Any], eos: tuple[int, ...]) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    try:
-        # The reader of GGUF files has a progress bar of its own, which `quiet` does not reach.
-        with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                dtype=torch.bfloat16,
-                quantization_config=GgufConfig(dequantize=True),
-                local_files_only=True,
-            )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise ModelRefused(
-            f"transformers cannot read {gguf} (architecture {metadata.get('general.architecture')!r}): {error}. "
-            "Name a hub id or a folder with safetensors of the same model instead"
-        ) from error
-    # What is saved are plain weights; a config that still speaks of GGUF could not be loaded again.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    for holder in (model.config, model.generation_config):
-        holder.eos_token_id = list(eos) if len(eos) > 1 else (eos[0] if eos else None)
-        holder.bos_token_id = int(bos) if bos is not None else None
-    return model
-
-
-def _tokenizer(gguf: Path, metadata: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, str | None]:
-    """The tokenizer the file describes, and a note if its way to split text is not known."""
-    from transformers import AutoTokenizer
-    from transformers.integrations.gguf import gguf_tokenizer_mapping
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    architecture = metadata["general.architecture"]
-    context = metadata.get(f"{architecture}.context_length")
-    if context is not None:
-        tokenizer.model_max_length = int(context)
-    if metadata.get("tokenizer.ggml.model") != "gpt2":
-        return tokenizer, None
-    split = metadata.get("tokenizer.ggml.pre", "default")
-    if split in _SINGLE_DIGIT_SPLITS:
-        from tokenizers import pre_tokenizers
-
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-        )
-        return tokenizer, None
-    if split in _GPT2_SPLITS or split in getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {}):
-        return tokenizer, None
-    note = f"text is split as GPT-2 does, because the file's own way ({split!r}) is not known: some texts get other tokens than in training"
-    log.warning("%s: %s", gguf.name, note)
-    return tokenizer, note
-
-
-def _mend_rope(gguf: Path, model: PreTrainedModel, tensor_names: frozenset[str]) -> str | None:
-    """Put back the rotary scaling that the file stores as a tensor and transformers does not read.
-
-    Llama 3.1 and later keep their frequency factors in `rope_freqs.weight`: 1 for short wavelengths, `factor` for
-    long ones, a ramp between. The factors are compared with the published rule; other factors give a note.
-    """
-    if "rope_freqs.weight" not in tensor_names or model.config.rope_parameters.get("rope_type") != "default":
-        return None
-    import torch
-    from gguf import GGUFReader
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    stored = next(torch.tensor(t.data).float().flatten() for t in GGUFReader(gguf).tensors if t.name == "rope_freqs.weight")
-    plain = dict(model.config.rope_parameters)
-    head_dim = 2 * stored.numel()
-    unscaled = 1.0 / plain["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    model.config.rope_parameters = {
-        **plain,
-        "rope_type": "llama3",
-        "factor": float(stored.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
-    if scaled.shape == unscaled.shape and torch.allclose(unscaled / scaled, stored, rtol=1e-3):
-        return None
-    model.config.rope_parameters = plain
-    note = "the file's rotary frequency factors are of an unknown kind and were left out: answers over long contexts may suffer"
-    log.warning("%s: %s", gguf.name, note)
-    return note
 
 
 def _entry(file: Path) -> dict[str, int | str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable, PensieveError
 from pensieve.worker import embedded
-from pensieve.worker.gguf_convert import Progress, ensure_converted, file_hash, is_sound, quiet, read_manifest
+from pensieve.worker.gguf_convert import Progress, ensure_file_converted, is_sound, quiet, read_manifest
 from pensieve.worker.presets import BY_HUB_ID, PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def resolve(
         return _from_conversion(spec, "embedded", embedded.ensure_default(progress))
     path = Path(spec).expanduser()
     if spec.lower().endswith(".gguf"):
-        return _from_gguf(spec, path, weights, progress)
+        return _from_gguf(spec, path, weights, number_type, device, progress)
     preset = PRESETS.get(spec.lower())
     if preset is None and path.is_dir():
         return _from_folder(spec, path, "folder", weights, allow_random)
@@ -162,7 +162,7 @@ def describe_models() -> list[ModelRow]:
     how_to = {
         "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline",
         "FOLDER": "a local folder with config.json, safetensors (or .bin) files and a tokenizer",
-        "FILE.gguf": "a GGUF file: converted to bfloat16 once, kept in the cache (needs pensieve-serve[gguf])",
+        "FILE.gguf": "a GGUF file, or any part of a split one: converted once, kept in the cache (needs pensieve-serve[gguf])",
     }
     rows.extend(ModelRow(name, "how-to", None, None, None, None, detail) for name, detail in how_to.items())
     return rows
@@ -205,10 +205,13 @@ def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
     )
 
 
-def _from_gguf(spec: str, path: Path, weights: str, progress: Progress | None) -> ResolvedModel:
+def _from_gguf(spec: str, path: Path, weights: str, dtype: torch.dtype, device: str, progress: Progress | None) -> ResolvedModel:
+    from pensieve.worker.random_weights import require_room
+
     if not path.is_file():
         raise ConfigError(f"there is no file {spec!r}")
-    found = _from_conversion(spec, "gguf", ensure_converted(lambda: path, file_hash(path, progress), progress))
+    folder = ensure_file_converted(path, progress, room=lambda count: require_room(path.name, count, dtype, device))
+    found = _from_conversion(spec, "gguf", folder)
     return found if weights == "auto" else _random(spec, found.config, "asked for", found.tokenizer_dir)
 
 
@@ -341,7 +344,7 @@ def _rebuilt(resolved: ResolvedModel) -> Path | None:
     if resolved.source == "embedded":
         return embedded.ensure_default(full_check=True)
     path = Path(resolved.spec).expanduser()
-    return ensure_converted(lambda: path, file_hash(path), full_check=True)
+    return ensure_file_converted(path, full_check=True)
 
 
 def _looks_like_hub_id(spec: str) -> bool:

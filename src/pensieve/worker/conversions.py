@@ -1,0 +1,135 @@
+"""What was converted from GGUF files and lies in the user's cache: listed, and removed. Knows folders and locks; reads no model."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import filelock
+
+from pensieve.errors import ConfigError
+from pensieve.worker import embedded
+from pensieve.worker.gguf_convert import FORMAT, cache_dir, read_manifest
+
+_FOLDER = re.compile(r"(?P<sha256>[0-9a-f]{64})-v(?P<format>\d+)")
+_UNFINISHED = re.compile(r"\.(?P<sha256>[0-9a-f]{16})-.*")
+_SHORT_HASH = 12  # digits shown; any number of them from four on names a conversion
+_MIN_HASH = 4
+
+State = Literal["ready", "old format", "damaged", "unfinished"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One converted model, or what is left of one."""
+
+    name: str  # of the file it was made from; the default model has the name --model takes
+    sha256: str  # of that file; of unfinished ones, its first digits
+    state: State  # an old format is never loaded again
+    format: int | None  # None: unfinished
+    num_bytes: int  # on disk
+    changed: str  # when it was made, ISO 8601 in UTC
+    path: str
+
+
+def converted() -> list[Conversion]:
+    """Everything under the cache's folder of conversions, by name; those of older formats and unfinished ones too."""
+    return sorted(_found(), key=lambda one: (one.name, one.sha256, one.path))
+
+
+def remove(which: str) -> list[Conversion]:
+    """Remove conversions from the disk; what is still wanted is converted again when it is next used.
+
+    Args:
+        which: a name or the first digits of a hash, as `converted` gives them, or "all".
+
+    Returns:
+        Those removed. One that another process is building is left alone and not among them.
+
+    Raises:
+        ConfigError: nothing is called so, the name stands for several files, or all that is meant is being built now.
+    """
+    there = converted()
+    wanted = [one for one in there if which == "all" or _is_meant(which, one)]
+    if not wanted:
+        if which == "all":
+            return []
+        raise ConfigError(f"nothing converted is called {which!r}. `pensieve models --cached` lists what there is")
+    hashes = sorted({one.sha256[:16] for one in wanted})
+    if which != "all" and len(hashes) > 1:
+        short = ", ".join(sha256[:_SHORT_HASH] for sha256 in hashes)
+        raise ConfigError(f"{which!r} stands for {len(hashes)} conversions: name one by its hash ({short})")
+    removed = [one for one in wanted if _remove(one)]
+    if not removed:
+        raise ConfigError(f"{which!r} is being converted by another process: wait until it is done, or end it")
+    return removed
+
+
+def _is_meant(which: str, one: Conversion) -> bool:
+    return which == one.name or (len(which) >= _MIN_HASH and one.sha256.startswith(which.lower()))
+
+
+def _remove(one: Conversion) -> bool:
+    """Whether it could be removed: not while the lock under which it is built is held."""
+    path = Path(one.path)
+    # Of an unfinished one only the beginning of the hash is known.
+    locks = [path.parent / f"{one.sha256}.lock"] if one.format is not None else sorted(path.parent.glob(f"{one.sha256}*.lock"))
+    with contextlib.ExitStack() as held:
+        try:
+            for lock in locks:
+                held.enter_context(filelock.FileLock(lock, timeout=0))
+        except filelock.Timeout:
+            return False
+        shutil.rmtree(path, ignore_errors=True)
+    return not path.exists()
+
+
+def _found() -> Iterator[Conversion]:
+    folder = cache_dir() / "converted"
+    names: dict[str, str] = {}
+    unfinished = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _FOLDER.fullmatch(path.name):
+            found = _finished(path, match["sha256"], int(match["format"]))
+            names[found.sha256[:16]] = found.name
+            yield found
+        elif (match := _UNFINISHED.fullmatch(path.name)) and path.is_dir():
+            unfinished.append((path, match["sha256"]))
+    for path, sha256 in unfinished:
+        yield Conversion(names.get(sha256, "?"), sha256, "unfinished", None, _size(path), _time(path), str(path))
+
+
+def _finished(path: Path, sha256: str, number: int) -> Conversion:
+    state: State = "ready"
+    try:
+        name = str(read_manifest(path)["source"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name, state = "?", "damaged"
+    if number != FORMAT:
+        state = "old format"
+    if sha256 == embedded.GGUF_SHA256:
+        name = embedded.NAME
+    return Conversion(name, sha256, state, number, _size(path), _time(path), str(path))
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_size if path.is_file() else 0
+        except OSError:
+            continue  # removed meanwhile
+    return total
+
+
+def _time(folder: Path) -> str:
+    try:
+        return datetime.fromtimestamp(folder.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    except OSError:
+        return ""
