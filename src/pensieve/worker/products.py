@@ -16,7 +16,7 @@ from torch import nn
 
 from pensieve.worker.allocator import HugeRegions
 from pensieve.worker.device_rows import DeviceRows
-from pensieve.worker.kernel import INT, POINTER, REAL, Level, levels, library_for, num_threads
+from pensieve.worker.kernel import INT, POINTER, REAL, Level, has_amx, levels, library_for, num_threads
 from pensieve.worker.rows import Rows
 
 PANEL = 32  # outputs of a panel, see kernel/products.h
@@ -190,7 +190,7 @@ class PanelProduct:
             return "this CPU has no AVX512-BF16"
         if int8:
             return None if library.pensieve_has_bytes() else "this CPU has no AVX512-VBMI"
-        return "this CPU has AMX, which oneDNN uses better" if library.pensieve_has_amx() else None
+        return "this CPU has AMX, which oneDNN uses better" if has_amx() else None
 
     def __call__(self, x: torch.Tensor, results: torch.Tensor | None = None) -> torch.Tensor:
         """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds."""
