@@ -32,7 +32,13 @@ from pensieve.core.request import SamplingParams
 @click.option("--gpu-cache", "gpu_cache_gb", type=float, default=None, help="First tier, GB.  [default: 1, demo: 0.09]")
 @click.option("--cpu-cache", "cpu_cache_gb", type=float, default=None, help="Second tier, GB.  [default: 2, demo: 0.02]")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 where this CPU multiplies it fast, else float32.",
+)
 @click.option("--interactive", is_flag=True, help="Chat in the terminal instead of running a workload (modes pensieve and vllm).")
 @click.option("--dataset", default=None, help="ShareGPT-style JSON or JSONL of conversations (default: the shipped ones).")
 @click.option("--num-conversations", type=click.IntRange(min=1), default=None, help="How many are used (default: one a user).")

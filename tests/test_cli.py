@@ -55,7 +55,6 @@ def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_pa
         *(str(ROOT / "main.py"), "--mode", "compare", "--model", "gpt2", "--weights", "random", "--num-concurrent-users", "2"),
         *("--max-turns", "2", "--max-new-tokens", "3", "--request-interval", "0", "--dataset", str(dataset), "--out", str(tmp_path)),
         *("--gpu-cache", "0.4", "--cpu-cache", "0.2"),
-        *("--dtype", "float32"),  # (where a CPU does not multiply bfloat16, torch takes minutes)
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "random weights" in result.stdout.splitlines()[0]

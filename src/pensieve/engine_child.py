@@ -56,6 +56,8 @@ class EngineInfo:
     load_s: float  # from the child's first line to ready
     tokenizer_dir: str | None = None  # None: there is no tokenizer
     note: str | None = None  # what a user should know about the model
+    instructions: str = ""  # what our kernels compute with, for people; empty where they do not compute
+    remarks: tuple[str, ...] = ()  # what was found at the start where nothing was told, for people
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Options:
 
     model: str = "smollm2"
     weights: Literal["auto", "random"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: str = "auto"  # of `DTYPE_BYTES`, or auto: what this CPU multiplies fast, as measured; bfloat16 on a GPU
     device: str = "cpu"
     gpu_cache_gb: float | None = None  # None: `CPU_CACHE_GB`; on a GPU what is left beside the weights and the largest step
     cpu_cache_gb: float = 2.0
@@ -85,6 +85,8 @@ class Options:
         return min(self.max_running, MOST_GRAPH_ROWS) if self.is_on_gpu and self.graphs else 0
 
     def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"--dtype must be auto or one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         for name in ("gpu_cache_gb", "cpu_cache_gb"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
@@ -102,6 +104,19 @@ class LoadedModel:
     text: ChatText | None  # None: no tokenizer can be had (token ids are drawn then), or it was not asked for
     gpu_cache_gb: float  # of the first tier, as told or as found
     group: Group | None = None  # the processes it is split over; None: it is here as a whole
+    remarks: tuple[str, ...] = ()  # what was found where nothing was told, for people
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def instructions(self) -> str:
+        """What our kernels compute with, for people; empty where they do not compute."""
+        from pensieve.worker import kernel
+
+        return f"{kernel.name()} kernels" if self.model.device.type == "cpu" else ""
 
     @property
     def talks(self) -> bool:
@@ -187,9 +202,11 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
     """`load_model` on each rank: with a place among several processes, all do it together and each gets its share."""
     import torch
 
+    from pensieve.worker import kernel, number_type
     from pensieve.worker.model import shape_of
     from pensieve.worker.weights import resolve
 
+    kernel.levels()  # what PENSIEVE_ISA says is checked before anything is fetched
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.is_on_gpu and not torch.cuda.is_available():
@@ -198,25 +215,34 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
     def progress(what: str, share: float | None) -> None:
         say(what if share is None else f"{what} {share:4.0%}")
 
-    def find() -> ResolvedModel:
-        return resolve(
-            options.model, options.weights, dtype=options.dtype, device=options.device, allow_random=not must_talk, progress=progress
-        )
-
-    if place is None:
-        group, resolved = None, find()
-        say(f"loading {resolved.label}")
-        model = _causal_model(resolved, options, say)
-    else:
+    group: Group | None = None
+    if place is not None:
         from pensieve.worker.group import Group
-        from pensieve.worker.sharding import load_together
 
         say(f"waiting for the other {place.size - 1} of {place.size} processes")
         group = Group.join(place, options.device)
-        resolved, model = load_together(group, find, options.dtype, options.forward, int8=options.quantize == "int8", say=say)
+    int8 = options.quantize == "int8"
+    number = number_type.choose(options.dtype, options.device, int8=int8, group=group)
+    if number.reason:
+        say(number.reason)
+
+    def find() -> ResolvedModel:
+        return resolve(
+            options.model, options.weights, dtype=number.name, device=options.device, allow_random=not must_talk, progress=progress
+        )
+
+    if group is None:
+        resolved = find()
+        say(f"loading {resolved.label}")
+        model = _causal_model(resolved, number.name, options, say)
+    else:
+        from pensieve.worker.sharding import load_together
+
+        resolved, model = load_together(group, find, number.name, options.forward, int8=int8, say=say)
     text = load_text(resolved.tokenizer_dir, resolved.weights) if with_text else None
     shape = replace(shape_of(resolved.config), num_kv_heads=model.geometry.num_kv_heads)
-    return LoadedModel(resolved, model, shape, text, _first_tier_gb(options, model, say), group)
+    remarks = (number.reason,) if number.reason else ()
+    return LoadedModel(resolved, model, shape, text, _first_tier_gb(options, model, say), group, remarks)
 
 
 def _first_tier_gb(options: Options, model: CausalModel, say: Say) -> float:
@@ -235,13 +261,13 @@ def _first_tier_gb(options: Options, model: CausalModel, say: Say) -> float:
     return room.tier / GB
 
 
-def _causal_model(resolved: ResolvedModel, options: Options, say: Say) -> CausalModel:
+def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Say) -> CausalModel:
     """Weights in memory once, through the gate; by the model's own modules where fused operations turn out wrong."""
     from pensieve.worker.model import CausalModel, FusedDiffers
     from pensieve.worker.weights import load
 
     def make(forward: Forward) -> CausalModel:
-        model = load(resolved, options.dtype, options.device)
+        model = load(resolved, dtype, options.device)
         return CausalModel(model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False)
 
     try:
@@ -266,11 +292,16 @@ def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"]) ->
     return ChatText.load(tokenizer_dir)
 
 
+def settled(options: Options, loaded: LoadedModel) -> Options:
+    """The options with what loading found in place of what they left open."""
+    return replace(options, dtype=loaded.dtype, gpu_cache_gb=loaded.gpu_cache_gb)
+
+
 def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, total_as_one: bool = False) -> Sizes:
     """Slots of each tier, and the context that fits.
 
     Args:
-        options: the second tier's budget, dtype, context.
+        options: the second tier's budget, dtype (settled), context.
         shape: what a chunk's size follows from.
         gpu_cache_gb: the first tier's budget.
         total_as_one: the first tier gets the bytes of both, the second none (the stateless baseline, which has no use for a second).
@@ -301,7 +332,7 @@ def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, tota
 
 def _sizes_of(options: Options, loaded: LoadedModel, retain: bool) -> Sizes:
     """The stateless baseline gets both tiers' bytes as one where both are RAM: it has no use for a second."""
-    return size_tiers(options, loaded.shape, loaded.gpu_cache_gb, total_as_one=not retain and not options.is_on_gpu)
+    return size_tiers(settled(options, loaded), loaded.shape, loaded.gpu_cache_gb, total_as_one=not retain and not options.is_on_gpu)
 
 
 def start(

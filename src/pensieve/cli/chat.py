@@ -75,8 +75,9 @@ def run_chat(
     try:
         tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in runtime.sizes.tiers)
         mode = "stateful" if retain else "stateless (Pensieve's engine, nothing kept between turns)"
+        computing = f" ({loaded.instructions})" if loaded.instructions else ""
         click.secho(
-            f"{loaded.resolved.label}, {options.dtype} on {options.device}; {mode}; {tiers}; context {runtime.sizes.max_context} tokens",
+            f"{loaded.resolved.label}, {loaded.dtype} on {options.device}{computing}; {mode}; {tiers}; context {runtime.sizes.max_context} tokens",
             fg="cyan",
         )
         if loaded.text is not None and loaded.text.note:

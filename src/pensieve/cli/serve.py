@@ -158,9 +158,13 @@ def run_server(
             if not self.should_exit:
                 info = parts.runtime.info
                 tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in info.tiers)
+                computing = f", {info.instructions}" if info.instructions else ""
+                for remark in info.remarks:
+                    click.secho(remark, dim=True)
                 mode = ", stateless: nothing is kept between turns" if stateless else ""
                 click.secho(
-                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention, {info.forward} forward); "
+                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention, {info.forward} forward"
+                    f"{computing}); "
                     f"{tiers}{mode}; "
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
