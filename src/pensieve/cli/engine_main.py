@@ -53,6 +53,7 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
             load_s=time.monotonic() - started_s,
             tokenizer_dir=None if resolved.tokenizer_dir is None else str(resolved.tokenizer_dir),
             note=resolved.note,
+            limit=started.sizes.limit,
             instructions=loaded.instructions,
             remarks=loaded.remarks,
         )

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pensieve.cli.build import CPU_CACHE_GB, DTYPE_BYTES, Options
+from pensieve.cli.build import DTYPE_BYTES, HOST_CACHE_GB, Options
 from pensieve.core.eviction import POLICIES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,16 +55,16 @@ _CACHE = (
         "gpu_cache_gb",
         type=float,
         default=None,
-        help=f"First tier, GB; under torchrun of each process (default: {CPU_CACHE_GB:g}, in RAM, on a CPU; on a GPU what is left beside "
-        "the weights and the largest step).",
+        help="First tier, GB; under torchrun of each process (default: on a CPU half of the free memory, never more than "
+        f"{_DEFAULTS.max_running} contexts take; on a GPU what is left beside the weights and the largest step).",
     ),
     click.option(
         "--cpu-cache",
         "cpu_cache_gb",
         type=float,
-        default=_DEFAULTS.cpu_cache_gb,
-        show_default=True,
-        help="Second tier, GB; under torchrun of each process.",
+        default=None,
+        help=f"Second tier, GB; under torchrun of each process (default: {HOST_CACHE_GB:g} beside a GPU; on a CPU none, since both would "
+        "be the same memory and a request has to fit in the first).",
     ),
     click.option("--max-context", type=int, default=None, help="Tokens of prompt and answer (default: what model and first tier hold)."),
     click.option(
