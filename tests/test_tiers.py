@@ -70,6 +70,12 @@ def test_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(host_share(1 << 60, 0, GB)) == "1 GB"
 
 
+@pytest.mark.parametrize("device", ["gpu", "mps", "CPU", ""])
+def test_a_device_that_is_none(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"--device must be cpu or cuda .*, got '{device}'"):
+        Options(device=device)
+
+
 # -- with a model
 
 

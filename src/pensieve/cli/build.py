@@ -100,6 +100,8 @@ class Options:
         for name in ("gpu_cache_gb", "cpu_cache_gb"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
+        if self.device != "cpu" and not self.is_on_gpu:
+            raise ConfigError(f"--device must be cpu or cuda (or one of several: cuda:0, cuda:1, ...), got {self.device!r}")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"--max-context must be at least 2 tokens, got {self.max_context}")
 
@@ -473,6 +475,7 @@ def start_apart(
     try:
         import_tokenizers()  # while the engine loads
         info = process.ready()
+        process.restart_with(replace(options, dtype=info.dtype), must_talk, retain)  # measured again, it might come out otherwise
         text = load_text(None if info.tokenizer_dir is None else Path(info.tokenizer_dir), info.weights)
     except BaseException:
         process.close(0.0)
