@@ -125,7 +125,11 @@ def test_chat_without_real_weights_fails_with_the_ways_out(capsys: pytest.Captur
         (["compare", "--gpu-cache", "0.001"], "invalid_config", "at least 2 are needed"),
         (["compare", "--max-context", "9999999"], "invalid_config", "more than the 8192 tokens"),
         (["compare", "--dataset", "/nonexistent.json"], "invalid_config", "/nonexistent.json"),
-        (["chat", "--store", "memory"], "invalid_config", ":memory: keeps nothing on disk, sqlite:///memory.db is a file in this directory"),
+        (
+            ["chat", "--store", "memory"],
+            "invalid_config",
+            ":memory: keeps nothing on disk, sqlite:///memory.db is a file in this directory",
+        ),
         (["chat", "--store", "sqlite:c.db"], "invalid_config", "must be one of sqlite:///relative.db"),
         (["chat", "--store", ""], "invalid_config", "must be one of sqlite:///relative.db"),
         (["serve", "--port", "0", "--store", "memory"], "invalid_config", "sqlite:///memory.db is a file in this directory"),

@@ -52,7 +52,10 @@ def test_a_store_in_memory_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mo
         ("postgresql+psycopg://user:secret@host/database", r"begins with postgresql\+psycopg://"),
         ("file:file.db?mode=memory", "got 'file:file.db"),
         ("file:///file.db", "begins with file://"),
-        ("memory", "'memory' is no URL and no file's path: :memory: keeps nothing on disk, sqlite:///memory.db is a file in this directory"),
+        (
+            "memory",
+            "'memory' is no URL and no file's path: :memory: keeps nothing on disk, sqlite:///memory.db is a file in this directory",
+        ),
         (":memory", "sqlite:///memory.db is a file in this directory"),
         ("memory:", ":memory: keeps nothing on disk"),
         ("postgres", "'postgres' is no URL and no file's path"),

@@ -49,7 +49,10 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 )
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
 @click.option(
-    "--store", "store_url", default=None, help="A file's path, sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]"
+    "--store",
+    "store_url",
+    default=None,
+    help="A file's path, sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]",
 )
 @click.option("--name", "model_name", default=None, help="What clients call the model.  [default: what --model says]")
 @click.option(
