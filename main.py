@@ -29,10 +29,20 @@ from pensieve.core.request import SamplingParams
 )
 @click.option("--model", default="smollm2", show_default=True, help="smollm2, a hub id, a folder, a .gguf file or a named architecture.")
 @click.option("--weights", type=click.Choice(["auto", "random"]), default="auto", show_default=True)
-@click.option("--gpu-cache", "gpu_cache_gb", type=float, default=None, help="First tier, GB.  [default: 1, demo: 0.09]")
-@click.option("--cpu-cache", "cpu_cache_gb", type=float, default=None, help="Second tier, GB.  [default: 2, demo: 0.02]")
+@click.option(
+    "--gpu-cache", "gpu_cache_gb", type=float, default=None, help="First tier, GB.  [default: half of the free memory, demo: 0.09]"
+)
+@click.option(
+    "--cpu-cache", "cpu_cache_gb", type=float, default=None, help="Second tier, GB.  [default: none on a CPU, 2 beside a GPU, demo: 0.02]"
+)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 where this CPU multiplies it fast, else float32.",
+)
 @click.option("--interactive", is_flag=True, help="Chat in the terminal instead of running a workload (modes pensieve and vllm).")
 @click.option("--dataset", default=None, help="ShareGPT-style JSON or JSONL of conversations (default: the shipped ones).")
 @click.option("--num-conversations", type=click.IntRange(min=1), default=None, help="How many are used (default: one a user).")
@@ -73,7 +83,7 @@ def experiment(
     )
     small = mode == "demo"
     arguments["gpu_cache_gb"] = gpu_cache_gb if gpu_cache_gb is not None else 0.09 if small else None
-    arguments["cpu_cache_gb"] = cpu_cache_gb if cpu_cache_gb is not None else 0.02 if small else 2.0
+    arguments["cpu_cache_gb"] = cpu_cache_gb if cpu_cache_gb is not None else 0.02 if small else None
     if interactive:
         if mode not in ("pensieve", "vllm"):
             raise click.UsageError(f"--interactive chats with one system: use --mode pensieve or --mode vllm, not {mode}")

@@ -1,6 +1,6 @@
 """How fast and how big the engine is: time to first token by where the history lies, stateful against stateless, memory, growth.
 
-    python benchmarks/engine.py [--parts ttft,users,memory,growth] [--model smollm2] [--dtype bfloat16] [--attention native]
+    python benchmarks/engine.py [--parts ttft,users,memory,growth] [--model smollm2] [--dtype auto] [--attention native]
 
 Systems are measured side by side in one run: warmed up, in turns (A B A B ...), medians. The last line is JSON. Token ids are drawn (seeded),
 answers have fixed lengths, decoding is greedy. The engine is stepped in this thread; nothing is served over a network.
@@ -292,7 +292,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="ttft,users,memory,growth")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPE_BYTES))
+    parser.add_argument("--dtype", default="auto", choices=["auto", *sorted(DTYPE_BYTES)])
     parser.add_argument("--attention", default="auto", choices=["auto", *BACKENDS], help="backend; auto takes the first that can serve")
     parser.add_argument("--rounds", type=int, default=7, help="of ttft; users runs a third of it")
     parser.add_argument("--turns", type=int, default=10_000, help="of growth")
@@ -304,7 +304,7 @@ def main() -> None:
     attention = make_backend(options.attention, model.geometry, CHUNK, model.device).name
     few = max(1, options.rounds // 3)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "memory": lambda: memory(model, options.dtype, attention),
+        "memory": lambda: memory(model, loaded.dtype, attention),
         "ttft": lambda: ttft(model, options.rounds, attention),
         "users": lambda: {
             "first_3000": users(model, few, attention=attention),
@@ -313,7 +313,7 @@ def main() -> None:
         "growth": lambda: growth(tiny_model(), options.turns, attention),
     }
     report: dict[str, Any] = {
-        "benchmark": "engine", "commit": commit(), "model": loaded.resolved.label, "weights": loaded.resolved.weights, "dtype": options.dtype,
+        "benchmark": "engine", "commit": commit(), "model": loaded.resolved.label, "weights": loaded.resolved.weights, "dtype": loaded.dtype,
         "attention": attention,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_name(),
     }  # fmt: skip

@@ -52,7 +52,7 @@ def loaders() -> dict[str, Callable[[], CausalModel]]:
     """A model for each variant."""
 
     def load(**options: Any) -> CausalModel:
-        return load_model(Options(**options), must_talk=False, say=lambda _: None, with_text=False).model
+        return load_model(Options(dtype="bfloat16", **options), must_talk=False, say=lambda _: None, with_text=False).model
 
     def by_onednn() -> CausalModel:
         with mock.patch.object(PanelProduct, "why_not", staticmethod(lambda *_, **__: "not here")):

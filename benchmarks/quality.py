@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a conversation, at most")
     arguments = parser.parse_args()
     kinds: dict[str, Options] = {
-        "modules": Options(forward="modules"),
-        "fused": Options(forward="fused"),
-        "fused int8": Options(forward="fused", quantize="int8"),
+        "modules": Options(dtype="bfloat16", forward="modules"),
+        "fused": Options(dtype="bfloat16", forward="fused"),
+        "fused int8": Options(dtype="bfloat16", forward="fused", quantize="int8"),
     }
     texts: list[list[int]] = []
     scores: dict[str, list[torch.Tensor]] = {}

@@ -49,7 +49,9 @@ class BuggyEngine(Engine):
             raise AssertionError("planted") from error
 
 
-def fake(connection: Connection, step_s: float = 0.0, start_s: float = 0.0, beat_s: float = 1.0, untied: bool = False) -> None:
+def fake(
+    connection: Connection, step_s: float = 0.0, start_s: float = 0.0, beat_s: float = 1.0, untied: bool = False, dtype: str = "float32"
+) -> None:
     """An engine over the fake worker. `untied`: as where the system does not tie children to parents."""
     if untied:
         ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
@@ -68,7 +70,7 @@ def fake(connection: Connection, step_s: float = 0.0, start_s: float = 0.0, beat
             "fake",
             "random",
             0,
-            "float32",
+            dtype,
             "cpu",
             VOCAB,
             MAX_CONTEXT,

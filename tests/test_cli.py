@@ -55,7 +55,6 @@ def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_pa
         *(str(ROOT / "main.py"), "--mode", "compare", "--model", "gpt2", "--weights", "random", "--num-concurrent-users", "2"),
         *("--max-turns", "2", "--max-new-tokens", "3", "--request-interval", "0", "--dataset", str(dataset), "--out", str(tmp_path)),
         *("--gpu-cache", "0.4", "--cpu-cache", "0.2"),
-        *("--dtype", "float32"),  # (where a CPU does not multiply bfloat16, torch takes minutes)
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "random weights" in result.stdout.splitlines()[0]
@@ -65,10 +64,9 @@ def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_pa
 
 
 def test_chat_goes_on_after_kill_9_from_raw_tokens(tmp_path: Path) -> None:
-    arguments = ["-m", "pensieve", "chat", "--conversation", "trip", "--store", str(tmp_path / "c.db"), "--max-new-tokens", "12"]
-    arguments += ["--gpu-cache", "0.05", "--cpu-cache", "0.05"]
+    arguments = ["-m", "pensieve", "chat", "--conversation", "trip", "--max-new-tokens", "12", "--gpu-cache", "0.05", "--cpu-cache", "0.05"]
     first = subprocess.Popen(
-        [sys.executable, "-u", *arguments],
+        [sys.executable, "-u", *arguments, "--store", str(tmp_path / "c.db")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -84,8 +82,9 @@ def test_chat_goes_on_after_kill_9_from_raw_tokens(tmp_path: Path) -> None:
     first.wait()
     prompt, answer = (int(re.search(pattern, receipt).group(1)) for pattern in (r"prompt (\d+)", r"out (\d+)"))  # type: ignore[union-attr]
 
-    second = run(*arguments, given="/history\nAnd of Italy?\n/cache\n/quit\n")
+    second = run(*arguments, "--store", f"sqlite:///{tmp_path}/c.db", given="/history\nAnd of Italy?\n/cache\n/quit\n", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
+    assert not (tmp_path / "sqlite:").exists()
     assert "trip, 1 turns so far" in second.stdout
     assert "What is the capital of France?" in second.stdout
     assert "Paris" in second.stdout
@@ -122,10 +121,18 @@ def test_chat_without_real_weights_fails_with_the_ways_out(capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["compare", "--model", "opt-66b", "--weights", "random"], "model_refused", "131.4 GB"),
+        (["compare", "--model", "opt-66b", "--weights", "random", "--dtype", "bfloat16"], "model_refused", "131.4 GB"),
         (["compare", "--gpu-cache", "0.001"], "invalid_config", "at least 2 are needed"),
         (["compare", "--max-context", "9999999"], "invalid_config", "more than the 8192 tokens"),
         (["compare", "--dataset", "/nonexistent.json"], "invalid_config", "/nonexistent.json"),
+        (
+            ["chat", "--store", "memory"],
+            "invalid_config",
+            ":memory: keeps nothing on disk, sqlite:///memory.db is a file in this directory",
+        ),
+        (["chat", "--store", "sqlite:c.db"], "invalid_config", "must be one of sqlite:///relative.db"),
+        (["chat", "--store", ""], "invalid_config", "must be one of sqlite:///relative.db"),
+        (["serve", "--port", "0", "--store", "memory"], "invalid_config", "sqlite:///memory.db is a file in this directory"),
         (["chat", "--temperature", "-1"], "invalid_request", "temperature must be in [0, 100], got -1.0"),
     ],
 )

@@ -23,7 +23,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> CausalModel:
     """A small model whose profile is known."""
     model = CausalModel(tiny("llama"), "some/llama", self_test=False)
     resolved = SimpleNamespace(label="some/llama", weights="random", note="")
-    monkeypatch.setattr(profile_command, "load_model", lambda *_, **__: SimpleNamespace(resolved=resolved, model=model, shape=model.shape))
+    monkeypatch.setattr(
+        profile_command, "load_model", lambda *_, **__: SimpleNamespace(resolved=resolved, model=model, shape=model.shape, dtype="float32")
+    )
 
     def known(*_: Any, **__: Any) -> Any:
         return PROFILE

@@ -109,5 +109,7 @@ def test_a_measured_machine_takes_the_place_of_model_and_hardware(tmp_path: Path
     assert "some model" in result.stdout and "some CPU" in result.stdout
     assert outcome["summary"]["sent"] > 0 and not outcome["summary"]["failed"]
     assert (outcome["case"]["max_batch_tokens"], outcome["case"]["max_running"]) == (512, 64)  # as a server has them on a CPU
+    alone = CliRunner().invoke(cli, [*(a for a in arguments if a not in ("--cpu-cache", "0.1")), *load], standalone_mode=False)
+    assert record(alone)["outcomes"][0]["case"]["machine"]["cpu_cache_gb"] == 0.0  # both tiers would be the same memory
     told = CliRunner().invoke(cli, [*arguments, *load, "--hardware", "h100"], standalone_mode=False)
     assert isinstance(told.exception, ConfigError) and "--hardware does not go with --profile" in str(told.exception)

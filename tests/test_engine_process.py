@@ -143,6 +143,15 @@ def test_a_killed_engine_fails_what_was_under_way_and_is_started_again() -> None
         assert states == ["ready", "restarting", "ready"]
 
 
+def test_a_child_started_again_is_told_what_the_first_one_found() -> None:
+    with process(fake) as (engine, _):
+        first = engine.ready(30)
+        engine.restart_with(0.0, 0.0, 1.0, False, "bfloat16")
+        os.kill(first.pid, signal.SIGKILL)
+        eventually(lambda: engine.restarts == 1 and engine.state == "ready")
+        assert (first.dtype, engine.ready(30).dtype) == ("float32", "bfloat16")
+
+
 def test_an_ask_in_flight_when_the_engine_dies_is_answered() -> None:
     with process(fake, 2.0) as (engine, events):
         pid = engine.ready(30).pid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,6 +92,60 @@ class SchedulerConfig:
         for name in ("reserve_share", "copy_ahead_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ContextLimit:
+    """What makes the longest sequence no longer, and so what an engine would have to be started with to take a longer one."""
+
+    tokens: int  # of the longest sequence, prompt and answer together
+    model_tokens: int  # the model was built for
+    num_slots: int  # of the first tier
+    chunk_tokens: int
+    chunk_bytes: int  # of one process, where several share the model
+    is_told: bool  # by --max-context; else it is what model and first tier hold
+
+    def way_out(self, num_tokens: int | None = None, *, others: int = 0) -> str:
+        """For an error message: how to get room for a sequence of so many tokens (None: not known how many).
+
+        Args:
+            num_tokens: of prompt and answer.
+            others: slots of the first tier that others hold for good.
+        """
+        if num_tokens is None:
+            grown = [
+                name
+                for name, is_it in (
+                    ("--gpu-cache", self._tier_is_short),
+                    ("--max-context", self.is_told and self.tokens < self.model_tokens),
+                )
+                if is_it
+            ]
+            return (
+                f"start with a larger {' and '.join(grown)}"
+                if grown
+                else f"take another model: this one was built for {self.model_tokens} tokens"
+            )
+        if num_tokens > self.model_tokens:
+            return f"take another model: this one was built for {self.model_tokens} tokens"
+        need = -(-num_tokens // self.chunk_tokens) + others
+        options = []
+        if need > self.num_slots:
+            options.append(f"--gpu-cache {gigabytes(need * self.chunk_bytes)} (GB) or more")
+        if self.is_told and num_tokens > self.tokens:
+            options.append(f"--max-context {num_tokens} or more")
+        return f"start with {' and '.join(options)}" if options else "ask again later"
+
+    @property
+    def _tier_is_short(self) -> bool:
+        return self.num_slots * self.chunk_tokens < self.model_tokens
+
+
+def gigabytes(num_bytes: int) -> str:
+    """Bytes as a number of GB for an option, in three digits, always up."""
+    number = (num_bytes + 1) / 1e9
+    decimals = 2 - math.floor(math.log10(number))
+    return f"{math.ceil(number * 10.0**decimals) / 10.0**decimals:.{max(0, decimals)}f}"
 
 
 def slots_for_bytes(budget_bytes: int, chunk_bytes: int) -> int:

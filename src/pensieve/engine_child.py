@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
-from pensieve.config import TierConfig
+from pensieve.config import ContextLimit, TierConfig
 from pensieve.errors import EngineClosed, PensieveError
 from pensieve.messages import Command, Event, Failed, GetStats, Stats, Token
 
@@ -56,6 +56,9 @@ class EngineInfo:
     load_s: float  # from the child's first line to ready
     tokenizer_dir: str | None = None  # None: there is no tokenizer
     note: str | None = None  # what a user should know about the model
+    limit: ContextLimit | None = None  # what would allow a longer context
+    instructions: str = ""  # what our kernels compute with, for people; empty where they do not compute
+    remarks: tuple[str, ...] = ()  # what was found at the start where nothing was told, for people
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,6 +249,10 @@ class EngineProcess:
                 raise EngineClosed("the engine is closed")
             raise EngineNotReady(f"the engine is not ready after {timeout:g} s: {self._progress}")
 
+    def restart_with(self, *arguments: Any) -> None:
+        """Give children that are started from now on other arguments: what the first one found out need not be found out again."""
+        self._arguments = arguments
+
     def close(self, timeout: float = 30.0) -> None:
         """End the child after the step under way, kill it if that takes longer than `timeout` seconds. Safe to call again."""
         with self._lock:

@@ -50,12 +50,41 @@ def test_a_store_in_memory_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mo
         ("sqlite:///", "three slashes"),
         ("mysql://user:secret@host/database", "begins with mysql://"),
         ("postgresql+psycopg://user:secret@host/database", r"begins with postgresql\+psycopg://"),
+        ("file:file.db?mode=memory", "got 'file:file.db"),
+        ("file:///file.db", "begins with file://"),
+        (
+            "memory",
+            "'memory' is no URL and no file's path: :memory: keeps nothing on disk, sqlite:///memory.db is a file in this directory",
+        ),
+        (":memory", "sqlite:///memory.db is a file in this directory"),
+        ("memory:", ":memory: keeps nothing on disk"),
+        ("postgres", "'postgres' is no URL and no file's path"),
+        ("~", "'~' is no URL"),
+        ("folder", "'folder' is no URL"),
     ],
 )
-def test_other_urls_are_refused(url: str, said: str) -> None:
+def test_other_urls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=said) as raised:
         open_store(url)
     assert "secret" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_name_of_a_file_that_is_there_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    SqliteStore("talks.db").close()
+    (tmp_path / "talks.db").rename("talks")
+    store = open_store("talks")
+    store.create("a", "one")
+    store.close()
+    for name in ("./new", "~/home.db"):
+        store = open_store(name)
+        store.create("a", "two")
+        store.close()
+    assert {"talks", "new", "home.db"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

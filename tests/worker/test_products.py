@@ -12,6 +12,7 @@ from torch import nn
 
 from pensieve.worker import kernel, products
 from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct
+from tiny_models import tiny
 
 BF16 = torch.bfloat16
 PANELS = bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16
@@ -153,11 +154,7 @@ def test_what_panels_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_panels
 def test_a_cpu_with_tiles_in_hardware_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Library:
-        pensieve_products_bytes = staticmethod(lambda: products._BYTES)
-        pensieve_has_amx = staticmethod(lambda: 1)
-
-    monkeypatch.setattr(products, "library_for", lambda *_: Library())
+    monkeypatch.setattr(products, "has_amx", lambda: True)
     assert PanelProduct.why_not(BF16, 8) == "this CPU has AMX, which oneDNN uses better"
 
 
@@ -177,3 +174,16 @@ def test_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, packs: bool
             module, other, x = linear(24, 40, bias, dtype), linear(24, 8, bias, dtype, 3), rows(count, 24).to(dtype)
             ours = OneDnnProduct([module, other])(x)
             torch.testing.assert_close(ours.double(), torch.cat((exact(x, module), exact(x, other)), 1), rtol=2.0**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_products_of_gpt2s_kind_lie_as_linear_ones_do_in_16_bits(dtype: torch.dtype) -> None:
+    model = tiny("gpt2", 0, dtype)
+    ids = torch.arange(9)[None]
+    with torch.inference_mode():
+        before = model(ids).logits
+        products.lay_out_modules(model)
+        after = model(ids).logits
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    assert weight.shape == (48, 192) and weight.is_contiguous() == (dtype == torch.float32)
+    torch.testing.assert_close(after, before, rtol=0.02, atol=0.02 * float(before.abs().max()))

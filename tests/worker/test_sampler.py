@@ -369,3 +369,53 @@ def test_penalties_remember_more_tokens_than_at_first() -> None:
     flat = torch.zeros(1, size)
     found = [sampler.sample([emitting("r", position)], flat)[0][0].token_id for position in range(1, size + 1)]
     assert found == list(range(size))  # each once: the first that was not there yet
+
+
+EXTREMES = {
+    "temperature": [0.0, 5e-324, 1e-300, 1e-6, 1.0, 100.0],
+    "top_p": [5e-324, 1e-300, 1e-12, 0.5, 1.0 - 1e-16, 1.0],
+    "top_k": [0, 1, 2, 10**9],
+    "min_p": [0.0, 5e-324, 1e-300, 0.5, 1.0],
+    "repetition_penalty": [5e-324, 1e-300, 1e-38, 1e-9, 1.0, 3.0, 1e9, 1e38, 1e300, 1.7e308],
+    "presence_penalty": [-2.0, 0.0, 2.0],
+    "frequency_penalty": [-2.0, 0.0, 2.0],
+}
+a_logit = st.sampled_from([0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0, 1e4, -1e4, 3e38, -3e38, -math.inf]) | st.floats(-20.0, 20.0, width=32)
+
+
+@settings(max_examples=300)
+@given(
+    params=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in EXTREMES.items()}),
+    logits=st.lists(st.lists(a_logit, min_size=6, max_size=6), min_size=1, max_size=3), size=st.sampled_from([6, 700]),
+    seed=st.sampled_from([None, 0, -1, 2**70]), on_device=st.booleans(), stops=st.sampled_from([(), (0,), tuple(range(6)), tuple(range(700))]),
+)  # fmt: skip
+def test_whatever_the_parameters_a_token_comes_out(
+    params: dict[str, Any], logits: list[list[float]], size: int, seed: int | None, on_device: bool, stops: tuple[int, ...]
+) -> None:
+    """Or, where all of a row is minus infinity, a reason; never an index out of range, never a token that was out of the question."""
+    row = torch.nn.functional.pad(torch.tensor(logits), (0, size - 6), value=-5.0)
+    sampling = SamplingParams(**params, seed=seed, max_new_tokens=9, min_new_tokens=9 if stops else 0, stop_token_ids=frozenset(stops))
+    sampler = Sampler(on_device=on_device)
+    names = [f"r{index}" for index in range(len(row))]
+    sampler.start(RequestStart(name, sampling, (1, 2, 5)) for name in names)
+    for position in (3, 4, 5):  # each token counts for the next
+        spans = [emitting(name, position) for name in names]
+        tokens, failures = sampler.sample(spans, row.clone())
+        hopeless = [name for name, values in zip(names, row, strict=True) if torch.isinf(values).all()]
+        assert [failure.request_id for failure in failures] == hopeless
+        for token in tokens:
+            values = row[names.index(token.request_id)]
+            assert 0 <= token.token_id < size
+            if any(index not in stops and math.isfinite(value) for index, value in enumerate(values.tolist())):
+                assert math.isfinite(values[token.token_id]) and token.token_id not in stops
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+def test_the_last_word_of_a_repetition_penalty(penalty: float, temperature: float) -> None:
+    """As small as can be: the likeliest of what was there comes again. As large as can be: nothing of it that is below zero ever does."""
+    logits = torch.tensor([0.5, 2.0, 3.0, -1.0, 0.1, 2.5])
+    for seed in range(20):
+        sampling = SamplingParams(temperature=temperature, repetition_penalty=penalty, seed=seed)
+        token = one(sampling, logits, (1, 2, 3, 5)).token_id
+        assert token == 2 if penalty < 1.0 else token != 3

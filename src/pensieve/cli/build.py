@@ -15,7 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS, CacheConfig, ModelShape, SchedulerConfig, TierConfig, slots_for_bytes
+from pensieve.config import (
+    CPU_STEP_MS,
+    CUDA_STEP_MS,
+    CacheConfig,
+    ContextLimit,
+    ModelShape,
+    SchedulerConfig,
+    TierConfig,
+    gigabytes,
+    slots_for_bytes,
+)
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import POLICIES
@@ -39,7 +49,8 @@ if TYPE_CHECKING:
 
 GB = 1_000_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_CACHE_GB = 1.0  # of the first tier on a CPU, unless told otherwise
+CPU_CACHE_GB = 1.0  # of the first tier on a CPU that does not say how much memory is free, and of one that is simulated
+HOST_CACHE_GB = 2.0  # of the second tier beside a GPU, unless told otherwise; on a CPU both would be the same memory
 MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
 
@@ -52,10 +63,12 @@ class Options:
 
     model: str = "smollm2"
     weights: Literal["auto", "random"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: str = "auto"  # of `DTYPE_BYTES`, or auto: what this CPU multiplies fast, as measured; bfloat16 on a GPU
     device: str = "cpu"
-    gpu_cache_gb: float | None = None  # None: `CPU_CACHE_GB`; on a GPU what is left beside the weights and the largest step
-    cpu_cache_gb: float = 2.0
+    gpu_cache_gb: float | None = (
+        None  # None: on a CPU a share of the free memory, on a GPU what is left beside the weights and the largest step
+    )
+    cpu_cache_gb: float | None = None  # None: on a CPU none, on a GPU `HOST_CACHE_GB`
     max_context: int | None = None
     overflow: Literal["refuse", "truncate"] = "refuse"
     policy: str = "retention"
@@ -78,6 +91,13 @@ class Options:
         return self.device.startswith("cuda")
 
     @property
+    def second_tier_gb(self) -> float:
+        """The second tier's budget."""
+        if self.cpu_cache_gb is not None:
+            return self.cpu_cache_gb
+        return HOST_CACHE_GB if self.is_on_gpu else 0.0
+
+    @property
     def batch_tokens(self) -> int:
         """One step's token budget."""
         return self.max_batch_tokens or (CUDA_BATCH_TOKENS if self.is_on_gpu else CPU_BATCH_TOKENS)
@@ -94,11 +114,15 @@ class Options:
         return min(self.max_running, MOST_GRAPH_ROWS) if self.is_on_gpu and self.graphs else 0
 
     def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"--dtype must be auto or one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         for name in ("gpu_cache_gb", "cpu_cache_gb"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
         if self.step_ms is not None and not self.step_ms > 0:
             raise ConfigError(f"--step-ms must be positive, got {self.step_ms:g}")
+        if self.device != "cpu" and not self.is_on_gpu:
+            raise ConfigError(f"--device must be cpu or cuda (or one of several: cuda:0, cuda:1, ...), got {self.device!r}")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"--max-context must be at least 2 tokens, got {self.max_context}")
 
@@ -113,6 +137,19 @@ class LoadedModel:
     text: ChatText | None  # None: no tokenizer can be had (token ids are drawn then), or it was not asked for
     gpu_cache_gb: float  # of the first tier, as told or as found
     group: Group | None = None  # the processes it is split over; None: it is here as a whole
+    remarks: tuple[str, ...] = ()  # what was found where nothing was told, for people
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def instructions(self) -> str:
+        """What our kernels compute with, for people; empty where they do not compute."""
+        from pensieve.worker import kernel
+
+        return f"{kernel.name()} kernels" if self.model.device.type == "cpu" else ""
 
     @property
     def talks(self) -> bool:
@@ -126,7 +163,12 @@ class Sizes:
 
     chunk_bytes: int
     tiers: tuple[TierConfig, ...]
-    max_context: int
+    limit: ContextLimit
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.limit.tokens
 
     def as_json(self) -> dict[str, Any]:
         """For a report."""
@@ -198,9 +240,11 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
     """`load_model` on each rank: with a place among several processes, all do it together and each gets its share."""
     import torch
 
+    from pensieve.worker import kernel, number_type
     from pensieve.worker.model import shape_of
     from pensieve.worker.weights import resolve
 
+    kernel.levels()  # what PENSIEVE_ISA says is checked before anything is fetched
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.is_on_gpu and not torch.cuda.is_available():
@@ -209,50 +253,70 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
     def progress(what: str, share: float | None) -> None:
         say(what if share is None else f"{what} {share:4.0%}")
 
-    def find() -> ResolvedModel:
-        return resolve(
-            options.model, options.weights, dtype=options.dtype, device=options.device, allow_random=not must_talk, progress=progress
-        )
-
-    if place is None:
-        group, resolved = None, find()
-        say(f"loading {resolved.label}")
-        model = _causal_model(resolved, options, say)
-    else:
+    group: Group | None = None
+    if place is not None:
         from pensieve.worker.group import Group
-        from pensieve.worker.sharding import load_together
 
         say(f"waiting for the other {place.size - 1} of {place.size} processes")
         group = Group.join(place, options.device)
-        resolved, model = load_together(group, find, options.dtype, options.forward, int8=options.quantize == "int8", say=say)
+    int8 = options.quantize == "int8"
+    number = number_type.choose(options.dtype, options.device, int8=int8, group=group)
+    if number.reason:
+        say(number.reason)
+
+    def find() -> ResolvedModel:
+        return resolve(
+            options.model, options.weights, dtype=number.name, device=options.device, allow_random=not must_talk, progress=progress
+        )
+
+    if group is None:
+        resolved = find()
+        say(f"loading {resolved.label}")
+        model = _causal_model(resolved, number.name, options, say)
+    else:
+        from pensieve.worker.sharding import load_together
+
+        resolved, model = load_together(group, find, number.name, options.forward, int8=int8, say=say)
     text = load_text(resolved.tokenizer_dir, resolved.weights) if with_text else None
     shape = replace(shape_of(resolved.config), num_kv_heads=model.geometry.num_kv_heads)
-    return LoadedModel(resolved, model, shape, text, _first_tier_gb(options, model, say), group)
+    first_tier_gb, remark = _first_tier_gb(options, shape, model, group)
+    if remark:
+        say(remark)
+    return LoadedModel(resolved, model, shape, text, first_tier_gb, group, tuple(filter(None, (number.reason, remark))))
 
 
-def _first_tier_gb(options: Options, model: CausalModel, say: Say) -> float:
-    """As told; else the default, or on a GPU what is left there."""
+def _first_tier_gb(options: Options, shape: ModelShape, model: CausalModel, group: Group | None) -> tuple[float, str]:
+    """As told; else a share of the free memory, or on a GPU what is left there. And what to say of it."""
     if options.gpu_cache_gb is not None:
-        return options.gpu_cache_gb
-    if not options.is_on_gpu:
-        return CPU_CACHE_GB
-    from pensieve.worker.memory import find_room
+        return options.gpu_cache_gb, ""
+    from pensieve.worker.memory import find_room, host_share
 
+    if not options.is_on_gpu:
+        context = min(shape.max_positions, options.max_context or shape.max_positions)
+        most = options.max_running * (context + options.chunk_tokens) * shape.kv_bytes_per_token(model.dtype.itemsize)
+        share = host_share(most, int(options.second_tier_gb * GB), int(CPU_CACHE_GB * GB), sharers=1 if group is None else group.local_size)
+        if group is not None:  # every rank has the same slots
+            share = min(group.exchange(share), key=lambda each: each.tier)
+        if share.tier < (least := 2 * options.chunk_tokens * shape.kv_bytes_per_token(model.dtype.itemsize)):
+            raise ConfigError(
+                f"hardly any memory is left for the cache ({share}): end other programs, take a smaller model, "
+                f"or give it what there is, at least --gpu-cache {gigabytes(least)}"
+            )
+        return share.tier / GB, f"first tier: {share}"
     room = find_room(
         model, max_batch_tokens=options.batch_tokens, max_running=options.max_running, chunk_tokens=options.chunk_tokens,
         graph_rows=options.graph_rows, attention=options.attention,
     )  # fmt: skip
-    say(str(room))
-    return room.tier / GB
+    return room.tier / GB, str(room)
 
 
-def _causal_model(resolved: ResolvedModel, options: Options, say: Say) -> CausalModel:
+def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Say) -> CausalModel:
     """Weights in memory once, through the gate; by the model's own modules where fused operations turn out wrong."""
     from pensieve.worker.model import CausalModel, FusedDiffers
     from pensieve.worker.weights import load
 
     def make(forward: Forward) -> CausalModel:
-        model = load(resolved, options.dtype, options.device)
+        model = load(resolved, dtype, options.device)
         return CausalModel(model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False)
 
     try:
@@ -277,11 +341,16 @@ def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"]) ->
     return ChatText.load(tokenizer_dir)
 
 
+def settled(options: Options, loaded: LoadedModel) -> Options:
+    """The options with what loading found in place of what they left open."""
+    return replace(options, dtype=loaded.dtype, gpu_cache_gb=loaded.gpu_cache_gb, cpu_cache_gb=options.second_tier_gb)
+
+
 def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, total_as_one: bool = False) -> Sizes:
     """Slots of each tier, and the context that fits.
 
     Args:
-        options: the second tier's budget, dtype, context.
+        options: the second tier's budget, dtype (settled), context.
         shape: what a chunk's size follows from.
         gpu_cache_gb: the first tier's budget.
         total_as_one: the first tier gets the bytes of both, the second none (the stateless baseline, which has no use for a second).
@@ -290,29 +359,33 @@ def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, tota
         ConfigError: the first tier cannot hold two chunks, or --max-context is more than model or first tier can hold.
     """
     chunk_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[options.dtype]) * options.chunk_tokens
-    gpu_bytes, cpu_bytes = int(gpu_cache_gb * GB), int(options.cpu_cache_gb * GB)
+    gpu_bytes, cpu_bytes = int(gpu_cache_gb * GB), int(options.second_tier_gb * GB)
     if total_as_one:
         gpu_bytes, cpu_bytes = gpu_bytes + cpu_bytes, 0
     gpu_slots, cpu_slots = slots_for_bytes(gpu_bytes, chunk_bytes), slots_for_bytes(cpu_bytes, chunk_bytes)
     if gpu_slots < 2:
         raise ConfigError(
             f"--gpu-cache {gpu_cache_gb:g} holds {gpu_slots} chunks of {chunk_bytes / 1e6:.2f} MB; at least 2 are needed: "
-            f"give it {2 * chunk_bytes / GB:.3f} GB or more"
+            f"give it {gigabytes(2 * chunk_bytes)} GB or more"
         )
     tiers = [TierConfig("gpu", gpu_slots)]
     if cpu_slots:
         tiers.append(TierConfig("cpu", cpu_slots))
     holds = slots_for_bytes(int(gpu_cache_gb * GB), chunk_bytes) * options.chunk_tokens
-    limit = min(shape.max_positions, holds)
-    if options.max_context is not None and options.max_context > limit:
-        what = "the model was built for" if shape.max_positions < holds else "the first tier holds (--gpu-cache)"
-        raise ConfigError(f"--max-context {options.max_context} is more than the {limit} tokens {what}")
-    return Sizes(chunk_bytes, tuple(tiers), options.max_context or limit)
+    longest = min(shape.max_positions, holds)
+    limit = ContextLimit(
+        options.max_context or longest, shape.max_positions, holds // options.chunk_tokens, options.chunk_tokens, chunk_bytes,
+        is_told=options.max_context is not None,
+    )  # fmt: skip
+    if limit.tokens > longest:
+        what = "the model was built for" if shape.max_positions <= holds else f"the first tier holds: {limit.way_out(limit.tokens)}"
+        raise ConfigError(f"--max-context {options.max_context} is more than the {longest} tokens {what}")
+    return Sizes(chunk_bytes, tuple(tiers), limit)
 
 
 def _sizes_of(options: Options, loaded: LoadedModel, retain: bool) -> Sizes:
     """The stateless baseline gets both tiers' bytes as one where both are RAM: it has no use for a second."""
-    return size_tiers(options, loaded.shape, loaded.gpu_cache_gb, total_as_one=not retain and not options.is_on_gpu)
+    return size_tiers(settled(options, loaded), loaded.shape, loaded.gpu_cache_gb, total_as_one=not retain and not options.is_on_gpu)
 
 
 def start(
@@ -326,8 +399,8 @@ def start(
     """Wire everything up and start the engine's thread. `retain=False` is the stateless baseline."""
     from pensieve.service import ConversationService
 
-    max_context = _sizes_of(options, loaded, retain).max_context
-    service = ConversationService(loaded.text, store, max_context=max_context, overflow=options.overflow)
+    limit = _sizes_of(options, loaded, retain).limit
+    service = ConversationService(loaded.text, store, max_context=limit.tokens, overflow=options.overflow, limit=limit)
     try:
         started = start_engine(options, loaded, emit=service.handle, retain=retain)
     except BaseException:
@@ -365,7 +438,7 @@ def make_engine(
     pace = Pace(cost, measured=copy_bytes_per_s is not None)
     if loaded.model.device.type == "cpu":  # all tiers in RAM: a chunk is copied in a fraction of a millisecond, nothing need be ready early
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
-    scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size, pace)
+    scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size, pace=pace, limit=sizes.limit)
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(
         scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, clock=clock, debug=options.debug, quote=quote,
@@ -427,11 +500,14 @@ def start_apart(
     try:
         import_tokenizers()  # while the engine loads
         info = process.ready()
+        process.restart_with(replace(options, dtype=info.dtype), must_talk, retain)  # measured again, it might come out otherwise
         text = load_text(None if info.tokenizer_dir is None else Path(info.tokenizer_dir), info.weights)
     except BaseException:
         process.close(0.0)
         raise
-    service = ConversationService(text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts)
+    service = ConversationService(
+        text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts, limit=info.limit
+    )
     late.append(service)
     service.connect(process.post)
     return ApartRuntime(process, service, info, text)

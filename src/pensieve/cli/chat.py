@@ -16,8 +16,7 @@ from pensieve.core.request import SamplingParams
 from pensieve.errors import ConversationNotFound, PensieveError
 from pensieve.messages import Receipt, Stats
 from pensieve.service import DEFAULT_NAMESPACE, TurnDone
-from pensieve.store.base import path_messages
-from pensieve.store.sqlite import SqliteStore, default_path
+from pensieve.store import ConversationStore, default_path, open_store, path_messages, sqlite_path
 
 HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an answer, Ctrl-D the chat."
 
@@ -28,7 +27,11 @@ HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an 
 )
 @click.option("--system", default=None, help="System prompt of a new conversation.")
 @click.option(
-    "--store", "store_path", default=None, help="Where conversations are kept (default: your data directory; :memory: keeps none)."
+    "--store",
+    "store_url",
+    default=None,
+    help="Where conversations are kept, as for `serve`: a file's path, sqlite:///FILE or postgresql://… (default: a file in your data "
+    "directory; :memory: keeps none).",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True)
@@ -40,7 +43,7 @@ HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an 
 def chat(
     conversation_id: str | None,
     system: str | None,
-    store_path: str | None,
+    store_url: str | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -50,14 +53,14 @@ def chat(
 ) -> None:
     """Chat in the terminal. Every turn ends with where its tokens came from and what it cost."""
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    run_chat(shared, conversation_id, system, store_path, sampling, retain=not stateless)
+    run_chat(shared, conversation_id, system, store_url, sampling, retain=not stateless)
 
 
 def run_chat(
     shared: dict[str, Any],
     conversation_id: str | None,
     system: str | None,
-    store_path: str | None,
+    store_url: str | None,
     sampling: SamplingParams,
     *,
     retain: bool,
@@ -66,17 +69,20 @@ def run_chat(
 
     Raises:
         ModelUnavailable: the model's weights cannot be had from here: a chat needs real ones.
+        ConfigError, StoreError: the store's URL is none, or it cannot be opened.
     """
     options = pick(shared)
+    url = str(default_path()) if store_url is None else store_url
+    sqlite_path(url)  # a wrong one should not cost the loading of a model
     loaded = load_model(options, must_talk=True, say=_say)
-    path = store_path or str(default_path())
-    store = SqliteStore(path)
+    store = open_store(url)
     runtime = start(options, loaded, store=store, retain=retain)
     try:
         tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in runtime.sizes.tiers)
         mode = "stateful" if retain else "stateless (Pensieve's engine, nothing kept between turns)"
+        computing = f" ({loaded.instructions})" if loaded.instructions else ""
         click.secho(
-            f"{loaded.resolved.label}, {options.dtype} on {options.device}; {mode}; {tiers}; context {runtime.sizes.max_context} tokens",
+            f"{loaded.resolved.label}, {loaded.dtype} on {options.device}{computing}; {mode}; {tiers}; context {runtime.sizes.max_context} tokens",
             fg="cyan",
         )
         if loaded.text is not None and loaded.text.note:
@@ -91,7 +97,7 @@ def run_chat(
 class _Chat:
     """One terminal."""
 
-    def __init__(self, runtime: Runtime, store: SqliteStore, sampling: SamplingParams, system: str | None) -> None:
+    def __init__(self, runtime: Runtime, store: ConversationStore, sampling: SamplingParams, system: str | None) -> None:
         self.runtime, self.store, self.sampling, self.system = runtime, store, sampling, system
 
     def talk(self, conversation_id: str | None) -> None:

@@ -20,7 +20,7 @@ from pensieve.bench.progress import open_progress
 from pensieve.bench.record import build_record, write_record
 from pensieve.bench.report import print_report, summarize
 from pensieve.bench.runs import Run, RunSettings, Subject
-from pensieve.cli.build import LoadedModel, Options, Runtime, as_json, load_model, start
+from pensieve.cli.build import LoadedModel, Options, Runtime, as_json, load_model, settled, start
 from pensieve.cli.options import cache_options, model_options, pick
 from pensieve.core.request import SamplingParams
 from pensieve.messages import Stats
@@ -105,7 +105,7 @@ def run_compare(options: Options, workload: Workload, *, baseline_url: str | Non
     else:
         with _system(options, loaded, retain=False) as (stateless, _):
             second = run_users(stateless, selection.conversations, settings, listener, replay=first)
-        equality = compare_outputs(first, second, options.dtype)
+        equality = compare_outputs(first, second, loaded.dtype)
     _report(options, loaded, workload, [first, second], selection, sizes, stats, equality, out_dir)
     return equality
 
@@ -156,14 +156,15 @@ def _warm_up(runtime: Runtime, loaded: LoadedModel) -> None:
 def _load(options: Options) -> LoadedModel:
     loaded = load_model(options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True))
     subject = _subject(options, loaded)
-    click.secho(f"{subject}" + (f": {loaded.resolved.note}" if loaded.resolved.note else ""), fg="cyan")
+    computing = f" ({loaded.instructions})" if loaded.instructions else ""
+    click.secho(f"{subject}{computing}" + (f": {loaded.resolved.note}" if loaded.resolved.note else ""), fg="cyan")
     if not loaded.talks:
         click.echo("token ids are drawn at the texts' lengths and answers have a fixed length: this times, it does not talk")
     return loaded
 
 
 def _subject(options: Options, loaded: LoadedModel) -> Subject:
-    return Subject(loaded.resolved.label, loaded.resolved.weights, options.dtype, options.device)
+    return Subject(loaded.resolved.label, loaded.resolved.weights, loaded.dtype, options.device)
 
 
 def _report(
@@ -190,7 +191,7 @@ def _report(
     print_report([summarize(run) for run in runs], subject, Console(), equality=equality, notes=notes)
     folder = Path(out_dir or "out")
     stem = f"{'compare' if len(runs) == 2 else 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = {"options": as_json(options), "workload": asdict(workload), "sizes": sizes, "stats": asdict(stats)}
+    config = {"options": as_json(settled(options, loaded)), "workload": asdict(workload), "sizes": sizes, "stats": asdict(stats)}
     record = build_record(runs, subject, config, equality=equality, notes=notes)
     json_path = write_record(folder / f"{stem}.json", record)
     if any(True for run in runs for _ in run.answered()):

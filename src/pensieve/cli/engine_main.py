@@ -40,7 +40,7 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
             model=resolved.label,
             weights=resolved.weights,
             num_parameters=resolved.num_parameters,
-            dtype=options.dtype,
+            dtype=loaded.dtype,
             device=options.device if loaded.group is None else f"{loaded.group.size} x {options.device}",
             vocab_size=loaded.shape.vocab_size,
             max_context=started.sizes.max_context,
@@ -53,6 +53,9 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
             load_s=time.monotonic() - started_s,
             tokenizer_dir=None if resolved.tokenizer_dir is None else str(resolved.tokenizer_dir),
             note=resolved.note,
+            limit=started.sizes.limit,
+            instructions=loaded.instructions,
+            remarks=loaded.remarks,
         )
 
     try:

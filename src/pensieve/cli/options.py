@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pensieve.cli.build import CPU_CACHE_GB, DTYPE_BYTES, Options
+from pensieve.cli.build import DTYPE_BYTES, HOST_CACHE_GB, Options
 from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS
 from pensieve.core.eviction import POLICIES
 
@@ -26,7 +26,13 @@ _MODEL = (
         show_default=True,
         help="auto: real weights where they can be had, else random ones of that shape; random: random ones.",
     ),
-    click.option("--dtype", type=click.Choice(sorted(DTYPE_BYTES)), default=_DEFAULTS.dtype, show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", *sorted(DTYPE_BYTES)]),
+        default=_DEFAULTS.dtype,
+        show_default=True,
+        help="Number type. auto: bfloat16 where this CPU multiplies it fast (measured at the start) and on a GPU, else float32.",
+    ),
     click.option("--device", default=_DEFAULTS.device, show_default=True, help="cpu or cuda."),
     click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads of the model (default: PyTorch's choice)."),
     click.option(
@@ -50,16 +56,16 @@ _CACHE = (
         "gpu_cache_gb",
         type=float,
         default=None,
-        help=f"First tier, GB; under torchrun of each process (default: {CPU_CACHE_GB:g}, in RAM, on a CPU; on a GPU what is left beside "
-        "the weights and the largest step).",
+        help="First tier, GB; under torchrun of each process (default: on a CPU half of the free memory, never more than "
+        f"{_DEFAULTS.max_running} contexts take; on a GPU what is left beside the weights and the largest step).",
     ),
     click.option(
         "--cpu-cache",
         "cpu_cache_gb",
         type=float,
-        default=_DEFAULTS.cpu_cache_gb,
-        show_default=True,
-        help="Second tier, GB; under torchrun of each process.",
+        default=None,
+        help=f"Second tier, GB; under torchrun of each process (default: {HOST_CACHE_GB:g} beside a GPU; on a CPU none, since both would "
+        "be the same memory and a request has to fit in the first).",
     ),
     click.option("--max-context", type=int, default=None, help="Tokens of prompt and answer (default: what model and first tier hold)."),
     click.option(

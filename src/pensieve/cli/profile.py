@@ -31,7 +31,7 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
     loaded = load_model(options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True))
     note = f": {loaded.resolved.note}" if loaded.resolved.note else ""
     click.secho(
-        f"{loaded.resolved.label}, {loaded.resolved.weights} weights, {options.dtype} on {options.device}{note}", fg="cyan", err=as_json
+        f"{loaded.resolved.label}, {loaded.resolved.weights} weights, {loaded.dtype} on {options.device}{note}", fg="cyan", err=as_json
     )
     longest = max_context or min(loaded.shape.max_positions, 8192)
     measured = load_or_measure(

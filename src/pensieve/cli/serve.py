@@ -49,7 +49,10 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 )
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
 @click.option(
-    "--store", "store_url", default=None, help="sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]"
+    "--store",
+    "store_url",
+    default=None,
+    help="A file's path, sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]",
 )
 @click.option("--name", "model_name", default=None, help="What clients call the model.  [default: what --model says]")
 @click.option(
@@ -166,9 +169,13 @@ def run_server(
             if not self.should_exit:
                 info = parts.runtime.info
                 tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in info.tiers)
+                computing = f", {info.instructions}" if info.instructions else ""
+                for remark in info.remarks:
+                    click.secho(remark, dim=True)
                 mode = ", stateless: nothing is kept between turns" if stateless else ""
                 click.secho(
-                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention, {info.forward} forward); "
+                    f"{info.model} ({info.weights} weights, {info.dtype} on {info.device}, {info.attention} attention, {info.forward} forward"
+                    f"{computing}); "
                     f"{tiers}{mode}; "
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
@@ -279,7 +286,7 @@ def _start(options: Options, store_url: str | None, owner: str, *, retain: bool,
     from pensieve.store import MEMORY, SqliteStore, default_path, open_store
 
     do_without_torch()
-    store = open_store(store_url or str(default_path()))
+    store = open_store(str(default_path()) if store_url is None else store_url)
     try:
         recovered = store.recover_drafts(owner)
         if recovered:

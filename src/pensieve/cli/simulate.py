@@ -79,7 +79,13 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
     "--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=None,
     help="First tier, GB a device.  [default: what the weights leave of its memory; 1 with --profile of a CPU]",
 )  # fmt: skip
-@option("--cpu-cache", "cpu_cache_gb", type=click.FloatRange(min=0), default=220.0, help="Second tier, GB a device.")
+@option(
+    "--cpu-cache",
+    "cpu_cache_gb",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Second tier, GB a device.  [default: 220; none with --profile of a CPU]",
+)
 @option("--disk-cache", "disk_cache_gb", type=click.FloatRange(min=0), default=0.0, help="Third tier, GB.")
 @option("--system", "systems", default="pensieve", help=f"{' | '.join(SYSTEMS)}, several with commas, or all.")
 @option(
@@ -99,7 +105,7 @@ def simulate(
     profile_path: Path | None,
     devices: int,
     gpu_cache_gb: float | None,
-    cpu_cache_gb: float,
+    cpu_cache_gb: float | None,
     disk_cache_gb: float,
     systems: str,
     policies: str,
@@ -126,10 +132,12 @@ def simulate(
     if figures is not None:
         _figures(figures, out_dir or Path("figures"), jobs)
         return
-    machine = Machine(model, hardware, devices, gpu_cache_gb or 0.0, cpu_cache_gb, disk_cache_gb)
+    machine = Machine(model, hardware, devices, gpu_cache_gb or 0.0, cpu_cache_gb or 0.0, disk_cache_gb)
     if profile_path is not None:
         machine = _measured(profile_path, machine, limits)
         model, hardware = machine.model, machine.hardware
+    if cpu_cache_gb is None and not machine.copies_first:
+        machine = replace(machine, cpu_cache_gb=Machine().cpu_cache_gb)
     if gpu_cache_gb is None:
         machine = replace(machine, gpu_cache_gb=CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb())
     asked = parse_rates(rates) if rates is not None else ()
@@ -164,7 +172,7 @@ def simulate(
     for path in paths:
         click.echo(f"json: {write_json(path, record)}", err=True)
     if out_dir is not None:
-        subtitle = f"{trace}, {machine.gpu_cache_gb:.3g} GB gpu + {cpu_cache_gb:g} GB cpu a device"
+        subtitle = f"{trace}, {machine.gpu_cache_gb:.3g} GB gpu + {machine.cpu_cache_gb:g} GB cpu a device"
         click.echo(f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}", err=True)
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))

@@ -15,7 +15,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pensieve.config import SchedulerConfig
+from pensieve.config import ContextLimit, SchedulerConfig
 from pensieve.core.cache import Admission, TieredCache
 from pensieve.core.misses import explain
 from pensieve.core.pace import Load, Pace, StepTime
@@ -73,7 +73,14 @@ class Scheduler:
     """Sole writer of the waiting and running queues, the token budget and every `Request`."""
 
     def __init__(
-        self, config: SchedulerConfig, cache: TieredCache, max_context: int, vocab_size: int = MAX_TOKEN_ID + 1, pace: Pace | None = None
+        self,
+        config: SchedulerConfig,
+        cache: TieredCache,
+        max_context: int,
+        vocab_size: int = MAX_TOKEN_ID + 1,
+        *,
+        pace: Pace | None = None,
+        limit: ContextLimit | None = None,
     ) -> None:
         """Start with nothing queued.
 
@@ -83,6 +90,7 @@ class Scheduler:
             max_context: the longest sequence in tokens, prompt and answer together.
             vocab_size: token ids lie in [0, vocab_size).
             pace: what steps take; needed where `config.step_s` bounds them in time.
+            limit: what would allow a longer sequence, for the errors of requests that are too long.
 
         Raises:
             ConfigError: the token budget is too small, or `step_s` comes without a pace.
@@ -91,6 +99,7 @@ class Scheduler:
         self.cache = cache
         self.max_context = max_context
         self.vocab_size = vocab_size
+        self._limit = limit
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []  # in arrival order
         self._waiting = WaitingQueue(config.max_batch_tokens, fcfs=config.admission == "fcfs")
@@ -162,7 +171,8 @@ class Scheduler:
         if len(tokens) >= self.max_context:
             raise ContextLengthExceeded(
                 f"the prompt has {len(tokens)} tokens, but at most {self.max_context - 1} fit in the context of {self.max_context}: "
-                "shorten it, start a new conversation, or allow the oldest turns to be dropped (--overflow truncate)"
+                "shorten it, start a new conversation, allow the oldest turns to be dropped (--overflow truncate)"
+                f"{self._way_out(len(tokens), sampling.max_new_tokens)}"
             )
         salt = (
             namespace if self.config.retain else f"{namespace}\0{request_id}"
@@ -174,7 +184,7 @@ class Scheduler:
         if (need := -(-len(tokens) // size)) > capacity:
             raise RequestTooLarge(
                 f"the prompt has {len(tokens)} tokens and needs {need} chunks of {size}, but the first tier has {capacity} for one request: "
-                "shorten it, or start with a larger first tier"
+                f"shorten it{self._way_out(len(tokens), sampling.max_new_tokens, others=self.cache.places.pools[0].num_slots - capacity)}"
             )
         if self.num_waiting >= self.config.max_waiting:
             raise Overloaded(f"{self.num_waiting} requests wait already, at most {self.config.max_waiting} may: try again later")
@@ -190,6 +200,13 @@ class Scheduler:
             self._behind[key] = deque()
             self._enqueue(request, now_s)
         return request
+
+    def _way_out(self, num_prompt: int, num_new: int, *, others: int = 0) -> str:
+        """The end of an error message: what an engine would have to be started with for a prompt and, as far as the model goes, its answer."""
+        if self._limit is None:
+            return ", or start with a larger first tier"
+        num_tokens = max(num_prompt + 1, min(num_prompt + num_new, self._limit.model_tokens))
+        return f", or {self._limit.way_out(num_tokens, others=others)}"
 
     def abort(self, request_id: str, now_s: float) -> None:
         """End a request in whatever state it is; one that has ended already, or never was, is left alone."""

@@ -72,7 +72,8 @@ def _read(context: Context, prompt: str | list[int]) -> tuple[tuple[int, ...], s
         context.check_tokens(prompt, "prompt")
         too_long = len(prompt) > limit
     if too_long:
-        raise ContextLengthExceeded(f"the prompt has more than the {limit} tokens that the context holds: shorten it")
+        way_out = "" if context.info.limit is None else f", or {context.info.limit.way_out()}"
+        raise ContextLengthExceeded(f"the prompt has more than the {limit} tokens that the context holds: shorten it{way_out}")
     if isinstance(prompt, str):
         return tuple(context.text.encode_prompt(prompt)), prompt
     return tuple(prompt), context.text.decode_all(prompt)

@@ -95,6 +95,7 @@ async def version(context: Server) -> dict[str, Any]:
         "weights": info.weights,
         "dtype": info.dtype,
         "device": info.device,
+        "instructions": info.instructions,
         "max_context": info.max_context,
         "chunk_tokens": info.chunk_tokens,
     }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from pensieve.chat import Message, path_digests
+from pensieve.config import ContextLimit
 from pensieve.errors import ContextLengthExceeded, ConversationNotFound, InvalidRequest
 from pensieve.service.turn import LEAF, Path, Place, Prompt, TurnSpec
 from pensieve.store.base import ConversationStore, Turn, path_messages, path_tokens
@@ -32,12 +33,14 @@ class Prompts:
         store: Callable[[str], ConversationStore | None],
         max_context: int,
         overflow: Literal["refuse", "truncate"],
+        limit: ContextLimit | None = None,
     ) -> None:
-        """`store(conversation_id)` is where a conversation is kept, None if nowhere."""
+        """`store(conversation_id)` is where a conversation is kept, None if nowhere; `limit` says what would allow a longer context."""
         self._text = text
         self._store = store
         self._max_context = max_context
         self._overflow = overflow
+        self._way_out = "start with a larger --max-context" if limit is None else limit.way_out()
         self._paths: OrderedDict[tuple[str, str], Path] = OrderedDict()  # by namespace and turn
         self._num_remembered_tokens = 0
 
@@ -104,8 +107,7 @@ class Prompts:
         truncating = (spec.overflow or self._overflow) == "truncate"
         if self._text.exceeds(_newest_turn(new) if truncating else (*head, *new), self._max_context):
             raise ContextLengthExceeded(
-                f"the new messages have more than the {self._max_context} tokens that the context holds: "
-                "shorten them, or start with a larger --max-context"
+                f"the new messages have more than the {self._max_context} tokens that the context holds: shorten them, or {self._way_out}"
             )
         prompt = Prompt(parent=place.parent, new=place.new, path=path)
         if path.tokens and history and history[-1].role == "assistant":
@@ -179,7 +181,7 @@ class Prompts:
         try:
             kept = truncate(messages, min(room, int(TRUNCATE_TO * self._max_context)), count)
         except ContextLengthExceeded:
-            kept = truncate(messages, self._max_context - 1, count)
+            kept = truncate(messages, self._max_context - 1, count, self._way_out)
         if not kept.dropped:
             return prompt
         tokens = tuple(text.first(kept.messages, **options))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from pensieve.chat import Message
+from pensieve.config import ContextLimit
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import (
     ConversationNotFound,
@@ -86,6 +87,7 @@ class ConversationService:
         overflow: Literal["refuse", "truncate"] = "refuse",
         ephemeral: ConversationStore | None = None,
         drafts: str | None = None,
+        limit: ContextLimit | None = None,
     ) -> None:
         """Call `connect` before use.
 
@@ -96,12 +98,13 @@ class ConversationService:
             overflow: what becomes of a prompt past it.
             ephemeral: where turns go that are not to be durable; None: nowhere.
             drafts: this process's name in the store, under which answers are kept while they are made; None: only whole answers are kept.
+            limit: what would allow a longer context, for the errors of those who ask for it.
         """
         self._text = text
         self._durable = store
         self._ephemeral = ephemeral
         self._drafts = drafts
-        self._prompts = Prompts(text, self._store_of, max_context, overflow)
+        self._prompts = Prompts(text, self._store_of, max_context, overflow, limit)
         self._post: Callable[[Command], None] = _not_connected
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._turns: dict[str, PendingTurn] = {}

@@ -14,7 +14,7 @@ from pensieve.store.base import (
     path_messages,
     path_tokens,
 )
-from pensieve.store.opening import open_store
+from pensieve.store.opening import open_store, sqlite_path
 from pensieve.store.sqlite import MEMORY, SqliteStore, default_path
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "open_store",
     "path_messages",
     "path_tokens",
+    "sqlite_path",
 ]

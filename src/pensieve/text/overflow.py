@@ -44,7 +44,12 @@ def surely_exceed(texts: Iterable[str], max_tokens: int, count: Callable[[str], 
     return False
 
 
-def truncate(messages: Sequence[Message], max_tokens: int, count: Callable[[Sequence[Message]], int]) -> Truncated:
+def truncate(
+    messages: Sequence[Message],
+    max_tokens: int,
+    count: Callable[[Sequence[Message]], int],
+    way_out: str = "start with a larger --max-context",
+) -> Truncated:
     """Leave out the oldest turns until the rest fits.
 
     A turn is a user message and everything up to the next one, and goes as a whole, so that no answer is left
@@ -54,6 +59,7 @@ def truncate(messages: Sequence[Message], max_tokens: int, count: Callable[[Sequ
         messages: the chat, oldest first.
         max_tokens: the most tokens that `count` may say.
         count: messages -> tokens of their rendering; must not grow when a turn is left out.
+        way_out: what would make room for more, for the error message.
 
     Raises:
         ContextLengthExceeded: not even the system messages and the newest turn fit.
@@ -70,7 +76,7 @@ def truncate(messages: Sequence[Message], max_tokens: int, count: Callable[[Sequ
     if smallest > max_tokens:
         raise ContextLengthExceeded(
             f"the system prompt and the newest turn alone have {smallest} tokens, the context holds {max_tokens}:"
-            " shorten the message, or start with a larger --max-context"
+            f" shorten the message, or {way_out}"
         )
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""How many bytes the first tier may have on a device: what is left beside the weights, the largest step, and captured graphs.
+"""How many bytes the first tier may have: on a device what is left beside the weights, the largest step, and captured graphs; in main memory a share.
 
 Knows models and what a device says of its memory; never requests or policies. The largest step is run, not reckoned: what a model's own modules
 keep between two operations, and what sampling takes, is theirs to know.
@@ -16,10 +16,42 @@ from pensieve.core.plan import BlockTableUpdate, RequestStart, Span, StepPlan
 from pensieve.core.request import SamplingParams
 from pensieve.errors import ConfigError
 from pensieve.worker.model import CausalModel
+from pensieve.worker.random_weights import available_bytes
 from pensieve.worker.worker import ModelWorker
 
 _LEFT_SHARE = 0.04  # of the device, for what no run shows: fragments, libraries' workspaces, other processes that breathe
 _GRAPH_BYTES_A_ROW = 2 << 20  # of captured graphs, which share one pool
+
+
+HOST_SHARE = 0.5  # of the free main memory for a first tier there: what steps, others, and a second engine started at once want is left
+_STEP_BYTES = 512 << 20  # never taken: what a step, text and a store need beside the weights
+
+
+@dataclass(frozen=True, slots=True)
+class HostShare:
+    """What main memory has for a first tier, bytes."""
+
+    tier: int
+    free: int | None  # None: the system does not say
+
+    def __str__(self) -> str:
+        return f"{self.tier / 1e9:.3g} GB" + ("" if self.free is None else f" of {self.free / 1e9:.3g} GB free")
+
+
+def host_share(most: int, second: int, unknown: int, *, sharers: int = 1) -> HostShare:
+    """How large a first tier in main memory is unless told otherwise. Pages are taken as they are first written, so a large one costs nothing at the start.
+
+    Args:
+        most: bytes that would ever be used.
+        second: bytes of a second tier that was asked for, which lies in the same memory.
+        unknown: bytes to take where the system does not say what is free.
+        sharers: processes on this machine that want as much.
+    """
+    free = available_bytes("cpu")
+    if free is None:
+        return HostShare(min(most, unknown), None)
+    share = min(int(HOST_SHARE * free), free - _STEP_BYTES) // sharers - second
+    return HostShare(max(0, min(most, share)), free)
 
 
 class Meter(Protocol):

@@ -23,6 +23,7 @@ from pensieve.worker import gate
 from pensieve.worker.attention import AttentionArgs, KVGeometry
 from pensieve.worker.batch import Batch
 from pensieve.worker.llama import LlamaForward
+from pensieve.worker.products import lay_out_modules
 
 _INTERFACE = "pensieve"
 
@@ -84,6 +85,7 @@ class CausalModel:
 
     def _take_over(self, forward: Forward, self_test: bool, int8: bool, keep_modules: bool) -> None:
         """Through the gate; then as fused operations, if they are to be, through the rest of it."""
+        lay_out_modules(self.model)
         geometry, args = gate.probe(self)
         self.geometry: KVGeometry = geometry
         self.attention_args: tuple[AttentionArgs, ...] = args  # how each layer attends

@@ -9,6 +9,9 @@ import torch
 
 from pensieve.core.request import SamplingParams
 
+# Beyond it a repetition penalty decides alone, as it does at it, and float32 overflows: its order of the tokens would be lost.
+_MOST_PENALTY = 1e9
+
 
 class Occurrences:
     """Distinct tokens in the order they first came, so that a penalty takes all of them in a few operations."""
@@ -52,7 +55,8 @@ class Occurrences:
         values = logits[ids]
         in_output = times > 0
         if params.repetition_penalty != 1.0:
-            pushed = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+            penalty = min(max(params.repetition_penalty, 1.0 / _MOST_PENALTY), _MOST_PENALTY)
+            pushed = torch.where(values > 0, values / penalty, values * penalty).clamp(max=torch.finfo(values.dtype).max)
             values = torch.where(in_output | in_prompt, pushed, values)
         if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             values = torch.where(in_output, values - (params.presence_penalty + params.frequency_penalty * times), values)

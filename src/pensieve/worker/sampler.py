@@ -24,6 +24,7 @@ from pensieve.worker.draws import draw, likeliest, uniform
 from pensieve.worker.occurrences import Occurrences
 from pensieve.worker.pinned import to_device, to_host
 
+_FORBIDDEN = -1e38  # the logit of a token that may not come, yet a number: were all forbidden, there would be a token all the same
 _ROWS_TOGETHER = 16  # their logits as fp32 still fit in a processor's cache (3 MB at 49,152 tokens)
 
 
@@ -226,7 +227,7 @@ class Sampler:
                 state.truncate(span.stop)
                 state.occurrences.penalise(row, state.params)
             if state.must_go_on(span.stop):
-                row.index_fill_(0, _index([i for i in state.params.stop_token_ids if i < len(row)], row.device), -torch.inf)
+                row.index_fill_(0, _index([i for i in state.params.stop_token_ids if i < len(row)], row.device), _FORBIDDEN)
         drawn = [index for index, state in enumerate(states) if state.params.temperature > 0.0]
         places = _index(drawn, values.device)
         if len(drawn) == len(states):

@@ -295,5 +295,5 @@ def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.
             each = f" for each of {times} processes" if times > 1 else ""
             raise ConfigError(
                 f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are available, "
-                f"{_SLACK_BYTES / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes"
+                f"{_SLACK_BYTES / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes (--gpu-cache, --cpu-cache)"
             )

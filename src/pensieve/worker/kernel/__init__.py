@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import os
+from collections.abc import Iterable
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from pensieve.errors import ConfigError
+
+CAP = "PENSIEVE_ISA"  # environment variable: the highest level that the kernels may use, so that any CPU tests all of them
 POINTER, INT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # KIND_... of call.h: what the kernels compute with
 
@@ -34,9 +39,43 @@ class Level(IntEnum):
 
 @cache
 def levels() -> tuple[Level, ...]:
-    """The levels that this CPU can run, ascending; none where the kernels are missing."""
+    """The levels that the kernels may use, ascending: those of this CPU, up to the one that PENSIEVE_ISA names; none where the kernels are missing.
+
+    Raises:
+        ConfigError: PENSIEVE_ISA names no level, or one that this CPU lacks.
+    """
     found = library()
-    return () if isinstance(found, str) else tuple(level for level in Level if level <= found.pensieve_level())
+    here = () if isinstance(found, str) else tuple(level for level in Level if level <= found.pensieve_level())
+    if (most := _cap()) is None or not here:
+        return here
+    if most > here[-1]:
+        raise ConfigError(f"{CAP}={most.name.lower()}: this CPU has {_listed(here)} only; name one of them, or leave the variable out")
+    return tuple(level for level in here if level <= most)
+
+
+def name() -> str:
+    """The instructions that the kernels compute with, for people; "no" where they are missing."""
+    return levels()[-1].name.replace("_", "-") if levels() else "no"
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies tiles of matrices in hardware, which oneDNN uses and no kernel of ours. Under a cap it counts as one that does not."""
+    found = library()
+    return not isinstance(found, str) and _cap() is None and bool(found.pensieve_has_amx())
+
+
+def _cap() -> Level | None:
+    """The level that PENSIEVE_ISA names; None where it is not set."""
+    if not (asked := os.environ.get(CAP, "")):
+        return None
+    for level in Level:
+        if level.name.lower() == asked.lower():
+            return level
+    raise ConfigError(f"{CAP} must be one of {_listed(Level)}, got {asked!r}; or leave it out")
+
+
+def _listed(some: Iterable[Level]) -> str:
+    return ", ".join(level.name.lower() for level in some)
 
 
 @cache
