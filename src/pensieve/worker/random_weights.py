@@ -26,19 +26,42 @@ _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def outline(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config on `meta`: modules, names and shapes; nothing is allocated.
+
+    Raises:
+        ModelRefused: transformers has no causal language model for this config, or cannot build it; in words.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelRefused(f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, such as Llama or Qwen")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        code = " without code of its own (auto_map), which is never run" if getattr(config, "auto_map", None) else ""
+        raise ModelRefused(
+            f"transformers has no causal language model for model_type {config.model_type!r}{code}: it sees, hears, embeds or translates, or is newer "
+            "than this transformers. Name a text model"
+        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a model's own code raises over numbers that do not go together
+        reason = " ".join(str(error).split())
+        raise ModelRefused(f"transformers cannot build the {config.model_type!r} model of this config ({type(error).__name__}: {reason[:300]})") from error
+    return model
+
+
 def count_parameters(config: PretrainedConfig) -> int:
     """Number of weights of this architecture, tied matrices once; nothing is allocated.
 
     Raises:
-        ModelRefused: transformers has no causal language model for this config.
+        ModelRefused: as `outline`.
     """
-    from transformers import AutoModelForCausalLM
+    return num_weights(outline(config))
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError) as error:
-        raise ModelRefused(f"transformers has no causal language model for model_type {config.model_type!r}: {error}") from error
+
+def num_weights(model: PreTrainedModel) -> int:
+    """Number of weights, tied matrices once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable, PensieveError
 from pensieve.worker import embedded
-from pensieve.worker.gguf_convert import Progress, ensure_converted, file_hash, is_sound, quiet, read_manifest
+from pensieve.worker.gguf_convert import Progress, ensure_converted, file_hash, is_sound, read_manifest
 from pensieve.worker.presets import BY_HUB_ID, PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -137,11 +137,11 @@ def load(
         return build(resolved.config, number_type, device)
     assert resolved.folder is not None
     try:
-        return _load_folder(resolved.folder, number_type, device)
-    except Exception as error:  # safetensors, pickle, tokenizers and transformers each have their own kinds
+        return _load_folder(resolved.folder, resolved.label, number_type, device)
+    except ModelRefused:
         if resolved.source in ("embedded", "gguf") and (folder := _rebuilt(resolved)) is not None:
-            return _load_folder(folder, number_type, device)
-        raise ModelRefused(f"{resolved.label} could not be loaded from {resolved.folder}: {type(error).__name__}: {error}") from error
+            return _load_folder(folder, resolved.label, number_type, device)
+        raise
 
 
 def fetch_default(progress: Progress | None = None) -> Path:
@@ -299,16 +299,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelRefused(f"{path} is not JSON ({error}): fetch the model again") from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _load_folder(folder: Path, label: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    from pensieve.worker.loading import load_folder
 
     # With accelerate, weights go straight to the device; without it, through main memory.
     straight = device != "cpu" and importlib.util.find_spec("accelerate") is not None
-    with quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, device_map={"": device} if straight else None
-        )
-    return model.to(device).requires_grad_(False).eval()
+    return load_folder(folder, label, dtype=dtype, device_map={"": device} if straight else None).to(device)
 
 
 def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> PreTrainedModel:
@@ -327,10 +323,7 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
     sharers = group.local_size if group.device.type == "cpu" else 1
     require_room(resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device))
     assert resolved.folder is not None
-    try:
-        return sharding.load_split(resolved.folder, dtype, group.device, group.size)
-    except Exception as error:  # safetensors, pickle and transformers each have their own kinds
-        raise ModelRefused(f"{resolved.label} could not be loaded from {resolved.folder}: {type(error).__name__}: {error}") from error
+    return sharding.load_split(resolved.folder, resolved.label, dtype, group.device, group.size)
 
 
 def _rebuilt(resolved: ResolvedModel) -> Path | None:
