@@ -305,7 +305,9 @@ def watching() -> Iterator[list[Any]]:
 def differences_of(report: Any) -> Differences:
     """transformers' report of a load, in our words."""
     shapes = {name: (tuple(stored), tuple(expected)) for name, stored, expected in report.mismatched_keys}
-    return Differences(set(report.missing_keys), set(report.unexpected_keys), shapes, dict(getattr(report, "conversion_errors", None) or {}))
+    return Differences(
+        set(report.missing_keys), set(report.unexpected_keys), shapes, dict(getattr(report, "conversion_errors", None) or {})
+    )
 
 
 def expected_differences(stored: Mapping[str, Stored], mapping: Mapping[str, str], model: PreTrainedModel) -> Differences | None:
@@ -357,11 +359,18 @@ def judge(differences: Differences, stored: Mapping[str, Stored], model: PreTrai
     if left:
         reasons.append(f"{_count(left, 'tensor')} of the files in no place of the model ({_list(left)})")
     if differences.misshapen:
-        listed = [f"{n} is {in_files} in the files, {by_config} by the config" for n, (in_files, by_config) in sorted(differences.misshapen.items())]
-        reasons.append(f"{_count(listed, 'tensor')} of another shape: {'; '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}")
+        listed = [
+            f"{n} is {in_files} in the files, {by_config} by the config"
+            for n, (in_files, by_config) in sorted(differences.misshapen.items())
+        ]
+        reasons.append(
+            f"{_count(listed, 'tensor')} of another shape: {'; '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}"
+        )
     if differences.broken:
         name, why = sorted(differences.broken.items())[0]
-        reasons.append(f"{_count(differences.broken, 'tensor')} cannot be made of those in the files ({name}: {' '.join(why.split())[-200:]})")
+        reasons.append(
+            f"{_count(differences.broken, 'tensor')} cannot be made of those in the files ({name}: {' '.join(why.split())[-200:]})"
+        )
     raise refused(label, "; ".join(reasons))
 
 

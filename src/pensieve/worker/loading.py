@@ -1,5 +1,4 @@
-"""One folder of weight files -> a model whose every tensor came from them, in memory of its own. Knows files; never what a user typed.
-"""
+"""One folder of weight files -> a model whose every tensor came from them, in memory of its own. Knows files; never what a user typed."""
 
 from __future__ import annotations
 
@@ -117,9 +116,8 @@ def _file_mappings() -> list[tuple[int, int]] | None:
 def _silent() -> Iterator[None]:
     """Without transformers' table of what did not fit: it is told as an error, by us."""
     logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    before, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.disabled = before

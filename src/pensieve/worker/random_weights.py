@@ -35,7 +35,9 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelRefused(f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, such as Llama or Qwen")
+        raise ModelRefused(
+            f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, such as Llama or Qwen"
+        )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         code = " without code of its own (auto_map), which is never run" if getattr(config, "auto_map", None) else ""
         raise ModelRefused(
@@ -47,7 +49,9 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a model's own code raises over numbers that do not go together
         reason = " ".join(str(error).split())
-        raise ModelRefused(f"transformers cannot build the {config.model_type!r} model of this config ({type(error).__name__}: {reason[:300]})") from error
+        raise ModelRefused(
+            f"transformers cannot build the {config.model_type!r} model of this config ({type(error).__name__}: {reason[:300]})"
+        ) from error
     return model
 
 

@@ -213,22 +213,51 @@ def _from_gguf(spec: str, path: Path, weights: str, progress: Progress | None) -
 
 
 def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_random: bool) -> ResolvedModel:
+    from pensieve.worker import checkpoint, gate, loading
     from pensieve.worker.hub import has_weights
-    from pensieve.worker.random_weights import count_parameters
+    from pensieve.worker.random_weights import num_weights, outline
 
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"the folder {spec!r} holds no config.json, so it is no Hugging Face model")
+    _require_model_folder(spec, folder)
     config = _config_of(folder)
+    gate.check_config(config, spec)
     tokenizer_dir = folder if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
     if weights == "random":
         return _random(spec, config, "asked for", tokenizer_dir)
     if not has_weights(folder):
-        reason = f"{folder} lacks weight files (model.safetensors, its shards, or pytorch_model.bin)"
+        gone = checkpoint.missing_shards(folder)
+        lacking = (
+            ", ".join(gone[:4]) + (", ..." if len(gone) > 4 else "") if gone else "model.safetensors, its shards, or pytorch_model.bin"
+        )
+        reason = f"{folder} lacks weight files ({lacking})"
         if not allow_random:
             raise ModelUnavailable(f"{reason}: complete it, or name another model")
         return _random(spec, config, reason, tokenizer_dir)
-    stop = _stop_ids(folder, config)
-    return ResolvedModel(spec, spec, source, "real", folder, config, tokenizer_dir, stop, count_parameters(config))
+    if not allow_random and tokenizer_dir is None:
+        raise ModelUnavailable(
+            f"{spec} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), so it cannot talk: put its tokenizer files into {folder}"
+        )
+    model = outline(config)
+    _, note = loading.inspect(folder, model, spec)
+    return ResolvedModel(spec, spec, source, "real", folder, config, tokenizer_dir, _stop_ids(folder, config), num_weights(model), note)
+
+
+def _require_model_folder(spec: str, folder: Path) -> None:
+    """Refuse a folder that is no model, by what lies in it.
+
+    Raises:
+        ConfigError: there is no config.json.
+    """
+    if (folder / "config.json").exists():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"the folder {spec!r} holds a LoRA adapter, no whole model: merge it into its base model (`merge_and_unload` of peft), save that, "
+            "and name its folder"
+        )
+    raise ConfigError(
+        f"the folder {spec!r} holds no config.json, so it is no Hugging Face model: name a folder that holds one, its weight files and its tokenizer, "
+        "or a .gguf file"
+    )
 
 
 def _from_hub(
@@ -272,16 +301,16 @@ def _config_of(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelRefused(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each config class checks in its own way, and raises its own kinds
+        raise ModelRefused(f"transformers cannot read {folder / 'config.json'}: {' '.join(str(error).split())}") from error
     return config
 
 
 def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
     """Token ids that end an answer: those of generation_config.json, the config and the tokenizer, in this order."""
     named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
-    named.append(config.get_text_config().eos_token_id)
+    named.append(getattr(config.get_text_config(), "eos_token_id", None))
     text = _read_json(folder / "tokenizer_config.json").get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
     added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
