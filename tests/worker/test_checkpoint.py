@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -269,10 +269,10 @@ def test_layers_that_guess_ahead_are_harmless_only_if_the_config_has_them(tmp_pa
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Iterator[Path]:
+def shards(tmp_path: Path) -> Path:
     tiny("llama").save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    yield tmp_path
+    return tmp_path
 
 
 def test_shards_load(shards: Path) -> None:

@@ -295,11 +295,11 @@ def watching() -> Iterator[list[Any]]:
     def keep(self: PreTrainedModel, report: Any) -> None:
         reports.append(report)
 
-    PreTrainedModel._adjust_missing_and_unexpected_keys = keep  # type: ignore[method-assign]
+    PreTrainedModel._adjust_missing_and_unexpected_keys = keep
     try:
         yield reports
     finally:
-        PreTrainedModel._adjust_missing_and_unexpected_keys = original  # type: ignore[method-assign]
+        PreTrainedModel._adjust_missing_and_unexpected_keys = original
 
 
 def differences_of(report: Any) -> Differences:

@@ -27,7 +27,7 @@ import platformdirs
 from pensieve.errors import ModelRefused, ModelUnavailable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def ensure_converted(gguf: Callable[[], Path], sha256: str, progress: Progress | None = None, *, full_check: bool = False) -> Path:
+def ensure_converted(
+    gguf: Callable[[], Path],
+    sha256: str,
+    progress: Progress | None = None,
+    *,
+    full_check: bool = False,
+    check: Callable[[PretrainedConfig], None] | None = None,
+) -> Path:
     """The folder converted from the GGUF with this hash, converting it first if needed.
 
     Args:
@@ -107,6 +114,7 @@ def ensure_converted(gguf: Callable[[], Path], sha256: str, progress: Progress |
         sha256: hash of that file.
         progress: told what takes time.
         full_check: hash every file of a folder found (after loading from it failed).
+        check: given the config, before a conversion is kept; may raise.
 
     Raises:
         ModelUnavailable: a package for converting is missing, the disk is full, or the file cannot be got.
@@ -129,7 +137,7 @@ def ensure_converted(gguf: Callable[[], Path], sha256: str, progress: Progress |
             fresh = Path(scratch) / "model"
             fresh.mkdir()
             with quiet():
-                _convert(path, sha256, fresh, progress)
+                _convert(path, sha256, fresh, progress, *([check] if check else []))
             if folder.exists():
                 folder.rename(Path(scratch) / "damaged")
             fresh.rename(folder)
@@ -162,7 +170,9 @@ def file_hash(gguf: Path, progress: Progress | None = None) -> str:
     return digest
 
 
-def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None) -> None:
+def _convert(
+    gguf: Path, sha256: str, into: Path, progress: Progress | None, check: Callable[[PretrainedConfig], None] | None = None
+) -> None:
     import torch
 
     from pensieve.worker.random_weights import require_room
@@ -174,6 +184,8 @@ def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None) -> 
     _require_disk(gguf, into, 2 * num_parameters)
     eos = _stop_ids(metadata)
     model = _load(gguf, metadata, eos)
+    if check is not None:
+        check(model.config)
     notes = _mend_rope(gguf, model, tensor_names)
     model.save_pretrained(into)
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -11,12 +11,13 @@ import difflib
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable, PensieveError
-from pensieve.worker import embedded
+from pensieve.worker import embedded, naming
 from pensieve.worker.gguf_convert import Progress, ensure_converted, file_hash, is_sound, read_manifest
 from pensieve.worker.presets import BY_HUB_ID, PRESETS, Preset
 
@@ -48,6 +49,7 @@ class ResolvedModel:
     eos_token_ids: tuple[int, ...]  # sampled ones end an answer; empty for random weights, which never mean it
     num_parameters: int
     note: str | None = None  # what the user should know, why the weights are random for instance
+    gguf: Path | None = None  # the file it was converted from
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,9 @@ def resolve(
     """Find the model a user named.
 
     Args:
-        spec: `smollm2`, a `.gguf` file, a preset's name, a folder, or a hub id; the first that fits, in this order
-            (`./gpt2` names a folder that is called as a preset is).
+        spec: `smollm2`, a GGUF file (by its first bytes), a preset's name, a folder (of a model, or with one GGUF file), a hub id (also as
+            ORG/NAME:QUANT, hf.co/... or a URL), or a name that Ollama has here; the first that fits, in this order (`./gpt2` names a folder
+            that is called as a preset is).
         weights: "auto" takes real weights where they can be had and random ones of the same shape where they cannot
             (`note` says why); "random" asks for random ones, for which a config suffices.
         dtype: number type it will be loaded in; with `device`, decides whether a download would fit.
@@ -101,17 +104,27 @@ def resolve(
             return _random(spec, PRESETS[_EMBEDDED_PRESET].config(), "asked for")
         return _from_conversion(spec, "embedded", embedded.ensure_default(progress))
     path = Path(spec).expanduser()
-    if spec.lower().endswith(".gguf"):
-        return _from_gguf(spec, path, weights, progress)
+    if path.is_file():
+        return _from_gguf(spec, naming.require_gguf(spec, path), weights, progress)
     preset = PRESETS.get(spec.lower())
     if preset is None and path.is_dir():
-        return _from_folder(spec, path, "folder", weights, allow_random)
+        gguf = None if _holds_model(path) else naming.gguf_in(spec, path)
+        return _from_folder(spec, path, "folder", weights, allow_random) if gguf is None else _from_gguf(spec, gguf, weights, progress)
     preset = preset or BY_HUB_ID.get(spec.lower())
-    repo = preset.hub_id if preset is not None else spec
-    if preset is None and not _looks_like_hub_id(spec):
-        raise ConfigError(f"there is no model {spec!r}: it is no preset, folder, .gguf file or hub id (ORG/NAME).{_near(spec)}")
+    name = naming.hub_name(spec)
+    if preset is None and spec.lower().endswith(".gguf") and (name is None or name.file is None):
+        raise ConfigError(f"there is no file {spec!r}")
+    if preset is None and (name is None or ":" in spec) and (blob := naming.ollama_model(spec)) is not None:
+        return _from_gguf(spec, blob, weights, progress, label=spec)
+    if preset is None and name is None:
+        raise ConfigError(_unknown(spec))
     if weights == "random" and preset is not None:
         return _random(spec, preset.config(), "asked for")
+    if preset is None and name is not None and (name.file is not None or name.quant is not None):
+        from pensieve.worker.hub import fetch_gguf
+
+        return _from_gguf(spec, _reached(spec, lambda: fetch_gguf(name, progress)), weights, progress)
+    repo = preset.hub_id if preset is not None else name.repo if name is not None else None
     return _from_hub(spec, repo, preset, weights, number_type, device, allow_random, progress)
 
 
@@ -160,7 +173,7 @@ def describe_models() -> list[ModelRow]:
         detail = f"real weights: {preset.hub_id}" if preset.hub_id else "random weights only (never published)"
         rows.append(_preset_row(preset, preset.name, "preset", detail))
     how_to = {
-        "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline",
+        "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline; ORG/NAME:Q4_K_M a GGUF file of it",
         "FOLDER": "a local folder with config.json, safetensors (or .bin) files and a tokenizer",
         "FILE.gguf": "a GGUF file: converted to bfloat16 once, kept in the cache (needs pensieve-serve[gguf])",
     }
@@ -205,11 +218,44 @@ def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
     )
 
 
-def _from_gguf(spec: str, path: Path, weights: str, progress: Progress | None) -> ResolvedModel:
-    if not path.is_file():
-        raise ConfigError(f"there is no file {spec!r}")
-    found = _from_conversion(spec, "gguf", ensure_converted(lambda: path, file_hash(path, progress), progress))
+def _from_gguf(spec: str, path: Path, weights: str, progress: Progress | None, *, label: str | None = None) -> ResolvedModel:
+    from pensieve.worker import gate
+
+    name = label or path.name
+    folder = ensure_converted(lambda: path, file_hash(path, progress), progress, check=lambda config: gate.check_config(config, name))
+    found = replace(_from_conversion(spec, "gguf", folder), label=name, gguf=path)
+    gate.check_config(found.config, name)  # one converted earlier, perhaps by another version
     return found if weights == "auto" else _random(spec, found.config, "asked for", found.tokenizer_dir)
+
+
+def _holds_model(folder: Path) -> bool:
+    """A folder that is a Hugging Face model, or whose only GGUF would not be one: its config.json is what counts, where weights go with it."""
+    from pensieve.worker.hub import has_weights
+
+    return (folder / "config.json").exists() and (has_weights(folder) or not any(folder.glob("*.gguf")))
+
+
+def _unknown(spec: str) -> str:
+    """Why a name is no model, and what is near."""
+    if naming.looks_like_ollama(spec):
+        return (
+            f"there is no model {spec!r}: it reads like an Ollama name, and none such is in {naming.ollama_root()}. Get it there "
+            f"(`ollama pull {spec}`), or name a .gguf file, a folder or a hub id (ORG/NAME, ORG/NAME:Q4_K_M)"
+        )
+    return f"there is no model {spec!r}: it is no preset, folder, .gguf file or hub id (ORG/NAME).{_near(spec)}"
+
+
+def _reached(spec: str, fetch: Callable[[], Path]) -> Path:
+    from pensieve.worker.hub import HubOutOfReach, HubUnknown
+
+    try:
+        return fetch()
+    except HubUnknown as error:
+        raise ConfigError(f"{error}.{_near(spec)}") from error
+    except HubOutOfReach as error:
+        raise ModelUnavailable(
+            f"{spec!r} cannot be had ({error}). Ways out: --model FILE.gguf with a copy of it, or --model {embedded.NAME}"
+        ) from error
 
 
 def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_random: bool) -> ResolvedModel:
@@ -271,15 +317,21 @@ def _from_hub(
     progress: Progress | None,
 ) -> ResolvedModel:
     """From the local cache, else the hub, else random weights of the shape that the preset or a cached config gives."""
-    from pensieve.worker.hub import HubOutOfReach, HubUnknown, cached_folder, fetch, has_weights
+    from pensieve.worker.hub import HubOutOfReach, HubUnknown, OnlyGguf, cached_folder, cached_gguf, fetch, fetch_gguf, has_weights
 
     folder = cached_folder(repo) if repo is not None else None
     if folder is not None and (weights == "random" or has_weights(folder)):
         return _from_folder(spec, folder, "hub", weights, allow_random)
+    if folder is None and repo is not None and (gguf := cached_gguf(naming.HubName(repo))) is not None:
+        return _from_gguf(spec, gguf, weights, progress, label=repo)
     reason = "weights of this shape were never published"
     if repo is not None:
         try:
-            return _from_folder(spec, fetch(repo, dtype, device, progress, with_weights=weights == "auto"), "hub", weights, allow_random)
+            folder = fetch(repo, dtype, device, progress, with_weights=weights == "auto", check=lambda folder: _check_folder(spec, folder))
+            return _from_folder(spec, folder, "hub", weights, allow_random)
+        except OnlyGguf as error:
+            path = _reached(spec, lambda: fetch_gguf(naming.HubName(repo), progress))
+            return _from_gguf(spec, path, weights, progress, label=error.repo)
         except HubUnknown as error:
             if preset is None:
                 raise ConfigError(f"{error}.{_near(spec)}") from error
@@ -295,6 +347,12 @@ def _from_hub(
         return _random(spec, preset.config(), reason)
     assert folder is not None
     return _random(spec, _config_of(folder), reason)
+
+
+def _check_folder(spec: str, folder: Path) -> None:
+    from pensieve.worker import gate
+
+    gate.check_config(_config_of(folder), spec)
 
 
 def _config_of(folder: Path) -> PretrainedConfig:
@@ -362,13 +420,9 @@ def _rebuilt(resolved: ResolvedModel) -> Path | None:
         return None
     if resolved.source == "embedded":
         return embedded.ensure_default(full_check=True)
-    path = Path(resolved.spec).expanduser()
+    path = resolved.gguf
+    assert path is not None
     return ensure_converted(lambda: path, file_hash(path), full_check=True)
-
-
-def _looks_like_hub_id(spec: str) -> bool:
-    organisation, slash, name = spec.partition("/")
-    return bool(slash and organisation and name) and "/" not in name and not spec.startswith((".", "~"))
 
 
 def _near(spec: str) -> str:

@@ -77,7 +77,7 @@ def _by_rows(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """A product with a large matrix, never widened whole."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        parts = [x.float() @ rows.float().T for rows in module.weight.split(_HEAD_ROWS)]
+        parts = [x.float() @ rows.float().T for rows in torch.split(module.weight, _HEAD_ROWS)]
         product = torch.cat(parts, dim=-1)
         return product if module.bias is None else product + module.bias.float()
 
@@ -95,14 +95,14 @@ def _hand_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 @contextlib.contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
     before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if before is None:
             del module.forward
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> list[nn.Module] | None:
