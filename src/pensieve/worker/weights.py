@@ -372,17 +372,17 @@ def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
     text = _read_json(folder / "tokenizer_config.json").get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
     added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
-    named.append([token["id"] for token in added if token["content"] == text])
+    named.append([token["id"] for token in added if token.get("content") == text and "id" in token])
     flat = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     return tuple(dict.fromkeys(flat))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text()).items())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise ModelRefused(f"{path} is not JSON ({error}): fetch the model again") from error
 
 
