@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,6 +265,41 @@ def test_layers_that_guess_ahead_are_harmless_only_if_the_config_has_them(tmp_pa
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     same(tmp_path, tiny("llama"))
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+_MEASURE = """
+import sys, threading, time, torch
+torch.set_num_threads(1)
+from pensieve.worker.weights import load, resolve
+from pensieve.worker.model import CausalModel
+
+def private():
+    lines = open('/proc/self/status').read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith('RssAnon')).split()[1])
+
+found = resolve(sys.argv[1])
+from transformers import AutoModelForCausalLM
+before, seen = private(), []
+done = threading.Event()
+watch = threading.Thread(target=lambda: [seen.append(private()) for _ in iter(lambda: done.wait(0.001), True)])
+watch.start()
+model = CausalModel(load(found, sys.argv[2]), keep_modules=False)
+done.set()
+watch.join()
+print(max(seen) - before, private() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_little_more_memory_than_the_model(dtype: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 16_000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8}
+    tiny("llama", dtype=torch.bfloat16, tie_word_embeddings=True, **sizes).save_pretrained(tmp_path)
+    run = subprocess.run([sys.executable, "-c", _MEASURE, str(tmp_path), dtype], capture_output=True, text=True, check=True)
+    peak, stays = map(int, run.stdout.split())
+    assert peak <= 1.2 * stays + (40 << 20)  # beside: stacks of threads, the library's own
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

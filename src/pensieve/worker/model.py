@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from pensieve.config import ModelShape
 from pensieve.errors import ConfigError, ModelRefused
 from pensieve.worker import gate
+from pensieve.worker.allocator import return_freed_memory
 from pensieve.worker.attention import AttentionArgs, KVGeometry
 from pensieve.worker.batch import Batch
 from pensieve.worker.llama import LlamaForward
@@ -80,6 +81,7 @@ class CausalModel:
         model.set_attn_implementation(_INTERFACE)
         try:
             self._take_over(forward, self_test, int8, keep_modules)
+            return_freed_memory()
         except (ModelRefused, ConfigError):
             model.set_attn_implementation(before)  # whoever holds it may still use it without us
             raise

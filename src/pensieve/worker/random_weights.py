@@ -118,20 +118,42 @@ def _pieces(flat: torch.Tensor, block: torch.Tensor, offset: int) -> Iterator[tu
         offset = 0
 
 
-def require_room(label: str, num_parameters: int, dtype: torch.dtype, device: str) -> None:
+def bytes_beside(config: PretrainedConfig, num_parameters: int, dtype: torch.dtype, device: str) -> int:
+    """What loading takes for a while, or for good, beside a model's weights: the output layer laid out anew while its first form is still
+    there (where it is tied to the embedding, both stay), and in 16 bits one layer in float32.
+    """
+    from pensieve.worker.llama import MODEL_TYPES
+
+    text = config.get_text_config()
+    head = (getattr(text, "vocab_size", None) or 0) * (getattr(text, "hidden_size", None) or 0)
+    layers = getattr(text, "num_hidden_layers", None) or 1
+    copied = head * dtype.itemsize if text.model_type in MODEL_TYPES and torch.device(device).type == "cpu" else 0
+    widened = max(0, num_parameters - head) // layers * 4 if dtype.itemsize == 2 else 0
+    return copied + widened
+
+
+def require_room(label: str, num_parameters: int, dtype: torch.dtype, device: str, *, beside: int = 0) -> None:
     """Refuse a model whose weights do not fit, before anything is allocated.
+
+    Args:
+        label: its name for people.
+        num_parameters: of the whole model.
+        dtype: number type it is loaded in.
+        device: where.
+        beside: bytes that loading takes beside the weights, see `bytes_beside`.
 
     Raises:
         ModelRefused: with the size needed, the size there is, and the ways out.
     """
     need = num_parameters * dtype.itemsize
     room = available_bytes(device)
-    if room is None or need + _SLACK_BYTES <= room:
+    if room is None or need + beside + _SLACK_BYTES <= room:
         return
     name = str(dtype).removeprefix("torch.")
     raise ModelRefused(
-        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in {name}, "
-        f"{room / 1e9:.1f} GB of memory are available on {device!r}. Ways out: a smaller model (`pensieve models` lists their sizes)"
+        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in {name}"
+        + (f" and {beside / 1e9:.1f} GB more while they are laid out" if beside >= 5e7 else "")
+        + f", {room / 1e9:.1f} GB of memory are available on {device!r}. Ways out: a smaller model (`pensieve models` lists their sizes)"
         + (", --dtype bfloat16" if dtype.itemsize > 2 else "")
         + ", or a machine with more memory"
     )

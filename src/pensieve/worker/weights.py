@@ -140,12 +140,15 @@ def load(
         ModelUnavailable: a damaged conversion could not be built again.
         ConfigError: the model cannot be split over the group.
     """
-    from pensieve.worker.random_weights import build, require_room
+    from pensieve.worker.allocator import return_freed_memory
+    from pensieve.worker.random_weights import build, bytes_beside, require_room
 
     number_type = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    return_freed_memory()
     if group is not None:
         return _load_share(resolved, number_type, group)
-    require_room(resolved.label, resolved.num_parameters, number_type, device)
+    beside = bytes_beside(resolved.config, resolved.num_parameters, number_type, device)
+    require_room(resolved.label, resolved.num_parameters, number_type, device, beside=beside)
     if resolved.weights == "random":
         return build(resolved.config, number_type, device)
     assert resolved.folder is not None
