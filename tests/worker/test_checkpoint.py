@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from pensieve.errors import ModelRefused, ModelUnavailable
+from pensieve.worker.model import CausalModel
 from pensieve.worker.weights import load, resolve
 from tiny_models import ARCHITECTURES, CONFIGS, tiny
 
@@ -95,8 +96,8 @@ def build(architecture: str, **config: object) -> PreTrainedModel:
         (without("model.layers.1.mlp.up_proj.weight"), r"1 tensor is in no file \(model.layers.1.mlp.up_proj.weight\)"),
         (without("model.norm.weight"), r"1 tensor is in no file \(model.norm.weight\)"),
         (without("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"), "2 tensors are in no file"),
-        (extended(model__layers__0__self_attn__q_proj__bias=torch.ones(48)), r"1 tensor is of the files in no place .*q_proj.bias"),
-        (extended(model__layers__0__self_attn__sinks=torch.ones(4)), "in no place of the model"),
+        (extended(model__layers__0__self_attn__q_proj__bias=torch.ones(48)), r"1 tensor has no place in the model .*q_proj.bias"),
+        (extended(model__layers__0__self_attn__sinks=torch.ones(4)), "no place in the model"),
         (extended(score__weight=torch.ones(2, 48)), "score.weight"),
         (extended(model__layers__2__mlp__up_proj__weight=torch.ones(64, 48)), "its files hold 3 layers, its config says 2"),
         (lambda state: {n: t for n, t in state.items() if "layers.1." not in n}, "its files hold 1 layers?, its config says 2"),
@@ -265,6 +266,44 @@ def test_layers_that_guess_ahead_are_harmless_only_if_the_config_has_them(tmp_pa
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     same(tmp_path, tiny("llama"))
+
+
+# --- quantised folders ---------------------------------------------------------------------------------------------
+
+
+def fp8(folder: Path, change: Callable[[State], State] = lambda state: state) -> None:
+    """A folder as published in 8 bits: blocks of 128 x 128 with a scale each."""
+
+    def narrow(state: State) -> State:
+        found: State = {}
+        for name, tensor in state.items():
+            if "proj" not in name:
+                found[name] = tensor
+                continue
+            rows, columns = tensor.shape
+            blocks = tensor.float().view(rows // 128, 128, columns // 128, 128)
+            scales = blocks.abs().amax(dim=(1, 3)) / 448
+            found[name] = (blocks / scales[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+            found[name.replace(".weight", ".weight_scale_inv")] = scales
+        return change(found)
+
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    write(folder, tiny("qwen3", dtype=torch.bfloat16, **sizes), narrow)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_folder_in_8_bits_is_served(dtype: str, tmp_path: Path) -> None:
+    fp8(tmp_path)
+    CausalModel(load(resolve(str(tmp_path)), dtype))
+
+
+@pytest.mark.parametrize("suffix", ["weight", "weight_scale_inv"])
+def test_a_folder_in_8_bits_with_a_tensor_missing_is_refused(suffix: str, tmp_path: Path) -> None:
+    fp8(tmp_path, without(f"model.layers.1.mlp.up_proj.{suffix}"))
+    assert "model.layers.1.mlp.up_proj" in refusal(tmp_path)
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -355,21 +355,18 @@ def judge(differences: Differences, stored: Mapping[str, Stored], model: PreTrai
         reasons.append(f"its files hold {held} layers, its config says {says}")
     if missing:
         heads = " although the config does not tie it to the embedding (tie_word_embeddings)" if missing == {"lm_head.weight"} else ""
-        reasons.append(f"{_count(missing, 'tensor')} in no file ({_list(missing)}){heads}")
+        reasons.append(f"{_count(missing)} in no file ({_list(missing)}){heads}")
     if left:
-        reasons.append(f"{_count(left, 'tensor')} of the files in no place of the model ({_list(left)})")
+        reasons.append(f"{_count(left, 'has', 'have')} no place in the model ({_list(left)})")
     if differences.misshapen:
         listed = [
             f"{n} is {in_files} in the files, {by_config} by the config"
             for n, (in_files, by_config) in sorted(differences.misshapen.items())
         ]
-        reasons.append(
-            f"{_count(listed, 'tensor')} of another shape: {'; '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}"
-        )
+        reasons.append(f"{_count(listed)} of another shape: {'; '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}")
     if differences.broken:
-        name, why = sorted(differences.broken.items())[0]
         reasons.append(
-            f"{_count(differences.broken, 'tensor')} cannot be made of those in the files ({name}: {' '.join(why.split())[-200:]})"
+            f"{_count(differences.broken)} made of several, and those in the files do not go together ({_list(differences.broken)})"
         )
     raise refused(label, "; ".join(reasons))
 
@@ -406,7 +403,7 @@ def require_finite(model: PreTrainedModel, label: str) -> None:
         kind = str(model.dtype).removeprefix("torch.")
         way = "; float16 overflows above 65504: try --dtype bfloat16" if model.dtype is torch.float16 else ""
         raise ModelRefused(
-            f"{label} cannot be served: {_count(bad, 'tensor')} not finite in {kind} ({_list(bad)}){way}. Fetch its files again, or name another model"
+            f"{label} cannot be served: {_count(bad)} not finite in {kind} ({_list(bad)}){way}. Fetch its files again, or name another model"
         )
 
 
@@ -444,8 +441,8 @@ def _num_layers(config: PretrainedConfig) -> int | None:
     return None
 
 
-def _count(what: Any, noun: str) -> str:
-    return f"1 {noun} is" if len(what) == 1 else f"{len(what)} {noun}s are"
+def _count(what: Collection[str], one: str = "is", more: str = "are") -> str:
+    return f"1 tensor {one}" if len(what) == 1 else f"{len(what)} tensors {more}"
 
 
 def _list(names: Iterable[str]) -> str:

@@ -75,6 +75,7 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
         for report in reports:
             checkpoint.judge(checkpoint.differences_of(report), stored, model, label)
         checkpoint.require_ties(model, label)
+        _in_one_type(model, options.get("dtype"), label)
         _unmap(model)
         checkpoint.require_finite(model, label)
     except ModelRefused:
@@ -82,6 +83,22 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
     except Exception as error:  # safetensors, pickle and transformers each have their own kinds
         raise ModelRefused(f"{label} could not be loaded from {folder}: {type(error).__name__}: {error}") from error
     return model.requires_grad_(False).eval()
+
+
+def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) -> None:
+    """Cast what was made of 8 bits to the number type asked for; transformers leaves it in one of its own.
+
+    Raises:
+        ModelRefused: a plain matrix is still of 8 bits, which its scale would have widened.
+    """
+    plain = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    if narrow := [f"{name}.weight" for name, module in plain if module.weight.dtype.itemsize == 1]:
+        raise checkpoint.refused(
+            label, f"the scales of {', '.join(narrow[:4])} are in no file ({len(narrow)} of its matrices stay in 8 bits)"
+        )
+    for parameter in model.parameters():
+        if dtype is not None and parameter.dtype in (torch.bfloat16, torch.float16) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _unmap(model: PreTrainedModel) -> None:
