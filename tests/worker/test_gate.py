@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from pensieve.config import ModelShape
 from pensieve.errors import ModelRefused
-from pensieve.worker import gate
+from pensieve.worker import gate, llama
 from pensieve.worker.attention import BACKENDS, AttentionArgs
 from pensieve.worker.batch import BatchBuilder
-from pensieve.worker.model import CausalModel, shape_of
-from tiny_models import ARCHITECTURES, CONFIGS, WINDOW, tiny
+from pensieve.worker.model import CausalModel, FusedDiffers, shape_of
+from tiny_models import ARCHITECTURES, CONFIGS, VOCAB, WINDOW, tiny
 
 LLAMA = CONFIGS["llama"]
+GEMMA3N = {
+    **LLAMA, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 4, "intermediate_size": [64, 64, 80, 80], "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 199,
+    "laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "pad_token_id": 0,
+}  # fmt: skip
 
 
 def build(architecture: str, **config: Any) -> PreTrainedModel:
@@ -43,6 +50,7 @@ def test_supported_architectures_pass(architecture: str, dtype: torch.dtype) -> 
         ("olmo2", LLAMA),
         ("cohere2", {**LLAMA, "sliding_window": 5}),
         ("gpt_neox", {**LLAMA}),
+        ("gemma3n_text", GEMMA3N),  # widths of MLPs differ, and layers share KV
     ],
 )
 def test_further_architectures_pass(architecture: str, config: dict[str, Any]) -> None:
@@ -95,8 +103,8 @@ def test_a_window_other_than_the_config_promises_is_refused() -> None:
 def test_a_refused_model_is_handed_back_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     before = model.config._attn_implementation
-    monkeypatch.setattr(gate, "_compare", lambda *_: float("nan"))
-    with pytest.raises(ModelRefused, match="differ from transformers' own by nan"):
+    monkeypatch.setattr(gate, "_compare", lambda *_: (float("nan"), 1e-4))
+    with pytest.raises(ModelRefused, match="over a paged cache its logits are not finite"):
         CausalModel(model)
     assert model.config._attn_implementation == before
     model(input_ids=torch.tensor([[1, 2]]))
@@ -160,6 +168,167 @@ def test_the_self_test_sees_planted_bugs(
         monkeypatch.setattr(owner, method, bug(getattr(owner, method)))
     with pytest.raises(ModelRefused, match="its logits differ"):
         CausalModel(tiny(architecture, dtype=dtype))
+
+
+def _slightly(original: Any) -> Any:
+    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        return original(self, prepared, layer, query, AttentionArgs(args.scaling * 1.03, args.sliding_window, args.softcap, args.sinks))
+
+    return attend
+
+
+def _window_off_by_one(original: Any) -> Any:
+    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        window = None if args.sliding_window is None else args.sliding_window + 1
+        return original(self, prepared, layer, query, AttentionArgs(args.scaling, window, args.softcap, args.sinks))
+
+    return attend
+
+
+def _no_sinks(original: Any) -> Any:
+    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        return original(self, prepared, layer, query, AttentionArgs(args.scaling, args.sliding_window, args.softcap))
+
+    return attend
+
+
+def _noise(original: Any) -> Any:
+    """As an additive mask of small numbers would."""
+
+    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+        output = original(self, prepared, layer, query, args)
+        return output + 0.01 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+
+    return attend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("architecture", "bug"),
+    [
+        ("llama", _slightly), ("gpt2", _slightly), ("gemma2", _slightly), ("mistral", _window_off_by_one), ("gemma2", _window_off_by_one),
+        ("gpt_oss", _no_sinks), ("qwen3", _noise), ("opt", _noise),
+    ],
+)  # fmt: skip
+def test_small_bugs_are_seen_in_16_bits_as_in_32(monkeypatch: pytest.MonkeyPatch, architecture: str, bug: Any, dtype: torch.dtype) -> None:
+    for owner in BACKENDS.values():
+        monkeypatch.setattr(owner, "attend", bug(owner.attend))
+    with pytest.raises(ModelRefused, match="its logits differ"):
+        CausalModel(tiny(architecture, dtype=dtype))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
+def test_small_bugs_of_the_fused_forward_alone_are_seen_in_16_bits(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    take = llama._take_layer
+    if architecture == "mistral":
+        changed = {"sliding_window": WINDOW + 1}
+    else:
+        changed = {"scaling": 16**-0.5 * 1.05}
+    monkeypatch.setattr(llama, "_take_layer", lambda module, args, products: take(module, dataclasses.replace(args, **changed), products))
+    model = tiny(architecture, dtype=torch.bfloat16)
+    if llama.LlamaForward.why_not(model) is not None:
+        pytest.skip("no fused forward here")
+    with pytest.raises(FusedDiffers, match="its logits differ"):
+        CausalModel(model)
+
+
+def test_a_large_model_is_computed_in_float32_over_some_layers_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "_FLOAT_BUDGET", 1)
+    CausalModel(tiny("gemma2", dtype=torch.bfloat16))
+    CausalModel(tiny("gpt2", dtype=torch.bfloat16))
+    for owner in BACKENDS.values():
+        monkeypatch.setattr(owner, "attend", _window_off_by_one(owner.attend))
+    with pytest.raises(ModelRefused, match=r"its logits differ .*0\.0001 would be rounding"):
+        CausalModel(tiny("gemma2", dtype=torch.bfloat16))
+
+
+def test_widening_leaves_a_model_as_it_was() -> None:
+    model = tiny("gemma2", dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    CausalModel(model)
+    assert all(tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all("forward" not in module.__dict__ and not module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_that_a_module_passes_is_refused(dtype: torch.dtype) -> None:
+    config = {**LLAMA, "num_key_value_heads": 4, "keep_window_size": 2048}
+    model = build("doge", **config, dtype=dtype)
+    with pytest.raises(ModelRefused, match="DogeAttention passes a mask of its own"):
+        CausalModel(model)
+
+
+def test_an_argument_that_is_not_known_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    attention = model.model.layers[0].self_attn
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: forward(*args, **kwargs, temperature=2.0)
+    with pytest.raises(ModelRefused, match="LlamaAttention passes temperature to attention"):
+        CausalModel(model)
+
+
+def test_an_encoder_is_said_to_be_one() -> None:
+    config = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    with pytest.raises(ModelRefused, match="attends in both directions, as an encoder does"):
+        CausalModel(build("bert", **config))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_said_to_be_not_finite(value: float) -> None:
+    model = tiny("llama")
+    model.model.norm.weight.data[3] = value
+    with pytest.raises(ModelRefused, match="its own logits are not finite in float32"):
+        CausalModel(model)
+
+
+def test_overflow_of_float16_is_refused_with_the_way() -> None:
+    model = tiny("llama", dtype=torch.float16)
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(60000)
+    with pytest.raises(ModelRefused, match="not finite in float16: try --dtype bfloat16"):
+        CausalModel(model)
+
+
+MLA = {
+    **LLAMA, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "words"),
+    [
+        ("deepseek_v2", MLA, "keys and values compressed"),
+        ("deepseek_v3", MLA, "keys and values compressed"),
+        ("mimo_v2_flash", {**LLAMA, "head_dim": 16, "v_head_dim": 8}, "keys have 16 numbers a head and its values 8"),
+        ("gemma4_text", {}, "differ in head size"),
+        ("bamba", {}, "layers of type"),
+        ("mamba", {}, "layers of type|recurrent"),
+        ("rwkv", {}, "recurrent or convolution state"),
+        ("bloom", {}, "attention interface.*ALiBi"),
+        ("llama4_text", {}, "chunked_attention"),
+        ("bart", {}, "no causal decoder"),
+        ("t5", {}, "no causal decoder"),
+        ("vit", {}, "no causal language model"),
+        ("musicgen", {}, "several models"),
+        ("nemotron", {**LLAMA}, "attention interface"),
+        ("phi3", {**LLAMA, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
+         "original_max_position_embeddings": 64, "factor": 2.0}}, "rope_type longrope"),
+        ("bert", {}, "as an encoder does"),
+        ("doge", {**LLAMA}, "a mask of its own"),
+    ],
+)  # fmt: skip
+def test_a_config_alone_is_refused_in_words(architecture: str, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelRefused, match=words) as refused:
+        gate.check_config(AutoConfig.for_model(architecture, **config), "the-label")
+    assert not re.search(r"Error|size of tensor|shapes? \(", refused.value.message.partition("transformers cannot build")[0])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_config_that_can_be_served_is_let_through_and_left_alone(architecture: str) -> None:
+    config = tiny(architecture).config
+    before = config.to_dict()
+    gate.check_config(config, architecture)
+    assert config.to_dict() == before
 
 
 def test_a_served_model_cannot_be_called_past_us() -> None:

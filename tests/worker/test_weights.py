@@ -150,7 +150,7 @@ def test_a_folder_is_loaded_with_its_stop_tokens(folder: Path) -> None:
 def test_pickled_weights_of_older_models_load_too(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     torch.save(tiny_llama().state_dict(), tmp_path / "pytorch_model.bin")
-    found = resolve(str(tmp_path), allow_random=False)
+    found = resolve(str(tmp_path))
     assert found.tokenizer_dir is None
     assert torch.equal(load(found)(IDS).logits, tiny_llama()(IDS).logits)
 
@@ -243,6 +243,38 @@ def test_a_hub_id_is_fetched_once_and_found_again_offline(fake_hub: type[FakeHub
     assert fetched == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     monkeypatch.setattr(hub, "_ask", lambda repo: pytest.fail("asked the hub again"))
     assert resolve("acme/tiny", allow_random=False).folder == found.folder
+
+
+def test_a_config_that_cannot_be_served_is_refused_before_its_weights_are_fetched(fake_hub: type[FakeHub]) -> None:
+    config = json.loads(fake_hub.files["config.json"])
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    fake_hub.files["config.json"] = json.dumps(config | {"rope_parameters": rope}).encode()
+    with pytest.raises(ModelRefused, match="acme/tiny cannot be served: its rope_type dynamic"):
+        resolve("acme/tiny")
+    assert not any(path.endswith("model.safetensors") for path in fake_hub.asked)
+
+
+@pytest.mark.parametrize(
+    "spec", ["acme/tiny", "acme/tiny:Q8_0", "hf.co/acme/tiny", "https://huggingface.co/acme/tiny/blob/main/x-Q8_0.gguf"]
+)
+def test_a_repository_of_gguf_files_is_fetched_file_by_file(
+    spec: str, fake_hub: type[FakeHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
+    fake_hub.files.clear()
+    fake_hub.files["x-Q8_0.gguf"] = write_gguf(tmp_path / "x-Q8_0.gguf", tiny_llama()).read_bytes()
+    found = resolve(spec, allow_random=False)
+    assert found.source == "gguf" and torch.equal(load(found)(IDS).logits, tiny_llama()(IDS).logits)
+    monkeypatch.setattr(hub, "_ask", lambda repo: pytest.fail("asked the hub again"))
+    assert resolve(spec, allow_random=False).folder == found.folder
+
+
+def test_a_repository_of_several_gguf_files_lists_them(fake_hub: type[FakeHub]) -> None:
+    fake_hub.files.clear()
+    fake_hub.files.update({"x-Q8_0.gguf": b"GGUF", "x-Q4_0.gguf": b"GGUF"})
+    with pytest.raises(ConfigError, match="name one, acme/tiny:Q4_0, acme/tiny:Q8_0"):
+        resolve("acme/tiny")
 
 
 def test_random_weights_of_a_hub_id_fetch_its_config_only(fake_hub: type[FakeHub]) -> None:

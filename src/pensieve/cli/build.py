@@ -81,6 +81,7 @@ class Options:
     forward: Literal["auto", "fused", "modules"] = "auto"
     quantize: Literal["none", "int8"] = "none"
     attention: str = "auto"
+    chat_template: str | None = None  # a file, in place of the model's own
     verify_transfers: bool = False
     graphs: bool = True
     debug: bool = False
@@ -245,6 +246,7 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
     from pensieve.worker.weights import resolve
 
     kernel.levels()  # what PENSIEVE_ISA says is checked before anything is fetched
+    template = read_chat_template(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.is_on_gpu and not torch.cuda.is_available():
@@ -269,20 +271,26 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
             options.model, options.weights, dtype=number.name, device=options.device, allow_random=not must_talk, progress=progress
         )
 
+    def text_of(resolved: ResolvedModel) -> ChatText | None:
+        """Before any weights are loaded: a model that must talk and cannot is refused at once."""
+        return load_text(resolved.tokenizer_dir, resolved.weights, template) if with_text or must_talk else None
+
     if group is None:
         resolved = find()
+        text = text_of(resolved)
         say(f"loading {resolved.label}")
         model = _causal_model(resolved, number.name, options, say)
     else:
         from pensieve.worker.sharding import load_together
 
         resolved, model = load_together(group, find, number.name, options.forward, int8=int8, say=say)
-    text = load_text(resolved.tokenizer_dir, resolved.weights) if with_text else None
+        text = text_of(resolved)
     shape = replace(shape_of(resolved.config), num_kv_heads=model.geometry.num_kv_heads)
     first_tier_gb, remark = _first_tier_gb(options, shape, model, group)
     if remark:
         say(remark)
-    return LoadedModel(resolved, model, shape, text, first_tier_gb, group, tuple(filter(None, (number.reason, remark))))
+    remarks = tuple(filter(None, (number.reason, remark)))
+    return LoadedModel(resolved, model, shape, text if with_text else None, first_tier_gb, group, remarks)
 
 
 def _first_tier_gb(options: Options, shape: ModelShape, model: CausalModel, group: Group | None) -> tuple[float, str]:
@@ -328,8 +336,21 @@ def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Sa
         return make("modules")
 
 
-def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"]) -> ChatText | None:
-    """The tokenizer of a model that talks; None for one that does not.
+def read_chat_template(options: Options) -> str | None:
+    """What `--chat-template` names, tried out; None: the model's own.
+
+    Raises:
+        ConfigError: it cannot be read, or does not write chats; the message names file and line.
+    """
+    if options.chat_template is None:
+        return None
+    from pensieve.text import read_template
+
+    return read_template(Path(options.chat_template))
+
+
+def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"], template: str | None = None) -> ChatText | None:
+    """The tokenizer of a model that talks, with a chat template in place of its own if one is given; None for one that does not talk.
 
     Raises:
         ModelUnavailable: its tokenizer cannot be read.
@@ -338,7 +359,12 @@ def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"]) ->
         return None
     from pensieve.text import ChatText
 
-    return ChatText.load(tokenizer_dir)
+    return ChatText.load(tokenizer_dir, template=template)
+
+
+def notes_of(*notes: str | None) -> list[str]:
+    """What a user should know about a model at every start, each once."""
+    return list(dict.fromkeys(note for note in notes if note))
 
 
 def settled(options: Options, loaded: LoadedModel) -> Options:
@@ -489,6 +515,7 @@ def start_apart(
     from pensieve.engine_process import EngineProcess
     from pensieve.service import ConversationService
 
+    template = read_chat_template(options)  # before an engine is started
     late: list[ConversationService] = []  # the engine speaks only when spoken to, and by then its service is there
     process = EngineProcess(
         engine_main.run,
@@ -501,7 +528,7 @@ def start_apart(
         import_tokenizers()  # while the engine loads
         info = process.ready()
         process.restart_with(replace(options, dtype=info.dtype), must_talk, retain)  # measured again, it might come out otherwise
-        text = load_text(None if info.tokenizer_dir is None else Path(info.tokenizer_dir), info.weights)
+        text = load_text(None if info.tokenizer_dir is None else Path(info.tokenizer_dir), info.weights, template)
     except BaseException:
         process.close(0.0)
         raise

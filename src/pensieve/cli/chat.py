@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from pensieve.chat import Message
-from pensieve.cli.build import GB, Runtime, load_model, start
-from pensieve.cli.options import cache_options, model_options, pick
+from pensieve.cli.build import GB, Runtime, load_model, notes_of, start
+from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.core.request import SamplingParams
 from pensieve.errors import ConversationNotFound, PensieveError
 from pensieve.messages import Receipt, Stats
@@ -38,6 +38,7 @@ HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an 
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, default=None)
 @click.option("--stateless", is_flag=True, help="Keep nothing between turns: the baseline.")
+@template_options
 @model_options
 @cache_options
 def chat(
@@ -85,8 +86,8 @@ def run_chat(
             f"{loaded.resolved.label}, {loaded.dtype} on {options.device}{computing}; {mode}; {tiers}; context {runtime.sizes.max_context} tokens",
             fg="cyan",
         )
-        if loaded.text is not None and loaded.text.note:
-            click.secho(f"note: {loaded.text.note}", fg="yellow")
+        for note in notes_of(loaded.resolved.note, loaded.text.note if loaded.text is not None else None):
+            click.secho(f"note: {note}", fg="yellow", err=True)
         click.secho(HELP, dim=True)
         _Chat(runtime, store, sampling, system).talk(conversation_id)
     finally:

@@ -20,8 +20,8 @@ from pensieve.bench.progress import open_progress
 from pensieve.bench.record import build_record, write_record
 from pensieve.bench.report import print_report, summarize
 from pensieve.bench.runs import Run, RunSettings, Subject
-from pensieve.cli.build import LoadedModel, Options, Runtime, as_json, load_model, settled, start
-from pensieve.cli.options import cache_options, model_options, pick
+from pensieve.cli.build import LoadedModel, Options, Runtime, as_json, load_model, notes_of, settled, start
+from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.core.request import SamplingParams
 from pensieve.messages import Stats
 from pensieve.store.sqlite import MEMORY, SqliteStore
@@ -76,6 +76,7 @@ class Workload:
 @click.option("--dataset", default=None, help="ShareGPT-style JSON or JSONL of conversations (default: the shipped ones).")
 @click.option("--baseline-url", default=None, help="A real vLLM or other OpenAI-compatible server as the baseline instead.")
 @click.option("--out", "out_dir", default=None, help="Folder for the plot and the JSON (default: out/).")
+@template_options
 @model_options
 @cache_options
 def compare(baseline_url: str | None, out_dir: str | None, **arguments: Any) -> None:
@@ -158,6 +159,8 @@ def _load(options: Options) -> LoadedModel:
     subject = _subject(options, loaded)
     computing = f" ({loaded.instructions})" if loaded.instructions else ""
     click.secho(f"{subject}{computing}" + (f": {loaded.resolved.note}" if loaded.resolved.note else ""), fg="cyan")
+    for note in notes_of(loaded.text.note if loaded.text is not None else None):
+        click.secho(f"note: {note}", fg="yellow", err=True)
     if not loaded.talks:
         click.echo("token ids are drawn at the texts' lengths and answers have a fixed length: this times, it does not talk")
     return loaded

@@ -115,6 +115,21 @@ _CACHE = (
 )
 
 
+_TEMPLATE = (
+    click.option(
+        "--chat-template",
+        "chat_template",
+        default=None,
+        help="A file with a Jinja chat template in place of the model's own.  [default: the model's]",
+    ),
+)
+
+
+def template_options(function: F) -> F:
+    """--chat-template, for commands that talk."""
+    return _apply(_TEMPLATE, function)
+
+
 def model_options(function: F) -> F:
     """--model, --weights, --dtype, --device, --threads, --forward, --quantize."""
     return _apply(_MODEL, function)

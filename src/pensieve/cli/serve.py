@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pensieve.cli.build import Options
+from pensieve.cli.build import Options, notes_of
 from pensieve.cli.loops import loop_factory
-from pensieve.cli.options import cache_options, model_options, pick
+from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.errors import ConfigError, ModelUnavailable, WorkerLost
 from pensieve.worker.place import Place
 
@@ -79,6 +79,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 )
 @click.option("--access-log", is_flag=True, help="Log a line a request: never its content.")
 @click.option("--stateless", is_flag=True, help="Keep no KV between turns, as a baseline: one tier of both tiers' bytes.")
+@template_options
 @model_options
 @cache_options
 def serve(**arguments: Any) -> None:
@@ -180,6 +181,8 @@ def run_server(
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
                 )
+                for note in notes_of(info.note, parts.text.note):
+                    click.secho(f"note: {note}", fg="yellow")
                 click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/)" + ("" if keys else "  without keys"), bold=True)
                 sys.stdout.flush()
 

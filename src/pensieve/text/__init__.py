@@ -10,6 +10,7 @@ from pensieve.text.detokenize import Detokenizer
 from pensieve.text.overflow import Truncated, surely_exceed, truncate
 from pensieve.text.reasoning import ReasoningDelta, ReasoningSplitter
 from pensieve.text.stop import StopStrings, keep_tokens
+from pensieve.text.template import read_template
 from pensieve.text.tool_format import ToolFormat, force_prefix, tool_names, tools_prompt
 from pensieve.text.tools import CallBegin, CallDelta, CallEnd, ContentDelta, ToolCallParser, ToolEvent
 
@@ -33,6 +34,7 @@ __all__ = [
     "Truncated",
     "force_prefix",
     "keep_tokens",
+    "read_template",
     "surely_exceed",
     "tool_names",
     "tools_prompt",

@@ -82,18 +82,28 @@ class ChatText:
         self.stop_strings: tuple[str, ...] = ()
         if self._template.is_plain:
             self.stop_strings = PLAIN_STOPS
-            self.note = 'this model has no chat template: messages are written as plain "User: ..." and "Assistant: ..." paragraphs'
+            self.note = (
+                'this model has no chat template: messages are written as plain "User: ..." and "Assistant: ..." paragraphs '
+                "(--chat-template FILE gives it one)"
+            )
+        elif self._template.trouble is not None:
+            self.note = f"the model's chat template does not write {self._template.trouble}: --chat-template FILE gives it another"
         markup = self.tool_format.markers if self._template.writes_calls else PLAIN_MARKUP
         self._guard = ControlGuard(backend, "\n".join([self._template.source, self._template.tools_source, *markup]))
         self._anchors = _anchors(backend)
         self.stop_token_ids = self._find_stop_token_ids()
 
     @classmethod
-    def load(cls, folder: Path, options: Mapping[str, object] | None = None) -> ChatText:
+    def load(cls, folder: Path, options: Mapping[str, object] | None = None, template: str | None = None) -> ChatText:
         """The tokenizer and chat template that lie in a model's folder.
 
+        Args:
+            folder: the model's.
+            options: see the class.
+            template: a chat template in place of the model's own.
+
         Raises:
-            ModelUnavailable: there is none, or it cannot be read.
+            ModelUnavailable: there is no tokenizer, or it cannot be read.
         """
         if not folder.is_dir():  # transformers would take the path for a hub id
             raise ModelUnavailable(f"no tokenizer at {folder}: not a folder")
@@ -102,7 +112,9 @@ class ChatText:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # from a dozen loaders
-            raise ModelUnavailable(f"no readable tokenizer in {folder}: {error}") from error
+            raise ModelUnavailable(f"no readable tokenizer in {folder}: {' '.join(str(error).split())[:400]}{_way_out(folder)}") from error
+        if template is not None:
+            tokenizer.chat_template = template
         return cls(tokenizer, options)
 
     @property
@@ -369,6 +381,15 @@ class ChatText:
         call = self._backend.encode(self._template.probe_call(), add_special_tokens=False).ids
         ids.update([i for i in call if i in self._special_ids][-1:])  # calls may end with a token of their own
         return frozenset(ids)
+
+
+def _way_out(folder: Path) -> str:
+    """What helps where a tokenizer cannot be read."""
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        return (
+            ". It has tokenizer.model only: `pip install sentencepiece tiktoken` may read it, or put the model's tokenizer.json beside it"
+        )
+    return ". Fetch its tokenizer.json and tokenizer_config.json again"
 
 
 def _head(turns: Sequence[Turn]) -> Sequence[Turn]:

@@ -9,10 +9,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pensieve.chat import Message
-from pensieve.errors import InvalidRequest, ModelUnavailable
+from pensieve.errors import ConfigError, InvalidRequest, ModelUnavailable
 from pensieve.text.tool_format import ToolFormat, Tools, format_of_call, map_texts, write_calls, write_plainly
 
 # For models without a template. Each message is a paragraph that begins with its speaker's name.
@@ -39,6 +40,69 @@ _CALL: Turn = {
 }
 
 
+# What every template should be able to write, by name; the first is what no chat can do without.
+_CHATS: dict[str, list[Turn]] = {
+    "a user's message": [{"role": "user", "content": _PROBE}],
+    "a system message": [{"role": "system", "content": "?"}, {"role": "user", "content": _PROBE}],
+    "a second question": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}, {"role": "user", "content": _PROBE}],
+}
+_OTHER_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}  # where no tokenizer is known yet
+
+
+def read_template(path: Path) -> str:
+    """A chat template out of a file, tried out.
+
+    Raises:
+        ConfigError: it cannot be read, or does not write chats; the message names file and line.
+    """
+    try:
+        source = path.expanduser().read_text()
+    except OSError as error:
+        raise ConfigError(f"--chat-template {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--chat-template {path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+    if not source.strip():
+        raise ConfigError(f"--chat-template {path} is empty: it must be a Jinja template, as in a model's chat_template.jinja")
+    if source.lstrip().startswith('{"'):
+        raise ConfigError(f"--chat-template {path} is JSON: it must be the Jinja template itself, as in a model's chat_template.jinja")
+    troubles = what_fails(source, _OTHER_TOKENS)
+    for what in ("a user's message", "a second question"):
+        if what in troubles:
+            line, reason = troubles[what]
+            where = f", line {line}" if line is not None else ""
+            raise ConfigError(f"--chat-template {path}{where}: it does not write {what}: {reason}")
+    return source
+
+
+def what_fails(source: str, variables: Mapping[str, object]) -> dict[str, tuple[int | None, str]]:
+    """Which of a few plain chats a template does not write: (its line, if one is known, and why), by what each has."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    troubles: dict[str, tuple[int | None, str]] = {}
+    for name, turns in _CHATS.items():
+        try:
+            (rendered,), _ = render_jinja_template([turns], chat_template=source, add_generation_prompt=True, **variables)
+        except Exception as error:  # a template is foreign code and fails in any way it likes
+            troubles[name] = (_line_of(error), " ".join(str(error).split()) or type(error).__name__)
+            continue
+        if _PROBE not in rendered:
+            troubles[name] = (None, "what was said is not in what it writes")
+    return troubles
+
+
+def _line_of(error: Exception) -> int | None:
+    """The template's line in which it failed."""
+    if (line := getattr(error, "lineno", None)) is not None:
+        return int(line)
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            found = trace.tb_lineno
+        trace = trace.tb_next
+    return found
+
+
 class PromptTemplate:
     """Renders chats.
 
@@ -53,6 +117,7 @@ class PromptTemplate:
         supports_tools: whether the template writes a list of tools that it is given.
         writes_calls: whether it also writes calls, in a form that can be read. If not, tools and calls are written plainly.
         tool_format: how the model writes calls.
+        trouble: what of a plain chat the template cannot write, and why; None if nothing.
         moves_tools: whether the list of tools moves to later messages as the chat goes on.
 
     Raises:
@@ -70,6 +135,7 @@ class PromptTemplate:
             self.source = _source_of(tokenizer)
             several = isinstance(tokenizer.chat_template, dict)
             self.tools_source = str(tokenizer.chat_template.get("tool_use", self.source)) if several else self.source
+        self.trouble = None if self.is_plain else self._find_trouble()
         self.supports_tools = _PROBE in self._try([_ASK], PROBE_TOOLS)
         written = self._try([_ASK, _CALL], PROBE_TOOLS, add_generation_prompt=False) if self.supports_tools else ""
         native = format_of_call(written.rpartition("?")[2], _PROBE)
@@ -131,6 +197,14 @@ class PromptTemplate:
         """Whether an answer begins inside `<think>`, because the template wrote that already."""
         asked = self._try([_ASK], None)
         return asked.rfind("<think>") > asked.rfind("</think>")
+
+    def _find_trouble(self) -> str | None:
+        tokens = {name: str(value) for name, value in self._tokenizer.special_tokens_map.items() if not isinstance(value, list)}
+        troubles = what_fails(self.source, {**tokens, **self._options})
+        if not troubles:
+            return None
+        reasons = dict.fromkeys(f"line {line}: {reason}" if line is not None else reason for line, reason in troubles.values())
+        return f"{', '.join(troubles)} ({'; '.join(reasons)})"
 
     def _write(self, turns: Sequence[Turn], tools: Tools | None, add_generation_prompt: bool) -> str:
         return str(

@@ -17,6 +17,7 @@ from pensieve.errors import ConfigError
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _TRIM_BYTES = 1 << 30  # most that is held back from the system
 _MMAP_BYTES = 32 << 20  # allocations from here on go back to the system when freed; glibc takes no more
+_LOADING_MMAP_BYTES = 256 << 10  # the same while weights are loaded
 _REGION_BYTES = 64 << 20
 _CACHE_LINE = 64
 
@@ -34,6 +35,18 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False  # another C library
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES))
+
+
+def return_freed_memory() -> None:
+    """Tell the C library to give freed memory back to the system at once, and to do so with what it holds: while weights are loaded and laid
+    out anew, what was freed must not be held beside what takes its place. `keep_freed_memory` ends it.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LOADING_MMAP_BYTES)
+        library.malloc_trim(0)
 
 
 def fresh_pages(num_bytes: int) -> torch.Tensor:

@@ -9,13 +9,14 @@ import json
 import queue
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from pensieve.errors import ConfigError, ModelUnavailable
+from pensieve.worker import naming
 from pensieve.worker.gguf_convert import Progress
 from pensieve.worker.random_weights import require_room
 
@@ -33,6 +34,14 @@ class HubOutOfReach(Exception):
 
 class HubUnknown(Exception):
     """The hub says that there is no such repository (or hides it)."""
+
+
+class OnlyGguf(Exception):
+    """A repository whose weights are GGUF files."""
+
+    def __init__(self, repo: str) -> None:
+        super().__init__(repo)
+        self.repo = repo
 
 
 def cached_folder(repo: str) -> Path | None:
@@ -65,7 +74,15 @@ def has_weights(folder: Path) -> bool:
     return False
 
 
-def fetch(repo: str, dtype: torch.dtype, device: str, progress: Progress | None = None, *, with_weights: bool = True) -> Path:
+def fetch(
+    repo: str,
+    dtype: torch.dtype,
+    device: str,
+    progress: Progress | None = None,
+    *,
+    with_weights: bool = True,
+    check: Callable[[Path], None] = lambda folder: None,
+) -> Path:
     """Download a repository's config, tokenizer and weights into the local cache; returns the folder.
 
     Args:
@@ -74,27 +91,89 @@ def fetch(repo: str, dtype: torch.dtype, device: str, progress: Progress | None 
         device: where it will be loaded.
         progress: told when the download starts.
         with_weights: False: only the small files.
+        check: given the folder with the small files, before any weights are fetched; may raise.
 
     Raises:
         HubOutOfReach: no answer, an answer that denies access, or a download that broke.
         HubUnknown: no such repository.
+        OnlyGguf: its weights are GGUF files.
         ModelRefused: its weights would not fit in memory.
         ModelUnavailable: its files would not fit on the disk.
     """
-    from huggingface_hub import constants, snapshot_download
-
     info = _ask(repo)
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
     names = wanted_files(sizes, with_weights=with_weights)
+    small = wanted_files(sizes, with_weights=False)
+    if names == small and with_weights and naming.first_parts(name for name in sizes if name.lower().endswith(".gguf")):
+        raise OnlyGguf(repo)
     size = sum(sizes[name] for name in names)
     if with_weights:
         require_room(repo, info.safetensors.total if info.safetensors is not None else size // 2, dtype, device)
+    _require_disk(repo, size)
+    if progress:
+        progress(f"fetching {repo} from the hub ({size / 1e9:.2f} GB)", None)
+    if "config.json" in small:
+        check(_download(repo, small))
+    return _download(repo, names)
+
+
+def fetch_gguf(wanted: naming.HubName, progress: Progress | None = None) -> Path:
+    """Download a GGUF file of a repository, all its parts, into the local cache; returns the first part.
+
+    The cache answers first, where it holds what is meant.
+
+    Raises:
+        ConfigError: the repository holds none such, or several.
+        HubOutOfReach, HubUnknown, ModelUnavailable: as `fetch`.
+    """
+    if (here := cached_gguf(wanted)) is not None:
+        return here
+    info = _ask(wanted.repo)
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
+    first = naming.choose_gguf(wanted.repo, list(sizes), wanted)
+    names = naming.parts_of(first, sizes)
+    size = sum(sizes[name] for name in names)
+    _require_disk(wanted.repo, size)
+    if progress:
+        progress(f"fetching {first} of {wanted.repo} from the hub ({size / 1e9:.2f} GB)", None)
+    return _download(wanted.repo, names) / first
+
+
+def cached_gguf(wanted: naming.HubName) -> Path | None:
+    """The first part of a GGUF model in the local cache, if all of it is there and it is clear which is meant; no network."""
+    cached = _cached_ggufs(wanted.repo)
+    try:
+        first = naming.choose_gguf(wanted.repo, list(cached), wanted)
+    except ConfigError:
+        return None
+    return None if _lacks_parts(first, naming.parts_of(first, cached)) else cached[first]
+
+
+def _lacks_parts(first: str, parts: list[str]) -> bool:
+    total = first.lower().rpartition("-of-")[2].removesuffix(".gguf") if "-of-" in first else ""
+    return total.isdigit() and len(parts) < int(total)
+
+
+def _cached_ggufs(repo: str) -> dict[str, Path]:
+    """GGUF files of a repository in the local cache, by their names there."""
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    return {str(path.relative_to(snapshot)): path for snapshot in snapshots.glob("*") for path in snapshot.rglob("*.gguf")}
+
+
+def _require_disk(repo: str, size: int) -> None:
+    from huggingface_hub import constants
+
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(cache).free) < size:
         raise ModelUnavailable(f"{repo} is {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {cache}: make room, or set HF_HOME")
-    if progress:
-        progress(f"fetching {repo} from the hub ({size / 1e9:.2f} GB)", None)
+
+
+def _download(repo: str, names: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(repo, allow_patterns=names))
     except Exception as error:

@@ -36,6 +36,7 @@ from pensieve.worker.products import (
 )
 from pensieve.worker.rows import Rows, float_weight
 
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})  # of configs; their classes:
 _FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
 _FIRST_POSITIONS = 4096  # rows of angles made at once; more when a longer context comes
 
@@ -89,6 +90,8 @@ class LlamaForward:
         kind = PanelKind(int8)
         plain_product, plain_layer = (DeviceProduct, DeviceLayer) if self._on_device else (OneDnnProduct, OneDnnLayer)
         self._head = PanelProduct([model.lm_head], kind=kind) if panels else plain_product([model.lm_head])
+        if not keep_modules and model.lm_head.weight is not decoder.embed_tokens.weight:
+            _empty(model.lm_head)
         self._layers: list[_Layer] = []
         for index, module in enumerate(decoder.layers):
             products = PanelLayer(module.self_attn, module.mlp, kind) if panels else plain_layer(module.self_attn, module.mlp)

@@ -9,8 +9,8 @@ Some models can do without their own code: see `worker.llama`. They go through t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from pensieve.config import ModelShape
 from pensieve.errors import ConfigError, ModelRefused
 from pensieve.worker import gate
+from pensieve.worker.allocator import return_freed_memory
 from pensieve.worker.attention import AttentionArgs, KVGeometry
 from pensieve.worker.batch import Batch
 from pensieve.worker.llama import LlamaForward
@@ -65,7 +66,8 @@ class CausalModel:
             ConfigError: fused operations, or weights of 8 bits, were asked for and cannot serve it.
         """
         self.label = label or model.config.name_or_path or model.config.model_type
-        gate.check_config(model, self.label)
+        gate.check_words(model.config, self.label)
+        gate.check_class(model, self.label)
         self.model = model.eval()
         self.config: PretrainedConfig = model.config.get_text_config()
         self.device: torch.device = model.device
@@ -73,12 +75,14 @@ class CausalModel:
         self.shape = shape_of(model.config)
         self._fused: LlamaForward | None = None
         # Asked whether padding was forgotten, transformers would compare all ids with this, a wait for the GPU in every step.
-        model.config.pad_token_id = None
+        with contextlib.suppress(Exception):  # (a config of its own kind may insist on a number: then it is the wait)
+            model.config.pad_token_id = None
         AttentionInterface.register(_INTERFACE, _attention)
         before = model.config._attn_implementation
         model.set_attn_implementation(_INTERFACE)
         try:
             self._take_over(forward, self_test, int8, keep_modules)
+            return_freed_memory()
         except (ModelRefused, ConfigError):
             model.set_attn_implementation(before)  # whoever holds it may still use it without us
             raise
@@ -138,7 +142,7 @@ class CausalModel:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    @contextmanager
+    @contextlib.contextmanager
     def eager(self) -> Iterator[PreTrainedModel]:
         """The model as transformers computes it, for comparisons. Its modules must have been kept."""
         self.model.set_attn_implementation("eager")
@@ -160,14 +164,39 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     pensieve_attending: Attending | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function transformers calls in each layer: q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, T, H, D)."""
-    assert pensieve_attending is not None, "this model is served by Pensieve: call it through CausalModel"
+    if pensieve_attending is None:
+        raise gate.PastUs("this model is served by Pensieve: call it through CausalModel")
+    if attention_mask is not None or not _HARMLESS.issuperset(more) or not (module.is_causal if "is_causal" in module.__dict__ else True):
+        _refuse_arguments(module, attention_mask, more)
     layer: int = module.layer_idx  # type: ignore[assignment]
     args = AttentionArgs(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     output = pensieve_attending(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), args)
     return output[None], None
+
+
+_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # of MLPs: nothing is cached of them, they may differ between layers
+# What transformers' modules pass to attention besides, and what attention over a cache need not know.
+_HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "logits_to_keep", "output_attentions", "output_router_logits"})
+
+
+def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
+    """Refuse what attention was told and would not do.
+
+    Raises:
+        NotHonoured: a mask, both directions, or an argument that is not known.
+    """
+    name = type(module).__name__
+    if not getattr(module, "is_causal", True) or more.get("is_causal") is False:
+        raise gate.NotHonoured(f"its {name} attends in both directions, as an encoder does: it is no causal decoder")
+    if mask is not None:
+        raise gate.NotHonoured(f"its {name} passes a mask of its own to attention, which a paged cache does not apply")
+    if unknown := sorted(
+        key for key, value in more.items() if key not in _HARMLESS and value is not None and not (key == "is_causal" and value is True)
+    ):
+        raise gate.NotHonoured(f"its {name} passes {', '.join(unknown)} to attention, which Pensieve does not know")
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
@@ -183,7 +212,14 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
             try:
                 value = getattr(text, name, None)
             except Exception as error:  # transformers' own kind, for a number that differs between layers
-                raise ModelRefused(f"the layers of {text.model_type!r} differ in {name}: {error}") from error
+                raise ModelRefused(f"the layers of {text.model_type!r} differ in {name}; all layers of a cache have the same") from error
+            if isinstance(value, (list, tuple)):  # one for each layer
+                if len(set(value)) > 1 and name not in _WIDTHS:
+                    listed = ", ".join(map(str, sorted(set(value))))
+                    raise ModelRefused(
+                        f"the layers of {text.model_type!r} differ in {name} ({listed}); all layers of a cache have the same"
+                    )
+                value = max(value, default=None)
             if value is not None:
                 return int(value)
         return None
@@ -201,7 +237,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         num_heads=heads,
         num_kv_heads=first("num_key_value_heads") or heads,
         head_dim=first("head_dim") or hidden // heads,
-        intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
+        intermediate_size=first(*_WIDTHS) or 4 * hidden,
         vocab_size=need("vocab_size"),
         max_positions=need("max_position_embeddings", "n_positions"),
     )

@@ -47,11 +47,16 @@ class LayerProducts(Protocol):
         ...
 
 
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Tensors as one; a single one as it is: to copy an output layer takes as much memory again as it has."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
 class OneDnnProduct:
     """x -> x W^T + b for the weights of some linear modules, one below the other, as oneDNN likes them where this CPU has what it takes."""
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([module.weight.detach() for module in modules])  # (out, in)
+        weight = _joined([module.weight.detach() for module in modules])  # (out, in)
         self._num_out = len(weight)
         self._bias = _bias_of(modules)
         self._packed = _can_pack(weight.dtype)
@@ -158,7 +163,7 @@ class PanelProduct:
         kind = kind or PanelKind()
         parts = [module.weight.detach() for module in modules]
         if store != _GATED:
-            parts = [torch.cat(parts)]
+            parts = [_joined(parts)]
         width = PANEL // len(parts)  # outputs that a part has in each panel
         num_inputs, num_outputs = parts[0].shape[1], len(parts[0])
         bias = _bias_of(modules)
@@ -168,7 +173,7 @@ class PanelProduct:
             scales = [part.float().abs().amax(dim=1).clamp(min=_LEAST_SCALE) / _INT8_MOST for part in parts]
             parts = [(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in zip(parts, scales, strict=True)]
             self._scales = _by_panel(scales, width)
-        pairs = torch.cat([_pairs(part, width) for part in parts], dim=2)  # (panels, in / 2, PANEL, 2)
+        pairs = _joined([_pairs(part, width) for part in parts], dim=2)  # (panels, in / 2, PANEL, 2)
         if kind.int8:
             pairs = _woven(pairs)
         self._panels = kind.memory.take(tuple(pairs.shape), pairs.dtype).copy_(pairs)

@@ -26,19 +26,46 @@ _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def outline(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config on `meta`: modules, names and shapes; nothing is allocated.
+
+    Raises:
+        ModelRefused: transformers has no causal language model for this config, or cannot build it; in words.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelRefused(
+            f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, such as Llama or Qwen"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        code = " without code of its own (auto_map), which is never run" if getattr(config, "auto_map", None) else ""
+        raise ModelRefused(
+            f"transformers has no causal language model for model_type {config.model_type!r}{code}: it sees, hears, embeds or translates, or is newer "
+            "than this transformers. Name a text model"
+        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a model's own code raises over numbers that do not go together
+        reason = " ".join(str(error).split())
+        raise ModelRefused(
+            f"transformers cannot build the {config.model_type!r} model of this config ({type(error).__name__}: {reason[:300]})"
+        ) from error
+    return model
+
+
 def count_parameters(config: PretrainedConfig) -> int:
     """Number of weights of this architecture, tied matrices once; nothing is allocated.
 
     Raises:
-        ModelRefused: transformers has no causal language model for this config.
+        ModelRefused: as `outline`.
     """
-    from transformers import AutoModelForCausalLM
+    return num_weights(outline(config))
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError) as error:
-        raise ModelRefused(f"transformers has no causal language model for model_type {config.model_type!r}: {error}") from error
+
+def num_weights(model: PreTrainedModel) -> int:
+    """Number of weights, tied matrices once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -91,20 +118,42 @@ def _pieces(flat: torch.Tensor, block: torch.Tensor, offset: int) -> Iterator[tu
         offset = 0
 
 
-def require_room(label: str, num_parameters: int, dtype: torch.dtype, device: str) -> None:
+def bytes_beside(config: PretrainedConfig, num_parameters: int, dtype: torch.dtype, device: str) -> int:
+    """What loading takes for a while, or for good, beside a model's weights: the output layer laid out anew while its first form is still
+    there (where it is tied to the embedding, both stay), and in 16 bits one layer in float32.
+    """
+    from pensieve.worker.llama import MODEL_TYPES
+
+    text = config.get_text_config()
+    head = (getattr(text, "vocab_size", None) or 0) * (getattr(text, "hidden_size", None) or 0)
+    layers = getattr(text, "num_hidden_layers", None) or 1
+    copied = head * dtype.itemsize if text.model_type in MODEL_TYPES and torch.device(device).type == "cpu" else 0
+    widened = max(0, num_parameters - head) // layers * 4 if dtype.itemsize == 2 else 0
+    return copied + widened
+
+
+def require_room(label: str, num_parameters: int, dtype: torch.dtype, device: str, *, beside: int = 0) -> None:
     """Refuse a model whose weights do not fit, before anything is allocated.
+
+    Args:
+        label: its name for people.
+        num_parameters: of the whole model.
+        dtype: number type it is loaded in.
+        device: where.
+        beside: bytes that loading takes beside the weights, see `bytes_beside`.
 
     Raises:
         ModelRefused: with the size needed, the size there is, and the ways out.
     """
     need = num_parameters * dtype.itemsize
     room = available_bytes(device)
-    if room is None or need + _SLACK_BYTES <= room:
+    if room is None or need + beside + _SLACK_BYTES <= room:
         return
     name = str(dtype).removeprefix("torch.")
     raise ModelRefused(
-        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in {name}, "
-        f"{room / 1e9:.1f} GB of memory are available on {device!r}. Ways out: a smaller model (`pensieve models` lists their sizes)"
+        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in {name}"
+        + (f" and {beside / 1e9:.1f} GB more while they are laid out" if beside >= 5e7 else "")
+        + f", {room / 1e9:.1f} GB of memory are available on {device!r}. Ways out: a smaller model (`pensieve models` lists their sizes)"
         + (", --dtype bfloat16" if dtype.itemsize > 2 else "")
         + ", or a machine with more memory"
     )

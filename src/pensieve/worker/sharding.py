@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pensieve.errors import ConfigError
-from pensieve.worker.gguf_convert import quiet
+from pensieve.worker.loading import load_folder
 from pensieve.worker.model import CausalModel, Forward, shape_of
 
 if TYPE_CHECKING:
@@ -83,16 +83,16 @@ def load_together(
     return resolved, causal
 
 
-def load_split(folder: Path, dtype: torch.dtype, device: torch.device, num_ranks: int) -> PreTrainedModel:
-    """This rank's share of the weights in a folder; only the share is read."""
-    from transformers import AutoModelForCausalLM
+def load_split(folder: Path, label: str, dtype: torch.dtype, device: torch.device, num_ranks: int) -> PreTrainedModel:
+    """This rank's share of the weights in a folder; only the share is read.
+
+    Raises:
+        ModelRefused: the folder is not what its config says, or cannot be loaded.
+    """
     from transformers.distributed import DistributedConfig
 
-    with quiet(), _meshes_on(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, distributed_config=DistributedConfig(tp_size=num_ranks)
-        )
-    return model.requires_grad_(False).eval()
+    with _meshes_on(device):
+        return load_folder(folder, label, dtype=dtype, distributed_config=DistributedConfig(tp_size=num_ranks))
 
 
 def split(model: PreTrainedModel, device: torch.device, num_ranks: int) -> PreTrainedModel:

@@ -11,13 +11,14 @@ import difflib
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable, PensieveError
-from pensieve.worker import embedded
-from pensieve.worker.gguf_convert import Progress, ensure_file_converted, is_sound, quiet, read_manifest
+from pensieve.worker import embedded, naming
+from pensieve.worker.gguf_convert import Progress, ensure_file_converted, is_sound, read_manifest
 from pensieve.worker.presets import BY_HUB_ID, PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class ResolvedModel:
     eos_token_ids: tuple[int, ...]  # sampled ones end an answer; empty for random weights, which never mean it
     num_parameters: int
     note: str | None = None  # what the user should know, why the weights are random for instance
+    gguf: Path | None = None  # the file it was converted from
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,9 @@ def resolve(
     """Find the model a user named.
 
     Args:
-        spec: `smollm2`, a `.gguf` file, a preset's name, a folder, or a hub id; the first that fits, in this order
-            (`./gpt2` names a folder that is called as a preset is).
+        spec: `smollm2`, a GGUF file (by its first bytes), a preset's name, a folder (of a model, or with one GGUF file), a hub id (also as
+            ORG/NAME:QUANT, hf.co/... or a URL), or a name that Ollama has here; the first that fits, in this order (`./gpt2` names a folder
+            that is called as a preset is).
         weights: "auto" takes real weights where they can be had and random ones of the same shape where they cannot
             (`note` says why); "random" asks for random ones, for which a config suffices.
         dtype: number type it will be loaded in; with `device`, decides whether a download would fit.
@@ -101,17 +104,31 @@ def resolve(
             return _random(spec, PRESETS[_EMBEDDED_PRESET].config(), "asked for")
         return _from_conversion(spec, "embedded", embedded.ensure_default(progress))
     path = Path(spec).expanduser()
-    if spec.lower().endswith(".gguf"):
-        return _from_gguf(spec, path, weights, number_type, device, progress)
+    if path.is_file():
+        return _from_gguf(spec, naming.require_gguf(spec, path), weights, number_type, device, progress)
     preset = PRESETS.get(spec.lower())
     if preset is None and path.is_dir():
-        return _from_folder(spec, path, "folder", weights, allow_random)
+        gguf = None if _holds_model(path) else naming.gguf_in(spec, path)
+        return (
+            _from_folder(spec, path, "folder", weights, allow_random)
+            if gguf is None
+            else _from_gguf(spec, gguf, weights, number_type, device, progress)
+        )
     preset = preset or BY_HUB_ID.get(spec.lower())
-    repo = preset.hub_id if preset is not None else spec
-    if preset is None and not _looks_like_hub_id(spec):
-        raise ConfigError(f"there is no model {spec!r}: it is no preset, folder, .gguf file or hub id (ORG/NAME).{_near(spec)}")
+    name = naming.hub_name(spec)
+    if preset is None and spec.lower().endswith(".gguf") and (name is None or name.file is None):
+        raise ConfigError(f"there is no file {spec!r}")
+    if preset is None and (name is None or ":" in spec) and (blob := naming.ollama_model(spec)) is not None:
+        return _from_gguf(spec, blob, weights, number_type, device, progress, label=spec)
+    if preset is None and name is None:
+        raise ConfigError(_unknown(spec))
     if weights == "random" and preset is not None:
         return _random(spec, preset.config(), "asked for")
+    if preset is None and name is not None and (name.file is not None or name.quant is not None):
+        from pensieve.worker.hub import fetch_gguf
+
+        return _from_gguf(spec, _reached(spec, lambda: fetch_gguf(name, progress)), weights, number_type, device, progress)
+    repo = preset.hub_id if preset is not None else name.repo if name is not None else None
     return _from_hub(spec, repo, preset, weights, number_type, device, allow_random, progress)
 
 
@@ -127,21 +144,24 @@ def load(
         ModelUnavailable: a damaged conversion could not be built again.
         ConfigError: the model cannot be split over the group.
     """
-    from pensieve.worker.random_weights import build, require_room
+    from pensieve.worker.allocator import return_freed_memory
+    from pensieve.worker.random_weights import build, bytes_beside, require_room
 
     number_type = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    return_freed_memory()
     if group is not None:
         return _load_share(resolved, number_type, group)
-    require_room(resolved.label, resolved.num_parameters, number_type, device)
+    beside = bytes_beside(resolved.config, resolved.num_parameters, number_type, device)
+    require_room(resolved.label, resolved.num_parameters, number_type, device, beside=beside)
     if resolved.weights == "random":
         return build(resolved.config, number_type, device)
     assert resolved.folder is not None
     try:
-        return _load_folder(resolved.folder, number_type, device)
-    except Exception as error:  # safetensors, pickle, tokenizers and transformers each have their own kinds
+        return _load_folder(resolved.folder, resolved.label, number_type, device)
+    except ModelRefused:
         if resolved.source in ("embedded", "gguf") and (folder := _rebuilt(resolved)) is not None:
-            return _load_folder(folder, number_type, device)
-        raise ModelRefused(f"{resolved.label} could not be loaded from {resolved.folder}: {type(error).__name__}: {error}") from error
+            return _load_folder(folder, resolved.label, number_type, device)
+        raise
 
 
 def fetch_default(progress: Progress | None = None) -> Path:
@@ -160,7 +180,7 @@ def describe_models() -> list[ModelRow]:
         detail = f"real weights: {preset.hub_id}" if preset.hub_id else "random weights only (never published)"
         rows.append(_preset_row(preset, preset.name, "preset", detail))
     how_to = {
-        "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline",
+        "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline; ORG/NAME:Q4_K_M a GGUF file of it",
         "FOLDER": "a local folder with config.json, safetensors (or .bin) files and a tokenizer",
         "FILE.gguf": "a GGUF file, or any part of a split one: converted once, kept in the cache (needs pensieve-serve[gguf])",
     }
@@ -205,33 +225,96 @@ def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
     )
 
 
-def _from_gguf(spec: str, path: Path, weights: str, dtype: torch.dtype, device: str, progress: Progress | None) -> ResolvedModel:
+def _from_gguf(
+    spec: str, path: Path, weights: str, dtype: torch.dtype, device: str, progress: Progress | None, *, label: str | None = None
+) -> ResolvedModel:
+    from pensieve.worker import gate
     from pensieve.worker.random_weights import require_room
 
-    if not path.is_file():
-        raise ConfigError(f"there is no file {spec!r}")
-    folder = ensure_file_converted(path, progress, room=lambda count: require_room(path.name, count, dtype, device))
-    found = _from_conversion(spec, "gguf", folder)
+    name = label or path.name
+    folder = ensure_file_converted(
+        path, progress, check=lambda config: gate.check_config(config, name), room=lambda count: require_room(name, count, dtype, device)
+    )
+    found = replace(_from_conversion(spec, "gguf", folder), label=name, gguf=path)
     return found if weights == "auto" else _random(spec, found.config, "asked for", found.tokenizer_dir)
 
 
-def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_random: bool) -> ResolvedModel:
+def _holds_model(folder: Path) -> bool:
+    """A folder that is a Hugging Face model, or whose only GGUF would not be one: its config.json is what counts, where weights go with it."""
     from pensieve.worker.hub import has_weights
-    from pensieve.worker.random_weights import count_parameters
 
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"the folder {spec!r} holds no config.json, so it is no Hugging Face model")
+    return (folder / "config.json").exists() and (has_weights(folder) or not any(folder.glob("*.gguf")))
+
+
+def _unknown(spec: str) -> str:
+    """Why a name is no model, and what is near."""
+    if naming.looks_like_ollama(spec):
+        return (
+            f"there is no model {spec!r}: it reads like an Ollama name, and none such is in {naming.ollama_root()}. Get it there "
+            f"(`ollama pull {spec}`), or name a .gguf file, a folder or a hub id (ORG/NAME, ORG/NAME:Q4_K_M)"
+        )
+    return f"there is no model {spec!r}: it is no preset, folder, .gguf file or hub id (ORG/NAME).{_near(spec)}"
+
+
+def _reached(spec: str, fetch: Callable[[], Path]) -> Path:
+    from pensieve.worker.hub import HubOutOfReach, HubUnknown
+
+    try:
+        return fetch()
+    except HubUnknown as error:
+        raise ConfigError(f"{error}.{_near(spec)}") from error
+    except HubOutOfReach as error:
+        raise ModelUnavailable(
+            f"{spec!r} cannot be had ({error}). Ways out: --model FILE.gguf with a copy of it, or --model {embedded.NAME}"
+        ) from error
+
+
+def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_random: bool) -> ResolvedModel:
+    from pensieve.worker import checkpoint, gate, loading
+    from pensieve.worker.hub import has_weights
+    from pensieve.worker.random_weights import num_weights, outline
+
+    _require_model_folder(spec, folder)
     config = _config_of(folder)
+    gate.check_config(config, spec)
     tokenizer_dir = folder if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
     if weights == "random":
         return _random(spec, config, "asked for", tokenizer_dir)
     if not has_weights(folder):
-        reason = f"{folder} lacks weight files (model.safetensors, its shards, or pytorch_model.bin)"
+        gone = checkpoint.missing_shards(folder)
+        lacking = (
+            ", ".join(gone[:4]) + (", ..." if len(gone) > 4 else "") if gone else "model.safetensors, its shards, or pytorch_model.bin"
+        )
+        reason = f"{folder} lacks weight files ({lacking})"
         if not allow_random:
             raise ModelUnavailable(f"{reason}: complete it, or name another model")
         return _random(spec, config, reason, tokenizer_dir)
-    stop = _stop_ids(folder, config)
-    return ResolvedModel(spec, spec, source, "real", folder, config, tokenizer_dir, stop, count_parameters(config))
+    if not allow_random and tokenizer_dir is None:
+        raise ModelUnavailable(
+            f"{spec} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), so it cannot talk: put its tokenizer files into {folder}"
+        )
+    model = outline(config)
+    _, note = loading.inspect(folder, model, spec)
+    return ResolvedModel(spec, spec, source, "real", folder, config, tokenizer_dir, _stop_ids(folder, config), num_weights(model), note)
+
+
+def _require_model_folder(spec: str, folder: Path) -> None:
+    """Refuse a folder that is no model, by what lies in it.
+
+    Raises:
+        ConfigError: there is no config.json.
+    """
+    if (folder / "config.json").exists():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"the folder {spec!r} holds a LoRA adapter, no whole model: merge it into its base model (`merge_and_unload` of peft), save that, "
+            "and name its folder"
+        )
+    raise ConfigError(
+        f"the folder {spec!r} holds no config.json, so it is no Hugging Face model: name a folder that holds one, its weight files and its tokenizer, "
+        "or a .gguf file"
+    )
 
 
 def _from_hub(
@@ -245,15 +328,21 @@ def _from_hub(
     progress: Progress | None,
 ) -> ResolvedModel:
     """From the local cache, else the hub, else random weights of the shape that the preset or a cached config gives."""
-    from pensieve.worker.hub import HubOutOfReach, HubUnknown, cached_folder, fetch, has_weights
+    from pensieve.worker.hub import HubOutOfReach, HubUnknown, OnlyGguf, cached_folder, cached_gguf, fetch, fetch_gguf, has_weights
 
     folder = cached_folder(repo) if repo is not None else None
     if folder is not None and (weights == "random" or has_weights(folder)):
         return _from_folder(spec, folder, "hub", weights, allow_random)
+    if folder is None and repo is not None and (gguf := cached_gguf(naming.HubName(repo))) is not None:
+        return _from_gguf(spec, gguf, weights, dtype, device, progress, label=repo)
     reason = "weights of this shape were never published"
     if repo is not None:
         try:
-            return _from_folder(spec, fetch(repo, dtype, device, progress, with_weights=weights == "auto"), "hub", weights, allow_random)
+            folder = fetch(repo, dtype, device, progress, with_weights=weights == "auto", check=lambda folder: _check_folder(spec, folder))
+            return _from_folder(spec, folder, "hub", weights, allow_random)
+        except OnlyGguf as error:
+            path = _reached(spec, lambda: fetch_gguf(naming.HubName(repo), progress))
+            return _from_gguf(spec, path, weights, dtype, device, progress, label=error.repo)
         except HubUnknown as error:
             if preset is None:
                 raise ConfigError(f"{error}.{_near(spec)}") from error
@@ -271,47 +360,49 @@ def _from_hub(
     return _random(spec, _config_of(folder), reason)
 
 
+def _check_folder(spec: str, folder: Path) -> None:
+    from pensieve.worker import gate
+
+    gate.check_config(_config_of(folder), spec)
+
+
 def _config_of(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelRefused(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each config class checks in its own way, and raises its own kinds
+        raise ModelRefused(f"transformers cannot read {folder / 'config.json'}: {' '.join(str(error).split())}") from error
     return config
 
 
 def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
     """Token ids that end an answer: those of generation_config.json, the config and the tokenizer, in this order."""
     named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
-    named.append(config.get_text_config().eos_token_id)
+    named.append(getattr(config.get_text_config(), "eos_token_id", None))
     text = _read_json(folder / "tokenizer_config.json").get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
     added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
-    named.append([token["id"] for token in added if token["content"] == text])
+    named.append([token["id"] for token in added if token.get("content") == text and "id" in token])
     flat = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     return tuple(dict.fromkeys(flat))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text()).items())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise ModelRefused(f"{path} is not JSON ({error}): fetch the model again") from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _load_folder(folder: Path, label: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    from pensieve.worker.loading import load_folder
 
     # With accelerate, weights go straight to the device; without it, through main memory.
     straight = device != "cpu" and importlib.util.find_spec("accelerate") is not None
-    with quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, device_map={"": device} if straight else None
-        )
-    return model.to(device).requires_grad_(False).eval()
+    return load_folder(folder, label, dtype=dtype, device_map={"": device} if straight else None).to(device)
 
 
 def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> PreTrainedModel:
@@ -330,10 +421,7 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
     sharers = group.local_size if group.device.type == "cpu" else 1
     require_room(resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device))
     assert resolved.folder is not None
-    try:
-        return sharding.load_split(resolved.folder, dtype, group.device, group.size)
-    except Exception as error:  # safetensors, pickle and transformers each have their own kinds
-        raise ModelRefused(f"{resolved.label} could not be loaded from {resolved.folder}: {type(error).__name__}: {error}") from error
+    return sharding.load_split(resolved.folder, resolved.label, dtype, group.device, group.size)
 
 
 def _rebuilt(resolved: ResolvedModel) -> Path | None:
@@ -343,13 +431,8 @@ def _rebuilt(resolved: ResolvedModel) -> Path | None:
         return None
     if resolved.source == "embedded":
         return embedded.ensure_default(full_check=True)
-    path = Path(resolved.spec).expanduser()
-    return ensure_file_converted(path, full_check=True)
-
-
-def _looks_like_hub_id(spec: str) -> bool:
-    organisation, slash, name = spec.partition("/")
-    return bool(slash and organisation and name) and "/" not in name and not spec.startswith((".", "~"))
+    assert resolved.gguf is not None
+    return ensure_file_converted(resolved.gguf, full_check=True)
 
 
 def _near(spec: str) -> str:
