@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -47,12 +47,10 @@ class WaitingQueue:
 
     def add(self, request: Request) -> None:
         """Queue a request, or one that was suspended again: by its arrival. `request.work` says what it has to compute."""
-        insort(self._by_arrival, request, key=lambda r: r.arrival)
-        place = self._by_arrival.index(request)
-        for behind in self._by_arrival[
-            place + 1 : place + 2
-        ]:  # so that the count never rises along the queue, and the head's is the highest
-            request.num_overtaken = max(request.num_overtaken, behind.num_overtaken)
+        place = bisect(self._by_arrival, request.arrival, key=lambda r: r.arrival)
+        # Never less than those behind it: the count does not rise along the queue, and the head's is the highest.
+        request.num_overtaken = self._by_arrival[place].num_overtaken if place < len(self._by_arrival) else 0
+        self._by_arrival.insert(place, request)
         line = self._lines.setdefault(tenant_of(request.namespace), _Line())
         insort(line.by_arrival, request, key=lambda r: r.arrival)
         insort(line.by_work, (request.work, request.arrival, request))
