@@ -529,9 +529,10 @@ class Scheduler:
                 return step.budget
             if step.prefill_s <= 0.0:
                 return 0  # it sits this step out: the decoding requests are behind
-        within = self._time.pace.tokens_within(step.prefill_s, request.missing[0][0])
+        size = self.cache.chunk_tokens
+        within = self._time.pace.tokens_within(step.prefill_s, request.missing[0][0]) + size // 2  # (to the nearest boundary)
         # A chunk is the least that can be computed. However long it takes, the first request of a step gets one.
-        return min(step.budget, max(within, 0 if step.num_prefill else self.cache.chunk_tokens))
+        return min(step.budget, max(within, 0 if step.num_prefill else size))
 
     def _add_span(self, step: _Step, request: Request, span: Span) -> None:
         step.spans.append(span)
