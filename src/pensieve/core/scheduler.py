@@ -494,7 +494,7 @@ class Scheduler:
             if short is not None:
                 requests.remove(short)
                 requests.insert(0, short)
-        if self._time is not None and self._is_short(requests[0].num_missing, requests[0].missing):
+        if self._time is not None and self._time.pace.known and self._is_short(requests[0].num_missing, requests[0].missing):
             step.prefill_s = min(step.prefill_s, self._time.step_s)  # its first token comes with this step: no reason to fill it up
         for request in requests:
             before = step.num_prefill
