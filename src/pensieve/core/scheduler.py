@@ -532,9 +532,10 @@ class Scheduler:
             if step.prefill_s <= 0.0:
                 return 0  # it sits this step out: the decoding requests are behind
         size = self.cache.chunk_tokens
-        within = self._time.pace.tokens_within(step.prefill_s, request.missing[0][0]) + size // 2  # (to the nearest boundary)
-        # A chunk is the least that can be computed. However long it takes, the first request of a step gets one.
-        return min(step.budget, max(within, 0 if step.num_prefill else size))
+        within = self._time.pace.tokens_within(step.prefill_s, request.missing[0][0])
+        if not step.num_prefill:  # to the nearest boundary; and a chunk, however long it takes, since it is the least that can be computed
+            within = max(within + size // 2, size)
+        return min(step.budget, within)
 
     def _add_span(self, step: _Step, request: Request, span: Span) -> None:
         step.spans.append(span)
