@@ -1,4 +1,4 @@
-"""Everybody gets their turn: short turns beside long prompts, tenants beside each other, steps that have a time."""
+"""Requests get their turn: short turns beside long prompts, tenants beside each other, steps that have a time."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_dropped_history_counts_as_work() -> None:
         world.submit(f"other {index}", prompt(100, index + 1))
     world.step()
     again = world.submit("again", [*log, 3], conversation="old", history=len(log))
-    assert again.work == 1, "nobody has looked yet"
+    assert again.work == 1, "the cache was not looked at yet"
     world.step()
     assert again.work == 202 and again.state is RequestState.WAITING
     world.run()

@@ -35,7 +35,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 
 def refusal(folder: Path) -> str:
-    """What is said to somebody who names the folder."""
+    """What a user who names the folder is told."""
     with pytest.raises((ModelRefused, ModelUnavailable)) as refused:
         loaded(folder)
     assert "Traceback" not in refused.value.message and "ignore_mismatched_sizes" not in refused.value.message

@@ -557,7 +557,7 @@ class Scheduler:
             request.due = self._due(request.missing, now_s)
 
     def _next_admitted(self, step: _Step, now_s: float) -> Request | None:
-        """Whom to admit now. None: nobody can be, or what is coming free is on its way to somebody."""
+        """The request to admit now. None if none can be admitted, or if the slots coming free are meant for one that waits."""
         for request in self._waiting.candidates():
             if request.suspect:
                 return None

@@ -79,7 +79,7 @@ class WaitingQueue:
             return self._by_arrival[:1]
         head = self._by_arrival[0]
         if head.num_overtaken >= MAX_OVERTAKINGS or head.state is RequestState.SUSPENDED:
-            return [head]  # (of a suspended one somebody reads the answer already)
+            return [head]  # (a suspended request has a client that reads its answer already)
         lines = list(self._lines.values())[:MAX_TENANTS]
         if len(lines) == 1:
             return lines[0].first(LOOK_AHEAD)

@@ -102,7 +102,7 @@ def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) 
 
 
 def _unmap(model: PreTrainedModel) -> None:
-    """Copy what still lies in a file: weights must not change, or be gone, because somebody writes there."""
+    """Copy what still lies in a file: weights must not change, or be gone, because another process writes to the file."""
     ranges = _file_mappings()
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for module in model.modules():

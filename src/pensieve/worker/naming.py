@@ -48,7 +48,7 @@ def require_gguf(spec: str, path: Path) -> Path:
     Raises:
         ConfigError: it is a file of another kind; the message says the way out.
     """
-    if is_gguf(path) or path.suffix.lower() == ".gguf":  # (a damaged one is told by whoever reads it)
+    if is_gguf(path) or path.suffix.lower() == ".gguf":  # (a damaged one is refused by the reader)
         return path
     beside = path.parent / "config.json"
     if path.suffix.lower() in (".safetensors", ".bin"):
