@@ -82,7 +82,12 @@ class Context:
     metrics: Metrics
     started_s: float = field(default_factory=time.time)
     names: frozenset[str] = frozenset()  # other names of the model that are taken
+    checks: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # of what /ready looks at: a sentence if turns would fail
     claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
+
+    def troubles(self) -> dict[str, str]:
+        """Why turns would fail now, by what is to blame."""
+        return {name: trouble for name, check in self.checks.items() if (trouble := check()) is not None}
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served here; None is the one that is."""

@@ -80,8 +80,10 @@ async def health(context: Server) -> dict[str, str]:
 @router.get("/ready", summary="Ready for turns")
 async def ready(context: Server) -> Response:
     """Whether a turn sent now would be taken at once."""
-    state = "draining" if context.turns.draining else context.engine.state
-    body = {"status": state, "engine_restarts": context.engine.restarts}
+    state, troubles = "draining" if context.turns.draining else context.engine.state, context.troubles()
+    if state == "ready" and troubles:
+        state = "troubled"
+    body = {"status": state, "engine_restarts": context.engine.restarts} | ({"troubles": troubles} if troubles else {})
     return JSONResponse(body, 200 if state == "ready" else 503)
 
 
