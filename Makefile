@@ -24,7 +24,7 @@ KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_ke
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-kernels check-page check-clients bench bench-server bench-peers lint format model clean
+.PHONY: help demo test check-slow check-kernels check-page check-clients check-gguf bench bench-server bench-peers lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -47,6 +47,9 @@ check-page: $(VENV)/.dev-ready model ## the page in a browser (Debian: apt insta
 
 check-clients: $(VENV)/.dev-ready model ## real OpenAI clients, each in an environment of its own, against a server
 	$(BIN)/python tests/clients/run.py $(ARGS)
+
+check-gguf: $(VENV)/.dev-ready ## GGUF files of every architecture that is read: as Pensieve, llama.cpp and the model they were made from compute them
+	$(BIN)/python tests/llama_cpp/run.py $(ARGS)
 
 bench: $(VENV)/.dev-ready model ## measure the engine; the last line is JSON
 	$(BIN)/python benchmarks/engine.py $(ARGS)
