@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pensieve.worker import kernel, products
-from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct
+from pensieve.worker.products import _ADDED, _FLOAT, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct
 from tiny_models import tiny
 
 BF16 = torch.bfloat16
 PANELS = bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16
 any_shape = given(
-    count=st.integers(1, 30), num_in=st.integers(1, 40).map(lambda n: 2 * n), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
+    count=st.integers(1, 70), num_in=st.one_of(st.integers(1, 40).map(lambda n: 2 * n), st.integers(1, 5).map(lambda n: 32 * n)), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
     seed=st.integers(0, 5),
 )  # fmt: skip
 needs_panels = pytest.mark.skipif(not PANELS, reason="the kernels are not built, or this CPU has no AVX512-BF16")
@@ -61,6 +61,21 @@ def test_any_shape_and_what_is_done_with_the_result(count: int, num_in: int, num
     after = before.clone()
     PanelProduct([module], _ADDED)(x, after)
     close(after, before.double() + exact(x, module))
+    floats = PanelProduct([module], _FLOAT)(x)
+    assert floats.dtype == torch.float32
+    torch.testing.assert_close(floats.double(), exact(x, module), rtol=1e-4, atol=1e-4)
+
+
+@needs_panels
+@pytest.mark.parametrize("level", [level for level in kernel.levels() if level >= kernel.Level.AVX512_BF16], ids=lambda level: level.name)
+@pytest.mark.parametrize("num_in", [32, 64, 96, 800])
+def test_a_row_has_the_same_bits_in_any_company(level: kernel.Level, num_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "levels", lambda: (level,))
+    module, other, x = linear(num_in, 70, True), linear(num_in, 70, True, seed=1), rows(600, num_in)
+    plain, gated = PanelProduct([module]), PanelProduct([module, other], _GATED)
+    close(plain(x), exact(x, module))
+    for count in (1, 2, 15, 16, 17, 31, 33, 95, 257, 599):
+        assert torch.equal(plain(x[:count]), plain(x)[:count]) and torch.equal(gated(x[:count]), gated(x)[:count])
 
 
 INT8 = PANELS and PanelProduct.why_not(BF16, 8, int8=True) is None
@@ -153,9 +168,10 @@ def test_what_panels_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_panels
-def test_a_cpu_with_tiles_in_hardware_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_in_hardware_that_these_kernels_do_not_use_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "has_amx", lambda: True)
-    assert PanelProduct.why_not(BF16, 8) == "this CPU has AMX, which oneDNN uses better"
+    monkeypatch.setattr(products, "levels", lambda: (kernel.Level.AVX512_BF16,))
+    assert PanelProduct.why_not(BF16, 8) == "this CPU has AMX, which these kernels were built without"
 
 
 @needs_panels

@@ -1,7 +1,7 @@
 """The products of a Llama-like layer with its weights, laid out for what computes them. Knows matrices and layouts; never models, attention or positions.
 
-On a CPU two ways. Panels are read by our own kernel: on CPUs that multiply bfloat16 in vectors it is faster than oneDNN at every size, most of all for few rows.
-Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, CPUs without such instructions, and those that multiply whole tiles (AMX), which no kernel of ours does. On a GPU products are the library's own.
+On a CPU two ways. Panels are read by our own kernel, on CPUs that multiply bfloat16 in vectors or in whole tiles (AMX): it is faster than oneDNN at every size in vectors, and in tiles for up to some sixty rows
+(docs/performance.md). Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, and CPUs without such instructions. On a GPU products are the library's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pensieve.worker.kernel import INT, POINTER, REAL, Level, has_amx, levels, l
 from pensieve.worker.rows import Rows
 
 PANEL = 32  # outputs of a panel, see kernel/products.h
-_PLAIN, _ADDED, _GATED = range(3)
+_PLAIN, _ADDED, _GATED, _FLOAT = range(4)
 _INT8_MOST = 127  # symmetric: -128 is not used
 _LEAST_SCALE = 1e-30  # of an output all of whose weights are 0
 _USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights out
@@ -133,7 +133,8 @@ class Weights(ctypes.Structure):
     """`struct weights` of kernel/products.h, field by field."""
 
     _fields_ = [
-        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT), ("num_outputs", INT), ("store", INT),
+        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT), ("num_outputs", INT), ("level", INT),
+        ("store", INT),
     ]  # fmt: skip
 
 
@@ -178,13 +179,13 @@ class PanelProduct:
             pairs = _woven(pairs)
         self._panels = kind.memory.take(tuple(pairs.shape), pairs.dtype).copy_(pairs)
         self.weights = Weights(
-            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs, store,
+            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs, levels()[-1], store,
         )  # fmt: skip
         self._weights_address = ctypes.addressof(self.weights)
 
     @staticmethod
     def why_not(dtype: torch.dtype, *sizes: int, int8: bool = False) -> str | None:
-        """Why panels (of 8 bits) would not do for products of this dtype, or of rows of these sizes; None: they do."""
+        """Why panels (of 8 bits) would not do for products of this dtype, or of rows of these sizes; None if they do."""
         if dtype != torch.bfloat16:
             return f"panels are of bfloat16, not of {dtype}"
         if odd := [size for size in sizes if size % 2]:
@@ -196,15 +197,25 @@ class PanelProduct:
             return "this CPU has no AVX512-BF16"
         if int8:
             return None if library.pensieve_has_bytes() else "this CPU has no AVX512-VBMI"
-        return "this CPU has AMX, which oneDNN uses better" if has_amx() else None
+        return "this CPU has AMX, which these kernels were built without" if has_amx() and levels()[-1] < Level.AMX else None
 
     def __call__(self, x: torch.Tensor, results: torch.Tensor | None = None) -> torch.Tensor:
-        """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds."""
+        """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds. In fp32 where it was made so."""
         if results is None:
-            results = x.new_empty((len(x), self.weights.num_outputs))
+            dtype = torch.float32 if self.weights.store == _FLOAT else x.dtype
+            results = x.new_empty((len(x), self.weights.num_outputs), dtype=dtype)
         call = _Multiply(self._weights_address, x.data_ptr(), results.data_ptr(), len(x), num_threads())
         self._kernel.pensieve_multiply(ctypes.byref(call))
         return results
+
+
+def head_product(module: nn.Linear, kind: PanelKind) -> PanelProduct | OneDnnProduct:
+    """The output layer's product. bfloat16 has steps of an eighth where logits often lie (16 to 32), and the two likeliest tokens are often
+    closer than that; so logits stay as they were summed, in fp32, wherever our kernel can compute them.
+    """
+    if PanelProduct.why_not(module.weight.dtype, module.in_features, int8=kind.int8) is None:
+        return PanelProduct([module], _FLOAT, kind)
+    return OneDnnProduct([module])
 
 
 class PanelLayer:
