@@ -309,14 +309,14 @@ def two(world: World, notes: Notes) -> None:
         def read(body: dict[str, Any]) -> None:
             told, pieces = "broken off", 0
             try:
-                for event in events(first.address, CHAT, body, key, 90.0):
+                for event in events(first.address, CHAT, body, key, 240.0):
                     if "error" in event:
                         told = str(event["error"].get("code"))
                     for choice in event.get("choices", ()):
                         pieces += 1
                         told = choice["finish_reason"] or told
-            except (OSError, ValueError):
-                pass
+            except (OSError, ValueError) as error:
+                told = type(error).__name__
             ended.append(told)
             counts.append(pieces)
 
