@@ -90,28 +90,34 @@ def timed(notes: Notes) -> list[str]:
 @attack("connection/idle-1000")
 def idle(world: World, notes: Notes) -> None:
     """1,000 idle connections under `ulimit -n 1024` neither keep others out nor stay for ever."""
-    with world.server(*timed(notes), tenants=("bystander", "bob"), files=1024) as server, world.watched(server, notes):
-        with closing(held(server, 1000)) as connections:
-            answered = [world.chat(server.address, server.keys["bob"], f"{i}", timeout_s=8.0) for i in range(5)]
-            good = sum(reply.status == 200 for reply in answered)
-            gone, after_s = until_closed(connections, HEADER_TIMEOUT_S + CLOSE_S)
-            notes.say(f"{len(connections)} held; {good} of 5 chats answered; {gone} closed after {after_s:.1f} s", chats=good, closed=gone)
-            notes.hold(good == 5, f"{good} of 5 chats were answered beside idle connections: {answered[-1]}")
-            notes.hold(
-                gone == len(connections),
-                f"{gone} of {len(connections)} idle connections were closed within {HEADER_TIMEOUT_S + CLOSE_S:g} s",
-            )
+    with (
+        world.server(*timed(notes), tenants=("bystander", "bob")) as server,
+        world.watched(server, notes),
+        closing(held(server, 1000)) as connections,
+    ):
+        answered = [world.chat(server.address, server.keys["bob"], f"{i}", timeout_s=8.0) for i in range(5)]
+        good = sum(reply.status == 200 for reply in answered)
+        gone, after_s = until_closed(connections, HEADER_TIMEOUT_S + CLOSE_S)
+        notes.say(f"{len(connections)} held; {good} of 5 chats answered; {gone} closed after {after_s:.1f} s", chats=good, closed=gone)
+        notes.hold(good == 5, f"{good} of 5 chats were answered beside idle connections: {answered[-1]}")
+        notes.hold(
+            gone == len(connections),
+            f"{gone} of {len(connections)} idle connections were closed within {HEADER_TIMEOUT_S + CLOSE_S:g} s",
+        )
 
 
 @attack("connection/idle-2000", quick=False)
 def idle_more(world: World, notes: Notes) -> None:
     """2,000 idle connections, more than the soft limit of files that was set, keep nobody out."""
-    with world.server(*timed(notes), tenants=("bystander", "bob"), files=1024) as server, world.watched(server, notes):
-        with closing(held(server, 2000)) as connections:
-            answered = [world.chat(server.address, server.keys["bob"], f"{i}", timeout_s=8.0) for i in range(5)]
-            good = sum(reply.status == 200 for reply in answered)
-            notes.say(f"{len(connections)} held; {good} of 5 chats answered", chats=good)
-            notes.hold(good == 5, f"{good} of 5 chats were answered: {answered[-1]}")
+    with (
+        world.server(*timed(notes), tenants=("bystander", "bob")) as server,
+        world.watched(server, notes),
+        closing(held(server, 2000)) as connections,
+    ):
+        answered = [world.chat(server.address, server.keys["bob"], f"{i}", timeout_s=8.0) for i in range(5)]
+        good = sum(reply.status == 200 for reply in answered)
+        notes.say(f"{len(connections)} held; {good} of 5 chats answered", chats=good)
+        notes.hold(good == 5, f"{good} of 5 chats were answered: {answered[-1]}")
 
 
 @attack("connection/slow")
@@ -126,22 +132,23 @@ def slow(world: World, notes: Notes) -> None:
             "half bodies without a key": held(server, 100, body_head.replace(key.encode(), b"none") + b"{"),
             "kept after an answer": held(server, 50, head("GET", "/health") + b"GET /he"),
         }
-        with world.watched(server, notes), closing([one for some in kinds.values() for one in some]):
-            with closing(held(server, 20, b"GET /")) as dripping:
-                stop = threading.Event()
-                drip = threading.Thread(target=_drip, args=(dripping, stop))
-                drip.start()
-                try:
-                    time.sleep(HEADER_TIMEOUT_S + CLOSE_S)
-                finally:
-                    stop.set()
-                    drip.join()
-                for kind, connections in {**kinds, "a byte a second": dripping}.items():
-                    gone = sum(closed([connection]) for connection in connections)
-                    notes.say(f"{kind}: {gone} of {len(connections)} closed")
-                    notes.hold(
-                        gone == len(connections), f"{kind}: {gone} of {len(connections)} closed within {HEADER_TIMEOUT_S + CLOSE_S:g} s"
-                    )
+        with (
+            world.watched(server, notes),
+            closing([one for some in kinds.values() for one in some]),
+            closing(held(server, 20, b"GET /")) as dripping,
+        ):
+            stop = threading.Event()
+            drip = threading.Thread(target=_drip, args=(dripping, stop))
+            drip.start()
+            try:
+                time.sleep(HEADER_TIMEOUT_S + CLOSE_S)
+            finally:
+                stop.set()
+                drip.join()
+            for kind, connections in {**kinds, "a byte a second": dripping}.items():
+                gone = sum(closed([connection]) for connection in connections)
+                notes.say(f"{kind}: {gone} of {len(connections)} closed")
+                notes.hold(gone == len(connections), f"{kind}: {gone} of {len(connections)} closed within {HEADER_TIMEOUT_S + CLOSE_S:g} s")
         with closing(held(server, 100, body_head + b"{") + held(server, 100, b"GET /") + held(server, 100)):
             took_s = server.terminate(50.0)
             notes.say(f"SIGTERM took {took_s if took_s is None else round(took_s, 1)} s", sigterm_s=took_s)
@@ -173,16 +180,19 @@ def bodies_under_way(world: World, notes: Notes) -> None:
             pass
         return connection
 
-    with world.watched(server, notes), ThreadPoolExecutor(60) as pool:
-        with closing([one for one in pool.map(begin, range(60)) if one is not None]) as connections:
-            answered = [world.chat(server.address, server.keys["bob"], f"{i} " + "word " * 200, timeout_s=10.0) for i in range(5)]
-            large = post(server.address, "/tokenize", {"prompt": "word " * 1000, "model": "tiny"}, server.keys["bob"], 10.0)
-            good = sum(reply.status == 200 for reply in answered)
-            notes.say(
-                f"{len(connections)} under way, {sum(closed([one]) for one in connections)} refused; {good} of 5 chats answered", chats=good
-            )
-            notes.hold(good == 5, f"{good} of 5 chats were answered beside bodies under way: {answered[-1]}")
-            notes.hold(large.status == 200, f"a body of 5 kB beside bodies under way: {large}")
+    with (
+        world.watched(server, notes),
+        ThreadPoolExecutor(60) as pool,
+        closing([one for one in pool.map(begin, range(60)) if one is not None]) as connections,
+    ):
+        answered = [world.chat(server.address, server.keys["bob"], f"{i} " + "word " * 200, timeout_s=10.0) for i in range(5)]
+        large = post(server.address, "/tokenize", {"prompt": "word " * 1000, "model": "tiny"}, server.keys["bob"], 10.0)
+        good = sum(reply.status == 200 for reply in answered)
+        notes.say(
+            f"{len(connections)} under way, {sum(closed([one]) for one in connections)} refused; {good} of 5 chats answered", chats=good
+        )
+        notes.hold(good == 5, f"{good} of 5 chats were answered beside bodies under way: {answered[-1]}")
+        notes.hold(large.status == 200, f"a body of 5 kB beside bodies under way: {large}")
 
 
 @attack("connection/bodies-chunked", quick=False)
@@ -206,11 +216,14 @@ def bodies_chunked(world: World, notes: Notes) -> None:
             pass
         return connection
 
-    with world.watched(server, notes), ThreadPoolExecutor(60) as pool:
-        with closing([one for one in pool.map(begin, range(60)) if one is not None]):
-            reply = world.chat(server.address, server.keys["bob"], timeout_s=10.0)
-            notes.say(f"a chat: {reply}")
-            notes.hold(reply.status == 200, f"a chat beside bodies under way: {reply}")
+    with (
+        world.watched(server, notes),
+        ThreadPoolExecutor(60) as pool,
+        closing([one for one in pool.map(begin, range(60)) if one is not None]),
+    ):
+        reply = world.chat(server.address, server.keys["bob"], timeout_s=10.0)
+        notes.say(f"a chat: {reply}")
+        notes.hold(reply.status == 200, f"a chat beside bodies under way: {reply}")
 
 
 def stream_body(num_tokens: int, **more: Any) -> bytes:

@@ -47,9 +47,8 @@ def offered(option: str) -> bool:
 class Watch:
     """Resident memory of a server's processes, sampled; kills them when they take too much."""
 
-    def __init__(self, pid: int, engine: int | None) -> None:
+    def __init__(self, pid: int) -> None:
         self._front = psutil.Process(pid)
-        self._engine = engine
         self._children: list[psutil.Process] = []
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -110,12 +109,12 @@ class Served:
         model: a folder.
         options: of `pensieve serve`, behind the usual ones.
         tenants: who has a key; none: a server without keys.
-        files: the soft limit of open files; None: the machine's.
+        files: the soft limit of open files: a user's usual one.
         store: the SQLite file; None: one in the folder.
     """
 
     def __init__(
-        self, folder: Path, model: Path, *options: str, tenants: tuple[str, ...] = (), files: int | None = None, store: Path | None = None
+        self, folder: Path, model: Path, *options: str, tenants: tuple[str, ...] = (), files: int = 1024, store: Path | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.model, self.options, self._files = folder, model, options, files
@@ -132,7 +131,6 @@ class Served:
         self.address = Address("127.0.0.1", 0)
         self.process: subprocess.Popen[bytes] | None = None
         self.watch: Watch | None = None
-        self._engine: int | None = None
         self._log_start = 0
 
     def add_key(self, tenant: str) -> str:
@@ -156,24 +154,22 @@ class Served:
         ]
         keys = ["--api-key-file", str(self.key_path)] if self.keys else []
         command = [*pensieve, *OPTIONS, *keys, *self.options]
-        return command if self._files is None else ["bash", "-c", f'ulimit -Sn {self._files}; exec "$0" "$@"', *command]
+        return ["bash", "-c", f'ulimit -Sn {self._files}; exec "$0" "$@"', *command]
 
-    def start(self, wait: bool = True) -> None:
+    def start(self, timeout_s: float = START_S) -> None:
         """Start it, and wait until it is ready for turns."""
         assert self.process is None
         self._log_start = self.log_path.stat().st_size if self.log_path.is_file() else 0
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        if not wait:
-            return
-        deadline = time.monotonic() + START_S
+        self.watch = Watch(self.process.pid)
+        deadline = time.monotonic() + timeout_s
         while (found := re.search(r"listening at http://([^\s:]+):(\d+)", self.log())) is None:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start:\n{self.log()[-3000:]}")
             time.sleep(0.05)
         self.address = Address(found[1], int(found[2]))
         self.until_ready()
-        self.watch = Watch(self.process.pid, None)
 
     def log(self) -> str:
         """What it said since it was started."""

@@ -140,16 +140,18 @@ def operations(world: World, notes: Notes) -> None:
 @attack("tenant/recorders")
 def recorders(world: World, notes: Notes) -> None:
     """Recordings of one tenant leave another's to be taken."""
-    with world.server(tenants=("alice", "bob", "carol")) as server:
-        with closing(held(server, 20, head("GET", "/v1/pensieve/record", server.keys["alice"]))):
-            time.sleep(1.0)
-            for tenant in ("bob", "carol"):
-                with server.address.connect() as connection:
-                    connection.settimeout(5.0)
-                    connection.sendall(head("GET", "/v1/pensieve/record", server.keys[tenant]))
-                    status = connection.recv(64).split(b"\r\n")[0].decode()
-                notes.say(f"{tenant}: {status}")
-                notes.hold(" 200 " in f"{status} ", f"{tenant}'s recording: {status}")
+    with (
+        world.server(tenants=("alice", "bob", "carol")) as server,
+        closing(held(server, 20, head("GET", "/v1/pensieve/record", server.keys["alice"]))),
+    ):
+        time.sleep(1.0)
+        for tenant in ("bob", "carol"):
+            with server.address.connect() as connection:
+                connection.settimeout(5.0)
+                connection.sendall(head("GET", "/v1/pensieve/record", server.keys[tenant]))
+                status = connection.recv(64).split(b"\r\n")[0].decode()
+            notes.say(f"{tenant}: {status}")
+            notes.hold(" 200 " in f"{status} ", f"{tenant}'s recording: {status}")
 
 
 @attack("tenant/isolation")

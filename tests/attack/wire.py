@@ -89,6 +89,8 @@ def send(address: Address, pieces: Iterable[bytes], timeout_s: float = 20.0, met
         return reply("refused")
     with connection:
         deadline = begun_s + timeout_s
+        poll = select.poll()  # (select takes no number above 1,023)
+        poll.register(connection, select.POLLIN | select.POLLOUT)
         try:
             for piece in pieces:
                 view = memoryview(piece)
@@ -96,10 +98,10 @@ def send(address: Address, pieces: Iterable[bytes], timeout_s: float = 20.0, met
                     left_s = deadline - time.monotonic()
                     if left_s <= 0:
                         return reply("timeout")
-                    readable, writable, _ = select.select([connection], [connection], [], left_s)
-                    if readable:
+                    ready = sum(events for _, events in poll.poll(1000 * left_s))
+                    if ready & ~select.POLLOUT:
                         break
-                    if writable:
+                    if ready:
                         num_bytes = connection.send(view[:CHUNK])
                         sent += num_bytes
                         view = view[num_bytes:]

@@ -54,9 +54,9 @@ class World:
             self._servers.remove(server)
             shutil.rmtree(server.folder, ignore_errors=True)
 
-    def shared(self, *options: str) -> Served:
+    def shared(self, *options: str, model: Path | None = None) -> Served:
         """The server that many checks attack one after the other, with keys; a new one if the last did not survive."""
-        name = " ".join(options)
+        name = " ".join((str(model or self.model), *options))
         if name in self._shared:
             server, _ = self._shared[name]
             if server.alive:
@@ -64,7 +64,7 @@ class World:
             self._drop(name)
         for other in list(self._shared):  # one at a time: they would measure each other
             self._drop(other)
-        server = Served(self.new_folder(), self.model, *options, tenants=TENANTS)
+        server = Served(self.new_folder(), model or self.model, *options, tenants=TENANTS)
         self._servers.append(server)
         server.start()
         self._shared[name] = server, Beside(server.address.host, server.address.port, server.keys["bystander"])
