@@ -35,7 +35,7 @@ class Window:
     def _reset(self) -> None:
         self._worst: dict[str, float] = {}
         self._count: dict[str, int] = {}
-        self._errors: list[str] = []
+        self._errors: dict[str, list[str]] = {}
 
     def begin(self, kind: str) -> None:
         with self._lock:
@@ -47,7 +47,7 @@ class Window:
             if error is None:
                 self._count[kind] = self._count.get(kind, 0) + 1
             else:
-                self._errors.append(f"{kind}: {error}")
+                self._errors.setdefault(kind, []).append(error)
 
     def see(self, kind: str, seconds: float) -> None:
         with self._lock:
@@ -61,7 +61,7 @@ class Window:
             now_s = time.monotonic()
             for kind, begun_s in self._under_way.items():
                 self._see(kind, now_s - begun_s)
-            seen = {"worst": self._worst, "count": self._count, "errors": self._errors[:5], "num_errors": len(self._errors)}
+            seen = {"worst": self._worst, "count": self._count, "errors": self._errors}
             self._reset()
             return seen
 

@@ -60,7 +60,7 @@ def full(world: World, notes: Notes) -> None:
         key = server.keys["bob"]
         before = [world.chat(server.address, key, f"before {i}", Idempotency_Key=f"before-{i}") for i in range(3)]
         largest = max(path.stat().st_size for path in server.store.parent.glob(f"{server.store.name}*"))
-        server.front.rlimit(psutil.RLIMIT_FSIZE, (largest, resource_hard(server)))
+        server.front.rlimit(psutil.RLIMIT_FSIZE, (largest + 200_000, resource_hard(server)))
         long_text = "word " * 1500
         turns: list[Reply] = []
         until = time.monotonic() + 40
