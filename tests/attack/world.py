@@ -140,8 +140,6 @@ class World:
             notes.hold(False, watch.killed)
         elif not server.alive:
             notes.hold(False, "the server ended")
-        elif worst > NOISE_S or growth > MAX_GROWTH_MB:
-            self.drop_shared()  # the next input meets a server that nothing was done to
 
     def _until_seen(self, server: Served, beside: Beside, chats: bool) -> dict[str, Any]:
         """What the probes saw: after the server has answered each kind, a chat included, or has had long to do so."""
