@@ -145,7 +145,7 @@ def check(server: Served, clients: list[Client], count: Count) -> None:
                 count.examples.append(f"{one.key}: {reply} {reply.body[:160]!r}")
                 continue
             identity, text, num_tokens, how = read(one.path, reply.json)
-            if num_tokens != one.num_tokens or how not in ENDS[one.path]:
+            if fragment := num_tokens != one.num_tokens or how not in ENDS[one.path]:
                 count.fragments += 1
                 count.examples.append(f"{one.key}: {num_tokens} of {one.num_tokens} tokens, ended by {how}")
             if one.answer is None:
@@ -163,7 +163,7 @@ def check(server: Served, clients: list[Client], count: Count) -> None:
             if stored > 1:
                 count.doubled += 1
                 count.examples.append(f"{one.key}: stored {stored} times")
-            elif stored == 0 and one.path == RESPONSES:
+            elif stored == 0 and not fragment:
                 count.lost += 1
                 count.examples.append(f"{one.key}: not stored")
         client.asked.clear()
