@@ -6,7 +6,7 @@
 #                     TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #   PEERS=/some/dir   where `bench-peers` sets up vLLM, llama.cpp and transformers serve (5 GB), and finds them again
 #   JOBS=2            processes that `test` shares the tests between, a file at a time (each takes some 3 GB; 0: none but the first)
-#   ARGS="..."        more options for `demo`, `test`, `check-slow`, `bench` and `bench-peers`
+#   ARGS="..."        more options for `demo`, `test`, `check-slow`, `check-attack`, `bench` and `bench-peers`
 
 PY    ?= python3
 VENV  ?= .venv
@@ -24,7 +24,7 @@ KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_ke
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-kernels check-page check-clients check-gguf bench bench-server bench-peers lint format model clean
+.PHONY: help demo test check-slow check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -50,6 +50,9 @@ check-clients: $(VENV)/.dev-ready model ## real OpenAI clients, each in an envir
 
 check-gguf: $(VENV)/.dev-ready ## GGUF files of every architecture that is read: as Pensieve, llama.cpp and the model they were made from compute them
 	$(BIN)/python tests/llama_cpp/run.py $(ARGS)
+
+check-attack: $(VENV)/.dev-ready model ## hostile and broken clients, disks, models and processes against real servers (up to 20 minutes; the last line is JSON)
+	$(BIN)/python tests/attack/run.py $(ARGS)
 
 bench: $(VENV)/.dev-ready model ## measure the engine; the last line is JSON
 	$(BIN)/python benchmarks/engine.py $(ARGS)
