@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from raw import exchange
 from serving import serving
 
-from pensieve.cli import front, run_command
-from pensieve.cli.commands import cli
+from pensieve.cli import run_command
 from pensieve.errors import StoreError
 from pensieve.server.keys import key_line, new_key
 from pensieve.server.redaction import RedactingFormatter, redacted
@@ -83,28 +79,3 @@ def test_errors_of_commands_hide_passwords(capsys: pytest.CaptureFixture[str]) -
         run_command(failing, "pensieve", [])
     said = capsys.readouterr().err
     assert "s3cret" not in said and "postgresql://me:[hidden]@db/x" in said
-
-
-def test_a_store_s_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = CliRunner().invoke(cli, ["serve", "--port", "0"], env={"PENSIEVE_STORE": "mysql://me:s3cret@db/x"})
-    assert result.exception is not None and "sqlite:///" in str(result.exception) and "s3cret" not in str(result.exception)
-    url = "postgresql://me:s3cret@db/x"
-    monkeypatch.setattr(sys, "argv", ["pensieve", "serve", "--store", url])
-    assert "PENSIEVE_STORE" in str(front.password_note(url)) and "s3cret" not in str(front.password_note(url))
-    assert front.password_note("postgresql://me@db:5432/x") is None and front.password_note(None) is None
-    monkeypatch.setattr(sys, "argv", ["pensieve", "serve", f"--store={url}"])
-    assert front.password_note(url) is not None
-    monkeypatch.setattr(sys, "argv", ["pensieve", "serve"])
-    assert front.password_note(url) is None
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
-@pytest.mark.parametrize(("soft", "hard", "expected"), [(64, 512, 512), (200, 200, 200)])
-def test_the_soft_limit_of_open_files_is_raised(soft: int, hard: int, expected: int) -> None:
-    program = (
-        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
-        "from pensieve.cli import front\n"
-        "assert front.raise_file_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]\n"
-        "print(front.raise_file_limit())"
-    )
-    assert int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout) == expected

@@ -108,7 +108,7 @@ class Front:
 
         if not has_keys and not insecure and not is_loopback(host):
             raise ConfigError(
-                f"--host {host} can be reached from other machines: give --api-key-file (see `pensieve keys add`), or --insecure if everybody may ask"
+                f"--host {host} can be reached from other machines: give --api-key-file (see `pensieve keys add`), or --insecure if any client may ask"
             )
         if private and not has_keys:
             raise ConfigError("--private needs --api-key-file: without keys no request could pass")
@@ -211,7 +211,7 @@ def num_open_files() -> int:
 
 def is_loopback(host: str) -> bool:
     """Whether an address can be reached from this machine only."""
-    if host == "localhost":
+    if host.lower().removesuffix(".") == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
