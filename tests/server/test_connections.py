@@ -173,6 +173,12 @@ def test_forms_of_requests(keyed: tuple[Serving, bytes], sent: bytes, status: in
     assert reply.statuses == [status] and reply.closed, reply.data[:300]
 
 
+def test_the_body_of_a_get_is_not_read(keyed: tuple[Serving, bytes]) -> None:
+    server, key = keyed
+    reply = exchange(server, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n" + key + b"\r\nabc")
+    assert reply.statuses == [200]
+
+
 def test_the_host_of_an_absolute_target_counts() -> None:
     with serving() as server:
         for target, header, status in (

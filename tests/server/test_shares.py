@@ -195,6 +195,7 @@ def test_bodies_that_would_be_refused_anyway_are_not_read(tenants: tuple[Path, d
         assert background(server, keys["alice"]) == 200
         for turn in (b"POST /v1/chat/completions", b"POST /v1/completions", b"POST /v1/responses", b"POST /v1/responses/"):
             assert status(turn, json_body) == 429
+        assert 'pensieve_requests_total{endpoint="/v1/completions",status="429"} 1.0' in server.client.get("/metrics").text
         server.context.turns.draining = True
         assert status(b"POST /v1/chat/completions", json_body) == 503
         server.context.turns.draining = False

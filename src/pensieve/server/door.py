@@ -128,7 +128,8 @@ class Door:
             if tenant is not None:
                 self.requests.give(tenant)
             route = scope.get("route")
-            self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
+            endpoint = getattr(route, "path", scope["path"] if scope["path"] in TURNS else "other")
+            self._metrics.requests.labels(endpoint, str(status)).inc()
             if self._rules.access_log:
                 self._log_access(scope, status, begun_s, request_id)
 
@@ -189,7 +190,8 @@ class Door:
 
     def _admit_body(self, scope: Scope, body: _Body, tenant: str, context: Context) -> None:
         """Refuse what would be refused anyway once its body had been read, and bodies for which there is no room."""
-        if not body.expected:
+        body.tenant = tenant
+        if not body.expected or scope["method"] in READING:  # (no route reads a GET's)
             return
         kind = next(iter(values_of(scope["headers"], b"content-type")), "").partition(";")[0].strip().lower()
         if not (kind.startswith("application/") and (kind == "application/json" or kind.endswith("+json"))):
@@ -198,7 +200,6 @@ class Door:
         is_turn = scope["method"] == "POST" and scope["path"] in TURNS
         if is_turn and not values_of(scope["headers"], b"idempotency-key"):  # (the answer to a retry needs no place)
             context.turns.check_room(tenant)
-        body.tenant = tenant
         if not body.take(body.declared):
             raise body.no_room()
 
