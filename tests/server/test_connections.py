@@ -117,6 +117,11 @@ def test_a_client_that_sends_on_can_read_why_it_was_refused(keyed: tuple[Serving
         connection.sendall(POST + key + b"Content-Length: %d\r\n\r\n" % large)
         connection.sendall(b" " * (1 << 20))
         assert "--max-body" in is_refused(read(connection), 413)
+    with pytest.raises(httpx.HTTPStatusError) as told, httpx.Client(timeout=10) as client:  # which reads only when it has sent
+        client.post(
+            server.url + "/v1/chat/completions", content=b" " * (15 << 20), headers={"Authorization": "Bearer no"}
+        ).raise_for_status()
+    assert told.value.response.status_code == 401
 
 
 def test_extensions_and_trailers_without_end_are_refused(keyed: tuple[Serving, bytes]) -> None:

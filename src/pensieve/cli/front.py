@@ -46,7 +46,7 @@ def front_options(function: Function) -> Function:
                 "max_bodies_mb",
                 type=click.FloatRange(min=0.001),
                 default=None,
-                help="MB of the bodies of all requests under way; beyond it: 429.  [default: four times --max-body]",
+                help="MB of the bodies of all requests under way; beyond it: 429.  [default: eight times --max-body]",
             ),
             click.option(
                 "--header-timeout",

@@ -31,8 +31,7 @@ MAX_PIPELINED = 8  # requests of one connection behind the one that is answered
 SLICE_BYTES = 16 << 10  # what the parser gets at once, so that a head is refused near its limit
 BODY_BYTES_PER_S = 8 << 10  # a body that comes more slowly is given up (64 kbit/s)
 LINGER_S = 2.0  # a client that is still sending gets so long to read why it was refused
-DISCARDED_BODY_BYTES = 64 << 20  # of a body that was refused, which are still read before the client is cut off
-DISCARDED_BYTES = 1 << 20  # of anything else
+DISCARDED_BYTES = 1 << 20  # what is read of a refused client meanwhile
 LOG_EVERY_S = 60.0
 
 
@@ -129,7 +128,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cycles: list[Any] = []  # requests that are not answered yet, the newest last
         self._why: _Refused | None = None  # what ended the parsing
         self._head_bytes = self._num_headers = self._body_bytes = self._discarded_bytes = 0
-        self._discarded_limit = DISCARDED_BODY_BYTES
+        self._patient = True  # a client that sends more than is thrown away may still read, as for a body that is refused
         self._loose_bytes = 0  # received since the parser last had a head or a part of a body complete
         self._deadline_s: float | None = None  # loop time by which the newest request must have gone on
         self._window_bytes = 0  # of the body, when its time began
@@ -356,7 +355,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer the newest request with an error, after those before it."""
         self.all.refused(refused.reason)
         self._deadline_s = None
-        self._discarded_limit = DISCARDED_BYTES
+        self._patient = False
         if self._phase is Phase.BODY:
             if self._behind_another():
                 self.pipeline.popleft()
@@ -397,7 +396,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _discard(self, num_bytes: int) -> None:
         self._discarded_bytes += num_bytes
-        if self._discarded_bytes > self._discarded_limit:
+        if self._discarded_bytes <= DISCARDED_BYTES:
+            return
+        if self._patient and self.closing:
+            self.flow.pause_reading()  # until `LINGER_S` are over
+        else:
             self._raw.abort()
 
     def _write_error(self, status: int, message: str) -> None:

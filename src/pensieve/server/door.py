@@ -32,7 +32,7 @@ CHANGING = ("/v1/pensieve/record",)  # what is a GET and takes something that is
 ALWAYS_OPEN = ("/health", "/ready")  # to supervisors, whatever else is closed
 OPEN = ("/", "/metrics", "/openapi.json", "/version")  # without a key, unless --private
 TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # POST: these have the model work
-NUM_BODIES = 4  # of the largest kind, that may be under way at once, if nothing else is said
+NUM_BODIES = 8  # of the largest kind, that may be under way at once, if nothing else is said
 
 
 @dataclass(frozen=True, slots=True)
