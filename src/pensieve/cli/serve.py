@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
 import signal
 import socket
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pensieve.cli.build import Options, notes_of
+from pensieve.cli.front import BACKLOG, Front, front_options, log_to_stderr, password_note, raise_file_limit
 from pensieve.cli.loops import loop_factory
 from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.errors import ConfigError, ModelUnavailable, WorkerLost
@@ -26,6 +26,7 @@ from pensieve.worker.place import Place
 if TYPE_CHECKING:
     from pensieve.cli.build import ApartRuntime
     from pensieve.engine_process import State
+    from pensieve.server.connections import Connections
     from pensieve.server.context import Context, ServerConfig
     from pensieve.server.keys import KeyFile
     from pensieve.store.base import ConversationStore
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
-BACKLOG = 1024
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+REQUESTS_PER_TURN = 4  # requests of all kinds that may be under way for each of --max-open
 
 
 @click.command()
@@ -51,8 +51,9 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 @click.option(
     "--store",
     "store_url",
+    envvar="PENSIEVE_STORE",
     default=None,
-    help="A file's path, sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]",
+    help="A file's path, sqlite:///FILE or postgresql://…, also in PENSIEVE_STORE.  [default: a SQLite file in your data directory]",
 )
 @click.option("--name", "model_name", default=None, help="What clients call the model.  [default: what --model says]")
 @click.option(
@@ -64,9 +65,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
     default=None,
     help="Of these, of one tenant's keys together.  [default: three quarters with --api-key-file, else all]",
 )
-@click.option(
-    "--max-body", "max_body_mb", type=click.FloatRange(min=0.001), default=16.0, show_default=True, help="MB of a request's body."
-)
+@front_options
 @click.option(
     "--queue-timeout", "queue_timeout_s", type=float, default=120.0, show_default=True, help="Seconds to a request's first token."
 )
@@ -77,7 +76,6 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 @click.option(
     "--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM."
 )
-@click.option("--access-log", is_flag=True, help="Log a line a request: never its content.")
 @click.option("--stateless", is_flag=True, help="Keep no KV between turns, as a baseline: one tier of both tiers' bytes.")
 @template_options
 @model_options
@@ -99,15 +97,14 @@ def run_server(
     model_name: str | None,
     max_open: int,
     max_open_per_key: int | None,
-    max_body_mb: float,
-    access_log: bool,
     stateless: bool,
     queue_timeout_s: float,
     request_timeout_s: float,
     stall_timeout_s: float,
     drain_timeout_s: float,
+    **front_arguments: Any,
 ) -> None:
-    """Start everything, serve until told to stop, end everything in order.
+    """Start everything, serve until told to stop, end everything in order. `front_arguments` are those of `front_options`.
 
     Raises:
         ConfigError: an option is wrong, or the server packages are not installed.
@@ -132,19 +129,15 @@ def run_server(
         model=model_name or options.model,
         max_open=max_open,
         max_open_per_key=max_open_per_key or (None if api_key_file is None else max(1, max_open * 3 // 4)),
-        max_body_bytes=int(max_body_mb * (1 << 20)),
+        max_body_bytes=int(front_arguments["max_body_mb"] * (1 << 20)),
         queue_timeout_s=queue_timeout_s,
         request_timeout_s=request_timeout_s,
         stall_timeout_s=stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
         debug=options.debug,
     )
+    log_to_stderr()
     keys = None if api_key_file is None else KeyFile(api_key_file)
-    if keys is None and not insecure and not is_loopback(host):
-        raise ConfigError(
-            f"--host {host} can be reached from other machines: give --api-key-file (see `pensieve keys add`), or --insecure if everybody may ask"
-        )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     servers: list[uvicorn.Server] = []
     failed = threading.Event()
 
@@ -154,15 +147,23 @@ def run_server(
             for server in servers:
                 server.should_exit = True
 
-    listener = _listen(host, port)  # first: a port that is taken should not cost the loading of a model
+    raise_file_limit()
+    front = Front(
+        host=host,
+        port=port,
+        has_keys=keys is not None,
+        insecure=insecure,
+        stall_timeout_s=stall_timeout_s,
+        max_requests=REQUESTS_PER_TURN * max_open,
+        **front_arguments,
+    )
     try:
         parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state)
     except BaseException:
-        listener.close()
+        front.close()
         raise
-    app = parts.application(config, keys, frozenset({host, *LOOPBACK_NAMES}) if keys is None and not insecure else None)
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listener.getsockname()[1]}"
+    app, connections = parts.application(config, keys, front)
+    url = front.url
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -181,9 +182,10 @@ def run_server(
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
                 )
-                for note in notes_of(info.note, parts.text.note):
+                for note in (*notes_of(info.note, parts.text.note), *front.notes, *filter(None, (password_note(store_url),))):
                     click.secho(f"note: {note}", fg="yellow")
-                click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/)" + ("" if keys else "  without keys"), bold=True)
+                metrics = f", metrics: {front.metrics_url}" if len(front.sockets) > 1 else ""
+                click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/{metrics})" + ("" if keys else "  without keys"), bold=True)
                 sys.stdout.flush()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -196,8 +198,10 @@ def run_server(
     server = Server(
         uvicorn.Config(
             app,
+            http=connections.protocol(),
+            ws="none",
             log_config=None,
-            access_log=access_log,
+            access_log=False,  # the door writes it, without queries
             timeout_keep_alive=75,
             timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
             backlog=BACKLOG,
@@ -211,7 +215,7 @@ def run_server(
         gc.collect()
         gc.freeze()  # what was loaded stays: the collector need not look at it again and again
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(server.serve(sockets=[listener]))
+            runner.run(server.serve(sockets=front.sockets))
     finally:
         parts.close()
     if failed.is_set():
@@ -227,9 +231,10 @@ class _Parts:
         self.context: Context | None = None
         self._closed = False
 
-    def application(self, config: ServerConfig, keys: KeyFile | None, hosts: frozenset[str] | None) -> Any:
-        """The ASGI application; its context is made when it starts. `hosts`: the names by which it may be called; None: any."""
+    def application(self, config: ServerConfig, keys: KeyFile | None, front: Front) -> tuple[Any, Connections]:
+        """The ASGI application, whose context is made when it starts, and its connections."""
         from pensieve.server.app import create_app
+        from pensieve.server.connections import Connections
         from pensieve.server.context import Context
         from pensieve.server.metrics import Metrics
         from pensieve.server.turns import Answer, Turns
@@ -264,7 +269,8 @@ class _Parts:
             )
             return self.context
 
-        return create_app(make_context, metrics, config.max_body_bytes, self.close, hosts=hosts)
+        connections = Connections(front.limits(), lambda reason: metrics.refused.labels(reason).inc())
+        return create_app(make_context, metrics, front.rules, self.close), connections
 
     async def drain(self, timeout_s: float) -> None:
         """Let open answers end, and take no new ones."""
@@ -303,32 +309,6 @@ def _start(options: Options, store_url: str | None, owner: str, *, retain: bool,
         store.close()
         raise
     return _Parts(runtime, runtime.text, store, ephemeral)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --port or --host") from error
-    return listener
 
 
 def _on_terminate(server: Any, parts: _Parts) -> None:

@@ -16,6 +16,9 @@ from pensieve.errors import ConfigError
 from pensieve.server.errors import ApiError
 from pensieve.server.keys import SALT_MARK, KeyFile
 from pensieve.server.metrics import Metrics
+from pensieve.server.recorders import MAX_RECORDERS, MAX_RECORDERS_PER_TENANT
+from pensieve.server.shares import Shares
+from pensieve.server.totals import Totals
 from pensieve.server.turns import Turns
 from pensieve.service import DEFAULT_NAMESPACE, ConversationService
 from pensieve.store.base import ConversationStore
@@ -83,6 +86,8 @@ class Context:
     started_s: float = field(default_factory=time.time)
     names: frozenset[str] = frozenset()  # other names of the model that are taken
     checks: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # of what /ready looks at: a sentence if turns would fail
+    recorders: Shares = field(default_factory=lambda: Shares(MAX_RECORDERS, MAX_RECORDERS_PER_TENANT))
+    totals: Totals = field(default_factory=Totals)
     claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
 
     def troubles(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -11,15 +12,16 @@ from starlette.responses import Response
 
 from pensieve.chat import Message
 from pensieve.errors import ConversationNotFound, KeepRefused
-from pensieve.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats
+from pensieve.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats, tenant_of
 from pensieve.server.answers import ANSWER
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.conversations import erase, get
 from pensieve.server.errors import ApiError
-from pensieve.server.recorders import MAX_RECORDERS, Recorder
+from pensieve.server.recorders import Recorder
 from pensieve.server.responses import turn_of
 from pensieve.server.schemas import ForkRequest, TtlRequest
 from pensieve.server.sse import EventStream
+from pensieve.server.totals import SOURCES, tiers_json
 from pensieve.store.base import Conversation, Turn
 
 router = APIRouter(prefix="/v1/pensieve")
@@ -32,26 +34,21 @@ EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
 async def cache_map(
     context: Server, caller: Asking, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=0, le=MAX_ROWS)] = 200
 ) -> dict[str, Any]:
-    """Tiers, counters, and a row a conversation, the latest active first; only the caller's own rows."""
+    """Tiers, counters, and a row a conversation, the latest active first; only the caller's own rows.
+
+    Where several tenants share the server, the counters are the caller's own, and the tiers' fill is rounded.
+    """
     asked = asyncio.wrap_future(context.service.map(offset, limit, namespaces=(caller.namespace,)))
     stats, rows = await asyncio.gather(asyncio.wrap_future(context.service.stats()), asked)
     assert isinstance(rows, CacheMap) and isinstance(stats, Stats)
     titles = await in_thread(context.store.titles, caller.namespace, [row.sequence_id for row in rows.rows])
+    shared = context.keys is not None and len(context.keys.tenants) > 1
     return {
         "now": time.time(),
         "chunk_tokens": rows.chunk_tokens,
         "total": rows.total,
-        "tiers": [
-            {
-                "name": tier.name,
-                "num_slots": tier.num_slots,
-                "used": tier.used,
-                "reclaimable": tier.reclaimable,
-                "free": tier.num_slots - tier.used,
-            }
-            for tier in stats.tiers
-        ],
-        "stats": _stats_json(stats, context),
+        "tiers": tiers_json(stats, exact=not shared),
+        "stats": _own_stats_json(context, caller, rows.total) if shared else _stats_json(stats, context),
         "rows": [_row_json(row, titles.get(row.sequence_id)) for row in rows.rows],
     }
 
@@ -163,18 +160,26 @@ async def check(context: Server, caller: Asking) -> dict[str, Any]:
 
 @router.get("/record", summary="Finished turns as they come, for `pensieve record`", responses=EVENTS)
 async def record(context: Server, caller: Asking, duration_s: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None) -> Response:
-    """Lengths, times and salted hashes of the caller's own turns, from now on: no text, no token ids. At most a few recorders at once."""
-    turns = context.turns
-    if len(turns.watchers) >= MAX_RECORDERS:
-        raise ApiError(429, f"{len(turns.watchers)} recorders are at work, at most {MAX_RECORDERS} may: end one", code="too_many_recorders")
+    """Lengths, times and salted hashes of the caller's own turns, from now on: no text, no token ids. At most a few recorders of one tenant at once."""
+    turns, recorders = context.turns, context.recorders
+    if not recorders.has_room(caller.tenant):
+        most = recorders.per_tenant
+        raise ApiError(
+            429,
+            f"{recorders.held(caller.tenant)} recorders of your keys are at work, at most {most} may: end one",
+            code="too_many_recorders",
+        )
     recorder = Recorder(caller.tenant, context.info.chunk_tokens)
 
     def on_open(change: int) -> None:
-        context.metrics.streams.inc(change)
         if change > 0:
+            if not recorders.take(caller.tenant):  # (several asked at the same moment)
+                raise ApiError(429, "too many recorders are at work: end one", code="too_many_recorders")
             turns.watchers.append(recorder.take)
         else:
+            recorders.give(caller.tenant)
             turns.watchers.remove(recorder.take)
+        context.metrics.streams.inc(change)
 
     events = recorder.events(turns, duration_s)
     return EventStream(events, on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s, on_open=on_open)
@@ -235,9 +240,27 @@ def _hint_json(conversation_id: str, answer: object) -> dict[str, Any]:
     return {"id": conversation_id, "chunks": answer.chunks, "note": answer.error}
 
 
+def _own_stats_json(context: Context, caller: Caller, num_sequences: int) -> dict[str, Any]:
+    """Of the counters of `_stats_json` those that tell of the caller's tenant alone, since the server started."""
+    own = context.totals.of(caller.tenant)
+    open_ = [answer for answer in context.turns.open.values() if tenant_of(answer.namespace) == caller.tenant]
+    running = sum(answer.first_piece_s is not None for answer in open_)
+    return {
+        "waiting": len(open_) - running,
+        "running": running,
+        "sequences": num_sequences,
+        **own,
+        "engine_restarts": context.engine.restarts,
+        "hit_rates": _hit_rates(own),
+    }
+
+
+def _hit_rates(counts: Mapping[str, int]) -> dict[str, float]:
+    prompt = sum(counts[f"{name}_tokens"] for name in SOURCES)
+    return {name: counts[f"{name}_tokens"] / prompt if prompt else 0.0 for name in SOURCES}
+
+
 def _stats_json(stats: Stats, context: Context) -> dict[str, Any]:
-    prompt = stats.gpu_tokens + stats.cpu_tokens + stats.recomputed_tokens + stats.new_tokens
-    names = ("gpu", "cpu", "recomputed", "new")
     return {
         "waiting": stats.waiting,
         "running": stats.running,
@@ -260,5 +283,5 @@ def _stats_json(stats: Stats, context: Context) -> dict[str, Any]:
         "kept_chunks": stats.kept_chunks,
         "keep_limit": stats.keep_limit,
         "engine_restarts": context.engine.restarts,
-        "hit_rates": {name: getattr(stats, f"{name}_tokens") / prompt if prompt else 0.0 for name in names},
+        "hit_rates": _hit_rates({f"{name}_tokens": getattr(stats, f"{name}_tokens") for name in SOURCES}),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from typing import Any
 
 from pensieve.errors import Overloaded, PensieveError
 from pensieve.messages import tenant_of
+from pensieve.server.shares import Shares
 from pensieve.service import ConversationService, PendingTurn, Piece, TurnDone, TurnSpec
 
 MAX_ENDED = 512  # answers that can be read again after their end without the store
@@ -145,11 +146,13 @@ class Turns:
         request_timeout_s: float,
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """At most `max_open` answers at once, running and waiting, and of one tenant at most so many of them; beyond that a request is refused."""
+        """At most `max_open` answers at once, running and waiting, divided among tenants as `Shares` says; beyond that a request is refused.
+
+        `max_open_per_tenant` None: there are no tenants.
+        """
         self._service = service
         self._loop = asyncio.get_running_loop()
-        self._max_open, self._max_open_per_tenant = max_open, max_open_per_tenant or max_open
-        self._num_open: Counter[str] = Counter()  # by tenant
+        self.places = Shares(max_open, max_open_per_tenant)
         self._queue_timeout_s = queue_timeout_s
         self._request_timeout_s = request_timeout_s
         self._on_end = on_end
@@ -170,16 +173,8 @@ class Turns:
             Overloaded: as many are open as may be.
             Draining: the server is going down.
         """
-        if self.draining:
-            raise Draining("the server is shutting down: ask again in a moment")
-        if len(self.open) >= self._max_open:
-            raise Overloaded(f"{len(self.open)} requests are running or waiting, at most {self._max_open} may: try again later")
         tenant = tenant_of(spec.namespace)
-        if self._num_open[tenant] >= self._max_open_per_tenant:
-            raise Overloaded(
-                f"{self._num_open[tenant]} requests of your keys are running or waiting, at most {self._max_open_per_tenant} may "
-                "(--max-open-per-key): try again later"
-            )
+        self.check_room(tenant)
         answer: Answer
 
         def on_piece(piece: Piece) -> None:
@@ -188,7 +183,7 @@ class Turns:
         pending = PendingTurn(spec, time.monotonic(), on_piece)
         answer = Answer(spec.namespace, pending, Answer.now() if created is None else created, record=record)
         self.open[answer.id] = answer
-        self._num_open[tenant] += 1
+        self.places.take(tenant)
         self._idle.clear()
         pending.future.add_done_callback(lambda future: self._hand_in(answer, None))
         self._service.begin(pending)
@@ -198,6 +193,29 @@ class Turns:
         ]
         pending.future.add_done_callback(lambda future: self._loop.call_soon_threadsafe(_cancel, timers))
         return answer
+
+    def check_room(self, tenant: str) -> None:
+        """See whether a tenant may have another turn answered now.
+
+        Raises:
+            Overloaded: as many are open as may be, or all that are left are kept for tenants that have fewer.
+            Draining: the server is going down.
+        """
+        if self.draining:
+            raise Draining("the server is shutting down: ask again in a moment")
+        if self.places.has_room(tenant):
+            return
+        if len(self.open) >= self.places.total:
+            raise Overloaded(f"{len(self.open)} requests are running or waiting, at most {self.places.total} may: try again later")
+        held = self.places.held(tenant)
+        if held >= self.places.per_tenant:
+            raise Overloaded(
+                f"{held} requests of your keys are running or waiting, at most {self.places.per_tenant} may "
+                "(--max-open-per-key): try again later"
+            )
+        raise Overloaded(
+            f"{held} requests of your keys are running or waiting, and the places that are left are for other keys: try again later"
+        )
 
     def find(self, namespace: str, turn_id: str) -> Answer | None:
         """An answer that is under way or ended a while ago."""
@@ -261,10 +279,7 @@ class Turns:
             answer.done = future.result()
         answer.ended_s = self._loop.time()
         del self.open[answer.id]
-        tenant = tenant_of(answer.namespace)
-        self._num_open[tenant] -= 1
-        if not self._num_open[tenant]:
-            del self._num_open[tenant]
+        self.places.give(tenant_of(answer.namespace))
         if not self.open:
             self._idle.set()
         self._ended[answer.id] = answer
