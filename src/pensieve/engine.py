@@ -69,6 +69,7 @@ class Engine:
         debug: bool = False,
         quote: ResumeQuote | None = None,
         ahead: bool = False,
+        max_failed_steps: int | None = None,
     ) -> None:
         """Nothing runs yet: see `start`.
 
@@ -80,6 +81,8 @@ class Engine:
             clock: seconds, never backwards.
             debug: verify every cache invariant after every step.
             quote: what resuming a conversation takes, where it was measured in seconds.
+            max_failed_steps: the loop ends when so many steps in a row failed without one that did not: what computes is broken, and a new process
+                may mend it. None: it goes on, and each request fails for itself.
             ahead: plan and begin each step while the one before runs; the worker must be a `PipelinedWorker`. Worth it where a device computes.
         """
         self._scheduler = scheduler
@@ -97,6 +100,7 @@ class Engine:
         self._maps: deque[tuple[str, int, Overview]] = deque()  # (tag, total, rows so far)
         self.num_steps = 0
         self._ahead = ahead
+        self._max_failed_steps, self._num_failed_steps = max_failed_steps, 0  # (in a row)
         self._begun: deque[tuple[StepPlan, StepResult | None]] = deque()  # with its result where it could not even be begun
         self._totals: Counter[str] = Counter()
         worker.set_waker(self._wake.set)
@@ -177,9 +181,16 @@ class Engine:
         outcome = self._scheduler.commit(plan, result, self._clock())
         if self._debug:
             self._scheduler.cache.check()
+        if plan.spans:
+            self._count_failures(result.forward_error)
         events += outcome.tokens
         events += [self._ending(request) for request in outcome.finished]
         return bool(not plan.is_empty or result.copies_done or result.copies_failed)
+
+    def _count_failures(self, error: str | None) -> None:
+        self._num_failed_steps = 0 if error is None else self._num_failed_steps + 1
+        if self._max_failed_steps is not None and self._num_failed_steps >= self._max_failed_steps:
+            raise WorkerLost(f"{self._num_failed_steps} steps failed in a row, and none went well between them; the last: {error}")
 
     def _attempt(self, plan: StepPlan, work: Callable[[], StepResult | None]) -> StepResult | None:
         """A worker reports failures in its result; one that raises all the same loses only this step."""
