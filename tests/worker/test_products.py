@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pensieve.worker import kernel, products
-from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct
+from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct, grid_rows
 from tiny_models import tiny
 
 BF16 = torch.bfloat16
@@ -187,3 +187,39 @@ def test_products_of_gpt2s_kind_lie_as_linear_ones_do_in_16_bits(dtype: torch.dt
     weight = model.transformer.h[0].mlp.c_fc.weight
     assert weight.shape == (48, 192) and weight.is_contiguous() == (dtype == torch.float32)
     torch.testing.assert_close(after, before, rtol=0.02, atol=0.02 * float(before.abs().max()))
+
+
+def test_row_counts_are_a_short_list_that_wastes_little() -> None:
+    sizes = [grid_rows(count) for count in range(1, 513)]
+    assert sizes[:10] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 10] and sizes[-1] == 512
+    assert len(set(sizes)) == 44
+    assert all(count <= size for count, size in enumerate(sizes, 1)) and all(grid_rows(size) == size for size in sizes)
+    assert max(size / count for count, size in enumerate(sizes, 1)) <= 1.25
+    few, many = range(9, 65), range(65, 513)
+    assert sum(grid_rows(count) for count in few) / sum(few) < 1.09 and sum(grid_rows(count) for count in many) / sum(many) < 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_between_the_sizes_of_the_list_come_out_right(dtype: torch.dtype, bias: bool) -> None:
+    module = linear(48, 80, bias, dtype)
+    product = OneDnnProduct([module])
+    for count in [*range(1, 40), 63, 65, 100, 127, 129, 300]:
+        x = rows(count, 48, seed=count).to(dtype)
+        result = product(x)
+        assert result.shape == (count, 80) and result.is_contiguous()
+        close(result, exact(x, module))
+
+
+def test_row_counts_without_end_take_no_memory_without_end() -> None:
+    """A gigabyte before: oneDNN keeps something for each row count that it meets."""
+    psutil = pytest.importorskip("psutil")
+    product, process = OneDnnProduct([linear(256, 256, False, torch.float32)]), psutil.Process()
+
+    def after(counts: range) -> int:
+        for count in counts:
+            product(torch.zeros((count, 256)))
+        return int(process.memory_info().rss)
+
+    before = after(range(1, 500, 7))
+    assert after(range(1, 500)) - before < 60 << 20
