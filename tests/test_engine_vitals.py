@@ -172,7 +172,7 @@ def test_an_engine_whose_every_step_fails_is_replaced_and_one_bad_request_ends_n
         assert all(isinstance(end, Failed) for end in ends)
         eventually(lambda: engine.state == "ready" and engine.restarts == 1)
         assert engine.ready(30).pid != pid
-        assert engine.last_error is not None and "4 steps failed in a row" in engine.last_error and "planted" in engine.last_error
+        assert engine.last_error is not None and "4 steps failed in a row" in engine.last_error and "the forward broke" in engine.last_error
 
 
 def test_an_engine_without_a_process_goes_on_after_any_number_of_failures() -> None:
@@ -212,7 +212,7 @@ def test_a_restart_that_fails_is_tried_until_it_works(tmp_path: Path, error: Exc
 
 def test_an_engine_that_comes_back_as_another_one_is_not_used(tmp_path: Path) -> None:
     context = tmp_path / "context"
-    with process(fragile, tmp_path / "failing", ValueError(), context, max_backoff_s=0.05) as (engine, events):
+    with process(fragile, tmp_path / "failing", ValueError(), context, max_backoff_s=0.05) as (engine, _):
         pid = engine.ready(30).pid
         context.write_text(str(MAX_CONTEXT // 2))
         os.kill(pid, signal.SIGKILL)

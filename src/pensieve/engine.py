@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 # A worker wakes the engine when a copy settles. Should a wake-up ever be lost, copies under way are looked after this often; and requests that wait
 # for a tier whose copies failed, which is tried again after a while.
 COPY_POLL_S = 0.05
+NO_REQUEST = ""  # names no request: the event that says so says that the loop has ended
 
 
 class Engine:
@@ -141,7 +142,7 @@ class Engine:
         except Exception as error:  # our own bug: say so to everybody who waits rather than leave them waiting
             log.exception("the engine stopped")
             why = f"the engine stopped on an error of its own: {type(error).__name__}: {error}"
-        self._emit([Failed(request_id, EngineClosed.code, why) for request_id in self._scheduler.requests])
+        self._emit([Failed(request_id, EngineClosed.code, why) for request_id in (*self._scheduler.requests, NO_REQUEST)])
         self._emit([Forgotten(command.tag, 0, 0, why) for command, _ in self._to_forget if command.tag])
         self._emit([CacheMap(tag, total, self._cache.chunk_tokens, self._tiers(), ()) for tag, total, _ in self._maps])
         while not self._closing:  # (only after an error) whoever comes now is told at once
@@ -150,6 +151,14 @@ class Engine:
     def step(self) -> bool:
         """Plan a step and begin it; end it, or the one before where steps are begun ahead. False if there was nothing to do and nothing came of it."""
         events: list[Event] = []
+        try:
+            plan, has_result = self._step(events)
+        finally:
+            if events:  # (also of a step that raised: what has ended is told)
+                self._emit(events)
+        return bool(events or self._maps or not plan.is_empty or has_result)
+
+    def _step(self, events: list[Event]) -> tuple[StepPlan, bool]:
         self._drain_inbox(events)
         plan = self._scheduler.schedule(self._clock())
         self._begin(plan)
@@ -161,9 +170,7 @@ class Engine:
         self._build_map(events)
         if plan.spans:
             self.num_steps += 1
-        if events:
-            self._emit(events)
-        return bool(events or self._maps or not plan.is_empty or has_result)
+        return plan, has_result
 
     def _begin(self, plan: StepPlan) -> None:
         if not self._ahead:
@@ -181,10 +188,10 @@ class Engine:
         outcome = self._scheduler.commit(plan, result, self._clock())
         if self._debug:
             self._scheduler.cache.check()
-        if plan.spans:
-            self._count_failures(result.forward_error)
         events += outcome.tokens
         events += [self._ending(request) for request in outcome.finished]
+        if plan.spans:
+            self._count_failures(result.forward_error)
         return bool(not plan.is_empty or result.copies_done or result.copies_failed)
 
     def _count_failures(self, error: str | None) -> None:

@@ -20,6 +20,7 @@ import click
 from pensieve.cli.build import Options, notes_of
 from pensieve.cli.loops import loop_factory
 from pensieve.cli.options import cache_options, model_options, pick, template_options
+from pensieve.engine_vitals import SILENT_S, STEPS_TO_SILENCE, Patience
 from pensieve.errors import ConfigError, ModelUnavailable, WorkerLost
 from pensieve.worker.place import Place
 
@@ -77,6 +78,28 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 @click.option(
     "--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM."
 )
+@click.option(
+    "--operation-timeout",
+    "operation_timeout_s",
+    type=float,
+    default=None,
+    help="Seconds that the engine may take to answer what is no turn.  [default: 30, or --queue-timeout if that is less]",
+)
+@click.option(
+    "--engine-timeout",
+    "engine_timeout_s",
+    type=float,
+    default=SILENT_S,
+    show_default=True,
+    help="Seconds without a heartbeat after which the engine's process is replaced.",
+)
+@click.option(
+    "--step-timeout",
+    "step_timeout_s",
+    type=float,
+    default=None,
+    help="Seconds that one step of the engine may take before it is replaced.  [default: ten times --engine-timeout]",
+)
 @click.option("--access-log", is_flag=True, help="Log a line a request: never its content.")
 @click.option("--stateless", is_flag=True, help="Keep no KV between turns, as a baseline: one tier of both tiers' bytes.")
 @template_options
@@ -106,6 +129,9 @@ def run_server(
     request_timeout_s: float,
     stall_timeout_s: float,
     drain_timeout_s: float,
+    operation_timeout_s: float | None,
+    engine_timeout_s: float,
+    step_timeout_s: float | None,
 ) -> None:
     """Start everything, serve until told to stop, end everything in order.
 
@@ -137,8 +163,10 @@ def run_server(
         request_timeout_s=request_timeout_s,
         stall_timeout_s=stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
+        operation_timeout_s=min(30.0, queue_timeout_s) if operation_timeout_s is None else operation_timeout_s,
         debug=options.debug,
     )
+    patience = Patience(engine_timeout_s, STEPS_TO_SILENCE * engine_timeout_s if step_timeout_s is None else step_timeout_s)
     keys = None if api_key_file is None else KeyFile(api_key_file)
     if keys is None and not insecure and not is_loopback(host):
         raise ConfigError(
@@ -156,7 +184,7 @@ def run_server(
 
     listener = _listen(host, port)  # first: a port that is taken should not cost the loading of a model
     try:
-        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state)
+        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state, patience=patience)
     except BaseException:
         listener.close()
         raise
@@ -261,6 +289,7 @@ class _Parts:
                 keys,
                 metrics,
                 names=frozenset({runtime.info.model}),
+                checks={"engine": runtime.process.trouble},
             )
             return self.context
 
@@ -280,7 +309,15 @@ class _Parts:
             self.ephemeral.close()
 
 
-def _start(options: Options, store_url: str | None, owner: str, *, retain: bool, on_state: Callable[[State], None] | None = None) -> _Parts:
+def _start(
+    options: Options,
+    store_url: str | None,
+    owner: str,
+    *,
+    retain: bool,
+    on_state: Callable[[State], None] | None = None,
+    patience: Patience | None = None,
+) -> _Parts:
     """Start the engine's process and open the store.
 
     `owner` is under which name answers under way are in the store: whoever listens here now owns what whoever did before left unfinished.
@@ -295,7 +332,7 @@ def _start(options: Options, store_url: str | None, owner: str, *, retain: bool,
         if recovered:
             log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
         ephemeral = SqliteStore(MEMORY)
-        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state)
+        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state, patience=patience)
         if runtime.text is None:
             runtime.close()
             raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")
