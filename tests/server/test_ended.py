@@ -14,7 +14,7 @@ from pensieve.core.request import SamplingParams
 from pensieve.errors import PensieveError
 from pensieve.messages import Token
 from pensieve.server import turns
-from pensieve.server.ended import EndedAnswers, bytes_of, bytes_of_piece
+from pensieve.server.ended import MAX_ENDED, EndedAnswers, bytes_of, bytes_of_piece
 from pensieve.server.turns import Answer
 from pensieve.service import PendingTurn, Piece, TurnSpec
 
@@ -55,6 +55,13 @@ def test_ended_answers_are_bounded_by_bytes_together_the_oldest_going_first() ->
     assert kept.get("9") is None and kept.get("10") is not None and kept.get("19") is not None
     kept.add(ended("huge", 2_000_000))
     assert kept.get("huge") is None and len(kept) == 0 and kept.num_bytes == 0
+
+
+def test_ended_answers_are_bounded_in_number() -> None:
+    kept = EndedAnswers(Loop(), 600.0)  # type: ignore[arg-type]
+    for number in range(MAX_ENDED + 3):
+        kept.add(ended(str(number)))
+    assert len(kept) == MAX_ENDED and kept.get("2") is None and kept.get("3") is not None
 
 
 def test_ended_answers_go_when_their_time_is_up_also_where_nothing_new_ends() -> None:

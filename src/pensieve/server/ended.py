@@ -1,4 +1,4 @@
-"""Answers kept for a while after their end, bounded by bytes and time. Knows what an answer weighs; never engines, stores or HTTP.
+"""Answers kept for a while after their end, bounded by number, bytes and time. Knows what an answer weighs; never engines, stores or HTTP.
 
 Weights are estimates, of CPython's objects: a token of an answer is a few objects of some 50 bytes each, a log-probability of another token three.
 """
@@ -14,7 +14,8 @@ from pensieve.service import Piece
 if TYPE_CHECKING:
     from pensieve.server.turns import Answer
 
-MAX_ENDED_BYTES = 64 << 20  # of ended answers together
+MAX_ENDED = 512  # ended answers together
+MAX_ENDED_BYTES = 64 << 20  # of them
 MAX_OPEN_BYTES = 256 << 20  # of what is kept of answers under way, before another begins; they are ended at twice as much
 _PIECE_BYTES = 160  # beside its text and tokens
 _TOKEN_BYTES = 320
@@ -111,7 +112,7 @@ class EndedAnswers:
         while self._answers:
             oldest, _ = next(iter(self._answers.values()))
             assert oldest.ended_s is not None
-            if self._num_bytes <= self._max_bytes and now_s - oldest.ended_s < self._keep_s:
+            if len(self) <= MAX_ENDED and self._num_bytes <= self._max_bytes and now_s - oldest.ended_s < self._keep_s:
                 break
             self._drop(oldest.id)
         if self._answers and self._timer is None:

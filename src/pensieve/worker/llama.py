@@ -87,6 +87,7 @@ class LlamaForward:
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         self.int8 = int8
         panels = not self._on_device and (int8 or _why_no_panels(model) is None)
+        self.by_onednn = not (self._on_device or panels)  # its products
         kind = PanelKind(int8)
         plain_product, plain_layer = (DeviceProduct, DeviceLayer) if self._on_device else (OneDnnProduct, OneDnnLayer)
         self._head = PanelProduct([model.lm_head], kind=kind) if panels else plain_product([model.lm_head])

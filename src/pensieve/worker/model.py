@@ -24,7 +24,7 @@ from pensieve.worker.allocator import return_freed_memory
 from pensieve.worker.attention import AttentionArgs, KVGeometry
 from pensieve.worker.batch import Batch
 from pensieve.worker.llama import LlamaForward
-from pensieve.worker.products import lay_out_modules
+from pensieve.worker.products import ONEDNN_BYTES, lay_out_modules
 
 _INTERFACE = "pensieve"
 
@@ -112,6 +112,12 @@ class CausalModel:
             if self._fused is None:
                 raise
             raise FusedDiffers(f"{error.message} (fused operations; --forward modules computes it by its own)") from error
+
+    @property
+    def library_bytes(self) -> int:
+        """Main memory that libraries come to take for what they compile by the shapes they meet, beside the weights."""
+        on_cpu = self.device.type == "cpu"
+        return ONEDNN_BYTES if on_cpu and (self._fused is None or self._fused.by_onednn) else 0
 
     @property
     def forward_name(self) -> str:
