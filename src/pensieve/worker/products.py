@@ -25,13 +25,10 @@ _PLAIN, _ADDED, _GATED = range(3)
 _INT8_MOST = 127  # symmetric: -128 is not used
 _LEAST_SCALE = 1e-30  # of an output all of whose weights are 0
 _USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights out
-# Row counts of a product that oneDNN ever sees: so many sizes between a power of two and the next, evenly spaced. oneDNN compiles and keeps
-# a primitive for each size, about 3 MB for a layer's four products, and 512 sizes (with the holes they leave in the heap) were 1.9 GB.
-_SIZES_AN_OCTAVE = 4
-_SIZES_AN_OCTAVE_OF_MANY = (
-    8  # from `_USUAL_ROWS` rows on, where each row costs the same: rows of zeros are 4 % of those computed there, 8 % below
-)
-ONEDNN_BYTES = 192 << 20  # what those primitives take of memory beside the weights, whatever the model's size: 120 MB for up to 512 rows
+# oneDNN meets so many row counts between a power of two and the next, evenly spaced, and all below that. It compiles and keeps a primitive for
+# each, about 3 MB for a layer's four products; for 512 counts (with the holes that they left in the heap) that was 1.9 GB.
+_SIZES_AN_OCTAVE = 8
+ONEDNN_BYTES = 192 << 20  # what those primitives come to take beside the weights, whatever the model's size: 157 MB for up to 512 rows
 
 
 class LayerProducts(Protocol):
@@ -61,8 +58,7 @@ def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
 
 def grid_rows(num_rows: int) -> int:
     """The least row count of the grid that is not below `num_rows` (1 or more)."""
-    octave = 1 << (num_rows.bit_length() - 1)
-    step = max(1, octave // (_SIZES_AN_OCTAVE if octave < _USUAL_ROWS else _SIZES_AN_OCTAVE_OF_MANY))
+    step = max(1, (1 << (num_rows.bit_length() - 1)) // _SIZES_AN_OCTAVE)
     return -(-num_rows // step) * step
 
 
@@ -85,14 +81,16 @@ class OneDnnProduct:
             return nn.functional.linear(x, self._weight, self._bias)
         if not len(x):  # oneDNN's way has no products of nothing
             return x.new_empty((0, self._num_out))
-        num_rows = len(x)
-        if (num_padded := grid_rows(num_rows)) != num_rows:
-            padded = x.new_empty((num_padded, x.shape[1]))
-            padded[:num_rows] = x
-            padded[num_rows:] = 0
-            x = padded
+        if (num_padded := grid_rows(num_rows := len(x))) == num_rows:
+            return self._multiply(x)
+        padded = x.new_empty((num_padded, x.shape[1]))
+        padded[:num_rows] = x
+        padded[num_rows:] = 0
+        return self._multiply(padded)[:num_rows]
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = _linear(x, self._weight, self._bias, "none", [], "")
-        return result[:num_rows]
+        return result
 
 
 class OneDnnLayer:
