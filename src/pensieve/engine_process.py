@@ -50,7 +50,11 @@ State = Literal["starting", "ready", "restarting", "failed", "closed"]
 # OpenMP's own waiting is left as it is. SmolLM2-135M in bf16, 8 requests decoding on 2 cores, the parent busy 20 % of the time, other work on
 # the machine; medians (third quartiles) of 22 interleaved runs, tokens/s: default 145 (182), OMP_WAIT_POLICY=PASSIVE 141 (171),
 # GOMP_SPINCOUNT=100000 128 (155), 10000 130 (165). The runs of one setting differ by more than the settings do: no setting was shown to help.
-DEFAULT_ENVIRONMENT: Mapping[str, str] = MappingProxyType({})
+# oneDNN keeps a compiled primitive for each shape that it meets, 1,024 of them by default, each of 0.2 to 2 MB. Products are called with few row
+# counts (`worker/products.py`), and need some 300; attention by torch's own operations meets as many shapes as there are context lengths.
+DEFAULT_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")}
+)
 MAX_START_FAILURES = 5  # in a row, of an engine that was never ready
 SILENT_BEATS_S = 2.5  # a heartbeat later than this means that the whole process stands still
 LAST_WORDS = 20  # lines of standard error that are remembered

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pensieve.worker import kernel, products
-from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct, grid_rows
+from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct, fill_up_modules, grid_rows
 from tiny_models import tiny
 
 BF16 = torch.bfloat16
@@ -222,3 +222,24 @@ def test_row_counts_without_end_take_no_memory_without_end() -> None:
 
     before = after(range(1, 500, 7))
     assert after(range(1, 500)) - before < 60 << 20
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_models_own_products_in_16_bits_meet_row_counts_of_the_list_only(architecture: str) -> None:
+    plain, filled = tiny(architecture, dtype=BF16), tiny(architecture, dtype=BF16)
+    met: set[int] = set()
+    for module in filled.modules():
+        if hasattr(module, "weight") and type(module).__name__ in ("Linear", "Conv1D"):
+            inner = module.forward
+
+            def counting(x: torch.Tensor, inner: object = inner) -> torch.Tensor:
+                met.add(x.numel() // x.shape[-1])
+                return inner(x)  # type: ignore[operator]
+
+            module.forward = counting
+    fill_up_modules(filled)
+    for count in (1, 7, 17, 23, 50):
+        ids = torch.arange(count)[None] % 190
+        with torch.inference_mode():
+            torch.testing.assert_close(filled(ids).logits, plain(ids).logits, rtol=2.0**-6, atol=2e-2)
+    assert met == {1, 7, 18, 24, 52}

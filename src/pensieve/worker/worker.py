@@ -278,9 +278,7 @@ def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
     return available_bytes(str(device))
 
 
-def require_room(
-    tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device, *, sharers: int = 1, beside: int = 0
-) -> None:
+def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device, *, sharers: int = 1, beside: int = 0) -> None:
     """Refuse tiers that do not fit, before anything is allocated. `sharers` processes want as much of the same main memory.
 
     `beside` bytes of main memory go, in each, to what computes (`CausalModel.library_bytes`).
