@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 BACKLOG = 1024
+CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end after its step
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -304,7 +305,8 @@ class _Parts:
         """The engine first, whose turns then fail, then the service that says so, then the stores."""
         if not self._closed:
             self._closed = True
-            self.runtime.close()
+            gave_up = self.context is not None and bool(self.context.turns.open)  # what the engine still does was told to end, and did not
+            self.runtime.close(GAVE_UP_CLOSE_S if gave_up else CLOSE_S)
             self.store.close()
             self.ephemeral.close()
 
