@@ -24,7 +24,7 @@ KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_ke
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers lint format model clean
+.PHONY: help demo test check-slow check-soak check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -37,6 +37,9 @@ test: lint model ## install, fetch the default model, lint, check types and impo
 
 check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check-soak: $(VENV)/.dev-ready model ## the memory of a server after 10,000 turns, in every number type and with log-probabilities (an hour); the last line is JSON
+	$(BIN)/python benchmarks/soak.py --logprobs $(ARGS)
 
 check-kernels: $(VENV)/.dev-ready ## every variant of the GPU kernels: in Triton's interpreter (20 minutes), or on a GPU where there is one
 	$(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS)

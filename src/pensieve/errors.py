@@ -135,6 +135,13 @@ class EngineNotReady(PensieveError):
     http_status = 503
 
 
+class EngineSilent(PensieveError):
+    """The engine did not answer in time. It is in a long step, or will be replaced."""
+
+    code = "engine_timeout"
+    http_status = 503
+
+
 def error_from(code: str, message: str) -> PensieveError:
     """The error of a `code` that came as plain data (from another thread or process)."""
     for kind in PensieveError.__subclasses__():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pensieve.worker import kernel, products
-from pensieve.worker.products import _ADDED, _FLOAT, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct
+from pensieve.worker.products import _ADDED, _FLOAT, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct, fill_up_modules, grid_rows
 from tiny_models import tiny
 
 BF16 = torch.bfloat16
@@ -203,3 +203,59 @@ def test_products_of_gpt2s_kind_lie_as_linear_ones_do_in_16_bits(dtype: torch.dt
     weight = model.transformer.h[0].mlp.c_fc.weight
     assert weight.shape == (48, 192) and weight.is_contiguous() == (dtype == torch.float32)
     torch.testing.assert_close(after, before, rtol=0.02, atol=0.02 * float(before.abs().max()))
+
+
+def test_row_counts_are_a_short_list_that_wastes_little() -> None:
+    sizes = [grid_rows(count) for count in range(1, 513)]
+    assert sizes[:20] == [*range(1, 17), 18, 18, 20, 20] and sizes[-1] == 512
+    assert len(set(sizes)) == 56
+    assert all(count <= size for count, size in enumerate(sizes, 1)) and all(grid_rows(size) == size for size in sizes)
+    assert max(size / count for count, size in enumerate(sizes, 1)) <= 1.125
+    assert sum(sizes) / sum(range(1, 513)) < 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_between_the_sizes_of_the_list_come_out_right(dtype: torch.dtype, bias: bool) -> None:
+    module = linear(48, 80, bias, dtype)
+    product = OneDnnProduct([module])
+    for count in [*range(1, 40), 63, 65, 100, 127, 129, 300]:
+        x = rows(count, 48, seed=count).to(dtype)
+        result = product(x)
+        assert result.shape == (count, 80) and result.is_contiguous()
+        close(result, exact(x, module))
+
+
+def test_row_counts_without_end_take_no_memory_without_end() -> None:
+    """A gigabyte before: oneDNN keeps something for each row count that it meets."""
+    psutil = pytest.importorskip("psutil")
+    product, process = OneDnnProduct([linear(256, 256, False, torch.float32)]), psutil.Process()
+
+    def after(counts: range) -> int:
+        for count in counts:
+            product(torch.zeros((count, 256)))
+        return int(process.memory_info().rss)
+
+    before = after(range(1, 500, 7))
+    assert after(range(1, 500)) - before < 60 << 20
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_models_own_products_in_16_bits_meet_row_counts_of_the_list_only(architecture: str) -> None:
+    plain, filled = tiny(architecture, dtype=BF16), tiny(architecture, dtype=BF16)
+    met: set[int] = set()
+    for module in filled.modules():
+        if hasattr(module, "weight") and type(module).__name__ in ("Linear", "Conv1D"):
+            inner = module.forward
+
+            def counting(x: torch.Tensor, inner: object = inner) -> torch.Tensor:
+                met.add(x.numel() // x.shape[-1])
+                return inner(x)  # type: ignore[operator]
+
+            module.forward = counting
+    fill_up_modules(filled)
+    for count in (1, 7, 17, 23, 50):
+        ids = torch.arange(count)[None] % 190
+        with torch.inference_mode():
+            torch.testing.assert_close(filled(ids).logits, plain(ids).logits, rtol=2.0**-6, atol=2e-2)
+    assert met == {1, 7, 18, 24, 52}

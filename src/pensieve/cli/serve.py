@@ -20,6 +20,7 @@ from pensieve.cli.build import Options, notes_of
 from pensieve.cli.front import BACKLOG, Front, front_options, log_to_stderr, password_note, raise_file_limit
 from pensieve.cli.loops import loop_factory
 from pensieve.cli.options import cache_options, model_options, pick, template_options
+from pensieve.engine_vitals import SILENT_S, STEPS_TO_SILENCE, Patience
 from pensieve.errors import ConfigError, ModelUnavailable, WorkerLost
 from pensieve.worker.place import Place
 
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 REQUESTS_PER_TURN = 4  # requests of all kinds that may be under way for each of --max-open
+CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end after its step
 
 
 @click.command()
@@ -76,6 +78,28 @@ REQUESTS_PER_TURN = 4  # requests of all kinds that may be under way for each of
 @click.option(
     "--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM."
 )
+@click.option(
+    "--operation-timeout",
+    "operation_timeout_s",
+    type=float,
+    default=None,
+    help="Seconds that the engine may take to answer what is no turn.  [default: 30, or --queue-timeout if that is less]",
+)
+@click.option(
+    "--engine-timeout",
+    "engine_timeout_s",
+    type=float,
+    default=SILENT_S,
+    show_default=True,
+    help="Seconds without a heartbeat after which the engine's process is replaced.",
+)
+@click.option(
+    "--step-timeout",
+    "step_timeout_s",
+    type=float,
+    default=None,
+    help="Seconds that one step of the engine may take before it is replaced.  [default: ten times --engine-timeout]",
+)
 @click.option("--stateless", is_flag=True, help="Keep no KV between turns, as a baseline: one tier of both tiers' bytes.")
 @template_options
 @model_options
@@ -102,6 +126,9 @@ def run_server(
     request_timeout_s: float,
     stall_timeout_s: float,
     drain_timeout_s: float,
+    operation_timeout_s: float | None,
+    engine_timeout_s: float,
+    step_timeout_s: float | None,
     **front_arguments: Any,
 ) -> None:
     """Start everything, serve until told to stop, end everything in order. `front_arguments` are those of `front_options`.
@@ -134,8 +161,10 @@ def run_server(
         request_timeout_s=request_timeout_s,
         stall_timeout_s=stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
+        operation_timeout_s=min(30.0, queue_timeout_s) if operation_timeout_s is None else operation_timeout_s,
         debug=options.debug,
     )
+    patience = Patience(engine_timeout_s, STEPS_TO_SILENCE * engine_timeout_s if step_timeout_s is None else step_timeout_s)
     log_to_stderr()
     keys = None if api_key_file is None else KeyFile(api_key_file)
     servers: list[uvicorn.Server] = []
@@ -158,7 +187,7 @@ def run_server(
         **front_arguments,
     )
     try:
-        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state)
+        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state, patience=patience)
     except BaseException:
         front.close()
         raise
@@ -266,6 +295,7 @@ class _Parts:
                 keys,
                 metrics,
                 names=frozenset({runtime.info.model}),
+                checks={"engine": runtime.process.trouble},
             )
             return self.context
 
@@ -281,12 +311,21 @@ class _Parts:
         """The engine first, whose turns then fail, then the service that says so, then the stores."""
         if not self._closed:
             self._closed = True
-            self.runtime.close()
+            gave_up = self.context is not None and bool(self.context.turns.open)  # what the engine still does was told to end, and did not
+            self.runtime.close(GAVE_UP_CLOSE_S if gave_up else CLOSE_S)
             self.store.close()
             self.ephemeral.close()
 
 
-def _start(options: Options, store_url: str | None, owner: str, *, retain: bool, on_state: Callable[[State], None] | None = None) -> _Parts:
+def _start(
+    options: Options,
+    store_url: str | None,
+    owner: str,
+    *,
+    retain: bool,
+    on_state: Callable[[State], None] | None = None,
+    patience: Patience | None = None,
+) -> _Parts:
     """Start the engine's process and open the store.
 
     `owner` is under which name answers under way are in the store: whoever listens here now owns what whoever did before left unfinished.
@@ -301,7 +340,7 @@ def _start(options: Options, store_url: str | None, owner: str, *, retain: bool,
         if recovered:
             log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
         ephemeral = SqliteStore(MEMORY)
-        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state)
+        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state, patience=patience)
         if runtime.text is None:
             runtime.close()
             raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")

@@ -116,6 +116,7 @@ async def _sweep(context: Context) -> None:
                 last = conversation is expired[-1]  # (overwriting rewrites the database: once is enough)
                 try:
                     await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
+                    context.turns.forget(conversation.namespace, conversation.id)
                     log.info("conversation %s is deleted: its time was up", conversation.id)
                 except PensieveError as error:  # it is tried again next time; the others' time is up all the same
                     log.warning("conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
 from pensieve.engine_child import EngineInfo
-from pensieve.errors import ConfigError
+from pensieve.errors import ConfigError, EngineSilent
 from pensieve.server.errors import ApiError
 from pensieve.server.keys import SALT_MARK, KeyFile
 from pensieve.server.metrics import Metrics
@@ -23,6 +24,8 @@ from pensieve.server.turns import Turns
 from pensieve.service import DEFAULT_NAMESPACE, ConversationService
 from pensieve.store.base import ConversationStore
 from pensieve.text import ChatText
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class ServerConfig:
     request_timeout_s: float = 900.0
     stall_timeout_s: float = 60.0  # a client that reads nothing for so long is cut off
     drain_timeout_s: float = 30.0
+    operation_timeout_s: float = 30.0  # that the engine may take to answer what is no turn (a map, a hint, a pin, an erasure)
     debug: bool = False  # the cache may be verified on demand, which stops every answer meanwhile
 
     def __post_init__(self) -> None:
@@ -49,6 +53,7 @@ class ServerConfig:
             "request_timeout_s",
             "stall_timeout_s",
             "drain_timeout_s",
+            "operation_timeout_s",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.removesuffix('_s').replace('_', '-')} must be positive, got {getattr(self, name)}")
@@ -93,6 +98,21 @@ class Context:
     def troubles(self) -> dict[str, str]:
         """Why turns would fail now, by what is to blame."""
         return {name: trouble for name, check in self.checks.items() if (trouble := check()) is not None}
+
+    async def answer_to(self, question: Future[T]) -> T:
+        """What the engine answers to a question that was put to it.
+
+        Raises:
+            EngineSilent: it does not within `operation_timeout_s`.
+        """
+        limit_s = self.config.operation_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await asyncio.wrap_future(question)
+        except TimeoutError:
+            raise EngineSilent(
+                f"the engine did not answer within {limit_s:g} s (--operation-timeout): it is busy or being replaced, try again later"
+            ) from None
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served here; None is the one that is."""

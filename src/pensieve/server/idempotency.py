@@ -68,6 +68,14 @@ async def _claim(context: Context, caller: Caller, key: str, fingerprint: bytes,
         live = context.turns.find(caller.namespace, held.turn_id)
         if live is not None and live.error is None:
             return Retry(live, None)
+        if live is not None and not live.settled:
+            raise ApiError(
+                409,
+                f"the first request with Idempotency-Key {key!r} ran out of time and is being ended: try again in a moment",
+                code="conflict",
+                param="Idempotency-Key",
+                headers={"Retry-After": "2"},
+            )
         try:
             return Retry(None, await in_thread(context.store.turn, caller.namespace, held.turn_id))
         except ConversationNotFound:  # the first try failed, or died with its process: nothing was stored, so this one is the first

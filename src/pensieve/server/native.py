@@ -38,8 +38,8 @@ async def cache_map(
 
     Where several tenants share the server, the counters are the caller's own, and the tiers' fill is rounded.
     """
-    asked = asyncio.wrap_future(context.service.map(offset, limit, namespaces=(caller.namespace,)))
-    stats, rows = await asyncio.gather(asyncio.wrap_future(context.service.stats()), asked)
+    asked = context.answer_to(context.service.map(offset, limit, namespaces=(caller.namespace,)))
+    stats, rows = await asyncio.gather(context.answer_to(context.service.stats()), asked)
     assert isinstance(rows, CacheMap) and isinstance(stats, Stats)
     titles = await in_thread(context.store.titles, caller.namespace, [row.sequence_id for row in rows.rows])
     shared = context.keys is not None and len(context.keys.tenants) > 1
@@ -87,21 +87,21 @@ async def show_conversation(conversation_id: str, context: Server, caller: Askin
 async def warm(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Bring a conversation's chunks up to the first tier, if there is room that nobody needs more."""
     await get(context, caller, conversation_id)
-    return _hint_json(conversation_id, await asyncio.wrap_future(context.service.warm(conversation_id, namespace=caller.namespace)))
+    return _hint_json(conversation_id, await context.answer_to(context.service.warm(conversation_id, namespace=caller.namespace)))
 
 
 @router.post("/conversations/{conversation_id}/idle", summary="The user is done for now: its cache may go first")
 async def idle(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Let a conversation's chunks be the first to leave when room is needed."""
     await get(context, caller, conversation_id)
-    return _hint_json(conversation_id, await asyncio.wrap_future(context.service.idle(conversation_id, namespace=caller.namespace)))
+    return _hint_json(conversation_id, await context.answer_to(context.service.idle(conversation_id, namespace=caller.namespace)))
 
 
 @router.post("/conversations/{conversation_id}/pin", summary="Never drop a conversation's cache")
 async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Keep a conversation's chunks: they may change tier but are not dropped. Refused where the budget of pins is used up."""
     conversation = await get(context, caller, conversation_id)
-    answer = await asyncio.wrap_future(context.service.keep(conversation_id, True, namespace=caller.namespace))
+    answer = await context.answer_to(context.service.keep(conversation_id, True, namespace=caller.namespace))
     assert isinstance(answer, KeepAnswer)
     if answer.error is not None and not answer.error.startswith("nothing is cached"):
         raise KeepRefused(answer.error)
@@ -115,7 +115,7 @@ async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str
 async def unpin(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """A pin that is not there is lifted too."""
     conversation = await get(context, caller, conversation_id)
-    await asyncio.wrap_future(context.service.keep(conversation_id, False, namespace=caller.namespace))
+    await context.answer_to(context.service.keep(conversation_id, False, namespace=caller.namespace))
     await in_thread(context.store.set_pinned, caller.namespace, conversation.id, False)
     return {"id": conversation_id, "pinned": False, "chunks": 0, "note": None}
 
@@ -154,7 +154,7 @@ async def check(context: Server, caller: Asking) -> dict[str, Any]:
     """With --debug only: with very many chunks it takes seconds, and nobody is answered meanwhile."""
     if not context.config.debug:
         raise ApiError(403, "the cache is verified on demand only where the server was started with --debug", code="not_allowed")
-    checked: Any = await asyncio.wrap_future(context.service.check())
+    checked: Any = await context.answer_to(context.service.check())
     return {"ok": checked.error is None, "error": checked.error, "leases": checked.leases, "used": list(checked.used)}
 
 
@@ -191,7 +191,7 @@ async def record(context: Server, caller: Asking, duration_s: Annotated[float | 
 async def _rows(context: Context, caller: Caller, ids: list[str]) -> dict[str, MapRow]:
     if not ids:
         return {}
-    rows = await asyncio.wrap_future(context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids]))
+    rows = await context.answer_to(context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids]))
     assert isinstance(rows, CacheMap)
     return {row.sequence_id: row for row in rows.rows}
 

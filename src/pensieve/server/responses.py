@@ -88,7 +88,7 @@ async def get_response(
     first = 0 if starting_after is None else starting_after + 1
     turn = await _stored(context, caller, response_id) if live is None or live.stored else None
     if live is not None and (
-        stream or turn is None or live.timeout is not None
+        stream or turn is None or live.given_up is not None
     ):  # (one that took too long failed, whatever was kept of it)
         return _stream_response(context, live, first, lambda: None) if stream else JSONResponse(live_json(context, live))
     assert turn is not None
@@ -101,6 +101,7 @@ async def delete_response(response_id: str, context: Server, caller: Asking) -> 
     """The turn goes if nothing stands on it; otherwise only the response does."""
     turn = await _stored(context, caller, response_id)
     await in_thread(context.service.delete_turn, turn.id, namespace=caller.namespace)
+    context.turns.forget_turn(caller.namespace, turn.id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
@@ -116,8 +117,7 @@ async def cancel_response(response_id: str, context: Server, caller: Asking) -> 
     if answer.stored:
         await _stored(context, caller, response_id)  # (it may have been deleted since)
     context.turns.abort(answer)
-    while not answer.ended:
-        await answer.changed()
+    await answer.over(context.config.operation_timeout_s)
     return live_json(context, answer)
 
 

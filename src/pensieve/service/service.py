@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -23,6 +23,7 @@ from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import (
     ConversationNotFound,
     EngineClosed,
+    EngineSilent,
     InvalidRequest,
     PensieveError,
     StoreError,
@@ -72,7 +73,9 @@ class Erasure:
     store_bytes: int
     kv_slots: int
     kv_bytes: int
-    complete: bool  # False: the rows are gone, but the write-ahead log could not be truncated yet (somebody reads it)
+    # False: the rows are gone, but the write-ahead log could not be truncated yet (something reads it), or the engine has not said yet that
+    # it forgot the KV, which it does before anything else once it is back.
+    complete: bool
 
 
 class ConversationService:
@@ -175,9 +178,9 @@ class ConversationService:
         """Answer a path of token ids, of which `history_tokens` were put before the model by an earlier turn. No text, nothing stored."""
         return self.start(TurnSpec(namespace, sequence_id, (), sampling, ignore_eos=True, raw=(tuple(tokens), history_tokens)))
 
-    def abort(self, turn: PendingTurn) -> None:
-        """End a turn early; what was said of the answer is kept and stored."""
-        self._enqueue(lambda: self._abort(turn))
+    def abort(self, turn: PendingTurn, *, keep: bool = True) -> None:
+        """End a turn early; what was said of the answer is stored, or without `keep` nothing is unless the answer is whole by then."""
+        self._enqueue(lambda: self._abort(turn, keep))
 
     # -- conversations, from any thread
 
@@ -187,13 +190,18 @@ class ConversationService:
         self._ask_thread(done, lambda: self._delete(namespace, conversation_id, done))
         return done
 
-    def erase(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE, overwrite: bool = True) -> Future[Erasure]:
+    def erase(
+        self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE, overwrite: bool = True, within_s: float | None = None
+    ) -> Future[Erasure]:
         """Delete a conversation and overwrite what it left: its rows, and its KV in every tier (shared KV with its last reference).
 
-        Without `overwrite` the rows are only deleted: who erases many conversations overwrites once, with the last.
+        Without `overwrite` the rows are only deleted: who erases many conversations overwrites once, with the last. The engine gets `within_s`
+        seconds (default: `ERASE_WAIT_S`) to end what it has under way and to forget; the rows go in any case, and the KV when the engine is back.
         """
         done: Future[Erasure] = Future()
-        self._ask_thread(done, lambda: self._erase(namespace, conversation_id, overwrite, done))
+        self._ask_thread(
+            done, lambda: self._erase(namespace, conversation_id, overwrite, ERASE_WAIT_S if within_s is None else within_s, done)
+        )
         return done
 
     def expired(self, now_s: float, limit: int) -> list[Conversation]:
@@ -446,6 +454,9 @@ class ConversationService:
     def _take_end(self, turn: PendingTurn, event: Finished) -> None:
         done, prompt = self._answers.finish(turn, event), turn.prompt
         store = self._store_of(turn.conversation_id)
+        if turn.discarded and done.reason is FinishReason.ABORT:
+            self._fail(turn, EngineClosed("the turn was given up before its answer was whole"))
+            return
         if store is None or not turn.stored or (done.reason is FinishReason.ABORT and not done.output):
             self._finish(turn, done)
             return
@@ -453,6 +464,7 @@ class ConversationService:
             self._open(turn)
         composed = Composed(Message("assistant", turn.spec.prefix + done.text)) if turn.spec.compose is None else turn.spec.compose(done)
         done = replace(done, message=composed.message)
+        turn.ending = True
         appended = store.append(
             turn.namespace,
             turn.conversation_id,
@@ -516,8 +528,9 @@ class ConversationService:
         if gone.exception() is None and gone.result():
             self._post(Forget(turn.conversation_id, turn.namespace))
 
-    def _abort(self, turn: PendingTurn) -> None:
+    def _abort(self, turn: PendingTurn, keep: bool = True) -> None:
         turn.aborted = True
+        turn.discarded |= not keep
         line = self._lines.get(turn.key)
         if turn.request_id in self._turns:
             self._post(Abort(turn.request_id))
@@ -554,7 +567,7 @@ class ConversationService:
         else:
             settle(done, None)
 
-    def _erase(self, namespace: str, conversation_id: str, overwrite: bool, done: Future[Erasure]) -> None:
+    def _erase(self, namespace: str, conversation_id: str, overwrite: bool, within_s: float, done: Future[Erasure]) -> None:
         """First the turn under way, whose end would otherwise write again; then, off this thread, the rows; then the KV.
 
         What is cached without being stored, a completed text for one, has KV alone.
@@ -580,21 +593,27 @@ class ConversationService:
 
         def carry_out() -> None:
             try:
-                for wait in waits:
-                    wait.exception(timeout=ERASE_WAIT_S)
-                if unknown is not None and not self._is_cached(namespace, conversation_id):
+                began_s = time.monotonic()
+                if wait(waits, within_s / 2).not_done:
+                    self._enqueue(lambda: self._drop(under_way))
+                    if wait(waits, ERASE_WAIT_S).not_done:
+                        raise StoreError("a turn of the conversation is still being stored: try again")
+                if unknown is not None and not self._is_cached(namespace, conversation_id, within_s / 2):
                     raise unknown
                 erased = Erased(0, 0, complete=overwrite)
                 if store is not None and overwrite:
                     erased = store.erase(namespace, conversation_id)
                 elif store is not None:
                     store.delete(namespace, conversation_id)
+                kv, forgot = Forgotten("", 0, 0), True
+                asked = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag))
                 try:
-                    forgotten = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag)).result()
+                    kv = cast(Forgotten, asked.result(max(within_s / 4, began_s + within_s - time.monotonic())))
+                except TimeoutError:  # it has been told, and forgets once it is back
+                    forgot = False
                 except PensieveError:  # the engine died meanwhile, and its memory with it
-                    forgotten = Forgotten("", 0, 0)
-                kv = cast(Forgotten, forgotten)
-                settle(done, Erasure(erased.turns, erased.bytes, kv.slots, kv.bytes, erased.complete))
+                    pass
+                settle(done, Erasure(erased.turns, erased.bytes, kv.slots, kv.bytes, erased.complete and forgot))
             except BaseException as error:
                 settle(done, error=_as_ours("the conversation could not be erased", error))
             finally:
@@ -602,9 +621,19 @@ class ConversationService:
 
         threading.Thread(target=carry_out, name="pensieve-erase", daemon=True).start()
 
-    def _is_cached(self, namespace: str, conversation_id: str) -> bool:
+    def _drop(self, turns: list[PendingTurn]) -> None:
+        """End turns of a conversation that is being erased without the engine, which does not say that they have ended."""
+        for turn in turns:
+            if turn.request_id in self._turns and not turn.ending:
+                self._fail(turn, ConversationNotFound(f"conversation {turn.conversation_id!r} was deleted"))
+
+    def _is_cached(self, namespace: str, conversation_id: str, within_s: float) -> bool:
         try:
-            return bool(cast(CacheMap, self.rows([(namespace, conversation_id)]).result()).rows)
+            return bool(cast(CacheMap, self.rows([(namespace, conversation_id)]).result(within_s)).rows)
+        except TimeoutError:
+            raise EngineSilent(
+                f"the engine did not say within {within_s:g} s whether it has conversation {conversation_id!r}: try again"
+            ) from None
         except PensieveError:  # the engine died, and its memory with it
             return False
 

@@ -146,6 +146,8 @@ class PendingTurn:
     text_drafted: int = 0  # of `shown`, those in the draft
     cut: tuple[int, str] | None = None  # at a stop string: whole tokens kept, text to encode anew
     aborted: bool = False
+    discarded: bool = False  # aborted, and nothing of it is to be stored unless it is whole by then
+    ending: bool = False  # its answer is whole and on its way into the store
 
     @property
     def request_id(self) -> str:

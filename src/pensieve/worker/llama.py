@@ -87,6 +87,7 @@ class LlamaForward:
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         self.int8 = int8
         panels = not self._on_device and (int8 or _why_no_panels(model) is None)
+        self.by_onednn = not (self._on_device or panels)  # its products
         kind = PanelKind(int8)
         plain_layer = DeviceLayer if self._on_device else OneDnnLayer
         self._head = DeviceProduct([model.lm_head]) if self._on_device else head_product(model.lm_head, kind)

@@ -7,7 +7,7 @@ On a CPU two ways. Panels are read by our own kernel, on CPUs that multiply bflo
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,10 @@ _PLAIN, _ADDED, _GATED, _FLOAT = range(4)
 _INT8_MOST = 127  # symmetric: -128 is not used
 _LEAST_SCALE = 1e-30  # of an output all of whose weights are 0
 _USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights out
+# oneDNN meets so many row counts between a power of two and the next, evenly spaced, and all below that. It compiles and keeps a primitive for
+# each, about 3 MB for a layer's four products; for 512 counts (with the holes that they left in the heap) that was 1.9 GB.
+_SIZES_AN_OCTAVE = 8
+ONEDNN_BYTES = 192 << 20  # what those primitives come to take beside the weights, whatever the model's size: 157 MB for up to 512 rows
 
 
 class LayerProducts(Protocol):
@@ -52,8 +56,17 @@ def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
+def grid_rows(num_rows: int) -> int:
+    """The least row count of the grid that is not below `num_rows` (1 or more)."""
+    step = max(1, (1 << (num_rows.bit_length() - 1)) // _SIZES_AN_OCTAVE)
+    return -(-num_rows // step) * step
+
+
 class OneDnnProduct:
-    """x -> x W^T + b for the weights of some linear modules, one below the other, as oneDNN likes them where this CPU has what it takes."""
+    """x -> x W^T + b for the weights of some linear modules, one below the other, as oneDNN likes them where this CPU has what it takes.
+
+    Clients choose how many rows there are, and oneDNN keeps something for each number: rows are filled up with zeros to a short list of numbers.
+    """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
         weight = _joined([module.weight.detach() for module in modules])  # (out, in)
@@ -68,6 +81,14 @@ class OneDnnProduct:
             return nn.functional.linear(x, self._weight, self._bias)
         if not len(x):  # oneDNN's way has no products of nothing
             return x.new_empty((0, self._num_out))
+        if (num_padded := grid_rows(num_rows := len(x))) == num_rows:
+            return self._multiply(x)
+        padded = x.new_empty((num_padded, x.shape[1]))
+        padded[:num_rows] = x
+        padded[num_rows:] = 0
+        return self._multiply(padded)[:num_rows]
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = _linear(x, self._weight, self._bias, "none", [], "")
         return result
 
@@ -244,6 +265,27 @@ def lay_out_modules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Conv1D) and module.weight.device.type == "cpu" and module.weight.dtype.itemsize == 2:
             module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def fill_up_modules(model: nn.Module) -> None:
+    """Have a model's own products in 16 bits on a CPU, which are oneDNN's, called with row counts of the grid only, see `grid_rows`."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.device.type == "cpu" and module.weight.dtype.itemsize == 2:
+            module.forward = _on_grid(module.forward)  # type: ignore[method-assign]
+
+
+def _on_grid(multiply: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        *before, width = x.shape
+        num_rows = x.numel() // width
+        if not num_rows or (num_padded := grid_rows(num_rows)) == num_rows:
+            return multiply(x)
+        padded = x.new_zeros((num_padded, width))
+        padded[:num_rows] = x.reshape(num_rows, width)
+        result = multiply(padded)[:num_rows]
+        return result.view(*before, result.shape[-1])
+
+    return forward
 
 
 def _filled(rows: torch.Tensor, multiple: int) -> torch.Tensor:
