@@ -207,7 +207,7 @@ class Turns:
     def abort(self, answer: Answer) -> None:
         """End an answer early."""
         if not answer.ended:
-            self._service.abort(answer.turn)
+            self._service.abort(answer.turn, given_up=answer.timeout is not None)
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, and wait for what is open; what is not done in time is aborted."""
@@ -219,6 +219,8 @@ class Turns:
         except TimeoutError:
             self._given_up = True
             for answer in list(self.open.values()):
+                if answer.timeout is None:  # (what is cut short now must not be taken for whole)
+                    answer.timeout = Draining("the server is shutting down, and the answer was not whole in time: ask again in a moment")
                 self.abort(answer)
             try:
                 await asyncio.wait_for(self._idle.wait(), timeout_s)

@@ -14,6 +14,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -52,7 +53,7 @@ from pensieve.service.answer import AnswerText
 from pensieve.service.prompt import INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
 from pensieve.service.questions import Questions
 from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
-from pensieve.store.base import Conversation, ConversationStore, Erased, Turn
+from pensieve.store.base import INTERRUPTED, Conversation, ConversationStore, Erased, Turn
 from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,11 @@ class ConversationService:
         self._post = post
 
     @property
+    def owner(self) -> str:
+        """This process's name in the store, under which it answers; "" if it has none."""
+        return self._drafts or ""
+
+    @property
     def text(self) -> ChatText | None:
         """The model's tokenizer and template."""
         return self._text
@@ -175,8 +181,12 @@ class ConversationService:
         """Answer a path of token ids, of which `history_tokens` were put before the model by an earlier turn. No text, nothing stored."""
         return self.start(TurnSpec(namespace, sequence_id, (), sampling, ignore_eos=True, raw=(tuple(tokens), history_tokens)))
 
-    def abort(self, turn: PendingTurn) -> None:
-        """End a turn early; what was said of the answer is kept and stored."""
+    def abort(self, turn: PendingTurn, *, given_up: bool = False) -> None:
+        """End a turn early; what was said of the answer is kept and stored.
+
+        With `given_up` its caller was told that it failed: unless it was whole by then, it becomes a branch that no idempotency key stands for.
+        """
+        turn.given_up = turn.given_up or given_up
         self._enqueue(lambda: self._abort(turn))
 
     # -- conversations, from any thread
@@ -190,16 +200,33 @@ class ConversationService:
     def erase(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE, overwrite: bool = True) -> Future[Erasure]:
         """Delete a conversation and overwrite what it left: its rows, and its KV in every tier (shared KV with its last reference).
 
-        Without `overwrite` the rows are only deleted: who erases many conversations overwrites once, with the last.
+        Without `overwrite` the rows are only deleted, and the store remembers that they are to be overwritten: once for many conversations.
         """
         done: Future[Erasure] = Future()
         self._ask_thread(done, lambda: self._erase(namespace, conversation_id, overwrite, done))
         return done
 
     def expired(self, now_s: float, limit: int) -> list[Conversation]:
-        """Conversations of all namespaces whose time has come (seconds since the epoch), at most so many a store. Waits for the stores."""
+        """Conversations of all namespaces whose time has come (seconds since the epoch), at most so many a store. Waits for the stores.
+
+        One that has a turn waiting or under way is in use.
+        """
         stores = [store for store in (self._ephemeral, self._durable) if store is not None]
-        return [conversation for store in stores for conversation in store.expired(now_s, limit)]
+        found = [conversation for store in stores for conversation in store.expired(now_s, limit)]
+        return [conversation for conversation in found if (conversation.namespace, conversation.id) not in self._lines]
+
+    def stored_turn(self, namespace: str, turn_id: str) -> Turn | None:
+        """A turn of either store; None if it is in none. Waits for the stores."""
+        for store in (self._ephemeral, self._durable):
+            with suppress(ConversationNotFound):
+                if store is not None:
+                    return store.turn(namespace, turn_id)
+        return None
+
+    def home(self, namespace: str, turn_id: str) -> str | None:
+        """The conversation that a turn of either store is in; None if it is in none. Waits for the stores."""
+        stores = (store for store in (self._ephemeral, self._durable) if store is not None)
+        return next((home for store in stores if (home := store.home(namespace, turn_id)) is not None), None)
 
     def forget(self, sequence_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
         """Free what is cached of a conversation; its turns stay."""
@@ -329,10 +356,17 @@ class ConversationService:
             self._fail(turn, _as_ours("the turn could not be prepared", error))
             return
         self._turns[turn.request_id] = turn
+        self._touch(turn)
         prompt = turn.prompt
         self._post(
             Submit(turn.request_id, turn.conversation_id, turn.namespace, prompt.tokens, prompt.history_tokens, sampling, turn.submitted_s)
         )
+
+    def _touch(self, turn: PendingTurn) -> None:
+        """A turn that begins is a use of its conversation."""
+        store, conversation = self._store_of(turn.conversation_id), None if turn.place is None else turn.place.conversation
+        if store is not None and conversation is not None and conversation.ttl_s is not None:
+            store.touch(turn.namespace, turn.conversation_id)
 
     def _prepare(self, turn: PendingTurn, place: Place | None) -> SamplingParams:
         """Find the turn's place and make its prompt; returns how it is sampled."""
@@ -365,7 +399,7 @@ class ConversationService:
         elif place.conversation.title is None and place.conversation.leaf is None:
             store.describe(turn.namespace, turn.conversation_id, title=title, metadata=place.conversation.metadata)
         if store is self._ephemeral:
-            store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
+            store.set_ttl(turn.namespace, turn.conversation_id, EPHEMERAL_S)
         elif self._drafts is not None:
             store.draft(
                 turn.namespace,
@@ -446,6 +480,9 @@ class ConversationService:
     def _take_end(self, turn: PendingTurn, event: Finished) -> None:
         done, prompt = self._answers.finish(turn, event), turn.prompt
         store = self._store_of(turn.conversation_id)
+        if turn.erased:  # (an answer that is cut short by that must not be taken for whole)
+            self._fail(turn, ConversationNotFound(f"conversation {turn.conversation_id!r} was deleted"))
+            return
         if store is None or not turn.stored or (done.reason is FinishReason.ABORT and not done.output):
             self._finish(turn, done)
             return
@@ -453,6 +490,7 @@ class ConversationService:
             self._open(turn)
         composed = Composed(Message("assistant", turn.spec.prefix + done.text)) if turn.spec.compose is None else turn.spec.compose(done)
         done = replace(done, message=composed.message)
+        given_up = turn.given_up and done.reason is FinishReason.ABORT
         appended = store.append(
             turn.namespace,
             turn.conversation_id,
@@ -460,10 +498,12 @@ class ConversationService:
             (*prompt.new, composed.message),
             (*prompt.tokens[prompt.reused_tokens :], *done.output),
             start=prompt.reused_tokens,
-            reply_reason=done.reason.value,
+            reply_reason=INTERRUPTED if given_up else done.reason.value,
             only_if_leaf=turn.spec.after is LEAF and turn.spec.conversation_id is not None,
             turn_id=turn.request_id,
             meta=self._meta(turn) | dict(composed.meta),
+            claimed=turn.spec.claimed and store is self._durable,  # (claims are kept in the durable store alone)
+            given_up=given_up,
         )
         appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
 
@@ -575,6 +615,7 @@ class ConversationService:
         under_way = [turn for turn in self._turns.values() if turn.key == (namespace, conversation_id)]
         waits: list[Future[TurnDone]] = []
         for turn in under_way:
+            turn.erased = True
             self._abort(turn)
             waits.append(turn.future)
 
@@ -584,11 +625,9 @@ class ConversationService:
                     wait.exception(timeout=ERASE_WAIT_S)
                 if unknown is not None and not self._is_cached(namespace, conversation_id):
                     raise unknown
-                erased = Erased(0, 0, complete=overwrite)
-                if store is not None and overwrite:
-                    erased = store.erase(namespace, conversation_id)
-                elif store is not None:
-                    store.delete(namespace, conversation_id)
+                erased = Erased(0, 0, complete=True)
+                if store is not None:
+                    erased = store.erase(namespace, conversation_id, overwrite=overwrite or store is self._ephemeral)
                 try:
                     forgotten = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag)).result()
                 except PensieveError:  # the engine died meanwhile, and its memory with it
