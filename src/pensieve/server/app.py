@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -16,18 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pensieve import __version__
-from pensieve.errors import PensieveError
 from pensieve.server import chat, completions, conversations, errors, native, ops, responses
 from pensieve.server.context import Context, tenant_by_key
 from pensieve.server.errors import ApiError, error_response
 from pensieve.server.metrics import Metrics
+from pensieve.server.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
-
-SWEEP_S = 5.0  # how often conversations whose time is up are looked for
-MAX_SWEPT = 64  # at a time
-IDEMPOTENCY_S = 24 * 3600.0  # how long a key is remembered
-PURGE_S = 3600.0
 
 MakeContext = Callable[[], Context]  # called in the event loop
 Ended = Callable[[], None]  # called in a thread, after the last answer
@@ -71,7 +65,8 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context = app.state.context = make_context()
-        sweeper = asyncio.ensure_future(_sweep(context))
+        context.checks["store"] = context.store.trouble
+        sweeper = asyncio.ensure_future(Sweeper(context).run())
         try:
             yield
         finally:
@@ -181,26 +176,3 @@ def _as_routed(scope: Scope) -> Scope:
         return scope
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     return {**scope, "method": method, "path": path.rstrip("/") or "/"}
-
-
-async def _sweep(context: Context) -> None:
-    """Delete conversations whose time is up, and forget old idempotency keys."""
-    purged_s = 0.0
-    while True:
-        try:
-            expired = await asyncio.to_thread(context.service.expired, time.time(), MAX_SWEPT)
-            for conversation in expired:
-                last = conversation is expired[-1]  # (overwriting rewrites the database: once is enough)
-                try:
-                    await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
-                    log.info("conversation %s is deleted: its time was up", conversation.id)
-                except PensieveError as error:  # it is tried again next time; the others' time is up all the same
-                    log.warning("conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message)
-            if time.time() - purged_s > PURGE_S:
-                purged_s = time.time()
-                await asyncio.to_thread(context.store.purge, purged_s - IDEMPOTENCY_S)
-        except PensieveError as error:
-            log.warning("looking for conversations whose time is up failed: %s", error.message)
-        except Exception:
-            log.exception("looking for conversations whose time is up failed")
-        await asyncio.sleep(SWEEP_S)
