@@ -17,6 +17,7 @@ from pensieve.errors import ConfigError, ConversationConflict, StoreError
 from pensieve.store import path_tokens
 from pensieve.store.writer import Connection
 from store.postgres_server import PostgresServer, find_binaries, running_server
+from store.owners_contract import OwnersContract
 from store.store_contract import ConversationStoreContract, log, say, user
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (pip install 'pensieve-serve[postgres]')")
@@ -54,6 +55,12 @@ def new_store(server: PostgresServer) -> Iterator[Callable[..., PostgresStore]]:
 
 
 class TestPostgres(ConversationStoreContract):
+    @pytest.fixture
+    def new_store(self, new_store: Callable[..., PostgresStore]) -> Callable[..., PostgresStore]:
+        return new_store
+
+
+class TestOwners(OwnersContract):
     @pytest.fixture
     def new_store(self, new_store: Callable[..., PostgresStore]) -> Callable[..., PostgresStore]:
         return new_store

@@ -21,10 +21,11 @@ from pensieve.chat import Message, path_digests
 from pensieve.errors import ConversationNotFound, StoreError
 from pensieve.store import SqliteStore, default_path, path_messages, schema
 from pensieve.store.schema import APPLICATION_ID, MIGRATIONS, connect
+from store.owners_contract import OwnersContract
 from store.store_contract import ConversationStoreContract, log, say, user
 
 
-class TestInMemory(ConversationStoreContract):
+class InMemory:
     @pytest.fixture
     def new_store(self) -> Iterator[Callable[[], SqliteStore]]:
         made: list[SqliteStore] = []
@@ -33,13 +34,29 @@ class TestInMemory(ConversationStoreContract):
             store.close()
 
 
-class TestFile(ConversationStoreContract):
+class InFile:
     @pytest.fixture
     def new_store(self, tmp_path: Path) -> Iterator[Callable[[], SqliteStore]]:
         made: list[SqliteStore] = []
         yield lambda: made.append(SqliteStore(tmp_path / f"{len(made)}.db")) or made[-1]  # type: ignore[func-returns-value]
         for store in made:
             store.close()
+
+
+class TestInMemory(InMemory, ConversationStoreContract):
+    pass
+
+
+class TestFile(InFile, ConversationStoreContract):
+    pass
+
+
+class TestOwnersInMemory(InMemory, OwnersContract):
+    pass
+
+
+class TestOwnersInFile(InFile, OwnersContract):
+    pass
 
 
 @pytest.fixture
