@@ -153,14 +153,6 @@ class OwnersContract:
         assert store.turn("a", "t") == before
         assert end(store, "free").messages[-1].content == "whole"  # without a key and under a free id it is as good as any
 
-    def test_an_answer_whose_client_was_told_that_it_failed_is_a_branch_without_a_key(self, store: ConversationStore) -> None:
-        root = store.append("a", "one", None, [Message("user", "hi")], [9]).result(timeout=30)
-        store.claim("a", "key", b"", "t", owner="me")
-        begin(store, "t", "me")
-        turn = end(store, "t", claimed=True, given_up=True)
-        assert store.turn("a", "t") == turn and store.get("a", "one").leaf == root.id
-        assert store.claim("a", "key", b"", "u", owner="me").fresh
-
     def test_a_key_under_way_is_kept_for_longer_than_a_day(self, store: ConversationStore) -> None:
         store.claim("a", "key", b"", "t", now_s=1000.0, owner="me")
         begin(store, "t", "me")
@@ -205,7 +197,7 @@ class OwnersContract:
         "change",
         [
             "messages = replace(messages, 'q', 'p')",
-            "messages = '[[\"user\", \"q\"'",
+            'messages = \'[["user", "q"\'',
             "meta = '{\"left_out\": 1}'",
             "reply_reason = 'length'",
             "start = 1, stop = 4",

@@ -588,7 +588,9 @@ class ConversationStoreContract:
             store.create(namespace, name)
             assert store.set_ttl(namespace, name, ttl_s) == store.get(namespace, name)
             found = store.get(namespace, name)
-            assert found.ttl_s == ttl_s and (found.expires_s is None if ttl_s is None else begun_s + ttl_s <= found.expires_s < begun_s + ttl_s + 5)
+            assert found.ttl_s == ttl_s and (
+                found.expires_s is None if ttl_s is None else begun_s + ttl_s <= found.expires_s < begun_s + ttl_s + 5
+            )
         assert store.set_pinned("a", "pinned", True).pinned
         assert store.expired(begun_s + 99.9) == []
         assert [c.id for c in store.expired(begun_s + 105)] == ["soon"]

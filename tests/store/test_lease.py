@@ -208,5 +208,3 @@ def test_a_process_that_runs_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not place.is_gone(unknown)
     monkeypatch.setattr(place, "PROC", Path("/nowhere"))
     assert place.here() == "" and not place.is_gone(here)
-
-

@@ -4,7 +4,7 @@ What becomes of a key, by how its turn ended:
 
 - whole (stop, length, a call of tools): the same answer, for as long as keys are remembered, also after a restart
 - cancelled by its client: the same answer, cut where it was
-- failed, timed out, given up at a shutdown, or lost with its server: the key is free, in the transaction that says so in the store
+- failed, timed out, given up at a shutdown, or lost with its server before it was whole: the key is free
 - under way on this server: that answer, from its first token on; on another one: waited for, then 409
 """
 
@@ -88,7 +88,7 @@ async def _claim(context: Context, caller: Caller, key: str, fingerprint: bytes,
                 param="Idempotency-Key",
             )
         live = context.turns.find(caller.namespace, held.turn_id)
-        if live is not None and live.error is None and live.timeout is None:
+        if live is not None and live.error is None:
             return Retry(live, None)
         ours = held.owner == service.owner
         if held.stored or ours:  # (a chat that is kept in memory only is not stored where claims are)

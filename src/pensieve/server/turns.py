@@ -207,7 +207,7 @@ class Turns:
     def abort(self, answer: Answer) -> None:
         """End an answer early."""
         if not answer.ended:
-            self._service.abort(answer.turn, given_up=answer.timeout is not None)
+            self._service.abort(answer.turn, keep=answer.timeout is None)
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, and wait for what is open; what is not done in time is aborted."""
@@ -222,6 +222,8 @@ class Turns:
                 if answer.timeout is None:  # (what is cut short now must not be taken for whole)
                     answer.timeout = Draining("the server is shutting down, and the answer was not whole in time: ask again in a moment")
                 self.abort(answer)
+                answer.error = answer.timeout
+                answer.notify()
             try:
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
             except TimeoutError:
@@ -258,7 +260,7 @@ class Turns:
         if future.cancelled():
             answer.error = PensieveError("the turn was cancelled")
         elif (error := future.exception()) is not None:
-            answer.error = answer.timeout or error
+            answer.error = answer.error or error
         else:
             answer.done = future.result()
         answer.ended_s = self._loop.time()
@@ -288,6 +290,8 @@ class Turns:
         else:
             answer.timeout = RequestTimeout(f"the answer took longer than the {self._request_timeout_s:g} s that a request may take")
         self.abort(answer)
+        answer.error = answer.timeout
+        answer.notify()
 
 
 def _cancel(timers: list[asyncio.TimerHandle]) -> None:

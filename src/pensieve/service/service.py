@@ -53,7 +53,7 @@ from pensieve.service.answer import AnswerText
 from pensieve.service.prompt import INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
 from pensieve.service.questions import Questions
 from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
-from pensieve.store.base import INTERRUPTED, Conversation, ConversationStore, Erased, Turn
+from pensieve.store.base import Conversation, ConversationStore, Erased, Turn
 from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)
@@ -181,13 +181,9 @@ class ConversationService:
         """Answer a path of token ids, of which `history_tokens` were put before the model by an earlier turn. No text, nothing stored."""
         return self.start(TurnSpec(namespace, sequence_id, (), sampling, ignore_eos=True, raw=(tuple(tokens), history_tokens)))
 
-    def abort(self, turn: PendingTurn, *, given_up: bool = False) -> None:
-        """End a turn early; what was said of the answer is kept and stored.
-
-        With `given_up` its caller was told that it failed: unless it was whole by then, it becomes a branch that no idempotency key stands for.
-        """
-        turn.given_up = turn.given_up or given_up
-        self._enqueue(lambda: self._abort(turn))
+    def abort(self, turn: PendingTurn, *, keep: bool = True) -> None:
+        """End a turn early; what was said of the answer is stored, or without `keep` nothing is unless the answer is whole by then."""
+        self._enqueue(lambda: self._abort(turn, keep))
 
     # -- conversations, from any thread
 
@@ -480,6 +476,9 @@ class ConversationService:
     def _take_end(self, turn: PendingTurn, event: Finished) -> None:
         done, prompt = self._answers.finish(turn, event), turn.prompt
         store = self._store_of(turn.conversation_id)
+        if turn.discarded and done.reason is FinishReason.ABORT:
+            self._fail(turn, EngineClosed("the turn was given up before its answer was whole"))
+            return
         if turn.erased:  # (an answer that is cut short by that must not be taken for whole)
             self._fail(turn, ConversationNotFound(f"conversation {turn.conversation_id!r} was deleted"))
             return
@@ -490,7 +489,6 @@ class ConversationService:
             self._open(turn)
         composed = Composed(Message("assistant", turn.spec.prefix + done.text)) if turn.spec.compose is None else turn.spec.compose(done)
         done = replace(done, message=composed.message)
-        given_up = turn.given_up and done.reason is FinishReason.ABORT
         appended = store.append(
             turn.namespace,
             turn.conversation_id,
@@ -498,12 +496,11 @@ class ConversationService:
             (*prompt.new, composed.message),
             (*prompt.tokens[prompt.reused_tokens :], *done.output),
             start=prompt.reused_tokens,
-            reply_reason=INTERRUPTED if given_up else done.reason.value,
+            reply_reason=done.reason.value,
             only_if_leaf=turn.spec.after is LEAF and turn.spec.conversation_id is not None,
             turn_id=turn.request_id,
             meta=self._meta(turn) | dict(composed.meta),
             claimed=turn.spec.claimed and store is self._durable,  # (claims are kept in the durable store alone)
-            given_up=given_up,
         )
         appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
 
@@ -556,8 +553,9 @@ class ConversationService:
         if gone.exception() is None and gone.result():
             self._post(Forget(turn.conversation_id, turn.namespace))
 
-    def _abort(self, turn: PendingTurn) -> None:
+    def _abort(self, turn: PendingTurn, keep: bool = True) -> None:
         turn.aborted = True
+        turn.discarded |= not keep
         line = self._lines.get(turn.key)
         if turn.request_id in self._turns:
             self._post(Abort(turn.request_id))

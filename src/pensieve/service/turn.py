@@ -147,7 +147,7 @@ class PendingTurn:
     text_drafted: int = 0  # of `shown`, those in the draft
     cut: tuple[int, str] | None = None  # at a stop string: whole tokens kept, text to encode anew
     aborted: bool = False
-    given_up: bool = False  # its caller was told that it failed: what was said of the answer becomes a branch
+    discarded: bool = False  # aborted, and nothing of it is to be stored unless it is whole by then
     erased: bool = False  # its conversation is being erased: nothing more is stored
 
     @property

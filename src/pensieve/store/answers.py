@@ -139,11 +139,6 @@ def release(connection: Connection, namespace: str, key: str, turn_id: str | Non
         connection.execute("DELETE FROM claims WHERE namespace = ? AND key = ? AND turn_id = ?", (namespace, key, turn_id))
 
 
-def release_turn(connection: Connection, namespace: str, turn_id: str) -> None:
-    """Let go of the keys that stand for a turn: its caller was told that it failed."""
-    connection.execute("DELETE FROM claims WHERE turn_id = ? AND namespace = ?", (turn_id, namespace))
-
-
 def purge(connection: Connection, before_s: float) -> int:
     """Remove old claims, but for those of answers under way: how many."""
     old = f"created_s < ? AND NOT {_DRAFTED}"

@@ -132,7 +132,6 @@ class ConversationStore(Protocol):
         turn_id: str | None = None,
         meta: Mapping[str, object] | None = None,
         claimed: bool = False,
-        given_up: bool = False,
     ) -> Future[Turn]:
         """Add a turn and make it the conversation's leaf; a draft of its id goes with that. Returns at once; the work is done elsewhere.
 
@@ -148,7 +147,6 @@ class ConversationStore(Protocol):
             turn_id: the turn's id; None = a random one.
             meta: kept with the turn.
             claimed: an idempotency key stands for the turn: refuse to store it if that is no longer so.
-            given_up: its caller was told that it failed. It becomes a branch, as a recovered draft does, and no key stands for it any more.
 
         Returns:
             A future that has the turn once it is durable, and not before. It fails with `ConversationNotFound` (no such

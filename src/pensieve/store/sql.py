@@ -244,7 +244,6 @@ class SqlStore(Generic[C]):
         turn_id: str | None = None,
         meta: Mapping[str, object] | None = None,
         claimed: bool = False,
-        given_up: bool = False,
     ) -> Future[Turn]:
         """See `ConversationStore.append`."""
         try:
@@ -269,10 +268,7 @@ class SqlStore(Generic[C]):
             at = trees.place(connection, namespace, key, parent, start, made)
             now_s = self._clock()
             turn = trees.insert_turn(connection, namespace, at, made, content, reply_reason, now_s)
-            if given_up:
-                answers.release_turn(connection, namespace, made)
-            else:
-                trees.set_leaf(connection, key, made, now_s)
+            trees.set_leaf(connection, key, made, now_s)
             return turn
 
         return self._writer.submit(job)
