@@ -16,8 +16,8 @@ import pytest
 from pensieve.errors import ConfigError, ConversationConflict, StoreError
 from pensieve.store import path_tokens
 from pensieve.store.writer import Connection
-from store.postgres_server import PostgresServer, find_binaries, running_server
 from store.owners_contract import OwnersContract
+from store.postgres_server import PostgresServer, find_binaries, running_server
 from store.store_contract import ConversationStoreContract, log, say, user
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (pip install 'pensieve-serve[postgres]')")
@@ -181,7 +181,7 @@ def test_a_lost_connection_fails_what_was_under_way_and_nothing_else(
     broken = store._writer.submit(break_)
     release.set()
     for future in (*during, broken):
-        with pytest.raises(StoreError, match="cannot be reached.*as not stored"):
+        with pytest.raises(StoreError, match=r"cannot be reached.*as not stored"):
             future.result(timeout=30)
     assert log(store, "one") == []
     assert say(store, "one", "x", [9]).token_ids == (9,)

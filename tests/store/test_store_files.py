@@ -156,7 +156,12 @@ def test_a_full_disk_is_trouble_until_a_probe_finds_room(store: SqliteStore, pat
 def test_a_write_that_does_not_end_is_trouble(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "STUCK_S", 0.05)
     hold, begun = threading.Event(), threading.Event()
-    stuck = store._writer.submit(lambda connection: (begun.set(), hold.wait(30)) and None)
+
+    def job(connection: sqlite3.Connection) -> None:
+        begun.set()
+        hold.wait(30)
+
+    stuck = store._writer.submit(job)
     assert begun.wait(10) and store.trouble() is None
     time.sleep(0.1)
     assert "has not ended a write" in (store.trouble() or "")
