@@ -277,6 +277,17 @@ def test_a_store_that_failed_under_the_answer_gets_it_again(server: Serving, mon
     server.until_idle()
 
 
+def test_an_answer_whose_draft_is_gone_is_not_made_to_its_end(server: Serving) -> None:
+    server.worker.pause_s = 0.01
+    lost = in_background(server, CHAT, chat("long", n=350), "k")
+    begun(server)
+    server.store.recover_drafts("test")
+    assert lost.result(30).json()["error"]["code"] == "answer_lost"
+    server.until_idle()
+    stats = server.client.get("/v1/pensieve/map").json()["stats"]
+    assert stats["output_tokens"] < 200  # it ended with the next piece of its draft
+
+
 # -- two servers
 
 

@@ -206,5 +206,12 @@ def test_a_process_that_runs_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not place.is_gone(f"{boot} pid:[1] {pid} {int(started) + 1}")  # another container
     for unknown in ("", "x", "a b c d", f"{boot} {namespace} {pid}"):
         assert not place.is_gone(unknown)
+    with monkeypatch.context() as patched:
+
+        def refused(pid: int, number: int) -> None:
+            raise PermissionError
+
+        patched.setattr(os, "kill", refused)
+        assert not place.is_gone(f"{boot} {namespace} {pid} {int(started) + 1}")  # another user's process, which may be hidden
     monkeypatch.setattr(place, "PROC", Path("/nowhere"))
     assert place.here() == "" and not place.is_gone(here)

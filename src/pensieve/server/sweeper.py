@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from pensieve.errors import PensieveError
+from pensieve.errors import ConversationNotFound, PensieveError
 from pensieve.server.context import Context
 from pensieve.store.base import CLAIM_S, Conversation
 
@@ -67,6 +67,8 @@ class Sweeper:
             erasing = self._context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=False)
             await asyncio.wrap_future(erasing)
             log.info("conversation %s is deleted: its time was up", conversation.id)
+        except ConversationNotFound:  # another server that shares the store was faster
+            log.debug("conversation %s, whose time is up, is deleted already", conversation.id)
         except PensieveError as error:  # it is tried again next time
             log.warning("conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message)
         finally:

@@ -468,8 +468,14 @@ class ConversationService:
         store = self._store_of(turn.conversation_id)
         assert store is not None
         ids = [token.token_id for token in turn.sampled[turn.num_drafted :]]
-        store.extend_draft(turn.request_id, ids, "".join(turn.shown[turn.text_drafted :]))
+        extended = store.extend_draft(turn.request_id, ids, "".join(turn.shown[turn.text_drafted :]))
+        extended.add_done_callback(lambda future: self._extended(turn, future))
         turn.num_drafted, turn.text_drafted = len(turn.sampled), len(turn.shown)
+
+    def _extended(self, turn: PendingTurn, extended: Future[None]) -> None:
+        """An answer whose draft is gone (another server took it over, or its conversation is deleted) will not be stored: no need to go on."""
+        if isinstance(extended.exception(), ConversationNotFound):
+            self._enqueue(lambda: self._abort(turn))
 
     # -- turns end
 

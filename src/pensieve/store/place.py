@@ -10,13 +10,13 @@ import os
 from pathlib import Path
 
 PROC = Path("/proc")
+DEAD = ("Z", "X")  # states of a process of which only its exit code is left
 
 
 def here() -> str:
     """This process's place: the machine's start, the process namespace, the process's id and its start; "" where that cannot be known."""
-    started = _started(os.getpid())
-    scope = _scope()
-    return f"{scope} {os.getpid()} {started}" if scope and started else ""
+    scope, found = _scope(), _look(os.getpid())
+    return f"{scope} {os.getpid()} {found[1]}" if scope and found is not None else ""
 
 
 def is_gone(place: str) -> bool:
@@ -24,7 +24,15 @@ def is_gone(place: str) -> bool:
     parts = place.split(" ")
     if len(parts) != 4 or not parts[2].isdigit() or not _scope() or " ".join(parts[:2]) != _scope():
         return False
-    return _started(int(parts[2])) != parts[3]
+    pid = int(parts[2])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's: it is there, though it may be hidden
+        return False
+    found = _look(pid)
+    return found is not None and (found[0] in DEAD or found[1] != parts[3])
 
 
 def _scope() -> str:
@@ -34,10 +42,10 @@ def _scope() -> str:
         return ""
 
 
-def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks; None if there is none, or nothing but its exit code is left of it."""
+def _look(pid: int) -> tuple[str, str] | None:
+    """A process's state and when it began, in the kernel's ticks; None if that cannot be seen."""
     try:
         state, *fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
-    return None if state in ("Z", "X") else fields[18]
+    return state, fields[18]
