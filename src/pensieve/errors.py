@@ -93,6 +93,19 @@ class StoreError(PensieveError):
     http_status = 500
 
 
+class StoreUnavailable(StoreError):
+    """The conversation store fails now and may work again without help: disk full, file locked or moved away, no connection."""
+
+    http_status = 503
+
+
+class AnswerLost(PensieveError):
+    """This server did not renew its lease in the store, and another one took its answers over. Asking again is safe."""
+
+    code = "answer_lost"
+    http_status = 503
+
+
 class ConversationConflict(PensieveError):
     """Somebody else went on with the conversation meanwhile: another process on the same store."""
 

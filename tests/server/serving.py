@@ -122,6 +122,7 @@ def serving(
     max_context: int = 400,
     overflow: str = "refuse",
     store_path: Path | None = None,
+    owner: str = "test",
     keys: Path | None = None,
     key: str | None = None,
     max_waiting: int = 4096,
@@ -141,7 +142,7 @@ def serving(
         max_context=max_context,
         overflow="truncate" if overflow == "truncate" else "refuse",
         ephemeral=ephemeral,
-        drafts="test",
+        drafts=owner,
     )
     worker = ScriptedWorker(list(slots), CHUNK, vocab=VOCAB)
     scheduler = Scheduler(SchedulerConfig(max_batch_tokens=128, max_waiting=max_waiting), cache, max_context)

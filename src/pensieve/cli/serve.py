@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pensieve.server.connections import Connections
     from pensieve.server.context import Context, ServerConfig
     from pensieve.server.keys import KeyFile
+    from pensieve.store import Lease
     from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
 
@@ -187,7 +188,7 @@ def run_server(
         **front_arguments,
     )
     try:
-        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state, patience=patience)
+        parts = _start(options, store_url, retain=not stateless, on_state=on_state, patience=patience)
     except BaseException:
         front.close()
         raise
@@ -255,8 +256,8 @@ def run_server(
 class _Parts:
     """What stands behind the HTTP server."""
 
-    def __init__(self, runtime: ApartRuntime, text: ChatText, store: ConversationStore, ephemeral: ConversationStore) -> None:
-        self.runtime, self.text, self.store, self.ephemeral = runtime, text, store, ephemeral
+    def __init__(self, runtime: ApartRuntime, text: ChatText, store: ConversationStore, ephemeral: ConversationStore, lease: Lease) -> None:
+        self.runtime, self.text, self.store, self.ephemeral, self.lease = runtime, text, store, ephemeral, lease
         self.context: Context | None = None
         self._closed = False
 
@@ -308,11 +309,12 @@ class _Parts:
             await self.context.turns.drain(timeout_s)
 
     def close(self) -> None:
-        """The engine first, whose turns then fail, then the service that says so, then the stores."""
+        """The engine first, whose turns then fail, then the service that says so, then the lease under which they were made, then the stores."""
         if not self._closed:
             self._closed = True
             gave_up = self.context is not None and bool(self.context.turns.open)  # what the engine still does was told to end, and did not
             self.runtime.close(GAVE_UP_CLOSE_S if gave_up else CLOSE_S)
+            self.lease.close()
             self.store.close()
             self.ephemeral.close()
 
@@ -320,34 +322,35 @@ class _Parts:
 def _start(
     options: Options,
     store_url: str | None,
-    owner: str,
     *,
     retain: bool,
     on_state: Callable[[State], None] | None = None,
     patience: Patience | None = None,
 ) -> _Parts:
-    """Start the engine's process and open the store.
-
-    `owner` is under which name answers under way are in the store: whoever listens here now owns what whoever did before left unfinished.
-    """
+    """Open the store, with a lease under which answers are kept while they are made, and start the engine's process."""
     from pensieve.cli.build import do_without_torch, start_apart
-    from pensieve.store import MEMORY, SqliteStore, default_path, open_store
+    from pensieve.store import MEMORY, Lease, SqliteStore, default_path, open_store
 
     do_without_torch()
     store = open_store(str(default_path()) if store_url is None else store_url)
+    lease: Lease | None = None
     try:
-        recovered = store.recover_drafts(owner)
-        if recovered:
-            log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
+        lease = Lease(store)
+        if lease.num_recovered:
+            log.info("%d answers had been under way when a server stopped: what was stored of them is kept", lease.num_recovered)
         ephemeral = SqliteStore(MEMORY)
-        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state, patience=patience)
+        runtime = start_apart(
+            options, store=store, ephemeral=ephemeral, drafts=lease.owner, retain=retain, on_state=on_state, patience=patience
+        )
         if runtime.text is None:
             runtime.close()
             raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")
     except BaseException:
+        if lease is not None:
+            lease.close()
         store.close()
         raise
-    return _Parts(runtime, runtime.text, store, ephemeral)
+    return _Parts(runtime, runtime.text, store, ephemeral, lease)
 
 
 def _on_terminate(server: Any, parts: _Parts) -> None:

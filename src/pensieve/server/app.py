@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,18 +14,14 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from pensieve import __version__
-from pensieve.errors import PensieveError
 from pensieve.server import chat, completions, conversations, errors, native, ops, responses
 from pensieve.server.context import Context
 from pensieve.server.door import Door, DoorRules
 from pensieve.server.metrics import Metrics
+from pensieve.server.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
-SWEEP_S = 5.0  # how often conversations whose time is up are looked for
-MAX_SWEPT = 64  # at a time
-IDEMPOTENCY_S = 24 * 3600.0  # how long a key is remembered
-PURGE_S = 3600.0
 NUM_THREADS = 32  # that wait for the store; asyncio's own number is 6 on a machine with 2 cores, and a few slow reads would take all
 
 MakeContext = Callable[[], Context]  # called in the event loop
@@ -70,7 +65,8 @@ def create_app(make_context: MakeContext, metrics: Metrics, rules: DoorRules, on
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(NUM_THREADS, "server"))
         context = app.state.context = make_context()
-        tasks = [asyncio.ensure_future(_sweep(context))]
+        context.checks["store"] = context.store.trouble
+        tasks = [asyncio.ensure_future(Sweeper(context).run())]
         if context.keys is not None:
             context.checks["keys"] = context.keys.trouble
             metrics.key_file_error.set_function(lambda: context.keys is not None and context.keys.trouble() is not None)
@@ -104,27 +100,3 @@ def create_app(make_context: MakeContext, metrics: Metrics, rules: DoorRules, on
             CORSMiddleware, allow_origins=sorted(rules.origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["X-Request-Id"]
         )
     return app
-
-
-async def _sweep(context: Context) -> None:
-    """Delete conversations whose time is up, and forget old idempotency keys."""
-    purged_s = 0.0
-    while True:
-        try:
-            expired = await asyncio.to_thread(context.service.expired, time.time(), MAX_SWEPT)
-            for conversation in expired:
-                last = conversation is expired[-1]  # (overwriting rewrites the database: once is enough)
-                try:
-                    await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
-                    context.turns.forget(conversation.namespace, conversation.id)
-                    log.info("conversation %s is deleted: its time was up", conversation.id)
-                except PensieveError as error:  # it is tried again next time; the others' time is up all the same
-                    log.warning("conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message)
-            if time.time() - purged_s > PURGE_S:
-                purged_s = time.time()
-                await asyncio.to_thread(context.store.purge, purged_s - IDEMPOTENCY_S)
-        except PensieveError as error:
-            log.warning("looking for conversations whose time is up failed: %s", error.message)
-        except Exception:
-            log.exception("looking for conversations whose time is up failed")
-        await asyncio.sleep(SWEEP_S)

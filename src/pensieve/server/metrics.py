@@ -46,6 +46,9 @@ class Metrics:
         self.key_file_error = Gauge(
             "pensieve_key_file_error", "1 while the API key file cannot be read, is not in order or holds no key", registry=self.registry
         )
+        self.erasures = Gauge(
+            "pensieve_erasures_pending", "Deleted conversations whose bytes may still be in the store's files", registry=self.registry
+        )
         self._stats = _EngineCollector()
         self.registry.register(self._stats)
 

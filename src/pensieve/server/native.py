@@ -136,10 +136,9 @@ async def fork(conversation_id: str, context: Server, caller: Asking, body: Fork
 
 @router.post("/conversations/{conversation_id}/ttl", summary="Delete a conversation when it has been left alone for so long")
 async def ttl(conversation_id: str, body: TtlRequest, context: Server, caller: Asking) -> dict[str, Any]:
-    """Set when a conversation is deleted, with erasure; null: never."""
+    """Set for how long a conversation is kept, from now and from each turn that begins or ends; then it is deleted, with erasure. null: for ever."""
     await get(context, caller, conversation_id)
-    expires_s = None if body.seconds is None else time.time() + body.seconds
-    changed = await in_thread(context.store.set_ttl, caller.namespace, conversation_id, expires_s)
+    changed = await in_thread(context.store.set_ttl, caller.namespace, conversation_id, body.seconds)
     return _conversation_json(changed, None)
 
 
@@ -227,6 +226,7 @@ def _conversation_json(conversation: Conversation, row: MapRow | None) -> dict[s
         "created_at": conversation.created_s,
         "updated_at": conversation.updated_s,
         "pinned": conversation.pinned,
+        "ttl_seconds": conversation.ttl_s,
         "expires_at": conversation.expires_s,
         "metadata": dict(conversation.metadata),
         "cells": "" if row is None else row.cells,

@@ -46,14 +46,13 @@ async def create_response(
     held = await idempotency.claim(context, caller, idempotency_key, "responses", body, spec.turn_id)
     if isinstance(held, idempotency.Retry):
         if held.stored is not None:
-            return _again(body, context, held.stored)
+            return _again(body, context, held.stored, held.conversation_id)
         assert held.live is not None
         answer = held.live
     else:
         created = Answer.now()
         meta: dict[str, object] = {"api": "responses", PARAMS: record.params, "named": record.named}
-        answer = context.turns.start(composer(spec, context.text, record.form, created, meta), created=created, record=record)
-        idempotency.release_on_failure(context, held, answer)
+        answer = idempotency.start(context, held, composer(spec, context.text, record.form, created, meta), created, record)
 
     def gone() -> None:
         if idempotency_key is None and not body.background:  # who sent a key, or asked for the background, will come back
@@ -227,8 +226,8 @@ async def _conversation_of(context: Context, caller: Caller, turn: Turn) -> str 
 # -- streams
 
 
-def _again(body: ResponseRequest, context: Context, turn: Turn) -> Response:
-    completed = completed_before(turn, None)
+def _again(body: ResponseRequest, context: Context, turn: Turn, conversation_id: str | None) -> Response:
+    completed = completed_before(turn, conversation_id)
     return _replay(context, completed, 0) if body.stream else JSONResponse(response_json(context, completed))
 
 

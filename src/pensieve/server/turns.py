@@ -10,6 +10,7 @@ until the engine does, for until then it takes the engine's room; an engine that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import threading
 import time
@@ -295,15 +296,11 @@ class Turns:
         except TimeoutError:
             self._given_up = True
             for answer in list(self.open.values()):
-                self.abort(answer)
-            try:
+                if not answer.ended:  # (what is cut short now must not be taken for whole)
+                    message = "the server is shutting down, and the answer was not whole in time: ask again in a moment"
+                    self._give_up(answer, Draining(message))
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), min(timeout_s, DRAIN_ABORT_S))
-            except TimeoutError:  # the engine does not say so: its clients are told all the same
-                for answer in list(self.open.values()):
-                    if not answer.ended:
-                        self._give_up(
-                            answer, Draining("the server is shutting down, and this answer did not end in time: ask again in a moment")
-                        )
 
     # -- inside
 

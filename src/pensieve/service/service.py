@@ -14,6 +14,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -125,6 +126,11 @@ class ConversationService:
         self._post = post
 
     @property
+    def owner(self) -> str:
+        """This process's name in the store, under which it answers; "" if it has none."""
+        return self._drafts or ""
+
+    @property
     def text(self) -> ChatText | None:
         """The model's tokenizer and template."""
         return self._text
@@ -195,8 +201,9 @@ class ConversationService:
     ) -> Future[Erasure]:
         """Delete a conversation and overwrite what it left: its rows, and its KV in every tier (shared KV with its last reference).
 
-        Without `overwrite` the rows are only deleted: who erases many conversations overwrites once, with the last. The engine gets `within_s`
-        seconds (default: `ERASE_WAIT_S`) to end what it has under way and to forget; the rows go in any case, and the KV when the engine is back.
+        Without `overwrite` the rows are only deleted, and the store remembers that they are to be overwritten: once for many conversations. The
+        engine gets `within_s` seconds (default: `ERASE_WAIT_S`) to end what it has under way and to forget; the rows go in any case, and the KV
+        when the engine is back.
         """
         done: Future[Erasure] = Future()
         self._ask_thread(
@@ -205,9 +212,26 @@ class ConversationService:
         return done
 
     def expired(self, now_s: float, limit: int) -> list[Conversation]:
-        """Conversations of all namespaces whose time has come (seconds since the epoch), at most so many a store. Waits for the stores."""
+        """Conversations of all namespaces whose time has come (seconds since the epoch), at most so many a store. Waits for the stores.
+
+        One that has a turn waiting or under way is in use.
+        """
         stores = [store for store in (self._ephemeral, self._durable) if store is not None]
-        return [conversation for store in stores for conversation in store.expired(now_s, limit)]
+        found = [conversation for store in stores for conversation in store.expired(now_s, limit)]
+        return [conversation for conversation in found if (conversation.namespace, conversation.id) not in self._lines]
+
+    def stored_turn(self, namespace: str, turn_id: str) -> Turn | None:
+        """A turn of either store; None if it is in none. Waits for the stores."""
+        for store in (self._ephemeral, self._durable):
+            with suppress(ConversationNotFound):
+                if store is not None:
+                    return store.turn(namespace, turn_id)
+        return None
+
+    def home(self, namespace: str, turn_id: str) -> str | None:
+        """The conversation that a turn of either store is in; None if it is in none. Waits for the stores."""
+        stores = (store for store in (self._ephemeral, self._durable) if store is not None)
+        return next((home for store in stores if (home := store.home(namespace, turn_id)) is not None), None)
 
     def forget(self, sequence_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
         """Free what is cached of a conversation; its turns stay."""
@@ -337,10 +361,17 @@ class ConversationService:
             self._fail(turn, _as_ours("the turn could not be prepared", error))
             return
         self._turns[turn.request_id] = turn
+        self._touch(turn)
         prompt = turn.prompt
         self._post(
             Submit(turn.request_id, turn.conversation_id, turn.namespace, prompt.tokens, prompt.history_tokens, sampling, turn.submitted_s)
         )
+
+    def _touch(self, turn: PendingTurn) -> None:
+        """A turn that begins is a use of its conversation."""
+        store, conversation = self._store_of(turn.conversation_id), None if turn.place is None else turn.place.conversation
+        if store is not None and conversation is not None and conversation.ttl_s is not None:
+            store.touch(turn.namespace, turn.conversation_id)
 
     def _prepare(self, turn: PendingTurn, place: Place | None) -> SamplingParams:
         """Find the turn's place and make its prompt; returns how it is sampled."""
@@ -373,7 +404,7 @@ class ConversationService:
         elif place.conversation.title is None and place.conversation.leaf is None:
             store.describe(turn.namespace, turn.conversation_id, title=title, metadata=place.conversation.metadata)
         if store is self._ephemeral:
-            store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
+            store.set_ttl(turn.namespace, turn.conversation_id, EPHEMERAL_S)
         elif self._drafts is not None:
             store.draft(
                 turn.namespace,
@@ -446,8 +477,14 @@ class ConversationService:
         store = self._store_of(turn.conversation_id)
         assert store is not None
         ids = [token.token_id for token in turn.sampled[turn.num_drafted :]]
-        store.extend_draft(turn.request_id, ids, "".join(turn.shown[turn.text_drafted :]))
+        extended = store.extend_draft(turn.request_id, ids, "".join(turn.shown[turn.text_drafted :]))
+        extended.add_done_callback(lambda future: self._extended(turn, future))
         turn.num_drafted, turn.text_drafted = len(turn.sampled), len(turn.shown)
+
+    def _extended(self, turn: PendingTurn, extended: Future[None]) -> None:
+        """An answer whose draft is gone (another server took it over, or its conversation is deleted) will not be stored: no need to go on."""
+        if isinstance(extended.exception(), ConversationNotFound):
+            self._enqueue(lambda: self._abort(turn))
 
     # -- turns end
 
@@ -456,6 +493,9 @@ class ConversationService:
         store = self._store_of(turn.conversation_id)
         if turn.discarded and done.reason is FinishReason.ABORT:
             self._fail(turn, EngineClosed("the turn was given up before its answer was whole"))
+            return
+        if turn.erased:  # (an answer that is cut short by that must not be taken for whole)
+            self._fail(turn, ConversationNotFound(f"conversation {turn.conversation_id!r} was deleted"))
             return
         if store is None or not turn.stored or (done.reason is FinishReason.ABORT and not done.output):
             self._finish(turn, done)
@@ -476,6 +516,7 @@ class ConversationService:
             only_if_leaf=turn.spec.after is LEAF and turn.spec.conversation_id is not None,
             turn_id=turn.request_id,
             meta=self._meta(turn) | dict(composed.meta),
+            claimed=turn.spec.claimed and store is self._durable,  # (claims are kept in the durable store alone)
         )
         appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
 
@@ -588,6 +629,7 @@ class ConversationService:
         under_way = [turn for turn in self._turns.values() if turn.key == (namespace, conversation_id)]
         waits: list[Future[TurnDone]] = []
         for turn in under_way:
+            turn.erased = True
             self._abort(turn)
             waits.append(turn.future)
 
@@ -600,11 +642,9 @@ class ConversationService:
                         raise StoreError("a turn of the conversation is still being stored: try again")
                 if unknown is not None and not self._is_cached(namespace, conversation_id, within_s / 2):
                     raise unknown
-                erased = Erased(0, 0, complete=overwrite)
-                if store is not None and overwrite:
-                    erased = store.erase(namespace, conversation_id)
-                elif store is not None:
-                    store.delete(namespace, conversation_id)
+                erased = Erased(0, 0, complete=True)
+                if store is not None:
+                    erased = store.erase(namespace, conversation_id, overwrite=overwrite or store is self._ephemeral)
                 kv, forgot = Forgotten("", 0, 0), True
                 asked = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag))
                 try:
