@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections import Counter
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from serving import Serving, serving
 
 from pensieve.server.connections import ConnectionLimits
 from pensieve.server.keys import key_line, new_key
+from pensieve.server.memory import Spacing
 from pensieve.server.shares import Shares
 
 
@@ -174,6 +177,23 @@ def test_bodies_under_way_are_bounded_and_shared(tenants: tuple[Path, dict[str, 
             )
         )
         server.until_idle()
+
+
+def test_large_bodies_are_read_one_after_another() -> None:
+    async def passes() -> list[float]:
+        spacing, loop = Spacing(bytes_per_s=40e6), asyncio.get_running_loop()
+        begun_s, passed = loop.time(), []
+
+        async def one(num_bytes: int) -> None:
+            await spacing.wait(num_bytes)
+            passed.append(loop.time() - begun_s)
+
+        await asyncio.gather(*(one(4_000_000) for _ in range(4)), one(1000))
+        return passed
+
+    small, *large = sorted(asyncio.run(passes()))
+    assert small < 0.1 and len(large) == 4  # a small one waits for none
+    assert large[-1] >= 0.29 and all(later - sooner > 0.05 for sooner, later in pairwise(large))
 
 
 def test_bodies_that_would_be_refused_anyway_are_not_read(tenants: tuple[Path, dict[str, str]]) -> None:

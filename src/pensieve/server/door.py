@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pensieve.errors import ConfigError, PensieveError
 from pensieve.server.context import Context, tenant_by_key
 from pensieve.server.errors import ApiError, error_response
-from pensieve.server.memory import Trimmer
+from pensieve.server.memory import Spacing, Trimmer
 from pensieve.server.metrics import Metrics
 from pensieve.server.origins import host_fault, is_foreign, name_of, values_of
 from pensieve.server.redaction import redacted
@@ -87,6 +87,7 @@ class Door:
         share = rules.share_of(total)
         self.bodies = Shares(total, None if share is None else max(share, rules.max_body_bytes))
         self.requests = Shares(rules.max_requests, rules.share_of(rules.max_requests))
+        self.spacing = Spacing()
         self._trimmer = Trimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -245,6 +246,8 @@ class _Body:
                 raise HTTPException(413, self.too_large(self._received), {"Connection": "close"})
             if self._received > self._taken and not self.take(self._received):
                 raise HTTPException(429, self.no_room().message, {"Connection": "close"})
+            if not message.get("more_body", False):
+                await self._door.spacing.wait(self._received)
         return message
 
     def too_large(self, num_bytes: int) -> str:

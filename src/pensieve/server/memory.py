@@ -1,4 +1,5 @@
-"""Giving memory back to the system after large requests. Knows the C library's allocator; never what was in the memory."""
+"""What large bodies cost the others: memory, given back to the system after them, and the event loop's time, between them. Knows sizes and the C
+library's allocator; never what is in a body."""
 
 from __future__ import annotations
 
@@ -6,8 +7,26 @@ import asyncio
 import ctypes
 from collections.abc import Callable
 
-LARGE_BYTES = 1 << 20  # freed in all, before it is worth the call
+LARGE_BYTES = 1 << 20  # what is less does not count
+READ_BYTES_PER_S = 64e6  # less than what JSON is read at, so that other requests come between
 WAIT_S = 1.0  # requests that end together are followed by one call
+
+
+class Spacing:
+    """Lets large bodies through one after another: reading the JSON of several at once would hold the event loop for their sum."""
+
+    def __init__(self, bytes_per_s: float = READ_BYTES_PER_S) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_s = 0.0  # loop time at which the next one may pass
+
+    async def wait(self, num_bytes: int) -> None:
+        """Wait until the bodies before this one have had their time."""
+        if num_bytes < LARGE_BYTES:
+            return
+        now_s = asyncio.get_running_loop().time()
+        begin_s = max(now_s, self._free_s)
+        self._free_s = begin_s + num_bytes / self._bytes_per_s
+        await asyncio.sleep(begin_s - now_s)
 
 
 class Trimmer:
