@@ -27,6 +27,7 @@ from pensieve.store.base import Turn
 
 MAX_KEY = 255
 ELSEWHERE_S = 20.0  # how long a request waits for another server's answer
+HERE_S = 2.0  # and until it is known what became of a try that ran out of time on this one
 POLL_S = 0.25  # how often it looks
 
 
@@ -60,21 +61,21 @@ async def claim(context: Context, caller: Caller, key: str | None, endpoint: str
             400, f"Idempotency-Key must have 1 to {MAX_KEY} characters, got {len(key)}", code="invalid_value", param="Idempotency-Key"
         )
     fingerprint = _fingerprint(endpoint, body)
-    deadline_s = time.monotonic() + ELSEWHERE_S
+    began_s = time.monotonic()
     while True:
         # One at a time: the request that gets the key has begun its answer before the next one looks for it, for nothing is awaited between.
         async with context.claiming.setdefault((caller.namespace, key), asyncio.Lock()):
             found = await _claim(context, caller, key, fingerprint, turn_id)
-        if found is not None:
+        if not isinstance(found, float):
             return found
-        if time.monotonic() >= deadline_s:
+        if time.monotonic() - began_s >= found:
             message = f"the request with Idempotency-Key {key!r} is still being answered: try again in a moment"
             raise ApiError(409, message, code="conflict", param="Idempotency-Key", headers={"Retry-After": "2"})
         await asyncio.sleep(POLL_S)
 
 
-async def _claim(context: Context, caller: Caller, key: str, fingerprint: bytes, turn_id: str) -> Claimed | Retry | None:
-    """None: the answer is being made by another server, or is just being given up here."""
+async def _claim(context: Context, caller: Caller, key: str, fingerprint: bytes, turn_id: str) -> Claimed | Retry | float:
+    """A number: the answer is being made by another server, or is just being given up here; so many seconds are to be waited."""
     service = context.service
     for _ in range(2):
         held = await in_thread(context.store.claim, caller.namespace, key, fingerprint, turn_id, owner=service.owner)
@@ -96,10 +97,10 @@ async def _claim(context: Context, caller: Caller, key: str, fingerprint: bytes,
             if turn is not None:
                 return Retry(None, turn, await in_thread(service.home, caller.namespace, turn.id))
         if not ours or (live is not None and not live.turn.future.done()):
-            return None
+            return HERE_S if ours else ELSEWHERE_S
         # The first try failed, or never began: the key is free, unless another request has it by now.
         await asyncio.wrap_future(context.store.release(caller.namespace, key, held.turn_id))
-    return None
+    return ELSEWHERE_S
 
 
 def start(context: Context, held: Claimed | None, spec: TurnSpec, created: int, record: Any = None) -> Answer:
