@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from pensieve.errors import ContextLengthExceeded
 from pensieve.messages import Token
 from pensieve.server.answers import receipt_json, usage_of
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S, usage_json
 from pensieve.server.context import Asking, Context, Server, in_thread
 from pensieve.server.schemas import CompletionRequest
@@ -19,7 +20,7 @@ from pensieve.server.turns import Answer
 from pensieve.service import TurnDone, TurnSpec
 from pensieve.text import surely_exceed
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/completions", summary="Go on with a text", responses=STREAMED)
@@ -69,8 +70,8 @@ def _read(context: Context, prompt: str | list[int]) -> tuple[tuple[int, ...], s
     if isinstance(prompt, str):
         too_long = surely_exceed([prompt], limit, lambda text: len(context.text.encode_prompt(text, False)))
     else:
-        context.check_tokens(prompt, "prompt")
         too_long = len(prompt) > limit
+        context.check_tokens(prompt[: limit + 1], "prompt")
     if too_long:
         way_out = "" if context.info.limit is None else f", or {context.info.limit.way_out()}"
         raise ContextLengthExceeded(f"the prompt has more than the {limit} tokens that the context holds: shorten it{way_out}")

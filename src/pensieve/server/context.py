@@ -83,6 +83,7 @@ class Context:
     started_s: float = field(default_factory=time.time)
     names: frozenset[str] = frozenset()  # other names of the model that are taken
     checks: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # of what /ready looks at: a sentence if turns would fail
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a large body's JSON is read
     claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
 
     def troubles(self) -> dict[str, str]:

@@ -10,13 +10,14 @@ from fastapi import APIRouter, Query
 
 from pensieve.chat import Message
 from pensieve.errors import ConversationNotFound
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found
-from pensieve.server.items import InputItem, Order, items_of, locate_item, messages_of, page, path_items
+from pensieve.server.items import InputItem, Items, Order, items_of, locate_item, messages_of, page, path_items
 from pensieve.server.schemas import Body, Metadata
 from pensieve.store.base import Conversation, Turn
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 MAX_NEW_ITEMS = 20  # OpenAI's limit of one call
 
@@ -25,7 +26,7 @@ class CreateConversation(Body):
     """POST /v1/conversations."""
 
     metadata: Metadata = None
-    items: list[InputItem] | None = None
+    items: Items | None = None
 
 
 class UpdateConversation(Body):
@@ -37,7 +38,7 @@ class UpdateConversation(Body):
 class CreateItems(Body):
     """POST /v1/conversations/{id}/items."""
 
-    items: list[InputItem]
+    items: Items
 
 
 @router.post("/v1/conversations", summary="Begin a conversation")

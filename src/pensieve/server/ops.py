@@ -11,11 +11,12 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 
 from pensieve import __version__
 from pensieve.messages import Stats
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found
 from pensieve.server.schemas import DetokenizeRequest, TokenizeRequest
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 STATIC = Path(__file__).parent / "static"
 # Scripts and styles come from here and nowhere else, whatever a model or a user wrote into a chat.

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from pensieve.errors import ConversationNotFound
 from pensieve.server import idempotency
 from pensieve.server.answers import Completed, completed_before, completed_now, composer
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found, unsupported
@@ -25,7 +26,7 @@ from pensieve.service import LEAF, TurnSpec
 from pensieve.store.base import Turn
 from pensieve.text import ChatText
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 BACKGROUND_S = 0.5  # an error that comes so soon is told at once; who asks for the background does not wait longer
 
