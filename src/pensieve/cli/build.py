@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pensieve.service import ConversationService
     from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
+    from pensieve.text.workers import TextWorkers
     from pensieve.worker.group import Group
     from pensieve.worker.model import CausalModel, Forward
     from pensieve.worker.parallel import ParallelWorker
@@ -210,10 +211,13 @@ class ApartRuntime:
     service: ConversationService
     info: EngineInfo  # of the first start
     text: ChatText | None  # None: the model does not talk
+    workers: TextWorkers | None  # that render and tokenize; None: the service does it itself
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Stop the engine after the step under way, then the service."""
+        """Stop the engine after the step under way, then the service and who makes its prompts."""
         self.process.close(timeout_s)
+        if self.workers is not None:
+            self.workers.close()
         self.service.close()
 
 
@@ -503,19 +507,25 @@ def start_apart(
     must_talk: bool = True,
     retain: bool = True,
     on_state: Callable[[State], None] | None = None,
+    prompt_timeout_s: float | None = None,
 ) -> ApartRuntime:
     """Start an engine in a process of its own and wait until it is ready; tokenizer and service are here.
 
+    With `prompt_timeout_s`, processor time a prompt, prompts are made in processes of their own (`text.workers`); None: by the service itself.
     `store`, `ephemeral` and `drafts` are the service's, see `ConversationService`.
 
     Raises:
         ModelUnavailable, ModelRefused, ConfigError: as `load_model` and `size_tiers`, from the engine's process.
     """
-    from pensieve.cli import engine_main
+    from pensieve.cli import engine_main, text_main
     from pensieve.engine_process import EngineProcess
     from pensieve.service import ConversationService
+    from pensieve.text.nursery import new_nursery
+    from pensieve.text.workers import TextWorkers, memory_for
 
     template = read_chat_template(options)  # before an engine is started
+    nursery = None if prompt_timeout_s is None else new_nursery(text_main.prepare)  # (imports while the engine loads)
+    workers: TextWorkers | None = None
     late: list[ConversationService] = []  # the engine speaks only when spoken to, and by then its service is there
     process = EngineProcess(
         engine_main.run,
@@ -528,16 +538,31 @@ def start_apart(
         import_tokenizers()  # while the engine loads
         info = process.ready()
         process.restart_with(replace(options, dtype=info.dtype), must_talk, retain)  # measured again, it might come out otherwise
-        text = load_text(None if info.tokenizer_dir is None else Path(info.tokenizer_dir), info.weights, template)
+        folder = None if info.tokenizer_dir is None or info.weights == "random" else Path(info.tokenizer_dir)
+        if nursery is not None and folder is not None:
+            nursery.load(text_main.Loading(folder, template, info.max_context))  # first: what hangs or fails there is not tried here
+        text = load_text(folder, info.weights, template)
+        if text is not None:
+            text.settle()
+        if nursery is not None and text is not None and folder is not None:
+            assert prompt_timeout_s is not None
+            loading = text_main.Loading(folder, template, info.max_context)
+            memory_bytes = memory_for(text.most_chars(info.max_context))
+            workers = TextWorkers(text_main.Nurseries(loading, nursery), job_s=prompt_timeout_s, memory_bytes=memory_bytes)
+        elif nursery is not None:
+            nursery.close()
     except BaseException:
         process.close(0.0)
+        if nursery is not None:
+            nursery.close()
         raise
     service = ConversationService(
-        text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts, limit=info.limit
-    )
+        text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts, limit=info.limit,
+        runner=workers,
+    )  # fmt: skip
     late.append(service)
     service.connect(process.post)
-    return ApartRuntime(process, service, info, text)
+    return ApartRuntime(process, service, info, text, workers)
 
 
 def do_without_torch() -> None:

@@ -72,6 +72,14 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 )
 @click.option("--request-timeout", "request_timeout_s", type=float, default=900.0, show_default=True, help="Seconds of a whole request.")
 @click.option(
+    "--prompt-timeout",
+    "prompt_timeout_s",
+    type=click.FloatRange(min=0.1),
+    default=10.0,
+    show_default=True,
+    help="Seconds of processor time to render and tokenize a request's prompt.",
+)
+@click.option(
     "--stall-timeout", "stall_timeout_s", type=float, default=60.0, show_default=True, help="Seconds that a client may read nothing."
 )
 @click.option(
@@ -104,6 +112,7 @@ def run_server(
     stateless: bool,
     queue_timeout_s: float,
     request_timeout_s: float,
+    prompt_timeout_s: float,
     stall_timeout_s: float,
     drain_timeout_s: float,
 ) -> None:
@@ -156,7 +165,9 @@ def run_server(
 
     listener = _listen(host, port)  # first: a port that is taken should not cost the loading of a model
     try:
-        parts = _start(options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state)
+        parts = _start(
+            options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state, prompt_timeout_s=prompt_timeout_s
+        )
     except BaseException:
         listener.close()
         raise
@@ -261,7 +272,10 @@ class _Parts:
                 keys,
                 metrics,
                 names=frozenset({runtime.info.model}),
+                runner=runtime.workers,
             )
+            if (workers := runtime.workers) is not None:
+                self.context.checks["text"] = lambda: workers.trouble
             return self.context
 
         return create_app(make_context, metrics, config.max_body_bytes, self.close, hosts=hosts)
@@ -280,7 +294,15 @@ class _Parts:
             self.ephemeral.close()
 
 
-def _start(options: Options, store_url: str | None, owner: str, *, retain: bool, on_state: Callable[[State], None] | None = None) -> _Parts:
+def _start(
+    options: Options,
+    store_url: str | None,
+    owner: str,
+    *,
+    retain: bool,
+    on_state: Callable[[State], None] | None = None,
+    prompt_timeout_s: float | None = None,
+) -> _Parts:
     """Start the engine's process and open the store.
 
     `owner` is under which name answers under way are in the store: whoever listens here now owns what whoever did before left unfinished.
@@ -295,7 +317,9 @@ def _start(options: Options, store_url: str | None, owner: str, *, retain: bool,
         if recovered:
             log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
         ephemeral = SqliteStore(MEMORY)
-        runtime = start_apart(options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state)
+        runtime = start_apart(
+            options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state, prompt_timeout_s=prompt_timeout_s
+        )
         if runtime.text is None:
             runtime.close()
             raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
@@ -16,10 +16,12 @@ from pensieve.errors import ConfigError
 from pensieve.server.errors import ApiError
 from pensieve.server.keys import SALT_MARK, KeyFile
 from pensieve.server.metrics import Metrics
-from pensieve.server.turns import Turns
+from pensieve.server.turns import QueueTimeout, Turns
 from pensieve.service import DEFAULT_NAMESPACE, ConversationService
 from pensieve.store.base import ConversationStore
-from pensieve.text import ChatText
+from pensieve.text import ChatText, InlineRunner, TextJob, TextRunner
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,24 @@ class Context:
     started_s: float = field(default_factory=time.time)
     names: frozenset[str] = frozenset()  # other names of the model that are taken
     checks: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # of what /ready looks at: a sentence if turns would fail
+    runner: TextRunner | None = None  # who renders and tokenizes; None: a thread of this process
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a large body's JSON is read
     claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
+
+    async def written(self, job: TextJob[T], tenant: str) -> T:
+        """What the text room answers to a job.
+
+        Raises:
+            PensieveError: it has no answer, or none in the time that a request may take to its first token.
+        """
+        runner = self.runner if self.runner is not None else InlineRunner(self.text)
+        try:
+            async with asyncio.timeout(self.config.queue_timeout_s):
+                return await asyncio.wrap_future(await in_thread(runner.submit, job, tenant))
+        except TimeoutError:
+            raise QueueTimeout(
+                f"the text was not read within {self.config.queue_timeout_s:g} s: the server is busy, try again later"
+            ) from None
 
     def troubles(self) -> dict[str, str]:
         """Why turns would fail now, by what is to blame."""

@@ -12,9 +12,10 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from pensieve import __version__
 from pensieve.messages import Stats
 from pensieve.server.bodies import BoundedRoute
-from pensieve.server.context import Asking, Context, Server, in_thread
+from pensieve.server.context import Asking, Context, Server
 from pensieve.server.errors import ApiError, not_found
 from pensieve.server.schemas import DetokenizeRequest, TokenizeRequest
+from pensieve.text import DecodeIds, EncodeChat, EncodeText
 
 router = APIRouter(route_class=BoundedRoute)
 
@@ -37,6 +38,7 @@ MEDIA_TYPES = {
 # Looked up, never joined to a path: a name from outside may hold anything.
 ASSETS = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.suffix in MEDIA_TYPES and path.is_file()}
 STATS_TIMEOUT_S = 2.0
+LEAST_COUNTED = 1 << 16  # tokens that /tokenize counts of a text, however small the context
 
 
 @router.get("/v1/models", summary="The model that is served")
@@ -53,23 +55,25 @@ async def model(model: str, context: Server, caller: Asking) -> dict[str, Any]:
 
 
 @router.post("/tokenize", summary="Text or messages to token ids")
-async def tokenize(body: TokenizeRequest, context: Server, caller: Asking) -> dict[str, Any]:
-    """What a prompt, or a chat, is as token ids."""
+async def tokenize(body: TokenizeRequest, context: Server, caller: Asking) -> Response:
+    """What a prompt, or a chat, is as token ids; up to four contexts of them."""
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "send either prompt or messages", code="invalid_value", param="prompt")
+    limit, way_out = max(LEAST_COUNTED, 4 * context.info.max_context), "that are counted at a time: send less"
     if body.messages is not None:
-        messages = [message.message(f"messages.{index}") for index, message in enumerate(body.messages)]
-        tokens = await in_thread(context.text.first, messages, body.add_generation_prompt)
+        messages = tuple(message.message(f"messages.{index}") for index, message in enumerate(body.messages))
+        tokens = await context.written(EncodeChat(messages, limit, body.add_generation_prompt, way_out), caller.tenant)
     else:
-        tokens = await in_thread(context.text.encode_prompt, body.prompt, body.add_special_tokens)
-    return {"tokens": list(tokens), "count": len(tokens), "max_model_len": context.info.max_context}
+        assert body.prompt is not None
+        tokens = await context.written(EncodeText(body.prompt, limit, body.add_special_tokens, way_out), caller.tenant)
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context.info.max_context})
 
 
 @router.post("/detokenize", summary="Token ids to text")
 async def detokenize(body: DetokenizeRequest, context: Server, caller: Asking) -> dict[str, Any]:
     """The text of token ids, control tokens written out."""
     context.check_tokens(body.tokens, "tokens")
-    return {"prompt": await in_thread(context.text.decode_all, body.tokens)}
+    return {"prompt": await context.written(DecodeIds(tuple(body.tokens)), caller.tenant)}
 
 
 @router.get("/health", summary="Alive")

@@ -21,6 +21,7 @@ from pensieve.text.overflow import Truncated, surely_exceed, truncate
 
 log = logging.getLogger(__name__)
 
+CONTEXT_HOLDS = "that the context holds: send less"
 T = TypeVar("T")
 Tools = tuple[Mapping[str, object], ...]
 
@@ -45,6 +46,21 @@ class TextJob(ABC, Generic[T]):
         """
 
 
+def run_job(job: TextJob[T], text: ChatText) -> T:
+    """Run a job.
+
+    Raises:
+        InvalidRequest: the tokenizer itself fails at this text: the Rust library panics, for one when a search needs too many tries.
+        PensieveError: what the job raises.
+    """
+    try:
+        return job.run(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # (of a module without a file, and no `Exception`)
+            raise
+        raise InvalidRequest(f"the model's tokenizer fails at this text: {error}") from None
+
+
 class TextRunner(Protocol):
     """Who runs jobs."""
 
@@ -63,7 +79,7 @@ class InlineRunner:
         """See `TextRunner`."""
         future: Future[T] = Future()
         try:
-            future.set_result(job.run(self._text))
+            future.set_result(run_job(job, self._text))
         except PensieveError as error:
             future.set_exception(error)
         except Exception as error:
@@ -79,7 +95,7 @@ class EncodeText(TextJob[tuple[int, ...]]):
     text: str
     max_tokens: int | None = None  # more are an error
     add_special_tokens: bool = True
-    way_out: str = ""  # for the error
+    way_out: str = CONTEXT_HOLDS  # for the error: whose limit it is, and what helps
 
     @property
     def num_chars(self) -> int:
@@ -95,9 +111,7 @@ class EncodeText(TextJob[tuple[int, ...]]):
         if self.max_tokens is not None:
             many = len(self.text) > text.most_chars(self.max_tokens)
             if many or surely_exceed([self.text], self.max_tokens, lambda piece: len(text.encode_prompt(piece, False))):
-                raise ContextLengthExceeded(
-                    f"the prompt has more than the {self.max_tokens} tokens that the context holds: shorten it{self.way_out}"
-                )
+                raise ContextLengthExceeded(f"the text has more than the {self.max_tokens} tokens {self.way_out}")
         return tuple(text.encode_prompt(self.text, self.add_special_tokens))
 
 
@@ -124,6 +138,7 @@ class EncodeChat(TextJob[tuple[int, ...]]):
     messages: tuple[Message, ...]
     max_tokens: int
     add_generation_prompt: bool = True
+    way_out: str = CONTEXT_HOLDS
 
     @property
     def num_chars(self) -> int:
@@ -138,7 +153,7 @@ class EncodeChat(TextJob[tuple[int, ...]]):
             ContextLengthExceeded: they surely have more than `max_tokens`.
         """
         if self.num_chars > text.most_chars(self.max_tokens) or text.exceeds(self.messages, self.max_tokens):
-            raise ContextLengthExceeded(f"the messages have more than the {self.max_tokens} tokens that the context holds: shorten them")
+            raise ContextLengthExceeded(f"the messages have more than the {self.max_tokens} tokens {self.way_out}")
         return tuple(text.first(self.messages, self.add_generation_prompt))
 
 
