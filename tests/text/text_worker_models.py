@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -18,7 +17,9 @@ DOUBLE = (
     "{% for m in messages %}{% if 'double' in m.content %}{% set ns = namespace(s=m.content) %}"
     "{% for i in range(31) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}{% endif %}{% endfor %}"
 )
-WRITE = "{% for m in messages %}{% if 'write' in m.content %}{% for i in range(99999) %}{{ 'x' * 50000 }}{% endfor %}{% endif %}{% endfor %}"
+WRITE = (
+    "{% for m in messages %}{% if 'write' in m.content %}{% for i in range(99999) %}{{ 'x' * 50000 }}{% endfor %}{% endif %}{% endfor %}"
+)
 ALWAYS = "{% for i in range(99999) %}{% for j in range(99999) %}{% if i + j < 0 %}x{% endif %}{% endfor %}{% endfor %}"
 
 
@@ -32,21 +33,22 @@ def prepare() -> None:
     _ = transformers.AutoTokenizer
 
 
-def good(max_chars: int | None = None) -> ChatText:
+def good() -> ChatText:
     prepare()
     from text_tokenizers import CHATML, chat
 
-    text = chat(CHATML)
-    text.max_chars = max_chars
-    return text
+    return chat(CHATML)
 
 
 def hostile() -> ChatText:
-    """Its template loops, doubles or writes without end when a message says so; its tokenizer searches for ever in `aaaa…b`."""
+    """Its template loops, doubles or writes without end when a message says so.
+
+    Its tokenizer needs the square of their number for many `x` and gives up at many `a` in a row.
+    """
     prepare()
     from text_tokenizers import CHATML, chat
 
-    return chat(LOOP + DOUBLE + WRITE + CHATML, _searching("(a+)+$"))
+    return chat(LOOP + DOUBLE + WRITE + CHATML, _searching("(a+)+$|x+y"))
 
 
 def hostile_when_loaded() -> ChatText:
@@ -75,6 +77,3 @@ def refused() -> ChatText:
 def killed() -> ChatText:
     os.kill(os.getpid(), 9)
     raise AssertionError
-
-
-good_of_400 = functools.partial(good, 80_000)

@@ -547,7 +547,7 @@ def start_apart(
         if nursery is not None and text is not None and folder is not None:
             assert prompt_timeout_s is not None
             loading = text_main.Loading(folder, template, info.max_context)
-            memory_bytes = memory_for(text.most_chars(info.max_context))
+            memory_bytes = memory_for(text.most_chars(2 * info.max_context))  # (/tokenize counts two contexts)
             workers = TextWorkers(text_main.Nurseries(loading, nursery), job_s=prompt_timeout_s, memory_bytes=memory_bytes)
         elif nursery is not None:
             nursery.close()

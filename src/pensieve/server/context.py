@@ -117,8 +117,8 @@ class Context:
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Refuse what is no token id of the model."""
-        wrong = next((token for token in tokens if not 0 <= token < self.info.vocab_size), None)
-        if wrong is not None:
+        wrong = min(tokens) if tokens and min(tokens) < 0 else max(tokens, default=0)
+        if not 0 <= wrong < self.info.vocab_size:
             raise ApiError(400, f"token ids lie in [0, {self.info.vocab_size}), got {wrong}", code="invalid_value", param=param)
 
 

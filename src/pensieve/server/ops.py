@@ -38,7 +38,6 @@ MEDIA_TYPES = {
 # Looked up, never joined to a path: a name from outside may hold anything.
 ASSETS = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.suffix in MEDIA_TYPES and path.is_file()}
 STATS_TIMEOUT_S = 2.0
-LEAST_COUNTED = 1 << 16  # tokens that /tokenize counts of a text, however small the context
 
 
 @router.get("/v1/models", summary="The model that is served")
@@ -56,10 +55,10 @@ async def model(model: str, context: Server, caller: Asking) -> dict[str, Any]:
 
 @router.post("/tokenize", summary="Text or messages to token ids")
 async def tokenize(body: TokenizeRequest, context: Server, caller: Asking) -> Response:
-    """What a prompt, or a chat, is as token ids; up to four contexts of them."""
+    """What a prompt, or a chat, is as token ids; up to two contexts of them."""
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "send either prompt or messages", code="invalid_value", param="prompt")
-    limit, way_out = max(LEAST_COUNTED, 4 * context.info.max_context), "that are counted at a time: send less"
+    limit, way_out = 2 * context.info.max_context, "that are counted at a time, two contexts: send less"
     if body.messages is not None:
         messages = tuple(message.message(f"messages.{index}") for index, message in enumerate(body.messages))
         tokens = await context.written(EncodeChat(messages, limit, body.add_generation_prompt, way_out), caller.tenant)

@@ -19,7 +19,7 @@ from pensieve.server.items import Order, items_of, messages_of, page, path_items
 from pensieve.server.output import OutputForm, form_for
 from pensieve.server.response_events import PARAMS, PREFIX, Record, live_events, live_json, response_json, whole_events
 from pensieve.server.response_schema import ConversationRef, ResponseRequest, ResponseToolChoice
-from pensieve.server.schemas import FunctionSpec, sampling_params
+from pensieve.server.schemas import FunctionSpec, check_schemas, sampling_params
 from pensieve.server.sse import STREAMED, EventStream, event, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import LEAF, TurnSpec
@@ -197,6 +197,7 @@ async def _spec(body: ResponseRequest, context: Context, caller: Caller) -> tupl
 
 def _form(body: ResponseRequest, text: ChatText) -> OutputForm:
     tools: dict[str, dict[str, object]] = {}
+    check_schemas([tool.parameters for tool in body.tools or ()])
     for index, tool in enumerate(body.tools or ()):
         if tool.type != "function" or tool.name is None:
             raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")

@@ -26,7 +26,9 @@ from pensieve.server.errors import UNKNOWN_FIELD, ApiError, unsupported
 
 MAX_STOPS = 16
 MAX_TOOLS = 128
+MAX_TOOL_VALUES = 1 << 16  # in the schemas of all tools
 MAX_IDS = 1 << 20  # token ids in one list
+MAX_DECODED = 1 << 18  # token ids that are made text at a time
 MAX_PROMPTS = 1024  # of which one is answered
 MAX_METADATA = 16  # OpenAI's limits
 MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512
@@ -409,6 +411,26 @@ def refuse_tuning(effort: str | None, verbosity: str | None, service_tier: str |
         )
 
 
+def check_schemas(schemas: list[dict[str, Any] | None]) -> None:
+    """Refuse tools whose schemas hold too many values: each is read several times until a prompt is made of it.
+
+    Raises:
+        ApiError: they do.
+    """
+    num_values, stack = 0, list[Any](schemas)
+    while stack:
+        item = stack.pop()
+        num_values += 1
+        if isinstance(item, (dict, list)):
+            num_values += len(item)
+            stack += [inner for inner in (item.values() if isinstance(item, dict) else item) if isinstance(inner, (dict, list))]
+        if num_values > MAX_TOOL_VALUES:
+            raise ApiError(
+                400, f"the tools' parameters hold more than {MAX_TOOL_VALUES} values: send fewer tools, or smaller schemas",
+                code="invalid_value", param="tools",
+            )  # fmt: skip
+
+
 def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
     """The functions as chat templates expect them.
 
@@ -416,6 +438,7 @@ def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
         ApiError: a tool is no function, or two have one name.
     """
     found: dict[str, dict[str, object]] = {}
+    check_schemas([tool.function.parameters for tool in tools or () if tool.function is not None])
     for index, tool in enumerate(tools or ()):
         if tool.type != "function" or tool.function is None:
             raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")
@@ -486,7 +509,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: StrictStr | None = None
-    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 32)]], Field(fail_fast=True, max_length=MAX_IDS)]
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 32)]], Field(fail_fast=True, max_length=MAX_DECODED)]
 
 
 # -- conversations

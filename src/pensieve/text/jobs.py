@@ -17,10 +17,12 @@ from typing import Any, Generic, Protocol, TypeVar
 from pensieve.chat import Message, chars_of
 from pensieve.errors import ContextLengthExceeded, InvalidRequest, PensieveError
 from pensieve.text.chat import ChatText
-from pensieve.text.overflow import Truncated, surely_exceed, truncate
+from pensieve.text.overflow import Truncated, size_of, surely_exceed, truncate
 
 log = logging.getLogger(__name__)
 
+MESSAGE_CHARS = 64  # that are tokenized in the time that a template takes to write a message
+SIZED_CHARS = 1 << 17  # of tools; what is longer is as long as this
 CONTEXT_HOLDS = "that the context holds: send less"
 T = TypeVar("T")
 Tools = tuple[Mapping[str, object], ...]
@@ -142,8 +144,8 @@ class EncodeChat(TextJob[tuple[int, ...]]):
 
     @property
     def num_chars(self) -> int:
-        """Of all messages."""
-        return chars_of(self.messages)
+        """Of all messages, and what a template takes to write each."""
+        return chars_of(self.messages) + MESSAGE_CHARS * len(self.messages)
 
     def run(self, text: ChatText) -> tuple[int, ...]:
         """Their ids.
@@ -152,7 +154,7 @@ class EncodeChat(TextJob[tuple[int, ...]]):
             InvalidRequest: the template refuses these messages.
             ContextLengthExceeded: they surely have more than `max_tokens`.
         """
-        if self.num_chars > text.most_chars(self.max_tokens) or text.exceeds(self.messages, self.max_tokens):
+        if chars_of(self.messages) > text.most_chars(self.max_tokens) or text.exceeds(self.messages, self.max_tokens):
             raise ContextLengthExceeded(f"the messages have more than the {self.max_tokens} tokens {self.way_out}")
         return tuple(text.first(self.messages, self.add_generation_prompt))
 
@@ -206,7 +208,8 @@ class WriteChat(TextJob[WrittenChat]):
     def num_chars(self) -> int:
         """The new ones; what the log holds is rendered, but not tokenized."""
         history = chars_of(self.history)
-        return chars_of(self.new) + (history // 8 if self.log else history)
+        written = MESSAGE_CHARS * (len(self.history) + len(self.new))
+        return chars_of(self.new) + written + (history // 8 if self.log else history) + size_of(self.tools, SIZED_CHARS)
 
     def run(self, text: ChatText) -> WrittenChat:
         """The prompt.

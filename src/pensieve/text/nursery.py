@@ -85,15 +85,21 @@ class Nursery(Protocol):
         ...
 
 
-def new_nursery(prepare: Callable[[], None] = lambda: None) -> Nursery:
-    """One of the kind that this system can have. `prepare` (pickled) imports what loading needs, before it is asked for."""
-    return ForkingNursery(prepare) if CAN_FORK else SpawningNursery()
+def new_nursery(prepare: Callable[[], None], load_s: float = LOAD_S) -> Nursery:
+    """One of the kind that this system can have.
+
+    Args:
+        prepare: pickled; imports what loading needs, before it is asked for.
+        load_s: processor time that loading may take.
+    """
+    return ForkingNursery(prepare, load_s) if CAN_FORK else SpawningNursery()
 
 
 class ForkingNursery:
     """A process with the tokenizer in its memory, which forks."""
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
+    def __init__(self, prepare: Callable[[], None], load_s: float = LOAD_S) -> None:
+        self._load_s = load_s
         context = multiprocessing.get_context("spawn")
         self._control, theirs = context.Pipe()
         self._process: SpawnProcess = context.Process(
@@ -115,14 +121,14 @@ class ForkingNursery:
     def load(self, load: Load) -> None:
         """See `Nursery`."""
         try:
-            self._control.send(("load", load))
+            self._control.send(("load", (load, self._load_s)))
             outcome = self._receive(LOAD_WALL_S)
         except (NurseryLost, OSError):
             self._process.join(1.0)
             code = self._process.exitcode
             self.close()
             if code is None or (HARD_ALARM is not None and code == -HARD_ALARM):
-                how = f"takes more than {LOAD_S:g} s"
+                how = f"takes more than {self._load_s:g} s of processor time"
             else:
                 how = f"ended the process that tried it (exit code {code}, as when memory runs out)"
             raise ModelRefused(f"the model's tokenizer or chat template cannot be used: loading it {how}") from None
@@ -236,7 +242,7 @@ def _run_nursery(control: Connection, parent_pid: int, prepare: Callable[[], Non
         except (EOFError, OSError):
             os._exit(0)
         if what == "load":
-            text = _load(control, argument)
+            text = _load(control, *argument)
         elif what == "fork":
             assert text is not None
             _fork(control, argument, text)
@@ -244,16 +250,16 @@ def _run_nursery(control: Connection, parent_pid: int, prepare: Callable[[], Non
             control.send(_end(argument))
 
 
-def _load(control: Connection, load: Load) -> ChatText | None:
+def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
     limit_memory(LOAD_BYTES)
     set_alarms()
     try:
-        with alarms(LOAD_S):
+        with alarms(load_s):
             text = load()
             text.settle()
     except TimeLimit as error:
         control.send(
-            (ModelRefused.code, f"the model cannot be used: {error.what} takes more than {LOAD_S:g} s of processor time to be tried")
+            (ModelRefused.code, f"the model cannot be used: {error.what} takes more than {load_s:g} s of processor time to be tried")
         )
         return None
     except PensieveError as error:
@@ -267,7 +273,7 @@ def _load(control: Connection, load: Load) -> ChatText | None:
         control.send((PensieveError.code, f"the tokenizer could not be loaded: {type(error).__name__}: {error}"))
         return None
     control.send(None)
-    with alarms(LOAD_S):
+    with alarms(load_s):
         text.prepare_twin()  # (while the server loads the same)
     gc.collect()
     gc.freeze()  # what is there stays, so that the workers' collectors do not copy its pages

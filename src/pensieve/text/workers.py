@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Kind = Literal["short", "long"]
 
-SHORT_CHARS = 1 << 16  # a job of no more characters is begun as a short one
-SHORT_S = 0.5  # of processor time, in a short lane
+SHORT_CHARS = 1 << 15  # a job of no more characters is begun as a short one
+SHORT_S = 0.25  # of processor time, in a short lane
 SHORT_WALL_S = 20.0  # a worker that does not answer for so long is stopped, or its machine is
 LONG_WALL_FACTOR = 12.0  # the same for long jobs, in their limits of processor time: they come last on a busy machine
 NICENESS = 5  # of long jobs: the engine comes first
