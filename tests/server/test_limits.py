@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from serving import Serving, tool_server
 from pensieve.server import bodies, schemas
 from pensieve.server.bodies import read_json
 from pensieve.server.errors import ApiError
+from pensieve.service import prompt
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 ANSWERED_S, OTHERS_S = 5.0, 1.5  # generous: each took minutes, or a second a megabyte
@@ -129,6 +130,89 @@ def test_four_large_bodies_at_a_time_are_read_one_after_another(server: Serving)
     with watching(server) as waits, ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: post(server, CHAT, body).status_code, range(12)))
     assert answers == [400] * 12 and waits[0] < OTHERS_S
+
+
+class Never:
+    """A runner that never answers."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, job: Any, tenant: str = "") -> Future[Any]:
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def test_a_request_whose_prompt_is_not_made_in_time_is_told_so_and_nobody_makes_it_any_more() -> None:
+    never = Never()
+    asked = [
+        (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}),
+        (RESPONSES, {"input": "hi"}),
+        (COMPLETIONS, {"model": "tiny", "prompt": "hi"}),
+        ("/tokenize", {"prompt": "hi"}),
+        ("/detokenize", {"tokens": [70]}),
+    ]
+    with tool_server(runner=never, config={"queue_timeout_s": 0.2}) as server:
+        for path, body in asked:
+            response = server.post(path, body)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_timeout"), path
+            assert "Retry-After" in response.headers
+        server.until_idle()
+        assert len(never.futures) == len(asked) and all(future.cancelled() for future in never.futures)
+
+
+TOO_LONG = {
+    "blanks": (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": " " * 15_900_000}]}),
+    "instructions": (RESPONSES, {"input": "hi", "instructions": "\t" * 7_000_000}),
+    "tools": (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "tools": [
+        {"type": "function", "function": {"name": f"f{i}", "description": "word " * 20_000}} for i in range(128)]}),
+    "a call's arguments": (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[" + "0," * 7_000_000 + "0]"}}]},
+        {"role": "tool", "tool_call_id": "c", "content": "x"}]}),
+    "a newest message, truncating": (RESPONSES, {"input": " " * 15_900_000, "truncation": "auto"}),
+    "a text": (COMPLETIONS, {"model": "tiny", "prompt": "\u3000" * 5_000_000}),
+    "a text to count": ("/tokenize", {"prompt": " " * 15_000_000}),
+    "messages to count": ("/tokenize", {"messages": [{"role": "user", "content": " " * 3_000}] * 4000}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TOO_LONG)
+def test_what_cannot_fit_is_refused_by_its_length(server: Serving, what: str) -> None:
+    path, body = TOO_LONG[what]
+    data = json.dumps(body, ensure_ascii=False)
+    with watching(server) as waits:
+        begun = time.perf_counter()
+        response = post(server, path, data)
+        took_s = time.perf_counter() - begun
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded"), response.text[:300]
+    assert took_s < ANSWERED_S and waits[0] < OTHERS_S
+
+
+def test_a_chat_of_as_many_messages_as_may_be_is_truncated(server: Serving) -> None:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 380} for i in range(4095)]
+    messages[-1]["content"] = "hi"
+    with watching(server) as waits:
+        begun = time.perf_counter()
+        response = server.post(RESPONSES, {"input": messages, "truncation": "auto", "max_output_tokens": 2})
+        took_s = time.perf_counter() - begun
+    assert response.status_code == 200, response.text[:300]
+    assert response.json()["usage"]["input_tokens"] < 400 and took_s < ANSWERED_S and waits[0] < OTHERS_S
+
+
+def test_schemas_of_too_many_values_are_refused(server: Serving) -> None:
+    schema = {"a": [[] for _ in range(100)], "b": list(range(70_000))}
+    for path, tool in ((CHAT, {"type": "function", "function": {"name": "f", "parameters": schema}}), (RESPONSES, {"type": "function", "name": "f", "parameters": schema})):  # fmt: skip
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"input": "hi"}
+        response = server.post(path, body | {"tools": [tool]})
+        assert response.status_code == 400 and "65536 values" in response.json()["error"]["message"]
+
+
+def test_a_conversation_of_items_has_a_longest_length(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "MAX_STORED_CHARS", 100)
+    made = server.post("/v1/conversations", {}).json()["id"]
+    items = {"items": [{"role": "user", "content": "x" * 40}]}
+    assert [server.post(f"/v1/conversations/{made}/items", items).status_code for _ in range(4)] == [200, 200, 400, 400]
+    assert server.post("/v1/conversations", {"items": [{"role": "user", "content": "x" * 101}]}).status_code == 400
 
 
 def test_as_many_values_as_may_be_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
