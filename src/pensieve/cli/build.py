@@ -7,10 +7,12 @@ What either needs is imported when it is needed: an engine's process has no text
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +34,7 @@ from pensieve.core.eviction import POLICIES
 from pensieve.core.pace import Pace
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
-from pensieve.errors import ConfigError
+from pensieve.errors import ConfigError, ModelRefused
 from pensieve.messages import Event
 from pensieve.worker.place import Place
 
@@ -54,6 +56,8 @@ CPU_CACHE_GB = 1.0  # of the first tier on a CPU that does not say how much memo
 HOST_CACHE_GB = 2.0  # of the second tier beside a GPU, unless told otherwise; on a CPU both would be the same memory
 MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
+
+log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
@@ -271,9 +275,10 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
         say(number.reason)
 
     def find() -> ResolvedModel:
-        return resolve(
-            options.model, options.weights, dtype=number.name, device=options.device, allow_random=not must_talk, progress=progress
-        )
+        with _refusing(options.model):
+            return resolve(
+                options.model, options.weights, dtype=number.name, device=options.device, allow_random=not must_talk, progress=progress
+            )
 
     def text_of(resolved: ResolvedModel) -> ChatText | None:
         """Before any weights are loaded: a model that must talk and cannot is refused at once."""
@@ -328,8 +333,9 @@ def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Sa
     from pensieve.worker.weights import load
 
     def make(forward: Forward) -> CausalModel:
-        model = load(resolved, dtype, options.device)
-        return CausalModel(model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False)
+        with _refusing(resolved.label):
+            model = load(resolved, dtype, options.device)
+            return CausalModel(model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False)
 
     try:
         return make(options.forward)
@@ -338,6 +344,23 @@ def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Sa
             raise
         say(f"computing {resolved.label} by its own modules: {error.message}")
         return make("modules")
+
+
+@contextmanager
+def _refusing(label: str) -> Iterator[None]:
+    """What a library raises over numbers and names in a model's files that do not go together: another start would fail the same way.
+
+    Raises:
+        ModelRefused: naming it.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        log.debug("%s cannot be loaded", label, exc_info=True)
+        reason = " ".join(str(error).split())[:300]
+        raise ModelRefused(
+            f"{label} cannot be loaded ({type(error).__name__}: {reason}): its config.json does not describe a model that can be built"
+        ) from error
 
 
 def read_chat_template(options: Options) -> str | None:
