@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,14 +14,17 @@ from typing import Any
 
 import httpx
 import pytest
+import text_worker_models as models
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import Serving, tool_server
+from serving import Serving, serving, tool_server
 
 from pensieve.server import bodies, schemas
 from pensieve.server.bodies import read_json
 from pensieve.server.errors import ApiError
 from pensieve.service import prompt
+from pensieve.text.nursery import Nursery, new_nursery
+from pensieve.text.workers import TextWorkers
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 ANSWERED_S, OTHERS_S = 5.0, 1.5  # generous: each took minutes, or a second a megabyte
@@ -159,6 +163,33 @@ def test_a_request_whose_prompt_is_not_made_in_time_is_told_so_and_nobody_makes_
             assert "Retry-After" in response.headers
         server.until_idle()
         assert len(never.futures) == len(asked) and all(future.cancelled() for future in never.futures)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system's processes cannot fork")
+def test_a_model_whose_template_never_ends_fails_its_own_requests_alone() -> None:
+    def start() -> Nursery:
+        nursery = new_nursery(models.prepare)
+        nursery.load(models.hostile)
+        return nursery
+
+    runner = TextWorkers(start, job_s=0.5, memory_bytes=256 << 20)
+    try:
+        with serving(runner=runner) as server, watching(server) as waits:
+
+            def ask(text: str) -> httpx.Response:
+                return server.post(CHAT, {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 2})
+
+            with ThreadPoolExecutor(4) as pool:
+                hostile = {text[:6]: pool.submit(ask, text) for text in ("loop", "double", "x" * 60_000)}
+                others = [ask("hello").status_code for _ in range(5)]
+                answers = {name: future.result() for name, future in hostile.items()}
+            assert others == [200] * 5 and waits[0] < OTHERS_S
+            for name, answer in answers.items():
+                assert (answer.status_code, answer.json()["error"]["code"]) == (400, "prompt_too_costly"), (name, answer.text)
+            assert ask("hello").status_code == 200
+            server.until_idle()
+    finally:
+        runner.close()
 
 
 TOO_LONG = {
