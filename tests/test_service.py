@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path as FilePath
+from typing import Any
 
 import pytest
 from text_tokenizers import CHATML, THINKING, chat
@@ -20,12 +23,20 @@ from pensieve.core.eviction import RetentionValue
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
-from pensieve.errors import ContextLengthExceeded, ConversationConflict, EngineClosed, InvalidRequest, PensieveError
+from pensieve.errors import (
+    ContextLengthExceeded,
+    ConversationConflict,
+    ConversationNotFound,
+    EngineClosed,
+    InvalidRequest,
+    PensieveError,
+    PromptTooCostly,
+)
 from pensieve.messages import KeepAnswer, Stats
-from pensieve.service import ConversationService, Path, TurnDone
+from pensieve.service import ConversationService, Path, PendingTurn, TurnDone, TurnSpec, prompt
 from pensieve.store.base import path_messages, path_tokens
 from pensieve.store.sqlite import SqliteStore
-from pensieve.text import ChatText, Message
+from pensieve.text import ChatText, EncodeRest, InlineRunner, Message, TextJob, TextRunner, WriteChat
 
 CHUNK = 8
 VOCAB = 400  # below the special tokens of the test tokenizer
@@ -41,11 +52,12 @@ def running(
     max_context: int = 400,
     overflow: str = "refuse",
     pause_s: float = 0.0,
+    runner: TextRunner | None = None,
 ) -> Iterator[ConversationService]:
     cache = TieredCache(
         CacheConfig((TierConfig("gpu", slots[0]), TierConfig("cpu", slots[1])), CHUNK), lambda: RetentionValue(COST.of_chunk)
     )
-    service = ConversationService(text or chat(CHATML), store, max_context=max_context, overflow=overflow)
+    service = ConversationService(text or chat(CHATML), store, max_context=max_context, overflow=overflow, runner=runner)
     worker = FakeWorker(list(slots), CHUNK, vocab=VOCAB)
     worker.pause_s = pause_s
     engine = Engine(
@@ -319,3 +331,205 @@ def test_the_receipt_counts_the_time_spent_behind_an_earlier_turn(store: SqliteS
         first, second = (turn.future.result(20).receipt for turn in turns)
     later_s = turns[1].submitted_s - turns[0].submitted_s
     assert later_s + second.queue_s >= first.total_s  # it was admitted after the first had ended
+
+
+# -- while a prompt is made
+
+
+class HeldRunner:
+    """Does jobs when it is told to; those that begin with `quick` at once."""
+
+    def __init__(self, text: ChatText) -> None:
+        self._inline = InlineRunner(text)
+        self.held: list[tuple[TextJob[Any], Future[Any], str]] = []
+
+    def submit(self, job: TextJob[Any], tenant: str = "") -> Future[Any]:
+        if isinstance(job, EncodeRest) or job.new[-1].content.startswith("quick"):  # type: ignore[attr-defined]
+            return self._inline.submit(job)
+        future: Future[Any] = Future()
+        self.held.append((job, future, tenant))
+        return future
+
+    def until(self, count: int) -> None:
+        until(lambda: len(self.held) == count)
+
+    def do(self, at: int = 0, error: PensieveError | None = None) -> None:
+        job, future, _ = self.held.pop(at)
+        done = self._inline.submit(job)
+        if (failure := error or done.exception()) is not None:
+            future.set_exception(failure)
+        else:
+            future.set_result(done.result())
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+@contextmanager
+def held(store: SqliteStore) -> Iterator[tuple[ConversationService, HeldRunner]]:
+    text = chat(CHATML)
+    runner = HeldRunner(text)
+    with running(store, text, runner=runner) as service:
+        yield service, runner
+
+
+def send(service: ConversationService, text: str, conversation: str = "c") -> PendingTurn:
+    return service.send(conversation, [Message("user", text)], SamplingParams(max_new_tokens=4))
+
+
+def test_a_prompt_that_is_being_made_holds_up_its_own_conversation_alone(store: SqliteStore) -> None:
+    with held(store) as (service, runner):
+        slow = [send(service, "one"), send(service, "two")]
+        runner.until(1)
+        assert ask(service, "quick", "other").text
+        runner.do()
+        first = slow[0].future.result(20)
+        runner.until(1)
+        runner.do()
+        second = slow[1].future.result(20)
+        assert second.prompt[: len(first.prompt) + len(first.output)] == first.prompt + first.output
+    said = [m.content for m in path_messages(store.path("default", store.get("default", "c").leaf)) if m.role == "user"]
+    assert said == ["one", "two"]
+
+
+def test_a_turn_is_aborted_while_its_prompt_is_made_and_the_next_one_begins(store: SqliteStore) -> None:
+    with held(store) as (service, runner):
+        slow, following = send(service, "one"), send(service, "quick two")
+        runner.until(1)
+        service.abort(slow)
+        with pytest.raises(EngineClosed, match="aborted while its prompt was being made"):
+            slow.future.result(20)
+        assert runner.held[0][1].cancelled(), "nobody makes it any more"
+        assert following.future.result(20).text
+    said = [m.content for m in path_messages(store.path("default", store.get("default", "c").leaf)) if m.role == "user"]
+    assert said == ["quick two"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("erase", [False, True])
+def test_a_conversation_is_deleted_while_a_prompt_is_made_in_it(store: SqliteStore, begun: bool, erase: bool) -> None:
+    with held(store) as (service, runner):
+        if begun:
+            ask(service, "quick")
+        turns = [send(service, "one"), send(service, "two")]
+        runner.until(1)
+        (service.erase("c") if erase else service.delete("c")).result(20)
+        for turn in turns:
+            with pytest.raises(ConversationNotFound, match="was deleted"):
+                turn.future.result(20)
+        assert runner.held[0][1].cancelled()
+        with pytest.raises(ConversationNotFound):
+            store.get("default", "c")
+        assert ask(service, "quick").text, "the name is free again"
+
+
+def test_a_prompt_that_cannot_be_made_fails_its_turn_alone(store: SqliteStore) -> None:
+    with held(store) as (service, runner):
+        slow, following = send(service, "one"), send(service, "quick two")
+        runner.until(1)
+        runner.do(error=PromptTooCostly("too long"))
+        with pytest.raises(PromptTooCostly):
+            slow.future.result(20)
+        assert following.future.result(20).text
+
+
+def test_closing_fails_a_turn_whose_prompt_is_being_made(store: SqliteStore) -> None:
+    with held(store) as (service, runner):
+        slow = send(service, "one")
+        runner.until(1)
+    with pytest.raises(EngineClosed):
+        slow.future.result(1)
+
+
+def test_a_turn_that_its_caller_cancelled_leaves_its_conversation(store: SqliteStore) -> None:
+    with held(store) as (service, runner):
+        slow = send(service, "one")
+        runner.until(1)
+        assert slow.future.cancel()
+        runner.do()
+        assert ask(service, "quick").text
+
+
+def test_what_waits_of_a_tenant_is_its_own(store: SqliteStore) -> None:
+    with held(store) as (service, runner):
+        service.send("c", [Message("user", "one")], SamplingParams(), namespace="alice")
+        runner.until(1)
+        assert runner.held[0][2] == "alice"
+
+
+def test_a_resent_history_whose_prompt_is_being_made_is_forked_not_joined(store: SqliteStore) -> None:
+    """Its conversation is busy from the first moment on."""
+    history = (Message("user", "quick"),)
+    with held(store) as (service, runner):
+        first = service.start(TurnSpec("default", None, history, SamplingParams(max_new_tokens=4))).future.result(20)
+        assert first.message is not None
+        resent = (*history, first.message, Message("user", "slow"))
+        turns = [service.start(TurnSpec("default", None, resent, SamplingParams(max_new_tokens=4))) for _ in range(2)]
+        runner.until(2)
+        runner.do()
+        runner.do()
+        for turn in turns:
+            assert turn.future.result(20).prompt[: len(first.prompt)] == first.prompt
+        assert turns[0].conversation_id != turns[1].conversation_id
+
+
+# -- lengths
+
+
+def test_a_prompt_of_more_characters_than_the_context_holds_is_refused_without_a_look(store: SqliteStore) -> None:
+    text = chat(CHATML)
+    with held(store) as (service, runner):
+        for messages in ([Message("user", " " * 15_000_000)], [Message("system", "\n" * 100_000), Message("user", "hi")]):
+            with pytest.raises(ContextLengthExceeded, match="400 tokens of the context hold at most 65536"):
+                service.send("c", messages, SamplingParams()).future.result(20)
+        tools = ({"type": "function", "function": {"name": "f", "description": "word " * 20_000}},)
+        spec = TurnSpec("default", "c", (Message("user", "hi"),), SamplingParams(), tools=tools)
+        with pytest.raises(ContextLengthExceeded, match="messages and tools"):
+            service.start(spec).future.result(20)
+        assert runner.held == [] and text.most_chars(400) == 65_536
+
+
+def test_a_long_history_is_cut_before_it_is_sent_anywhere(store: SqliteStore) -> None:
+    history = tuple(Message(("user", "assistant")[i % 2], f"{i} " + "word " * 200) for i in range(401))
+    with held(store) as (service, runner):
+        turn = service.start(TurnSpec("default", "c", history, SamplingParams(max_new_tokens=4), overflow="truncate"))
+        runner.until(1)
+        job = runner.held[0][0]
+        assert isinstance(job, WriteChat)
+        assert sum(len(message.content) for message in job.new) <= 65_536 and job.left_out + len(job.new) == 401
+        runner.do()
+        with pytest.raises(ContextLengthExceeded):  # the newest message alone has more than the context
+            turn.future.result(20)
+        short = (*history[:-1], Message("user", "hi"))
+        turn = service.start(TurnSpec("default", "d", short, SamplingParams(max_new_tokens=4), overflow="truncate"))
+        runner.until(1)
+        runner.do()
+        done = turn.future.result(20)
+    assert done.warning is not None and "oldest 400 messages" in done.warning
+    assert done.receipt.truncated_tokens > 10_000
+
+
+def test_a_conversation_has_a_longest_length(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "MAX_STORED_CHARS", 100)
+    for _ in range(2):  # the second time it is read from the store
+        with running(store) as service:
+            with contextlib.suppress(InvalidRequest):
+                for _ in range(20):
+                    ask(service, "a message of thirty characters")
+            with pytest.raises(InvalidRequest, match="fork it at an earlier turn"):
+                ask(service, "again")
+    assert len(store.path("default", store.get("default", "c").leaf)) < 6
+
+
+def test_remembered_paths_are_bounded_by_their_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "MAX_REMEMBERED_CHARS", 100)
+    prompts = prompt.Prompts(None, lambda conversation_id: None, 400, "refuse")
+    for i in range(10):
+        prompts.remember("n", f"t{i}", Path((Message("user", "x" * 40),), (1, 2)))
+    assert list(prompts._paths) == [("n", "t8"), ("n", "t9")]
+    prompts.forget("n")
+    assert prompts._num_remembered_chars == prompts._num_remembered_tokens == 0

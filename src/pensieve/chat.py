@@ -11,6 +11,7 @@ from pensieve.errors import InvalidRequest
 
 ROLES = ("system", "user", "assistant", "tool")
 DIGEST_BYTES = 16
+MAX_CANONICAL_CHARS = 1 << 16  # arguments that are longer count as they are written: reading them takes a second a megabyte
 ROOT_DIGEST = hashlib.blake2b(b"", digest_size=DIGEST_BYTES, person=b"pensieve-chat").digest()
 
 
@@ -21,6 +22,9 @@ class ToolCall:
     id: str  # unique in its conversation; a tool's answer names it
     name: str
     arguments: str  # JSON text, as the model wrote it: perhaps not valid
+
+    def __reduce__(self) -> tuple[type[ToolCall], tuple[str, str, str]]:
+        return ToolCall, (self.id, self.name, self.arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,9 @@ class Message:
     tool_call_id: str | None = None  # of a tool: the call that it answers
     name: str | None = None  # of a tool: the function that was called
 
+    def __reduce__(self) -> tuple[type[Message], tuple[object, ...]]:  # (a tenth of the time that a frozen dataclass takes by itself)
+        return Message, (self.role, self.content, self.tool_calls, self.tool_call_id, self.name)
+
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise InvalidRequest(f"a message's role must be one of {', '.join(ROLES)}, got {self.role!r}")
@@ -46,6 +53,14 @@ class Message:
             raise InvalidRequest(f"only an assistant's message can call tools, got tool_calls on a {self.role} message")
         if self.tool_call_id is not None and self.role != "tool":
             raise InvalidRequest(f"only a tool's message answers a call, got tool_call_id on a {self.role} message")
+
+
+def chars_of(messages: Iterable[Message]) -> int:
+    """Characters of messages, calls and their arguments included."""
+    return sum(
+        len(message.content) + (sum(len(call.name) + len(call.arguments) for call in message.tool_calls) if message.tool_calls else 0)
+        for message in messages
+    )
 
 
 def extend_digest(parent: bytes, message: Message) -> bytes:
@@ -69,7 +84,9 @@ def path_digests(messages: Iterable[Message], parent: bytes = ROOT_DIGEST) -> li
 
 
 def _canonical(arguments: str) -> str:
-    """A call's arguments with the white space and order of keys that everybody writes alike; as they are if they are not JSON, or too deep."""
+    """A call's arguments with one white space and one order of keys; as they are if they are not JSON, too deep or too long."""
+    if len(arguments) > MAX_CANONICAL_CHARS:
+        return arguments
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
     except (ValueError, RecursionError):

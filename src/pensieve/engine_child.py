@@ -122,7 +122,7 @@ def receive(connection: Connection) -> Any:
 
 
 class Inbox:
-    """Messages out of a pipe, as far as they have come: half of one, whose sender stands still, holds nobody up."""
+    """Messages out of a pipe, as far as they have come: half of one, whose sender stands still, delays no other reader."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

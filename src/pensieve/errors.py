@@ -44,6 +44,20 @@ class ContextLengthExceeded(PensieveError):
     http_status = 400
 
 
+class PromptTooCostly(PensieveError):
+    """Making a prompt of a request's messages took more time or memory than a request may take."""
+
+    code = "prompt_too_costly"
+    http_status = 400
+
+
+class TextUnavailable(PensieveError):
+    """The processes that make prompts ended, and could not be started again yet. Asking again is safe."""
+
+    code = "text_unavailable"
+    http_status = 503
+
+
 class RequestTooLarge(PensieveError):
     """A request could not run even alone in the whole first tier."""
 

@@ -34,7 +34,7 @@ from pensieve.server.metrics import Metrics
 from pensieve.server.turns import Turns
 from pensieve.service import ConversationService
 from pensieve.store import MEMORY, SqliteStore
-from pensieve.text import ChatText
+from pensieve.text import ChatText, TextRunner
 
 CHUNK = 8
 VOCAB = 250  # bytes and merges, below every special token of the test tokenizer
@@ -131,6 +131,7 @@ def serving(
     limits: ConnectionLimits | None = None,
     more_ports: tuple[int, ...] = (),
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    runner: TextRunner | None = None,
 ) -> Iterator[Serving]:
     text = chat(template)
     store, ephemeral = SqliteStore(store_path or MEMORY), SqliteStore(MEMORY)
@@ -143,6 +144,7 @@ def serving(
         overflow="truncate" if overflow == "truncate" else "refuse",
         ephemeral=ephemeral,
         drafts=owner,
+        runner=runner,
     )
     worker = ScriptedWorker(list(slots), CHUNK, vocab=VOCAB)
     scheduler = Scheduler(SchedulerConfig(max_batch_tokens=128, max_waiting=max_waiting), cache, max_context)
@@ -164,7 +166,7 @@ def serving(
             on_end=lambda answer: metrics.observe(answer.done.receipt) if answer.done is not None else None,
         )
         key_file = None if keys is None else KeyFile(keys)
-        contexts.append(Context(server_config, info, text, store, service, turns, state, key_file, metrics))
+        contexts.append(Context(server_config, info, text, store, service, turns, state, key_file, metrics, runner=runner))
         return contexts[0]
 
     hosts = frozenset({"127.0.0.1", "localhost"}) if keys is None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -92,3 +93,11 @@ def test_an_answer_kept_whole_keeps_its_end_token() -> None:
     count, residue = keep_tokens(text.detokenizer(), ids, "Pari")
     assert count < len(ids) - 1
     assert text.decode(ids[:count]) + residue == "Pari"
+
+
+def test_a_text_that_nearly_stops_again_and_again_takes_no_longer() -> None:
+    search = StopStrings(["a" * 1000 + str(digit) for digit in range(10)])
+    begun = time.process_time()
+    shown = "".join(search.feed("aaaa")[0] for _ in range(3000))
+    assert len(shown) == 12_000 - 1000
+    assert time.process_time() - begun < 5.0  # (it took the cube of the stop strings' length)

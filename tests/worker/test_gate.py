@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from pensieve.cli.build import Options, load_model
 from pensieve.config import ModelShape
 from pensieve.errors import ModelRefused
 from pensieve.worker import gate, llama
@@ -323,6 +326,38 @@ def test_a_config_alone_is_refused_in_words(architecture: str, config: dict[str,
     with pytest.raises(ModelRefused, match=words) as refused:
         gate.check_config(AutoConfig.for_model(architecture, **config), "the-label")
     assert not re.search(r"Error|size of tensor|shapes? \(", refused.value.message.partition("transformers cannot build")[0])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads is '0', where a positive whole number is needed"),
+        ({"num_key_value_heads": 3}, "4 query heads, which 3 KV heads do not divide"),
+        ({"hidden_size": 0}, "hidden_size is '0'"),
+        ({"hidden_size": -48}, "hidden_size is '-48'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is '0'"),
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers is 1000000, more than the 2048 that are built"),
+        ({"vocab_size": 10**15}, "vocab_size is 1000000000000000"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is '-1'"),
+        ({"head_dim": 0}, "cannot build"),
+        ({"hidden_act": "nope"}, "cannot build"),
+    ],
+)
+def test_numbers_that_make_no_model_are_refused_before_it_is_built(numbers: dict[str, Any], words: str) -> None:
+    config = AutoConfig.for_model("llama", **LLAMA)
+    for name, value in numbers.items():
+        setattr(config, name, value)
+    with pytest.raises(ModelRefused, match=re.escape(words)):
+        gate.check_config(config, "the-label")
+
+
+@pytest.mark.parametrize("numbers", [{"num_attention_heads": 3}, {"num_key_value_heads": 0}, {"num_attention_heads": 0}, {"head_dim": "x"}])
+def test_a_folder_whose_config_cannot_be_built_is_refused_at_once(tmp_path: Path, numbers: dict[str, Any]) -> None:
+    """As an engine's process loads it: what is refused is not tried again."""
+    config = AutoConfig.for_model("llama", **LLAMA).to_dict() | {"model_type": "llama"} | numbers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelRefused):
+        load_model(Options(model=str(tmp_path), weights="random", dtype="float32"), must_talk=False, say=lambda what: None, with_text=False)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -7,10 +7,12 @@ What either needs is imported when it is needed: an engine's process has no text
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +34,7 @@ from pensieve.core.eviction import POLICIES
 from pensieve.core.pace import Pace
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
-from pensieve.errors import ConfigError
+from pensieve.errors import ConfigError, ModelRefused
 from pensieve.messages import Event
 from pensieve.worker.place import Place
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from pensieve.service import ConversationService
     from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
+    from pensieve.text.workers import TextWorkers
     from pensieve.worker.group import Group
     from pensieve.worker.model import CausalModel, Forward
     from pensieve.worker.parallel import ParallelWorker
@@ -54,6 +57,8 @@ CPU_CACHE_GB = 1.0  # of the first tier on a CPU that does not say how much memo
 HOST_CACHE_GB = 2.0  # of the second tier beside a GPU, unless told otherwise; on a CPU both would be the same memory
 MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
+
+log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
@@ -211,10 +216,13 @@ class ApartRuntime:
     service: ConversationService
     info: EngineInfo  # of the first start
     text: ChatText | None  # None: the model does not talk
+    workers: TextWorkers | None  # that render and tokenize; None: the service does it itself
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Stop the engine after the step under way, then the service."""
+        """Stop the engine after the step under way, then the service and who makes its prompts."""
         self.process.close(timeout_s)
+        if self.workers is not None:
+            self.workers.close()
         self.service.close()
 
 
@@ -268,9 +276,10 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
         say(number.reason)
 
     def find() -> ResolvedModel:
-        return resolve(
-            options.model, options.weights, dtype=number.name, device=options.device, allow_random=not must_talk, progress=progress
-        )
+        with _refusing(options.model):
+            return resolve(
+                options.model, options.weights, dtype=number.name, device=options.device, allow_random=not must_talk, progress=progress
+            )
 
     def text_of(resolved: ResolvedModel) -> ChatText | None:
         """Before any weights are loaded: a model that must talk and cannot is refused at once."""
@@ -325,8 +334,9 @@ def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Sa
     from pensieve.worker.weights import load
 
     def make(forward: Forward) -> CausalModel:
-        model = load(resolved, dtype, options.device)
-        return CausalModel(model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False)
+        with _refusing(resolved.label):
+            model = load(resolved, dtype, options.device)
+            return CausalModel(model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False)
 
     try:
         return make(options.forward)
@@ -335,6 +345,23 @@ def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Sa
             raise
         say(f"computing {resolved.label} by its own modules: {error.message}")
         return make("modules")
+
+
+@contextmanager
+def _refusing(label: str) -> Iterator[None]:
+    """What a library raises over numbers and names in a model's files that do not go together: another start would fail the same way.
+
+    Raises:
+        ModelRefused: naming it.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        log.debug("%s cannot be loaded", label, exc_info=True)
+        reason = " ".join(str(error).split())[:300]
+        raise ModelRefused(
+            f"{label} cannot be loaded ({type(error).__name__}: {reason}): its config.json does not describe a model that can be built"
+        ) from error
 
 
 def read_chat_template(options: Options) -> str | None:
@@ -513,20 +540,26 @@ def start_apart(
     retain: bool = True,
     on_state: Callable[[State], None] | None = None,
     patience: Patience | None = None,
+    prompt_timeout_s: float | None = None,
 ) -> ApartRuntime:
     """Start an engine in a process of its own and wait until it is ready; tokenizer and service are here.
 
+    With `prompt_timeout_s`, processor time a prompt, prompts are made in processes of their own (`text.workers`); None: by the service itself.
     `store`, `ephemeral` and `drafts` are the service's, see `ConversationService`; `on_state` and `patience` are of `EngineProcess`.
 
     Raises:
         ModelUnavailable, ModelRefused, ConfigError: as `load_model` and `size_tiers`, from the engine's process.
     """
-    from pensieve.cli import engine_main
+    from pensieve.cli import engine_main, text_main
     from pensieve.engine_process import EngineProcess
     from pensieve.engine_vitals import Patience
     from pensieve.service import ConversationService
+    from pensieve.text.nursery import new_nursery
+    from pensieve.text.workers import TextWorkers, memory_for
 
     template = read_chat_template(options)  # before an engine is started
+    nursery = None if prompt_timeout_s is None else new_nursery(text_main.prepare)  # (imports while the engine loads)
+    workers: TextWorkers | None = None
     late: list[ConversationService] = []  # the engine speaks only when spoken to, and by then its service is there
     process = EngineProcess(
         engine_main.run,
@@ -540,16 +573,31 @@ def start_apart(
         import_tokenizers()  # while the engine loads
         info = process.ready()
         process.restart_with(as_started(options, info, retain), must_talk, retain)
-        text = load_text(None if info.tokenizer_dir is None else Path(info.tokenizer_dir), info.weights, template)
+        folder = None if info.tokenizer_dir is None or info.weights == "random" else Path(info.tokenizer_dir)
+        if nursery is not None and folder is not None:
+            nursery.load(text_main.Loading(folder, template, info.max_context))  # first: what hangs or fails there is not tried here
+        text = load_text(folder, info.weights, template)
+        if text is not None:
+            text.settle()
+        if nursery is not None and text is not None and folder is not None:
+            assert prompt_timeout_s is not None
+            loading = text_main.Loading(folder, template, info.max_context)
+            memory_bytes = memory_for(text.most_chars(2 * info.max_context))  # (/tokenize counts two contexts)
+            workers = TextWorkers(text_main.Nurseries(loading, nursery), job_s=prompt_timeout_s, memory_bytes=memory_bytes)
+        elif nursery is not None:
+            nursery.close()
     except BaseException:
         process.close(0.0)
+        if nursery is not None:
+            nursery.close()
         raise
     service = ConversationService(
-        text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts, limit=info.limit
-    )
+        text, store, max_context=info.max_context, overflow=options.overflow, ephemeral=ephemeral, drafts=drafts, limit=info.limit,
+        runner=workers,
+    )  # fmt: skip
     late.append(service)
     service.connect(process.post)
-    return ApartRuntime(process, service, info, text)
+    return ApartRuntime(process, service, info, text, workers)
 
 
 def as_started(options: Options, info: EngineInfo, retain: bool) -> Options:

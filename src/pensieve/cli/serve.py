@@ -74,6 +74,14 @@ CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end af
 )
 @click.option("--request-timeout", "request_timeout_s", type=float, default=900.0, show_default=True, help="Seconds of a whole request.")
 @click.option(
+    "--prompt-timeout",
+    "prompt_timeout_s",
+    type=click.FloatRange(min=0.1),
+    default=10.0,
+    show_default=True,
+    help="Seconds of processor time to render and tokenize a request's prompt.",
+)
+@click.option(
     "--stall-timeout", "stall_timeout_s", type=float, default=60.0, show_default=True, help="Seconds that a client may read nothing."
 )
 @click.option(
@@ -125,6 +133,7 @@ def run_server(
     stateless: bool,
     queue_timeout_s: float,
     request_timeout_s: float,
+    prompt_timeout_s: float,
     stall_timeout_s: float,
     drain_timeout_s: float,
     operation_timeout_s: float | None,
@@ -188,7 +197,7 @@ def run_server(
         **front_arguments,
     )
     try:
-        parts = _start(options, store_url, retain=not stateless, on_state=on_state, patience=patience)
+        parts = _start(options, store_url, retain=not stateless, on_state=on_state, patience=patience, prompt_timeout_s=prompt_timeout_s)
     except BaseException:
         front.close()
         raise
@@ -297,7 +306,10 @@ class _Parts:
                 metrics,
                 names=frozenset({runtime.info.model}),
                 checks={"engine": runtime.process.trouble},
+                runner=runtime.workers,
             )
+            if (workers := runtime.workers) is not None:
+                self.context.checks["text"] = lambda: workers.trouble
             return self.context
 
         connections = Connections(front.limits(), lambda reason: metrics.refused.labels(reason).inc())
@@ -326,6 +338,7 @@ def _start(
     retain: bool,
     on_state: Callable[[State], None] | None = None,
     patience: Patience | None = None,
+    prompt_timeout_s: float | None = None,
 ) -> _Parts:
     """Open the store, with a lease under which answers are kept while they are made, and start the engine's process."""
     from pensieve.cli.build import do_without_torch, start_apart
@@ -340,7 +353,14 @@ def _start(
             log.info("%d answers had been under way when a server stopped: what was stored of them is kept", lease.num_recovered)
         ephemeral = SqliteStore(MEMORY)
         runtime = start_apart(
-            options, store=store, ephemeral=ephemeral, drafts=lease.owner, retain=retain, on_state=on_state, patience=patience
+            options,
+            store=store,
+            ephemeral=ephemeral,
+            drafts=lease.owner,
+            retain=retain,
+            on_state=on_state,
+            patience=patience,
+            prompt_timeout_s=prompt_timeout_s,
         )
         if runtime.text is None:
             runtime.close()

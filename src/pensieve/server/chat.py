@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from pensieve import __version__
 from pensieve.server import idempotency
 from pensieve.server.answers import Completed, completed_before, completed_now, composer, finish_reason, logprob_items
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server
 from pensieve.server.errors import ApiError
 from pensieve.server.output import Output, OutputEvent, OutputForm, form_for
@@ -21,7 +22,7 @@ from pensieve.server.turns import Answer
 from pensieve.service import TurnSpec
 from pensieve.text import CallBegin, CallDelta, ChatText, ContentDelta, ReasoningDelta
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 EARLY_S = 5.0  # an error that comes so soon gets a status of its own; later, a stream has begun
 

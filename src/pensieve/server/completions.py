@@ -11,15 +11,16 @@ from starlette.responses import JSONResponse, Response
 from pensieve.errors import ContextLengthExceeded
 from pensieve.messages import Token
 from pensieve.server.answers import receipt_json, usage_of
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S, usage_json
-from pensieve.server.context import Asking, Context, Server, in_thread
+from pensieve.server.context import Asking, Context, Server
 from pensieve.server.schemas import CompletionRequest
 from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import TurnDone, TurnSpec
-from pensieve.text import surely_exceed
+from pensieve.text import DecodeIds, EncodeText
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/completions", summary="Go on with a text", responses=STREAMED)
@@ -28,7 +29,7 @@ async def completions(request: Request, body: CompletionRequest, context: Server
     body.refuse()
     context.check_model(body.model)
     prompt = body.one_prompt()
-    tokens, written = await in_thread(_read, context, prompt)
+    tokens, written = await _read(context, prompt, bool(body.echo), caller.tenant)
     spec = TurnSpec(
         caller.namespace,
         None,
@@ -63,20 +64,17 @@ async def completions(request: Request, body: CompletionRequest, context: Server
     )
 
 
-def _read(context: Context, prompt: str | list[int]) -> tuple[tuple[int, ...], str]:
-    """A prompt as token ids and as text. Takes as long as the prompt is."""
+async def _read(context: Context, prompt: str | list[int], wants_text: bool, tenant: str) -> tuple[tuple[int, ...], str]:
+    """A prompt as token ids, and as text if that is wanted."""
     limit = context.info.max_context
+    way_out = "that the context holds: shorten it" + ("" if context.info.limit is None else f", or {context.info.limit.way_out()}")
     if isinstance(prompt, str):
-        too_long = surely_exceed([prompt], limit, lambda text: len(context.text.encode_prompt(text, False)))
-    else:
-        context.check_tokens(prompt, "prompt")
-        too_long = len(prompt) > limit
-    if too_long:
-        way_out = "" if context.info.limit is None else f", or {context.info.limit.way_out()}"
-        raise ContextLengthExceeded(f"the prompt has more than the {limit} tokens that the context holds: shorten it{way_out}")
-    if isinstance(prompt, str):
-        return tuple(context.text.encode_prompt(prompt)), prompt
-    return tuple(prompt), context.text.decode_all(prompt)
+        return await context.written(EncodeText(prompt, limit, way_out=way_out), tenant), prompt
+    if len(prompt) > limit:
+        raise ContextLengthExceeded(f"the prompt has {len(prompt)} tokens, more than the {limit} {way_out}")
+    context.check_tokens(prompt, "prompt")
+    ids = tuple(prompt)
+    return ids, await context.written(DecodeIds(ids), tenant) if wants_text else ""
 
 
 async def _stream(context: Context, answer: Answer, echo: str, include_usage: bool) -> AsyncIterator[bytes]:

@@ -20,10 +20,10 @@ from pensieve.server.metrics import Metrics
 from pensieve.server.recorders import MAX_RECORDERS, MAX_RECORDERS_PER_TENANT
 from pensieve.server.shares import Shares
 from pensieve.server.totals import Totals
-from pensieve.server.turns import Turns
+from pensieve.server.turns import QueueTimeout, Turns
 from pensieve.service import DEFAULT_NAMESPACE, ConversationService
 from pensieve.store.base import ConversationStore
-from pensieve.text import ChatText
+from pensieve.text import ChatText, InlineRunner, TextJob, TextRunner
 
 T = TypeVar("T")
 
@@ -93,7 +93,24 @@ class Context:
     checks: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # of what /ready looks at: a sentence if turns would fail
     recorders: Shares = field(default_factory=lambda: Shares(MAX_RECORDERS, MAX_RECORDERS_PER_TENANT))
     totals: Totals = field(default_factory=Totals)
+    runner: TextRunner | None = None  # who renders and tokenizes; None: a thread of this process
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a large body's JSON is read
     claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
+
+    async def written(self, job: TextJob[T], tenant: str) -> T:
+        """What the text room answers to a job.
+
+        Raises:
+            PensieveError: it has no answer, or none in the time that a request may take to its first token.
+        """
+        runner = self.runner if self.runner is not None else InlineRunner(self.text)
+        try:
+            async with asyncio.timeout(self.config.queue_timeout_s):
+                return await asyncio.wrap_future(await in_thread(runner.submit, job, tenant))
+        except TimeoutError:
+            raise QueueTimeout(
+                f"the text was not read within {self.config.queue_timeout_s:g} s: the server is busy, try again later"
+            ) from None
 
     def troubles(self) -> dict[str, str]:
         """Why turns would fail now, by what is to blame."""
@@ -123,8 +140,8 @@ class Context:
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Refuse what is no token id of the model."""
-        wrong = next((token for token in tokens if not 0 <= token < self.info.vocab_size), None)
-        if wrong is not None:
+        wrong = min(tokens) if tokens and min(tokens) < 0 else max(tokens, default=0)
+        if not 0 <= wrong < self.info.vocab_size:
             raise ApiError(400, f"token ids lie in [0, {self.info.vocab_size}), got {wrong}", code="invalid_value", param=param)
 
 

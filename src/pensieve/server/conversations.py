@@ -8,15 +8,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from pensieve.chat import Message
+from pensieve.chat import Message, chars_of
 from pensieve.errors import ConversationNotFound
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found
-from pensieve.server.items import InputItem, Order, items_of, locate_item, messages_of, page, path_items
+from pensieve.server.items import InputItem, Items, Order, items_of, locate_item, messages_of, page, path_items
 from pensieve.server.schemas import Body, Metadata
+from pensieve.service.prompt import CHARS, check_stored, stored_chars
 from pensieve.store.base import Conversation, Turn
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 MAX_NEW_ITEMS = 20  # OpenAI's limit of one call
 
@@ -25,7 +27,7 @@ class CreateConversation(Body):
     """POST /v1/conversations."""
 
     metadata: Metadata = None
-    items: list[InputItem] | None = None
+    items: Items | None = None
 
 
 class UpdateConversation(Body):
@@ -37,7 +39,7 @@ class UpdateConversation(Body):
 class CreateItems(Body):
     """POST /v1/conversations/{id}/items."""
 
-    items: list[InputItem]
+    items: Items
 
 
 @router.post("/v1/conversations", summary="Begin a conversation")
@@ -187,9 +189,17 @@ def _messages(items: list[InputItem]) -> tuple[Message, ...]:
 
 
 async def _append(context: Context, caller: Caller, conversation: Conversation, messages: tuple[Message, ...]) -> Turn:
-    appended = context.store.append(caller.namespace, conversation.id, conversation.leaf, messages, (), only_if_leaf=True)
+    before = 0 if conversation.leaf is None else await in_thread(_stored_chars, context, caller, conversation.leaf)
+    check_stored(num_chars := before + chars_of(messages))
+    meta = {CHARS: num_chars}
+    appended = context.store.append(caller.namespace, conversation.id, conversation.leaf, messages, (), only_if_leaf=True, meta=meta)
     turn: Turn = await in_thread(appended.result)
     return turn
+
+
+def _stored_chars(context: Context, caller: Caller, turn_id: str) -> int:
+    turn = context.store.turn(caller.namespace, turn_id)
+    return stored_chars([turn] if CHARS in turn.meta else context.store.path(caller.namespace, turn_id))
 
 
 async def _turns(context: Context, caller: Caller, conversation_id: str) -> list[Turn]:

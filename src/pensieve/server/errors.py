@@ -19,6 +19,8 @@ from pensieve.server.redaction import redacted
 log = logging.getLogger(__name__)
 
 API = ("chat", "completions", "conversations", "models", "responses")  # what clients ask for whose base URL lacks the /v1
+UNKNOWN_FIELD = "unknown_field"  # pydantic's type of an error that `Strict` raises; its context has the field's name
+MAX_MESSAGE, MAX_PARAM = 2000, 200  # characters of an error's words: what a client sent is not sent back whole
 RETRY_AFTER_S = 2  # what a client is told where nothing better is known
 
 
@@ -61,6 +63,7 @@ def error_body(error: BaseException) -> dict[str, Any]:
         message, code, param = error.message, error.code, None
     else:
         message, code, param = "the server failed on an error of its own; it is in its log", "internal_error", None
+    message, param = _shortened(message, MAX_MESSAGE), None if param is None else _shortened(param, MAX_PARAM)
     return {"error": {"message": message, "type": _type_of(status), "param": param, "code": code}}
 
 
@@ -103,18 +106,28 @@ def from_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, in one sentence."""
     first = error.errors()[0]
     path = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path", "header")]
-    where = ".".join(path) or None
+    if first.get("type") == UNKNOWN_FIELD:
+        path.append(str(first.get("ctx", {}).get("name", "")))
+    where = _shortened(".".join(path), MAX_PARAM) or None
     if first.get("type") == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
-    if first.get("type") == "extra_forbidden":
+    if first.get("type") in ("extra_forbidden", UNKNOWN_FIELD):
         return ApiError(400, f"unknown parameter {where!r}: this server does not know it", code="unknown_parameter", param=where)
     if first.get("type") == "model_attributes_type" and where is None:
         return ApiError(400, "the body must be a JSON object, sent with the header Content-Type: application/json", code="invalid_json")
     if first.get("type") == "missing":
         return ApiError(400, f"{where or 'the body'} is required", code="missing_required_parameter", param=where)
+    if first.get("type") == "too_long" and where == "messages":
+        limit = first.get("ctx", {}).get("max_length")
+        return ApiError(400, f"messages has more than {limit} entries: send less at a time", code="too_many_messages", param=where)
     message = str(first.get("msg", "is not valid")).removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, code="invalid_value", param=where)
+
+
+def _shortened(text: str, limit: int) -> str:
+    """A text's beginning and end, if it is longer than so many characters."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-(limit // 4) :]}"
 
 
 def _type_of(status: int) -> str:

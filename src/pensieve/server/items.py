@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from pensieve.chat import Message, ToolCall
 from pensieve.server.errors import ApiError, unsupported
-from pensieve.server.schemas import ContentPart, Identifier, Name, text_of
+from pensieve.server.schemas import Identifier, Name, Parts, text_of
 from pensieve.store.base import Turn
 
 MAX_ITEMS = 4096
@@ -21,14 +21,15 @@ class InputItem(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: StrictStr | None = None  # None: a message
     role: StrictStr | None = None
-    content: StrictStr | list[ContentPart] | None = None
+    content: StrictStr | Parts | None = None
     call_id: Identifier | None = None
     name: Name | None = None
     arguments: StrictStr | None = None
-    output: StrictStr | list[ContentPart] | None = None
+    output: StrictStr | Parts | None = None
 
 
-Input = StrictStr | Annotated[list[InputItem], Field(max_length=MAX_ITEMS)]
+Items = Annotated[list[InputItem], Field(fail_fast=True, max_length=MAX_ITEMS)]
+Input = StrictStr | Items
 
 
 def messages_of(items: str | Sequence[InputItem], where: str = "input") -> tuple[Message, ...]:

@@ -14,6 +14,7 @@ from pensieve.chat import Message
 from pensieve.errors import ConversationNotFound, KeepRefused
 from pensieve.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats, tenant_of
 from pensieve.server.answers import ANSWER
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.conversations import erase, get
 from pensieve.server.errors import ApiError
@@ -24,7 +25,7 @@ from pensieve.server.sse import EventStream
 from pensieve.server.totals import SOURCES, tiers_json
 from pensieve.store.base import Conversation, Turn
 
-router = APIRouter(prefix="/v1/pensieve")
+router = APIRouter(prefix="/v1/pensieve", route_class=BoundedRoute)
 
 MAX_ROWS = 500
 EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "Events, until the time is up"}}

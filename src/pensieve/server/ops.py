@@ -11,11 +11,13 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 
 from pensieve import __version__
 from pensieve.messages import Stats
-from pensieve.server.context import Asking, Context, Server, in_thread
+from pensieve.server.bodies import BoundedRoute
+from pensieve.server.context import Asking, Context, Server
 from pensieve.server.errors import ApiError, not_found
 from pensieve.server.schemas import DetokenizeRequest, TokenizeRequest
+from pensieve.text import DecodeIds, EncodeChat, EncodeText
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 STATIC = Path(__file__).parent / "static"
 # Scripts and styles come from here and nowhere else, whatever a model or a user wrote into a chat.
@@ -52,23 +54,25 @@ async def model(model: str, context: Server, caller: Asking) -> dict[str, Any]:
 
 
 @router.post("/tokenize", summary="Text or messages to token ids")
-async def tokenize(body: TokenizeRequest, context: Server, caller: Asking) -> dict[str, Any]:
-    """What a prompt, or a chat, is as token ids."""
+async def tokenize(body: TokenizeRequest, context: Server, caller: Asking) -> Response:
+    """What a prompt, or a chat, is as token ids; up to two contexts of them."""
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "send either prompt or messages", code="invalid_value", param="prompt")
+    limit, way_out = 2 * context.info.max_context, "that are counted at a time, two contexts: send less"
     if body.messages is not None:
-        messages = [message.message(f"messages.{index}") for index, message in enumerate(body.messages)]
-        tokens = await in_thread(context.text.first, messages, body.add_generation_prompt)
+        messages = tuple(message.message(f"messages.{index}") for index, message in enumerate(body.messages))
+        tokens = await context.written(EncodeChat(messages, limit, body.add_generation_prompt, way_out), caller.tenant)
     else:
-        tokens = await in_thread(context.text.encode_prompt, body.prompt, body.add_special_tokens)
-    return {"tokens": list(tokens), "count": len(tokens), "max_model_len": context.info.max_context}
+        assert body.prompt is not None
+        tokens = await context.written(EncodeText(body.prompt, limit, body.add_special_tokens, way_out), caller.tenant)
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context.info.max_context})
 
 
 @router.post("/detokenize", summary="Token ids to text")
 async def detokenize(body: DetokenizeRequest, context: Server, caller: Asking) -> dict[str, Any]:
     """The text of token ids, control tokens written out."""
     context.check_tokens(body.tokens, "tokens")
-    return {"prompt": await in_thread(context.text.decode_all, body.tokens)}
+    return {"prompt": await context.written(DecodeIds(tuple(body.tokens)), caller.tenant)}
 
 
 @router.get("/health", summary="Alive")

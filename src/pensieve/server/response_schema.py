@@ -10,6 +10,7 @@ from pensieve.core.request import MAX_LOGPROBS
 from pensieve.server.errors import ApiError, unsupported
 from pensieve.server.items import Input
 from pensieve.server.schemas import (
+    MAX_TOOLS,
     Body,
     Count,
     Identifier,
@@ -86,12 +87,12 @@ class ResponseRequest(Body):
     temperature: Temperature | None = None
     top_p: Probability | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    include: list[StrictStr] | None = None
+    include: Annotated[list[StrictStr], Field(fail_fast=True, max_length=64)] | None = None
     stream: StrictBool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: StrictBool | None = None
     background: StrictBool | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[ResponseTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: StrictBool | None = None
     truncation: Literal["auto", "disabled"] | None = None

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from pensieve.errors import ConversationNotFound
 from pensieve.server import idempotency
 from pensieve.server.answers import Completed, completed_before, completed_now, composer
+from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found, unsupported
@@ -18,14 +19,14 @@ from pensieve.server.items import Order, items_of, messages_of, page, path_items
 from pensieve.server.output import OutputForm, form_for
 from pensieve.server.response_events import PARAMS, PREFIX, Record, live_events, live_json, response_json, whole_events
 from pensieve.server.response_schema import ConversationRef, ResponseRequest, ResponseToolChoice
-from pensieve.server.schemas import FunctionSpec, sampling_params
+from pensieve.server.schemas import FunctionSpec, check_schemas, sampling_params
 from pensieve.server.sse import STREAMED, EventStream, event, unless_gone
 from pensieve.server.turns import Answer
 from pensieve.service import LEAF, TurnSpec
 from pensieve.store.base import Turn
 from pensieve.text import ChatText
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 BACKGROUND_S = 0.5  # an error that comes so soon is told at once; who asks for the background does not wait longer
 
@@ -195,6 +196,7 @@ async def _spec(body: ResponseRequest, context: Context, caller: Caller) -> tupl
 
 def _form(body: ResponseRequest, text: ChatText) -> OutputForm:
     tools: dict[str, dict[str, object]] = {}
+    check_schemas([tool.parameters for tool in body.tools or ()])
     for index, tool in enumerate(body.tools or ()):
         if tool.type != "function" or tool.name is None:
             raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")

@@ -5,81 +5,85 @@ A field that is not listed is refused. One that is listed and not supported may 
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from pensieve.chat import Message, ToolCall
 from pensieve.core.request import MAX_LOGPROBS, SamplingParams
-from pensieve.server.errors import ApiError, unsupported
+from pensieve.server.errors import UNKNOWN_FIELD, ApiError, unsupported
 
 MAX_STOPS = 16
 MAX_TOOLS = 128
+MAX_TOOL_VALUES = 1 << 16  # in the schemas of all tools
+MAX_IDS = 1 << 20  # token ids in one list
+MAX_DECODED = 1 << 18  # token ids that are made text at a time
+MAX_PROMPTS = 1024  # of which one is answered
 MAX_METADATA = 16  # OpenAI's limits
 MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512
-MAX_DEPTH = 100  # of objects and lists in each other; what writes JSON again gives up at some hundred
+MAX_STOP_CHARS = 1024  # of one stop string: each piece of the answer is compared with its beginnings
+MAX_MESSAGES = 4096  # a server's own limit may be lower
+MAX_PARTS = 4096  # of one message
+MAX_CALLS = 1024  # of one message
+MAX_BIAS = 1024  # entries of `logit_bias`, which must be empty here
 DEFAULT_NEW_TOKENS = 1024  # where a client sets no limit; the context's end comes first
 
 
-def _well_formed(value: Any) -> Any:
-    """Refuse what Python reads as JSON and nobody can write again.
-
-    That is half a surrogate pair, which is no text (no tokenizer takes it), NaN and infinite numbers, which JSON lacks, and too deep nesting.
-    """
-    stack = [(value, 0)]
-    while stack:
-        item, depth = stack.pop()
-        if isinstance(item, str):
-            if not item.isascii():
-                try:
-                    item.encode()
-                except UnicodeEncodeError:
-                    raise ValueError("a text in the body is not valid Unicode: it holds half of a surrogate pair") from None
-        elif isinstance(item, float):
-            if not math.isfinite(item):
-                raise ValueError(f"a number in the body is {item}: JSON has finite numbers only")
-        elif isinstance(item, (dict, list)):
-            if depth >= MAX_DEPTH:
-                raise ValueError(f"objects and lists in the body are nested more than {MAX_DEPTH} deep: flatten them")
-            if isinstance(item, dict):
-                stack += ((key, depth) for key in item)
-                item = list(item.values())
-            stack += ((inner, depth + 1) for inner in item)
-    return value
-
-
 class Strict(BaseModel):
-    """Unknown fields are refused."""
+    """Unknown fields are refused, the first of many alone: an error for each would take a kilobyte and 10 µs of all clients' time."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_many(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            unknown = next(name for name in value if name not in cls.model_fields)
+            raise PydanticCustomError(UNKNOWN_FIELD, "unknown parameter", {"name": unknown})
+        return value
 
 
 class Body(Strict):
     """A whole request body."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_all(cls, value: Any) -> Any:
-        return _well_formed(value)
 
 
 def _check_metadata(value: dict[str, str] | None) -> dict[str, str] | None:
     for key, text in (value or {}).items():
         if len(key) > MAX_METADATA_KEY or len(text) > MAX_METADATA_VALUE:
             raise ValueError(f"keys have at most {MAX_METADATA_KEY} characters and values {MAX_METADATA_VALUE}, got {key[:80]!r}")
-    if value is not None and len(value) > MAX_METADATA:
-        raise ValueError(f"at most {MAX_METADATA} entries, got {len(value)}")
     return value
 
 
-Metadata = Annotated[dict[StrictStr, StrictStr] | None, AfterValidator(_check_metadata)]
+def at_most(limit: int) -> BeforeValidator:
+    """Refuse an object of more entries before any of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"at most {limit} entries, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Metadata = Annotated[dict[StrictStr, StrictStr] | None, at_most(MAX_METADATA), AfterValidator(_check_metadata)]
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Count = Annotated[StrictInt, Field(ge=1, le=1 << 20)]
 Seed = Annotated[StrictInt, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
-Stops = StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_STOPS)]
+Stop = Annotated[StrictStr, Field(max_length=MAX_STOP_CHARS)]
+Stops = Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)]
 Name = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 Identifier = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 
@@ -97,7 +101,7 @@ class Sampling(Body):
     stop: Stops | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, at_most(MAX_BIAS)] = None
     seed: Seed | None = None
     user: StrictStr | None = None
     # beyond OpenAI's, under the names that vLLM and others use
@@ -209,14 +213,16 @@ class CallItem(Strict):
     index: StrictInt | None = None  # some clients send their stream's objects back
 
 
-class ChatMessage(BaseModel):
+Parts = Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS)]
+
+
+class ChatMessage(Strict):
     """A message as clients resend it: answers come back with fields that mean nothing here, such as `refusal` and `annotations`."""
 
-    model_config = ConfigDict(extra="forbid")
     role: StrictStr
-    content: StrictStr | list[ContentPart] | None = None
+    content: StrictStr | Parts | None = None
     name: StrictStr | None = None
-    tool_calls: list[CallItem] | None = None
+    tool_calls: Annotated[list[CallItem], Field(fail_fast=True, max_length=MAX_CALLS)] | None = None
     tool_call_id: Identifier | None = None
     refusal: StrictStr | None = None
     annotations: list[Any] | None = None
@@ -257,6 +263,9 @@ class ChatMessage(BaseModel):
                 400, f"{where}.tool_call_id is required for role 'tool'", code="missing_required_parameter", param=f"{where}.tool_call_id"
             )
         return Message(role, text, calls, self.tool_call_id if role == "tool" else None, self.name if role == "tool" else None)
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
 def text_of(content: str | list[ContentPart] | None, where: str) -> str:
@@ -330,11 +339,11 @@ class ResponseFormat(BaseModel):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: StrictBool | None = None
     metadata: Metadata = None
@@ -342,7 +351,7 @@ class ChatRequest(Sampling):
     prompt_cache_key: Annotated[StrictStr, Field(max_length=64)] | None = None
     # known and not to be had, but for the value that means nothing
     response_format: ResponseFormat | None = None
-    modalities: list[StrictStr] | None = None
+    modalities: Annotated[list[StrictStr], Field(fail_fast=True, max_length=16)] | None = None
     audio: Any = None
     prediction: Any = None
     functions: Any = None
@@ -402,6 +411,26 @@ def refuse_tuning(effort: str | None, verbosity: str | None, service_tier: str |
         )
 
 
+def check_schemas(schemas: list[dict[str, Any] | None]) -> None:
+    """Refuse tools whose schemas hold too many values: each is read several times until a prompt is made of it.
+
+    Raises:
+        ApiError: they do.
+    """
+    num_values, stack = 0, list[Any](schemas)
+    while stack:
+        item = stack.pop()
+        num_values += 1
+        if isinstance(item, (dict, list)):
+            num_values += len(item)
+            stack += [inner for inner in (item.values() if isinstance(item, dict) else item) if isinstance(inner, (dict, list))]
+        if num_values > MAX_TOOL_VALUES:
+            raise ApiError(
+                400, f"the tools' parameters hold more than {MAX_TOOL_VALUES} values: send fewer tools, or smaller schemas",
+                code="invalid_value", param="tools",
+            )  # fmt: skip
+
+
 def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
     """The functions as chat templates expect them.
 
@@ -409,6 +438,7 @@ def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
         ApiError: a tool is no function, or two have one name.
     """
     found: dict[str, dict[str, object]] = {}
+    check_schemas([tool.function.parameters for tool in tools or () if tool.function is not None])
     for index, tool in enumerate(tools or ()):
         if tool.type != "function" or tool.function is None:
             raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")
@@ -426,7 +456,14 @@ def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
+    prompt: (
+        StrictStr
+        | Annotated[list[StrictInt], Field(fail_fast=True, max_length=MAX_IDS)]
+        | Annotated[list[StrictStr], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+        | Annotated[
+            list[Annotated[list[StrictInt], Field(fail_fast=True, max_length=MAX_IDS)]], Field(fail_fast=True, max_length=MAX_PROMPTS)
+        ]
+    )
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: StrictInt | None = None
@@ -463,7 +500,7 @@ class TokenizeRequest(Body):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: StrictBool = True
     add_generation_prompt: StrictBool = True
 
@@ -472,7 +509,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: StrictStr | None = None
-    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 32)]], Field(max_length=1 << 20)]
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 32)]], Field(fail_fast=True, max_length=MAX_DECODED)]
 
 
 # -- conversations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pensieve.core.request import FinishReason
@@ -39,18 +39,21 @@ class AnswerText:
         self._show(turn, turn.detokenizer.push((token.token_id,)))
         return None if turn.cut is None else turn.cut[0]
 
-    def finish(self, turn: PendingTurn, event: Finished) -> TurnDone:
-        """The engine is done: what is left is shown, and the answer is whole."""
-        output, reason = event.output, event.reason
+    def end(self, turn: PendingTurn) -> str:
+        """The engine is done: what is left is shown. Returns the answer's last words, if it was cut within a token: `finish` takes their ids."""
         if turn.detokenizer is not None and turn.cut is None:
             assert turn.stops is not None
             self._show(turn, turn.detokenizer.finish())
             if turn.cut is None:
                 self._say(turn, turn.stops.finish())
+        return "" if turn.cut is None else turn.cut[1]
+
+    def finish(self, turn: PendingTurn, event: Finished, rest: Sequence[int]) -> TurnDone:
+        """The answer is whole."""
+        output, reason = event.output, event.reason
         if turn.cut is not None:
-            assert self._text is not None
             reason = FinishReason.STOP
-            output = (*output[: turn.cut[0]], *(self._text.encode_text(turn.cut[1]) if turn.cut[1] else ()))
+            output = (*output[: turn.cut[0]], *rest)
         sampled = turn.sampled[: len(output)]
         return TurnDone(
             text="".join(turn.shown),

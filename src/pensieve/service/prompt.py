@@ -1,24 +1,26 @@
-"""From messages to the tokens a model is given: which conversation, which path, which ids. Knows text and stores; never engines or answers."""
+"""From messages to the tokens a model is given: which conversation, which path, what is asked of the text room. Knows stores and jobs; never
+tokenizers at work, engines or answers."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-from pensieve.chat import Message, path_digests
+from pensieve.chat import Message, chars_of, path_digests
 from pensieve.config import ContextLimit
-from pensieve.errors import ContextLengthExceeded, ConversationNotFound, InvalidRequest
+from pensieve.errors import ConversationNotFound, InvalidRequest
 from pensieve.service.turn import LEAF, Path, Place, Prompt, TurnSpec
 from pensieve.store.base import ConversationStore, Turn, path_messages, path_tokens
-from pensieve.text import ChatText, truncate
+from pensieve.text import ChatText, WriteChat, WrittenChat, check_length, newest, size_of
 
-# After an overflow the chat is cut to this share of the context, so that the next turns append again instead of cutting (and recomputing) each time.
-TRUNCATE_TO = 0.75
 ANSWER_SHARE = 0.25  # of the context, at most, that truncating makes free for the answer
 MAX_REMEMBERED = 512  # paths kept in memory, so that a turn need not read its whole history from the store
 MAX_REMEMBERED_TOKENS = 1 << 20  # of all of them together
+MAX_REMEMBERED_CHARS = 1 << 25
+MAX_STORED_CHARS = 1 << 24  # of a conversation's messages: reading, sending and resending more at every turn would hold up others
+CHARS = "chars"  # a turn's meta: characters of all messages on its path
 LEFT_OUT = "left_out"  # a turn's meta: how many messages of its path an overflow had left out when it was answered
 INSTRUCTIONS = "instructions"  # a turn's meta: the system's words that were for this turn alone
 TOOLS = "tools"  # a turn's meta: the tools that the model was told of
@@ -42,7 +44,7 @@ class Prompts:
         self._overflow = overflow
         self._way_out = "start with a larger --max-context" if limit is None else limit.way_out()
         self._paths: OrderedDict[tuple[str, str], Path] = OrderedDict()  # by namespace and turn
-        self._num_remembered_tokens = 0
+        self._num_remembered_tokens = self._num_remembered_chars = 0
 
     # -- which conversation
 
@@ -89,47 +91,66 @@ class Prompts:
 
     # -- which tokens
 
-    def make(self, spec: TurnSpec, place: Place) -> Prompt:
-        """The tokens of a turn.
+    def job(self, spec: TurnSpec, place: Place) -> tuple[Path, WriteChat]:
+        """What a turn goes on from, and what is to be put before the model. Takes no longer than reading a path from the store does.
 
         Raises:
-            InvalidRequest: the template refuses these messages.
-            ContextLengthExceeded: not even the newest turn fits.
+            InvalidRequest: there is nothing to answer, or the conversation is as long as one may be.
+            ContextLengthExceeded: not even the newest turn can fit.
         """
         assert self._text is not None
         path = spec.forced if spec.forced is not None else self.path(spec.namespace, place.conversation_id, place.parent)
-        head = () if spec.instructions is None else (Message("system", spec.instructions),)
+        check_stored(path.stored_chars)
+        head = _head(spec)
         logged = len(path.messages) - path.unlogged
         history, new = (*head, *path.messages[:logged]), (*path.messages[logged:], *place.new)
-        if not history and not new:
-            raise InvalidRequest("there is nothing to answer: send at least one message")
-        options = self._options(spec)
         truncating = (spec.overflow or self._overflow) == "truncate"
-        if self._text.exceeds(_newest_turn(new) if truncating else (*head, *new), self._max_context):
-            raise ContextLengthExceeded(
-                f"the new messages have more than the {self._max_context} tokens that the context holds: shorten them, or {self._way_out}"
-            )
-        prompt = Prompt(parent=place.parent, new=place.new, path=path)
-        if path.tokens and history and history[-1].role == "assistant":
-            extension = self._text.extend(path.tokens, history, new, **options)
-            tokens, reused = tuple(extension.tokens), extension.reused_tokens
-            known = len(path.tokens) if extension.rewritten is None else self._count(history, options)
-            prompt = replace(
-                prompt,
-                tokens=tokens,
-                reused_tokens=reused,
-                warning=extension.rewritten,
-                rewritten_at=None if extension.rewritten is None else reused,
-                history_tokens=min(known, len(tokens)),
-            )
+        max_chars = self._text.most_chars(self._max_context)
+        whole, left_out, left_out_chars = (*history, *new), 0, 0
+        tools_chars = size_of(spec.tools, max_chars)
+        if truncating:
+            kept = newest(whole, max_chars)
+            left_out, left_out_chars = kept.dropped, chars_of(whole) - chars_of(kept.messages)
+            if left_out:
+                history, new = (), kept.messages
+            check_length(newest(whole, 0).messages, tools_chars, max_chars, self._max_context, self._way_out)
         else:
-            prompt = replace(prompt, tokens=tuple(self._text.first([*history, *new], **options)))
-        answer = min(spec.sampling.max_new_tokens, int(ANSWER_SHARE * self._max_context))
-        if truncating and len(prompt.tokens) + answer > self._max_context:
-            prompt = self._truncate(spec, prompt, self._max_context - answer, options)
-        if spec.prefix:
-            prompt = replace(prompt, tokens=(*prompt.tokens, *self._text.encode_answer(spec.prefix)))
-        return prompt
+            check_length(whole, tools_chars, max_chars, self._max_context, self._way_out)
+        return path, WriteChat(
+            history,
+            new,
+            () if left_out else path.tokens,
+            self._max_context,
+            min(spec.sampling.max_new_tokens, int(ANSWER_SHARE * self._max_context)),
+            truncating,
+            left_out,
+            left_out_chars,
+            len(place.new),
+            spec.tools,
+            spec.prefix,
+            self._way_out,
+        )
+
+    def take(self, spec: TurnSpec, place: Place, path: Path, written: WrittenChat) -> Prompt:
+        """A turn's prompt, once it is written."""
+        tokens = (*path.tokens[: written.reused_tokens], *written.tokens)
+        warning = written.warning
+        if written.dropped:
+            warning = (
+                f"the context of {self._max_context} tokens is full: the oldest {written.dropped} messages ({written.dropped_tokens} tokens) "
+                "were left out, and what follows the system prompt is computed again"
+            )
+        return Prompt(
+            tokens,
+            written.history_tokens,
+            written.reused_tokens,
+            None if warning is None or written.dropped else written.reused_tokens,
+            place.parent,
+            place.new,
+            _without_oldest(path, _head(spec), place.new, written.dropped) if written.dropped else path,
+            written.dropped_tokens,
+            warning,
+        )
 
     def path(self, namespace: str, conversation_id: str, turn_id: str | None) -> Path:
         """The path that ends with a turn; an empty one for None.
@@ -151,58 +172,56 @@ class Prompts:
         """Keep a path in memory; the least used ones make room."""
         before = self._paths.pop((namespace, turn_id), None)
         self._paths[namespace, turn_id] = path
-        self._num_remembered_tokens += len(path.tokens) - (0 if before is None else len(before.tokens))
-        while len(self._paths) > 1 and (len(self._paths) > MAX_REMEMBERED or self._num_remembered_tokens > MAX_REMEMBERED_TOKENS):
-            _, gone = self._paths.popitem(last=False)
-            self._num_remembered_tokens -= len(gone.tokens)
+        self._count(path, 1)
+        if before is not None:
+            self._count(before, -1)
+        while len(self._paths) > 1 and (
+            len(self._paths) > MAX_REMEMBERED
+            or self._num_remembered_tokens > MAX_REMEMBERED_TOKENS
+            or self._num_remembered_chars > MAX_REMEMBERED_CHARS
+        ):
+            self._count(self._paths.popitem(last=False)[1], -1)
 
     def forget(self, namespace: str) -> None:
         """Let go of what is remembered of a namespace (something in it was deleted)."""
         for key in [key for key in self._paths if key[0] == namespace]:
-            self._num_remembered_tokens -= len(self._paths.pop(key).tokens)
+            self._count(self._paths.pop(key), -1)
 
-    def _options(self, spec: TurnSpec) -> dict[str, Any]:
-        return {"tools": spec.tools} if spec.tools else {}
+    def _count(self, path: Path, sign: int) -> None:
+        self._num_remembered_tokens += sign * len(path.tokens)
+        self._num_remembered_chars += sign * path.chars
 
-    def _count(self, messages: Sequence[Message], options: dict[str, Any]) -> int:
-        assert self._text is not None
-        return len(self._text.first(messages, add_generation_prompt=False, **options)) if messages else 0
 
-    def _truncate(self, spec: TurnSpec, prompt: Prompt, room: int, options: dict[str, Any]) -> Prompt:
-        """Leave out the oldest turns; what is left is a new path, computed anew after the system prompt."""
-        assert self._text is not None
-        text = self._text
-        head = () if spec.instructions is None else (Message("system", spec.instructions),)
-        messages = [*head, *prompt.path.messages, *prompt.new]
+def _head(spec: TurnSpec) -> tuple[Message, ...]:
+    """What stands in front of a turn's path for this turn alone."""
+    return () if spec.instructions is None else (Message("system", spec.instructions),)
 
-        def count(some: Sequence[Message]) -> int:
-            return len(text.first(some, **options))
 
-        try:
-            kept = truncate(messages, min(room, int(TRUNCATE_TO * self._max_context)), count)
-        except ContextLengthExceeded:
-            kept = truncate(messages, self._max_context - 1, count, self._way_out)
-        if not kept.dropped:
-            return prompt
-        tokens = tuple(text.first(kept.messages, **options))
-        remaining = kept.messages[len(head) : len(kept.messages) - len(prompt.new)]
-        gone = len(prompt.tokens) - len(tokens)
-        return replace(
-            prompt,
-            tokens=tokens,
-            reused_tokens=0,
-            rewritten_at=None,
-            path=replace(prompt.path, messages=remaining, left_out=prompt.path.left_out + kept.dropped, unlogged=0),
-            history_tokens=min(len(tokens), self._count(kept.messages[: len(kept.messages) - len(prompt.new)], options)),
-            truncated_tokens=gone,
-            warning=f"the context of {self._max_context} tokens is full: the oldest {kept.dropped} messages ({gone} tokens) were left out, "
-            "and what follows the system prompt is computed again",
+def _without_oldest(path: Path, head: Sequence[Message], new: Sequence[Message], dropped: int) -> Path:
+    """A path without so many messages behind its system prompt."""
+    messages = [*head, *path.messages, *new]
+    start = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    del messages[start : start + dropped]
+    return replace(path, messages=tuple(messages[len(head) : len(messages) - len(new)]), left_out=path.left_out + dropped, unlogged=0)
+
+
+def check_stored(num_chars: int) -> None:
+    """Refuse to make a conversation longer that has so many characters.
+
+    Raises:
+        InvalidRequest: it is as long as one may be.
+    """
+    if num_chars > MAX_STORED_CHARS:
+        raise InvalidRequest(
+            f"the conversation holds {num_chars} characters, and one of more than {MAX_STORED_CHARS} is not gone on with: "
+            "fork it at an earlier turn, or begin another"
         )
 
 
-def _newest_turn(messages: Sequence[Message]) -> Sequence[Message]:
-    """From the last user's message on: what is never left out."""
-    return messages[next((i for i in range(len(messages) - 1, -1, -1) if messages[i].role == "user"), 0) :]
+def stored_chars(turns: Sequence[Turn]) -> int:
+    """Characters of all messages of a path, root to leaf."""
+    known = turns[-1].meta.get(CHARS) if turns else 0
+    return known if isinstance(known, int) else sum(chars_of(turn.messages) for turn in turns)
 
 
 def read_path(turns: Sequence[Turn]) -> Path:
@@ -224,6 +243,7 @@ def read_path(turns: Sequence[Turn]) -> Path:
         left_out,
         min(unlogged, len(messages)),
         instructions if isinstance(instructions, str) else None,
+        stored_chars(turns),
     )
 
 

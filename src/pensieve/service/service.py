@@ -1,7 +1,8 @@
 """Turns of many conversations over one engine: queued, answered, streamed, made durable, acknowledged. Knows no tensors, slots or HTTP.
 
 Everything here happens on one thread of its own, fed by a queue: calls, engine events and the store's acknowledgements take turns, so nothing
-needs a lock, and neither detokenising nor the database runs on the engine's step.
+needs a lock, and neither detokenising nor the database runs on the engine's step. What takes time, rendering and tokenizing, is a job for a
+`TextRunner`: a turn whose prompt is being made holds its conversation's line, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
-from pensieve.chat import Message
+from pensieve.chat import Message, chars_of
 from pensieve.config import ContextLimit
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import (
@@ -49,15 +50,18 @@ from pensieve.messages import (
     Submit,
     Token,
     Warm,
+    tenant_of,
 )
 from pensieve.service.answer import AnswerText
-from pensieve.service.prompt import INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
+from pensieve.service.prompt import CHARS, INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
 from pensieve.service.questions import Questions
 from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
 from pensieve.store.base import Conversation, ConversationStore, Erased, Turn
-from pensieve.text import ChatText
+from pensieve.text import ChatText, EncodeRest, InlineRunner, TextJob, TextRunner, WrittenChat
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEFAULT_NAMESPACE = "default"
 EPHEMERAL = "temp_"  # what the ids of conversations begin with that are kept in memory only
@@ -92,6 +96,7 @@ class ConversationService:
         ephemeral: ConversationStore | None = None,
         drafts: str | None = None,
         limit: ContextLimit | None = None,
+        runner: TextRunner | None = None,
     ) -> None:
         """Call `connect` before use.
 
@@ -103,15 +108,18 @@ class ConversationService:
             ephemeral: where turns go that are not to be durable; None: nowhere.
             drafts: this process's name in the store, under which answers are kept while they are made; None: only whole answers are kept.
             limit: what would allow a longer context, for the errors of those who ask for it.
+            runner: who renders and tokenizes; None: this service's thread itself.
         """
         self._text = text
+        self._runner = InlineRunner(text) if runner is None and text is not None else runner
         self._durable = store
         self._ephemeral = ephemeral
         self._drafts = drafts
         self._prompts = Prompts(text, self._store_of, max_context, overflow, limit)
         self._post: Callable[[Command], None] = _not_connected
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._turns: dict[str, PendingTurn] = {}
+        self._turns: dict[str, PendingTurn] = {}  # given to the engine
+        self._writing: dict[str, PendingTurn] = {}  # whose prompts are being made
         self._lines: dict[tuple[str, str], deque[PendingTurn]] = {}  # conversations with a turn under way, and who waits behind it
         self._going: Counter[tuple[str, str]] = Counter()  # conversations that are being erased: nothing begins there any more
         self._answers = AnswerText(text)
@@ -294,7 +302,7 @@ class ConversationService:
             except Exception:  # one turn's trouble must not end the others'
                 log.exception("a job of the conversation service raised")
         error = EngineClosed("the engine was closed before this turn ended")
-        for turn in list(self._turns.values()) + [turn for line in self._lines.values() for turn in line]:
+        for turn in [*self._turns.values(), *self._writing.values()] + [turn for line in self._lines.values() for turn in line]:
             settle(turn.future, error=error)
         self._questions.give_up(error)
 
@@ -356,16 +364,9 @@ class ConversationService:
         try:
             if turn.aborted:
                 raise EngineClosed("the turn was aborted while it waited for the one before it")
-            sampling = self._prepare(turn, place)
+            self._prepare(turn, place)
         except Exception as error:
             self._fail(turn, _as_ours("the turn could not be prepared", error))
-            return
-        self._turns[turn.request_id] = turn
-        self._touch(turn)
-        prompt = turn.prompt
-        self._post(
-            Submit(turn.request_id, turn.conversation_id, turn.namespace, prompt.tokens, prompt.history_tokens, sampling, turn.submitted_s)
-        )
 
     def _touch(self, turn: PendingTurn) -> None:
         """A turn that begins is a use of its conversation."""
@@ -373,22 +374,56 @@ class ConversationService:
         if store is not None and conversation is not None and conversation.ttl_s is not None:
             store.touch(turn.namespace, turn.conversation_id)
 
-    def _prepare(self, turn: PendingTurn, place: Place | None) -> SamplingParams:
-        """Find the turn's place and make its prompt; returns how it is sampled."""
-        spec, sampling = turn.spec, turn.spec.sampling
+    def _prepare(self, turn: PendingTurn, place: Place | None) -> None:
+        """Find the turn's place and have its prompt made."""
+        spec = turn.spec
         self._answers.begin(turn)
-        if turn.detokenizer is not None and not spec.ignore_eos:
-            assert self._text is not None
-            sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | self._text.stop_token_ids)
         if spec.raw is not None:
             tokens, history_tokens = spec.raw
             turn.prompt = Prompt(tokens, min(history_tokens, len(tokens)))
-            return sampling
-        if self._text is None:
+            self._submit(turn)
+            return
+        if self._text is None or self._runner is None:
             raise InvalidRequest("this model has no tokenizer here: send token ids")
         turn.place = place if place is not None else self._prompts.locate(spec, turn.conversation_id)
-        turn.prompt = self._prompts.make(spec, turn.place)
-        return sampling
+        path, job = self._prompts.job(spec, turn.place)
+        self._writing[turn.request_id] = turn
+        self._have_written(turn, job, lambda written: self._written(turn, path, written))
+
+    def _have_written(self, turn: PendingTurn, job: TextJob[T], take: Callable[[T], None]) -> None:
+        """Have the text room do a turn's job, and go on with its answer, here; a turn that ended meanwhile does not."""
+        assert self._runner is not None
+        future = self._runner.submit(job, tenant_of(turn.namespace))
+        turn.writing = future
+
+        def go_on() -> None:
+            if turn.writing is not future:
+                return
+            turn.writing = None
+            try:
+                take(future.result())
+            except Exception as error:
+                self._fail(turn, _as_ours("the turn's text could not be handled", error))
+
+        future.add_done_callback(lambda _: self._enqueue(go_on))
+
+    def _written(self, turn: PendingTurn, path: Path, written: WrittenChat) -> None:
+        assert turn.place is not None
+        del self._writing[turn.request_id]
+        turn.prompt = self._prompts.take(turn.spec, turn.place, path, written)
+        self._submit(turn)
+
+    def _submit(self, turn: PendingTurn) -> None:
+        """Give a turn to the engine."""
+        sampling, prompt = turn.spec.sampling, turn.prompt
+        if turn.detokenizer is not None and not turn.spec.ignore_eos:
+            assert self._text is not None
+            sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | self._text.stop_token_ids)
+        self._turns[turn.request_id] = turn
+        self._touch(turn)
+        self._post(
+            Submit(turn.request_id, turn.conversation_id, turn.namespace, prompt.tokens, prompt.history_tokens, sampling, turn.submitted_s)
+        )
 
     def _open(self, turn: PendingTurn) -> None:
         """Tell the store of a turn that has its first token: nothing of that holds the first token up, and nothing is there before it."""
@@ -428,7 +463,7 @@ class ConversationService:
 
     def _meta(self, turn: PendingTurn) -> dict[str, object]:
         """What is stored with a turn: the caller's words, and what a later turn's prompt needs to know."""
-        meta: dict[str, object] = dict(turn.spec.meta)
+        meta: dict[str, object] = {**turn.spec.meta, CHARS: turn.prompt.path.stored_chars + chars_of(turn.prompt.new)}
         if turn.prompt.path.left_out:
             meta[LEFT_OUT] = turn.prompt.path.left_out
         if turn.spec.instructions is not None:
@@ -489,7 +524,14 @@ class ConversationService:
     # -- turns end
 
     def _take_end(self, turn: PendingTurn, event: Finished) -> None:
-        done, prompt = self._answers.finish(turn, event), turn.prompt
+        if rest := self._answers.end(turn):
+            self._have_written(turn, EncodeRest(rest), lambda ids: self._end(turn, self._answers.finish(turn, event, ids)))
+        else:
+            self._end(turn, self._answers.finish(turn, event, ()))
+
+    def _end(self, turn: PendingTurn, done: TurnDone) -> None:
+        """Have an answer that is whole made durable."""
+        prompt = turn.prompt
         store = self._store_of(turn.conversation_id)
         if turn.discarded and done.reason is FinishReason.ABORT:
             self._fail(turn, EngineClosed("the turn was given up before its answer was whole"))
@@ -515,7 +557,7 @@ class ConversationService:
             reply_reason=done.reason.value,
             only_if_leaf=turn.spec.after is LEAF and turn.spec.conversation_id is not None,
             turn_id=turn.request_id,
-            meta=self._meta(turn) | dict(composed.meta),
+            meta=self._meta(turn) | {CHARS: prompt.path.stored_chars + chars_of((*prompt.new, composed.message))} | dict(composed.meta),
             claimed=turn.spec.claimed and store is self._durable,  # (claims are kept in the durable store alone)
         )
         appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
@@ -529,11 +571,12 @@ class ConversationService:
         turn.drafted = turn.created = False  # (the store dropped the draft in the same transaction)
         assert done.message is not None
         path = turn.prompt.path
-        messages = (*path.messages, *turn.prompt.new, done.message)
+        own = (*turn.prompt.new, done.message)
+        log, num_chars = (*turn.prompt.tokens, *done.output), path.stored_chars + chars_of(own)
         self._prompts.remember(
             turn.namespace,
             turn.request_id,
-            Path(messages, (*turn.prompt.tokens, *done.output), path.left_out, instructions=turn.spec.instructions),
+            Path((*path.messages, *own), log, path.left_out, instructions=turn.spec.instructions, stored_chars=num_chars),
         )
         if turn.place is not None and turn.place.conversation is not None and turn.place.conversation.pinned:
             self._post(Keep(turn.conversation_id, turn.namespace, True))
@@ -549,6 +592,10 @@ class ConversationService:
 
     def _leave(self, turn: PendingTurn) -> None:
         self._turns.pop(turn.request_id, None)
+        self._writing.pop(turn.request_id, None)
+        if turn.writing is not None:
+            turn.writing.cancel()
+            turn.writing = None
         store = self._store_of(turn.conversation_id)
         if turn.drafted:
             turn.drafted = False
@@ -575,6 +622,8 @@ class ConversationService:
         line = self._lines.get(turn.key)
         if turn.request_id in self._turns:
             self._post(Abort(turn.request_id))
+        elif turn.request_id in self._writing:
+            self._fail(turn, EngineClosed("the turn was aborted while its prompt was being made"))
         elif line is not None and turn in line:
             line.remove(turn)
             settle(turn.future, error=EngineClosed("the turn was aborted while it waited for the one before it"))
@@ -591,11 +640,15 @@ class ConversationService:
         while line:
             settle(line.popleft().future, error=deleted)
         self._prompts.forget(namespace)
-        unborn = [t for t in self._turns.values() if t.key == key and not t.opened and t.place is not None and t.place.conversation is None]
-        for turn in unborn:
-            self._post(Abort(turn.request_id))
-            self._fail(turn, deleted)
-        return bool(unborn)
+        unborn = False
+        for turn in [turn for turn in (*self._turns.values(), *self._writing.values()) if turn.key == key]:
+            is_unborn = not turn.opened and turn.place is not None and turn.place.conversation is None
+            unborn |= is_unborn
+            if is_unborn and turn.request_id in self._turns:
+                self._post(Abort(turn.request_id))
+            if is_unborn or turn.request_id in self._writing:
+                self._fail(turn, deleted)
+        return unborn
 
     def _delete(self, namespace: str, conversation_id: str, done: Future[None]) -> None:
         unborn = self._stop_line(namespace, conversation_id)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from pensieve.chat import Message
+from pensieve.chat import Message, chars_of
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.messages import Receipt, Token
 from pensieve.store.base import Conversation
@@ -36,6 +36,12 @@ class Path:
     left_out: int = 0  # oldest messages behind the system prompt that the log does not hold any more
     unlogged: int = 0  # newest messages that the log does not hold yet: they were added without an answer
     instructions: str | None = None  # with which the log begins
+    stored_chars: int = 0  # of all messages that the store has of it, those that were left out included
+
+    @property
+    def chars(self) -> int:
+        """Of its messages."""
+        return chars_of(self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,7 @@ class PendingTurn:
     conversation_id: str = ""  # known once the turn has its place
     place: Place | None = None
     prompt: Prompt = field(default_factory=Prompt)
+    writing: Future[Any] | None = None  # its prompt, or its answer's last words, while the text room is at it
     opened: bool = False  # the store knows of it
     created: bool = False  # its conversation was made for it, and nothing was stored there yet
     drafted: bool = False

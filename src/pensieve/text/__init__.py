@@ -7,7 +7,19 @@ is imported when a tokenizer is.
 from pensieve.chat import ROLES, Message, ToolCall
 from pensieve.text.chat import ChatText, Extension
 from pensieve.text.detokenize import Detokenizer
-from pensieve.text.overflow import Truncated, surely_exceed, truncate
+from pensieve.text.jobs import (
+    DecodeIds,
+    EncodeChat,
+    EncodeRest,
+    EncodeText,
+    InlineRunner,
+    TextJob,
+    TextRunner,
+    WriteChat,
+    WrittenChat,
+    check_length,
+)
+from pensieve.text.overflow import Truncated, newest, size_of, surely_exceed, truncate
 from pensieve.text.reasoning import ReasoningDelta, ReasoningSplitter
 from pensieve.text.stop import StopStrings, keep_tokens
 from pensieve.text.template import read_template
@@ -15,6 +27,18 @@ from pensieve.text.tool_format import ToolFormat, force_prefix, tool_names, tool
 from pensieve.text.tools import CallBegin, CallDelta, CallEnd, ContentDelta, ToolCallParser, ToolEvent
 
 __all__ = [
+    "DecodeIds",
+    "EncodeChat",
+    "EncodeRest",
+    "EncodeText",
+    "InlineRunner",
+    "TextJob",
+    "TextRunner",
+    "WriteChat",
+    "WrittenChat",
+    "check_length",
+    "newest",
+    "size_of",
     "CallBegin",
     "CallDelta",
     "CallEnd",

@@ -11,6 +11,7 @@ An answer that calls tools is such an answer too: the log holds it as the model 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pensieve.chat import Message
-from pensieve.errors import InvalidRequest, ModelUnavailable
+from pensieve.errors import ContextLengthExceeded, InvalidRequest, ModelRefused, ModelUnavailable
 from pensieve.text.control import ControlGuard, unused_marks
 from pensieve.text.detokenize import Detokenizer
-from pensieve.text.overflow import surely_exceed
+from pensieve.text.overflow import FREE_CHARS, surely_exceed
 from pensieve.text.reasoning import BEGIN_REASONING, END_REASONING, ReasoningSplitter
 from pensieve.text.template import PLAIN_STOPS, PROBE_TOOLS, PromptTemplate, Turn
 from pensieve.text.tool_format import PLAIN_MARKUP, ToolFormat, Tools, map_texts, texts_in, tool_names
@@ -62,9 +63,11 @@ class ChatText:
         note: what a user should know about how this model is talked to, or None.
         stop_strings: where answers end that no token ends.
         stop_token_ids: ids that end an answer: the tokenizer's end-of-sequence and the template's end-of-turn.
+        max_chars: of what the template writes; more is refused before it is tokenized. None: no limit.
 
     Raises:
         ModelUnavailable: the tokenizer has no such backend, or several templates and no default.
+        ModelRefused: the tokenizer's decoder searches by a regular expression, which could take any time at any token.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, object] | None = None) -> None:
@@ -73,8 +76,13 @@ class ChatText:
             raise ModelUnavailable(f"{type(tokenizer).__name__} has no fast tokenizer: convert it to a tokenizer.json")
         backend.no_truncation()  # once, here: `encode` is safe to call from several threads as long as nobody does this again
         backend.no_padding()
+        if backend.decoder is not None and b'"Regex"' in backend.decoder.__getstate__():
+            raise ModelRefused(
+                "the tokenizer's decoder searches by a regular expression, which may take any time: take another tokenizer.json"
+            )
         self._tokenizer = tokenizer
         self._backend = backend
+        self.max_chars: int | None = None
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self._byte_ids = _byte_fallback_ids(backend)
         self._template = PromptTemplate(tokenizer, options or {}, _bos_text(tokenizer, backend))
@@ -150,7 +158,7 @@ class ChatText:
             InvalidRequest: the template refuses these messages, or a tool is none.
         """
         prompt = self._prepare(messages, tools)
-        return self._guard.encode(self._template.render(prompt.turns, prompt.tools, add_generation_prompt), prompt.mark)
+        return self._guard.encode(self._render(prompt.turns, prompt.tools, add_generation_prompt), prompt.mark)
 
     def extend(self, log: Sequence[int], history: Sequence[Message], new: Sequence[Message], *, tools: Tools | None = None) -> Extension:
         """Append a turn to a token log.
@@ -171,7 +179,7 @@ class ChatText:
                 + (f" ends with a {history[-1].role} message" if history else " is empty")
             )
         prompt = self._prepare([*history, *new], tools)
-        whole = self._template.render(prompt.turns, prompt.tools)
+        whole = self._render(prompt.turns, prompt.tools)
         told = len(history)
         if not self._wander(log, tools):
             after = (
@@ -200,12 +208,30 @@ class ChatText:
         """Token ids of text that is no chat, control tokens in it included: it is its sender's whole prompt, nobody else speaks in it."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def exceeds(self, messages: Iterable[Message], max_tokens: int) -> bool:
+    def settle(self) -> None:
+        """Find out now what is otherwise found out when it is first asked for, by trying the template: nothing of it is left for later."""
+        _ = self.marker_ids, self._tools_opening if self._template.moves_tools else None, self._begins_thinking, self.longest_token
+
+    def prepare_twin(self) -> None:
+        """Make now what prompts need in which a message spells out a control token; takes about as long as loading the tokenizer."""
+        self._guard.prepare()
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
+    def most_chars(self, max_tokens: int) -> int:
+        """The most characters that so many tokens hold; what has more is refused without looking at it."""
+        return max(FREE_CHARS, self.longest_token * max_tokens)
+
+    def exceeds(self, messages: Iterable[Message], max_tokens: int, tools: Tools | None = None) -> bool:
         """Whether messages surely have more tokens than this, found out quickly however long they are.
 
         What a template may leave out does not count: white space around a message, and what was thought before an answer.
         """
         texts = [message.content.rpartition(END_REASONING)[2].strip() for message in messages]
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in tools or ()]
         return surely_exceed(texts, max_tokens, lambda text: len(self.encode_prompt(text, add_special_tokens=False)))
 
     def encode_text(self, text: str) -> list[int]:
@@ -245,6 +271,15 @@ class ChatText:
         """How many tokens these messages have as a prompt of their own."""
         return len(self.first(messages, tools=tools))
 
+    def _render(self, turns: Sequence[Turn], tools: Tools | None, add_generation_prompt: bool = True) -> str:
+        written = self._template.render(turns, tools, add_generation_prompt)
+        if self.max_chars is not None and len(written) > self.max_chars:
+            raise ContextLengthExceeded(
+                f"the chat template makes {len(written)} characters of these messages, and the context holds at most {self.max_chars}:"
+                " shorten them, or start with a larger --max-context"
+            )
+        return written
+
     def _prepare(self, messages: Sequence[Message], tools: Tools | None) -> _Prompt:
         """Messages and tools as templates take them, control text that came with them swapped for placeholders."""
         if tools:
@@ -277,8 +312,8 @@ class ChatText:
         """
         turns, last = prompt.turns, prompt.turns[told - 1]
         with_hole = [*turns[: told - 1], {"role": "assistant", "content": prompt.hole}, *turns[told:]]
-        before, _, after = self._template.render(with_hole, prompt.tools).partition(prompt.hole)
-        asked = self._template.render(turns[: told - 1], prompt.tools) if told > 1 else before
+        before, _, after = self._render(with_hole, prompt.tools).partition(prompt.hole)
+        asked = self._render(turns[: told - 1], prompt.tools) if told > 1 else before
         if asked.rstrip() == before.rstrip() and _fills(whole, before, after, self._template.said(last)):
             return after
         return None
@@ -293,8 +328,8 @@ class ChatText:
         The model need not have written it letter by letter like that, but it must be there.
         """
         turns, last = prompt.turns, prompt.turns[told - 1]
-        asked = self._template.render(turns[: told - 1], prompt.tools).rstrip() if told > 1 else ""
-        ended = self._template.render(turns[:told], prompt.tools, add_generation_prompt=False).rstrip()
+        asked = self._render(turns[: told - 1], prompt.tools).rstrip() if told > 1 else ""
+        ended = self._render(turns[:told], prompt.tools, add_generation_prompt=False).rstrip()
         if not (ended.startswith(asked) and whole.startswith(ended)):
             return None
         answer = ended[len(asked) :]
@@ -331,7 +366,7 @@ class ChatText:
         head = _head(prompt.turns)
         if not head:
             return True
-        text = self._template.render(head, prompt.tools)
+        text = self._render(head, prompt.tools)
         shared = text[: _common_prefix(text, whole)]
         ids = self._guard.encode(shared, prompt.mark)
         return _common_prefix(ids, log) >= len(ids) - 1  # the last one may have merged with what followed
@@ -346,8 +381,8 @@ class ChatText:
         if not head:
             return False
         try:
-            with_tools = self._guard.encode(self._template.render(head, prompt.tools or PROBE_TOOLS), prompt.mark)
-            without = self._guard.encode(self._template.render(head, None), prompt.mark)
+            with_tools = self._guard.encode(self._render(head, prompt.tools or PROBE_TOOLS), prompt.mark)
+            without = self._guard.encode(self._render(head, None), prompt.mark)
         except InvalidRequest:  # of a rendering that nobody asked for
             return False
         if _common_prefix(without if prompt.tools else with_tools, log) > reused:

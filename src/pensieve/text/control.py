@@ -10,6 +10,7 @@ tokenizer itself, so that ordinary prompts get exactly the ids that they get eve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
@@ -82,6 +83,11 @@ class ControlGuard:
         twin = self._get_twin()
         aliased = self._untrusted.sub(lambda match: self._aliases[self._index[match[0]]], rendered)
         return list(twin.encode(self.show(aliased, mark), add_special_tokens=False).ids)
+
+    def prepare(self) -> None:
+        """Make the twin now, if this tokenizer can have one."""
+        with contextlib.suppress(InvalidRequest):  # (said to the requests that need it)
+            self._get_twin()
 
     def leading_control(self, text: str) -> tuple[str, int] | None:
         """The control token that `text` begins with, leading white space aside: its text and id."""

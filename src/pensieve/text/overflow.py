@@ -1,11 +1,15 @@
-"""A chat that outgrew its context: whether it did, and which messages to leave out. Knows messages and a way to count; never tokens themselves."""
+"""A chat that outgrew its context: whether it did, and which messages to leave out. Knows messages and a way to count; never tokens themselves.
+
+Lengths are looked at in three steps, each dearer than the one before: characters (`size_of`, `newest`), the tokens of a beginning
+(`surely_exceed`), all tokens (`truncate`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pensieve.chat import Message
+from pensieve.chat import Message, chars_of
 from pensieve.errors import ContextLengthExceeded
 
 FREE_CHARS, FREE_CHARS_PER_TOKEN = 1 << 16, 16
@@ -44,11 +48,39 @@ def surely_exceed(texts: Iterable[str], max_tokens: int, count: Callable[[str], 
     return False
 
 
+def size_of(value: object, limit: int) -> int:
+    """Characters of JSON data as it is written at least, one for each value that is no text; looked at until they are more than `limit`."""
+    size, stack = 0, [value]
+    while stack and size <= limit:
+        item = stack.pop()
+        size += len(item) if isinstance(item, str) else 1
+        if isinstance(item, Mapping):
+            size += sum(map(len, item))
+            stack += item.values()
+        elif isinstance(item, list | tuple):
+            stack += item[: limit + 1]
+    return size
+
+
+def newest(messages: Sequence[Message], max_chars: int) -> Truncated:
+    """Leave out the oldest turns until the rest has at most `max_chars` characters; what `truncate` keeps stays, however long it is."""
+    head, cuts = _cuts(messages)
+    size, start = chars_of(messages[:head]), len(messages)
+    kept = cuts[-1]
+    for cut in reversed(cuts):
+        size += chars_of(messages[cut:start])
+        if size > max_chars:
+            break
+        kept = start = cut
+    return Truncated((*messages[:head], *messages[kept:]), kept - head)
+
+
 def truncate(
     messages: Sequence[Message],
     max_tokens: int,
     count: Callable[[Sequence[Message]], int],
     way_out: str = "start with a larger --max-context",
+    weigh: Callable[[Message], int] | None = None,
 ) -> Truncated:
     """Leave out the oldest turns until the rest fits.
 
@@ -58,18 +90,24 @@ def truncate(
     Args:
         messages: the chat, oldest first.
         max_tokens: the most tokens that `count` may say.
-        count: messages -> tokens of their rendering; must not grow when a turn is left out.
+        count: messages -> tokens of their rendering; must not grow when a turn is left out. Raises `ContextLengthExceeded` of
+            what surely has too many.
         way_out: what would make room for more, for the error message.
+        weigh: about how many tokens one message has; what is to be left out is then found in a few counts, however long the chat is.
 
     Raises:
         ContextLengthExceeded: not even the system messages and the newest turn fit.
     """
-    head = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
-    turns = [i for i in range(head, len(messages)) if messages[i].role == "user"]
-    cuts = [head, *(i for i in turns if i > head)]  # the messages [head, cut) are left out
+    head, cuts = _cuts(messages)
 
     def without(cut: int) -> tuple[Message, ...]:
         return (*messages[:head], *messages[cut:])
+
+    def fits(at: int) -> bool:
+        try:
+            return count(without(cuts[at])) <= max_tokens
+        except ContextLengthExceeded:
+            return False
 
     low, high = 0, len(cuts) - 1  # the answer lies in [low, high], if there is one
     smallest = count(without(cuts[high]))
@@ -78,10 +116,34 @@ def truncate(
             f"the system prompt and the newest turn alone have {smallest} tokens, the context holds {max_tokens}:"
             f" shorten the message, or {way_out}"
         )
+    at = (low + high) // 2 if weigh is None else min(_guess(messages, head, cuts, max_tokens, weigh), max(high - 1, 0))
+    step = None if weigh is None else 1  # from the guess in growing steps, until the answer lies between two counts; then by halves
+    went_down: bool | None = None
     while low < high:
-        middle = (low + high) // 2
-        if count(without(cuts[middle])) <= max_tokens:
-            high = middle
+        fit = fits(at)
+        low, high = (low, at) if fit else (at + 1, high)
+        step = None if step is None or went_down not in (None, fit) else step
+        went_down = fit
+        if step is None:
+            at = (low + high) // 2
         else:
-            low = middle + 1
+            at = max(low, high - step) if fit else min(high - 1, low + step - 1)
+            step *= 2
     return Truncated(without(cuts[low]), cuts[low] - head)
+
+
+def _cuts(messages: Sequence[Message]) -> tuple[int, list[int]]:
+    """How many system messages a chat begins with, and where it may be cut: the messages [head, cut) are left out."""
+    head = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
+    return head, [head, *(i for i in range(head + 1, len(messages)) if messages[i].role == "user")]
+
+
+def _guess(messages: Sequence[Message], head: int, cuts: Sequence[int], max_tokens: int, weigh: Callable[[Message], int]) -> int:
+    """About which cut is the first that fits."""
+    weight, stop = sum(map(weigh, messages[:head])), len(messages)
+    for at in range(len(cuts) - 1, -1, -1):
+        weight += sum(map(weigh, messages[cuts[at] : stop]))
+        stop = cuts[at]
+        if weight > max_tokens:
+            return at + 1
+    return 0

@@ -26,7 +26,7 @@ class StopStrings:
         for stop in stops:
             if not stop:
                 raise InvalidRequest(f"a stop string must have at least one character, got an empty one in {list(stops)!r}")
-        self._stops = tuple(dict.fromkeys(stops))
+        self._searches = [_Search(stop) for stop in dict.fromkeys(stops)]
         self._held = ""
         self._hit: str | None = None
 
@@ -44,13 +44,16 @@ class StopStrings:
         """
         if self._hit is not None:
             return "", self._hit
-        text = self._held + text
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            _, start, self._hit = min(found)
-            self._held = ""
-            return text[:start], self._hit
-        keep = len(text) - self._longest_beginning(text)
+        if not self._searches:
+            return text, None
+        num_held, text = len(self._held), self._held + text
+        for stop in range(num_held + 1, len(text) + 1):
+            char = text[stop - 1]
+            found = [search.stop for search in self._searches if search.push(char)]
+            if found:
+                self._hit, self._held = max(found, key=len), ""
+                return text[: stop - len(self._hit)], self._hit
+        keep = len(text) - max(search.matched for search in self._searches)
         self._held = text[keep:]
         return text[:keep], None
 
@@ -59,15 +62,31 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _longest_beginning(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+class _Search:
+    """Follows a text for one stop string, in the same time for each character, whatever the two look like (Knuth, Morris, Pratt).
+
+    Attributes:
+        stop: the string.
+        matched: how many characters the longest end of the text has that the string begins with.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.matched = 0
+        self._shorter = [0] * len(stop)  # of each beginning: the longest shorter one that it ends with
+        for length in range(1, len(stop)):
+            self._shorter[length] = self._go_on(self._shorter[length - 1], stop[length])
+
+    def push(self, char: str) -> bool:
+        """Take a character; whether the string is complete with it."""
+        self.matched = self._go_on(self.matched, char)
+        return self.matched == len(self.stop)
+
+    def _go_on(self, matched: int, char: str) -> int:
+        while matched and self.stop[matched] != char:
+            matched = self._shorter[matched - 1]
+        return matched + (self.stop[matched] == char)
 
 
 def keep_tokens(detokenizer: Detokenizer, output_ids: Sequence[int], kept_text: str) -> tuple[int, str]:

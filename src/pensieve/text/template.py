@@ -24,6 +24,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 PLAIN_STOPS = ("\nUser:",)
+MAX_REASON = 500  # characters of a template's own words about what it refuses
 
 Turn = dict[str, Any]  # a message as templates take it
 
@@ -176,9 +177,11 @@ class PromptTemplate:
             if self.writes_calls:
                 return self._write(turns, tools, add_generation_prompt)
             return self._write(write_plainly(turns, tools, self._takes_system), None, add_generation_prompt)
+        except MemoryError:
+            raise
         except Exception as error:  # a template is foreign code and fails in any way it likes
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise InvalidRequest(f"the model's chat template refuses these messages ({roles}): {error}") from error
+            roles = ", ".join(turn["role"] for turn in turns[:8]) + (", …" if len(turns) > 8 else "")
+            raise InvalidRequest(f"the model's chat template refuses these messages ({roles}): {str(error)[:MAX_REASON]}") from error
 
     def said(self, turn: Turn) -> str:
         """What an assistant's message has as content when it is rendered."""

@@ -84,7 +84,7 @@ class ToolCallParser:
         self._body: CallBody | None = None
         self._in_list = False
         self._held: list[str] = []  # content if it turns out to be no call
-        self._gap = ""  # white space that came last: content if content follows, dropped next to a call
+        self._gap: list[str] = []  # white space that came last: content if content follows, dropped next to a call
         self._call_in_gap = False
         self._has_content = False
         self._num_calls = 0  # that have begun
@@ -143,8 +143,8 @@ class ToolCallParser:
         elif self._state != self._in_opening or not self._num_calls or self._held[0] != self._separator:  # a lone separator is of no use
             self._say("".join(self._held))
         if not self._call_in_gap:
-            self._write(None, self._gap)
-        self._held, self._gap, self._state = [], "", self._in_content
+            self._write(None, "".join(self._gap))
+        self._held, self._gap, self._state = [], [], self._in_content
         return self._drain()
 
     # -- states: each takes a character, or has gone to another state that is to look at it
@@ -288,13 +288,13 @@ class ToolCallParser:
         for run in _RUNS.findall(text):
             if not run.isspace():
                 if self._has_content or not self._call_in_gap:
-                    self._write(None, self._gap)
+                    self._write(None, "".join(self._gap))
                 self._write(None, run)
-                self._gap, self._call_in_gap, self._has_content = "", False, True
+                self._gap, self._call_in_gap, self._has_content = [], False, True
             elif not self._call_in_gap:
-                self._gap += run
+                self._gap.append(run)
             elif not self._gap:
-                self._gap = run[0]
+                self._gap = [run[0]]
 
     def _write(self, call: int | None, text: str) -> None:
         if text:

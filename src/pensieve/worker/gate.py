@@ -34,6 +34,11 @@ log = logging.getLogger(__name__)
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _LAYER_TYPE_FIELDS = ("layer_types", "layers_block_type", "block_types", "layer_block_types")
+# The most of each that is built. Every model known has a tenth of it or less.
+_COUNTS = {
+    "num_hidden_layers": 2048, "num_attention_heads": 4096, "num_key_value_heads": 4096, "hidden_size": 1 << 20, "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+}  # fmt: skip
 _BATCH_WIDE_ROPES = {"dynamic", "longrope"}  # choose frequencies by the longest position of a batch
 _TOLERANCE = 1e-4  # in float32: of the largest logit, for the largest difference
 _HALF_TOLERANCE = 0.08  # in 16 bits, for the root mean square of the difference over that of the logits
@@ -110,6 +115,8 @@ def _why_not(config: PretrainedConfig) -> str | None:
         return "it is made of several models that read or write text, and is no causal decoder"
     if config.is_encoder_decoder or not getattr(text, "is_causal", True):
         return "it is no causal decoder"
+    if (reason := _wrong_number(text)) is not None:
+        return reason
     if _number(text, "kv_lora_rank"):
         return (
             f"it keeps keys and values compressed (multi-head latent attention, kv_lora_rank {text.kv_lora_rank}); Pensieve caches whole heads, "
@@ -136,6 +143,25 @@ def _why_not(config: PretrainedConfig) -> str | None:
     ropes = _rope_types(text) & _BATCH_WIDE_ROPES
     if ropes:
         return f"its rope_type {', '.join(sorted(ropes))} depends on the other requests of a batch"
+    return None
+
+
+def _wrong_number(config: PretrainedConfig) -> str | None:
+    """What no model can have of a number: building a million layers takes hours, and one of 0 heads divides by it."""
+    for name in _COUNTS:
+        try:
+            value = getattr(config, name, None)
+        except Exception:  # (a number that differs between layers: said below)
+            continue
+        if value is None or isinstance(value, (list, tuple)):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return f"its {name} is {str(value)[:40]!r}, where a positive whole number is needed"
+        if value > _COUNTS[name]:
+            return f"its {name} is {value}, more than the {_COUNTS[name]} that are built"
+    heads, kv_heads = _number(config, "num_attention_heads"), _number(config, "num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        return f"it has {heads} query heads, which {kv_heads} KV heads do not divide"
     return None
 
 

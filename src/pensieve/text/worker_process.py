@@ -1,0 +1,180 @@
+"""A process that does text jobs, one at a time, within limits of time and memory that the operating system holds it to. Knows jobs; never queues.
+
+Two alarms measure its own processor time. The first raises in Python, so that a template that loops is stopped where it is, and is named.
+The second ends the process: a regular expression in a tokenizer takes no notice of the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+from pensieve.errors import PensieveError
+from pensieve.text.chat import ChatText
+from pensieve.text.jobs import TextJob, run_job
+
+GRACE_S = 0.25  # between the two alarms
+GROWN_BYTES = 64 << 20  # a worker that keeps so much more memory than it began with is replaced by a fresh one
+HAS_ALARMS = hasattr(signal, "setitimer")  # not on Windows: there the parent's clock is the only one
+HARD_ALARM = getattr(signal, "SIGVTALRM", None)
+
+_LENGTH = struct.Struct("!Q")
+_TEMPLATE = "<template>"  # how jinja names a template's code
+
+
+class TimeLimit(BaseException):
+    """The time of a job is up. No `Exception`, so that nothing between takes it for a template's own error."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What became of a job."""
+
+    kind: Literal["done", "error", "slow", "memory", "bug"]
+    value: Any = None  # done: the answer; error: code and message; slow: what was; bug: a traceback
+    leaves: bool = False  # the process ends after it: another is to take its place
+
+
+def send_frame(connection: socket.socket, data: bytes) -> None:
+    """Write a message, as long as the socket's timeout allows."""
+    connection.sendall(_LENGTH.pack(len(data)))
+    connection.sendall(data)
+
+
+def receive_frame(connection: socket.socket) -> bytes:
+    """Read a message.
+
+    Raises:
+        EOFError: the other side is gone.
+        TimeoutError: nothing came within the socket's timeout.
+    """
+    (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+    return _receive(connection, length)
+
+
+def _receive(connection: socket.socket, length: int) -> bytes:
+    data = bytearray(length)
+    view, at = memoryview(data), 0
+    while at < length:
+        count = connection.recv_into(view[at:])
+        if not count:
+            raise EOFError
+        at += count
+    return bytes(data)
+
+
+def serve_jobs(connection: socket.socket, text: ChatText, memory_bytes: int, niceness: int) -> None:
+    """Do jobs until the other side is gone: the main function of a worker.
+
+    Args:
+        connection: gives (seconds, job), pickled, and takes a `Reply`.
+        text: the model's.
+        memory_bytes: what jobs may take beyond what the process has now.
+        niceness: how much others come first on the processor.
+    """
+    _settle_in(memory_bytes, niceness)
+    begun_with = _memory_now()
+    while True:
+        try:
+            data = receive_frame(connection)
+        except (EOFError, OSError):
+            return
+        reply = _do(data, text)
+        leaves = reply.kind in ("memory", "slow") or _memory_now() - begun_with > GROWN_BYTES
+        try:
+            send_frame(connection, pickle.dumps(Reply(reply.kind, reply.value, leaves), pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            return
+        if leaves:
+            return
+
+
+def _do(data: bytes, text: ChatText) -> Reply:
+    try:
+        limit_s, job = pickle.loads(data)
+        assert isinstance(job, TextJob)
+        with alarms(limit_s):
+            return Reply("done", run_job(job, text))
+    except TimeLimit as error:
+        return Reply("slow", error.what)
+    except MemoryError:
+        return Reply("memory")
+    except PensieveError as error:
+        return Reply("error", (error.code, error.message))
+    except Exception:
+        return Reply("bug", traceback.format_exc(limit=8))
+
+
+@contextlib.contextmanager
+def alarms(limit_s: float) -> Iterator[None]:
+    """Let what is done here take so much processor time: then `TimeLimit` is raised, or the process ends. `set_alarms` comes first."""
+    if not HAS_ALARMS:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s + GRACE_S)
+    signal.setitimer(signal.ITIMER_PROF, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _on_alarm(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename == _TEMPLATE:
+            raise TimeLimit("the chat template")
+        frame = frame.f_back
+    raise TimeLimit("the tokenizer")
+
+
+def _settle_in(memory_bytes: int, niceness: int) -> None:
+    set_alarms()
+    if hasattr(os, "nice"):
+        os.nice(niceness)
+    limit_memory(memory_bytes)
+
+
+def set_alarms() -> None:
+    """Say what `alarms` do."""
+    if HAS_ALARMS:
+        signal.signal(signal.SIGPROF, _on_alarm)
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+
+
+def limit_memory(more_bytes: int) -> None:
+    """Let this process take so much more memory than it has; what asks for more fails. Does nothing where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    with contextlib.suppress(ValueError, OSError):  # (a lower limit is set already)
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + more_bytes, hard))
+
+
+def _memory_now() -> int:
+    return _status("RssAnon") if sys.platform.startswith("linux") else 0
+
+
+def _status(name: str) -> int:
+    """A number of bytes that Linux knows of this process."""
+    with open("/proc/self/status", "rb") as file:
+        for line in file:
+            if line.startswith(name.encode() + b":"):
+                return int(line.split()[1]) << 10
+    return 0
