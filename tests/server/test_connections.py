@@ -211,6 +211,11 @@ def test_pipelined_requests_are_answered_in_order_and_bounded(keyed: tuple[Servi
     assert set(many.statuses) == {200} and len(many.statuses) <= 2 * MAX_PIPELINED and many.closed
 
 
+def test_half_a_head_right_behind_a_request_has_its_time(hasty: Serving) -> None:
+    reply = exchange(hasty, HEALTH + b"\r\nGET /he", within_s=5.0)
+    assert reply.statuses == [200, 408] and reply.closed
+
+
 def test_a_malformed_request_behind_another_does_not_disturb_its_answer(keyed: tuple[Serving, bytes]) -> None:
     server, key = keyed
     for behind in (b"nonsense\r\n\r\n", HEALTH + b"X: " + b"a" * 100_000, b"GET /health HTTP/1.1\r\nHo"):

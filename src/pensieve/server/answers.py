@@ -124,7 +124,7 @@ def logprob_items(tokens: Sequence[SampledToken], text: ChatText) -> list[dict[s
     """Log-probabilities as chat completions and responses give them."""
 
     def item(token_id: int, logprob: float | None) -> dict[str, Any]:
-        written = text.decode_all([token_id])
+        written = text.token_text(token_id)
         return {"token": written, "logprob": -9999.0 if logprob is None else logprob, "bytes": list(written.encode("utf-8", "replace"))}
 
     return [

@@ -19,6 +19,7 @@ from pensieve.server.output import Output, OutputEvent, OutputForm, form_for
 from pensieve.server.schemas import ChatRequest, ChosenTool, tools_of
 from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
 from pensieve.server.turns import Answer
+from pensieve.server.writing import is_long
 from pensieve.service import TurnSpec
 from pensieve.text import CallBegin, CallDelta, ChatText, ContentDelta, ReasoningDelta
 
@@ -70,7 +71,9 @@ async def chat_completions(
         )
     done = await unless_gone(request, answer.result(), gone)
     completed = completed_now(answer, done, form, context.text, {})
-    return JSONResponse(completion_json(context, completed), headers=_headers(completed.conversation_id))
+    return await context.writing.reply(
+        lambda: completion_json(context, completed), is_long(spec.sampling, len(done.output)), _headers(completed.conversation_id)
+    )
 
 
 def form_of(body: ChatRequest, text: ChatText) -> OutputForm:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from pensieve.errors import ContextLengthExceeded
 from pensieve.messages import Token
@@ -17,6 +17,7 @@ from pensieve.server.context import Asking, Context, Server
 from pensieve.server.schemas import CompletionRequest
 from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
 from pensieve.server.turns import Answer
+from pensieve.server.writing import is_long
 from pensieve.service import TurnDone, TurnSpec
 from pensieve.text import DecodeIds, EncodeText
 
@@ -54,14 +55,16 @@ async def completions(request: Request, body: CompletionRequest, context: Server
         events = _stream(context, answer, echo, include_usage)
         return EventStream(events, on_gone=gone, stall_timeout_s=context.config.stall_timeout_s, on_open=context.metrics.streams.inc)
     done = await unless_gone(request, answer.result(), gone)
-    logprobs = None
-    if spec.sampling.logprobs is not None:
-        logprobs = _logprobs(context, answer.turn.sampled[: len(done.output)], len(echo))
-    choice = {"index": 0, "text": echo + done.text, "logprobs": logprobs, "finish_reason": _reason(done)}
-    return JSONResponse(
-        _head(context, answer)
-        | {"choices": [choice], "usage": usage_json(usage_of(done)), "pensieve": receipt_json(done.receipt, done.warning)}
-    )
+
+    def whole() -> dict[str, Any]:
+        logprobs = None
+        if spec.sampling.logprobs is not None:
+            logprobs = _logprobs(context, answer.turn.sampled[: len(done.output)], len(echo))
+        choice = {"index": 0, "text": echo + done.text, "logprobs": logprobs, "finish_reason": _reason(done)}
+        told = {"choices": [choice], "usage": usage_json(usage_of(done)), "pensieve": receipt_json(done.receipt, done.warning)}
+        return _head(context, answer) | told
+
+    return await context.writing.reply(whole, is_long(spec.sampling, len(done.output)))
 
 
 async def _read(context: Context, prompt: str | list[int], wants_text: bool, tenant: str) -> tuple[tuple[int, ...], str]:
@@ -107,7 +110,7 @@ def _reason(done: TurnDone) -> str:
 
 def _logprobs(context: Context, tokens: tuple[Token, ...] | list[Token], offset: int) -> dict[str, Any]:
     """The older form: four lists side by side."""
-    written = [context.text.decode_all([token.token_id]) for token in tokens]
+    written = [context.text.token_text(token.token_id) for token in tokens]
     offsets = []
     for text in written:
         offsets.append(offset)
@@ -115,6 +118,6 @@ def _logprobs(context: Context, tokens: tuple[Token, ...] | list[Token], offset:
     return {
         "tokens": written,
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{context.text.decode_all([token_id]): logprob for token_id, logprob in token.top} for token in tokens],
+        "top_logprobs": [{context.text.token_text(token_id): logprob for token_id, logprob in token.top} for token in tokens],
         "text_offset": offsets,
     }

@@ -184,8 +184,9 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._refuse(_too_large_head() if self._phase is not Phase.BODY else _too_large_framing())
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """A request begins, perhaps right behind the end of another."""
         self._phase = Phase.HEAD
+        self._deadline_s = self.loop.time() + self.all.limits.header_timeout_s
         self._head_bytes = self._num_headers = self._body_bytes = self._window_bytes = self._loose_bytes = 0
         super().on_message_begin()
 

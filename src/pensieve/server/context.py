@@ -21,6 +21,7 @@ from pensieve.server.recorders import MAX_RECORDERS, MAX_RECORDERS_PER_TENANT
 from pensieve.server.shares import Shares
 from pensieve.server.totals import Totals
 from pensieve.server.turns import QueueTimeout, Turns
+from pensieve.server.writing import Writing
 from pensieve.service import DEFAULT_NAMESPACE, ConversationService
 from pensieve.store.base import ConversationStore
 from pensieve.text import ChatText, InlineRunner, TextJob, TextRunner
@@ -94,6 +95,7 @@ class Context:
     recorders: Shares = field(default_factory=lambda: Shares(MAX_RECORDERS, MAX_RECORDERS_PER_TENANT))
     totals: Totals = field(default_factory=Totals)
     runner: TextRunner | None = None  # who renders and tokenizes; None: a thread of this process
+    writing: Writing = field(default_factory=Writing)
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a large body's JSON is read
     claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
 

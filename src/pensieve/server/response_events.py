@@ -16,6 +16,7 @@ from pensieve.server.errors import error_body, status_of
 from pensieve.server.items import call_item, message_item, output_items, text_part
 from pensieve.server.output import Output, OutputEvent, OutputForm
 from pensieve.server.turns import Answer
+from pensieve.server.writing import is_long
 from pensieve.store import INTERRUPTED
 from pensieve.text import CallBegin, CallDelta, CallEnd, ContentDelta
 
@@ -144,7 +145,8 @@ async def live_events(context: Context, answer: Answer) -> AsyncIterator[tuple[s
         yield "response.failed", {"response": _failed(begun, error)}
         return
     completed = completed_now(answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named})
-    response = response_json(context, completed)
+    long = is_long(answer.turn.spec.sampling, len(done.output))
+    response = await context.writing.made(lambda: response_json(context, completed)) if long else response_json(context, completed)
     for item_event in items.close(response["status"]):
         yield item_event
     yield _last(response), {"response": response}

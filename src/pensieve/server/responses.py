@@ -20,13 +20,18 @@ from pensieve.server.output import OutputForm, form_for
 from pensieve.server.response_events import PARAMS, PREFIX, Record, live_events, live_json, response_json, whole_events
 from pensieve.server.response_schema import ConversationRef, ResponseRequest, ResponseToolChoice
 from pensieve.server.schemas import FunctionSpec, check_schemas, sampling_params
-from pensieve.server.sse import STREAMED, EventStream, event, unless_gone
+from pensieve.server.sse import STREAMED, EventStream, event, event_of, unless_gone
 from pensieve.server.turns import Answer
+from pensieve.server.writing import is_long
 from pensieve.service import LEAF, TurnSpec
 from pensieve.store.base import Turn
 from pensieve.text import ChatText
 
 router = APIRouter(route_class=BoundedRoute)
+
+WHOLE = frozenset(  # events that hold the log-probabilities of all tokens
+    {"response.output_text.done", "response.content_part.done", "response.output_item.done", "response.completed", "response.incomplete"}
+)
 
 BACKGROUND_S = 0.5  # an error that comes so soon is told at once; who asks for the background does not wait longer
 
@@ -61,7 +66,7 @@ async def create_response(
 
     if body.background and not body.stream:
         await answer.begun(BACKGROUND_S)
-        return JSONResponse(live_json(context, answer))
+        return await context.writing.reply(lambda: live_json(context, answer), _is_long(answer))
     if body.stream:
         await unless_gone(request, answer.begun(BACKGROUND_S if body.background else EARLY_S), gone)
         if answer.error is not None:
@@ -69,7 +74,7 @@ async def create_response(
         return _stream_response(context, answer, 0, gone)
     done = await unless_gone(request, answer.result(), gone)
     completed = completed_now(answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named})
-    return JSONResponse(response_json(context, completed))
+    return await context.writing.reply(lambda: response_json(context, completed), is_long(spec.sampling, len(done.output)))
 
 
 @router.get("/v1/responses/{response_id}", summary="A response, as an object or as the rest of its stream", responses=STREAMED)
@@ -90,7 +95,9 @@ async def get_response(
     if live is not None and (
         stream or turn is None or live.given_up is not None
     ):  # (one that took too long failed, whatever was kept of it)
-        return _stream_response(context, live, first, lambda: None) if stream else JSONResponse(live_json(context, live))
+        if stream:
+            return _stream_response(context, live, first, lambda: None)
+        return await context.writing.reply(lambda: live_json(context, live), _is_long(live))
     assert turn is not None
     completed = completed_before(turn, await _conversation_of(context, caller, turn))
     return _replay(context, completed, first) if stream else JSONResponse(response_json(context, completed))
@@ -228,6 +235,10 @@ async def _conversation_of(context: Context, caller: Caller, turn: Turn) -> str 
 # -- streams
 
 
+def _is_long(answer: Answer) -> bool:
+    return is_long(answer.turn.spec.sampling, len(answer.turn.sampled))
+
+
 def _again(body: ResponseRequest, context: Context, turn: Turn, conversation_id: str | None) -> Response:
     completed = completed_before(turn, conversation_id)
     return _replay(context, completed, 0) if body.stream else JSONResponse(response_json(context, completed))
@@ -235,7 +246,7 @@ def _again(body: ResponseRequest, context: Context, turn: Turn, conversation_id:
 
 def _stream_response(context: Context, answer: Answer, first: int, gone: Any) -> EventStream:
     return EventStream(
-        _from(live_events(context, answer), first),
+        _from(context, answer, first),
         on_gone=gone,
         stall_timeout_s=context.config.stall_timeout_s,
         on_open=context.metrics.streams.inc,
@@ -256,9 +267,13 @@ def _replay(context: Context, completed: Completed, first: int) -> EventStream:
     return EventStream(events(), on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s)
 
 
-async def _from(events: AsyncIterator[tuple[str, dict[str, Any]]], first: int) -> AsyncIterator[bytes]:
+async def _from(context: Context, answer: Answer, first: int) -> AsyncIterator[bytes]:
     number = 0
-    async for name, value in events:
+    async for name, value in live_events(context, answer):
         if number >= first:
-            yield event(name, {"type": name, "sequence_number": number, **value})
+            told = {"type": name, "sequence_number": number, **value}
+            if name in WHOLE and _is_long(answer):
+                yield event_of(name, await context.writing.text(told.copy))
+            else:
+                yield event(name, told)
         number += 1

@@ -24,6 +24,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {  # for the API's description
 }
 PING_S = 15.0  # a comment, so that nobody between us and the client thinks the connection dead
 PING = b": still here\n\n"
+TURN_EVENTS = 16  # after so many the event loop looks at other requests
 DONE = b"data: [DONE]\n\n"
 
 
@@ -35,6 +36,11 @@ def data(value: Any) -> bytes:
 def event(name: str, value: Any) -> bytes:
     """An event with a name."""
     return b"event: " + name.encode() + b"\n" + data(value)
+
+
+def event_of(name: str, written: bytes) -> bytes:
+    """An event with a name, of JSON that is written already."""
+    return b"event: " + name.encode() + b"\ndata: " + written + b"\n\n"
 
 
 class EventStream(Response):
@@ -108,6 +114,8 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": piece, "more_body": more})
         self._sending_since_s = None
         self._num_sent += 1
+        if self._num_sent % TURN_EVENTS == 0:  # a stream that is read again from its start has all its events at once
+            await asyncio.sleep(0)
 
     async def _mind(self, send: Send, sender: asyncio.Future[None]) -> None:
         """Give up when an event has been on its way out for too long; a comment whenever nothing was sent for a while.

@@ -85,6 +85,7 @@ class ChatText:
         self.max_chars: int | None = None
         self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self._byte_ids = _byte_fallback_ids(backend)
+        self._token_texts: dict[int, str] = {}  # by id, at most the vocabulary
         self._template = PromptTemplate(tokenizer, options or {}, _bos_text(tokenizer, backend))
         self.note: str | None = None
         self.stop_strings: tuple[str, ...] = ()
@@ -254,6 +255,12 @@ class ChatText:
     def decode_all(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens written out."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one id, a special token written out. Remembered: log-probabilities name the same tokens again and again."""
+        if (found := self._token_texts.get(token_id)) is None:
+            found = self._token_texts[token_id] = self.decode_all([token_id])
+        return found
 
     def detokenizer(self, keep: Collection[int] = ()) -> Detokenizer:
         """A fresh incremental detokeniser for one answer.
