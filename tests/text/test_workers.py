@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
@@ -359,3 +361,18 @@ def test_where_processes_cannot_fork_each_worker_loads_for_itself() -> None:
 def test_a_machine_has_a_lane_of_each_kind() -> None:
     for cpus in (None, 1, 2, 8, 128):
         assert {"short", "long"} == set(lanes_for(cpus))
+
+
+def test_a_job_is_let_go_with_its_answer(hostile: TextWorkers) -> None:
+    """Without the help of the garbage collector: a job may hold 16 MB."""
+    gc.collect()
+    gc.disable()
+    try:
+        job = EncodeText("word " * 10)
+        seen = weakref.ref(job)
+        future = hostile.submit(job)
+        assert len(result(future)) > 10
+        del job
+        until(lambda: seen() is None)
+    finally:
+        gc.enable()

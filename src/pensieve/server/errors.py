@@ -87,6 +87,7 @@ def install(app: FastAPI) -> None:
     async def ours(request: Request, error: PensieveError) -> JSONResponse:
         if status_of(error) == 500:
             log.error("%s %s failed: %s", request.method, redacted(quote(request.url.path)), redacted(error.message))
+        error.__traceback__ = error.__context__ = None  # whose frames hold the request's body, for as long as the error is remembered
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)

@@ -396,16 +396,16 @@ class ConversationService:
         future = self._runner.submit(job, tenant_of(turn.namespace))
         turn.writing = future
 
-        def go_on() -> None:
-            if turn.writing is not future:
+        def go_on(done: Future[T]) -> None:  # (it does not name `future`, which keeps its callbacks and would keep the turn)
+            if turn.writing is not done:
                 return
             turn.writing = None
             try:
-                take(future.result())
+                take(done.result())
             except Exception as error:
                 self._fail(turn, _as_ours("the turn's text could not be handled", error))
 
-        future.add_done_callback(lambda _: self._enqueue(go_on))
+        future.add_done_callback(lambda done: self._enqueue(lambda: go_on(done)))
 
     def _written(self, turn: PendingTurn, path: Path, written: WrittenChat) -> None:
         assert turn.place is not None

@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -115,7 +116,13 @@ class TextWorkers:
                 )
             else:
                 self._put(task)
-        future.add_done_callback(lambda done: self._end(task) if done.cancelled() else None)
+        ours = weakref.ref(task)  # (a future keeps its callbacks, and would keep the job)
+
+        def cancelled(done: Future[T]) -> None:
+            if done.cancelled() and (left := ours()) is not None:
+                self._end(left)
+
+        future.add_done_callback(cancelled)
         return future
 
     def close(self) -> None:
@@ -281,6 +288,7 @@ class _Lane:
                 _fail(task.future, PensieveError(f"the text could not be read: {type(error).__name__}: {error}"))
             finally:
                 self._pool.release(task)
+                del task
         if self._worker is not None:
             self._pool.end(self._worker)
 
