@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-BACKLOG = 1024
+BACKLOG = 4096  # connections not yet accepted; the system may take fewer. One beyond them waits a second before it is tried again
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MANY_FILES = 10_240  # what macOS takes where the hard limit is "unlimited"
 RESERVED_FILES = 128  # for the store, the log and the engine's pipes; a quarter where there are few
