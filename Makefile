@@ -6,7 +6,7 @@
 #                     TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #   PEERS=/some/dir   where `bench-peers` sets up vLLM, llama.cpp and transformers serve (5 GB), and finds them again
 #   JOBS=2            processes that `test` shares the tests between, a file at a time (each takes some 3 GB; 0: none but the first)
-#   ARGS="..."        more options for `demo`, `test`, `check-slow`, `bench` and `bench-peers`
+#   ARGS="..."        more options for `demo`, `test`, `check-slow`, `check-attack`, `bench` and `bench-peers`
 
 PY    ?= python3
 VENV  ?= .venv
@@ -24,7 +24,7 @@ KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_ke
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-kernels check-page check-clients bench bench-server bench-peers lint format model clean
+.PHONY: help demo test check-slow check-soak check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -38,6 +38,9 @@ test: lint model ## install, fetch the default model, lint, check types and impo
 check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+check-soak: $(VENV)/.dev-ready model ## the memory of a server after 10,000 turns, in every number type and with log-probabilities (an hour); the last line is JSON
+	$(BIN)/python benchmarks/soak.py --logprobs $(ARGS)
+
 check-kernels: $(VENV)/.dev-ready ## every variant of the GPU kernels: in Triton's interpreter (20 minutes), or on a GPU where there is one
 	$(BIN)/python -m pytest $(KERNEL_TESTS) $(ARGS)
 
@@ -47,6 +50,12 @@ check-page: $(VENV)/.dev-ready model ## the page in a browser (Debian: apt insta
 
 check-clients: $(VENV)/.dev-ready model ## real OpenAI clients, each in an environment of its own, against a server
 	$(BIN)/python tests/clients/run.py $(ARGS)
+
+check-gguf: $(VENV)/.dev-ready ## GGUF files of every architecture that is read: as Pensieve, llama.cpp and the model they were made from compute them
+	$(BIN)/python tests/llama_cpp/run.py $(ARGS)
+
+check-attack: $(VENV)/.dev-ready model ## hostile and broken clients, disks, models and processes against real servers (up to 20 minutes; the last line is JSON)
+	$(BIN)/python tests/attack/run.py $(ARGS)
 
 bench: $(VENV)/.dev-ready model ## measure the engine; the last line is JSON
 	$(BIN)/python benchmarks/engine.py $(ARGS)

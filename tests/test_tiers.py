@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pensieve.cli.build import GB, LoadedModel, Options, as_json, load_model, settled, size_tiers, start
+from pensieve.cli.build import GB, LoadedModel, Options, as_json, as_started, load_model, settled, size_tiers, start
 from pensieve.config import CacheConfig, ContextLimit, ModelShape, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
+from pensieve.engine_child import EngineInfo
 from pensieve.errors import ConfigError, ContextLengthExceeded, RequestTooLarge
 from pensieve.messages import Stats
 from pensieve.worker import memory
@@ -236,3 +239,34 @@ def test_more_context_than_the_first_tier_holds_names_what_would() -> None:
         sizes(gpu_cache_gb=0.001, max_context=3000)
     with pytest.raises(ConfigError, match="--max-context 5000 is more than the 4096 tokens the model was built for"):
         sizes(gpu_cache_gb=0.01, max_context=5000)
+
+
+@given(first=st.integers(2 * 32 * TOKEN, 400 * 32 * TOKEN), second=st.sampled_from([None, 0.001, 0.0123456789]), retain=st.booleans())
+def test_an_engine_that_is_started_again_has_the_tiers_and_the_context_that_it_had(first: int, second: float | None, retain: bool) -> None:
+    options = Options(dtype="auto", cpu_cache_gb=second)
+    as_one = not retain
+    before = size_tiers(replace(options, dtype="float32"), SHAPE, first / GB, total_as_one=as_one)
+    info = EngineInfo(
+        1, "m", "real", 1, "float32", "cpu", SHAPE.vocab_size, before.max_context, options.chunk_tokens, before.chunk_bytes, before.tiers,
+        "", "", "", 0.0,
+    )  # fmt: skip
+    again = as_started(options, info, retain)
+    assert again.dtype == "float32" and again.gpu_cache_gb is not None
+    after = size_tiers(again, SHAPE, again.gpu_cache_gb, total_as_one=as_one)
+    assert (after.tiers, after.max_context) == (before.tiers, before.max_context)
+
+
+def test_what_was_told_is_told_again_as_it_was() -> None:
+    info = EngineInfo(1, "m", "real", 1, "bfloat16", "cpu", 9, 64, 32, 7, (TierConfig("gpu", 5),), "", "", "", 0.0)
+    assert as_started(Options(gpu_cache_gb=0.5), info, True) == Options(gpu_cache_gb=0.5, dtype="bfloat16")
+
+
+def test_what_libraries_take_is_not_left_to_the_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pensieve.worker import worker
+
+    monkeypatch.setattr(worker, "memory_available_bytes", lambda place: 3 * GIB)
+    tiers = (TierConfig("gpu", 2048), TierConfig("cpu", 512))  # of 1 MiB: 2.5 GiB, and 0.25 are needed for computing
+    worker.require_room(tiers, 1 << 20, torch.device("cpu"))
+    worker.require_room(tiers, 1 << 20, torch.device("cpu"), beside=255 << 20)
+    with pytest.raises(ConfigError, match=r"3.22 GB are available, 0.55 GB of them needed for computing"):
+        worker.require_room(tiers, 1 << 20, torch.device("cpu"), beside=270 << 20)

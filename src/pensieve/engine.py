@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 # A worker wakes the engine when a copy settles. Should a wake-up ever be lost, copies under way are looked after this often; and requests that wait
 # for a tier whose copies failed, which is tried again after a while.
 COPY_POLL_S = 0.05
+NO_REQUEST = ""  # names no request: the event that says so says that the loop has ended
 
 
 class Engine:
@@ -69,6 +70,7 @@ class Engine:
         debug: bool = False,
         quote: ResumeQuote | None = None,
         ahead: bool = False,
+        max_failed_steps: int | None = None,
     ) -> None:
         """Nothing runs yet: see `start`.
 
@@ -80,6 +82,8 @@ class Engine:
             clock: seconds, never backwards.
             debug: verify every cache invariant after every step.
             quote: what resuming a conversation takes, where it was measured in seconds.
+            max_failed_steps: the loop ends when so many steps in a row failed without one that did not: what computes is broken, and a new process
+                may mend it. None: it goes on, and each request fails for itself.
             ahead: plan and begin each step while the one before runs; the worker must be a `PipelinedWorker`. Worth it where a device computes.
         """
         self._scheduler = scheduler
@@ -97,6 +101,7 @@ class Engine:
         self._maps: deque[tuple[str, int, Overview]] = deque()  # (tag, total, rows so far)
         self.num_steps = 0
         self._ahead = ahead
+        self._max_failed_steps, self._num_failed_steps = max_failed_steps, 0  # (in a row)
         self._begun: deque[tuple[StepPlan, StepResult | None]] = deque()  # with its result where it could not even be begun
         self._totals: Counter[str] = Counter()
         worker.set_waker(self._wake.set)
@@ -137,7 +142,7 @@ class Engine:
         except Exception as error:  # our own bug: say so to everybody who waits rather than leave them waiting
             log.exception("the engine stopped")
             why = f"the engine stopped on an error of its own: {type(error).__name__}: {error}"
-        self._emit([Failed(request_id, EngineClosed.code, why) for request_id in self._scheduler.requests])
+        self._emit([Failed(request_id, EngineClosed.code, why) for request_id in (*self._scheduler.requests, NO_REQUEST)])
         self._emit([Forgotten(command.tag, 0, 0, why) for command, _ in self._to_forget if command.tag])
         self._emit([CacheMap(tag, total, self._cache.chunk_tokens, self._tiers(), ()) for tag, total, _ in self._maps])
         while not self._closing:  # (only after an error) whoever comes now is told at once
@@ -146,6 +151,14 @@ class Engine:
     def step(self) -> bool:
         """Plan a step and begin it; end it, or the one before where steps are begun ahead. False if there was nothing to do and nothing came of it."""
         events: list[Event] = []
+        try:
+            plan, has_result = self._step(events)
+        finally:
+            if events:  # (also of a step that raised: what has ended is told)
+                self._emit(events)
+        return bool(events or self._maps or not plan.is_empty or has_result)
+
+    def _step(self, events: list[Event]) -> tuple[StepPlan, bool]:
         self._drain_inbox(events)
         plan = self._scheduler.schedule(self._clock())
         self._begin(plan)
@@ -157,9 +170,7 @@ class Engine:
         self._build_map(events)
         if plan.spans:
             self.num_steps += 1
-        if events:
-            self._emit(events)
-        return bool(events or self._maps or not plan.is_empty or has_result)
+        return plan, has_result
 
     def _begin(self, plan: StepPlan) -> None:
         if not self._ahead:
@@ -179,7 +190,14 @@ class Engine:
             self._scheduler.cache.check()
         events += outcome.tokens
         events += [self._ending(request) for request in outcome.finished]
+        if plan.spans:
+            self._count_failures(result.forward_error)
         return bool(not plan.is_empty or result.copies_done or result.copies_failed)
+
+    def _count_failures(self, error: str | None) -> None:
+        self._num_failed_steps = 0 if error is None else self._num_failed_steps + 1
+        if self._max_failed_steps is not None and self._num_failed_steps >= self._max_failed_steps:
+            raise WorkerLost(f"{self._num_failed_steps} steps failed in a row, and none went well between them; the last: {error}")
 
     def _attempt(self, plan: StepPlan, work: Callable[[], StepResult | None]) -> StepResult | None:
         """A worker reports failures in its result; one that raises all the same loses only this step."""

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
 from pensieve.config import ContextLimit, TierConfig
+from pensieve.engine_vitals import LivedTime
 from pensieve.errors import EngineClosed, PensieveError
 from pensieve.messages import Command, Event, Failed, GetStats, Stats, Token
 
@@ -32,6 +33,8 @@ BEAT_S = 1.0  # between two heartbeats
 ORPHAN_GRACE_S = 1.5  # how long a child whose parent is gone may take to close its engine
 _PING = "\0heartbeat"  # tag of the heartbeat's own question; no caller's tag begins so
 _AT_ONCE_BYTES = select.PIPE_BUF - 4  # a pipe that polls as ready takes so much without waiting; 4 say the length
+_READ_BYTES = 1 << 16
+_LENGTH_BYTES = 4
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
@@ -85,7 +88,7 @@ class Broken:
 class Beat:
     """Child to parent, once a second, from a thread of its own."""
 
-    stalled_s: float  # since the step loop was asked for a sign of life; 0: it answered
+    stalled_s: float  # since the step loop was asked for a sign of life, or since its last step while there is work; 0: it turns
 
 
 class ServedEngine(Protocol):
@@ -116,6 +119,38 @@ def receive(connection: Connection) -> Any:
         EOFError, OSError: the other side is gone.
     """
     return pickle.loads(connection.recv_bytes())
+
+
+class Inbox:
+    """Messages out of a pipe, as far as they have come: half of one, whose sender stands still, holds nobody up."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._bytes = bytearray()
+
+    def take(self) -> list[Any]:
+        """The messages that are whole now. Waits only where nothing at all has come.
+
+        Raises:
+            EOFError, OSError: the other side is gone.
+        """
+        read = os.read(self._connection.fileno(), _READ_BYTES)
+        if not read:
+            raise EOFError
+        self._bytes += read
+        messages, start = [], 0
+        while (first := start + _LENGTH_BYTES) <= len(self._bytes):  # as `Connection.send_bytes` writes them
+            length = int.from_bytes(self._bytes[start:first], "big", signed=True)
+            if length < 0:  # 2 GB and more: the length is in the eight bytes behind
+                if (first := first + 8) > len(self._bytes):
+                    break
+                length = int.from_bytes(self._bytes[first - 8 : first], "big")
+            if first + length > len(self._bytes):
+                break
+            messages.append(pickle.loads(self._bytes[first : first + length]))
+            start = first + length
+        del self._bytes[:start]
+        return messages
 
 
 def serve_engine(connection: Connection, build: Callable[[Emit, Say], tuple[ServedEngine, EngineInfo]]) -> None:
@@ -209,12 +244,16 @@ _NOTHING = object()
 
 
 class _Pulse:
-    """Passes an engine's events on, and finds out whether its loop still turns by asking it for `Stats` once a second."""
+    """Passes an engine's events on, and finds out whether its loop still turns by asking it for `Stats` once a second.
+
+    A loop that answers and yet makes no step, while there are requests, does not turn either.
+    """
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
         self._stopped = threading.Event()
-        self._asked_s: float | None = None  # when the loop was asked for a sign of life that has not come
+        self._asked = False  # for a sign of life that has not come
+        self._told: Stats | None = None  # the last one that came
         self._thread: threading.Thread | None = None
 
     def start(self, post: Callable[[Command], None]) -> None:
@@ -233,7 +272,7 @@ class _Pulse:
             if isinstance(event, Token):  # as nearly all are
                 others.append(event)
             elif isinstance(event, Stats) and event.tag == _PING:
-                self._asked_s = None
+                self._told, self._asked = event, False
             elif isinstance(event, Failed) and event.code == EngineClosed.code and not self._stopped.is_set():
                 self._give_up(event.message)
             else:
@@ -242,12 +281,16 @@ class _Pulse:
             self._outbox.put(others)
 
     def _beat(self, post: Callable[[Command], None]) -> None:
+        lived = LivedTime(2 * BEAT_S)  # (a process that was stopped and goes on must not take the pause for a long step)
+        moved_s, num_steps = 0.0, 0  # when the loop was last known to turn, and its steps by then
         while not self._stopped.wait(BEAT_S):
-            asked_s = self._asked_s
-            self._outbox.put(Beat(0.0 if asked_s is None else time.monotonic() - asked_s))
-            if asked_s is None:
-                self._asked_s = time.monotonic()
+            now_s, told = lived.now(), self._told
+            if not self._asked:
+                if told is None or told.steps != num_steps or not told.waiting + told.running:
+                    moved_s, num_steps = now_s, 0 if told is None else told.steps
+                self._asked = True
                 post(GetStats(_PING))
+            self._outbox.put(Beat(now_s - moved_s))
 
     def _give_up(self, message: str) -> None:
         """Nobody closed the engine, so it stopped on a bug of its own. In a process of its own there is a cure: a new process."""

@@ -1,4 +1,4 @@
-"""The parent's side of the pipe: an engine in a process of its own, started again when it dies. Whoever waits is always answered.
+"""The parent's side of the pipe: an engine in a process of its own, replaced when it dies, stands still or hangs. Every command is answered.
 
 Knows processes, pipes and plain messages; never torch, text or HTTP. A front end posts commands to it as it would to an `Engine`
 and is handed the same events. Why a process: a thread that is busy a fifth of the time slows a step of many small operations by a third.
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,7 +26,8 @@ from multiprocessing.context import SpawnProcess
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
-from pensieve.engine_child import Beat, Broken, Close, EngineInfo, Progress, receive, run_child, send, serve_engine
+from pensieve.engine_child import Beat, Broken, Close, EngineInfo, Inbox, Progress, run_child, send, serve_engine
+from pensieve.engine_vitals import LOOK_S, LivedTime, Patience, Vitals
 from pensieve.errors import (
     ConfigError,
     EngineClosed,
@@ -48,21 +50,26 @@ State = Literal["starting", "ready", "restarting", "failed", "closed"]
 # OpenMP's own waiting is left as it is. SmolLM2-135M in bf16, 8 requests decoding on 2 cores, the parent busy 20 % of the time, other work on
 # the machine; medians (third quartiles) of 22 interleaved runs, tokens/s: default 145 (182), OMP_WAIT_POLICY=PASSIVE 141 (171),
 # GOMP_SPINCOUNT=100000 128 (155), 10000 130 (165). The runs of one setting differ by more than the settings do: no setting was shown to help.
-DEFAULT_ENVIRONMENT: Mapping[str, str] = MappingProxyType({})
-MAX_START_FAILURES = 5  # in a row
+# oneDNN keeps a compiled primitive for each shape that it meets, 1,024 of them by default, each of 0.2 to 2 MB. Products are called with few row
+# counts (`worker/products.py`), and need some 300; attention by torch's own operations meets as many shapes as there are context lengths.
+DEFAULT_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")}
+)
+MAX_START_FAILURES = 5  # in a row, of an engine that was never ready
 SILENT_BEATS_S = 2.5  # a heartbeat later than this means that the whole process stands still
 LAST_WORDS = 20  # lines of standard error that are remembered
 REAPED_WITHIN_S = 5.0  # between the end of a process and whoever waited for it writing down how it ended
-# Nothing to try again: the same start would fail the same way.
+# Of a first start, nothing to try again: it would fail the same way. Later the same model has been served here, and what is wrong may pass.
 _USER_ERRORS = frozenset(kind.code for kind in (ConfigError, InvalidRequest, ModelRefused, ModelUnavailable))
 _LEAVE_S = 5.0  # a child that closed its pipe may take so long to exit
+_KILLED_S = 10.0  # a killed one, to be gone; longer only in the middle of a call into a driver that hangs
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
     """How a child ended."""
 
-    how: str  # for those whose request it was: "signal 9"
+    how: str  # for clients whose request it was: "signal 9"
     reason: PensieveError  # for those who run it
     ready_s: float | None  # how long it was ready; None: it never was
 
@@ -131,10 +138,13 @@ class _Child:
         self.process.join(leave_s)
         if self.process.exitcode is None:
             self.process.kill()
-            self.process.join()
+            self.process.join(_KILLED_S)
         code = self._exit_code()
         self._listener.join(1.0)  # (longer only if a grandchild holds the pipe)
-        self.process.close()
+        try:
+            self.process.close()
+        except ValueError:
+            log.error("the engine process %s was killed %g s ago and still has not ended: a driver may hang", self.process.pid, _KILLED_S)
         return code
 
     def _exit_code(self) -> int:
@@ -169,9 +179,10 @@ class EngineProcess:
         on_state: Callable[[State], None] | None = None,
         restart: bool = True,
         start_timeout_s: float = 300.0,
+        patience: Patience = Patience(),
         hold_s: float = 60.0,
         backoff_s: float = 0.5,
-        max_backoff_s: float = 30.0,
+        max_backoff_s: float = 60.0,
         healthy_s: float = 60.0,
         environment: Mapping[str, str] = DEFAULT_ENVIRONMENT,
     ) -> None:
@@ -183,8 +194,9 @@ class EngineProcess:
             emit: gets the engine's events, and those made up here for whoever a dead engine leaves without; one call at a time, on
                 threads of this object (after `close`, the caller's). It should return soon: the pipe waits meanwhile.
             on_state: told of each new state, on the thread that starts children; `restarts` and `last_error` are up to date by then.
-            restart: False: a child that died is not replaced.
+            restart: False: a child that died is not replaced. Else, once one was ready, starts are tried again for as long as this lives.
             start_timeout_s: a child that starts and has shown no progress for so long is killed.
+            patience: when one that is ready is taken for dead, and killed.
             hold_s: how long a command waits for an engine that is being started *again*; the first start it waits out.
             backoff_s: pause before a start after a death; doubled each time, up to `max_backoff_s`.
             max_backoff_s: its upper bound.
@@ -194,6 +206,7 @@ class EngineProcess:
         self._main, self._arguments, self._environment = main, arguments, environment
         self._emit, self._on_state = emit, on_state
         self._restart, self._start_timeout_s, self._hold_s = restart, start_timeout_s, hold_s
+        self._patience = patience
         self._backoff_s, self._max_backoff_s, self._healthy_s = backoff_s, max_backoff_s, healthy_s
 
         self._lock = threading.Condition()  # for all of the following
@@ -302,6 +315,12 @@ class EngineProcess:
         with self._lock:
             return self._progress
 
+    def trouble(self) -> str | None:
+        """Why a command posted now may not be answered soon though the engine counts as ready, a sentence; None: nothing is known."""
+        with self._lock:
+            silent_s = 0.0 if self._connection is None else time.monotonic() - self._beat_s
+        return f"the engine has sent no heartbeat for {silent_s:.0f} s" if silent_s > 2 * SILENT_BEATS_S else None
+
     @property
     def stalled_s(self) -> float:
         """How long the engine's step loop has shown no sign of life; 0.0 if it turns. A long step stalls it, honestly."""
@@ -342,17 +361,19 @@ class EngineProcess:
                 pause_s = self._backoff_s
             with self._lock:
                 closing = self._close_by_s is not None
-                hopeless = end.ready_s is None and end.reason.code in _USER_ERRORS
+                was_ready = self._info is not None  # this one or one before it
+                hopeless = not was_ready and (end.reason.code in _USER_ERRORS or failures >= MAX_START_FAILURES)
                 if not closing:
                     self._error = end.reason
-                    if failures >= MAX_START_FAILURES:
+                    if failures > 1:
                         self._error = error_from(
                             end.reason.code, f"the engine failed to start {failures} times in a row: {end.reason.message}"
                         )
-                going_on = self._restart and not closing and not hopeless and failures < MAX_START_FAILURES
+                    error = self._error
+                going_on = self._restart and not closing and not hopeless
             state: State = "closed" if closing else "restarting" if going_on else "failed"
             if not closing:
-                log.error("the engine process ended: %s", end.reason.message)
+                log.error("the engine process ended: %s%s", error.message, f" (it is started again in {pause_s:g} s)" if going_on else "")
             self._enter(state)
             self._answer_everybody(self._epitaph(end, state))
             if not going_on:
@@ -387,69 +408,97 @@ class EngineProcess:
         elif broken is None:
             leave_s = 1.0  # it closed its pipe or is dead already, and if neither it must not go on
         code = child.end(leave_s)
-        with self._sending:  # (a blocked write ended with the process)
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(child.connection.fileno())) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)  # a blocked write ends, even where the process does not
+        with self._sending:
             child.connection.close()
         ready_s = None if ready_at_s is None else time.monotonic() - ready_at_s
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if broken is not None:
+            if broken.code == EngineRestarted.code:  # (our own words, which name nothing of this machine)
+                how = broken.message.removeprefix("the engine process was killed: ")
             return _End(how, error_from(broken.code, broken.message), ready_s)
         said = " | ".join(line for line in list(child.last_words)[-5:] if line)
         message = f"the engine process died: {_signal_name(how, code)}" + (f"; it said: {said}" if said else "")
         return _End(how, PensieveError(message), ready_s)
 
     def _read_until_gone(self, child: _Child) -> tuple[Broken | None, float | None]:
-        """Hand its messages on; returns why it broke, if it said so, and when it was ready, if it was."""
+        """Hand its messages on; returns why it broke, if it said so or had to be killed, and when it was ready, if it was."""
         broken: Broken | None = None
         ready_at_s: float | None = None
-        deadline_s = time.monotonic() + self._start_timeout_s
+        inbox, lived, vitals = Inbox(child.connection), LivedTime(), None
+        start_by_s = self._start_timeout_s  # in lived time
         while True:
             with self._lock:
                 close_by_s = self._close_by_s
-            if close_by_s is not None:
-                if ready_at_s is None:  # it loads a model and does not listen
-                    return None, None
-                deadline_s = close_by_s
-            limit_s = deadline_s if ready_at_s is None or close_by_s is not None else None
+            if close_by_s is not None and ready_at_s is None:  # it loads a model and does not listen
+                return None, None
             watched: list[Any] = [child.connection, child.process.sentinel]
             if close_by_s is None:
                 watched.append(self._wake)
-            heard = wait(watched, None if limit_s is None else max(0.0, limit_s - time.monotonic()))
+            heard = wait(watched, LOOK_S if close_by_s is None else min(LOOK_S, max(0.0, close_by_s - time.monotonic())))
+            now_s = lived.now()
             if child.connection in heard:
                 try:
-                    message = receive(child.connection)
+                    messages = inbox.take()
                 except (EOFError, OSError):
                     return broken, ready_at_s
                 except Exception as error:  # not something that a child of this version says
                     child.process.kill()
                     return Broken(PensieveError.code, f"the engine spoke nonsense: {type(error).__name__}: {error}"), ready_at_s
-                match message:
-                    case list():
-                        with self._lock:
-                            self._in_flight.settle(message)
-                        self._deliver(message)
-                    case Beat():
-                        with self._lock:
-                            self._beat, self._beat_s = message, time.monotonic()
-                    case Progress():
-                        deadline_s = time.monotonic() + self._start_timeout_s
-                        with self._lock:
-                            self._progress = message.text
-                    case EngineInfo():
-                        ready_at_s = time.monotonic()
-                        with self._lock:
-                            self._info, self._connection = message, child.connection
-                            self._beat, self._beat_s = Beat(0.0), ready_at_s
-                        self._enter("ready")
-                    case Broken():
-                        broken = message
+                if vitals is not None:
+                    vitals.heard(now_s)
+                for message in messages:
+                    match message:
+                        case list():
+                            with self._lock:
+                                self._in_flight.settle(message)
+                            self._deliver(message)
+                        case Beat():
+                            if vitals is not None:
+                                vitals.beat(message.stalled_s)
+                            with self._lock:
+                                self._beat, self._beat_s = message, time.monotonic()
+                        case Progress():
+                            start_by_s = now_s + self._start_timeout_s
+                            with self._lock:
+                                self._progress = message.text
+                        case EngineInfo():
+                            if (changed := self._changed(message)) is not None:
+                                child.process.kill()
+                                return Broken(ModelRefused.code, changed), None
+                            ready_at_s, vitals = time.monotonic(), Vitals(self._patience, now_s)
+                            with self._lock:
+                                self._info, self._connection = message, child.connection
+                                self._beat, self._beat_s = Beat(0.0), ready_at_s
+                            self._enter("ready")
+                        case Broken():
+                            broken = message
             elif child.process.sentinel in heard:
                 return broken, ready_at_s
-            elif not heard:  # too late
-                if close_by_s is None:
-                    text = f"the engine showed no progress for {self._start_timeout_s:g} s while it was starting ({self.progress})"
-                    broken = Broken(EngineNotReady.code, text)
+            if close_by_s is not None:
+                if time.monotonic() >= close_by_s:
+                    child.process.kill()
+                    return broken, ready_at_s
+            elif vitals is not None:
+                if (why := vitals.why_dead(now_s)) is not None:
+                    child.process.kill()
+                    return Broken(EngineRestarted.code, f"the engine process was killed: {why}"), ready_at_s
+            elif now_s >= start_by_s:
                 child.process.kill()
-                return broken, ready_at_s
+                text = f"the engine showed no progress for {self._start_timeout_s:g} s while it was starting ({self.progress})"
+                return Broken(EngineNotReady.code, text), ready_at_s
+
+    def _changed(self, info: EngineInfo) -> str | None:
+        """Why a restarted engine cannot go on with what the first one's clients were told; None: it can."""
+        with self._lock:
+            first = self._info
+        if first is None:
+            return None
+        for name in ("num_parameters", "vocab_size", "max_context", "chunk_tokens"):
+            if (was := getattr(first, name)) != (now := getattr(info, name)):
+                return f"the model is not the one that was served: {name} was {was} and is {now}. Put its files back, or start the server again"
+        return None
 
     def _enter(self, state: State) -> None:
         with self._lock:
@@ -465,7 +514,7 @@ class EngineProcess:
         """What a request that was under way is told."""
         if state == "closed":
             return EngineClosed("the engine was closed before this request ended")
-        after = "it was started again; ask again" if state == "restarting" else "it is not started again"
+        after = "it is started again; ask again" if state == "restarting" else "it is not started again"
         return EngineRestarted(f"the engine process died ({end.how}) while this request ran; {after}")
 
     def _answer_everybody(self, error: PensieveError) -> None:
@@ -507,6 +556,8 @@ class EngineProcess:
         if self._close_by_s is not None or self._state == "closed":
             return EngineClosed("the engine was closed before this request began")
         if self._state == "failed":
+            if self._info is not None:  # (how it died is for those who run it: it may name files)
+                return EngineClosed("there is no engine: it ended and is not started again; the server's log says why")
             assert self._error is not None
             return self._error if self._error.code in _USER_ERRORS else EngineClosed(f"there is no engine: {self._error.message}")
         if self._state == "restarting" and time.monotonic() >= posted_s + self._hold_s:

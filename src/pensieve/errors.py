@@ -107,6 +107,19 @@ class StoreError(PensieveError):
     http_status = 500
 
 
+class StoreUnavailable(StoreError):
+    """The conversation store fails now and may work again without help: disk full, file locked or moved away, no connection."""
+
+    http_status = 503
+
+
+class AnswerLost(PensieveError):
+    """This server did not renew its lease in the store, and another one took its answers over. Asking again is safe."""
+
+    code = "answer_lost"
+    http_status = 503
+
+
 class ConversationConflict(PensieveError):
     """Somebody else went on with the conversation meanwhile: another process on the same store."""
 
@@ -146,6 +159,13 @@ class EngineNotReady(PensieveError):
     """The engine is still starting: its model is being fetched or loaded."""
 
     code = "engine_not_ready"
+    http_status = 503
+
+
+class EngineSilent(PensieveError):
+    """The engine did not answer in time. It is in a long step, or will be replaced."""
+
+    code = "engine_timeout"
     http_status = 503
 
 

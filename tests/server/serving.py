@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,9 @@ from pensieve.core.scheduler import Scheduler
 from pensieve.engine import Engine
 from pensieve.engine_child import EngineInfo
 from pensieve.server.app import create_app
+from pensieve.server.connections import ConnectionLimits, Connections
 from pensieve.server.context import Context, ServerConfig
+from pensieve.server.door import DoorRules
 from pensieve.server.keys import KeyFile
 from pensieve.server.metrics import Metrics
 from pensieve.server.turns import Turns
@@ -83,6 +85,7 @@ class Serving:
     store: SqliteStore
     state: EngineState
     client: httpx.Client = field(repr=False)
+    connections: Connections = field(repr=False)
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         return self.client.post(path, json=body, headers=headers)
@@ -119,11 +122,16 @@ def serving(
     max_context: int = 400,
     overflow: str = "refuse",
     store_path: Path | None = None,
+    owner: str = "test",
     keys: Path | None = None,
     key: str | None = None,
     max_waiting: int = 4096,
     config: dict[str, Any] | None = None,
     runner: TextRunner | None = None,
+    rules: dict[str, Any] | None = None,
+    limits: ConnectionLimits | None = None,
+    more_ports: tuple[int, ...] = (),
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Iterator[Serving]:
     text = chat(template)
     store, ephemeral = SqliteStore(store_path or MEMORY), SqliteStore(MEMORY)
@@ -135,7 +143,7 @@ def serving(
         max_context=max_context,
         overflow="truncate" if overflow == "truncate" else "refuse",
         ephemeral=ephemeral,
-        drafts="test",
+        drafts=owner,
         runner=runner,
     )
     worker = ScriptedWorker(list(slots), CHUNK, vocab=VOCAB)
@@ -162,11 +170,19 @@ def serving(
         return contexts[0]
 
     hosts = frozenset({"127.0.0.1", "localhost"}) if keys is None else None
-    app = create_app(make_context, metrics, server_config.max_body_bytes, hosts=hosts)
+    own = {"max_body_bytes": server_config.max_body_bytes, "shared": keys is not None, "hosts": hosts}
+    app = create_app(make_context, metrics, DoorRules(**{**own, **(rules or {})}))
+    connections = Connections(limits or ConnectionLimits(), lambda reason: metrics.refused.labels(reason).inc())
     listener = socket.create_server(("127.0.0.1", 0))
+    more = [socket.create_server(("127.0.0.1", port)) for port in more_ports]
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sees to that for `pensieve serve`'s listener; 40 ms a request
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    server = uvicorn.Server(uvicorn.Config(app, http=connections.protocol(), ws="none", log_config=None, timeout_graceful_shutdown=10))
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(server.serve(sockets=[listener, *more]))
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the server did not start"
@@ -174,7 +190,7 @@ def serving(
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     client = httpx.Client(base_url=url, timeout=30.0, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        yield Serving(url, contexts[0], worker, engine, text, store, state, client)
+        yield Serving(url, contexts[0], worker, engine, text, store, state, client, connections)
     finally:
         client.close()
         server.should_exit = True

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from serving import Serving, serving
 
 from pensieve.cli.commands import cli
-from pensieve.cli.serve import is_loopback
+from pensieve.cli.front import is_loopback
 from pensieve.errors import PensieveError
 from pensieve.server.keys import KeyFile
 from pensieve.workloads.conversations import load_dataset
@@ -78,6 +78,11 @@ def test_keys_are_made_printed_once_and_kept_as_hashes(tmp_path: Path) -> None:
         (["--queue-timeout", "0"], "--queue-timeout must be positive"),
         (["--gpu-cache", "-1"], "--gpu-cache"),
         (["--store", "mysql://x"], "sqlite:///"),
+        (["--private"], "--api-key-file"),
+        (["--max-body", "8", "--max-bodies", "4"], "--max-bodies"),
+        (["--allow-origin", "*"], "https://host"),
+        (["--allow-origin", "https://a.example/path"], "https://host"),
+        (["--metrics-port", "8123", "--metrics-host", "192.0.2.1"], "cannot listen"),
     ],
 )
 def test_serve_refuses_what_cannot_be_before_it_loads_anything(words: list[str], expected: str) -> None:
@@ -87,7 +92,10 @@ def test_serve_refuses_what_cannot_be_before_it_loads_anything(words: list[str],
 
 def test_serve_says_that_a_port_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        result = type_in("serve", "--port", str(listener.getsockname()[1]))
+        taken = str(listener.getsockname()[1])
+        result = type_in("serve", "--port", taken)
+        same = type_in("serve", "--port", taken, "--metrics-port", taken)
+    assert isinstance(same.exception, PensieveError) and "must not be --port" in same.exception.message
     assert isinstance(result.exception, PensieveError) and "--port" in result.exception.message
 
 

@@ -19,6 +19,7 @@ from hypothesis.errors import Unsatisfiable
 from serving import Serving, tool_server
 
 from pensieve.server.app import create_app
+from pensieve.server.door import DoorRules
 from pensieve.server.metrics import Metrics
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -29,7 +30,7 @@ def _no_context() -> Any:
     raise AssertionError("this application is described, not run")
 
 
-SCHEMA = schemathesis.openapi.from_dict(create_app(_no_context, Metrics(), 1 << 20).openapi())
+SCHEMA = schemathesis.openapi.from_dict(create_app(_no_context, Metrics(), DoorRules()).openapi())
 OPERATIONS = {found.ok().label: found.ok() for found in SCHEMA.get_all_operations()}
 del OPERATIONS["GET /v1/pensieve/record"]  # it has no end
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from serving import Serving, tool_server
 
-from pensieve.server import app
+from pensieve.server import sweeper
 from pensieve.store import Claim
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -25,7 +25,7 @@ LONE = '"\\ud800"'  # half of a surrogate pair, as JSON can spell it
 @pytest.fixture(scope="module")
 def server() -> Iterator[Serving]:
     with pytest.MonkeyPatch.context() as patch, tool_server(config={"max_body_bytes": 4 << 20}) as running:
-        patch.setattr(app, "SWEEP_S", 0.2)
+        patch.setattr(sweeper, "SWEEP_S", 0.2)
         yield running
 
 
@@ -329,8 +329,8 @@ def test_a_turn_that_fails_leaves_no_empty_conversation(server: Serving) -> None
 def test_retries_that_race_the_first_try_get_its_answer(server: Serving) -> None:
     claim = server.store.claim
 
-    def slow(*arguments: Any) -> Claim:
-        held = claim(*arguments)
+    def slow(*arguments: Any, **more: Any) -> Claim:
+        held = claim(*arguments, **more)
         if held.fresh:
             time.sleep(0.3)  # who came first is the last to hear of it
         return held
@@ -427,7 +427,7 @@ def test_turns_that_come_while_a_conversation_is_deleted(server: Serving, conver
     said: list[str] = []
     thread = stream(server, conversation, said)
     erase = server.store.erase
-    server.store.erase = lambda *names: (time.sleep(0.5), erase(*names))[1]  # type: ignore[method-assign]
+    server.store.erase = lambda *names, **more: (time.sleep(0.5), erase(*names, **more))[1]  # type: ignore[method-assign]
     try:
         with ThreadPoolExecutor(1) as pool:
             deleted = pool.submit(server.client.delete, own(conversation))

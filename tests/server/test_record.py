@@ -19,6 +19,7 @@ from pensieve.cli.commands import cli
 from pensieve.errors import PensieveError
 from pensieve.server import recorders
 from pensieve.server.keys import key_line, new_key
+from pensieve.server.shares import Shares
 from pensieve.workloads.traces import load_trace
 
 CHUNK = 8
@@ -34,16 +35,16 @@ def wait_for(what: Any) -> None:
 @contextmanager
 def recording(server: Serving, path: Path, *words: str) -> Iterator[None]:
     """A recorder at work, until the server says that it goes down."""
-    before = len(server.context.turns.watchers)
+    before = server.context.recorders.num_held
     arguments = ["record", "--url", f"{server.url}/v1", "--out", str(path), *words]
     thread = threading.Thread(target=lambda: cli.main(arguments, standalone_mode=False), daemon=True)
     thread.start()
-    wait_for(lambda: len(server.context.turns.watchers) > before)
+    wait_for(lambda: server.context.recorders.num_held > before)
     yield
     server.context.turns.draining = True
     thread.join(20)
     assert not thread.is_alive()
-    wait_for(lambda: len(server.context.turns.watchers) <= before)
+    wait_for(lambda: server.context.recorders.num_held <= before)
     server.context.turns.draining = False
 
 
@@ -134,18 +135,18 @@ def test_a_slow_recorder_loses_turns_and_is_told_how_many(monkeypatch: pytest.Mo
         server.context.turns.draining = False
 
 
-def test_a_recording_has_a_duration_and_there_are_few_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_recording_has_a_duration_and_there_are_few_at_once(tmp_path: Path) -> None:
     with serving() as server:
         cli.main(["record", "--url", server.url, "--duration", "0.05", "--out", str(tmp_path / "t")], standalone_mode=False)
         assert (tmp_path / "t").read_text() == ""
-        wait_for(lambda: not server.context.turns.watchers)
-        monkeypatch.setattr("pensieve.server.native.MAX_RECORDERS", 1)
+        wait_for(lambda: not server.context.recorders.num_held)
+        server.context.recorders = Shares(1)
         with server.client.stream("GET", "/v1/pensieve/record") as response:
             events = response.iter_lines()  # (kept: a stream whose reader is gone is closed)
             next(events)
             with pytest.raises(PensieveError, match="at most 1 may"):
                 cli.main(["record", "--url", server.url], standalone_mode=False)
-        wait_for(lambda: not server.context.turns.watchers)
+        wait_for(lambda: not server.context.recorders.num_held)
         for wrong in ("0", "-1", "nan", "inf", "soon"):
             assert server.client.get("/v1/pensieve/record", params={"duration_s": wrong}).status_code == 400
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from real import MAX_CONTEXT, RealServer, real_server
 
@@ -46,6 +47,8 @@ class Client:
     said: list[dict[str, str]] = field(default_factory=list)  # every message of every turn whose end was seen
     conversation: str = ""
     asked: str | None = None  # a question whose answer has not ended
+    key: str = ""  # its Idempotency-Key
+    request: tuple[str, dict[str, Any]] = ("", {})  # where it was sent, and what
     response: str = ""  # its id, if it was told
     pieces: list[str] = field(default_factory=list)  # of its answer
     refused: list[tuple[int, str]] = field(default_factory=list)  # status and code
@@ -74,8 +77,9 @@ class Client:
         else:
             path = "/v1/chat/completions"
             body = {"model": "smollm2", "messages": [*self.said, {"role": "user", "content": question}], "max_tokens": num_tokens}
-        body |= {"stream": True, "temperature": 0}
-        with self.server.client.stream("POST", path, json=body) as response:
+        body |= {"temperature": 0}
+        self.key, self.request = f"key-{self.rng.randrange(1 << 60)}", (path, body)
+        with self.server.client.stream("POST", path, json=body | {"stream": True}, headers={"Idempotency-Key": self.key}) as response:
             if response.status_code != 200:
                 response.read()
                 self.refused.append((response.status_code, response.json()["error"]["code"]))
@@ -205,6 +209,37 @@ def check_interrupted(server: RealServer, client: Client) -> int | None:
     return None
 
 
+def check_retried(server: RealServer, client: Client) -> bool:
+    """Who did not hear the end asks again with the same key: gets one whole answer, which is in the conversation. Whether it was made anew."""
+    if client.asked is None or not client.key or (client.named and not client.conversation):
+        return False
+    path, body = client.request
+    fragment = client.response
+    answer = server.post(path, body, **{"Idempotency-Key": client.key})
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    if client.named:
+        text, usage, conversation = text_of(told), told["usage"]["output_tokens"], told["conversation"]["id"]
+        assert told["status"] == "completed" or told["incomplete_details"] == {"reason": "max_output_tokens"}
+        anew = told["id"] != fragment
+    else:
+        choice = told["choices"][0]
+        text, usage, conversation = choice["message"]["content"], told["usage"]["completion_tokens"], told["pensieve"]["conversation"]
+        assert choice["finish_reason"] in ("stop", "length")
+        anew = True
+    limit = body.get("max_output_tokens", body.get("max_tokens"))
+    assert 0 < usage <= limit and told["pensieve"]["turn"]
+    whole = told["status"] == "completed" if client.named else told["choices"][0]["finish_reason"] == "stop"
+    assert whole or usage == limit, (usage, limit)
+    shown = server.client.get(f"/v1/pensieve/conversations/{conversation}").json()["messages"]
+    asked = [{"role": "user", "content": client.asked}, {"role": "assistant", "content": text}]
+    assert [{"role": message["role"], "content": message["content"]} for message in shown] == [*client.said, *asked]
+    again = server.post(path, body, **{"Idempotency-Key": client.key}).json()
+    assert {**again, "output": None, "choices": None} == {**told, "output": None, "choices": None}
+    client.said, client.conversation, client.asked = [*client.said, *asked], conversation, None
+    return anew
+
+
 def has_room(server: RealServer, client: Client) -> bool:
     """Whether one more short turn fits in the context: a fast server fills it between two kills."""
     if not client.said:
@@ -259,7 +294,7 @@ def all_at_once(work: Any, clients: Sequence[Client]) -> list[Any]:
 
 def kill_again_and_again(server: RealServer, num_kills: int, rng: random.Random) -> dict[str, int]:
     """Load, kill, start, look; what was seen over all rounds."""
-    seen = {"acknowledged": 0, "interrupted": 0, "most_tokens_lost": 0, "unseen": 0}
+    seen = {"acknowledged": 0, "interrupted": 0, "most_tokens_lost": 0, "unseen": 0, "retried": 0}
     for _ in range(num_kills):
         load = Load(server, rng)
         deadline = time.monotonic() + 60
@@ -274,6 +309,7 @@ def kill_again_and_again(server: RealServer, num_kills: int, rng: random.Random)
         before = sum(len(client.said) for client in load.clients)
         all_at_once(lambda client: check_acknowledged(server, client), load.clients)
         check_whole(server.store)
+        seen["retried"] += sum(all_at_once(lambda client: check_retried(server, client), load.clients))
         going_on = [client for client in load.clients if client.conversation and has_room(server, client)]
         all_at_once(lambda client: check_next_turn(server, client.conversation), rng.sample(going_on, min(2, len(going_on))))
         server.until_idle()
@@ -363,3 +399,63 @@ def test_a_server_that_is_told_to_end_lets_answers_end(tmp_path: Path) -> None:
             assert client.said
             check_next_turn(server, client.conversation)
         server.until_idle()
+
+
+@pytest.mark.slow
+def test_two_servers_on_one_store_and_one_that_freezes(tmp_path: Path) -> None:
+    """A second one ends no answer of the first; a frozen one's are recovered after its lease, and nothing acknowledged changes when it wakes up."""
+    path = tmp_path / "conversations.db"
+    with real_server(path) as first:
+        load = Load(first, random.Random(11), lengths=(150, 200))
+        deadline = time.monotonic() + 60
+        while not all(client.pieces for client in load.clients):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with real_server(path) as second:
+            load.end()
+            for client in load.clients:
+                assert not client.broken and client.said, client.broken
+                check_acknowledged(second, client)
+            body = {"model": "smollm2", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 400, "ignore_eos": True}
+            lost: list[httpx.Response] = []
+            asking = threading.Thread(target=lambda: lost.append(first.post("/v1/chat/completions", body, **{"Idempotency-Key": "frozen"})))
+            asking.start()
+            time.sleep(1.0)
+            frozen = [psutil.Process(first.process.pid), *psutil.Process(first.process.pid).children(recursive=True)]
+            for process in frozen:
+                process.suspend()
+            answer = second.post("/v1/chat/completions", body, **{"Idempotency-Key": "frozen"})
+            while answer.status_code == 409:  # it is waited for, for as long as its owner may be alive
+                assert "retry-after" in answer.headers
+                answer = second.post("/v1/chat/completions", body, **{"Idempotency-Key": "frozen"})
+            assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 400
+            for process in reversed(frozen):
+                process.resume()
+            asking.join(60)
+            assert lost[0].status_code == 503 and lost[0].json()["error"]["code"] == "answer_lost", lost[0].text
+            for server in (first, second):
+                again = server.post("/v1/chat/completions", body, **{"Idempotency-Key": "frozen"}).json()
+                assert (again["id"], again["choices"][0]["message"]) == (answer.json()["id"], answer.json()["choices"][0]["message"])
+                for client in load.clients:
+                    check_acknowledged(server, client)
+            first.wait_ready()
+            assert first.post("/v1/chat/completions", body | {"max_tokens": 4}).status_code == 200  # it goes on under a new lease
+    check_whole(path)
+
+
+def test_a_restart_on_another_port_recovers_at_once(tmp_path: Path) -> None:
+    """`real_server` asks for any free port, so each start has another one."""
+    with real_server(tmp_path / "conversations.db") as server:
+        created = server.post("/v1/responses", {"input": "Count.", "max_output_tokens": 400, "ignore_eos": True, "background": True}).json()
+        deadline = time.monotonic() + 60
+        while server.client.get(f"/v1/responses/{created['id']}").json()["status"] != "in_progress":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)  # (its draft is written with its first token)
+        url = server.url
+        server.kill()
+        server.start()
+        assert server.url != url
+        found = server.client.get(f"/v1/responses/{created['id']}").json()
+        assert (found["status"], found["incomplete_details"]) == ("incomplete", {"reason": "interrupted"})
+        check_whole(server.store)

@@ -58,7 +58,7 @@ def test_one_tenant_cannot_take_every_place(tmp_path: Path) -> None:
         assert len(refused) == 4, "two keys and three salts are one tenant"
         assert all("--max-open-per-key" in answer.json()["error"]["message"] for answer in refused)
         server.until_idle()
-        assert not server.context.turns._num_open
+        assert not server.context.turns.places.num_held
 
 
 def computed(server: Serving, ask: Any) -> tuple[int, int]:

@@ -94,6 +94,20 @@ class PostgresServer:
         self._process = None
         psutil.wait_procs(members, timeout=START_S)
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """As if the machine stood still: connections stay, nothing is answered."""
+        assert self._process is not None
+        members = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        for member in members:
+            member.suspend()
+        try:
+            yield
+        finally:
+            for member in reversed(members):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.resume()
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)  # disconnects everybody and ends in order

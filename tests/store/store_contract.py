@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -504,8 +505,9 @@ class ConversationStoreContract:
         assert store.recover_drafts("dead") == 1
         assert store.turn("a", "dead").reply_reason == INTERRUPTED
         store.extend_draft("alive", [2], "goes on").result(timeout=30)
-        assert store.recover_drafts("nobody") == 0
-        assert store.recover_drafts() == 1
+        assert store.recover_drafts("another") == 0
+        assert store.recover_drafts() == 0  # the other's lease has not been ended
+        assert store.recover_drafts("alive") == 1
 
     def test_drafts_go_with_their_conversation_and_hold_what_they_follow(self, store: ConversationStore) -> None:
         store.create("a", "one")
@@ -581,34 +583,73 @@ class ConversationStoreContract:
     # -- time to live
 
     def test_conversations_expire_unless_pinned(self, store: ConversationStore) -> None:
-        for namespace, name, expires_s in (("a", "late", 300.0), ("b", "soon", 100.0), ("a", "never", None), ("a", "pinned", 100.0)):
+        begun_s = time.time()
+        for namespace, name, ttl_s in (("a", "late", 300.0), ("b", "soon", 100.0), ("a", "never", None), ("a", "pinned", 110.0)):
             store.create(namespace, name)
-            assert store.set_ttl(namespace, name, expires_s) == store.get(namespace, name)
-            assert store.get(namespace, name).expires_s == expires_s
+            assert store.set_ttl(namespace, name, ttl_s) == store.get(namespace, name)
+            found = store.get(namespace, name)
+            assert found.ttl_s == ttl_s and (
+                found.expires_s is None if ttl_s is None else begun_s + ttl_s <= found.expires_s < begun_s + ttl_s + 5
+            )
         assert store.set_pinned("a", "pinned", True).pinned
-        assert store.expired(99.9) == []
-        assert [c.id for c in store.expired(100)] == ["soon"]
-        assert [c.id for c in store.expired(1000)] == ["soon", "late"]
-        assert [c.id for c in store.expired(1000, limit=1)] == ["soon"]
-        store.set_ttl("a", "late", None)
+        assert store.expired(begun_s + 99.9) == []
+        assert [c.id for c in store.expired(begun_s + 105)] == ["soon"]
+        assert [c.id for c in store.expired(begun_s + 1000)] == ["soon", "late"]
+        assert [c.id for c in store.expired(begun_s + 1000, limit=1)] == ["soon"]
+        assert store.set_ttl("a", "late", None).expires_s is None
         assert not store.set_pinned("a", "pinned", False).pinned
-        assert [c.id for c in store.expired(1000)] == ["soon", "pinned"]  # of equal times the first made
+        assert [c.id for c in store.expired(begun_s + 1000)] == ["soon", "pinned"]
         assert {c.id for c in store.list("a")} == {"late", "never", "pinned"}
 
-    def test_a_fork_expires_with_its_origin_and_is_not_pinned(self, store: ConversationStore) -> None:
+    def test_each_use_begins_the_time_to_live_anew(self, store: ConversationStore) -> None:
+        def until(name: str) -> float:
+            expires_s = store.get("a", name).expires_s
+            assert expires_s is not None
+            return expires_s
+
+        store.create("a", "one")
+        store.set_ttl("a", "one", 100.0)
+        for use in (
+            lambda: store.touch("a", "one").result(timeout=30),  # a turn begins
+            lambda: store.draft("a", "one", None, "t", user("q"), [1], 0, 1).result(timeout=30),  # has its first token
+            lambda: store.append("a", "one", None, user("q"), [1], turn_id="t").result(timeout=30),  # ends
+            lambda: store.set_ttl("a", "one", 100.0),
+        ):
+            before = until("one")
+            time.sleep(0.002)
+            use()
+            assert before < until("one") <= time.time() + 100.0
+        before = until("one")
+        store.path("a", "t"), store.list("a"), store.describe("a", "one", title="read", metadata={})
+        assert until("one") == before  # neither reading nor describing is a use
+        store.create("a", "two")
+        store.touch("a", "two").result(timeout=30)
+        say(store, "two", "hi", [1])
+        assert store.get("a", "two").expires_s is None
+
+    def test_a_conversation_that_is_being_answered_does_not_expire(self, store: ConversationStore) -> None:
+        store.create("a", "one")
+        store.set_ttl("a", "one", 10.0)
+        store.draft("a", "one", None, "t", user("q"), [1], 0, 1, owner="me").result(timeout=30)
+        assert store.expired(time.time() + 1000) == []
+        store.discard_draft("t").result(timeout=30)
+        assert [c.id for c in store.expired(time.time() + 1000)] == ["one"]
+
+    def test_a_fork_lives_as_long_as_its_origin_and_is_not_pinned(self, store: ConversationStore) -> None:
         store.create("a", "one")
         store.set_ttl("a", "one", 100.0)
         store.set_pinned("a", "one", True)
         fork = store.fork("a", "one")
-        assert (fork.expires_s, fork.pinned) == (100.0, False)
+        assert (fork.ttl_s, fork.pinned) == (100.0, False)
+        assert fork.expires_s == fork.created_s + 100.0
 
     def test_ttl_and_pins_are_checked(self, store: ConversationStore) -> None:
         store.create("a", "one")
         for attempt in (lambda: store.set_ttl("b", "one", 1.0), lambda: store.set_pinned("b", "one", True)):
             with pytest.raises(ConversationNotFound):
                 attempt()
-        for wrong in (float("nan"), float("inf")):
-            with pytest.raises(InvalidRequest, match="expires_s"):
+        for wrong in (float("nan"), float("inf"), -1.0):
+            with pytest.raises(InvalidRequest, match="ttl_s"):
                 store.set_ttl("a", "one", wrong)
         with pytest.raises(InvalidRequest, match="limit"):
             store.expired(0.0, limit=-1)

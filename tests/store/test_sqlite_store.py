@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import random
 import sqlite3
 import stat
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pensieve.chat import Message, path_digests
-from pensieve.errors import ConversationNotFound, StoreError
-from pensieve.store import SqliteStore, default_path, path_messages, schema
+from pensieve.errors import StoreError
+from pensieve.store import SqliteStore, default_path, schema
 from pensieve.store.schema import APPLICATION_ID, MIGRATIONS, connect
+from store.owners_contract import OwnersContract
 from store.store_contract import ConversationStoreContract, log, say, user
 
 
-class TestInMemory(ConversationStoreContract):
+class InMemory:
     @pytest.fixture
     def new_store(self) -> Iterator[Callable[[], SqliteStore]]:
         made: list[SqliteStore] = []
@@ -33,13 +29,29 @@ class TestInMemory(ConversationStoreContract):
             store.close()
 
 
-class TestFile(ConversationStoreContract):
+class InFile:
     @pytest.fixture
     def new_store(self, tmp_path: Path) -> Iterator[Callable[[], SqliteStore]]:
         made: list[SqliteStore] = []
         yield lambda: made.append(SqliteStore(tmp_path / f"{len(made)}.db")) or made[-1]  # type: ignore[func-returns-value]
         for store in made:
             store.close()
+
+
+class TestInMemory(InMemory, ConversationStoreContract):
+    pass
+
+
+class TestFile(InFile, ConversationStoreContract):
+    pass
+
+
+class TestOwnersInMemory(InMemory, OwnersContract):
+    pass
+
+
+class TestOwnersInFile(InFile, OwnersContract):
+    pass
 
 
 @pytest.fixture
@@ -150,7 +162,7 @@ def test_a_full_disk_fails_the_turn_and_nothing_else(path: Path) -> None:
         futures = [store.append("a", "one", None, user("x"), token_ids) for token_ids in ([1], big, [2])]
         release.set()
         assert futures[0].result(timeout=30).token_ids == (1,)
-        with pytest.raises(StoreError, match=r"conversations.db failed: database or disk is full"):
+        with pytest.raises(StoreError, match=r"^the conversation store failed: database or disk is full"):
             futures[1].result(timeout=30)
         assert futures[2].result(timeout=30).token_ids == (2,)
         assert log(store, "one") == [2]
@@ -401,148 +413,6 @@ def test_ours_can_be_told_from_others(path: Path) -> None:
     connection.close()
 
 
-# -- erasing
-
-MARKER = "a marker that is nowhere else"
-
-
-def remains(path: Path, marker: str = MARKER) -> bool:
-    """Whether a text is anywhere in the store's files."""
-    files = [path, path.with_name(path.name + "-wal")]
-    return any(marker.encode() in file.read_bytes() for file in files if file.exists())
-
-
-def fill(store: SqliteStore) -> None:
-    """Two conversations, one of them with the marker everywhere it can be, an answer under way included."""
-    for name in ("kept", "secret"):
-        store.create("a", name, title=MARKER if name == "secret" else "kept")
-    for i in range(40):
-        say(store, "kept", f"kept {i}" * 20, [i] * 50)
-        say(store, "secret", MARKER * (1 + i * 7 % 150), [i] * 50, meta={"k": MARKER})
-    store.draft("a", "secret", None, "d", user(MARKER), [1], 0, 1, {"k": MARKER}).result(timeout=30)
-    store.extend_draft("d", [2], MARKER).result(timeout=30)
-
-
-def test_what_was_erased_is_nowhere_in_the_files(path: Path) -> None:
-    with SqliteStore(path) as store:
-        fill(store)
-        assert remains(path)
-        erased = store.erase("a", "secret")
-        assert (erased.turns, erased.complete) == (40, True)
-        assert not remains(path)
-        assert log(store, "kept") == [i for i in range(40) for _ in range(50)]
-    assert not remains(path)
-
-
-def test_without_secure_delete_it_would_be_there(path: Path) -> None:
-    with SqliteStore(path, rebuild_bytes=0) as store:
-        store._writer.call(lambda connection: connection.execute("PRAGMA secure_delete = OFF").fetchone(), alone=True)
-        fill(store)
-        assert not store.erase("a", "secret").complete
-        assert remains(path)
-
-
-def come_and_go(path: Path, seed: int, rebuild_bytes: int) -> bool:
-    """Let conversations come and go, erase one more, and say whether it can be read in the files."""
-    chance, alive = random.Random(seed), list[str]()
-    with SqliteStore(path, rebuild_bytes=rebuild_bytes) as store:
-        store._writer.call(lambda connection: connection.execute("PRAGMA synchronous = OFF").fetchone(), alone=True)
-        for number in range(149):
-            if len(alive) < 10 or chance.random() < 0.75:
-                if not alive or chance.random() < 0.3:
-                    alive.append(store.create("a", f"c{number:03}").id)
-                id = chance.choice(alive)
-                store.append(
-                    "a", id, None, user(f"<{id}> lorem ipsum " * chance.randint(1, 60)), [7] * chance.choice([5, 50, 500])
-                ).result()
-            else:
-                id = alive.pop(chance.randrange(len(alive)))
-                if number == 148:
-                    assert store.erase("a", id).complete == (rebuild_bytes > 0)
-                    return remains(path, f"<{id}>")
-                store.delete("a", id)
-    return False
-
-
-def test_rebuilding_does_away_with_what_secure_delete_leaves(tmp_path: Path) -> None:
-    """SQLite copies rows from page to page, and the free space of the old page keeps their bytes."""
-    for seed in (2, *range(3, 12)):  # 2: so it is with SQLite 3.40
-        if come_and_go(tmp_path / f"{seed}.db", seed, rebuild_bytes=0):
-            assert not come_and_go(tmp_path / "rebuilt.db", seed, rebuild_bytes=1 << 30)
-            return
-    pytest.skip("this SQLite left nothing behind in ten histories")
-
-
-def test_a_reader_that_holds_the_log_makes_erasing_incomplete(path: Path) -> None:
-    with SqliteStore(path, busy_timeout_s=0.2) as store:
-        fill(store)
-        reader = connect(path, 1, read_only=True)
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM turns").fetchone()
-        erased = store.erase("a", "secret")
-        assert not erased.complete
-        assert erased.turns == 40
-        assert remains(path)
-        with pytest.raises(ConversationNotFound):  # gone for everybody who looks now
-            store.get("a", "secret")
-        reader.execute("ROLLBACK")
-        reader.close()
-        store.create("a", "another")
-        assert store.erase("a", "another").complete
-        assert not remains(path)
-
-
-def test_a_reader_that_ends_is_waited_for(path: Path) -> None:
-    with SqliteStore(path, busy_timeout_s=30) as store:
-        fill(store)
-        reader = connect(path, 1, read_only=True)
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM turns").fetchone()
-        timer = threading.Timer(0.3, reader.execute, ["ROLLBACK"])
-        timer.start()
-        assert store.erase("a", "secret").complete
-        assert not remains(path)
-        timer.join()
-        reader.close()
-
-
-def test_turns_are_written_while_others_erase(path: Path) -> None:
-    with SqliteStore(path, busy_timeout_s=30) as store:
-        store.create("a", "one")
-        for i in range(8):
-            store.create("a", f"gone {i}")
-            say(store, f"gone {i}", MARKER, [i])
-
-        def erase(i: int) -> bool:
-            return store.erase("a", f"gone {i}").complete
-
-        with ThreadPoolExecutor(4) as pool:
-            done = [pool.submit(erase, i) for i in range(8)]
-            for i in range(50):
-                say(store, "one", "x", [i])
-            assert all(future.result(timeout=60) for future in done)
-        assert log(store, "one") == list(range(50))
-        assert not remains(path)
-
-
-def test_an_answers_own_thread_may_erase(path: Path) -> None:
-    with SqliteStore(path) as store:
-        fill(store)
-        seen: list[bool] = []
-        done = threading.Event()
-
-        def acknowledged(future: object) -> None:
-            try:
-                seen.append(store.erase("a", "secret").complete)
-            finally:
-                done.set()
-
-        store.append("a", "kept", None, user("hi"), [1]).add_done_callback(acknowledged)
-        assert done.wait(30)
-        assert seen == [True]
-        assert not remains(path)
-
-
 def test_a_history_is_looked_up_in_an_index(path: Path) -> None:
     """One statement for all of its messages, and no table is read from end to end."""
     with SqliteStore(":memory:") as store:
@@ -557,68 +427,3 @@ def test_a_history_is_looked_up_in_an_index(path: Path) -> None:
         ]
         assert not any("SCAN turns" in plan or "SCAN conversations" in plan for plan in plans)
         assert sum("turns_by_digest" in plan for plan in plans) == 2
-
-
-# -- the first version's files
-
-
-def make_version_1(path: Path) -> None:
-    """A file as the first version wrote it: two trees, a branch, a fork, titles."""
-    connection = schema.open_for_writing(path, 5, (schema._create,))
-    connection.execute("BEGIN")
-    for key, (id, leaf, title) in enumerate((("one", "c", 'A "title"'), ("two", "b", None), ("three", "x", "")), start=1):
-        connection.execute("INSERT INTO conversations VALUES (?, 'a', ?, NULL, 1.5, ?, ?, ?)", (key, id, 10.0 + key, title, '{"k": 1}'))
-        turns = {
-            "one": [("a", None, "a", 0, [["system", "be kind"], ["user", "hi"]]), ("c", "b", "a", 4, [["user", "left"]])],
-            "two": [("b", "a", "a", 2, [["assistant", " hello \ud800"]]), ("d", "b", "a", 4, [["tool", "right"]]), ("e", "d", "a", 6, [])],
-            "three": [("x", None, "x", 0, [["user", "hi"]])],
-        }[id]
-        connection.execute("PRAGMA defer_foreign_keys = ON")
-        for turn, parent, root, start, messages in turns:
-            row = (turn, "a", key, root, parent, start, start + 2, struct.pack("<2I", start, start + 1), json.dumps(messages), "stop", 2.5)
-            connection.execute("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-        connection.execute("UPDATE conversations SET leaf = ? WHERE key = ?", (leaf, key))
-    connection.execute("COMMIT")
-    connection.close()
-    assert version(path) == 1
-
-
-def check_version_1(path: Path) -> None:
-    with SqliteStore(path) as store:
-        assert version(path) == 2
-        assert [(c.id, c.title, c.leaf, c.expires_s, c.pinned) for c in store.list("a")] == [
-            ("three", "", "x", None, False),
-            ("two", None, "b", None, False),
-            ("one", 'A "title"', "c", None, False),
-        ]
-        for turn_id, length in (("a", 1), ("b", 2), ("c", 3), ("d", 3), ("e", 4), ("x", 1)):
-            turns = store.path("a", turn_id)
-            assert len(turns) == length
-            assert turns[-1].digest == path_digests(path_messages(turns))[-1]
-            assert turns[-1].meta == {}
-        assert log(store, "one") == [0, 1, 2, 3, 4, 5]
-        asked = [*path_messages(store.path("a", "c")), Message("user", "more")]
-        found = store.find("a", path_digests(asked))
-        assert found is not None
-        assert (found[0], found[1].id) == (3, "c")
-        on = say(store, "one", "on", [9])
-        assert on.digest == path_digests(path_messages(store.path("a", on.id)))[-1]
-        store.delete("a", "two")
-        assert log(store, "one")[-1] == 9
-
-
-def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
-    make_version_1(path)
-    check_version_1(path)
-
-
-def test_the_migration_test_sees_a_wrong_hash(path: Path) -> None:
-    make_version_1(path)
-
-    def broken(connection: sqlite3.Connection) -> None:
-        schema._answers(connection)
-        connection.execute("UPDATE turns SET digest = x'00' WHERE id = 'b'")
-
-    SqliteStore(path, migrations=(schema._create, broken)).close()
-    with pytest.raises(AssertionError):
-        check_version_1(path)

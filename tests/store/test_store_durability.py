@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -115,8 +116,9 @@ def record(path: Path, synchronous: str = "FULL") -> Any:
     disk, name = power_loss.Disk(), next(vfs_names)
     vfs = power_loss.RecordingVfs(name, disk)
 
-    def connect(path: Path, **_: object) -> Any:
-        connection = power_loss.RecordedConnection(path, name, {"synchronous = FULL": f"synchronous = {synchronous}"})
+    def connect(name_: str, **_: object) -> Any:
+        file = Path(unquote(name_.removeprefix("file://").partition("?")[0]))
+        connection = power_loss.RecordedConnection(file, name, {"synchronous = FULL": f"synchronous = {synchronous}"})
         connection.execute("PRAGMA wal_autocheckpoint = 20").fetchone()  # pages: often, so that power fails during checkpoints too
         return connection
 

@@ -50,7 +50,7 @@ def test_everything_that_computes_takes_the_level_that_is_named(cap: Cap, level:
     if level < Level.AVX512_BF16:
         assert PanelProduct.why_not(BF16, 16) == PanelProduct.why_not(BF16, 16, int8=True) == "this CPU has no AVX512-BF16"
     else:
-        assert PanelProduct.why_not(BF16, 16) is None  # whatever else this CPU has
+        assert PanelProduct.why_not(BF16, 16) is None  # (under a cap, whatever else this CPU has)
 
 
 @each_level
@@ -62,7 +62,7 @@ def test_models_over_a_paged_cache_at_each_level(cap: Cap, level: Level, dtype: 
     changes = {"n_embd": 64} if name == "gpt2" else {"head_dim": 16}
     model = CausalModel(tiny(name, 0, dtype, **changes), forward="auto" if name == "gpt2" else "fused")
     if model._fused is not None:
-        panels = dtype == BF16 and level == Level.AVX512_BF16
+        panels = dtype == BF16 and level >= Level.AVX512_BF16
         assert isinstance(model._fused._layers[0].products, PanelLayer if panels else OneDnnLayer)
         assert (model._fused._calls is not None) == panels
     assert "head_dim" not in CONFIGS["llama"]  # (so that all kernels are used: heads are of 16)
@@ -98,7 +98,7 @@ def test_weights_of_8_bits_at_each_level(cap: Cap, level: Level) -> None:
 @pytest.mark.parametrize("name", ["avx1024", "AVX-512", "2", "none", " "])
 def test_a_level_that_there_is_not(cap: Cap, name: str) -> None:
     cap(name)
-    with pytest.raises(ConfigError, match=f"PENSIEVE_ISA must be one of avx2, avx512, avx512_bf16, got '{name}'; or leave it out"):
+    with pytest.raises(ConfigError, match=f"PENSIEVE_ISA must be one of avx2, avx512, avx512_bf16, amx, got '{name}'; or leave it out"):
         kernel.levels()
 
 
@@ -128,5 +128,5 @@ def test_a_wrong_level_is_said_before_a_model_is_looked_for() -> None:
         [sys.executable, "-m", "pensieve", "compare", "--model", "there/is-none"], capture_output=True, text=True, timeout=120,
         env={**os.environ, kernel.CAP: "sse9"}, check=False,
     )  # fmt: skip
-    assert run.returncode != 0 and "PENSIEVE_ISA must be one of avx2, avx512, avx512_bf16, got 'sse9'" in run.stderr
+    assert run.returncode != 0 and "PENSIEVE_ISA must be one of avx2, avx512, avx512_bf16, amx, got 'sse9'" in run.stderr
     assert "Traceback" not in run.stderr

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pensieve.worker import kernel, products
-from pensieve.worker.products import _ADDED, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct
+from pensieve.worker.products import _ADDED, _FLOAT, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct, fill_up_modules, grid_rows
 from tiny_models import tiny
 
 BF16 = torch.bfloat16
 PANELS = bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16
 any_shape = given(
-    count=st.integers(1, 30), num_in=st.integers(1, 40).map(lambda n: 2 * n), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
+    count=st.integers(1, 70), num_in=st.one_of(st.integers(1, 40).map(lambda n: 2 * n), st.integers(1, 5).map(lambda n: 32 * n)), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
     seed=st.integers(0, 5),
 )  # fmt: skip
 needs_panels = pytest.mark.skipif(not PANELS, reason="the kernels are not built, or this CPU has no AVX512-BF16")
@@ -61,6 +61,21 @@ def test_any_shape_and_what_is_done_with_the_result(count: int, num_in: int, num
     after = before.clone()
     PanelProduct([module], _ADDED)(x, after)
     close(after, before.double() + exact(x, module))
+    floats = PanelProduct([module], _FLOAT)(x)
+    assert floats.dtype == torch.float32
+    torch.testing.assert_close(floats.double(), exact(x, module), rtol=1e-4, atol=1e-4)
+
+
+@needs_panels
+@pytest.mark.parametrize("level", [level for level in kernel.levels() if level >= kernel.Level.AVX512_BF16], ids=lambda level: level.name)
+@pytest.mark.parametrize("num_in", [32, 64, 96, 800])
+def test_a_row_has_the_same_bits_in_any_company(level: kernel.Level, num_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "levels", lambda: (level,))
+    module, other, x = linear(num_in, 70, True), linear(num_in, 70, True, seed=1), rows(600, num_in)
+    plain, gated = PanelProduct([module]), PanelProduct([module, other], _GATED)
+    close(plain(x), exact(x, module))
+    for count in (1, 2, 15, 16, 17, 31, 33, 95, 257, 599):
+        assert torch.equal(plain(x[:count]), plain(x)[:count]) and torch.equal(gated(x[:count]), gated(x)[:count])
 
 
 INT8 = PANELS and PanelProduct.why_not(BF16, 8, int8=True) is None
@@ -153,9 +168,10 @@ def test_what_panels_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_panels
-def test_a_cpu_with_tiles_in_hardware_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_in_hardware_that_these_kernels_do_not_use_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "has_amx", lambda: True)
-    assert PanelProduct.why_not(BF16, 8) == "this CPU has AMX, which oneDNN uses better"
+    monkeypatch.setattr(products, "levels", lambda: (kernel.Level.AVX512_BF16,))
+    assert PanelProduct.why_not(BF16, 8) == "this CPU has AMX, which these kernels were built without"
 
 
 @needs_panels
@@ -187,3 +203,59 @@ def test_products_of_gpt2s_kind_lie_as_linear_ones_do_in_16_bits(dtype: torch.dt
     weight = model.transformer.h[0].mlp.c_fc.weight
     assert weight.shape == (48, 192) and weight.is_contiguous() == (dtype == torch.float32)
     torch.testing.assert_close(after, before, rtol=0.02, atol=0.02 * float(before.abs().max()))
+
+
+def test_row_counts_are_a_short_list_that_wastes_little() -> None:
+    sizes = [grid_rows(count) for count in range(1, 513)]
+    assert sizes[:20] == [*range(1, 17), 18, 18, 20, 20] and sizes[-1] == 512
+    assert len(set(sizes)) == 56
+    assert all(count <= size for count, size in enumerate(sizes, 1)) and all(grid_rows(size) == size for size in sizes)
+    assert max(size / count for count, size in enumerate(sizes, 1)) <= 1.125
+    assert sum(sizes) / sum(range(1, 513)) < 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_between_the_sizes_of_the_list_come_out_right(dtype: torch.dtype, bias: bool) -> None:
+    module = linear(48, 80, bias, dtype)
+    product = OneDnnProduct([module])
+    for count in [*range(1, 40), 63, 65, 100, 127, 129, 300]:
+        x = rows(count, 48, seed=count).to(dtype)
+        result = product(x)
+        assert result.shape == (count, 80) and result.is_contiguous()
+        close(result, exact(x, module))
+
+
+def test_row_counts_without_end_take_no_memory_without_end() -> None:
+    """A gigabyte before: oneDNN keeps something for each row count that it meets."""
+    psutil = pytest.importorskip("psutil")
+    product, process = OneDnnProduct([linear(256, 256, False, torch.float32)]), psutil.Process()
+
+    def after(counts: range) -> int:
+        for count in counts:
+            product(torch.zeros((count, 256)))
+        return int(process.memory_info().rss)
+
+    before = after(range(1, 500, 7))
+    assert after(range(1, 500)) - before < 60 << 20
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_models_own_products_in_16_bits_meet_row_counts_of_the_list_only(architecture: str) -> None:
+    plain, filled = tiny(architecture, dtype=BF16), tiny(architecture, dtype=BF16)
+    met: set[int] = set()
+    for module in filled.modules():
+        if hasattr(module, "weight") and type(module).__name__ in ("Linear", "Conv1D"):
+            inner = module.forward
+
+            def counting(x: torch.Tensor, inner: object = inner) -> torch.Tensor:
+                met.add(x.numel() // x.shape[-1])
+                return inner(x)  # type: ignore[operator]
+
+            module.forward = counting
+    fill_up_modules(filled)
+    for count in (1, 7, 17, 23, 50):
+        ids = torch.arange(count)[None] % 190
+        with torch.inference_mode():
+            torch.testing.assert_close(filled(ids).logits, plain(ids).logits, rtol=2.0**-6, atol=2e-2)
+    assert met == {1, 7, 18, 24, 52}

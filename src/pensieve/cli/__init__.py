@@ -34,7 +34,9 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
     except PensieveError as error:
         if _is_follower():
             sys.exit(0)
-        click.echo(f"{name}: {error.code}: {error.message}", err=True)
+        from pensieve.server.redaction import redacted
+
+        click.echo(f"{name}: {error.code}: {redacted(error.message)}", err=True)
         sys.exit(2)
 
 

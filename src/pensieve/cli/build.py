@@ -40,6 +40,7 @@ from pensieve.worker.place import Place
 
 if TYPE_CHECKING:
     from pensieve.engine_process import EngineInfo, EngineProcess, State
+    from pensieve.engine_vitals import Patience
     from pensieve.service import ConversationService
     from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
@@ -463,9 +464,16 @@ def start(
     return Runtime(started.engine, service, started.sizes, started.cost_source)
 
 
-def start_engine(options: Options, loaded: LoadedModel, *, emit: Callable[[list[Event]], None], retain: bool = True) -> StartedEngine:
-    """The engine alone, its thread running; `emit` gets its events."""
-    made = make_engine(options, loaded, emit=emit, retain=retain)
+def start_engine(
+    options: Options,
+    loaded: LoadedModel,
+    *,
+    emit: Callable[[list[Event]], None],
+    retain: bool = True,
+    max_failed_steps: int | None = None,
+) -> StartedEngine:
+    """The engine alone, its thread running; `emit` gets its events. It ends by itself after `max_failed_steps`, see `Engine`."""
+    made = make_engine(options, loaded, emit=emit, retain=retain, max_failed_steps=max_failed_steps)
     made.engine.start()
     return made
 
@@ -477,6 +485,7 @@ def make_engine(
     emit: Callable[[list[Event]], None],
     retain: bool = True,
     clock: Callable[[], float] = time.monotonic,
+    max_failed_steps: int | None = None,
 ) -> StartedEngine:
     """The engine alone, for whoever steps it by hand or starts its thread; `emit` gets its events."""
     sizes = _sizes_of(options, loaded, retain)
@@ -495,7 +504,7 @@ def make_engine(
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(
         scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, clock=clock, debug=options.debug, quote=quote,
-        ahead=options.is_on_gpu and loaded.group is None,
+        ahead=options.is_on_gpu and loaded.group is None, max_failed_steps=max_failed_steps,
     )  # fmt: skip
     return StartedEngine(engine, sizes, cost_source, worker.attention, loaded.model.forward_name)
 
@@ -530,18 +539,20 @@ def start_apart(
     must_talk: bool = True,
     retain: bool = True,
     on_state: Callable[[State], None] | None = None,
+    patience: Patience | None = None,
     prompt_timeout_s: float | None = None,
 ) -> ApartRuntime:
     """Start an engine in a process of its own and wait until it is ready; tokenizer and service are here.
 
     With `prompt_timeout_s`, processor time a prompt, prompts are made in processes of their own (`text.workers`); None: by the service itself.
-    `store`, `ephemeral` and `drafts` are the service's, see `ConversationService`.
+    `store`, `ephemeral` and `drafts` are the service's, see `ConversationService`; `on_state` and `patience` are of `EngineProcess`.
 
     Raises:
         ModelUnavailable, ModelRefused, ConfigError: as `load_model` and `size_tiers`, from the engine's process.
     """
     from pensieve.cli import engine_main, text_main
     from pensieve.engine_process import EngineProcess
+    from pensieve.engine_vitals import Patience
     from pensieve.service import ConversationService
     from pensieve.text.nursery import new_nursery
     from pensieve.text.workers import TextWorkers, memory_for
@@ -556,11 +567,12 @@ def start_apart(
         emit=lambda events: late[0].handle(events),
         on_state=on_state,
         restart=Place.from_environment() is None,  # the other ranks of one that died cannot be joined again
+        patience=patience or Patience(),
     )
     try:
         import_tokenizers()  # while the engine loads
         info = process.ready()
-        process.restart_with(replace(options, dtype=info.dtype), must_talk, retain)  # measured again, it might come out otherwise
+        process.restart_with(as_started(options, info, retain), must_talk, retain)
         folder = None if info.tokenizer_dir is None or info.weights == "random" else Path(info.tokenizer_dir)
         if nursery is not None and folder is not None:
             nursery.load(text_main.Loading(folder, template, info.max_context))  # first: what hangs or fails there is not tried here
@@ -586,6 +598,18 @@ def start_apart(
     late.append(service)
     service.connect(process.post)
     return ApartRuntime(process, service, info, text, workers)
+
+
+def as_started(options: Options, info: EngineInfo, retain: bool) -> Options:
+    """Options with which an engine comes out as the one of `info`: what it measured, of this CPU and of memory, might come out otherwise later."""
+    options = replace(options, dtype=info.dtype)
+    if options.gpu_cache_gb is None:
+        most = (info.tiers[0].num_slots + 1) * info.chunk_bytes - 1  # the most bytes that are so many chunks
+        if not retain and not options.is_on_gpu:  # the one tier has the second's bytes, too
+            most -= int(options.second_tier_gb * GB)
+            options = replace(options, max_context=info.max_context)
+        options = replace(options, gpu_cache_gb=most / GB)
+    return options
 
 
 def do_without_torch() -> None:

@@ -29,6 +29,7 @@ HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an 
 @click.option(
     "--store",
     "store_url",
+    envvar="PENSIEVE_STORE",
     default=None,
     help="Where conversations are kept, as for `serve`: a file's path, sqlite:///FILE or postgresql://… (default: a file in your data "
     "directory; :memory: keeps none).",

@@ -14,6 +14,8 @@ from pensieve.engine_child import Emit, EngineInfo, Say, ServedEngine, serve_eng
 if TYPE_CHECKING:
     from pensieve.worker.group import Group
 
+MAX_FAILED_STEPS = 8  # in a row. One request whose forward always fails is given up after two (see `Scheduler`)
+
 
 def run(connection: Connection, options: Options, must_talk: bool = True, retain: bool = True) -> None:
     """Load a model and serve it on `connection` until it is closed: the `main` of an `EngineProcess`.
@@ -31,7 +33,7 @@ def run(connection: Connection, options: Options, must_talk: bool = True, retain
         loaded = load_model(options, must_talk=must_talk, say=say, with_text=False)
         groups.extend([] if loaded.group is None else [loaded.group])
         say("allocating the cache")
-        started = start_engine(options, loaded, emit=emit, retain=retain)
+        started = start_engine(options, loaded, emit=emit, retain=retain, max_failed_steps=MAX_FAILED_STEPS)
         gc.collect()
         gc.freeze()  # libraries and model stay: the collector need not look at them again and again
         resolved = loaded.resolved

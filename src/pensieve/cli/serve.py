@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
 import signal
 import socket
@@ -18,24 +17,28 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pensieve.cli.build import Options, notes_of
+from pensieve.cli.front import BACKLOG, Front, front_options, log_to_stderr, password_note, raise_file_limit
 from pensieve.cli.loops import loop_factory
 from pensieve.cli.options import cache_options, model_options, pick, template_options
+from pensieve.engine_vitals import SILENT_S, STEPS_TO_SILENCE, Patience
 from pensieve.errors import ConfigError, ModelUnavailable, WorkerLost
 from pensieve.worker.place import Place
 
 if TYPE_CHECKING:
     from pensieve.cli.build import ApartRuntime
     from pensieve.engine_process import State
+    from pensieve.server.connections import Connections
     from pensieve.server.context import Context, ServerConfig
     from pensieve.server.keys import KeyFile
+    from pensieve.store import Lease
     from pensieve.store.base import ConversationStore
     from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
-BACKLOG = 1024
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+REQUESTS_PER_TURN = 4  # requests of all kinds that may be under way for each of --max-open
+CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end after its step
 
 
 @click.command()
@@ -51,8 +54,9 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 @click.option(
     "--store",
     "store_url",
+    envvar="PENSIEVE_STORE",
     default=None,
-    help="A file's path, sqlite:///FILE or postgresql://…  [default: a SQLite file in your data directory]",
+    help="A file's path, sqlite:///FILE or postgresql://…, also in PENSIEVE_STORE.  [default: a SQLite file in your data directory]",
 )
 @click.option("--name", "model_name", default=None, help="What clients call the model.  [default: what --model says]")
 @click.option(
@@ -64,9 +68,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
     default=None,
     help="Of these, of one tenant's keys together.  [default: three quarters with --api-key-file, else all]",
 )
-@click.option(
-    "--max-body", "max_body_mb", type=click.FloatRange(min=0.001), default=16.0, show_default=True, help="MB of a request's body."
-)
+@front_options
 @click.option(
     "--queue-timeout", "queue_timeout_s", type=float, default=120.0, show_default=True, help="Seconds to a request's first token."
 )
@@ -85,7 +87,28 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 @click.option(
     "--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM."
 )
-@click.option("--access-log", is_flag=True, help="Log a line a request: never its content.")
+@click.option(
+    "--operation-timeout",
+    "operation_timeout_s",
+    type=float,
+    default=None,
+    help="Seconds that the engine may take to answer what is no turn.  [default: 30, or --queue-timeout if that is less]",
+)
+@click.option(
+    "--engine-timeout",
+    "engine_timeout_s",
+    type=float,
+    default=SILENT_S,
+    show_default=True,
+    help="Seconds without a heartbeat after which the engine's process is replaced.",
+)
+@click.option(
+    "--step-timeout",
+    "step_timeout_s",
+    type=float,
+    default=None,
+    help="Seconds that one step of the engine may take before it is replaced.  [default: ten times --engine-timeout]",
+)
 @click.option("--stateless", is_flag=True, help="Keep no KV between turns, as a baseline: one tier of both tiers' bytes.")
 @template_options
 @model_options
@@ -107,16 +130,18 @@ def run_server(
     model_name: str | None,
     max_open: int,
     max_open_per_key: int | None,
-    max_body_mb: float,
-    access_log: bool,
     stateless: bool,
     queue_timeout_s: float,
     request_timeout_s: float,
     prompt_timeout_s: float,
     stall_timeout_s: float,
     drain_timeout_s: float,
+    operation_timeout_s: float | None,
+    engine_timeout_s: float,
+    step_timeout_s: float | None,
+    **front_arguments: Any,
 ) -> None:
-    """Start everything, serve until told to stop, end everything in order.
+    """Start everything, serve until told to stop, end everything in order. `front_arguments` are those of `front_options`.
 
     Raises:
         ConfigError: an option is wrong, or the server packages are not installed.
@@ -141,19 +166,17 @@ def run_server(
         model=model_name or options.model,
         max_open=max_open,
         max_open_per_key=max_open_per_key or (None if api_key_file is None else max(1, max_open * 3 // 4)),
-        max_body_bytes=int(max_body_mb * (1 << 20)),
+        max_body_bytes=int(front_arguments["max_body_mb"] * (1 << 20)),
         queue_timeout_s=queue_timeout_s,
         request_timeout_s=request_timeout_s,
         stall_timeout_s=stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
+        operation_timeout_s=min(30.0, queue_timeout_s) if operation_timeout_s is None else operation_timeout_s,
         debug=options.debug,
     )
+    patience = Patience(engine_timeout_s, STEPS_TO_SILENCE * engine_timeout_s if step_timeout_s is None else step_timeout_s)
+    log_to_stderr()
     keys = None if api_key_file is None else KeyFile(api_key_file)
-    if keys is None and not insecure and not is_loopback(host):
-        raise ConfigError(
-            f"--host {host} can be reached from other machines: give --api-key-file (see `pensieve keys add`), or --insecure if everybody may ask"
-        )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     servers: list[uvicorn.Server] = []
     failed = threading.Event()
 
@@ -163,17 +186,23 @@ def run_server(
             for server in servers:
                 server.should_exit = True
 
-    listener = _listen(host, port)  # first: a port that is taken should not cost the loading of a model
+    raise_file_limit()
+    front = Front(
+        host=host,
+        port=port,
+        has_keys=keys is not None,
+        insecure=insecure,
+        stall_timeout_s=stall_timeout_s,
+        max_requests=REQUESTS_PER_TURN * max_open,
+        **front_arguments,
+    )
     try:
-        parts = _start(
-            options, store_url, f"{socket.gethostname()}:{port}", retain=not stateless, on_state=on_state, prompt_timeout_s=prompt_timeout_s
-        )
+        parts = _start(options, store_url, retain=not stateless, on_state=on_state, patience=patience, prompt_timeout_s=prompt_timeout_s)
     except BaseException:
-        listener.close()
+        front.close()
         raise
-    app = parts.application(config, keys, frozenset({host, *LOOPBACK_NAMES}) if keys is None and not insecure else None)
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listener.getsockname()[1]}"
+    app, connections = parts.application(config, keys, front)
+    url = front.url
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -192,9 +221,10 @@ def run_server(
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
                 )
-                for note in notes_of(info.note, parts.text.note):
+                for note in (*notes_of(info.note, parts.text.note), *front.notes, *filter(None, (password_note(store_url),))):
                     click.secho(f"note: {note}", fg="yellow")
-                click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/)" + ("" if keys else "  without keys"), bold=True)
+                metrics = f", metrics: {front.metrics_url}" if len(front.sockets) > 1 else ""
+                click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/{metrics})" + ("" if keys else "  without keys"), bold=True)
                 sys.stdout.flush()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -207,8 +237,10 @@ def run_server(
     server = Server(
         uvicorn.Config(
             app,
+            http=connections.protocol(),
+            ws="none",
             log_config=None,
-            access_log=access_log,
+            access_log=False,  # the door writes it, without queries
             timeout_keep_alive=75,
             timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
             backlog=BACKLOG,
@@ -222,7 +254,7 @@ def run_server(
         gc.collect()
         gc.freeze()  # what was loaded stays: the collector need not look at it again and again
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(server.serve(sockets=[listener]))
+            runner.run(server.serve(sockets=front.sockets))
     finally:
         parts.close()
     if failed.is_set():
@@ -233,14 +265,15 @@ def run_server(
 class _Parts:
     """What stands behind the HTTP server."""
 
-    def __init__(self, runtime: ApartRuntime, text: ChatText, store: ConversationStore, ephemeral: ConversationStore) -> None:
-        self.runtime, self.text, self.store, self.ephemeral = runtime, text, store, ephemeral
+    def __init__(self, runtime: ApartRuntime, text: ChatText, store: ConversationStore, ephemeral: ConversationStore, lease: Lease) -> None:
+        self.runtime, self.text, self.store, self.ephemeral, self.lease = runtime, text, store, ephemeral, lease
         self.context: Context | None = None
         self._closed = False
 
-    def application(self, config: ServerConfig, keys: KeyFile | None, hosts: frozenset[str] | None) -> Any:
-        """The ASGI application; its context is made when it starts. `hosts`: the names by which it may be called; None: any."""
+    def application(self, config: ServerConfig, keys: KeyFile | None, front: Front) -> tuple[Any, Connections]:
+        """The ASGI application, whose context is made when it starts, and its connections."""
         from pensieve.server.app import create_app
+        from pensieve.server.connections import Connections
         from pensieve.server.context import Context
         from pensieve.server.metrics import Metrics
         from pensieve.server.turns import Answer, Turns
@@ -273,12 +306,14 @@ class _Parts:
                 metrics,
                 names=frozenset({runtime.info.model}),
                 runner=runtime.workers,
+                checks={"engine": runtime.process.trouble},
             )
             if (workers := runtime.workers) is not None:
                 self.context.checks["text"] = lambda: workers.trouble
             return self.context
 
-        return create_app(make_context, metrics, config.max_body_bytes, self.close, hosts=hosts)
+        connections = Connections(front.limits(), lambda reason: metrics.refused.labels(reason).inc())
+        return create_app(make_context, metrics, front.rules, self.close), connections
 
     async def drain(self, timeout_s: float) -> None:
         """Let open answers end, and take no new ones."""
@@ -286,10 +321,12 @@ class _Parts:
             await self.context.turns.drain(timeout_s)
 
     def close(self) -> None:
-        """The engine first, whose turns then fail, then the service that says so, then the stores."""
+        """The engine first, whose turns then fail, then the service that says so, then the lease under which they were made, then the stores."""
         if not self._closed:
             self._closed = True
-            self.runtime.close()
+            gave_up = self.context is not None and bool(self.context.turns.open)  # what the engine still does was told to end, and did not
+            self.runtime.close(GAVE_UP_CLOSE_S if gave_up else CLOSE_S)
+            self.lease.close()
             self.store.close()
             self.ephemeral.close()
 
@@ -297,62 +334,43 @@ class _Parts:
 def _start(
     options: Options,
     store_url: str | None,
-    owner: str,
     *,
     retain: bool,
     on_state: Callable[[State], None] | None = None,
+    patience: Patience | None = None,
     prompt_timeout_s: float | None = None,
 ) -> _Parts:
-    """Start the engine's process and open the store.
-
-    `owner` is under which name answers under way are in the store: whoever listens here now owns what whoever did before left unfinished.
-    """
+    """Open the store, with a lease under which answers are kept while they are made, and start the engine's process."""
     from pensieve.cli.build import do_without_torch, start_apart
-    from pensieve.store import MEMORY, SqliteStore, default_path, open_store
+    from pensieve.store import MEMORY, Lease, SqliteStore, default_path, open_store
 
     do_without_torch()
     store = open_store(str(default_path()) if store_url is None else store_url)
+    lease: Lease | None = None
     try:
-        recovered = store.recover_drafts(owner)
-        if recovered:
-            log.info("%d answers had been under way when the server stopped: what was stored of them is kept", recovered)
+        lease = Lease(store)
+        if lease.num_recovered:
+            log.info("%d answers had been under way when a server stopped: what was stored of them is kept", lease.num_recovered)
         ephemeral = SqliteStore(MEMORY)
         runtime = start_apart(
-            options, store=store, ephemeral=ephemeral, drafts=owner, retain=retain, on_state=on_state, prompt_timeout_s=prompt_timeout_s
+            options,
+            store=store,
+            ephemeral=ephemeral,
+            drafts=lease.owner,
+            retain=retain,
+            on_state=on_state,
+            patience=patience,
+            prompt_timeout_s=prompt_timeout_s,
         )
         if runtime.text is None:
             runtime.close()
             raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")
     except BaseException:
+        if lease is not None:
+            lease.close()
         store.close()
         raise
-    return _Parts(runtime, runtime.text, store, ephemeral)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --port or --host") from error
-    return listener
+    return _Parts(runtime, runtime.text, store, ephemeral, lease)
 
 
 def _on_terminate(server: Any, parts: _Parts) -> None:

@@ -117,7 +117,7 @@ def finish_reason(reason: str, message: Message) -> str:
     """Why an answer ended, in OpenAI's words for completions."""
     if message.tool_calls and reason == FinishReason.STOP.value:
         return "tool_calls"
-    return "length" if reason == FinishReason.LENGTH.value else "stop"
+    return "stop" if reason == FinishReason.STOP.value else "length"  # (one that was cut short is never taken for whole)
 
 
 def logprob_items(tokens: Sequence[SampledToken], text: ChatText) -> list[dict[str, Any]]:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from pensieve import __version__
-from pensieve.errors import PensieveError
 from pensieve.server import chat, completions, conversations, errors, native, ops, responses
-from pensieve.server.context import Context, tenant_by_key
-from pensieve.server.errors import ApiError, error_response
+from pensieve.server.context import Context
+from pensieve.server.door import Door, DoorRules
 from pensieve.server.metrics import Metrics
+from pensieve.server.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
-SWEEP_S = 5.0  # how often conversations whose time is up are looked for
-MAX_SWEPT = 64  # at a time
-IDEMPOTENCY_S = 24 * 3600.0  # how long a key is remembered
-PURGE_S = 3600.0
+NUM_THREADS = 32  # that wait for the store; asyncio's own number is 6 on a machine with 2 cores, and a few slow reads would take all
 
 MakeContext = Callable[[], Context]  # called in the event loop
 Ended = Callable[[], None]  # called in a thread, after the last answer
@@ -63,21 +58,27 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(
-    make_context: MakeContext, metrics: Metrics, max_body_bytes: int, on_end: Ended = lambda: None, *, hosts: frozenset[str] | None = None
-) -> FastAPI:
-    """The ASGI application. `hosts` are the names by which it may be called; None: any."""
+def create_app(make_context: MakeContext, metrics: Metrics, rules: DoorRules, on_end: Ended = lambda: None) -> FastAPI:
+    """The ASGI application."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(NUM_THREADS, "server"))
         context = app.state.context = make_context()
-        sweeper = asyncio.ensure_future(_sweep(context))
+        context.checks["store"] = context.store.trouble
+        tasks = [asyncio.ensure_future(Sweeper(context).run())]
+        if context.keys is not None:
+            context.checks["keys"] = context.keys.trouble
+            metrics.key_file_error.set_function(lambda: context.keys is not None and context.keys.trouble() is not None)
+            tasks.append(asyncio.ensure_future(context.keys.watch()))
+        context.turns.watchers.append(context.totals.add)
         try:
             yield
         finally:
-            sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sweeper
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             await context.turns.drain(context.config.drain_timeout_s)
             await asyncio.to_thread(on_end)
 
@@ -93,114 +94,9 @@ def create_app(
     errors.install(app)
     for module in (chat, completions, responses, conversations, native, ops):
         app.include_router(module.router)
-    app.add_middleware(Door, metrics=metrics, max_body_bytes=max_body_bytes, hosts=hosts)
+    app.add_middleware(Door, metrics=metrics, rules=rules)
+    if rules.origins:  # before the door: a browser asks without a key whether a page may ask
+        app.add_middleware(
+            CORSMiddleware, allow_origins=sorted(rules.origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["X-Request-Id"]
+        )
     return app
-
-
-class Door:
-    """Counts requests, gives each an id, and refuses those for other hosts, those without a key and those whose bodies are too large, before anything reads them.
-
-    A server without keys trusts everybody on this machine. A page from elsewhere must not become one of them by giving its own name this
-    machine's address (DNS rebinding), hence `hosts`.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, hosts: frozenset[str] | None) -> None:
-        self._app = app
-        self._hosts = hosts
-        self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        scope = _as_routed(scope)
-        request_id = f"req_{uuid.uuid4().hex}"
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-        status = 0
-
-        async def counting_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
-            await send(message)
-
-        num_bytes = 0
-
-        async def limited_receive() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise HTTPException(413, self._too_large(num_bytes))
-            return message
-
-        try:
-            if self._hosts is not None and _without_port(host) not in self._hosts:
-                message = f"this server has no keys and answers to {', '.join(sorted(self._hosts))} only, not to {host!r}: start it with --api-key-file"
-                await error_response(ApiError(403, message, code="host_not_allowed"))(scope, receive, counting_send)
-                return
-            if length.isdigit() and int(length) > self._max_body_bytes:
-                too_large = ApiError(413, self._too_large(int(length)), code="request_too_large", headers={"Connection": "close"})
-                await error_response(too_large)(scope, receive, counting_send)
-                return
-            if scope["method"] not in ("GET", "HEAD", "OPTIONS"):  # nobody's body is read, and nothing said of it, without a key
-                authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
-                try:
-                    tenant_by_key(scope["app"].state.context.keys, authorization)
-                except ApiError as error:
-                    error.headers["Connection"] = "close"
-                    await error_response(error)(scope, receive, counting_send)
-                    return
-            await self._app(scope, limited_receive, counting_send)
-        except Exception as error:
-            log.error("%s %s failed (%s)", scope["method"], scope["path"], request_id, exc_info=error)
-            if status:  # too late for another answer
-                raise
-            await error_response(error)(scope, receive, counting_send)
-        finally:
-            route = scope.get("route")
-            self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
-
-    def _too_large(self, num_bytes: int) -> str:
-        return f"the body has {num_bytes} bytes or more, at most {self._max_body_bytes} are taken (--max-body)"
-
-
-def _without_port(host: str) -> str:
-    name, _, port = host.rpartition(":")
-    return name if name and port.isdigit() else host
-
-
-def _as_routed(scope: Scope) -> Scope:
-    """A request as the routes know it: HEAD is a GET whose body the HTTP server leaves out, and a slash at the end means nothing."""
-    path = scope["path"]
-    if scope["method"] != "HEAD" and not path.endswith("/"):
-        return scope
-    method = "GET" if scope["method"] == "HEAD" else scope["method"]
-    return {**scope, "method": method, "path": path.rstrip("/") or "/"}
-
-
-async def _sweep(context: Context) -> None:
-    """Delete conversations whose time is up, and forget old idempotency keys."""
-    purged_s = 0.0
-    while True:
-        try:
-            expired = await asyncio.to_thread(context.service.expired, time.time(), MAX_SWEPT)
-            for conversation in expired:
-                last = conversation is expired[-1]  # (overwriting rewrites the database: once is enough)
-                try:
-                    await asyncio.wrap_future(context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=last))
-                    log.info("conversation %s is deleted: its time was up", conversation.id)
-                except PensieveError as error:  # it is tried again next time; the others' time is up all the same
-                    log.warning("conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message)
-            if time.time() - purged_s > PURGE_S:
-                purged_s = time.time()
-                await asyncio.to_thread(context.store.purge, purged_s - IDEMPOTENCY_S)
-        except PensieveError as error:
-            log.warning("looking for conversations whose time is up failed: %s", error.message)
-        except Exception:
-            log.exception("looking for conversations whose time is up failed")
-        await asyncio.sleep(SWEEP_S)

@@ -44,14 +44,13 @@ async def chat_completions(
     held = await idempotency.claim(context, caller, idempotency_key, "chat", body, spec.turn_id)
     if isinstance(held, idempotency.Retry):
         if held.stored is not None:
-            return _again(body, context, completed_before(held.stored, None))
+            return _again(body, context, completed_before(held.stored, held.conversation_id))
         assert held.live is not None
         answer = held.live
     else:
         created = Answer.now()
         spec = composer(spec, context.text, form, created, {"api": "chat", "metadata": body.metadata or {}})
-        answer = context.turns.start(spec, created=created)
-        idempotency.release_on_failure(context, held, answer)
+        answer = idempotency.start(context, held, spec, created)
 
     def gone() -> None:
         if idempotency_key is None:  # who sent a key will come back for the answer
@@ -175,7 +174,7 @@ def _head(context: Context, turn_id: str, created: int, kind: str) -> dict[str, 
 def _again(body: ChatRequest, context: Context, completed: Completed) -> Response:
     """A stored answer, as the request asks for it."""
     if not body.stream:
-        return JSONResponse(completion_json(context, completed))
+        return JSONResponse(completion_json(context, completed), headers=_headers(completed.conversation_id))
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def events() -> AsyncIterator[bytes]:
@@ -186,7 +185,9 @@ def _again(body: ChatRequest, context: Context, completed: Completed) -> Respons
         for piece in chunks.end(completed, include_usage):
             yield piece
 
-    return EventStream(events(), on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s)
+    return EventStream(
+        events(), on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s, headers=_headers(completed.conversation_id)
+    )
 
 
 async def _stream(context: Context, answer: Answer, form: OutputForm, include_usage: bool) -> AsyncIterator[bytes]:

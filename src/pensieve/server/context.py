@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -12,10 +13,13 @@ from weakref import WeakValueDictionary
 from fastapi import Depends, Request
 
 from pensieve.engine_child import EngineInfo
-from pensieve.errors import ConfigError
+from pensieve.errors import ConfigError, EngineSilent
 from pensieve.server.errors import ApiError
 from pensieve.server.keys import SALT_MARK, KeyFile
 from pensieve.server.metrics import Metrics
+from pensieve.server.recorders import MAX_RECORDERS, MAX_RECORDERS_PER_TENANT
+from pensieve.server.shares import Shares
+from pensieve.server.totals import Totals
 from pensieve.server.turns import QueueTimeout, Turns
 from pensieve.service import DEFAULT_NAMESPACE, ConversationService
 from pensieve.store.base import ConversationStore
@@ -37,6 +41,7 @@ class ServerConfig:
     request_timeout_s: float = 900.0
     stall_timeout_s: float = 60.0  # a client that reads nothing for so long is cut off
     drain_timeout_s: float = 30.0
+    operation_timeout_s: float = 30.0  # that the engine may take to answer what is no turn (a map, a hint, a pin, an erasure)
     debug: bool = False  # the cache may be verified on demand, which stops every answer meanwhile
 
     def __post_init__(self) -> None:
@@ -48,6 +53,7 @@ class ServerConfig:
             "request_timeout_s",
             "stall_timeout_s",
             "drain_timeout_s",
+            "operation_timeout_s",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.removesuffix('_s').replace('_', '-')} must be positive, got {getattr(self, name)}")
@@ -85,6 +91,8 @@ class Context:
     started_s: float = field(default_factory=time.time)
     names: frozenset[str] = frozenset()  # other names of the model that are taken
     checks: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # of what /ready looks at: a sentence if turns would fail
+    recorders: Shares = field(default_factory=lambda: Shares(MAX_RECORDERS, MAX_RECORDERS_PER_TENANT))
+    totals: Totals = field(default_factory=Totals)
     runner: TextRunner | None = None  # who renders and tokenizes; None: a thread of this process
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a large body's JSON is read
     claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
@@ -107,6 +115,21 @@ class Context:
     def troubles(self) -> dict[str, str]:
         """Why turns would fail now, by what is to blame."""
         return {name: trouble for name, check in self.checks.items() if (trouble := check()) is not None}
+
+    async def answer_to(self, question: Future[T]) -> T:
+        """What the engine answers to a question that was put to it.
+
+        Raises:
+            EngineSilent: it does not within `operation_timeout_s`.
+        """
+        limit_s = self.config.operation_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await asyncio.wrap_future(question)
+        except TimeoutError:
+            raise EngineSilent(
+                f"the engine did not answer within {limit_s:g} s (--operation-timeout): it is busy or being replaced, try again later"
+            ) from None
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served here; None is the one that is."""

@@ -158,9 +158,11 @@ async def erase(context: Context, caller: Caller, conversation_id: str) -> dict[
         ApiError: there is none of this id.
     """
     try:
-        erasure = await asyncio.wrap_future(context.service.erase(conversation_id, namespace=caller.namespace))
+        erasing = context.service.erase(conversation_id, namespace=caller.namespace, within_s=context.config.operation_timeout_s)
+        erasure = await asyncio.wrap_future(erasing)
     except ConversationNotFound as error:
         raise not_found(error.message, "conversation_id", error.code) from error
+    context.turns.forget(caller.namespace, conversation_id)
     return {
         "turns": erasure.turns,
         "store_bytes": erasure.store_bytes,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from pensieve.errors import PensieveError
+from pensieve.server.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(PensieveError)
     async def ours(request: Request, error: PensieveError) -> JSONResponse:
         if status_of(error) == 500:
-            log.error("%s %s failed: %s", request.method, request.url.path, error.message)
+            log.error("%s %s failed: %s", request.method, redacted(quote(request.url.path)), redacted(error.message))
         error.__traceback__ = error.__context__ = None  # whose frames hold the request's body, for as long as the error is remembered
         return error_response(error)
 

@@ -2,20 +2,34 @@
 
 A line of the file is `TENANT sha256:HEX [remark]`; empty lines and lines that begin with # do not count. Several keys may
 name one tenant: add the new key, wait for the clients, remove the old one. The file is read again when it changes.
+
+A key that was removed is refused at once. While the file cannot be read, or has a line that is no key, the keys of before go on being valid, so
+that a file half written or a typing error locks no client out; `KeyFile.trouble` and a line in the log every minute say so. A file that holds no
+key at all refuses every key, once it has been like that for `SETTLE_S`: then it was emptied, and not caught while it was being written.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
+import logging
 import os
 import re
 import secrets
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pensieve.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 PREFIX = "pk-"
+SETTLE_S = 5.0  # how long a file must hold no key until that is meant
+TELL_S = 60.0  # how often what is wrong with a file is logged
+WATCH_S = 1.0
 SALT_MARK = "\x1f"  # between a tenant and its own subdivision of the cache, see `messages.tenant_of`
 _LINE = re.compile(r"(?P<tenant>[A-Za-z0-9][A-Za-z0-9._@-]{0,63})\s+sha256:(?P<digest>[0-9a-f]{64})(?:\s.*)?")
 
@@ -43,43 +57,106 @@ def key_line(tenant: str, key: str, remark: str = "") -> str:
 
 
 class KeyFile:
-    """The keys of a file, as it is now."""
+    """The keys of a file, as it is now. May be asked from any thread."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the file.
 
         Raises:
             ConfigError: it cannot be read, holds no key, or holds a line that is none.
         """
         self._path = path
+        self._clock = clock
         self._lock = threading.Lock()
         self._state = self._look()
         self._tenants = self._read()
-        self.error: str | None = None  # why the file as it is now was not taken; the keys are those of before
+        if not self._tenants:
+            raise ConfigError(f"the key file {path} holds no key: make one with `pensieve keys add NAME --file {path}`")
+        self.error: str | None = None  # what is wrong with the file as it is now
+        self._empty_since_s: float | None = None
+        self._told_s: float | None = None
+        self._warn_of_mode()
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """Whose keys there are."""
+        self._refresh()
+        return frozenset(self._tenants.values())
 
     def tenant(self, key: str) -> str | None:
-        """Whose key this is; None: nobody's."""
+        """Whose key this is; None if it is no key of the file's."""
         self._refresh()
         return self._tenants.get(digest_of(key))
 
+    def trouble(self) -> str | None:
+        """What is wrong with the file as it is now, in words that name no path and no key; None if nothing is. Logs it, once a minute."""
+        self._refresh()
+        if self.error is None:
+            return None
+        return (
+            "the API key file holds no key: every key is refused"
+            if not self._tenants
+            else "the API key file cannot be read or is not in order: the keys of before are valid (the log says more)"
+        )
+
+    async def watch(self) -> None:
+        """Look at the file every second, so that what is wrong with it is said also while no client asks."""
+        while True:
+            self.trouble()
+            await asyncio.sleep(WATCH_S)
+
     def _refresh(self) -> None:
         state = self._look()
-        if state == self._state:
+        if state == self._state and self.error is None:
             return
         with self._lock:
             if state != self._state:
-                try:
-                    self._tenants, self.error = self._read(), None
-                except ConfigError as error:  # a file half written, or with a typing error, locks nobody out
-                    self.error = error.message
-                self._state = state
+                self._take(state)
+            if self._empty_since_s is not None and self._tenants and self._clock() - self._empty_since_s >= SETTLE_S:
+                self._tenants = {}
+                self._told_s = None
+            self._tell()
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _take(self, state: tuple[int, int, int, int] | None) -> None:
+        """Read the file anew."""
+        before = self.error
+        try:
+            tenants = self._read()
+        except ConfigError as error:
+            self.error, self._empty_since_s = error.message, None
+        else:
+            if tenants:
+                self._tenants, self.error, self._empty_since_s = tenants, None, None
+                if before is not None:
+                    log.info("the key file %s is in order again", self._path)
+            else:
+                self.error = f"the key file {self._path} holds no key"
+                if self._empty_since_s is None:
+                    self._empty_since_s = self._clock()
+        if self.error != before:
+            self._told_s = None
+        self._state = state
+        self._warn_of_mode()
+
+    def _tell(self) -> None:
+        now_s = self._clock()
+        if self.error is None or (self._told_s is not None and now_s - self._told_s < TELL_S):
+            return
+        self._told_s = now_s
+        log.error("%s; %s", self.error, "the keys of before are still valid" if self._tenants else "every key is refused")
+
+    def _warn_of_mode(self) -> None:
+        with contextlib.suppress(OSError):
+            mode = os.stat(self._path).st_mode
+            if os.name == "posix" and mode & 0o077:
+                log.warning("the key file %s can be read or written by other users (mode %03o): chmod 600 it", self._path, mode & 0o777)
+
+    def _look(self) -> tuple[int, int, int, int] | None:
         try:
             stat = os.stat(self._path)
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino  # (ctime: its mode may have changed)
 
     def _read(self) -> dict[str, str]:
         try:
@@ -92,9 +169,7 @@ class KeyFile:
             if not line or line.startswith("#"):
                 continue
             match = _LINE.fullmatch(line)
-            if match is None:  # the line itself is not quoted: somebody may have put a key there in clear
+            if match is None:  # the line itself is not quoted: it may hold a key in clear
                 raise ConfigError(f"{self._path}, line {number}: expected `TENANT sha256:HEX [remark]` (see `pensieve keys add`)")
             tenants[match["digest"]] = match["tenant"]
-        if not tenants:
-            raise ConfigError(f"the key file {self._path} holds no key: make one with `pensieve keys add NAME --file {self._path}`")
         return tenants

@@ -37,6 +37,18 @@ class Metrics:
             "pensieve_queue_seconds", "From a turn's arrival to its admission", buckets=FIRST_TOKEN_S, registry=self.registry
         )
         self.streams = Gauge("pensieve_streams", "Streams open now", registry=self.registry)
+        self.refused = Counter(
+            "pensieve_connections_refused",
+            "Connections refused or closed before their request was complete, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.key_file_error = Gauge(
+            "pensieve_key_file_error", "1 while the API key file cannot be read, is not in order or holds no key", registry=self.registry
+        )
+        self.erasures = Gauge(
+            "pensieve_erasures_pending", "Deleted conversations whose bytes may still be in the store's files", registry=self.registry
+        )
         self._stats = _EngineCollector()
         self.registry.register(self._stats)
 

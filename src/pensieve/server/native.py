@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -11,16 +12,17 @@ from starlette.responses import Response
 
 from pensieve.chat import Message
 from pensieve.errors import ConversationNotFound, KeepRefused
-from pensieve.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats
+from pensieve.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats, tenant_of
 from pensieve.server.answers import ANSWER
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.conversations import erase, get
 from pensieve.server.errors import ApiError
-from pensieve.server.recorders import MAX_RECORDERS, Recorder
+from pensieve.server.recorders import Recorder
 from pensieve.server.responses import turn_of
 from pensieve.server.schemas import ForkRequest, TtlRequest
 from pensieve.server.sse import EventStream
+from pensieve.server.totals import SOURCES, tiers_json
 from pensieve.store.base import Conversation, Turn
 
 router = APIRouter(prefix="/v1/pensieve", route_class=BoundedRoute)
@@ -33,26 +35,21 @@ EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
 async def cache_map(
     context: Server, caller: Asking, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=0, le=MAX_ROWS)] = 200
 ) -> dict[str, Any]:
-    """Tiers, counters, and a row a conversation, the latest active first; only the caller's own rows."""
-    asked = asyncio.wrap_future(context.service.map(offset, limit, namespaces=(caller.namespace,)))
-    stats, rows = await asyncio.gather(asyncio.wrap_future(context.service.stats()), asked)
+    """Tiers, counters, and a row a conversation, the latest active first; only the caller's own rows.
+
+    Where several tenants share the server, the counters are the caller's own, and the tiers' fill is rounded.
+    """
+    asked = context.answer_to(context.service.map(offset, limit, namespaces=(caller.namespace,)))
+    stats, rows = await asyncio.gather(context.answer_to(context.service.stats()), asked)
     assert isinstance(rows, CacheMap) and isinstance(stats, Stats)
     titles = await in_thread(context.store.titles, caller.namespace, [row.sequence_id for row in rows.rows])
+    shared = context.keys is not None and len(context.keys.tenants) > 1
     return {
         "now": time.time(),
         "chunk_tokens": rows.chunk_tokens,
         "total": rows.total,
-        "tiers": [
-            {
-                "name": tier.name,
-                "num_slots": tier.num_slots,
-                "used": tier.used,
-                "reclaimable": tier.reclaimable,
-                "free": tier.num_slots - tier.used,
-            }
-            for tier in stats.tiers
-        ],
-        "stats": _stats_json(stats, context),
+        "tiers": tiers_json(stats, exact=not shared),
+        "stats": _own_stats_json(context, caller, rows.total) if shared else _stats_json(stats, context),
         "rows": [_row_json(row, titles.get(row.sequence_id)) for row in rows.rows],
     }
 
@@ -91,21 +88,21 @@ async def show_conversation(conversation_id: str, context: Server, caller: Askin
 async def warm(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Bring a conversation's chunks up to the first tier, if there is room that nobody needs more."""
     await get(context, caller, conversation_id)
-    return _hint_json(conversation_id, await asyncio.wrap_future(context.service.warm(conversation_id, namespace=caller.namespace)))
+    return _hint_json(conversation_id, await context.answer_to(context.service.warm(conversation_id, namespace=caller.namespace)))
 
 
 @router.post("/conversations/{conversation_id}/idle", summary="The user is done for now: its cache may go first")
 async def idle(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Let a conversation's chunks be the first to leave when room is needed."""
     await get(context, caller, conversation_id)
-    return _hint_json(conversation_id, await asyncio.wrap_future(context.service.idle(conversation_id, namespace=caller.namespace)))
+    return _hint_json(conversation_id, await context.answer_to(context.service.idle(conversation_id, namespace=caller.namespace)))
 
 
 @router.post("/conversations/{conversation_id}/pin", summary="Never drop a conversation's cache")
 async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Keep a conversation's chunks: they may change tier but are not dropped. Refused where the budget of pins is used up."""
     conversation = await get(context, caller, conversation_id)
-    answer = await asyncio.wrap_future(context.service.keep(conversation_id, True, namespace=caller.namespace))
+    answer = await context.answer_to(context.service.keep(conversation_id, True, namespace=caller.namespace))
     assert isinstance(answer, KeepAnswer)
     if answer.error is not None and not answer.error.startswith("nothing is cached"):
         raise KeepRefused(answer.error)
@@ -119,7 +116,7 @@ async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str
 async def unpin(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """A pin that is not there is lifted too."""
     conversation = await get(context, caller, conversation_id)
-    await asyncio.wrap_future(context.service.keep(conversation_id, False, namespace=caller.namespace))
+    await context.answer_to(context.service.keep(conversation_id, False, namespace=caller.namespace))
     await in_thread(context.store.set_pinned, caller.namespace, conversation.id, False)
     return {"id": conversation_id, "pinned": False, "chunks": 0, "note": None}
 
@@ -140,10 +137,9 @@ async def fork(conversation_id: str, context: Server, caller: Asking, body: Fork
 
 @router.post("/conversations/{conversation_id}/ttl", summary="Delete a conversation when it has been left alone for so long")
 async def ttl(conversation_id: str, body: TtlRequest, context: Server, caller: Asking) -> dict[str, Any]:
-    """Set when a conversation is deleted, with erasure; null: never."""
+    """Set for how long a conversation is kept, from now and from each turn that begins or ends; then it is deleted, with erasure. null: for ever."""
     await get(context, caller, conversation_id)
-    expires_s = None if body.seconds is None else time.time() + body.seconds
-    changed = await in_thread(context.store.set_ttl, caller.namespace, conversation_id, expires_s)
+    changed = await in_thread(context.store.set_ttl, caller.namespace, conversation_id, body.seconds)
     return _conversation_json(changed, None)
 
 
@@ -158,24 +154,32 @@ async def check(context: Server, caller: Asking) -> dict[str, Any]:
     """With --debug only: with very many chunks it takes seconds, and nobody is answered meanwhile."""
     if not context.config.debug:
         raise ApiError(403, "the cache is verified on demand only where the server was started with --debug", code="not_allowed")
-    checked: Any = await asyncio.wrap_future(context.service.check())
+    checked: Any = await context.answer_to(context.service.check())
     return {"ok": checked.error is None, "error": checked.error, "leases": checked.leases, "used": list(checked.used)}
 
 
 @router.get("/record", summary="Finished turns as they come, for `pensieve record`", responses=EVENTS)
 async def record(context: Server, caller: Asking, duration_s: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None) -> Response:
-    """Lengths, times and salted hashes of the caller's own turns, from now on: no text, no token ids. At most a few recorders at once."""
-    turns = context.turns
-    if len(turns.watchers) >= MAX_RECORDERS:
-        raise ApiError(429, f"{len(turns.watchers)} recorders are at work, at most {MAX_RECORDERS} may: end one", code="too_many_recorders")
+    """Lengths, times and salted hashes of the caller's own turns, from now on: no text, no token ids. At most a few recorders of one tenant at once."""
+    turns, recorders = context.turns, context.recorders
+    if not recorders.has_room(caller.tenant):
+        most = recorders.per_tenant
+        raise ApiError(
+            429,
+            f"{recorders.held(caller.tenant)} recorders of your keys are at work, at most {most} may: end one",
+            code="too_many_recorders",
+        )
     recorder = Recorder(caller.tenant, context.info.chunk_tokens)
 
     def on_open(change: int) -> None:
-        context.metrics.streams.inc(change)
         if change > 0:
+            if not recorders.take(caller.tenant):  # (several asked at the same moment)
+                raise ApiError(429, "too many recorders are at work: end one", code="too_many_recorders")
             turns.watchers.append(recorder.take)
         else:
+            recorders.give(caller.tenant)
             turns.watchers.remove(recorder.take)
+        context.metrics.streams.inc(change)
 
     events = recorder.events(turns, duration_s)
     return EventStream(events, on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s, on_open=on_open)
@@ -187,7 +191,7 @@ async def record(context: Server, caller: Asking, duration_s: Annotated[float | 
 async def _rows(context: Context, caller: Caller, ids: list[str]) -> dict[str, MapRow]:
     if not ids:
         return {}
-    rows = await asyncio.wrap_future(context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids]))
+    rows = await context.answer_to(context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids]))
     assert isinstance(rows, CacheMap)
     return {row.sequence_id: row for row in rows.rows}
 
@@ -223,6 +227,7 @@ def _conversation_json(conversation: Conversation, row: MapRow | None) -> dict[s
         "created_at": conversation.created_s,
         "updated_at": conversation.updated_s,
         "pinned": conversation.pinned,
+        "ttl_seconds": conversation.ttl_s,
         "expires_at": conversation.expires_s,
         "metadata": dict(conversation.metadata),
         "cells": "" if row is None else row.cells,
@@ -236,9 +241,27 @@ def _hint_json(conversation_id: str, answer: object) -> dict[str, Any]:
     return {"id": conversation_id, "chunks": answer.chunks, "note": answer.error}
 
 
+def _own_stats_json(context: Context, caller: Caller, num_sequences: int) -> dict[str, Any]:
+    """Of the counters of `_stats_json` those that tell of the caller's tenant alone, since the server started."""
+    own = context.totals.of(caller.tenant)
+    open_ = [answer for answer in context.turns.open.values() if tenant_of(answer.namespace) == caller.tenant]
+    running = sum(answer.first_piece_s is not None for answer in open_)
+    return {
+        "waiting": len(open_) - running,
+        "running": running,
+        "sequences": num_sequences,
+        **own,
+        "engine_restarts": context.engine.restarts,
+        "hit_rates": _hit_rates(own),
+    }
+
+
+def _hit_rates(counts: Mapping[str, int]) -> dict[str, float]:
+    prompt = sum(counts[f"{name}_tokens"] for name in SOURCES)
+    return {name: counts[f"{name}_tokens"] / prompt if prompt else 0.0 for name in SOURCES}
+
+
 def _stats_json(stats: Stats, context: Context) -> dict[str, Any]:
-    prompt = stats.gpu_tokens + stats.cpu_tokens + stats.recomputed_tokens + stats.new_tokens
-    names = ("gpu", "cpu", "recomputed", "new")
     return {
         "waiting": stats.waiting,
         "running": stats.running,
@@ -261,5 +284,5 @@ def _stats_json(stats: Stats, context: Context) -> dict[str, Any]:
         "kept_chunks": stats.kept_chunks,
         "keep_limit": stats.keep_limit,
         "engine_restarts": context.engine.restarts,
-        "hit_rates": {name: getattr(stats, f"{name}_tokens") / prompt if prompt else 0.0 for name in names},
+        "hit_rates": _hit_rates({f"{name}_tokens": getattr(stats, f"{name}_tokens") for name in SOURCES}),
     }

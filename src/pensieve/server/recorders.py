@@ -20,7 +20,8 @@ from pensieve.server.sse import event
 from pensieve.server.turns import Answer, Turns
 
 MAX_WAITING = 256  # finished turns that a recorder has not taken yet; each holds its prompt's tokens
-MAX_RECORDERS = 4  # of one server
+MAX_RECORDERS = 16  # of one server
+MAX_RECORDERS_PER_TENANT = 4
 LOOK_S = 0.25  # how often a recorder with nothing to write looks whether it is over
 DIGEST_BYTES = 8
 

@@ -71,15 +71,15 @@ def response_json(context: Context, completed: Completed) -> dict[str, Any]:
 def live_json(context: Context, answer: Answer) -> dict[str, Any]:
     """A response that is under way, or just ended."""
     record: Record = answer.record
-    if answer.done is not None and answer.timeout is None:
+    if answer.done is not None and answer.given_up is None:
         completed = completed_now(answer, answer.done, record.form, context.text, {PARAMS: record.params, "named": record.named})
         return response_json(context, completed)
     named = answer.turn.conversation_id if record.named else None
     head = _head(context, answer.id, answer.created, record.params, named or None)
     if answer.ended:
-        if answer.turn.aborted and answer.timeout is None:
+        if answer.turn.aborted and answer.given_up is None:
             return head | {"status": "cancelled"}
-        return _failed(head, answer.timeout or answer.error or PensieveError("the answer failed"))
+        return _failed(head, answer.given_up or answer.error or PensieveError("the answer failed"))
     return head | {"status": "in_progress" if answer.pieces else "queued"}
 
 

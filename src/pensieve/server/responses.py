@@ -47,14 +47,13 @@ async def create_response(
     held = await idempotency.claim(context, caller, idempotency_key, "responses", body, spec.turn_id)
     if isinstance(held, idempotency.Retry):
         if held.stored is not None:
-            return _again(body, context, held.stored)
+            return _again(body, context, held.stored, held.conversation_id)
         assert held.live is not None
         answer = held.live
     else:
         created = Answer.now()
         meta: dict[str, object] = {"api": "responses", PARAMS: record.params, "named": record.named}
-        answer = context.turns.start(composer(spec, context.text, record.form, created, meta), created=created, record=record)
-        idempotency.release_on_failure(context, held, answer)
+        answer = idempotency.start(context, held, composer(spec, context.text, record.form, created, meta), created, record)
 
     def gone() -> None:
         if idempotency_key is None and not body.background:  # who sent a key, or asked for the background, will come back
@@ -89,7 +88,7 @@ async def get_response(
     first = 0 if starting_after is None else starting_after + 1
     turn = await _stored(context, caller, response_id) if live is None or live.stored else None
     if live is not None and (
-        stream or turn is None or live.timeout is not None
+        stream or turn is None or live.given_up is not None
     ):  # (one that took too long failed, whatever was kept of it)
         return _stream_response(context, live, first, lambda: None) if stream else JSONResponse(live_json(context, live))
     assert turn is not None
@@ -102,6 +101,7 @@ async def delete_response(response_id: str, context: Server, caller: Asking) -> 
     """The turn goes if nothing stands on it; otherwise only the response does."""
     turn = await _stored(context, caller, response_id)
     await in_thread(context.service.delete_turn, turn.id, namespace=caller.namespace)
+    context.turns.forget_turn(caller.namespace, turn.id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
@@ -117,8 +117,7 @@ async def cancel_response(response_id: str, context: Server, caller: Asking) -> 
     if answer.stored:
         await _stored(context, caller, response_id)  # (it may have been deleted since)
     context.turns.abort(answer)
-    while not answer.ended:
-        await answer.changed()
+    await answer.over(context.config.operation_timeout_s)
     return live_json(context, answer)
 
 
@@ -229,8 +228,8 @@ async def _conversation_of(context: Context, caller: Caller, turn: Turn) -> str 
 # -- streams
 
 
-def _again(body: ResponseRequest, context: Context, turn: Turn) -> Response:
-    completed = completed_before(turn, None)
+def _again(body: ResponseRequest, context: Context, turn: Turn, conversation_id: str | None) -> Response:
+    completed = completed_before(turn, conversation_id)
     return _replay(context, completed, 0) if body.stream else JSONResponse(response_json(context, completed))
 
 

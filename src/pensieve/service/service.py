@@ -14,7 +14,8 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, cast
 
@@ -24,6 +25,7 @@ from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import (
     ConversationNotFound,
     EngineClosed,
+    EngineSilent,
     InvalidRequest,
     PensieveError,
     StoreError,
@@ -76,7 +78,9 @@ class Erasure:
     store_bytes: int
     kv_slots: int
     kv_bytes: int
-    complete: bool  # False: the rows are gone, but the write-ahead log could not be truncated yet (somebody reads it)
+    # False: the rows are gone, but the write-ahead log could not be truncated yet (something reads it), or the engine has not said yet that
+    # it forgot the KV, which it does before anything else once it is back.
+    complete: bool
 
 
 class ConversationService:
@@ -128,6 +132,11 @@ class ConversationService:
     def connect(self, post: Callable[[Command], None]) -> None:
         """Say where commands go: an engine's `post`."""
         self._post = post
+
+    @property
+    def owner(self) -> str:
+        """This process's name in the store, under which it answers; "" if it has none."""
+        return self._drafts or ""
 
     @property
     def text(self) -> ChatText | None:
@@ -183,9 +192,9 @@ class ConversationService:
         """Answer a path of token ids, of which `history_tokens` were put before the model by an earlier turn. No text, nothing stored."""
         return self.start(TurnSpec(namespace, sequence_id, (), sampling, ignore_eos=True, raw=(tuple(tokens), history_tokens)))
 
-    def abort(self, turn: PendingTurn) -> None:
-        """End a turn early; what was said of the answer is kept and stored."""
-        self._enqueue(lambda: self._abort(turn))
+    def abort(self, turn: PendingTurn, *, keep: bool = True) -> None:
+        """End a turn early; what was said of the answer is stored, or without `keep` nothing is unless the answer is whole by then."""
+        self._enqueue(lambda: self._abort(turn, keep))
 
     # -- conversations, from any thread
 
@@ -195,19 +204,42 @@ class ConversationService:
         self._ask_thread(done, lambda: self._delete(namespace, conversation_id, done))
         return done
 
-    def erase(self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE, overwrite: bool = True) -> Future[Erasure]:
+    def erase(
+        self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE, overwrite: bool = True, within_s: float | None = None
+    ) -> Future[Erasure]:
         """Delete a conversation and overwrite what it left: its rows, and its KV in every tier (shared KV with its last reference).
 
-        Without `overwrite` the rows are only deleted: who erases many conversations overwrites once, with the last.
+        Without `overwrite` the rows are only deleted, and the store remembers that they are to be overwritten: once for many conversations. The
+        engine gets `within_s` seconds (default: `ERASE_WAIT_S`) to end what it has under way and to forget; the rows go in any case, and the KV
+        when the engine is back.
         """
         done: Future[Erasure] = Future()
-        self._ask_thread(done, lambda: self._erase(namespace, conversation_id, overwrite, done))
+        self._ask_thread(
+            done, lambda: self._erase(namespace, conversation_id, overwrite, ERASE_WAIT_S if within_s is None else within_s, done)
+        )
         return done
 
     def expired(self, now_s: float, limit: int) -> list[Conversation]:
-        """Conversations of all namespaces whose time has come (seconds since the epoch), at most so many a store. Waits for the stores."""
+        """Conversations of all namespaces whose time has come (seconds since the epoch), at most so many a store. Waits for the stores.
+
+        One that has a turn waiting or under way is in use.
+        """
         stores = [store for store in (self._ephemeral, self._durable) if store is not None]
-        return [conversation for store in stores for conversation in store.expired(now_s, limit)]
+        found = [conversation for store in stores for conversation in store.expired(now_s, limit)]
+        return [conversation for conversation in found if (conversation.namespace, conversation.id) not in self._lines]
+
+    def stored_turn(self, namespace: str, turn_id: str) -> Turn | None:
+        """A turn of either store; None if it is in none. Waits for the stores."""
+        for store in (self._ephemeral, self._durable):
+            with suppress(ConversationNotFound):
+                if store is not None:
+                    return store.turn(namespace, turn_id)
+        return None
+
+    def home(self, namespace: str, turn_id: str) -> str | None:
+        """The conversation that a turn of either store is in; None if it is in none. Waits for the stores."""
+        stores = (store for store in (self._ephemeral, self._durable) if store is not None)
+        return next((home for store in stores if (home := store.home(namespace, turn_id)) is not None), None)
 
     def forget(self, sequence_id: str, *, namespace: str = DEFAULT_NAMESPACE) -> None:
         """Free what is cached of a conversation; its turns stay."""
@@ -336,6 +368,12 @@ class ConversationService:
         except Exception as error:
             self._fail(turn, _as_ours("the turn could not be prepared", error))
 
+    def _touch(self, turn: PendingTurn) -> None:
+        """A turn that begins is a use of its conversation."""
+        store, conversation = self._store_of(turn.conversation_id), None if turn.place is None else turn.place.conversation
+        if store is not None and conversation is not None and conversation.ttl_s is not None:
+            store.touch(turn.namespace, turn.conversation_id)
+
     def _prepare(self, turn: PendingTurn, place: Place | None) -> None:
         """Find the turn's place and have its prompt made."""
         spec = turn.spec
@@ -382,6 +420,7 @@ class ConversationService:
             assert self._text is not None
             sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids | self._text.stop_token_ids)
         self._turns[turn.request_id] = turn
+        self._touch(turn)
         self._post(
             Submit(turn.request_id, turn.conversation_id, turn.namespace, prompt.tokens, prompt.history_tokens, sampling, turn.submitted_s)
         )
@@ -400,7 +439,7 @@ class ConversationService:
         elif place.conversation.title is None and place.conversation.leaf is None:
             store.describe(turn.namespace, turn.conversation_id, title=title, metadata=place.conversation.metadata)
         if store is self._ephemeral:
-            store.set_ttl(turn.namespace, turn.conversation_id, time.time() + EPHEMERAL_S)
+            store.set_ttl(turn.namespace, turn.conversation_id, EPHEMERAL_S)
         elif self._drafts is not None:
             store.draft(
                 turn.namespace,
@@ -473,8 +512,14 @@ class ConversationService:
         store = self._store_of(turn.conversation_id)
         assert store is not None
         ids = [token.token_id for token in turn.sampled[turn.num_drafted :]]
-        store.extend_draft(turn.request_id, ids, "".join(turn.shown[turn.text_drafted :]))
+        extended = store.extend_draft(turn.request_id, ids, "".join(turn.shown[turn.text_drafted :]))
+        extended.add_done_callback(lambda future: self._extended(turn, future))
         turn.num_drafted, turn.text_drafted = len(turn.sampled), len(turn.shown)
+
+    def _extended(self, turn: PendingTurn, extended: Future[None]) -> None:
+        """An answer whose draft is gone (another server took it over, or its conversation is deleted) will not be stored: no need to go on."""
+        if isinstance(extended.exception(), ConversationNotFound):
+            self._enqueue(lambda: self._abort(turn))
 
     # -- turns end
 
@@ -488,6 +533,12 @@ class ConversationService:
         """Have an answer that is whole made durable."""
         prompt = turn.prompt
         store = self._store_of(turn.conversation_id)
+        if turn.discarded and done.reason is FinishReason.ABORT:
+            self._fail(turn, EngineClosed("the turn was given up before its answer was whole"))
+            return
+        if turn.erased:  # (an answer that is cut short by that must not be taken for whole)
+            self._fail(turn, ConversationNotFound(f"conversation {turn.conversation_id!r} was deleted"))
+            return
         if store is None or not turn.stored or (done.reason is FinishReason.ABORT and not done.output):
             self._finish(turn, done)
             return
@@ -495,6 +546,7 @@ class ConversationService:
             self._open(turn)
         composed = Composed(Message("assistant", turn.spec.prefix + done.text)) if turn.spec.compose is None else turn.spec.compose(done)
         done = replace(done, message=composed.message)
+        turn.ending = True
         appended = store.append(
             turn.namespace,
             turn.conversation_id,
@@ -506,6 +558,7 @@ class ConversationService:
             only_if_leaf=turn.spec.after is LEAF and turn.spec.conversation_id is not None,
             turn_id=turn.request_id,
             meta=self._meta(turn) | {CHARS: prompt.path.stored_chars + chars_of((*prompt.new, composed.message))} | dict(composed.meta),
+            claimed=turn.spec.claimed and store is self._durable,  # (claims are kept in the durable store alone)
         )
         appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
 
@@ -563,8 +616,9 @@ class ConversationService:
         if gone.exception() is None and gone.result():
             self._post(Forget(turn.conversation_id, turn.namespace))
 
-    def _abort(self, turn: PendingTurn) -> None:
+    def _abort(self, turn: PendingTurn, keep: bool = True) -> None:
         turn.aborted = True
+        turn.discarded |= not keep
         line = self._lines.get(turn.key)
         if turn.request_id in self._turns:
             self._post(Abort(turn.request_id))
@@ -607,7 +661,7 @@ class ConversationService:
         else:
             settle(done, None)
 
-    def _erase(self, namespace: str, conversation_id: str, overwrite: bool, done: Future[Erasure]) -> None:
+    def _erase(self, namespace: str, conversation_id: str, overwrite: bool, within_s: float, done: Future[Erasure]) -> None:
         """First the turn under way, whose end would otherwise write again; then, off this thread, the rows; then the KV.
 
         What is cached without being stored, a completed text for one, has KV alone.
@@ -628,26 +682,31 @@ class ConversationService:
         under_way = [turn for turn in self._turns.values() if turn.key == (namespace, conversation_id)]
         waits: list[Future[TurnDone]] = []
         for turn in under_way:
+            turn.erased = True
             self._abort(turn)
             waits.append(turn.future)
 
         def carry_out() -> None:
             try:
-                for wait in waits:
-                    wait.exception(timeout=ERASE_WAIT_S)
-                if unknown is not None and not self._is_cached(namespace, conversation_id):
+                began_s = time.monotonic()
+                if wait(waits, within_s / 2).not_done:
+                    self._enqueue(lambda: self._drop(under_way))
+                    if wait(waits, ERASE_WAIT_S).not_done:
+                        raise StoreError("a turn of the conversation is still being stored: try again")
+                if unknown is not None and not self._is_cached(namespace, conversation_id, within_s / 2):
                     raise unknown
-                erased = Erased(0, 0, complete=overwrite)
-                if store is not None and overwrite:
-                    erased = store.erase(namespace, conversation_id)
-                elif store is not None:
-                    store.delete(namespace, conversation_id)
+                erased = Erased(0, 0, complete=True)
+                if store is not None:
+                    erased = store.erase(namespace, conversation_id, overwrite=overwrite or store is self._ephemeral)
+                kv, forgot = Forgotten("", 0, 0), True
+                asked = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag))
                 try:
-                    forgotten = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag)).result()
+                    kv = cast(Forgotten, asked.result(max(within_s / 4, began_s + within_s - time.monotonic())))
+                except TimeoutError:  # it has been told, and forgets once it is back
+                    forgot = False
                 except PensieveError:  # the engine died meanwhile, and its memory with it
-                    forgotten = Forgotten("", 0, 0)
-                kv = cast(Forgotten, forgotten)
-                settle(done, Erasure(erased.turns, erased.bytes, kv.slots, kv.bytes, erased.complete))
+                    pass
+                settle(done, Erasure(erased.turns, erased.bytes, kv.slots, kv.bytes, erased.complete and forgot))
             except BaseException as error:
                 settle(done, error=_as_ours("the conversation could not be erased", error))
             finally:
@@ -655,9 +714,19 @@ class ConversationService:
 
         threading.Thread(target=carry_out, name="pensieve-erase", daemon=True).start()
 
-    def _is_cached(self, namespace: str, conversation_id: str) -> bool:
+    def _drop(self, turns: list[PendingTurn]) -> None:
+        """End turns of a conversation that is being erased without the engine, which does not say that they have ended."""
+        for turn in turns:
+            if turn.request_id in self._turns and not turn.ending:
+                self._fail(turn, ConversationNotFound(f"conversation {turn.conversation_id!r} was deleted"))
+
+    def _is_cached(self, namespace: str, conversation_id: str, within_s: float) -> bool:
         try:
-            return bool(cast(CacheMap, self.rows([(namespace, conversation_id)]).result()).rows)
+            return bool(cast(CacheMap, self.rows([(namespace, conversation_id)]).result(within_s)).rows)
+        except TimeoutError:
+            raise EngineSilent(
+                f"the engine did not say within {within_s:g} s whether it has conversation {conversation_id!r}: try again"
+            ) from None
         except PensieveError:  # the engine died, and its memory with it
             return False
 

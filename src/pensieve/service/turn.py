@@ -119,6 +119,7 @@ class TurnSpec:
     overflow: Literal["refuse", "truncate"] | None = None  # None: the service's
     durable: bool = True  # False: kept in memory only, while the process lives
     must_exist: bool = False  # the conversation is not made if it is not there
+    claimed: bool = False  # an idempotency key stands for it: it is stored only while that is so
     turn_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     meta: Mapping[str, object] = field(default_factory=dict)  # stored with the turn
     watch: Callable[[str], bool] | None = None  # is shown the answer piece by piece; says when it is enough
@@ -153,6 +154,9 @@ class PendingTurn:
     text_drafted: int = 0  # of `shown`, those in the draft
     cut: tuple[int, str] | None = None  # at a stop string: whole tokens kept, text to encode anew
     aborted: bool = False
+    discarded: bool = False  # aborted, and nothing of it is to be stored unless it is whole by then
+    ending: bool = False  # its answer is whole and on its way into the store
+    erased: bool = False  # its conversation is being erased: nothing more is stored
 
     @property
     def request_id(self) -> str:

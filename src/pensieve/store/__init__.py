@@ -6,14 +6,17 @@ Knows trees of turns in a database; never models, caches or text rendering.
 from pensieve.store.base import (
     CLAIM_S,
     INTERRUPTED,
+    LEASE_S,
     Claim,
     Conversation,
     ConversationStore,
     Erased,
+    Owner,
     Turn,
     path_messages,
     path_tokens,
 )
+from pensieve.store.lease import Lease
 from pensieve.store.opening import open_store, sqlite_path
 from pensieve.store.sqlite import MEMORY, SqliteStore, default_path
 
@@ -24,7 +27,10 @@ __all__ = [
     "ConversationStore",
     "Erased",
     "INTERRUPTED",
+    "LEASE_S",
+    "Lease",
     "MEMORY",
+    "Owner",
     "SqliteStore",
     "Turn",
     "default_path",

@@ -1,25 +1,45 @@
-"""Answers under way in SQL, as steps inside a transaction: drafts, which survive a crash, and claims, which make a retry find them.
+"""Answers under way in SQL, as steps inside a transaction: drafts, which survive a crash, and claims, which say which turn answers a retry.
 
-Knows tables; never threads, nor who writes an answer.
+A claim stands for a whole answer, or for one under way; what was cut short answers no retry. Knows tables; never threads or processes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 
 from pensieve.chat import Message
-from pensieve.errors import ConversationNotFound, InvalidRequest
+from pensieve.errors import AnswerLost, ConversationNotFound, InvalidRequest
 from pensieve.store import rows, trees
-from pensieve.store.base import CLAIM_S, INTERRUPTED, Claim
+from pensieve.store.values import CLAIM_S, INTERRUPTED, Claim
 from pensieve.store.writer import Connection
+
+log = logging.getLogger(__name__)
+
+# Of a claim: its answer is being made, and has begun.
+_DRAFTED = "EXISTS (SELECT 1 FROM drafts WHERE drafts.turn_id = claims.turn_id)"
 
 
 def check_free(connection: Connection, turn_id: str, conversation: int) -> None:
     """Refuse an id that a turn has, or a draft of another conversation."""
-    taken = connection.execute("SELECT 1 FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    taken = connection.execute("SELECT reply_reason FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    if taken is not None and taken[0] == INTERRUPTED:
+        raise _lost()
     draft = connection.execute("SELECT conversation FROM drafts WHERE turn_id = ?", (turn_id,)).fetchone()
     if taken is not None or (draft is not None and draft[0] != conversation):
         raise InvalidRequest(f"the turn id {turn_id!r} is taken: choose another one")
+
+
+def check_claimed(connection: Connection, namespace: str, turn_id: str) -> None:
+    """Refuse a turn whose key stands for another turn by now: two answers to one key."""
+    if connection.execute("SELECT 1 FROM claims WHERE turn_id = ? AND namespace = ?", (turn_id, namespace)).fetchone() is None:
+        raise _lost()
+
+
+def _lost() -> AnswerLost:
+    return AnswerLost(
+        "this server was out of touch with its store for too long, and its answers were given up as interrupted: this one was not stored; ask again"
+    )
 
 
 def begin_draft(
@@ -61,39 +81,54 @@ def discard_draft(connection: Connection, turn_id: str) -> None:
 
 
 def recover_drafts(connection: Connection, owner: str | None) -> int:
-    """Make turns of drafts: how many."""
-    query = (
+    """Make turns of an owner's drafts (None: of all that have no lease), and free the keys that stood for them: how many drafts."""
+    whose, values = ("NOT EXISTS (SELECT 1 FROM owners WHERE owners.id = {0}.owner)", ()) if owner is None else ("{0}.owner = ?", (owner,))
+    found = connection.execute(
         "SELECT turn_id, conversation, namespace, parent, start, token_ids, messages, meta, drafts.created_s"
-        " FROM drafts JOIN conversations ON conversations.key = drafts.conversation"
-    )
-    if owner is None:
-        found = connection.execute(query).fetchall()
-    else:
-        found = connection.execute(f"{query} WHERE owner = ?", (owner,)).fetchall()
+        f" FROM drafts JOIN conversations ON conversations.key = drafts.conversation WHERE {whose.format('drafts')}",
+        values,
+    ).fetchall()
     for turn_id, conversation, namespace, parent, start, prompt, messages, meta, created_s in found:
         pieces = connection.execute("SELECT ids, text FROM draft_tokens WHERE turn_id = ? ORDER BY position", (turn_id,)).fetchall()
-        token_ids = rows.unpack(bytes(prompt) + b"".join(bytes(ids) for ids, _ in pieces))
-        answer = Message("assistant", "".join(json.loads(text) for _, text in pieces))
-        content = rows.Content.of((*rows.messages_from(messages), answer), token_ids, json.loads(meta))
-        at = trees.place(connection, namespace, conversation, parent, start, turn_id)
-        trees.insert_turn(connection, namespace, at, turn_id, content, INTERRUPTED, created_s)
+        try:
+            token_ids = rows.unpack(bytes(prompt) + b"".join(bytes(ids) for ids, _ in pieces))
+            answer = Message("assistant", "".join(json.loads(text) for _, text in pieces))
+            content = rows.Content.of((*rows.messages_from(messages), answer), token_ids, json.loads(meta))
+        except (ValueError, TypeError) as error:  # damaged on the disk: it must not keep the others from being recovered
+            log.error("what was stored of the answer %s cannot be read, and is dropped: %s", turn_id, error)
+        else:
+            at = trees.place(connection, namespace, conversation, parent, start, turn_id)
+            trees.insert_turn(connection, namespace, at, turn_id, content, INTERRUPTED, created_s)
         discard_draft(connection, turn_id)
+    # Not stored, or stored as a fragment just now. (A whole turn whose client was not told yet keeps its key: it is the answer.)
+    whole = f"EXISTS (SELECT 1 FROM turns WHERE turns.id = claims.turn_id AND coalesce(reply_reason, '') <> '{INTERRUPTED}')"
+    connection.execute(f"DELETE FROM claims WHERE {whose.format('claims')} AND NOT {whole}", values)
     return len(found)
 
 
-def claim(connection: Connection, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float) -> Claim:
-    """Claim a key, or learn who did."""
+def claim(connection: Connection, namespace: str, key: str, fingerprint: bytes, turn_id: str, owner: str, now_s: float) -> Claim:
+    """Claim a key, or learn which turn it stands for."""
     row = connection.execute(
-        "SELECT turn_id, fingerprint FROM claims WHERE namespace = ? AND key = ? AND created_s > ?", (namespace, key, now_s - CLAIM_S)
+        f"""
+        SELECT claims.turn_id, fingerprint, claims.owner, claims.created_s, turns.id IS NOT NULL, turns.reply_reason, {_DRAFTED},
+            EXISTS (SELECT 1 FROM owners WHERE owners.id = claims.owner)
+        FROM claims LEFT JOIN turns ON turns.id = claims.turn_id AND turns.namespace = claims.namespace
+        WHERE claims.namespace = ? AND key = ?
+        """,
+        (namespace, key),
     ).fetchone()
     if row is not None:
-        return Claim(row[0], bytes(row[1]), fresh=False)
+        first, print_, first_owner, created_s, there, reason, drafted, is_known = row
+        stored = bool(there) and reason != INTERRUPTED
+        under_way = not there and (bool(is_known) or not first_owner)
+        if (created_s > now_s - CLAIM_S or drafted) and (stored or under_way):
+            return Claim(first, bytes(print_), fresh=False, stored=stored, owner=first_owner)
     release(connection, namespace, key)
     connection.execute(
-        "INSERT INTO claims (namespace, key, fingerprint, turn_id, created_s) VALUES (?, ?, ?, ?, ?)",
-        (namespace, key, fingerprint, turn_id, now_s),
+        "INSERT INTO claims (namespace, key, fingerprint, turn_id, created_s, owner) VALUES (?, ?, ?, ?, ?, ?)",
+        (namespace, key, fingerprint, turn_id, now_s, owner),
     )
-    return Claim(turn_id, fingerprint, fresh=True)
+    return Claim(turn_id, fingerprint, fresh=True, owner=owner)
 
 
 def release(connection: Connection, namespace: str, key: str, turn_id: str | None = None) -> None:
@@ -105,8 +140,9 @@ def release(connection: Connection, namespace: str, key: str, turn_id: str | Non
 
 
 def purge(connection: Connection, before_s: float) -> int:
-    """Remove old claims: how many."""
-    (old,) = connection.execute("SELECT count(*) FROM claims WHERE created_s < ?", (before_s,)).fetchone()
-    if old:
-        connection.execute("DELETE FROM claims WHERE created_s < ?", (before_s,))
-    return int(old)
+    """Remove old claims, but for those of answers under way: how many."""
+    old = f"created_s < ? AND NOT {_DRAFTED}"
+    (count,) = connection.execute(f"SELECT count(*) FROM claims WHERE {old}", (before_s,)).fetchone()
+    if count:
+        connection.execute(f"DELETE FROM claims WHERE {old}", (before_s,))
+    return int(count)

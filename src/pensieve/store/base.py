@@ -5,7 +5,8 @@ makes a branch; a fork is a second conversation that points into the same tree. 
 one which was to go and is still needed is marked so.
 
 An answer under way is a draft: what of it is there survives a crash, and becomes a turn of its own then. A claim remembers
-which turn a caller's idempotency key stands for.
+which turn a caller's idempotency key stands for: a whole answer, or one that its owner still makes. Owners are servers; each renews a lease
+in the store, and the drafts and claims of one whose lease has lapsed are recovered by another.
 
 A turn stores only what it added to its parent's path. Its `start` says where in the path's token log its ids begin:
 normally at the parent's end, but further ahead when a chat template rewrote earlier turns. So one rule rebuilds
@@ -14,91 +15,37 @@ every log, `path_tokens`: cut the log at `start`, append the turn's ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from pensieve.chat import Message
+from pensieve.store.values import (
+    CLAIM_S,
+    INTERRUPTED,
+    LEASE_S,
+    Claim,
+    Conversation,
+    Erased,
+    Owner,
+    Turn,
+    path_messages,
+    path_tokens,
+)
 
-INTERRUPTED = "interrupted"  # the reply_reason of an answer that a crash cut short
-CLAIM_S = 24 * 3600.0  # how long a claim holds
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One step of a conversation: usually a user's message and the answer. Immutable."""
-
-    id: str  # unique in the store; not a credential
-    parent: str | None  # turn id; None = the first of its path
-    messages: tuple[Message, ...]  # what this turn added to the chat
-    token_ids: tuple[int, ...]  # what this turn added to the token log: its prompt's new ids, then the sampled ones
-    start: int  # position in the path's token log of the first of `token_ids`; what the parent's path has after it is void
-    reply_reason: str | None  # why the answer ended, such as "stop" or "length"; None = no answer in this turn
-    created_s: float  # seconds since the epoch
-    digest: bytes  # `chat.extend_digest` over all messages of the path that ends with this turn
-    meta: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
-
-    @property
-    def stop(self) -> int:
-        """Number of tokens of the path that ends with this turn."""
-        return self.start + len(self.token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A pointer into a tree of turns."""
-
-    id: str  # unique in its namespace; not a credential
-    namespace: str
-    leaf: str | None  # id of the newest turn; None = nothing said yet
-    created_s: float  # seconds since the epoch
-    updated_s: float  # when the leaf last moved, seconds since the epoch
-    title: str | None = None
-    metadata: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
-    expires_s: float | None = None  # when it may be erased, seconds since the epoch; None = never
-    pinned: bool = False  # to be kept: does not expire while it is
-
-    @property
-    def key(self) -> str:
-        """A name that no other conversation of any namespace has."""
-        return f"{len(self.namespace)}:{self.namespace}:{self.id}"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What an idempotency key stands for."""
-
-    turn_id: str  # the turn of the caller who came first
-    fingerprint: bytes  # of the first caller's request
-    fresh: bool  # nobody had this key: the caller is the first
-
-
-@dataclass(frozen=True, slots=True)
-class Erased:
-    """What was erased with a conversation."""
-
-    turns: int  # those that no other conversation's paths run through
-    bytes: int  # of their messages, token ids and meta, and of drafts
-    complete: bool  # nothing of it is left in the store's files; False = could not be done, or (PostgreSQL) cannot be known
-
-
-def path_tokens(turns: Iterable[Turn]) -> list[int]:
-    """The token log of a path.
-
-    Args:
-        turns: root to leaf, as `ConversationStore.path` gives them.
-    """
-    log: list[int] = []
-    for turn in turns:
-        del log[turn.start :]
-        log += turn.token_ids
-    return log
-
-
-def path_messages(turns: Iterable[Turn]) -> list[Message]:
-    """The messages of a path, oldest first."""
-    return [message for turn in turns for message in turn.messages]
+__all__ = [
+    "CLAIM_S",
+    "INTERRUPTED",
+    "LEASE_S",
+    "Claim",
+    "Conversation",
+    "ConversationStore",
+    "Erased",
+    "Owner",
+    "Turn",
+    "path_messages",
+    "path_tokens",
+]
 
 
 class ConversationStore(Protocol):
@@ -184,6 +131,7 @@ class ConversationStore(Protocol):
         only_if_leaf: bool = False,
         turn_id: str | None = None,
         meta: Mapping[str, object] | None = None,
+        claimed: bool = False,
     ) -> Future[Turn]:
         """Add a turn and make it the conversation's leaf; a draft of its id goes with that. Returns at once; the work is done elsewhere.
 
@@ -198,11 +146,13 @@ class ConversationStore(Protocol):
             only_if_leaf: refuse to begin a branch: the conversation must still end with `parent`.
             turn_id: the turn's id; None = a random one.
             meta: kept with the turn.
+            claimed: an idempotency key stands for the turn: refuse to store it if that is no longer so.
 
         Returns:
             A future that has the turn once it is durable, and not before. It fails with `ConversationNotFound` (no such
             conversation or parent), `ConversationConflict` (`only_if_leaf`, and it is not), `InvalidRequest` (`start` or a token id out of
-            range, `turn_id` taken, meta that JSON cannot hold) or `StoreError`; nothing is stored then, unless the error says that this is unknown.
+            range, `turn_id` taken, meta that JSON cannot hold), `AnswerLost` (its draft was recovered, or its key answered, by another server) or
+            `StoreError`; nothing is stored then, unless the error says that this is unknown.
             Its callbacks run on the store's thread: keep them short.
         """
         ...
@@ -235,7 +185,7 @@ class ConversationStore(Protocol):
             start: how many tokens of the parent's path are kept in front of them; None = all.
             output_start: position in the path's token log at which the answer begins; checked to lie within or at the end of `token_ids`.
             meta: kept with the turn.
-            owner: who writes the answer: the process, so that another can recover its drafts when it is dead.
+            owner: the server that writes the answer, as `join` knows it, so that another can recover the draft when it is dead; "": none.
 
         Returns:
             A future that resolves when the draft is durable. It fails as `append`'s does.
@@ -255,22 +205,45 @@ class ConversationStore(Protocol):
         """Forget a draft; nothing happens if there is none of this id."""
         ...
 
-    def recover_drafts(self, owner: str | None = None) -> int:
-        """Make a turn of each draft whose writer is dead: a branch that no conversation ends with, and that can be gone on from.
-
-        Its last message is the assistant's, as far as it came; its `reply_reason` is `INTERRUPTED`. For the start of the only process that
-        answers, or when another is known to be dead: a draft that is still written to would be cut in two.
+    def join(self, owner: str, place: str) -> None:
+        """Give a server a lease of `LEASE_S`, under which its drafts and claims are its own.
 
         Args:
-            owner: whose; None = everybody's.
+            owner: a name that no other process has or had.
+            place: where the process runs, for others on the same machine; see `place`.
+        """
+        ...
+
+    def renew(self, owner: str, place: str) -> bool:
+        """Renew a server's lease. False: it had lapsed and its answers were recovered by another; it has a new lease now."""
+        ...
+
+    def owners(self) -> Sequence[Owner]:
+        """The servers that have a lease, lapsed ones included."""
+        ...
+
+    def leave(self, owner: str) -> int:
+        """End a server's lease; what it left under way is recovered. Returns how many drafts."""
+        ...
+
+    def recover_drafts(self, owner: str | None = None, expires_s: float | None = None) -> int:
+        """Make a turn of each draft whose writer is dead: a branch that no conversation ends with, and that can be gone on from.
+
+        Its last message is the assistant's, as far as it came; its `reply_reason` is `INTERRUPTED`. Keys whose answer was not stored whole are free
+        again, all in one transaction. A server that lives must not be recovered: its answers would be cut in two.
+
+        Args:
+            owner: whose; its lease ends. None = of all owners that have no lease.
+            expires_s: only if the lease still ends then: it was neither renewed nor recovered by another server meanwhile.
 
         Returns:
             How many there were.
         """
         ...
 
-    def claim(self, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float | None = None) -> Claim:
-        """Say which turn an idempotency key stands for, unless somebody else did within the last `CLAIM_S`. Durable on return.
+    def claim(self, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float | None = None, *, owner: str = "") -> Claim:
+        """Say which turn an idempotency key stands for, unless it stands for another one: claimed within the last `CLAIM_S`, and either stored
+        whole or under way at an owner that was not recovered. Durable on return.
 
         Args:
             namespace: the caller's; the same key of another one is another key.
@@ -278,6 +251,7 @@ class ConversationStore(Protocol):
             fingerprint: of the request, so that the same key with another request can be told.
             turn_id: the turn that will answer it.
             now_s: seconds since the epoch; None = the store's clock.
+            owner: the server that will answer it, as `join` knows it; "": one that never dies.
 
         Returns:
             This claim, `fresh`, or the first one.
@@ -287,19 +261,23 @@ class ConversationStore(Protocol):
         """
         ...
 
-    def release(self, namespace: str, key: str, turn_id: str | None = None) -> None:
-        """Let go of a key whose answer failed, so that the next try is the first; nothing happens if it is not claimed.
+    def release(self, namespace: str, key: str, turn_id: str | None = None) -> Future[None]:
+        """Let go of a key whose answer failed, so that the next try is the first; nothing happens if it is not claimed. Returns at once.
 
         With `turn_id`, only if the key stands for that turn: a later try may have claimed it meanwhile.
         """
         ...
 
+    def home(self, namespace: str, turn_id: str) -> str | None:
+        """The conversation that a turn was added to, or the one that inherited it; None = no such turn in this namespace."""
+        ...
+
     def purge(self, before_s: float) -> int:
-        """Remove the claims made before this time; how many there were."""
+        """Remove the claims made before this time whose answers are not under way; how many there were."""
         ...
 
     def fork(self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None) -> Conversation:
-        """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title, its metadata and its time to expire.
+        """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title, its metadata and its time to live.
 
         Raises:
             ConversationNotFound: no such conversation or turn in this namespace.
@@ -324,13 +302,17 @@ class ConversationStore(Protocol):
         """
         ...
 
-    def set_ttl(self, namespace: str, id: str, expires_s: float | None) -> Conversation:
-        """Say when a conversation may be erased (seconds since the epoch), or that it never may: None.
+    def set_ttl(self, namespace: str, id: str, ttl_s: float | None) -> Conversation:
+        """Say for how long a conversation is kept after its last use (this call, and each turn that begins or ends), in seconds; None: for ever.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
             InvalidRequest: not a time.
         """
+        ...
+
+    def touch(self, namespace: str, id: str) -> Future[None]:
+        """A turn of a conversation begins: its time to live begins anew. Nothing happens if it has none. Returns at once."""
         ...
 
     def set_pinned(self, namespace: str, id: str, pinned: bool) -> Conversation:
@@ -342,7 +324,7 @@ class ConversationStore(Protocol):
         ...
 
     def expired(self, now_s: float, limit: int = 100) -> Sequence[Conversation]:
-        """Conversations of all namespaces whose time has come and that are not pinned, the longest overdue first."""
+        """Conversations of all namespaces whose time has come and that are neither pinned nor being answered, the longest overdue first."""
         ...
 
     def count(self, namespace: str) -> int:
@@ -365,13 +347,35 @@ class ConversationStore(Protocol):
         """
         ...
 
-    def erase(self, namespace: str, id: str) -> Erased:
+    def erase(self, namespace: str, id: str, *, overwrite: bool = True) -> Erased:
         """Delete a conversation as `delete` does, then overwrite what the storage still has of it. May take seconds.
 
+        What cannot be overwritten now is remembered, durably and without a name: the method `overwrite` tries again. Without the argument
+        `overwrite` it is only remembered.
         What lies outside the store's files is not reached: backups, snapshots and spare blocks of the file system or the drive.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
+        """
+        ...
+
+    def erasures(self) -> int:
+        """How many conversations were deleted whose bytes may still be in the store's files, to be overwritten."""
+        ...
+
+    def overwrite(self) -> bool:
+        """Overwrite what deleted conversations left in the store's files; whether nothing is left. May take seconds."""
+        ...
+
+    def trouble(self) -> str | None:
+        """Why the next turn would not be stored, in a sentence: the last write failed, or does not end. None = nothing is known to be wrong."""
+        ...
+
+    def probe(self) -> None:
+        """Write as much as a turn may have, to see whether the store works again.
+
+        Raises:
+            StoreError: it does not.
         """
         ...
 

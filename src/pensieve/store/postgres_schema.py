@@ -106,9 +106,26 @@ def _create(connection: Connection) -> None:
         connection.execute(f"CREATE INDEX {index}")
 
 
-TABLES = ("conversations", "turns", "drafts", "draft_tokens", "claims")
+def _owners(connection: Connection) -> None:
+    """Version 1 to 2, as SQLite's version 2 to 3."""
+    connection.execute("CREATE TABLE owners (id TEXT PRIMARY KEY, place TEXT NOT NULL, expires_s DOUBLE PRECISION NOT NULL)")
+    connection.execute("ALTER TABLE claims ADD COLUMN owner TEXT NOT NULL DEFAULT 'before version 2'")
+    connection.execute("DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))")
+    connection.execute("CREATE INDEX claims_by_owner ON claims (owner)")
+    connection.execute("ALTER TABLE conversations ADD COLUMN ttl_s DOUBLE PRECISION")
+    connection.execute("UPDATE conversations SET ttl_s = greatest(0, expires_s - updated_s) WHERE expires_s IS NOT NULL")
+    connection.execute("UPDATE conversations SET ttl_s = greatest(0, expires_s - created_s) WHERE ttl_s = 0")
+    connection.execute("ALTER TABLE turns ADD COLUMN checksum BYTEA")
+    connection.execute("CREATE TABLE erasures (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, requested_s DOUBLE PRECISION NOT NULL)")
+    connection.execute("CREATE TABLE probe (filler BYTEA NOT NULL)")
+    # What a process's last transaction wrote: by that it finds out whether a commit came through under which its connection was lost.
+    connection.execute("CREATE TABLE writers (id TEXT PRIMARY KEY, transaction TEXT NOT NULL, used_s DOUBLE PRECISION NOT NULL)")
+
+
+WRITERS_S = 7 * 86400.0  # after which the mark of a process that was killed is forgotten
+TABLES = ("conversations", "turns", "drafts", "draft_tokens", "claims")  # those with users' words, and what stands for them
 Migration = Callable[[Connection], None]
-MIGRATIONS: tuple[Migration, ...] = (_create,)  # the n-th brings version n to n + 1
+MIGRATIONS: tuple[Migration, ...] = (_create, _owners)  # the n-th brings version n to n + 1
 
 
 def lock_key(schema: str) -> int:
@@ -151,3 +168,5 @@ def bring_up_to_date(connection: Connection, name: str, schema: str, migrations:
         for migration in migrations[version:]:
             migration(connection)
         connection.execute("UPDATE schema_version SET version = ?", (len(migrations),))
+    if "writers" in tables:
+        connection.execute("DELETE FROM writers WHERE used_s < extract(epoch FROM now()) - ?", (WRITERS_S,))

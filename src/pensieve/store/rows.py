@@ -5,6 +5,7 @@ All JSON is ASCII: it holds any string, lone surrogates and NUL included, in a c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import uuid
@@ -13,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pensieve.chat import Message, ToolCall
-from pensieve.errors import InvalidRequest
-from pensieve.store.base import Conversation, Turn
+from pensieve.errors import InvalidRequest, StoreError
+from pensieve.store.values import Conversation, Turn
 
 MAX_NAME_BYTES = 1024  # two of them fit an entry of a PostgreSQL index, which may have some 2,700
 
 # The columns that make a value, in the order in which `conversation` and `turn` take them.
-CONVERSATION = "id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, pinned"
-TURN = "id, parent, messages, token_ids, start, reply_reason, created_s, digest, meta"
+CONVERSATION = "id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, pinned, ttl_s"
+TURN = "id, parent, messages, token_ids, start, reply_reason, created_s, digest, meta, stop, checksum"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +47,53 @@ def columns(names: str, table: str) -> str:
 
 
 def conversation(row: Sequence[Any]) -> Conversation:
-    """From the columns of `CONVERSATION`."""
-    id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, pinned = row
-    return Conversation(
-        id,
-        namespace,
-        leaf,
-        created_s,
-        updated_s,
-        None if title is None else title_from(title),
-        json.loads(metadata),
-        expires_s,
-        bool(pinned),
-    )
+    """From the columns of `CONVERSATION`.
+
+    Raises:
+        StoreError: its title or metadata is not what was written.
+    """
+    id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, pinned, ttl_s = row
+    try:
+        title, metadata = None if title is None else title_from(title), json.loads(metadata)
+    except ValueError as error:
+        raise StoreError(f"conversation {id!r} is damaged in the store ({error}): restore the store from a backup, or delete it") from error
+    return Conversation(id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, bool(pinned), ttl_s)
 
 
 def turn(row: Sequence[Any]) -> Turn:
-    """From the columns of `TURN`."""
-    id, parent, messages, blob, start, reply_reason, created_s, digest, meta = row
-    return Turn(id, parent, messages_from(messages), unpack(blob), start, reply_reason, created_s, bytes(digest), json.loads(meta))
+    """From the columns of `TURN`.
+
+    Raises:
+        StoreError: they are not what was written.
+    """
+    id, parent, messages, blob, start, reply_reason, created_s, digest, meta, stop, written = row
+    blob, digest = bytes(blob), bytes(digest)
+    if written is not None and bytes(written) != checksum(id, parent, start, reply_reason, messages, blob, digest, meta):
+        raise damaged(id, "its checksum is another one")
+    if len(blob) != 4 * (stop - start):
+        raise damaged(id, f"it has {len(blob)} bytes of token ids for {stop - start} tokens")
+    try:
+        return Turn(id, parent, messages_from(messages), unpack(blob), start, reply_reason, created_s, digest, json.loads(meta))
+    except (ValueError, TypeError, InvalidRequest) as error:  # of a turn that was written before there were checksums
+        raise damaged(id, str(error)) from error
+
+
+def checksum(
+    id: str, parent: str | None, start: int, reply_reason: str | None, messages: str, blob: bytes, digest: bytes, meta: str
+) -> bytes:
+    """The hash of a turn's columns, as they are written: what is read with another one is not served."""
+    hashed = hashlib.blake2b(json.dumps([id, parent, start, reply_reason]).encode(), digest_size=16, person=b"pensieve-turn")
+    for part in (messages.encode(), blob, digest, meta.encode()):
+        hashed.update(len(part).to_bytes(8, "big"))
+        hashed.update(part)
+    return hashed.digest()
+
+
+def damaged(turn_id: str, why: str) -> StoreError:
+    """The error for a turn that is not what was written."""
+    return StoreError(
+        f"turn {turn_id!r} is not what was written to the store ({why}): it is not served; restore the store from a backup, or delete its conversation"
+    )
 
 
 def messages_text(messages: Sequence[Message]) -> str:

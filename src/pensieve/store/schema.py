@@ -139,21 +139,47 @@ def _add_digests(connection: sqlite3.Connection, root: str) -> None:
         connection.execute("UPDATE turns SET digest = ? WHERE id = ?", (digest, id))
 
 
+def _owners(connection: sqlite3.Connection) -> None:
+    """Version 2 to 3: owners with leases, times to live since the last use, turns with checksums, erasures to be completed."""
+    connection.execute(
+        """
+        CREATE TABLE owners (
+            id        TEXT PRIMARY KEY NOT NULL,  -- of one start of a server; drafts and claims name it
+            place     TEXT NOT NULL,  -- `place.here` of its process
+            expires_s REAL NOT NULL   -- when its lease ends
+        )
+        """
+    )
+    # Claims of before have an owner that has no lease, as drafts of before have: what is not stored whole is recovered.
+    connection.execute("ALTER TABLE claims ADD COLUMN owner TEXT NOT NULL DEFAULT 'before version 3'")
+    connection.execute("DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))")
+    connection.execute("CREATE INDEX claims_by_owner ON claims (owner)")
+
+    connection.execute("ALTER TABLE conversations ADD COLUMN ttl_s REAL")  # NULL = for ever; expires_s is that long after the last use
+    # Version 2 did not keep how long was asked for, nor when. What was asked for ends when it would have ended, if no turn comes.
+    connection.execute("UPDATE conversations SET ttl_s = max(0, expires_s - updated_s) WHERE expires_s IS NOT NULL")
+    connection.execute("UPDATE conversations SET ttl_s = max(0, expires_s - created_s) WHERE ttl_s = 0")
+
+    connection.execute("ALTER TABLE turns ADD COLUMN checksum BLOB")  # rows.checksum; NULL = written by version 2 or before
+
+    connection.execute("CREATE TABLE erasures (id INTEGER PRIMARY KEY, requested_s REAL NOT NULL)")  # of what, is not kept
+    connection.execute("CREATE TABLE probe (filler BLOB NOT NULL)")  # written to see whether writing works
+
+
 Migration = Callable[[sqlite3.Connection], None]
-MIGRATIONS: tuple[Migration, ...] = (_create, _answers)  # the n-th brings version n to n + 1
+MIGRATIONS: tuple[Migration, ...] = (_create, _answers, _owners)  # the n-th brings version n to n + 1
 
 
 def connect(path: Path | None, busy_timeout_s: float, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection in autocommit mode that may be handed from thread to thread.
+    """A connection in autocommit mode that may be handed from thread to thread. It never makes a file.
 
     Args:
         path: the file; None = in memory.
         busy_timeout_s: how long to wait for a lock that another process holds.
         read_only: refuse to write.
     """
-    connection = sqlite3.connect(
-        ":memory:" if path is None else path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
-    )
+    name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw"
+    connection = sqlite3.connect(name, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False, uri=path is not None)
     connection.execute(f"PRAGMA busy_timeout = {round(busy_timeout_s * 1000)}")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA synchronous = FULL")  # a commit returns when it would survive a power loss
@@ -224,10 +250,11 @@ def _migrate(connection: sqlite3.Connection, name: str, migrations: Sequence[Mig
     connection.execute("BEGIN IMMEDIATE")
     try:
         version = _check(connection, name, len(migrations))  # again: another process may have been faster
-        for migration in migrations[version:]:
-            migration(connection)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {len(migrations)}")
+        if version < len(migrations):  # (a store that is up to date opens on a full disk, too)
+            for migration in migrations[version:]:
+                migration(connection)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {len(migrations)}")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:

@@ -7,6 +7,7 @@ commit; how reading goes and how deleted bytes are overwritten is the database's
 from __future__ import annotations
 
 import builtins
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -14,19 +15,22 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from pensieve.chat import Message
-from pensieve.errors import ConversationConflict, InvalidRequest
-from pensieve.store import answers, rows, trees
-from pensieve.store.base import Claim, Conversation, Erased, Turn
+from pensieve.errors import ConversationConflict, InvalidRequest, StoreError
+from pensieve.store import answers, owners, rows, trees
+from pensieve.store.values import Claim, Conversation, Erased, Owner, Turn
 from pensieve.store.writer import C, Connection, GroupWriter, Job
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PROBE_BYTES = 64 << 10  # a turn of some thousand tokens
 MAX_IDS = 500  # in one query
 MAX_INT = (1 << 63) - 1  # what databases count with
 
 
 class SqlStore(Generic[C]):
-    """A `ConversationStore` over a writer; a database's own class adds `_read` and `_scrub`."""
+    """A `ConversationStore` over a writer; a database's own class adds `_read`, `_scrub`, and its clock where several machines share it."""
 
     _writer: GroupWriter[C]
     _clock: Callable[[], float]  # seconds since the epoch
@@ -35,9 +39,13 @@ class SqlStore(Generic[C]):
         """Run a query that sees one state, beside the writer."""
         raise NotImplementedError
 
-    def _scrub(self) -> bool:
-        """Overwrite what deleted rows left in the store's files: whether nothing is left."""
+    def _scrub(self) -> tuple[bool, bool]:
+        """Overwrite what deleted rows left in the store's files: whether that was done, and whether nothing is left for sure."""
         raise NotImplementedError
+
+    def _now_s(self, connection: Connection) -> float:
+        """The time that leases go by."""
+        return self._clock()
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +116,8 @@ class SqlStore(Generic[C]):
         """See `ConversationStore.expired`."""
         if limit < 0:
             raise InvalidRequest(f"limit must be at least 0, got {limit}")
-        return self._conversations("expires_s <= ? AND pinned = 0 ORDER BY expires_s, key LIMIT ?", (now_s, limit))
+        answered = "EXISTS (SELECT 1 FROM drafts WHERE drafts.conversation = conversations.key)"
+        return self._conversations(f"expires_s <= ? AND pinned = 0 AND NOT {answered} ORDER BY expires_s, key LIMIT ?", (now_s, limit))
 
     def fork(self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None) -> Conversation:
         """See `ConversationStore.fork`."""
@@ -120,7 +129,8 @@ class SqlStore(Generic[C]):
             if at is not None:
                 trees.check_turn(connection, namespace, at)
             now_s, leaf = self._clock(), origin.leaf if at is None else at
-            fork = Conversation(new_id, namespace, leaf, now_s, now_s, origin.title, origin.metadata, origin.expires_s)
+            expires_s = None if origin.ttl_s is None else now_s + origin.ttl_s
+            fork = Conversation(new_id, namespace, leaf, now_s, now_s, origin.title, origin.metadata, expires_s, ttl_s=origin.ttl_s)
             return trees.insert_conversation(connection, fork)
 
         return self._writer.call(job)
@@ -142,11 +152,16 @@ class SqlStore(Generic[C]):
         text = rows.json_text(metadata, "a conversation's metadata")
         return self._set(namespace, id, title=rows.title_text(title), metadata=text)
 
-    def set_ttl(self, namespace: str, id: str, expires_s: float | None) -> Conversation:
+    def set_ttl(self, namespace: str, id: str, ttl_s: float | None) -> Conversation:
         """See `ConversationStore.set_ttl`."""
-        if expires_s is not None and not math.isfinite(expires_s):
-            raise InvalidRequest(f"expires_s must be a time in seconds since the epoch, or None for never, got {expires_s}")
-        return self._set(namespace, id, expires_s=None if expires_s is None else float(expires_s))
+        if ttl_s is not None and not (math.isfinite(ttl_s) and ttl_s >= 0):
+            raise InvalidRequest(f"ttl_s must be a time in seconds, at least 0, or None for ever, got {ttl_s}")
+        expires_s = None if ttl_s is None else self._clock() + ttl_s
+        return self._set(namespace, id, ttl_s=None if ttl_s is None else float(ttl_s), expires_s=expires_s)
+
+    def touch(self, namespace: str, id: str) -> Future[None]:
+        """See `ConversationStore.touch`."""
+        return self._writer.submit(lambda connection: trees.touch(connection, trees.key_of(connection, namespace, id), self._clock()))
 
     def set_pinned(self, namespace: str, id: str, pinned: bool) -> Conversation:
         """See `ConversationStore.set_pinned`."""
@@ -160,10 +175,42 @@ class SqlStore(Generic[C]):
         """See `ConversationStore.delete`."""
         self._writer.call(lambda connection: trees.delete_conversation(connection, namespace, id))
 
-    def erase(self, namespace: str, id: str) -> Erased:
+    def erase(self, namespace: str, id: str, *, overwrite: bool = True) -> Erased:
         """See `ConversationStore.erase`."""
-        turns, size = self._writer.call(lambda connection: trees.delete_conversation(connection, namespace, id))
-        return Erased(turns, size, self._scrub())
+
+        def job(connection: Connection) -> tuple[int, int]:
+            connection.execute("INSERT INTO erasures (requested_s) VALUES (?)", (self._clock(),))
+            return trees.delete_conversation(connection, namespace, id)
+
+        turns, size = self._writer.call(job)
+        return Erased(turns, size, self.overwrite() if overwrite else False)
+
+    def erasures(self) -> int:
+        """See `ConversationStore.erasures`."""
+        return int(self._read(lambda connection: connection.execute("SELECT count(*) FROM erasures").fetchone()[0]))
+
+    def overwrite(self) -> bool:
+        """See `ConversationStore.overwrite`."""
+        (last,) = self._read(lambda connection: connection.execute("SELECT max(id) FROM erasures").fetchone())
+        done, complete = self._scrub()
+        if done and last is not None:  # those that came meanwhile may have been missed
+            self._writer.call(lambda connection: connection.execute("DELETE FROM erasures WHERE id <= ?", (last,)))
+        return complete
+
+    # -- the storage itself
+
+    def trouble(self) -> str | None:
+        """See `ConversationStore.trouble`."""
+        return self._writer.trouble()
+
+    def probe(self) -> None:
+        """See `ConversationStore.probe`."""
+
+        def job(connection: Connection) -> None:
+            connection.execute("DELETE FROM probe")
+            connection.execute("INSERT INTO probe (filler) VALUES (?)", (bytes(PROBE_BYTES),))
+
+        self._writer.probe(job)
 
     # -- turns
 
@@ -196,6 +243,7 @@ class SqlStore(Generic[C]):
         only_if_leaf: bool = False,
         turn_id: str | None = None,
         meta: Mapping[str, object] | None = None,
+        claimed: bool = False,
     ) -> Future[Turn]:
         """See `ConversationStore.append`."""
         try:
@@ -215,6 +263,8 @@ class SqlStore(Generic[C]):
             if chosen:
                 answers.check_free(connection, made, key)
                 answers.discard_draft(connection, made)
+            if claimed:
+                answers.check_claimed(connection, namespace, made)
             at = trees.place(connection, namespace, key, parent, start, made)
             now_s = self._clock()
             turn = trees.insert_turn(connection, namespace, at, made, content, reply_reason, now_s)
@@ -222,6 +272,10 @@ class SqlStore(Generic[C]):
             return turn
 
         return self._writer.submit(job)
+
+    def home(self, namespace: str, turn_id: str) -> str | None:
+        """See `ConversationStore.home`."""
+        return self._read(lambda connection: trees.home(connection, namespace, turn_id))
 
     def delete_turn(self, namespace: str, turn_id: str) -> bool:
         """See `ConversationStore.delete_turn`."""
@@ -253,7 +307,11 @@ class SqlStore(Generic[C]):
         def job(connection: Connection) -> None:
             key = trees.key_of(connection, namespace, conversation_id)
             at = trees.place(connection, namespace, key, parent, start, turn_id)
-            answers.begin_draft(connection, at, turn_id, content, output_start, owner, self._clock())
+            now_s = self._clock()
+            if owner:
+                owners.ensure(connection, owner, self._now_s(connection))
+            answers.begin_draft(connection, at, turn_id, content, output_start, owner, now_s)
+            trees.touch(connection, key, now_s)
 
         return self._writer.submit(job)
 
@@ -274,21 +332,57 @@ class SqlStore(Generic[C]):
             return _failed(error)
         return self._writer.submit(lambda connection: answers.discard_draft(connection, turn_id))
 
-    def recover_drafts(self, owner: str | None = None) -> int:
+    def join(self, owner: str, place: str) -> None:
+        """See `ConversationStore.join`."""
+        rows.check_names(owner=owner)
+        self._writer.call(lambda connection: owners.join(connection, owner, place, self._now_s(connection)))
+
+    def renew(self, owner: str, place: str) -> bool:
+        """See `ConversationStore.renew`."""
+
+        def job(connection: Connection) -> bool:
+            now_s = self._now_s(connection)
+            renewed = owners.renew(connection, owner, now_s)
+            if not renewed:
+                owners.join(connection, owner, place, now_s)
+            return renewed
+
+        return self._writer.call(job)
+
+    def owners(self) -> Sequence[Owner]:
+        """See `ConversationStore.owners`."""
+        return self._read(lambda connection: owners.listed(connection, self._now_s(connection)))
+
+    def leave(self, owner: str) -> int:
+        """See `ConversationStore.leave`."""
+        return self.recover_drafts(owner)
+
+    def recover_drafts(self, owner: str | None = None, expires_s: float | None = None) -> int:
         """See `ConversationStore.recover_drafts`."""
         rows.check_names(owner=owner)
-        return self._writer.call(lambda connection: answers.recover_drafts(connection, owner))
 
-    def claim(self, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float | None = None) -> Claim:
+        def job(connection: Connection) -> int:
+            if owner is not None and not owners.end(connection, owner, expires_s):
+                return 0
+            return answers.recover_drafts(connection, owner)
+
+        return self._writer.call(job)
+
+    def claim(self, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float | None = None, *, owner: str = "") -> Claim:
         """See `ConversationStore.claim`."""
-        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
-        now_s = self._clock() if now_s is None else now_s
-        return self._writer.call(lambda connection: answers.claim(connection, namespace, key, fingerprint, turn_id, now_s))
+        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id, owner=owner)
+        claimed_s = self._clock() if now_s is None else now_s
 
-    def release(self, namespace: str, key: str, turn_id: str | None = None) -> None:
+        def job(connection: Connection) -> Claim:
+            owners.ensure(connection, owner, self._now_s(connection) if owner else 0.0)
+            return answers.claim(connection, namespace, key, fingerprint, turn_id, owner, claimed_s)
+
+        return self._writer.call(job)
+
+    def release(self, namespace: str, key: str, turn_id: str | None = None) -> Future[None]:
         """See `ConversationStore.release`."""
         rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
-        self._writer.call(lambda connection: answers.release(connection, namespace, key, turn_id))
+        return self._writer.submit(lambda connection: answers.release(connection, namespace, key, turn_id))
 
     def purge(self, before_s: float) -> int:
         """See `ConversationStore.purge`."""
@@ -297,8 +391,15 @@ class SqlStore(Generic[C]):
     # -- inside
 
     def _conversations(self, condition: str, values: Sequence[Any]) -> builtins.list[Conversation]:
+        """Those that can be read: one that is damaged is named in the log, and does not take the others with it."""
         query = f"SELECT {rows.CONVERSATION} FROM conversations WHERE {condition}"
-        return self._read(lambda connection: [rows.conversation(row) for row in connection.execute(query, values)])
+        found = []
+        for row in self._read(lambda connection: connection.execute(query, values).fetchall()):
+            try:
+                found.append(rows.conversation(row))
+            except StoreError as error:
+                log.error("%s", error.message)
+        return found
 
     def _set(self, namespace: str, id: str, **changed: str | float | None) -> Conversation:
         """Replace columns of a conversation."""

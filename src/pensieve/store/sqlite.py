@@ -6,6 +6,7 @@ there the writer's thread reads too.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -13,10 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pensieve.errors import StoreError
+from pensieve.errors import StoreError, StoreUnavailable
+from pensieve.store.files import FileGone, StoreFiles
 from pensieve.store.schema import MIGRATIONS, Migration, connect, open_for_writing
 from pensieve.store.sql import SqlStore
-from pensieve.store.writer import Connection, GroupWriter, Job
+from pensieve.store.writer import Connection, GroupWriter, Job, Kind
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -37,13 +41,15 @@ class SqliteLink:
 
     Args:
         connection: as `schema.connect` makes them.
+        files: where it writes; None = in memory.
     """
 
-    errors: tuple[type[Exception], ...] = (sqlite3.Error,)
-    lost = False  # a file does not go away
+    errors: tuple[type[Exception], ...] = (sqlite3.Error, FileGone)
+    lost = False  # there is no connection that could break between a commit and its answer
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, files: StoreFiles | None) -> None:
         self.connection = connection
+        self._files = files
 
     @property
     def in_transaction(self) -> bool:
@@ -52,11 +58,38 @@ class SqliteLink:
 
     def begin(self) -> None:
         """Begin a transaction that may write: no other process can write until it ends."""
+        self.check()
         self.connection.execute("BEGIN IMMEDIATE")
+
+    def check(self) -> None:
+        """Raise `FileGone` if the files that are written to are not those that the next process would find."""
+        if self._files is not None:
+            self._files.check()
+
+    def outcome(self) -> bool | None:
+        """Never asked: `lost` is False."""
+        return None
+
+    def kind(self, error: BaseException) -> Kind:
+        """See `Link.kind`."""
+        return kind_of(error)
+
+    def words(self, error: BaseException) -> str:
+        """See `Link.words`: SQLite's own name no path."""
+        return str(error).strip() or type(error).__name__
 
     def close(self) -> None:
         """Close the connection."""
         self.connection.close()
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Whether a failure of SQLite may pass, means a damaged file, or is a mistake of ours."""
+    if isinstance(error, FileGone):
+        return "passing"
+    if isinstance(error, sqlite3.OperationalError):  # no room, locked, input/output; and words that no UTF-8 decodes
+        return "broken" if "UTF-8" in str(error) else "passing"
+    return "broken" if type(error) is sqlite3.DatabaseError else "mistake"
 
 
 class SqliteStore(SqlStore[sqlite3.Connection]):
@@ -84,12 +117,14 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
         clock: Callable[[], float] = time.time,
         migrations: Sequence[Migration] = MIGRATIONS,
     ) -> None:
-        self._path = None if str(path) == MEMORY else Path(path)
+        self._path = None if str(path) == MEMORY else Path(path).absolute()
         self._name = str(path)
         self._busy_timeout_s = busy_timeout_s
         self._rebuild_bytes = rebuild_bytes
         self._clock = clock
-        self._writer = GroupWriter(SqliteLink(open_for_writing(self._path, busy_timeout_s, migrations)), self._name)
+        connection = open_for_writing(self._path, busy_timeout_s, migrations)
+        self._files = None if self._path is None else StoreFiles(self._path)
+        self._writer = GroupWriter(SqliteLink(connection, self._files), self._name)
         self._readers: list[sqlite3.Connection] = []  # idle ones; as many as were ever in use at once
         self._readers_lock = threading.Lock()
         self._closed = False
@@ -108,9 +143,11 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
             return self._writer.call(query)
         with self._readers_lock:
             if self._closed:
-                raise StoreError(f"the conversation store {self._name} is closed")
+                raise StoreUnavailable("the conversation store is closed")
             connection = self._readers.pop() if self._readers else None
         try:
+            assert self._files is not None
+            self._files.check()  # what another process reads, and the next start, is read here
             if connection is None:
                 connection = connect(self._path, self._busy_timeout_s, read_only=True)
             connection.execute("BEGIN")  # all of a query's statements see one state
@@ -118,8 +155,10 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
                 return query(connection)
             finally:
                 connection.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            raise StoreError(f"the conversation store {self._name} cannot be read: {error}") from error
+        except (sqlite3.Error, FileGone) as error:
+            log.error("the conversation store %s cannot be read: %s", self._name, error)
+            failed = StoreUnavailable if kind_of(error) == "passing" else StoreError
+            raise failed(f"the conversation store cannot be read: {error}") from error
         finally:
             if connection is not None:
                 self._give_back(connection)
@@ -131,23 +170,24 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
             else:
                 self._readers.append(connection)
 
-    def _scrub(self) -> bool:
+    def _scrub(self) -> tuple[bool, bool]:
         """Leave nothing of deleted rows in the file and its log.
 
         `secure_delete` overwrites rows where they were deleted, but not the copies that SQLite leaves in a page's free space when
         it moves rows to another page. Rebuilding the file does away with those. The log holds old pages until it is truncated.
+        A file that is too large to be rebuilt is done once its log is truncated, though copies may be left.
         """
         if self._path is None:
-            return True
-        rebuilt = self._rebuild(self._path)
+            return True, True
         try:
-            return self._truncate_log(self._path) and rebuilt
-        except sqlite3.Error:  # no connection: the rows are gone all the same
-            return False
+            may_rebuild = self._path.stat().st_size <= self._rebuild_bytes
+            rebuilt = may_rebuild and self._rebuild()
+            truncated = self._truncate_log(self._path)
+        except (sqlite3.Error, OSError):  # no connection, or no file: the rows are gone all the same
+            return False, False
+        return truncated and (rebuilt or not may_rebuild), truncated and rebuilt
 
-    def _rebuild(self, path: Path) -> bool:
-        if path.stat().st_size > self._rebuild_bytes:
-            return False
+    def _rebuild(self) -> bool:
         try:
             self._writer.call(lambda connection: connection.execute("VACUUM").fetchone(), alone=True)
         except StoreError:  # another process writes all the time, or there is no room for a second file: the rows are gone all the same

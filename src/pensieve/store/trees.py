@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pensieve.chat import ROOT_DIGEST, path_digests
 from pensieve.errors import ConversationNotFound, InvalidRequest
 from pensieve.store import rows
-from pensieve.store.base import Conversation, Turn
+from pensieve.store.values import Conversation, Turn
 from pensieve.store.writer import Connection
 
 MAX_ASKED = 500  # digests in one query: each takes two of the values that a statement may have
@@ -54,7 +54,7 @@ def insert_conversation(connection: Connection, made: Conversation) -> Conversat
     if taken is not None:
         raise InvalidRequest(f"there is a conversation {made.id!r} already: choose another id, or go on with that one")
     connection.execute(
-        f"INSERT INTO conversations ({rows.CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO conversations ({rows.CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             made.id,
             made.namespace,
@@ -65,6 +65,7 @@ def insert_conversation(connection: Connection, made: Conversation) -> Conversat
             rows.json_text(made.metadata, "a conversation's metadata"),
             made.expires_s,
             int(made.pinned),
+            made.ttl_s,
         ),
     )
     return get(connection, made.namespace, made.id)
@@ -105,11 +106,12 @@ def insert_turn(
     """Add a turn. No conversation's leaf moves."""
     digest = path_digests(content.messages, at.digest)[-1] if content.messages else at.digest
     stop = at.start + len(content.token_ids)
+    checksum = rows.checksum(turn_id, at.parent, at.start, reply_reason, content.messages_text, content.blob, digest, content.meta_text)
     connection.execute(
-        f"INSERT INTO turns ({rows.TURN}, namespace, owner, root, stop) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO turns ({rows.TURN}, namespace, owner, root) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             *(turn_id, at.parent, content.messages_text, content.blob, at.start, reply_reason, created_s, digest, content.meta_text),
-            *(namespace, at.conversation, at.root, stop),
+            *(stop, checksum, namespace, at.conversation, at.root),
         ),
     )
     meta = json.loads(content.meta_text)
@@ -117,12 +119,18 @@ def insert_turn(
 
 
 def set_leaf(connection: Connection, conversation: int, turn_id: str | None, now_s: float) -> None:
-    """Let a conversation end with a turn."""
+    """Let a conversation end with a turn, which is a use of it."""
     connection.execute("UPDATE conversations SET leaf = ?, updated_s = ? WHERE key = ?", (turn_id, now_s, conversation))
+    touch(connection, conversation, now_s)
+
+
+def touch(connection: Connection, conversation: int, now_s: float) -> None:
+    """A conversation is used: its time to live, if it has one, begins anew."""
+    connection.execute("UPDATE conversations SET expires_s = ? + ttl_s WHERE key = ? AND ttl_s IS NOT NULL", (now_s, conversation))
 
 
 def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]:
-    """The turns from the root to this one."""
+    """The turns from the root to this one, each checked to be what was written."""
     check_turn(connection, namespace, turn_id)
     found = connection.execute(
         f"""
@@ -134,7 +142,25 @@ def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]
         """,
         (turn_id,),
     )
-    return [rows.turn(row) for row in found]
+    turns, digest = [], ROOT_DIGEST
+    for row in found:
+        turn = rows.turn(row)
+        digest = path_digests(turn.messages, digest)[-1] if turn.messages else digest
+        if turn.digest != digest:
+            raise rows.damaged(turn.id, "the messages of its path have another hash")
+        turns.append(turn)
+    return turns
+
+
+def home(connection: Connection, namespace: str, turn_id: str) -> str | None:
+    """The conversation that has a turn."""
+    row = None
+    if rows.is_name(namespace) and rows.is_name(turn_id):
+        row = connection.execute(
+            "SELECT conversations.id FROM turns JOIN conversations ON conversations.key = turns.owner WHERE turns.id = ? AND turns.namespace = ?",
+            (turn_id, namespace),
+        ).fetchone()
+    return None if row is None else str(row[0])
 
 
 def leaves(connection: Connection, namespace: str, turn_id: str) -> Sequence[Conversation]:
@@ -251,6 +277,7 @@ def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: flo
     """Delete a turn that nothing but its own conversation depends on, or mark it: whether it went."""
     turn = get_turn(connection, namespace, turn_id)
     (owner,) = connection.execute("SELECT owner FROM turns WHERE id = ?", (turn_id,)).fetchone()
+    connection.execute("DELETE FROM claims WHERE turn_id = ?", (turn_id,))  # a key does not bring back what was deleted
     needed = connection.execute(
         """
         SELECT 1 FROM turns WHERE parent = ?
@@ -261,11 +288,16 @@ def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: flo
         (turn_id, turn_id, turn_id, owner),
     ).fetchone()
     if needed is not None:
-        marked = rows.json_text({**turn.meta, "deleted": True}, "a turn's meta")
-        connection.execute("UPDATE turns SET meta = ? WHERE id = ?", (marked, turn_id))
+        _mark_deleted(connection, turn)
         return False
     for (key,) in connection.execute("SELECT key FROM conversations WHERE leaf = ?", (turn_id,)).fetchall():
         set_leaf(connection, key, turn.parent, now_s)
-    connection.execute("DELETE FROM claims WHERE turn_id = ?", (turn_id,))
     connection.execute("DELETE FROM turns WHERE id = ?", (turn_id,))
     return True
+
+
+def _mark_deleted(connection: Connection, turn: Turn) -> None:
+    meta = rows.json_text({**turn.meta, "deleted": True}, "a turn's meta")
+    messages, blob = connection.execute("SELECT messages, token_ids FROM turns WHERE id = ?", (turn.id,)).fetchone()
+    checksum = rows.checksum(turn.id, turn.parent, turn.start, turn.reply_reason, messages, bytes(blob), turn.digest, meta)
+    connection.execute("UPDATE turns SET meta = ?, checksum = ? WHERE id = ?", (meta, checksum, turn.id))

@@ -6,18 +6,24 @@ is free go into one transaction, and their futures resolve together when it is d
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from pensieve.errors import StoreError
+from pensieve.errors import StoreError, StoreUnavailable
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Kind = Literal["passing", "broken", "mistake"]
 
 MAX_GROUP = 256  # jobs in one transaction
+STUCK_S = 10.0  # a write that takes longer is told as trouble
 
 
 class Rows(Protocol):
@@ -71,12 +77,28 @@ class Link(Protocol[C_co]):
         """Begin a transaction that no other writer of any process runs beside; connect anew if the connection was lost."""
         ...
 
+    def check(self) -> None:
+        """Raise one of `errors` if what is written now would not be found afterwards: the file has no name any more, for instance."""
+        ...
+
+    def outcome(self) -> bool | None:
+        """What became of the commit under which the connection was lost: True = it is durable, False = nothing of it is, None = unknown."""
+        ...
+
+    def kind(self, error: BaseException) -> Kind:
+        """What a failure is: one that may pass (no room, a lock, no connection), a broken database, or a mistake of a job."""
+        ...
+
+    def words(self, error: BaseException) -> str:
+        """A failure in words that name no path, host or user: clients are told them."""
+        ...
+
     def close(self) -> None:
         """Let go of the connection."""
         ...
 
 
-class _TransactionLost(Exception):
+class TransactionLost(Exception):
     """The database ended the transaction under a job."""
 
 
@@ -91,12 +113,12 @@ class GroupWriter(Generic[C]):
     """Owns the only connection that writes, and the thread that uses it.
 
     Each job runs in a savepoint: one that raises is undone and fails alone. If the transaction itself cannot be
-    committed, its jobs are tried again one by one, so that only the one at fault fails; unless the connection was lost, for
-    then they may be stored after all.
+    committed, its jobs are tried again one by one, so that only the one at fault fails. If the connection was lost, the database is
+    asked what became of the commit: the jobs have succeeded, or are tried once more, or it is unknown and they fail saying so.
 
     Args:
         link: closed by `close`.
-        name: what messages call the database, its path for instance.
+        name: what the log calls the database, its path for instance.
     """
 
     def __init__(self, link: Link[C], name: str) -> None:
@@ -105,6 +127,8 @@ class GroupWriter(Generic[C]):
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._gate = threading.Lock()  # so that no job is queued behind the end mark
         self._closed = False
+        self._trouble: str | None = None  # the last failure of the storage, until a probe succeeds
+        self._busy_since_s: float | None = None  # monotonic
         self._thread = threading.Thread(target=self._loop, name="conversation-store", daemon=True)
         self._thread.start()
 
@@ -120,7 +144,7 @@ class GroupWriter(Generic[C]):
         future: Future[T] = Future()
         with self._gate:
             if self._closed:
-                future.set_exception(StoreError(f"the conversation store {self._name} is closed"))
+                future.set_exception(StoreUnavailable("the conversation store is closed"))
             else:
                 self._queue.put(_Item(job, future, alone))
         return future
@@ -132,6 +156,20 @@ class GroupWriter(Generic[C]):
         future: Future[T] = Future()
         self._run_safely([_Item(job, future, alone)])
         return future.result()
+
+    def trouble(self) -> str | None:
+        """Why the next job would fail, in a sentence: the storage failed and no `probe` succeeded since, or a write does not end. None = nothing known."""
+        since_s = self._busy_since_s
+        if since_s is not None and (busy_s := time.monotonic() - since_s) > STUCK_S:
+            return f"the conversation store has not ended a write for {busy_s:.0f} s"
+        return self._trouble
+
+    def probe(self, job: Job[C, object]) -> None:
+        """Run a job that shows whether the storage works: trouble ends with it."""
+        self.call(job)
+        if self._trouble is not None:
+            log.info("the conversation store %s works again", self._name)
+        self._trouble = None
 
     def close(self) -> None:
         """Run what is queued, then close the connection. May be called again; not from a future's callback."""
@@ -155,7 +193,8 @@ class GroupWriter(Generic[C]):
         self._link.close()
 
     def _run_safely(self, group: list[_Item]) -> None:
-        """Run a group whatever happens: nobody must wait for a future of a thread that died."""
+        """Run a group whatever happens: no future may wait for a thread that died."""
+        self._busy_since_s = time.monotonic()
         try:
             if group and group[0].alone:
                 self._run_alone(group[0])
@@ -167,43 +206,62 @@ class GroupWriter(Generic[C]):
                 if not item.future.done():
                     item.future.set_exception(failure)
             self._roll_back()
+        finally:
+            self._busy_since_s = None
 
     def _run_alone(self, item: _Item) -> None:
         try:
+            self._link.check()
             item.future.set_result(item.job(self._link.connection))
         except self._link.errors as error:
             item.future.set_exception(self._failure(error))
 
-    def _run(self, group: list[_Item]) -> None:
-        """Run a group in one transaction and resolve its futures; if that fails, in one transaction each."""
+    def _run(self, group: list[_Item], again: bool = True) -> None:
+        """Run a group in one transaction and resolve its futures; if that fails, in one transaction each.
+
+        `again`: if the connection is lost, and nothing of the group was stored, try it once more.
+        """
         if not group:
             return
         try:
             self._link.begin()
-        except self._link.errors as error:  # locked by another process, or no connection: nobody's fault here, and waiting was done
+        except self._link.errors as error:  # locked by another process, or no connection: no job is at fault, and waiting was done
             self._roll_back()
-            for item in group:
-                item.future.set_exception(self._failure(error))
+            self._fail(group, error)
             return
-        failures: tuple[type[Exception], ...] = (*self._link.errors, _TransactionLost)
+        failures: tuple[type[Exception], ...] = (*self._link.errors, TransactionLost)
+        committing = False
         try:
             outcomes = [self._run_one(item.job) for item in group]
+            committing = True
             self._link.connection.execute("COMMIT")
+            self._link.check()
         except failures as error:
             lost = self._link.lost
             self._roll_back()
-            if lost or len(group) == 1:
-                for item in group:
-                    item.future.set_exception(self._failure(error, lost))
-            else:
-                for item in group:
-                    self._run([item])
-            return
+            stored = self._link.outcome() if lost and committing else False
+            if not stored:
+                self._after_failure(group, error, lost, unknown=stored is None, again=again)
+                return
         for item, (result, failure) in zip(group, outcomes, strict=True):
             if failure is None:
                 item.future.set_result(result)
             else:
                 item.future.set_exception(failure)
+
+    def _after_failure(self, group: list[_Item], error: Exception, lost: bool, *, unknown: bool, again: bool) -> None:
+        """A transaction failed: try its jobs again, or fail them."""
+        if lost and again and not unknown:
+            self._run(group, again=False)
+        elif lost or len(group) == 1:
+            self._fail(group, error, unknown)
+        else:
+            for item in group:
+                self._run([item])
+
+    def _fail(self, group: list[_Item], error: Exception, unknown: bool = False) -> None:
+        for item in group:
+            item.future.set_exception(self._failure(error, unknown))
 
     def _run_one(self, job: Job[C, Any]) -> tuple[Any, Exception | None]:
         """One job in its savepoint: its result or its failure. Raises only if the whole transaction is lost."""
@@ -213,7 +271,7 @@ class GroupWriter(Generic[C]):
             result = job(connection)
         except Exception as error:
             if not self._link.in_transaction:  # a full disk makes SQLite undo everything
-                raise _TransactionLost(str(error)) from error
+                raise TransactionLost(str(error)) from error
             connection.execute("ROLLBACK TO job")
             connection.execute("RELEASE job")
             return None, self._failure(error) if isinstance(error, self._link.errors) else error
@@ -224,13 +282,22 @@ class GroupWriter(Generic[C]):
         if self._link.in_transaction:
             self._link.connection.execute("ROLLBACK")
 
-    def _failure(self, error: BaseException, lost: bool = False) -> StoreError:
+    def _failure(self, error: BaseException, unknown: bool = False) -> StoreError:
+        """What a job's caller is told of a failure of the storage; the log has the details."""
+        if isinstance(error, TransactionLost) and error.__cause__ is not None:
+            error = error.__cause__
         outcome = (
             "the connection was lost, so what was being written may be stored or not"
-            if lost
+            if unknown
             else "take what was being written as not stored"
         )
-        failure = StoreError(f"the conversation store {self._name} failed: {str(error).strip()}; {outcome}")
+        told = self._link.words(error)
+        kind = self._link.kind(error)
+        if self._trouble is None or kind == "mistake":
+            log.error("the conversation store %s failed: %s", self._name, str(error).strip() or type(error).__name__)
+        if kind != "mistake":
+            self._trouble = f"the conversation store failed: {told}"
+        failure = (StoreUnavailable if kind == "passing" else StoreError)(f"the conversation store failed: {told}; {outcome}")
         failure.__cause__ = error
         return failure
 

@@ -29,10 +29,10 @@ from pensieve.worker.products import (
     LayerCall,
     LayerProducts,
     OneDnnLayer,
-    OneDnnProduct,
     PanelKind,
     PanelLayer,
     PanelProduct,
+    head_product,
 )
 from pensieve.worker.rows import Rows, float_weight
 
@@ -87,9 +87,10 @@ class LlamaForward:
         self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach()
         self.int8 = int8
         panels = not self._on_device and (int8 or _why_no_panels(model) is None)
+        self.by_onednn = not (self._on_device or panels)  # its products
         kind = PanelKind(int8)
-        plain_product, plain_layer = (DeviceProduct, DeviceLayer) if self._on_device else (OneDnnProduct, OneDnnLayer)
-        self._head = PanelProduct([model.lm_head], kind=kind) if panels else plain_product([model.lm_head])
+        plain_layer = DeviceLayer if self._on_device else OneDnnLayer
+        self._head = DeviceProduct([model.lm_head]) if self._on_device else head_product(model.lm_head, kind)
         if not keep_modules and model.lm_head.weight is not decoder.embed_tokens.weight:
             _empty(model.lm_head)
         self._layers: list[_Layer] = []

@@ -24,7 +24,7 @@ from pensieve.worker.allocator import return_freed_memory
 from pensieve.worker.attention import AttentionArgs, KVGeometry
 from pensieve.worker.batch import Batch
 from pensieve.worker.llama import LlamaForward
-from pensieve.worker.products import lay_out_modules
+from pensieve.worker.products import ONEDNN_BYTES, fill_up_modules, lay_out_modules
 
 _INTERFACE = "pensieve"
 
@@ -104,14 +104,21 @@ class CausalModel:
                 self._fused = LlamaForward(self.model, args, keep_modules=keep_modules, int8=int8)
             elif forward == "fused":
                 raise ConfigError(f"{self.label} cannot be computed by fused operations ({reason}): choose --forward auto or modules")
-        if expected is None:
-            return
         try:
-            gate.self_test(self, expected)
+            if expected is not None:
+                gate.self_test(self, expected)
         except ModelRefused as error:
             if self._fused is None:
                 raise
             raise FusedDiffers(f"{error.message} (fused operations; --forward modules computes it by its own)") from error
+        if self._fused is None and (self.model.tp_size or 1) == 1:
+            fill_up_modules(self.model)
+
+    @property
+    def library_bytes(self) -> int:
+        """Main memory that libraries come to take for what they compile by the shapes they meet, beside the weights."""
+        by_onednn = self.dtype.itemsize == 2 if self._fused is None else self._fused.by_onednn
+        return ONEDNN_BYTES if by_onednn and self.device.type == "cpu" else 0
 
     @property
     def forward_name(self) -> str:

@@ -353,7 +353,7 @@ def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankW
     geometry = model.geometry
     chunk_bytes = order.chunk_tokens * 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * geometry.dtype.itemsize
     with group.agreeing():  # before anybody allocates: the ranks of a machine share its memory
-        require_room(order.tiers, chunk_bytes, model.device, sharers=group.local_size)
+        require_room(order.tiers, chunk_bytes, model.device, sharers=group.local_size, beside=model.library_bytes)
     worker: RankWorker | None = None
     try:
         with group.agreeing():

@@ -1,13 +1,13 @@
 """The products of a Llama-like layer with its weights, laid out for what computes them. Knows matrices and layouts; never models, attention or positions.
 
-On a CPU two ways. Panels are read by our own kernel: on CPUs that multiply bfloat16 in vectors it is faster than oneDNN at every size, most of all for few rows.
-Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, CPUs without such instructions, and those that multiply whole tiles (AMX), which no kernel of ours does. On a GPU products are the library's own.
+On a CPU two ways. Panels are read by our own kernel, on CPUs that multiply bfloat16 in vectors or in whole tiles (AMX): it is faster than oneDNN at every size in vectors, and in tiles for up to some sixty rows
+(docs/performance.md). Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, and CPUs without such instructions. On a GPU products are the library's own.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,10 +21,14 @@ from pensieve.worker.kernel import INT, POINTER, REAL, Level, has_amx, levels, l
 from pensieve.worker.rows import Rows
 
 PANEL = 32  # outputs of a panel, see kernel/products.h
-_PLAIN, _ADDED, _GATED = range(3)
+_PLAIN, _ADDED, _GATED, _FLOAT = range(4)
 _INT8_MOST = 127  # symmetric: -128 is not used
 _LEAST_SCALE = 1e-30  # of an output all of whose weights are 0
 _USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights out
+# oneDNN meets so many row counts between a power of two and the next, evenly spaced, and all below that. It compiles and keeps a primitive for
+# each, about 3 MB for a layer's four products; for 512 counts (with the holes that they left in the heap) that was 1.9 GB.
+_SIZES_AN_OCTAVE = 8
+ONEDNN_BYTES = 192 << 20  # what those primitives come to take beside the weights, whatever the model's size: 157 MB for up to 512 rows
 
 
 class LayerProducts(Protocol):
@@ -52,8 +56,17 @@ def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
+def grid_rows(num_rows: int) -> int:
+    """The least row count of the grid that is not below `num_rows` (1 or more)."""
+    step = max(1, (1 << (num_rows.bit_length() - 1)) // _SIZES_AN_OCTAVE)
+    return -(-num_rows // step) * step
+
+
 class OneDnnProduct:
-    """x -> x W^T + b for the weights of some linear modules, one below the other, as oneDNN likes them where this CPU has what it takes."""
+    """x -> x W^T + b for the weights of some linear modules, one below the other, as oneDNN likes them where this CPU has what it takes.
+
+    Clients choose how many rows there are, and oneDNN keeps something for each number: rows are filled up with zeros to a short list of numbers.
+    """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
         weight = _joined([module.weight.detach() for module in modules])  # (out, in)
@@ -68,6 +81,14 @@ class OneDnnProduct:
             return nn.functional.linear(x, self._weight, self._bias)
         if not len(x):  # oneDNN's way has no products of nothing
             return x.new_empty((0, self._num_out))
+        if (num_padded := grid_rows(num_rows := len(x))) == num_rows:
+            return self._multiply(x)
+        padded = x.new_empty((num_padded, x.shape[1]))
+        padded[:num_rows] = x
+        padded[num_rows:] = 0
+        return self._multiply(padded)[:num_rows]
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = _linear(x, self._weight, self._bias, "none", [], "")
         return result
 
@@ -133,7 +154,8 @@ class Weights(ctypes.Structure):
     """`struct weights` of kernel/products.h, field by field."""
 
     _fields_ = [
-        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT), ("num_outputs", INT), ("store", INT),
+        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT), ("num_outputs", INT), ("level", INT),
+        ("store", INT),
     ]  # fmt: skip
 
 
@@ -178,13 +200,13 @@ class PanelProduct:
             pairs = _woven(pairs)
         self._panels = kind.memory.take(tuple(pairs.shape), pairs.dtype).copy_(pairs)
         self.weights = Weights(
-            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs, store,
+            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs, levels()[-1], store,
         )  # fmt: skip
         self._weights_address = ctypes.addressof(self.weights)
 
     @staticmethod
     def why_not(dtype: torch.dtype, *sizes: int, int8: bool = False) -> str | None:
-        """Why panels (of 8 bits) would not do for products of this dtype, or of rows of these sizes; None: they do."""
+        """Why panels (of 8 bits) would not do for products of this dtype, or of rows of these sizes; None if they do."""
         if dtype != torch.bfloat16:
             return f"panels are of bfloat16, not of {dtype}"
         if odd := [size for size in sizes if size % 2]:
@@ -196,15 +218,25 @@ class PanelProduct:
             return "this CPU has no AVX512-BF16"
         if int8:
             return None if library.pensieve_has_bytes() else "this CPU has no AVX512-VBMI"
-        return "this CPU has AMX, which oneDNN uses better" if has_amx() else None
+        return "this CPU has AMX, which these kernels were built without" if has_amx() and levels()[-1] < Level.AMX else None
 
     def __call__(self, x: torch.Tensor, results: torch.Tensor | None = None) -> torch.Tensor:
-        """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds."""
+        """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds. In fp32 where it was made so."""
         if results is None:
-            results = x.new_empty((len(x), self.weights.num_outputs))
+            dtype = torch.float32 if self.weights.store == _FLOAT else x.dtype
+            results = x.new_empty((len(x), self.weights.num_outputs), dtype=dtype)
         call = _Multiply(self._weights_address, x.data_ptr(), results.data_ptr(), len(x), num_threads())
         self._kernel.pensieve_multiply(ctypes.byref(call))
         return results
+
+
+def head_product(module: nn.Linear, kind: PanelKind) -> PanelProduct | OneDnnProduct:
+    """The output layer's product. bfloat16 has steps of an eighth where logits often lie (16 to 32), and the two likeliest tokens are often
+    closer than that; so logits stay as they were summed, in fp32, wherever our kernel can compute them.
+    """
+    if PanelProduct.why_not(module.weight.dtype, module.in_features, int8=kind.int8) is None:
+        return PanelProduct([module], _FLOAT, kind)
+    return OneDnnProduct([module])
 
 
 class PanelLayer:
@@ -233,6 +265,27 @@ def lay_out_modules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Conv1D) and module.weight.device.type == "cpu" and module.weight.dtype.itemsize == 2:
             module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def fill_up_modules(model: nn.Module) -> None:
+    """Have a model's own products in 16 bits on a CPU, which are oneDNN's, called with row counts of the grid only, see `grid_rows`."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.device.type == "cpu" and module.weight.dtype.itemsize == 2:
+            module.forward = _on_grid(module.forward)  # type: ignore[method-assign]
+
+
+def _on_grid(multiply: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        *before, width = x.shape
+        num_rows = x.numel() // width
+        if not num_rows or (num_padded := grid_rows(num_rows)) == num_rows:
+            return multiply(x)
+        padded = x.new_zeros((num_padded, width))
+        padded[:num_rows] = x.reshape(num_rows, width)
+        result = multiply(padded)[:num_rows]
+        return result.view(*before, result.shape[-1])
+
+    return forward
 
 
 def _filled(rows: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -92,7 +92,7 @@ class ModelWorker:
             keep_freed_memory()
         has_graphs = graph_rows > 0 and self._backend.captures
         stored = (TierConfig(tiers[0].name, tiers[0].num_slots + has_graphs), *tiers[1:])  # with a slot of nobody
-        require_room(stored, self.chunk_bytes, model.device)
+        require_room(stored, self.chunk_bytes, model.device, beside=model.library_bytes)
         self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(stored))
         self._backend.bind(self._stores[0])
         self._builder = BatchBuilder(chunk_tokens, model.device)
@@ -278,8 +278,10 @@ def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
     return available_bytes(str(device))
 
 
-def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device, *, sharers: int = 1) -> None:
+def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device, *, sharers: int = 1, beside: int = 0) -> None:
     """Refuse tiers that do not fit, before anything is allocated. `sharers` processes want as much of the same main memory.
+
+    `beside` bytes of main memory go, in each, to what computes (`CausalModel.library_bytes`).
 
     Raises:
         ConfigError: with the size of each tier, the size there is, and the way out.
@@ -289,11 +291,12 @@ def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.
         here = [tier for index, tier in enumerate(tiers) if str(device if index == 0 else torch.device("cpu")) == name]
         times = sharers if place.type == "cpu" else 1
         need = times * sum(tier.num_slots for tier in here) * chunk_bytes
+        slack = _SLACK_BYTES + (times * beside if place.type == "cpu" else 0)
         room = memory_available_bytes(place)
-        if here and room is not None and need + _SLACK_BYTES > room:
+        if here and room is not None and need + slack > room:
             sizes = ", ".join(f"{tier.name} {tier.num_slots} chunks = {tier.num_slots * chunk_bytes / 1e9:.2f} GB" for tier in here)
             each = f" for each of {times} processes" if times > 1 else ""
             raise ConfigError(
                 f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are available, "
-                f"{_SLACK_BYTES / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes (--gpu-cache, --cpu-cache)"
+                f"{slack / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes (--gpu-cache, --cpu-cache)"
             )

@@ -35,6 +35,7 @@ class Level(IntEnum):
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
+    AMX = 4
 
 
 @cache
@@ -59,9 +60,9 @@ def name() -> str:
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies tiles of matrices in hardware, which oneDNN uses and no kernel of ours. Under a cap it counts as one that does not."""
+    """Whether this CPU multiplies tiles of matrices in hardware, as oneDNN does and our attention. Under a cap it counts as one that does not."""
     found = library()
-    return not isinstance(found, str) and _cap() is None and bool(found.pensieve_has_amx())
+    return not isinstance(found, str) and _cap() in (None, Level.AMX) and bool(found.pensieve_has_amx())
 
 
 def _cap() -> Level | None:

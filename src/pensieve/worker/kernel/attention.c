@@ -15,6 +15,8 @@ int64_t pensieve_call_bytes(void) { return (int64_t)sizeof(struct call); }
 
 #include "bfloat16.h"
 
+#define ALL_VISIBLE UINT32_MAX
+#define PREFETCH_STEP 64
 #define SLACK 8.0f /* weights are at most 2^8, whose sums a float holds as well as those of weights up to 1 */
 
 struct scale {
@@ -33,6 +35,21 @@ static struct scale scale_of(const struct call *call)
 static inline uint32_t bits_below(int64_t count)
 {
     return count <= 0 ? 0 : count >= 32 ? UINT32_MAX : (UINT32_C(1) << count) - 1;
+}
+
+/* Which of a chunk's tokens a query sees. `position` is counted from the chunk's first token. */
+static inline uint32_t visible_of(int64_t position, int64_t window, int64_t chunk_tokens)
+{
+    return bits_below(position < chunk_tokens ? position + 1 : chunk_tokens) & ~bits_below(position - window + 1);
+}
+
+/* The positions of a part's rows, ascending. */
+static void place_rows(const struct call *call, const struct part *part, int64_t *positions)
+{
+    const int64_t group = call->num_heads / call->num_kv_heads;
+    const int64_t start = call->stops[part->span] - (call->first_rows[part->span + 1] - call->first_rows[part->span]);
+    for (int64_t row = 0; row < part->num_rows; row++)
+        positions[row] = start + (part->first_row + row) / group;
 }
 
 /* ---- fp32 */
@@ -136,6 +153,10 @@ INLINE_BF16 __m512bh bf16_spread(const uint16_t *p)
 #undef WEIGHTS_STORE
 #undef OUTPUT_STORE
 
+#if COMPILES_AMX
+#include "tiles_amx.h"
+#endif
+
 /* Without: both halves of a word become floats. */
 struct halves_avx512 { __m512 low, high; };
 struct halves_avx2 { __m256 low, high; };
@@ -192,6 +213,10 @@ static struct variant variant_of(const struct call *call)
             return (struct variant){attend_part_float32_avx512, finish_float32_avx512};
         return (struct variant){attend_part_float32_avx2, finish_float32_avx2};
     }
+#if COMPILES_AMX
+    if (call->level >= LEVEL_AMX && call->chunk_tokens == WIDTH && call->head_dim % STEP == 0)
+        return (struct variant){attend_part_bfloat16_amx, finish_bfloat16_native};
+#endif
     if (call->level >= LEVEL_AVX512_BF16)
         return (struct variant){attend_part_bfloat16_native, finish_bfloat16_native};
     if (call->level >= LEVEL_AVX512)
@@ -209,17 +234,18 @@ static int64_t lay_out_room(const struct call *call, uint8_t *base, struct room 
 {
     const int64_t numbers[] = {
         BLOCK_ROWS * call->head_dim, BLOCK_ROWS * call->head_dim, BLOCK_ROWS, BLOCK_ROWS * 16, TILE_ROWS * WIDTH, TILE_ROWS * WIDTH,
-        BLOCK_ROWS * (call->head_dim + 2), call->head_dim,
+        2 * BLOCK_ROWS, WIDTH * call->head_dim, BLOCK_ROWS * (call->head_dim + 2), call->head_dim,
     };
-    uint8_t *places[8];
+    uint8_t *places[10];
     int64_t bytes = 0;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 10; i++) {
         places[i] = base + bytes;
         bytes += aligned(numbers[i] * (int64_t)sizeof(float));
     }
-    *room = (struct room){places[0], (float *)places[1], (float *)places[2], (float *)places[3], (float *)places[4], places[5]};
-    *partials = (float *)places[6];
-    *sum = (float *)places[7];
+    *room = (struct room){places[0], (float *)places[1], (float *)places[2], (float *)places[3], (float *)places[4], places[5],
+                          (int64_t *)places[6], places[7]};
+    *partials = (float *)places[8];
+    *sum = (float *)places[9];
     return bytes;
 }
 
@@ -273,7 +299,7 @@ static struct plan plan_of(const struct call *call)
         int64_t rows = 0;
         for (int64_t span = 0; span < call->num_spans; span++)
             rows += rows_of(call, span);
-        while (plan.block_rows > 2 * TILE_ROWS && rows * call->num_kv_heads < items * plan.block_rows)
+        while (plan.block_rows > LEAST_BLOCK_ROWS && rows * call->num_kv_heads < items * plan.block_rows)
             plan.block_rows /= 2;
     }
     int64_t cost = 0;

@@ -7,7 +7,10 @@
 #define LOG2_E 1.44269504f
 #define WIDTH 32 /* tokens at once, and the most that a slot holds */
 
-enum { LEVEL_NONE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16 };
+enum { LEVEL_NONE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16, LEVEL_AMX };
+#if defined(__linux__) && defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define COMPILES_AMX 1
+#endif
 enum { KIND_FLOAT32, KIND_BFLOAT16 };
 
 /* Strides count numbers, not bytes; the D numbers of a head always lie side by side. */
@@ -73,10 +76,13 @@ struct room {
     float *total;    /* (rows, lanes), sums of weights */
     float *scores;   /* (rows of a tile, WIDTH) */
     void *weights;   /* (rows of a tile, WIDTH) */
+    int64_t *positions; /* (rows,) */
+    void *cells;     /* V of a chunk */
 };
 
 #define BLOCK_ROWS 64 /* most rows of a part: their queries and results stay in the first-level cache */
-#define TILE_ROWS 8   /* most rows at once in registers, of any level */
+#define LEAST_BLOCK_ROWS 16
+#define TILE_ROWS 32  /* most rows at once, of any level */
 
 /* Numbers of K, or of V, of one slot and KV head. */
 static inline int64_t cell_count(const struct call *call) { return call->chunk_tokens * call->head_dim; }

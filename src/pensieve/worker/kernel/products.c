@@ -1,4 +1,4 @@
-/* Rows times weights, in bfloat16: sums of floats in registers, each result rounded once.
+/* Rows times weights, in bfloat16: sums of floats in registers, each result rounded once, or left a float.
  *
  * A tile is some rows by one panel of outputs, and all inputs: few rows read the weights at the speed of memory, many compute at the speed of the
  * multipliers. Threads take tiles in turn, so that one that is held up (other programs want processors, too) holds up nobody else.
@@ -19,6 +19,7 @@ enum {
     BYTES_TILE = 10,   /* the same beside the tables that int8 is translated by */
     BLOCK = 8 * TILE,  /* rows for which a panel, once read, stays in the second-level cache */
     AHEAD = 2048,      /* bytes; weights are read once, in their order */
+    AMX_BLOCK = 256,   /* rows, as BLOCK: hardware tiles are so fast that they would wait for weights */
     MOST_PANELS = 8,   /* of an item: reading on is faster than beginning anew */
 };
 
@@ -65,6 +66,12 @@ INLINE_BF16 void store(const struct weights *weights, int64_t panel, __m512 low,
     }
     const int64_t first = panel * PANEL;
     const __mmask16 low_lanes = products_lanes(weights, first), high_lanes = products_lanes(weights, first + 16);
+    if (weights->store == STORE_FLOAT) {
+        float *floats = (float *)results + first;
+        _mm512_mask_storeu_ps(floats, low_lanes, low);
+        _mm512_mask_storeu_ps(floats + 16, high_lanes, high);
+        return;
+    }
     if (weights->store == STORE_ADDED) {
         low = _mm512_add_ps(low, products_load(results + first, low_lanes));
         high = _mm512_add_ps(high, products_load(results + first + 16, high_lanes));
@@ -127,6 +134,21 @@ static __attribute__((constructor)) void make_tables(void)
 /* Whether this CPU translates bytes by tables. */
 int64_t pensieve_has_bytes(void) { return __builtin_cpu_supports("avx512vbmi") != 0; }
 
+#if COMPILES_AMX
+#include "products_amx.h"
+#endif
+
+/* Whether hardware tiles multiply. They do however few the rows are, so that a row's results have the same bits in any company. */
+static int in_tiles(const struct weights *weights)
+{
+#if COMPILES_AMX
+    return weights->level >= LEVEL_AMX && !weights->scales && weights->num_inputs % STEP == 0;
+#else
+    (void)weights;
+    return 0;
+#endif
+}
+
 static int64_t num_panels(const struct weights *weights)
 {
     const int64_t width = weights->store == STORE_GATED ? PANEL / 2 : PANEL;
@@ -153,17 +175,24 @@ static void multiply_item(void *data, int64_t index, int64_t thread)
     tile *const *const tiles = weights->scales ? tiles_int8 : tiles_bfloat16;
     const int64_t num_tiles = (rows + height_most - 1) / height_most;
     (void)thread;
+#if COMPILES_AMX
+    if (in_tiles(weights)) {
+        amx_multiply(weights, first_panel, stop_panel, rows, call->inputs + first * weights->num_inputs, call->results + first * row_words(weights));
+        return;
+    }
+#endif
     for (int64_t panel = first_panel; panel < stop_panel; panel++) {
         for (int64_t i = 0; i < num_tiles; i++) {
             const int64_t row = first + rows * i / num_tiles, height = first + rows * (i + 1) / num_tiles - row;
-            tiles[height - 1](weights, panel, call->inputs + row * weights->num_inputs, call->results + row * weights->num_outputs);
+            tiles[height - 1](weights, panel, call->inputs + row * weights->num_inputs, call->results + row * row_words(weights));
         }
     }
 }
 
 void pensieve_multiply(const struct multiply *call)
 {
-    struct multiplying work = {.call = call, .num_panels = num_panels(call->weights), .num_blocks = (call->num_rows + BLOCK - 1) / BLOCK};
+    const int64_t block = in_tiles(call->weights) ? AMX_BLOCK : BLOCK;
+    struct multiplying work = {.call = call, .num_panels = num_panels(call->weights), .num_blocks = (call->num_rows + block - 1) / block};
     int64_t panels = work.num_panels / (8 * call->num_threads); /* enough items for threads to end at about the same time */
     panels = panels > MOST_PANELS ? MOST_PANELS : panels;
     work.item_panels = panels < 1 || call->num_rows > 2 * TILE ? 1 : panels;

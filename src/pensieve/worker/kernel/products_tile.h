@@ -31,7 +31,7 @@ INLINE void NAME(tile)(const int rows, const struct weights *weights, int64_t pa
     }
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++)
-        store(weights, panel, sums[row][0], sums[row][1], results + row * weights->num_outputs);
+        store(weights, panel, sums[row][0], sums[row][1], results + row * row_words(weights));
 }
 
 /* A function for each number of rows: their sums are registers, which cannot be counted when it runs. */

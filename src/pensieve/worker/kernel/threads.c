@@ -7,6 +7,28 @@
 
 #include <cpuid.h>
 
+#if COMPILES_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Linux gives a process the registers of AMX when it asks for them: for all threads, and at once again if asked twice. */
+static int may_use_tiles(void)
+{
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#else
+static int may_use_tiles(void) { return 0; }
+#endif
+
+/* Whether it multiplies tiles of matrices in hardware: leaf 7 of CPUID, AMX-BF16 and AMX-TILE. */
+int64_t pensieve_has_amx(void)
+{
+    const unsigned both = 1u << 22 | 1u << 24;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & both) == both;
+}
+
 /* The highest level this CPU and its system support. */
 int64_t pensieve_level(void)
 {
@@ -16,15 +38,9 @@ int64_t pensieve_level(void)
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl"))
         return LEVEL_AVX2;
-    return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
-}
-
-/* Whether it multiplies tiles of matrices in hardware, which no kernel of ours does: leaf 7 of CPUID, AMX-BF16 and AMX-TILE. */
-int64_t pensieve_has_amx(void)
-{
-    const unsigned both = 1u << 22 | 1u << 24;
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & both) == both;
+    if (!__builtin_cpu_supports("avx512bf16"))
+        return LEVEL_AVX512;
+    return pensieve_has_amx() && may_use_tiles() ? LEVEL_AMX : LEVEL_AVX512_BF16;
 }
 
 #else /* another processor or compiler: Python does not call what is not there */

@@ -23,8 +23,6 @@
  */
 
 #define VECTORS (WIDTH / LANES)
-#define ALL_VISIBLE UINT32_MAX
-#define PREFETCH_STEP 64
 
 /* sums[row][column] += over all steps of words[column] times the row's operands. The same words `ahead` bytes further are asked for. */
 INLINE void NAME(multiply)(const int rows, const int columns, VEC sums[TILE][2], const CELL *words, int64_t words_step,
@@ -218,14 +216,12 @@ static TARGET void NAME(finish)(const struct call *call, const struct part *part
 static TARGET void NAME(attend_part)(const struct call *call, const struct part *part, int64_t kv_head, const struct room *room,
                                      float *partials)
 {
-    const int64_t group = call->num_heads / call->num_kv_heads, head_dim = call->head_dim, num_rows = part->num_rows;
-    const int64_t chunk_tokens = call->chunk_tokens;
-    const int64_t stop = call->stops[part->span];
-    const int64_t start = stop - (call->first_rows[part->span + 1] - call->first_rows[part->span]);
+    const int64_t head_dim = call->head_dim, num_rows = part->num_rows, chunk_tokens = call->chunk_tokens;
     const int64_t *table = call->tables + part->span * call->table_width;
     const struct scale scale = scale_of(call);
     OPERAND *packed = room->query;
     NAME(pack_queries)(call, part, kv_head, packed);
+    place_rows(call, part, room->positions);
     for (int64_t i = 0; i < num_rows * head_dim; i += LANES)
         L(store)(room->output + i, L(zero)());
     for (int64_t row = 0; row < num_rows; row++) {
@@ -241,13 +237,12 @@ static TARGET void NAME(attend_part)(const struct call *call, const struct part 
             const int64_t rows = num_rows - tile < TILE ? num_rows - tile : TILE;
             uint32_t visible[TILE], any = 0;
             for (int64_t row = 0; row < rows; row++) {
-                const int64_t position = start + (part->first_row + tile + row) / group - chunk * chunk_tokens; /* counted from this chunk */
-                visible[row] = bits_below(position < chunk_tokens ? position + 1 : chunk_tokens) & ~bits_below(position - call->window + 1);
+                visible[row] = visible_of(room->positions[tile + row] - chunk * chunk_tokens, call->window, chunk_tokens);
                 any |= visible[row];
             }
             if (!any)
                 continue;
-            const int64_t last = start + (part->first_row + tile + rows - 1) / group - chunk * chunk_tokens;
+            const int64_t last = room->positions[tile + rows - 1] - chunk * chunk_tokens;
             const int64_t tokens = last < chunk_tokens ? last + 1 : chunk_tokens;
 #define ROWS(n)                                                                                                                           \
     case n:                                                                                                                               \
