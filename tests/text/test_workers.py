@@ -31,6 +31,7 @@ from pensieve.errors import (
 )
 from pensieve.text import ChatText, DecodeIds, EncodeChat, EncodeRest, EncodeText, InlineRunner, WriteChat, WrittenChat, workers
 from pensieve.text.nursery import ForkingNursery, Nursery, SpawningNursery
+from pensieve.text.worker_process import memory_limited
 from pensieve.text.workers import TextWorkers, lanes_for
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system's processes cannot fork")
@@ -376,3 +377,14 @@ def test_a_job_is_let_go_with_its_answer(hostile: TextWorkers) -> None:
         until(lambda: seen() is None)
     finally:
         gc.enable()
+
+
+def test_a_large_constant_of_a_template_takes_no_memory_until_it_is_written() -> None:
+    with running(models.constant) as pool:
+        assert isinstance(result(pool.submit(ask("hello"))), WrittenChat)
+        with pytest.raises(PromptTooCostly, match="of memory"):
+            result(pool.submit(ask("large")))
+    before = psutil.Process().memory_info().rss
+    with memory_limited(256 << 20):
+        assert models.constant().first([Message("user", "hello")])
+    assert psutil.Process().memory_info().rss - before < 256 << 20

@@ -77,3 +77,11 @@ def refused() -> ChatText:
 def killed() -> ChatText:
     os.kill(os.getpid(), 9)
     raise AssertionError
+
+
+def constant() -> ChatText:
+    """Its template has a constant of 3 GB, which jinja computes when it reads the template."""
+    prepare()
+    from text_tokenizers import CHATML, chat
+
+    return chat("{% if messages[0].content == 'large' %}{{ 'x' * 3000000000 }}{% endif %}" + CHATML)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -282,8 +282,11 @@ def load_here(options: Options, place: Place | None, *, must_talk: bool, say: Sa
             )
 
     def text_of(resolved: ResolvedModel) -> ChatText | None:
-        """Before any weights are loaded: a model that must talk and cannot is refused at once."""
-        return load_text(resolved.tokenizer_dir, resolved.weights, template) if with_text or must_talk else None
+        """Before any weights are loaded: a model that must talk and cannot is refused at once.
+
+        Not where another process has the text: a template that never ends must not hold up an engine, which has no limit of time for it.
+        """
+        return load_text(resolved.tokenizer_dir, resolved.weights, template) if with_text else None
 
     if group is None:
         resolved = find()
@@ -554,7 +557,8 @@ def start_apart(
     from pensieve.engine_process import EngineProcess
     from pensieve.engine_vitals import Patience
     from pensieve.service import ConversationService
-    from pensieve.text.nursery import new_nursery
+    from pensieve.text.nursery import LOAD_BYTES, new_nursery
+    from pensieve.text.worker_process import memory_limited
     from pensieve.text.workers import TextWorkers, memory_for
 
     template = read_chat_template(options)  # before an engine is started
@@ -576,9 +580,10 @@ def start_apart(
         folder = None if info.tokenizer_dir is None or info.weights == "random" else Path(info.tokenizer_dir)
         if nursery is not None and folder is not None:
             nursery.load(text_main.Loading(folder, template, info.max_context))  # first: what hangs or fails there is not tried here
-        text = load_text(folder, info.weights, template)
-        if text is not None:
-            text.settle()
+        with memory_limited(LOAD_BYTES) if nursery is not None else nullcontext():
+            text = load_text(folder, info.weights, template)
+            if text is not None:
+                text.settle()
         if nursery is not None and text is not None and folder is not None:
             assert prompt_timeout_s is not None
             loading = text_main.Loading(folder, template, info.max_context)

@@ -28,9 +28,9 @@ from pensieve.text.worker_process import HARD_ALARM, TimeLimit, alarms, limit_me
 
 log = logging.getLogger(__name__)
 
-LOAD_S = 20.0  # of processor time, to load a tokenizer and try its template
+LOAD_S = 10.0  # of processor time, to load a tokenizer and try its template
 LOAD_WALL_S = 300.0  # the same on a slow disk and a busy machine
-LOAD_BYTES = 4 << 30
+LOAD_BYTES = 3 << 29
 FORK_S = 60.0  # the first one waits for the tokenizer's twin
 CAN_FORK = hasattr(os, "fork")
 _PR_SET_PDEATHSIG = 1
@@ -266,7 +266,9 @@ def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
         control.send((error.code, error.message))
         return None
     except MemoryError:
-        control.send((ModelRefused.code, "the model's tokenizer or chat template takes more than 4 GiB of memory to load"))
+        control.send(
+            (ModelRefused.code, f"the model's tokenizer or chat template takes more than {LOAD_BYTES >> 20} MiB of memory to load")
+        )
         return None
     except Exception as error:
         log.exception("loading the tokenizer failed")

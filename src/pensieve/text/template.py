@@ -83,6 +83,8 @@ def what_fails(source: str, variables: Mapping[str, object]) -> dict[str, tuple[
     for name, turns in _CHATS.items():
         try:
             (rendered,), _ = render_jinja_template([turns], chat_template=source, add_generation_prompt=True, **variables)
+        except MemoryError:  # (a limit of whoever tries it, not what the template has to say)
+            raise
         except Exception as error:  # a template is foreign code and fails in any way it likes
             troubles[name] = (_line_of(error), " ".join(str(error).split()) or type(error).__name__)
             continue
@@ -225,6 +227,8 @@ class PromptTemplate:
         """What the template makes of a probe; empty if it refuses."""
         try:
             return self._write(turns, tools, add_generation_prompt)
+        except MemoryError:
+            raise
         except Exception:  # foreign code, as above; a template that refuses a probe cannot do what was asked
             return ""
 

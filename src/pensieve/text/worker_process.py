@@ -167,6 +167,22 @@ def limit_memory(more_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + more_bytes, hard))
 
 
+@contextlib.contextmanager
+def memory_limited(more_bytes: int) -> Iterator[None]:
+    """`limit_memory` for what is done here: jinja computes a template's constants when it reads it, and takes no memory for an answer."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit_memory(more_bytes)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def _memory_now() -> int:
     return _status("RssAnon") if sys.platform.startswith("linux") else 0
 
