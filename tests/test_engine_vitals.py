@@ -199,7 +199,7 @@ def test_a_restart_that_fails_is_tried_until_it_works(tmp_path: Path, error: Exc
         failing.write_text("")
         os.kill(pid, signal.SIGKILL)
         engine.post(submit("r"))
-        end = events.end_of("r")  # held for a while, then told to ask again
+        end = events.end_of("r")  # told to ask again
         assert isinstance(end, Failed) and end.code == EngineRestarted.code and "/home" not in end.message
         eventually(lambda: len(failing.read_text()) > MAX_START_FAILURES, timeout=60)
         assert engine.state == "restarting"

@@ -197,7 +197,8 @@ class EngineProcess:
             restart: False: a child that died is not replaced. Else, once one was ready, starts are tried again for as long as this lives.
             start_timeout_s: a child that starts and has shown no progress for so long is killed.
             patience: when one that is ready is taken for dead, and killed.
-            hold_s: how long a command waits for an engine that is being started *again*; the first start it waits out.
+            hold_s: how long a command waits for an engine that is being started *again*, if the last such start did not fail; the first
+                start it waits out.
             backoff_s: pause before a start after a death; doubled each time, up to `max_backoff_s`.
             max_backoff_s: its upper bound.
             healthy_s: an engine that was ready for so long sets the pause back to `backoff_s`.
@@ -216,6 +217,7 @@ class EngineProcess:
         self._connection: Connection | None = None  # of a child that is ready
         self._in_flight = _InFlight()
         self._error: PensieveError | None = None  # of the last child that died
+        self._failed_starts = 0  # in a row
         self._restarts = 0
         self._progress = ""
         self._beat = Beat(0.0)
@@ -357,6 +359,8 @@ class EngineProcess:
         while True:
             end = self._live_and_die()
             failures = failures + 1 if end.ready_s is None else 0
+            with self._lock:
+                self._failed_starts = failures
             if end.ready_s is not None and end.ready_s >= self._healthy_s:
                 pause_s = self._backoff_s
             with self._lock:
@@ -560,6 +564,8 @@ class EngineProcess:
                 return EngineClosed("there is no engine: it ended and is not started again; the server's log says why")
             assert self._error is not None
             return self._error if self._error.code in _USER_ERRORS else EngineClosed(f"there is no engine: {self._error.message}")
+        if self._state == "restarting" and self._failed_starts and self._info is not None:  # (a first start is waited for)
+            return EngineRestarted("the engine died and could not be started again yet; that is tried until it works: ask again later")
         if self._state == "restarting" and time.monotonic() >= posted_s + self._hold_s:
             return EngineRestarted(f"the engine died and was not ready again within {self._hold_s:g} s; ask again")
         return None
