@@ -20,6 +20,7 @@ _READ_PAIRS = 4  # likewise: a decode reads a cached token in the time in which 
 LONE_STEPS = 2.0  # a step in which no request decodes may take so many times `step_s`,
 LONE_FIXED = 4.0  # or so many times what it takes whatever it computes, if that is more: smaller steps would waste too much of the machine
 # Where decodes alone take most of `step_s`, or more: prefill gets at least so many times their time, or no prompt would ever be done.
+COMPUTING = 0.92  # of a step's time; the rest goes to deciding and telling between steps, and to what the prediction fell short of
 LEAST_PREFILL = 1.0
 # After so many steps with prefill in a row one only decodes. If all took exactly `step_s`, what prefill costs could not be told from what
 # decodes cost, and a wrong guess of the two would confirm itself.
@@ -126,7 +127,7 @@ class Pace:
 class StepTime:
     """How many seconds of prefill the next step may hold.
 
-    While a request decodes, each step earns what is left of `step_s` beside the decodes, and prefill spends it. A chunk is the least
+    While a request decodes, each step earns what is left of `step_s` beside the decodes and what lies between steps, and prefill spends it. A chunk is the least
     that can be computed: one that takes longer is paid off by steps that only decode, so that decoding requests still get a token every
     `step_s` on average. While none decodes, steps are as long as throughput wants, but not so long that a request which comes meanwhile
     waits for several `step_s`.
@@ -147,7 +148,7 @@ class StepTime:
             self._credit_s = 0.0
             return max(LONE_STEPS * self.step_s, LONE_FIXED * pace.fixed_s) - pace.fixed_s
         decodes_s = pace.seconds(decodes)
-        earned_s = max(self.step_s - decodes_s, LEAST_PREFILL * decodes_s)
+        earned_s = max(COMPUTING * self.step_s - decodes_s, LEAST_PREFILL * decodes_s)
         self._credit_s = min(self._credit_s, earned_s) + earned_s
         if self._credit_s <= 0.0 or self._num_in_a_row >= _PROBE_STEPS:
             self._num_in_a_row = 0
