@@ -19,8 +19,8 @@ _FIXED_TOKENS = 32  # before any step was measured: the weights are read in the 
 _READ_PAIRS = 4  # likewise: a decode reads a cached token in the time in which a prefill attends it with so many
 LONE_STEPS = 2.0  # a step in which no request decodes may take so many times `step_s`,
 LONE_FIXED = 4.0  # or so many times what it takes whatever it computes, if that is more: smaller steps would waste too much of the machine
-# Where decodes alone take most of `step_s`, or more: prefill gets at least so many times their time, or no prompt would ever be done.
 COMPUTING = 0.92  # of a step's time; the rest goes to deciding and telling between steps, and to what the prediction fell short of
+# Where decodes alone take most of `step_s`, or more: prefill gets at least so many times their time, or no prompt would ever be done.
 LEAST_PREFILL = 1.0
 # After so many steps with prefill in a row one only decodes. If all took exactly `step_s`, what prefill costs could not be told from what
 # decodes cost, and a wrong guess of the two would confirm itself.
