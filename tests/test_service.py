@@ -403,7 +403,7 @@ def test_a_turn_is_aborted_while_its_prompt_is_made_and_the_next_one_begins(stor
         service.abort(slow)
         with pytest.raises(EngineClosed, match="aborted while its prompt was being made"):
             slow.future.result(20)
-        assert runner.held[0][1].cancelled(), "nobody makes it any more"
+        assert runner.held[0][1].cancelled(), "it is still being made"
         assert following.future.result(20).text
     said = [m.content for m in path_messages(store.path("default", store.get("default", "c").leaf)) if m.role == "user"]
     assert said == ["quick two"]

@@ -25,7 +25,7 @@ PROMPTS = ("Tell me about the sea.", "Name three fruits.", "What is a cache good
 
 
 class Window:
-    """What was seen since somebody looked."""
+    """What was seen since the last look."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -108,7 +108,7 @@ def idle(world: World, notes: Notes) -> None:
 
 @attack("connection/idle-2000", quick=False)
 def idle_more(world: World, notes: Notes) -> None:
-    """2,000 idle connections, more than the soft limit of files that was set, keep nobody out."""
+    """2,000 idle connections, more than the soft limit of files that was set, keep no chat out."""
     with (
         world.server(*timed(notes), tenants=("bystander", "bob")) as server,
         world.watched(server, notes),

@@ -75,7 +75,7 @@ def background(world: World, notes: Notes) -> None:
 
 @attack("tenant/stream-flood", quick=False)
 def streams(world: World, notes: Notes) -> None:
-    """Streams that nobody reads, 70 of one tenant, leave room for another."""
+    """Streams that are not read, 70 of one tenant, leave room for another."""
     with world.server("--max-open", "64", tenants=TENANTS) as server, closing(unread(server, server.keys["alice"], 70, stream_body(4000))):
         judge(notes, ask_on(server, 8.0))
 

@@ -156,7 +156,7 @@ def test_a_conversation_is_deleted_with_a_turn_under_way_that_the_engine_does_no
         assert response.status_code == 200 and not response.json()["complete"]
         thread.join(SOON_S)
         assert code(answers[0]) == (404, "conversation_not_found")
-        assert not server.context.turns.open  # it is nobody's any more
+        assert not server.context.turns.open  # it is no longer owned
         hold.release()
         server.until_idle()
         assert soon(lambda: server.client.get(f"/v1/conversations/{made}")).status_code == 404
@@ -183,7 +183,7 @@ def test_a_key_whose_first_try_ran_out_of_time_is_answered_once_and_anew() -> No
         hold.stop(server)
         late = soon(lambda: server.post(CHAT, asking, **key))
         assert code(late) == (503, "queue_timeout")
-        still = soon(lambda: server.post(CHAT, asking, **key))  # nobody knows yet what became of the try before
+        still = soon(lambda: server.post(CHAT, asking, **key))  # it is not known yet what became of the try before
         assert code(still) == (409, "conflict") and still.headers["retry-after"]
         hold.release()
         server.until_idle()

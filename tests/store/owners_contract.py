@@ -60,7 +60,7 @@ class OwnersContract:
         assert first.expires_s < owner_of(store, "me").expires_s < first.expires_s + LEASE_S
         write(store, "UPDATE owners SET expires_s = expires_s - ?", 2 * LEASE_S)
         assert owner_of(store, "me").lapsed
-        assert store.renew("me", "here") and not owner_of(store, "me").lapsed  # nobody had recovered it
+        assert store.renew("me", "here") and not owner_of(store, "me").lapsed  # it had not been recovered
 
     def test_an_owner_that_was_recovered_learns_it_and_begins_anew(self, store: ConversationStore) -> None:
         store.join("me", "here")

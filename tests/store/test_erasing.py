@@ -101,7 +101,7 @@ def test_a_reader_that_holds_the_log_makes_erasing_incomplete(path: Path) -> Non
         assert not erased.complete
         assert erased.turns == 40
         assert remains(path)
-        with pytest.raises(ConversationNotFound):  # gone for everybody who looks now
+        with pytest.raises(ConversationNotFound):  # gone for every reader from now on
             store.get("a", "secret")
         reader.execute("ROLLBACK")
         reader.close()

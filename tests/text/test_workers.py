@@ -1,4 +1,4 @@
-"""Text jobs in processes of their own: the same answers, within limits, and nobody's job holds up another's."""
+"""Text jobs in processes of their own: the same answers, within limits, and no job holds up another."""
 
 from __future__ import annotations
 

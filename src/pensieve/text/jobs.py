@@ -254,7 +254,7 @@ class WriteChat(TextJob[WrittenChat]):
     def _truncate(self, text: ChatText, num_tokens: int | None) -> WrittenChat | None:
         """Without the oldest turns, computed anew behind the system prompt; None if none need be left out.
 
-        `num_tokens` is of the whole; None: so many that nobody counts them.
+        `num_tokens` is of the whole; None if there are too many to be counted.
         """
         messages = [*self.history, *self.new]
         room = self.max_context - self.answer_tokens

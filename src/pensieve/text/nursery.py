@@ -300,7 +300,7 @@ def _end(pid: int) -> int | None:
     try:
         done, status = os.waitpid(pid, os.WNOHANG)
         if not done:
-            os.kill(pid, signal.SIGKILL)  # (a child that nobody has waited for: its number is nobody else's)
+            os.kill(pid, signal.SIGKILL)  # (a child that was not waited for: no other process has its number)
             _, status = os.waitpid(pid, 0)
     except ChildProcessError:
         return None

@@ -83,7 +83,7 @@ def what_fails(source: str, variables: Mapping[str, object]) -> dict[str, tuple[
     for name, turns in _CHATS.items():
         try:
             (rendered,), _ = render_jinja_template([turns], chat_template=source, add_generation_prompt=True, **variables)
-        except MemoryError:  # (a limit of whoever tries it, not what the template has to say)
+        except MemoryError:  # (a limit of the caller, not what the template has to say)
             raise
         except Exception as error:  # a template is foreign code and fails in any way it likes
             troubles[name] = (_line_of(error), " ".join(str(error).split()) or type(error).__name__)

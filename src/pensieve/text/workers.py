@@ -263,7 +263,7 @@ class _Lane:
     def __init__(self, pool: TextWorkers, kind: Kind) -> None:
         self._pool, self._kind = pool, kind
         self._worker: Worker | None = None
-        self._lock = threading.Lock()  # between this thread and whoever interrupts it
+        self._lock = threading.Lock()  # between this thread and those that interrupt it
         self._task: _Task | None = None
         self._failures = 0
         self.thread = threading.Thread(target=self._run, name=f"pensieve-text-{kind}", daemon=True)
