@@ -7,7 +7,7 @@
 
 #include <cpuid.h>
 
-#if COMPILES_AMX
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -21,12 +21,12 @@ static int may_use_tiles(void)
 static int may_use_tiles(void) { return 0; }
 #endif
 
-/* Whether it multiplies tiles of matrices in hardware: leaf 7 of CPUID, AMX-BF16 and AMX-TILE. */
+/* Whether matrices are multiplied in hardware tiles here: leaf 7 of CPUID, AMX-BF16 and AMX-TILE, and a system that lets us. */
 int64_t pensieve_has_amx(void)
 {
     const unsigned both = 1u << 22 | 1u << 24;
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & both) == both;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & both) == both && may_use_tiles();
 }
 
 /* The highest level this CPU and its system support. */
@@ -40,7 +40,11 @@ int64_t pensieve_level(void)
         return LEVEL_AVX2;
     if (!__builtin_cpu_supports("avx512bf16"))
         return LEVEL_AVX512;
-    return pensieve_has_amx() && may_use_tiles() ? LEVEL_AMX : LEVEL_AVX512_BF16;
+#if COMPILES_AMX
+    if (pensieve_has_amx())
+        return LEVEL_AMX;
+#endif
+    return LEVEL_AVX512_BF16;
 }
 
 #else /* another processor or compiler: Python does not call what is not there */
