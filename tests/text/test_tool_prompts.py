@@ -41,6 +41,7 @@ from pensieve.text import (
     tools_prompt,
 )
 from pensieve.text.control import ControlGuard
+from pensieve.worker.gguf_convert import FORMAT
 
 SYSTEM = Message("system", "Be brief.")
 ASK = Message("user", "How is the weather in Paris?")
@@ -435,7 +436,7 @@ def test_a_template_of_its_own_for_tools() -> None:
 
 @pytest.mark.model
 def test_the_embedded_model_is_told_in_words() -> None:
-    folders = sorted(Path.home().glob(".cache/pensieve*/converted/*-v1"))
+    folders = sorted(Path.home().glob(f".cache/pensieve*/converted/*-v{FORMAT}"))
     if not folders:
         pytest.skip("the embedded model is not in the cache")
     text = ChatText.load(folders[0])
