@@ -26,24 +26,8 @@ from typing import Any
 import httpx
 import psutil
 
-WORDS = [
-    "river",
-    "stone",
-    "cloud",
-    "apple",
-    "window",
-    "yellow",
-    "music",
-    "paper",
-    "garden",
-    "winter",
-    "light",
-    "bridge",
-    "silver",
-    "engine",
-    "story",
-    "table",
-]
+from server import WORDS
+
 CLIENTS = 4
 MARK_TURNS = 250
 MOST_WORDS, MOST_TOKENS, MOST_MESSAGES = 300, 8, 9
