@@ -18,6 +18,7 @@ from raw import connect, exchange, read, until
 from serving import Serving, serving
 
 from pensieve.server.connections import ConnectionLimits
+from pensieve.server.door import Door, DoorRules, _Body
 from pensieve.server.keys import key_line, new_key
 from pensieve.server.memory import Spacing
 from pensieve.server.shares import Shares
@@ -181,7 +182,7 @@ def test_bodies_under_way_are_bounded_and_shared(tenants: tuple[Path, dict[str, 
 
 def test_large_bodies_are_read_one_after_another() -> None:
     async def passes() -> list[float]:
-        spacing, loop = Spacing(bytes_per_s=40e6), asyncio.get_running_loop()
+        spacing, loop = Spacing(1 << 20, 40e6), asyncio.get_running_loop()
         begun_s, passed = loop.time(), []
 
         async def one(num_bytes: int) -> None:
@@ -194,6 +195,31 @@ def test_large_bodies_are_read_one_after_another() -> None:
     small, *large = sorted(asyncio.run(passes()))
     assert small < 0.1 and len(large) == 4  # a small one waits for none
     assert large[-1] >= 0.29 and all(later - sooner > 0.05 for sooner, later in pairwise(large))
+
+
+def test_parts_of_bodies_are_read_in_turn() -> None:
+    """A part is not asked for before the parts of other bodies, asked for before it, have had their time."""
+
+    async def asked_after() -> list[float]:
+        door = Door(None, None, DoorRules())  # type: ignore[arg-type]
+        door.parts = Spacing(1 << 16, 4e6)
+        loop = asyncio.get_running_loop()
+        begun_s, asked = loop.time(), []
+
+        async def receive() -> dict[str, Any]:
+            asked.append(loop.time() - begun_s)
+            return {"type": "http.request", "body": b" " * 200_000, "more_body": True}
+
+        async def upload() -> None:
+            body = _Body(door, receive, {"headers": [(b"transfer-encoding", b"chunked")]})
+            for _ in range(3):
+                await body.receive()
+
+        await asyncio.gather(upload(), upload())
+        return asked
+
+    asked = asyncio.run(asked_after())
+    assert len(asked) == 6 and asked[-1] >= 0.14  # behind three parts of 50 ms
 
 
 def test_bodies_that_would_be_refused_anyway_are_not_read(tenants: tuple[Path, dict[str, str]]) -> None:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pensieve.errors import ConfigError, PensieveError
 from pensieve.server.context import Context, tenant_by_key
 from pensieve.server.errors import ApiError, error_response
-from pensieve.server.memory import Spacing, Trimmer
+from pensieve.server.memory import JSON_BYTES_PER_S, LARGE_BYTES, PART_BYTES, PARTS_BYTES_PER_S, Spacing, Trimmer
 from pensieve.server.metrics import Metrics
 from pensieve.server.origins import host_fault, is_foreign, name_of, values_of
 from pensieve.server.redaction import redacted
@@ -87,7 +87,8 @@ class Door:
         share = rules.share_of(total)
         self.bodies = Shares(total, None if share is None else max(share, rules.max_body_bytes))
         self.requests = Shares(rules.max_requests, rules.share_of(rules.max_requests))
-        self.spacing = Spacing()
+        self.parts = Spacing(PART_BYTES, PARTS_BYTES_PER_S)  # as they come
+        self.whole = Spacing(LARGE_BYTES, JSON_BYTES_PER_S)  # bodies, before their JSON is read
         self._trimmer = Trimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -220,7 +221,7 @@ class _Body:
         self.declared = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0  # bytes
         self.expected = self.declared > 0 or bool(values_of(scope["headers"], b"transfer-encoding"))
         self.tenant = ""
-        self._taken = self._received = 0
+        self._taken = self._received = self._part_bytes = 0
 
     def take(self, num_bytes: int) -> bool:
         """Take room for so many bytes in all."""
@@ -239,15 +240,18 @@ class _Body:
 
     async def receive(self) -> Message:
         """The next part."""
+        last_bytes, self._part_bytes = self._part_bytes, 0
+        await self._door.parts.wait(last_bytes)  # (nothing more is read from the connection until it is asked for)
         message = await self._receive()
         if part := message.get("body"):
+            self._part_bytes = len(part)
             self._received += len(part)
             if self._received > self._door._rules.max_body_bytes:
                 raise HTTPException(413, self.too_large(self._received), {"Connection": "close"})
             if self._received > self._taken and not self.take(self._received):
                 raise HTTPException(429, self.no_room().message, {"Connection": "close"})
             if not message.get("more_body", False):
-                await self._door.spacing.wait(self._received)
+                await self._door.whole.wait(self._received)
         return message
 
     def too_large(self, num_bytes: int) -> str:

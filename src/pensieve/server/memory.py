@@ -8,20 +8,30 @@ import ctypes
 from collections.abc import Callable
 
 LARGE_BYTES = 1 << 20  # what is less does not count
-READ_BYTES_PER_S = 64e6  # less than what JSON is read at, so that other requests come between
+JSON_BYTES_PER_S = 64e6  # less than what JSON is read at, so that other requests come between
+PART_BYTES = 1 << 16  # of a body's parts, what is less does not count
+PARTS_BYTES_PER_S = (
+    128e6  # a turn of the event loop accepts one connection: with sixty bodies coming, the sixtieth waited for 60 x 60 parts
+)
 WAIT_S = 1.0  # requests that end together are followed by one call
 
 
 class Spacing:
-    """Lets large bodies through one after another: reading the JSON of several at once would hold the event loop for their sum."""
+    """Lets what is large through one after another, so that the event loop is never held for the sum of several.
 
-    def __init__(self, bytes_per_s: float = READ_BYTES_PER_S) -> None:
+    Args:
+        least_bytes: what is less passes at once.
+        bytes_per_s: the rate at which all pass together.
+    """
+
+    def __init__(self, least_bytes: int, bytes_per_s: float) -> None:
+        self._least_bytes = least_bytes
         self._bytes_per_s = bytes_per_s
         self._free_s = 0.0  # loop time at which the next one may pass
 
     async def wait(self, num_bytes: int) -> None:
-        """Wait until the bodies before this one have had their time."""
-        if num_bytes < LARGE_BYTES:
+        """Wait until those before this one have had their time."""
+        if num_bytes < self._least_bytes:
             return
         now_s = asyncio.get_running_loop().time()
         begin_s = max(now_s, self._free_s)
