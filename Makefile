@@ -20,7 +20,7 @@ DEMO  := --users 6 --turns 8 --gpu-cache 0.09 --cpu-cache 0.02
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PROJECT := pyproject.toml setup.py constraints.txt src/pensieve/__init__.py $(wildcard src/pensieve/worker/kernel/*)
-KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_kernels.py worker/test_device_rows.py worker/test_flashinfer.py worker/test_cuda.py test_ahead.py)
+KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_kernels.py worker/test_device_rows.py worker/test_flashinfer.py worker/test_cuda.py engine/test_ahead.py)
 TREES   := $(wildcard src tests scripts benchmarks main.py)
 
 .DEFAULT_GOAL := help

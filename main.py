@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from pensieve.cli import run_command
-from pensieve.cli.build import Options
 from pensieve.cli.chat import run_chat
 from pensieve.cli.compare import Workload, run_compare, run_one
 from pensieve.core.request import SamplingParams
+from pensieve.runtime.options import Options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from engine import CHUNK, commit, cpu_name, spread
 
+from engine import CHUNK, commit, cpu_name, spread
 from pensieve.core.plan import BlockTableUpdate, Span
 from pensieve.worker.allocator import keep_freed_memory
 from pensieve.worker.attention import BACKENDS, AttentionArgs, KVGeometry, make_backend

@@ -24,7 +24,6 @@ from typing import Any
 import psutil
 import torch
 
-from pensieve.cli.build import DTYPE_BYTES, Options, load_model
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
@@ -32,8 +31,10 @@ from pensieve.core.eviction import POLICIES
 from pensieve.core.pace import Pace
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.messages import Event, Failed, Finished, Receipt, Submit
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import Event, Failed, Finished, Receipt, Submit
+from pensieve.runtime.loading import load_model
+from pensieve.runtime.options import DTYPE_BYTES, Options
 from pensieve.worker.attention import BACKENDS, make_backend
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker

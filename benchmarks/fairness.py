@@ -20,9 +20,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from engine import CHUNK, commit, cpu_name, drawn, spread
 
-from pensieve.cli.build import Options
+from engine import CHUNK, commit, cpu_name, drawn, spread
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
@@ -31,8 +30,9 @@ from pensieve.core.pace import Pace
 from pensieve.core.plan import SampledToken
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.messages import Event, Failed, Finished, Submit
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import Event, Failed, Finished, Submit
+from pensieve.runtime.options import Options
 from pensieve.worker.model import CausalModel
 from pensieve.worker.presets import PRESETS
 from pensieve.worker.random_weights import build

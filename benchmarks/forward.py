@@ -20,10 +20,11 @@ from unittest import mock
 
 import torch
 from attention import Case, read_gb_per_s
-from engine import CHUNK, commit, cpu_name
 
-from pensieve.cli.build import Options, load_model
+from engine import CHUNK, commit, cpu_name
 from pensieve.core.plan import BlockTableUpdate, Span
+from pensieve.runtime.loading import load_model
+from pensieve.runtime.options import Options
 from pensieve.worker.allocator import keep_freed_memory
 from pensieve.worker.attention import PagedAttention, make_backend
 from pensieve.worker.batch import BatchBuilder

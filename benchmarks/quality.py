@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from pensieve.cli.build import LoadedModel, Options, load_model
 from pensieve.core.plan import BlockTableUpdate, Span
+from pensieve.runtime.loading import LoadedModel, load_model
+from pensieve.runtime.options import Options
 from pensieve.worker.attention import PagedAttention, make_backend
 from pensieve.worker.batch import BatchBuilder
 from pensieve.worker.kv_store import KVStore

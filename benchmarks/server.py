@@ -30,11 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pensieve.cli.build import Options
-from pensieve.cli.engine_main import run as engine_main
 from pensieve.core.request import SamplingParams
-from pensieve.engine_process import EngineProcess
-from pensieve.messages import Event, Failed, Finished, Submit, Token
+from pensieve.engine.messages import Event, Failed, Finished, Submit, Token
+from pensieve.engine.process import EngineProcess
+from pensieve.runtime.engine_main import run as engine_main
+from pensieve.runtime.options import Options
 
 WORDS = [
     "river",

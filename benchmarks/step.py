@@ -36,9 +36,10 @@ from pensieve.core.eviction import POLICIES
 from pensieve.core.plan import RequestStart, Span
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.engine_child import Outbox, receive
-from pensieve.messages import Event, Failed, Finished, Submit, Token
+from pensieve.engine.child import Outbox
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import Event, Failed, Finished, Submit, Token
+from pensieve.engine.wire import receive
 from pensieve.worker.attention.base import KVGeometry
 from pensieve.worker.batch import Batch
 from pensieve.worker.sampler import Sampler

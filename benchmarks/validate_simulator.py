@@ -39,16 +39,18 @@ from typing import Any
 
 import torch
 
-from pensieve.cli.build import GB, LoadedModel, Options, bare_engine, load_model, make_engine
 from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
-from pensieve.messages import Event, Failed, Finished, Submit
+from pensieve.engine.messages import Event, Failed, Finished, Submit
+from pensieve.runtime.loading import LoadedModel, load_model
+from pensieve.runtime.local import make_engine
+from pensieve.runtime.options import GB, Options
+from pensieve.runtime.profiling import document, load_or_measure
 from pensieve.simulator.case import Case, Machine, find_system, run_case
 from pensieve.simulator.measured import MeasuredMachine, read_machine
 from pensieve.simulator.records import RequestRecord, Summary, summarize
 from pensieve.worker.model import CausalModel
-from pensieve.worker.profile import document, load_or_measure
 from pensieve.worker.worker import ModelWorker
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
@@ -552,9 +554,7 @@ def run_round(
     """A profile, and one run of everything."""
     say(f"round {number}: load average {load_average()}, measuring the profile")
     load_profile = load_average()
-    profile = load_or_measure(
-        loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, engine=bare_engine, progress=lambda what, share: calibrate.sample()
-    )
+    profile = load_or_measure(loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, progress=lambda what, share: calibrate.sample())
     then = calibrate.take()
     content: dict[str, Any] = {**document(profile, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}
     machine = read_machine(json.loads(json.dumps(content)))

@@ -93,7 +93,7 @@ def _serve(rank: int, connection: Connection) -> None:
     import torch
 
     from pensieve.worker.group import Group
-    from pensieve.worker.place import Place
+    from pensieve.worker.rank import Rank
 
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError):
@@ -102,9 +102,9 @@ def _serve(rank: int, connection: Connection) -> None:
             os.environ.update(environment(rank, 2, port))
             group = None
             try:
-                place = Place.from_environment()
-                assert place is not None
-                group = Group.join(place, "cpu")
+                own = Rank.from_environment()
+                assert own is not None
+                group = Group.join(own, "cpu")
                 result = job(group, *arguments)
             except BaseException as error:
                 result = error

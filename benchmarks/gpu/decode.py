@@ -29,7 +29,7 @@ import torch
 
 from gpu.common import CHUNK, Report, copy_bytes_per_s, device_busy_s, parser, spread
 from gpu.models import BATCH_TOKENS, Loaded, World, check, drawn, greedy, load
-from pensieve.messages import Event, Failed, Submit
+from pensieve.engine.messages import Event, Failed, Submit
 
 MODEL = "llama3-8b"
 WARM_UP = 4  # blocks of steps before the first that counts: graphs are captured there

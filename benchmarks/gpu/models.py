@@ -19,8 +19,8 @@ from pensieve.core.eviction import POLICIES
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.messages import Event
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import Event
 from pensieve.worker.attention import PagedAttention, make_backend
 from pensieve.worker.batch import BatchBuilder
 from pensieve.worker.kv_store import KVStore

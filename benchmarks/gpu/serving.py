@@ -46,7 +46,7 @@ from peers.curve import Crossing
 from gpu.arrivals import Answer, Lengths, Load, ratio_of, sweep
 from gpu.common import ROOT, Report, parser
 from gpu.models import Loaded, World, check, config_of, greedy, load
-from pensieve.messages import Abort, Check, Checked, Event, Failed, Finished, Forget, Forgotten, Submit
+from pensieve.engine.messages import Abort, Check, Checked, Event, Failed, Finished, Forget, Forgotten, Submit
 
 MODEL = "llama2-13b-gqa"
 OURS = ("stateless", "pensieve", "gpu-only")

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from pensieve.bench.systems import CONTEXT_FULL, TurnRequest, TurnResult, failed_turn
-from pensieve.messages import Receipt
+from pensieve.engine.messages import Receipt
 
 VOCAB = 1000
 

@@ -23,8 +23,8 @@ from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.engine_child import EngineInfo
+from pensieve.engine.engine import Engine
+from pensieve.engine.wire import EngineInfo
 from pensieve.server.app import create_app
 from pensieve.server.connections import ConnectionLimits, Connections
 from pensieve.server.context import Context, ServerConfig

@@ -11,8 +11,8 @@ import pytest
 from serving import serving
 
 from pensieve.core.request import SamplingParams
+from pensieve.engine.messages import Token
 from pensieve.errors import PensieveError
-from pensieve.messages import Token
 from pensieve.server import turns
 from pensieve.server.ended import MAX_ENDED, EndedAnswers, bytes_of, bytes_of_piece
 from pensieve.server.turns import Answer

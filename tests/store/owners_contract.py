@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pensieve.chat import Message, path_digests
 from pensieve.errors import AnswerLost, ConversationNotFound, StoreError
+from pensieve.message import Message, path_digests
 from pensieve.store import CLAIM_S, INTERRUPTED, LEASE_S, Claim, ConversationStore, Owner
 
 WHOLE = [Message("user", "q"), Message("assistant", "whole")]

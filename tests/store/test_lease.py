@@ -21,7 +21,7 @@ from store.owners_contract import begin, end, owner_of, write
 # A server with an answer under way and a key for it, until it is killed.
 CHILD = """
 import sys, time
-from pensieve.chat import Message
+from pensieve.message import Message
 from pensieve.store import Lease, SqliteStore
 store = SqliteStore(sys.argv[1])
 lease = Lease(store, renew_s=0.05)

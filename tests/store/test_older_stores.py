@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pensieve.chat import Message, path_digests
 from pensieve.errors import StoreError
+from pensieve.message import Message, path_digests
 from pensieve.store import Lease, SqliteStore, path_messages, schema
 from pensieve.store.schema import MIGRATIONS
 from store.store_contract import log, say, user

@@ -15,8 +15,8 @@ import pytest
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
 
-from pensieve.chat import ROOT_DIGEST  # noqa: E402
 from pensieve.errors import StoreError, StoreUnavailable  # noqa: E402
+from pensieve.message import ROOT_DIGEST  # noqa: E402
 from pensieve.store import Lease, postgres_schema  # noqa: E402
 from pensieve.store.postgres import PostgresStore  # noqa: E402
 from pensieve.store.postgres_deadline import Deadlines  # noqa: E402

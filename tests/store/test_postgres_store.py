@@ -330,7 +330,7 @@ def test_a_database_must_hold_any_text(server: PostgresServer) -> None:
 
 CHILD = """
 import sys, threading
-from pensieve.chat import Message
+from pensieve.message import Message
 from pensieve.errors import StoreError
 from pensieve.store import open_store
 

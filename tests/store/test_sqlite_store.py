@@ -266,7 +266,7 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
 
 CHILD = """
 import sys
-from pensieve.chat import Message
+from pensieve.message import Message
 from pensieve.store import SqliteStore
 store = SqliteStore(sys.argv[1], busy_timeout_s=30)
 for i in range(30):

@@ -18,14 +18,14 @@ from urllib.parse import unquote
 
 import pytest
 
-from pensieve.chat import Message
 from pensieve.errors import ConversationNotFound
+from pensieve.message import Message
 from pensieve.store import SqliteStore, path_tokens
 
 # Several threads append; each acknowledgement is printed only after its future resolved.
 CHILD = """
 import sys, threading
-from pensieve.chat import Message
+from pensieve.message import Message
 from pensieve.store import SqliteStore
 
 store = SqliteStore(sys.argv[1])

@@ -18,7 +18,6 @@ import pytest
 import text_worker_models as models
 from text_tokenizers import CHATML, byte_level, chat
 
-from pensieve.chat import Message, ToolCall
 from pensieve.errors import (
     ContextLengthExceeded,
     EngineClosed,
@@ -29,6 +28,7 @@ from pensieve.errors import (
     PromptTooCostly,
     TextUnavailable,
 )
+from pensieve.message import Message, ToolCall
 from pensieve.text import ChatText, DecodeIds, EncodeChat, EncodeRest, EncodeText, InlineRunner, WriteChat, WrittenChat, workers
 from pensieve.text.nursery import ForkingNursery, Nursery, SpawningNursery
 from pensieve.text.worker_process import memory_limited

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from pensieve.cli.build import Options, load_model
 from pensieve.config import ModelShape
 from pensieve.errors import ModelRefused
+from pensieve.runtime.loading import load_model
+from pensieve.runtime.options import Options
 from pensieve.worker import gate, llama
 from pensieve.worker.attention import BACKENDS, AttentionArgs
 from pensieve.worker.batch import BatchBuilder

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pensieve.cli.build import Options, as_json, load_model, settled, size_tiers
 from pensieve.errors import ConfigError
+from pensieve.runtime.loading import load_model, settled
+from pensieve.runtime.local import size_tiers
+from pensieve.runtime.options import Options, as_json
 from pensieve.worker import number_type
 from pensieve.worker.number_type import NumberType, choose, slowdown
 from tiny_models import tiny

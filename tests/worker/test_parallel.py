@@ -15,7 +15,7 @@ from pensieve.errors import ConfigError, WorkerLost
 from pensieve.worker import sharding
 from pensieve.worker.ledger import CopyLedger
 from pensieve.worker.model import CausalModel
-from pensieve.worker.place import Place
+from pensieve.worker.rank import Rank
 from rank_jobs import DRAWN, VOCAB
 from rank_pairs import RankPair, environment
 from tiny_models import tiny
@@ -135,18 +135,18 @@ def test_models_that_cannot_be_split_are_refused_with_the_way_out(architecture: 
 def test_a_place_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(1, 4, 29500).items():
         monkeypatch.setenv(name, value)
-    assert Place.from_environment() == Place(1, 4, 1, 4)
+    assert Rank.from_environment() == Rank(1, 4, 1, 4)
     monkeypatch.setenv("RANK", "4")
     with pytest.raises(ConfigError, match=r"\[0, WORLD_SIZE = 4\), got 4"):
-        Place.from_environment()
+        Rank.from_environment()
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(ConfigError, match="must be numbers"):
-        Place.from_environment()
+        Rank.from_environment()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert Place.from_environment() is None
+    assert Rank.from_environment() is None
     monkeypatch.delenv("MASTER_ADDR")
-    assert Place.from_environment() is None
+    assert Rank.from_environment() is None
 
 
 def test_a_ledger_of_three_ranks() -> None:

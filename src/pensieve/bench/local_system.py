@@ -7,9 +7,9 @@ import time
 from concurrent.futures import Future
 
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
-from pensieve.chat import Message
 from pensieve.core.request import SamplingParams
 from pensieve.errors import PensieveError
+from pensieve.message import Message
 from pensieve.service import ConversationService, PendingTurn, TurnDone
 
 NUM_TOPS = 2  # the two likeliest tokens of each position: what the equality contract compares

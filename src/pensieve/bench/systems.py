@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from pensieve.engine.messages import Receipt
 from pensieve.errors import ContextLengthExceeded
-from pensieve.messages import Receipt
 
 CONTEXT_FULL = ContextLengthExceeded.code  # the one error that ends a conversation in good order
 

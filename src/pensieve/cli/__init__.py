@@ -7,7 +7,7 @@ import sys
 import click
 
 from pensieve.errors import ConfigError, PensieveError
-from pensieve.worker.place import Place
+from pensieve.worker.rank import Rank
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def run_command(command: click.Command, name: str, arguments: list[str] | None =
 
 def _is_follower() -> bool:
     try:
-        place = Place.from_environment()
+        rank = Rank.from_environment()
     except ConfigError:
         return False
-    return place is not None and place.rank > 0
+    return rank is not None and rank.index > 0

@@ -9,12 +9,15 @@ from typing import Any
 
 import click
 
-from pensieve.chat import Message
-from pensieve.cli.build import GB, Runtime, load_model, notes_of, start
 from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.core.request import SamplingParams
+from pensieve.engine.messages import Receipt, Stats
 from pensieve.errors import ConversationNotFound, PensieveError
-from pensieve.messages import Receipt, Stats
+from pensieve.message import Message
+from pensieve.runtime.follower import follow_unless_first
+from pensieve.runtime.loading import load_model, notes_of
+from pensieve.runtime.local import Runtime, start
+from pensieve.runtime.options import GB
 from pensieve.service import DEFAULT_NAMESPACE, TurnDone
 from pensieve.store import ConversationStore, default_path, open_store, path_messages, sqlite_path
 
@@ -74,6 +77,7 @@ def run_chat(
         ConfigError, StoreError: the store's URL is none, or it cannot be opened.
     """
     options = pick(shared)
+    follow_unless_first(options)
     url = str(default_path()) if store_url is None else store_url
     sqlite_path(url)  # a wrong one should not cost the loading of a model
     loaded = load_model(options, must_talk=True, say=_say)

@@ -20,10 +20,13 @@ from pensieve.bench.progress import open_progress
 from pensieve.bench.record import build_record, write_record
 from pensieve.bench.report import print_report, summarize
 from pensieve.bench.runs import Run, RunSettings, Subject
-from pensieve.cli.build import LoadedModel, Options, Runtime, as_json, load_model, notes_of, settled, start
 from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.core.request import SamplingParams
-from pensieve.messages import Stats
+from pensieve.engine.messages import Stats
+from pensieve.runtime.follower import follow_unless_first
+from pensieve.runtime.loading import LoadedModel, load_model, notes_of, settled
+from pensieve.runtime.local import Runtime, start
+from pensieve.runtime.options import Options, as_json
 from pensieve.store.sqlite import MEMORY, SqliteStore
 from pensieve.workloads.conversations import Selection, load_dataset, random_tokens, select
 
@@ -155,6 +158,7 @@ def _warm_up(runtime: Runtime, loaded: LoadedModel) -> None:
 
 
 def _load(options: Options) -> LoadedModel:
+    follow_unless_first(options)
     loaded = load_model(options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True))
     subject = _subject(options, loaded)
     computing = f" ({loaded.instructions})" if loaded.instructions else ""

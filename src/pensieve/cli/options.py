@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
-from pensieve.cli.build import DTYPE_BYTES, HOST_CACHE_GB, Options
 from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS
 from pensieve.core.eviction import POLICIES
+from pensieve.runtime.options import DTYPE_BYTES, HOST_CACHE_GB, Options
 
 F = TypeVar("F", bound=Callable[..., Any])
 

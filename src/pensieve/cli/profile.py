@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from pensieve.cli.build import bare_engine, load_model
 from pensieve.cli.options import model_options, pick
 from pensieve.errors import ConfigError
-from pensieve.worker.place import Place
+from pensieve.runtime.loading import load_model
+from pensieve.worker.rank import Rank
 
 
 @click.command()
@@ -23,9 +23,9 @@ from pensieve.worker.place import Place
 @model_options
 def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) -> None:
     """Measure what recomputing a chunk costs at each context length (Cost(l), paper §4.3.1), and keep it."""
-    from pensieve.worker.profile import document, load_or_measure
+    from pensieve.runtime.profiling import document, load_or_measure
 
-    if Place.from_environment() is not None:
+    if Rank.from_environment() is not None:
         raise ConfigError("`pensieve profile` measures one process: start it without torchrun")
     options = pick(shared)
     loaded = load_model(options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True))
@@ -39,7 +39,6 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
         longest,
         options.chunk_tokens,
         fresh=fresh,
-        engine=bare_engine,
         progress=lambda what, share: click.secho(f"{share:4.0%} {what}", dim=True, err=True),
     )
     if as_json:

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pensieve.cli.build import Options, notes_of
 from pensieve.cli.front import BACKLOG, Front, front_options, log_to_stderr, password_note, raise_file_limit
 from pensieve.cli.loops import loop_factory
 from pensieve.cli.options import cache_options, model_options, pick, template_options
-from pensieve.engine_vitals import SILENT_S, STEPS_TO_SILENCE, Patience
+from pensieve.engine.vitals import SILENT_S, STEPS_TO_SILENCE, Patience
 from pensieve.errors import ConfigError, ModelUnavailable, WorkerLost
-from pensieve.worker.place import Place
+from pensieve.runtime.follower import follow_unless_first
+from pensieve.runtime.loading import notes_of
+from pensieve.runtime.options import Options
 
 if TYPE_CHECKING:
-    from pensieve.cli.build import ApartRuntime
-    from pensieve.engine_process import State
+    from pensieve.engine.process import State
+    from pensieve.runtime.apart import ApartRuntime
     from pensieve.server.connections import Connections
     from pensieve.server.context import Context, ServerConfig
     from pensieve.server.keys import KeyFile
@@ -149,11 +150,7 @@ def run_server(
         ModelUnavailable, ModelRefused, StoreError: what could not be had.
     """
     begun_s = time.perf_counter()
-    place = Place.from_environment()
-    if place is not None and place.rank > 0:
-        from pensieve.cli.follower import follow_rank_zero
-
-        follow_rank_zero(options, place)  # does not return: rank 0 serves
+    rank = follow_unless_first(options)
     try:
         import uvicorn
         from prometheus_client import CollectorRegistry  # noqa: F401
@@ -181,7 +178,7 @@ def run_server(
     failed = threading.Event()
 
     def on_state(state: State) -> None:
-        if state == "failed" and place is not None:  # it is not started again, and neither are the other processes
+        if state == "failed" and rank is not None:  # it is not started again, and neither are the other processes
             failed.set()
             for server in servers:
                 server.should_exit = True
@@ -341,7 +338,7 @@ def _start(
     prompt_timeout_s: float | None = None,
 ) -> _Parts:
     """Open the store, with a lease under which answers are kept while they are made, and start the engine's process."""
-    from pensieve.cli.build import do_without_torch, start_apart
+    from pensieve.runtime.apart import do_without_torch, start_apart
     from pensieve.store import MEMORY, Lease, SqliteStore, default_path, open_store
 
     do_without_torch()

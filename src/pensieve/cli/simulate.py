@@ -15,7 +15,6 @@ import click
 from click.core import ParameterSource
 from rich.table import Table
 
-from pensieve.cli.build import CPU_BATCH_TOKENS, CPU_CACHE_GB, Options
 from pensieve.cli.outputs import check_paths, table_console
 from pensieve.cli.simulation_options import (
     DEFAULT_DURATION_S,
@@ -31,6 +30,7 @@ from pensieve.cli.simulation_options import (
     trace_option,
 )
 from pensieve.errors import ConfigError
+from pensieve.runtime.options import CPU_BATCH_TOKENS, CPU_CACHE_GB, Options
 from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
 from pensieve.simulator.extent import extent_of
 from pensieve.simulator.figures import FIGURES, compare, simulate_figures

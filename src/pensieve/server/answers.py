@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pensieve.chat import Message
 from pensieve.core.request import FinishReason
-from pensieve.messages import Miss, Receipt
-from pensieve.messages import Token as SampledToken
+from pensieve.engine.messages import Miss, Receipt
+from pensieve.engine.messages import Token as SampledToken
+from pensieve.message import Message
 from pensieve.server.output import OutputForm, read_whole
 from pensieve.server.turns import Answer
 from pensieve.service import Composed, TurnDone, TurnSpec

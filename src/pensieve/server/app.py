@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from pensieve import __version__
-from pensieve.server import chat, completions, conversations, errors, native, ops, responses
+from pensieve.server import chat, completions, conversations, errors, ops, pensieve_api, responses
 from pensieve.server.context import Context
 from pensieve.server.door import Door, DoorRules
 from pensieve.server.metrics import Metrics
@@ -92,7 +92,7 @@ def create_app(make_context: MakeContext, metrics: Metrics, rules: DoorRules, on
         responses=_FAILURES,
     )
     errors.install(app)
-    for module in (chat, completions, responses, conversations, native, ops):
+    for module in (chat, completions, responses, conversations, pensieve_api, ops):
         app.include_router(module.router)
     app.add_middleware(Door, metrics=metrics, rules=rules)
     if rules.origins:  # before the door: a browser asks without a key whether a page may ask

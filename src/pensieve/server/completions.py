@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from pensieve.engine.messages import Token
 from pensieve.errors import ContextLengthExceeded
-from pensieve.messages import Token
 from pensieve.server.answers import receipt_json, usage_of
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S, usage_json

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
-from pensieve.engine_child import EngineInfo
+from pensieve.engine.wire import EngineInfo
 from pensieve.errors import ConfigError, EngineSilent
 from pensieve.server.errors import ApiError
 from pensieve.server.keys import SALT_MARK, KeyFile

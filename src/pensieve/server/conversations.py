@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from pensieve.chat import Message, chars_of
 from pensieve.errors import ConversationNotFound
+from pensieve.message import Message, chars_of
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
-from pensieve.chat import Message, ToolCall
+from pensieve.message import Message, ToolCall
 from pensieve.server.errors import ApiError, unsupported
 from pensieve.server.schemas import Identifier, Name, Parts, text_of
 from pensieve.store.base import Turn

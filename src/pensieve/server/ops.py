@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from pensieve import __version__
-from pensieve.messages import Stats
+from pensieve.engine.messages import Stats
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Context, Server
 from pensieve.server.errors import ApiError, not_found

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pensieve.chat import Message, ToolCall
+from pensieve.message import Message, ToolCall
 from pensieve.server.errors import ApiError
 from pensieve.service.turn import Tools
 from pensieve.text import (

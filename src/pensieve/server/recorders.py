@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
-from pensieve.messages import tenant_of
+from pensieve.engine.messages import tenant_of
 from pensieve.server.sse import event
 from pensieve.server.turns import Answer, Turns
 

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pensieve.chat import ToolCall
 from pensieve.core.request import FinishReason
 from pensieve.errors import PensieveError
+from pensieve.message import ToolCall
 from pensieve.server.answers import Completed, completed_now, logprob_items
 from pensieve.server.chat import cache_json, pensieve_json
 from pensieve.server.context import Context

@@ -20,8 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pensieve.chat import Message, ToolCall
 from pensieve.core.request import MAX_LOGPROBS, SamplingParams
+from pensieve.message import Message, ToolCall
 from pensieve.server.errors import UNKNOWN_FIELD, ApiError, unsupported
 
 MAX_STOPS = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
-from pensieve.messages import Stats, tenant_of
+from pensieve.engine.messages import Stats, tenant_of
 from pensieve.server.turns import Answer
 
 SOURCES = ("gpu", "cpu", "recomputed", "new")

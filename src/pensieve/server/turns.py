@@ -19,8 +19,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pensieve.engine.messages import tenant_of
 from pensieve.errors import EngineSilent, Overloaded, PensieveError
-from pensieve.messages import tenant_of
 from pensieve.server.ended import MAX_OPEN_BYTES, EndedAnswers, bytes_of_piece
 from pensieve.server.shares import Shares
 from pensieve.service import ConversationService, PendingTurn, Piece, TurnDone, TurnSpec

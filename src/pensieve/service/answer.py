@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pensieve.core.request import FinishReason
-from pensieve.messages import Finished, Miss, Receipt, Token
+from pensieve.engine.messages import Finished, Miss, Receipt, Token
 from pensieve.service.turn import PendingTurn, Piece, TurnDone, TurnSpec
 from pensieve.text import ChatText, Detokenizer, StopStrings, keep_tokens
 

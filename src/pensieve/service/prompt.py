@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from pensieve.chat import Message, chars_of, path_digests
 from pensieve.config import ContextLimit
 from pensieve.errors import ConversationNotFound, InvalidRequest
+from pensieve.message import Message, chars_of, path_digests
 from pensieve.service.turn import LEAF, Path, Place, Prompt, TurnSpec
 from pensieve.store.base import ConversationStore, Turn, path_messages, path_tokens
 from pensieve.text import ChatText, WriteChat, WrittenChat, check_length, newest, size_of

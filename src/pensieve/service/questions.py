@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from pensieve.engine.messages import CacheMap, Checked, Command, Event, Forgotten, HintAnswer, KeepAnswer, Lost, Stats
 from pensieve.errors import PensieveError, error_from
-from pensieve.messages import CacheMap, Checked, Command, Event, Forgotten, HintAnswer, KeepAnswer, Lost, Stats
 from pensieve.service.turn import settle
 
 Answer = KeepAnswer | HintAnswer | Forgotten | Checked | CacheMap | Stats | Lost

@@ -19,19 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, cast
 
-from pensieve.chat import Message, chars_of
 from pensieve.config import ContextLimit
 from pensieve.core.request import FinishReason, SamplingParams
-from pensieve.errors import (
-    ConversationNotFound,
-    EngineClosed,
-    EngineSilent,
-    InvalidRequest,
-    PensieveError,
-    StoreError,
-    error_from,
-)
-from pensieve.messages import (
+from pensieve.engine.messages import (
     Abort,
     CacheMap,
     Check,
@@ -52,6 +42,16 @@ from pensieve.messages import (
     Warm,
     tenant_of,
 )
+from pensieve.errors import (
+    ConversationNotFound,
+    EngineClosed,
+    EngineSilent,
+    InvalidRequest,
+    PensieveError,
+    StoreError,
+    error_from,
+)
+from pensieve.message import Message, chars_of
 from pensieve.service.answer import AnswerText
 from pensieve.service.prompt import CHARS, INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
 from pensieve.service.questions import Questions

@@ -9,9 +9,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from pensieve.chat import Message, chars_of
 from pensieve.core.request import FinishReason, SamplingParams
-from pensieve.messages import Receipt, Token
+from pensieve.engine.messages import Receipt, Token
+from pensieve.message import Message, chars_of
 from pensieve.store.base import Conversation
 from pensieve.text import Detokenizer, StopStrings
 

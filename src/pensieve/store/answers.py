@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 
-from pensieve.chat import Message
 from pensieve.errors import AnswerLost, ConversationNotFound, InvalidRequest
+from pensieve.message import Message
 from pensieve.store import rows, trees
 from pensieve.store.values import CLAIM_S, INTERRUPTED, Claim
 from pensieve.store.writer import Connection

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from pensieve.chat import Message
+from pensieve.message import Message
 from pensieve.store.values import (
     CLAIM_S,
     INTERRUPTED,

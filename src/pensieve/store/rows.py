@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pensieve.chat import Message, ToolCall
 from pensieve.errors import InvalidRequest, StoreError
+from pensieve.message import Message, ToolCall
 from pensieve.store.values import Conversation, Turn
 
 MAX_NAME_BYTES = 1024  # two of them fit an entry of a PostgreSQL index, which may have some 2,700

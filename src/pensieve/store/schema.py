@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pensieve.chat import ROOT_DIGEST, Message, extend_digest
 from pensieve.errors import StoreError
+from pensieve.message import ROOT_DIGEST, Message, extend_digest
 
 APPLICATION_ID = 0x50454E53  # marks a file as ours
 RETRY_S = 0.01

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from pensieve.chat import Message
 from pensieve.errors import ConversationConflict, InvalidRequest, StoreError
+from pensieve.message import Message
 from pensieve.store import answers, owners, rows, trees
 from pensieve.store.values import Claim, Conversation, Erased, Owner, Turn
 from pensieve.store.writer import C, Connection, GroupWriter, Job

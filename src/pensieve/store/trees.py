@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pensieve.chat import ROOT_DIGEST, path_digests
 from pensieve.errors import ConversationNotFound, InvalidRequest
+from pensieve.message import ROOT_DIGEST, path_digests
 from pensieve.store import rows
 from pensieve.store.values import Conversation, Turn
 from pensieve.store.writer import Connection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from pensieve.chat import Message
+from pensieve.message import Message
 
 INTERRUPTED = "interrupted"  # the reply_reason of an answer that a crash cut short
 CLAIM_S = 24 * 3600.0  # how long a claim holds

@@ -4,7 +4,7 @@ Knows text and token ids; never weights, caches or conversations on disk. Import
 is imported when a tokenizer is.
 """
 
-from pensieve.chat import ROLES, Message, ToolCall
+from pensieve.message import ROLES, Message, ToolCall
 from pensieve.text.chat import ChatText, Extension
 from pensieve.text.detokenize import Detokenizer
 from pensieve.text.jobs import (

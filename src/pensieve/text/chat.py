@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pensieve.chat import Message
 from pensieve.errors import ContextLengthExceeded, InvalidRequest, ModelRefused, ModelUnavailable
+from pensieve.message import Message
 from pensieve.text.control import ControlGuard, unused_marks
 from pensieve.text.detokenize import Detokenizer
 from pensieve.text.overflow import FREE_CHARS, surely_exceed

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from pensieve.chat import Message, chars_of
 from pensieve.errors import ContextLengthExceeded, InvalidRequest, PensieveError
+from pensieve.message import Message, chars_of
 from pensieve.text.chat import ChatText
 from pensieve.text.overflow import Truncated, size_of, surely_exceed, truncate
 

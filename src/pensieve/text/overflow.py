@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pensieve.chat import Message, chars_of
 from pensieve.errors import ContextLengthExceeded
+from pensieve.message import Message, chars_of
 
 FREE_CHARS, FREE_CHARS_PER_TOKEN = 1 << 16, 16
 PIECE_CHARS = 1 << 13

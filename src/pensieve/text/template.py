@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pensieve.chat import Message
 from pensieve.errors import ConfigError, InvalidRequest, ModelUnavailable
+from pensieve.message import Message
 from pensieve.text.tool_format import ToolFormat, Tools, format_of_call, map_texts, write_calls, write_plainly
 
 # For models without a template. Each message is a paragraph that begins with its speaker's name.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions, BroadcastOptions
 
 from pensieve.errors import ConfigError, PensieveError, WorkerLost, error_from
-from pensieve.worker.place import Place
+from pensieve.worker.rank import Rank
 
 _IDLE = timedelta(days=365)  # a rank may wait so long for the next word; that another one died is noticed by its connection, at once
 _SHORT_BYTES = 2048  # what is usually said fits, and takes one collective; more takes two
@@ -30,34 +30,34 @@ _LENGTH_BYTES = 4
 class Group:
     """The ranks, connected. Every method is called by all of them at the same point, by one thread of each."""
 
-    def __init__(self, place: Place, device: torch.device, control: dist.ProcessGroup) -> None:
-        self.rank, self.size, self.local_size, self.device = place.rank, place.size, place.local_size, device
+    def __init__(self, rank: Rank, device: torch.device, control: dist.ProcessGroup) -> None:
+        self.rank, self.size, self.local_size, self.device = rank.index, rank.size, rank.local_size, device
         self._control: dist.ProcessGroup | None = control
 
     @classmethod
-    def join(cls, place: Place, device: str) -> Group:
+    def join(cls, rank: Rank, device: str) -> Group:
         """Connect to the other ranks; returns when all are there.
 
         Args:
-            place: see `Place.from_environment`.
+            rank: see `Rank.from_environment`.
             device: "cpu" or "cuda"; on CUDA each process takes the device of its own local rank.
 
         Raises:
             ConfigError: this machine has no such device for this rank, or a device was named by its number.
             WorkerLost: the others cannot be reached.
         """
-        own = _own_device(place, device)
+        own = _own_device(rank, device)
         try:
             if own.type == "cuda":
                 torch.cuda.set_device(own)
             if not dist.is_initialized():
-                dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=place.rank, world_size=place.size)
+                dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank.index, world_size=rank.size)
             control = dist.new_group(backend="gloo", timeout=_IDLE)
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise WorkerLost(f"rank {place.rank} cannot join the other processes at {where}: {error}") from error
+            raise WorkerLost(f"rank {rank.index} cannot join the other processes at {where}: {error}") from error
         assert control is not None
-        group = cls(place, own, control)
+        group = cls(rank, own, control)
         if group.rank == 0:
             atexit.register(group.dismiss)
         return group
@@ -165,19 +165,19 @@ class Leave:
     """Rank 0 to all: the end."""
 
 
-def _own_device(place: Place, device: str) -> torch.device:
+def _own_device(rank: Rank, device: str) -> torch.device:
     kind = torch.device(device)
     if kind.type == "cpu":
         return kind
     if kind.index is not None:
-        raise ConfigError(f"--device {device} names one device for {place.size} processes: each takes its own, give --device {kind.type}")
+        raise ConfigError(f"--device {device} names one device for {rank.size} processes: each takes its own, give --device {kind.type}")
     count = torch.cuda.device_count()
-    if place.local_rank >= count:
+    if rank.local_rank >= count:
         raise ConfigError(
-            f"rank {place.rank} is number {place.local_rank + 1} of {place.local_size} processes here, and there are {count} CUDA devices: "
+            f"rank {rank.index} is number {rank.local_rank + 1} of {rank.local_size} processes here, and there are {count} CUDA devices: "
             f"start at most {count} a machine (torchrun --nproc-per-node)"
         )
-    return torch.device("cuda", place.local_rank)
+    return torch.device("cuda", rank.local_rank)
 
 
 def _in_words(error: Exception) -> tuple[str, str]:

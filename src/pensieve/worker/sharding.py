@@ -7,7 +7,7 @@ rank only, and the load-time gate compares the result with eager attention, all 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,10 @@ import torch
 
 from pensieve.errors import ConfigError
 from pensieve.worker.loading import load_folder
-from pensieve.worker.model import CausalModel, Forward, shape_of
+from pensieve.worker.model import shape_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from pensieve.worker.group import Group
-    from pensieve.worker.weights import ResolvedModel
 
 
 def require_divisible(config: PretrainedConfig, label: str, num_ranks: int) -> None:
@@ -45,42 +42,6 @@ def require_divisible(config: PretrainedConfig, label: str, num_ranks: int) -> N
                 + (f"start a number that divides them ({fitting}), or " if fitting else "")
                 + start_otherwise
             )
-
-
-def load_together(
-    group: Group, find: Callable[[], ResolvedModel], dtype: str, forward: Forward, *, int8: bool, say: Callable[[str], None]
-) -> tuple[ResolvedModel, CausalModel]:
-    """Find, load and gate a model on all ranks at once; what fails on one fails on all.
-
-    Args:
-        group: the ranks.
-        find: finds the model; called on rank 0 first, which may download or convert it, then on the others.
-        dtype: number type it is loaded in.
-        forward: see `CausalModel`; fused operations cannot compute a share.
-        int8: see `CausalModel`; neither can weights of 8 bits.
-        say: told what takes time.
-
-    Raises:
-        ModelUnavailable, ModelRefused, ConfigError: as in one process, or for a model that cannot be split. The message names the rank.
-    """
-    from pensieve.worker.weights import load
-
-    found: list[ResolvedModel] = []
-    for turn in (group.rank == 0, group.rank > 0):
-        with group.agreeing():
-            if turn:
-                found.append(find())
-    resolved = found[0]
-    names = group.exchange(f"{resolved.label} ({resolved.weights} weights, {resolved.num_parameters} parameters)")
-    if len(set(names)) > 1:
-        listed = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
-        raise ConfigError(f"the processes found different models under one name ({listed}): give every machine the same files")
-    say(f"loading {resolved.label} over {group.size} processes")
-    with group.agreeing():
-        model = load(resolved, dtype, group=group)
-    with group.agreeing():
-        causal = CausalModel(model, resolved.label, forward=forward, int8=int8)
-    return resolved, causal
 
 
 def load_split(folder: Path, label: str, dtype: torch.dtype, device: torch.device, num_ranks: int) -> PreTrainedModel:

@@ -8,21 +8,21 @@ import time
 from pathlib import Path
 
 import pytest
-
 from engine_children import MAX_CONTEXT, POISON, SpinningEngine, fake, fragile, half_said
+from test_process import eventually, first_token, process, submit
+
 from fake_worker import FakeWorker
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.engine_child import Inbox
-from pensieve.engine_process import MAX_START_FAILURES
-from pensieve.engine_vitals import LivedTime, Patience, Vitals
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import Event, Failed, Finished, GetStats, Lost, Stats
+from pensieve.engine.process import MAX_START_FAILURES
+from pensieve.engine.vitals import LivedTime, Patience, Vitals
+from pensieve.engine.wire import Inbox
 from pensieve.errors import ConfigError, EngineRestarted, ModelRefused, ModelUnavailable, PensieveError
-from pensieve.messages import Event, Failed, Finished, GetStats, Lost, Stats
-from test_engine_process import eventually, first_token, process, submit
 
 QUICK = Patience(silent_s=1.5, step_s=30.0)
 FORWARD = Patience(silent_s=30.0, step_s=1.5)

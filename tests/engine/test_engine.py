@@ -17,8 +17,8 @@ from pensieve.core.eviction import RetentionValue
 from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.messages import (
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import (
     CacheMap,
     Check,
     Checked,

@@ -19,8 +19,8 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.messages import Event, Failed, Finished, Submit, Token
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import Event, Failed, Finished, Submit, Token
 from pensieve.worker.graphs import _sizes
 from pensieve.worker.sampler import Sampler
 from pensieve.worker.worker import Hooks, ModelWorker

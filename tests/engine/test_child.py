@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from pensieve.engine_child import Outbox, Progress, receive
-from pensieve.messages import Token
+from pensieve.engine.child import Outbox
+from pensieve.engine.messages import Token
+from pensieve.engine.wire import Progress, receive
 
 PATIENCE_S = 20.0  # far beyond anything here: a hang is a failure, not a measurement
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
-from pensieve.chat import Message
+from pensieve.engine.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats, tenant_of
 from pensieve.errors import ConversationNotFound, KeepRefused
-from pensieve.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats, tenant_of
+from pensieve.message import Message
 from pensieve.server.answers import ANSWER
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread

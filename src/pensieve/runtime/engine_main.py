@@ -8,8 +8,11 @@ import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from pensieve.cli.build import Options, load_model, start_engine
-from pensieve.engine_child import Emit, EngineInfo, Say, ServedEngine, serve_engine
+from pensieve.engine.child import Emit, Say, ServedEngine, serve_engine
+from pensieve.engine.wire import EngineInfo
+from pensieve.runtime.loading import load_model
+from pensieve.runtime.local import start_engine
+from pensieve.runtime.options import Options
 
 if TYPE_CHECKING:
     from pensieve.worker.group import Group

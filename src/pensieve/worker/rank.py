@@ -11,16 +11,16 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One rank of several."""
+class Rank:
+    """One process of several that serve one model together."""
 
-    rank: int  # 0 decides and speaks, the others follow
+    index: int  # 0 decides and speaks, the others follow
     size: int  # at least 2
     local_rank: int  # among the processes of this machine: which device is its own
     local_size: int  # processes of this machine
 
     @classmethod
-    def from_environment(cls) -> Place | None:
+    def from_environment(cls) -> Rank | None:
         """What torchrun, or whoever sets the same variables, says; None: this process is alone.
 
         Raises:

@@ -13,16 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pensieve.cli.build import GB, LoadedModel, Options, as_json, as_started, load_model, settled, size_tiers, start
 from pensieve.config import CacheConfig, ContextLimit, ModelShape, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine_child import EngineInfo
+from pensieve.engine.messages import Stats
+from pensieve.engine.wire import EngineInfo
 from pensieve.errors import ConfigError, ContextLengthExceeded, RequestTooLarge
-from pensieve.messages import Stats
+from pensieve.runtime.apart import as_started
+from pensieve.runtime.loading import LoadedModel, load_model, settled
+from pensieve.runtime.local import size_tiers, start
+from pensieve.runtime.options import GB, Options, as_json
 from pensieve.worker import memory
 from pensieve.worker.memory import host_share
 from tiny_models import tiny

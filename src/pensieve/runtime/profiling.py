@@ -30,6 +30,7 @@ from pensieve.core.eviction import POLICIES
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan, StepResult
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler, StepEvents
+from pensieve.engine.engine import Engine
 from pensieve.errors import ConfigError
 from pensieve.worker.attention import make_backend
 from pensieve.worker.measurements import FORMAT, Profile, attention_costs, attention_s, parse
@@ -61,7 +62,6 @@ def load_or_measure(
     folder: Path | None = None,
     fresh: bool = False,
     clock: Callable[[], float] = time.perf_counter,
-    engine: EngineMaker | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
     """The profile of this model on this machine, from the user's cache if it was measured before.
@@ -74,7 +74,6 @@ def load_or_measure(
         folder: where profiles are kept; None: `profiles` in $PENSIEVE_CACHE or the user's cache directory.
         fresh: measure even if there is one.
         clock: seconds, in which it is measured.
-        engine: makes the engine whose planning is timed; None: a scheduler and nothing around it.
         progress: called with (what is measured, share done).
 
     Raises:
@@ -85,7 +84,7 @@ def load_or_measure(
         kept = load(path)
         if kept is not None and kept.points[-1][0] >= contexts(max_context, chunk_tokens)[-1]:
             return kept
-    profile = measure(model, max_context, chunk_tokens, attention=attention, clock=clock, engine=engine, progress=progress)
+    profile = measure(model, max_context, chunk_tokens, attention=attention, clock=clock, progress=progress)
     try:
         save(profile, path, model)
     except OSError as error:
@@ -114,7 +113,6 @@ def measure(
     attention: str = "auto",
     repeats: int = 7,
     clock: Callable[[], float] = time.perf_counter,
-    engine: EngineMaker | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Profile:
     """Measure now; see `load_or_measure` for the arguments.
@@ -135,7 +133,7 @@ def measure(
     places = contexts(max_context, chunk_tokens)
     tell = progress or (lambda what, share: None)
     try:
-        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, clock, engine or _bare_engine)
+        bench = _Bench(worker, model, num_slots, max_context, chunk_tokens, clock)
         for context in places:
             bench.add(f"chunk {context}", bench.spans((context - chunk_tokens, context)))
         prompt, context = min(_PREFILL_TOKENS, max_context), min(_DECODE_CONTEXT, max_context)
@@ -194,21 +192,6 @@ def constant_of(points: list[tuple[int, float]]) -> float:
     return max(0.0, min(least, constant)) if slope > 0.0 else least
 
 
-# Makes what steps an engine: given a scheduler, its worker and a clock, a function for one step. (The engine is not this room's to import.)
-EngineMaker = Callable[[Scheduler, ModelWorker, Callable[[], float]], Callable[[], object]]
-
-
-def _bare_engine(scheduler: Scheduler, worker: ModelWorker, clock: Callable[[], float]) -> Callable[[], object]:
-    """Schedule, run, commit, and nothing else."""
-
-    def step() -> None:
-        plan = scheduler.schedule(clock())
-        result = worker.run(plan)
-        scheduler.commit(plan, result, clock())
-
-    return step
-
-
 class _TimedScheduler(Scheduler):
     """Notes what it takes to plan, and how long it is from a result to the next plan."""
 
@@ -249,9 +232,8 @@ class _Bench:
         max_context: int,
         chunk_tokens: int,
         clock: Callable[[], float],
-        engine: EngineMaker,
     ) -> None:
-        self._worker, self._model, self._clock, self._engine = worker, model, clock, engine
+        self._worker, self._model, self._clock = worker, model, clock
         self._num_slots, self._chunk_tokens = num_slots, chunk_tokens
         self.works: dict[str, Callable[[], Any]] = {}
         self._seconds: dict[str, list[float]] = {}  # of each round
@@ -348,10 +330,11 @@ class _Bench:
 
     def _play(self, scheduler: Scheduler) -> None:
         """Steps until every request has ended and the worker has forgotten it."""
-        step = self._engine(scheduler, self._worker, self._clock)
+        chunk_bytes = self._worker.chunk_bytes
+        engine = Engine(scheduler, self._worker, chunk_bytes=chunk_bytes, emit=lambda events: None, clock=self._clock)
         while scheduler.requests:
-            step()
-        step()
+            engine.step()
+        engine.step()
 
     def copy(self, source: int, target: int) -> None:
         """A few chunks from one tier to the other."""

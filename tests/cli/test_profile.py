@@ -12,8 +12,8 @@ from simulator_worlds import PROFILE
 
 from pensieve.cli import profile as profile_command
 from pensieve.cli.commands import cli
+from pensieve.runtime import profiling as profile_module
 from pensieve.simulator.measured import load_machine
-from pensieve.worker import profile as profile_module
 from pensieve.worker.model import CausalModel
 from tiny_models import tiny
 

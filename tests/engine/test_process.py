@@ -14,22 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import engine_children
 import psutil
 import pytest
-
-import engine_children
 from engine_children import BUG, VOCAB, dying, fake, raising, raving, silent
+
 from fake_worker import expected_answer
-from pensieve import engine_process
-from pensieve.chat import Message
 from pensieve.core.request import FinishReason, SamplingParams
-from pensieve.engine_process import MAX_START_FAILURES, EngineProcess
+from pensieve.engine import process as engine_process
+from pensieve.engine.messages import Event, Failed, Finished, GetStats, Keep, Lost, Stats, Submit, Token
+from pensieve.engine.process import MAX_START_FAILURES, EngineProcess
 from pensieve.errors import ConfigError, EngineClosed, EngineNotReady, EngineRestarted, ModelUnavailable, PensieveError
-from pensieve.messages import Event, Failed, Finished, GetStats, Keep, Lost, Stats, Submit, Token
+from pensieve.message import Message
 from pensieve.service import ConversationService
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "engine")])}
 PROMPT = tuple(range(20, 60))
 
 
@@ -272,7 +272,7 @@ def test_close_while_it_starts_waits_for_nothing(main: Callable[..., None]) -> N
 def test_a_child_that_speaks_nonsense_is_replaced_and_half_a_message_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with process(raving, 0, restart=False) as (engine, _), pytest.raises(PensieveError, match="nonsense"):
         engine.ready(30)
-    monkeypatch.setattr("pensieve.engine_process._LEAVE_S", 0.1)
+    monkeypatch.setattr("pensieve.engine.process._LEAVE_S", 0.1)
     with process(raving, 1000) as (engine, _):
         eventually(lambda: engine._process is not None)
         time.sleep(1.0)
@@ -393,9 +393,9 @@ ORPHANING = """
 import sys, time
 from engine_children import fake
 from pensieve.core.request import SamplingParams
-from pensieve import engine_process
-from pensieve.engine_process import EngineProcess
-from pensieve.messages import Submit
+from pensieve.engine import process as engine_process
+from pensieve.engine.process import EngineProcess
+from pensieve.engine.messages import Submit
 if __name__ == "__main__":
     process = EngineProcess(fake, (30.0, 0.0, 1.0, sys.argv[1] == "untied"), emit=lambda events: None)
     pid = process.ready(30).pid
@@ -428,7 +428,7 @@ def test_a_child_whose_parent_is_killed_is_gone_soon(tmp_path: Path, tie: str) -
 def test_a_child_that_does_not_listen_yet_dies_with_its_parent_too(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import time\nfrom engine_children import silent\nfrom pensieve.engine_process import EngineProcess\n"
+        "import time\nfrom engine_children import silent\nfrom pensieve.engine.process import EngineProcess\n"
         "if __name__ == '__main__':\n    process = EngineProcess(silent, emit=print)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, str(script)], env=ENVIRONMENT) as parent:
@@ -459,15 +459,15 @@ def test_a_parent_that_just_ends_takes_its_child_along(tmp_path: Path) -> None:
 
 def test_the_front_end_imports_no_torch_and_the_engines_process_no_text() -> None:
     front = (
-        "import sys; import pensieve.engine_process, pensieve.service, pensieve.store.sqlite, pensieve.text, pensieve.cli.build\n"
-        "from pensieve.engine_process import EngineProcess\n"
+        "import sys; import pensieve.engine.process, pensieve.service, pensieve.store.sqlite, pensieve.text, pensieve.runtime.apart\n"
+        "from pensieve.engine.process import EngineProcess\n"
         "from engine_children import raising\n"
         "if __name__ == '__main__':\n"
         "    EngineProcess(raising, (ValueError(),), emit=print, restart=False).close()\n"
         "    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )
     child = (
-        "import sys; import pensieve.cli.engine_main, pensieve.worker.worker, pensieve.worker.model\n"
+        "import sys; import pensieve.runtime.engine_main, pensieve.worker.worker, pensieve.worker.model\n"
         "assert not [name for name in sys.modules if name.startswith(('pensieve.text', 'pensieve.service', 'pensieve.store'))]"
     )
     for code in (front, child):
@@ -497,7 +497,10 @@ def test_a_conversation_goes_on_after_its_engine_died() -> None:
 
 @pytest.mark.model
 def test_the_real_model_gives_the_same_tokens_as_in_this_process() -> None:
-    from pensieve.cli.build import Options, load_model, start, start_apart
+    from pensieve.runtime.apart import start_apart
+    from pensieve.runtime.loading import load_model
+    from pensieve.runtime.local import start
+    from pensieve.runtime.options import Options
 
     options = Options(gpu_cache_gb=0.2, cpu_cache_gb=0.1, max_context=512)
     turns = ["Name three rivers.", "And three mountains?"]

@@ -26,8 +26,10 @@ from multiprocessing.context import SpawnProcess
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
-from pensieve.engine_child import Beat, Broken, Close, EngineInfo, Inbox, Progress, run_child, send, serve_engine
-from pensieve.engine_vitals import LOOK_S, LivedTime, Patience, Vitals
+from pensieve.engine.child import run_child, serve_engine
+from pensieve.engine.messages import Command, Event, Failed, Finished, Lost, Submit
+from pensieve.engine.vitals import LOOK_S, LivedTime, Patience, Vitals
+from pensieve.engine.wire import Beat, Broken, Close, EngineInfo, Inbox, Progress, send
 from pensieve.errors import (
     ConfigError,
     EngineClosed,
@@ -39,7 +41,6 @@ from pensieve.errors import (
     PensieveError,
     error_from,
 )
-from pensieve.messages import Command, Event, Failed, Finished, Lost, Submit
 
 __all__ = ["DEFAULT_ENVIRONMENT", "EngineInfo", "EngineProcess", "State", "serve_engine"]
 

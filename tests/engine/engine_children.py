@@ -10,7 +10,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import pensieve.engine_child
+import pensieve.engine.child
 from fake_worker import FakeWorker
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
@@ -18,9 +18,10 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
-from pensieve.engine_child import Emit, EngineInfo, Say, ServedEngine, serve_engine
-from pensieve.messages import Event
+from pensieve.engine.child import Emit, Say, ServedEngine, serve_engine
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import Event
+from pensieve.engine.wire import EngineInfo
 
 CHUNK, VOCAB, MAX_CONTEXT = 8, 400, 400
 TIERS = (TierConfig("gpu", 64), TierConfig("cpu", 64))
@@ -78,7 +79,7 @@ def fake(
     """An engine over the fake worker. `untied`: as where the system does not tie children to parents."""
     if untied:
         ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
-    pensieve.engine_child.BEAT_S = beat_s
+    pensieve.engine.child.BEAT_S = beat_s
 
     def build(emit: Emit, say: Say) -> tuple[ServedEngine, EngineInfo]:
         say("thinking of a number")

@@ -10,14 +10,25 @@ import signal
 import sys
 from typing import NoReturn
 
-import click
-
-from pensieve.cli.build import Options, load_here
 from pensieve.errors import PensieveError, WorkerLost
-from pensieve.worker.place import Place
+from pensieve.runtime.loading import load_model
+from pensieve.runtime.options import Options
+from pensieve.worker.rank import Rank
 
 
-def follow_rank_zero(options: Options, place: Place) -> NoReturn:
+def follow_unless_first(options: Options) -> Rank | None:
+    """Asked by every command that loads a model, before it does anything else: a rank above 0 follows rank 0, and this does not return.
+
+    Returns:
+        Rank 0 of several processes; None for a process that is alone.
+    """
+    rank = Rank.from_environment()
+    if rank is not None and rank.index > 0:
+        _follow(options, rank)
+    return rank
+
+
+def _follow(options: Options, rank: Rank) -> NoReturn:
     """Compute what rank 0 says until it ends, then exit: 0, or 1 where it ended without a word."""
     from pensieve.worker.parallel import follow
 
@@ -25,11 +36,11 @@ def follow_rank_zero(options: Options, place: Place) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     code = 0
     try:
-        loaded = load_here(options, place, must_talk=False, say=lambda message: None, with_text=False)
+        loaded = load_model(options, must_talk=False, say=lambda message: None, with_text=False)
         assert loaded.group is not None
         follow(loaded.group, loaded.model)
     except WorkerLost as error:
-        click.echo(f"pensieve: rank {place.rank} of {place.size} ends: {error.message}", err=True)
+        print(f"pensieve: rank {rank.index} of {rank.size} ends: {error.message}", file=sys.stderr)
         code = 1
     except PensieveError:
         pass  # rank 0 says it, and its exit status is the one that counts

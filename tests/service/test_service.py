@@ -22,7 +22,8 @@ from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.engine import Engine
+from pensieve.engine.engine import Engine
+from pensieve.engine.messages import KeepAnswer, Stats
 from pensieve.errors import (
     ContextLengthExceeded,
     ConversationConflict,
@@ -32,7 +33,6 @@ from pensieve.errors import (
     PensieveError,
     PromptTooCostly,
 )
-from pensieve.messages import KeepAnswer, Stats
 from pensieve.service import ConversationService, Path, PendingTurn, TurnDone, TurnSpec, prompt
 from pensieve.store.base import path_messages, path_tokens
 from pensieve.store.sqlite import SqliteStore

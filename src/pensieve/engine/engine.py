@@ -21,8 +21,7 @@ from pensieve.core.request import FinishReason, Request
 from pensieve.core.scheduler import Scheduler
 from pensieve.core.sequence import Sequence
 from pensieve.core.wipes import Erasure
-from pensieve.errors import EngineClosed, PensieveError, WorkerLost
-from pensieve.messages import (
+from pensieve.engine.messages import (
     Abort,
     CacheMap,
     Check,
@@ -47,6 +46,7 @@ from pensieve.messages import (
     TierStats,
     Warm,
 )
+from pensieve.errors import EngineClosed, PensieveError, WorkerLost
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import pytest
 from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.scheduler import Scheduler, StepEvents
 from pensieve.errors import ConfigError
-from pensieve.worker import profile as profile_module
+from pensieve.runtime import profiling as profile_module
+from pensieve.runtime.profiling import Profile, constant_of, contexts, load, load_or_measure, measure, save
 from pensieve.worker.model import CausalModel
-from pensieve.worker.profile import Profile, constant_of, contexts, load, load_or_measure, measure, save
 from pensieve.worker.worker import ModelWorker
 from tiny_models import tiny
 
