@@ -27,13 +27,26 @@ from pensieve.runtime.options import Options
     help="pensieve: stateful; vllm: the stateless baseline (Pensieve's engine, nothing kept between turns); compare: both, side by side; "
     "demo: a short compare under memory pressure.",
 )
-@click.option("--model", default="smollm2", show_default=True, help="smollm2, a hub id, a folder, a .gguf file or a named architecture.")
+@click.option(
+    "--model",
+    default="smollm2",
+    show_default=True,
+    help="smollm2, a hub id, a folder, a .gguf file or a named architecture.",
+)
 @click.option("--weights", type=click.Choice(["auto", "random"]), default="auto", show_default=True)
 @click.option(
-    "--gpu-cache", "gpu_cache_gb", type=float, default=None, help="First tier, GB.  [default: half of the free memory, demo: 0.09]"
+    "--gpu-cache",
+    "gpu_cache_gb",
+    type=float,
+    default=None,
+    help="First tier, GB.  [default: half of the free memory, demo: 0.09]",
 )
 @click.option(
-    "--cpu-cache", "cpu_cache_gb", type=float, default=None, help="Second tier, GB.  [default: none on a CPU, 2 beside a GPU, demo: 0.02]"
+    "--cpu-cache",
+    "cpu_cache_gb",
+    type=float,
+    default=None,
+    help="Second tier, GB.  [default: none on a CPU, 2 beside a GPU, demo: 0.02]",
 )
 @click.option("--device", default="cpu", show_default=True)
 @click.option(
@@ -43,12 +56,27 @@ from pensieve.runtime.options import Options
     show_default=True,
     help="auto: bfloat16 where this CPU multiplies it fast, else float32.",
 )
-@click.option("--interactive", is_flag=True, help="Chat in the terminal instead of running a workload (modes pensieve and vllm).")
-@click.option("--dataset", default=None, help="ShareGPT-style JSON or JSONL of conversations (default: the shipped ones).")
-@click.option("--num-conversations", type=click.IntRange(min=1), default=None, help="How many are used (default: one a user).")
+@click.option(
+    "--interactive",
+    is_flag=True,
+    help="Chat in the terminal instead of running a workload (modes pensieve and vllm).",
+)
+@click.option(
+    "--dataset",
+    default=None,
+    help="ShareGPT-style JSON or JSONL of conversations (default: the shipped ones).",
+)
+@click.option(
+    "--num-conversations",
+    type=click.IntRange(min=1),
+    default=None,
+    help="How many are used (default: one a user).",
+)
 @click.option("--min-turns", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--max-turns", type=click.IntRange(min=1), default=6, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=None, help="[default: 32, interactive: 256]")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=None, help="[default: 32, interactive: 256]"
+)
 @click.option("--num-concurrent-users", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option(
     "--request-interval",
@@ -59,7 +87,11 @@ from pensieve.runtime.options import Options
 )
 @click.option("--max-context", type=int, default=None)
 @click.option("--overflow", type=click.Choice(["refuse", "truncate"]), default="refuse", show_default=True)
-@click.option("--baseline-url", default=None, help="A real vLLM or other OpenAI-compatible server as the baseline instead (mode compare).")
+@click.option(
+    "--baseline-url",
+    default=None,
+    help="A real vLLM or other OpenAI-compatible server as the baseline instead (mode compare).",
+)
 @click.option("--out", "out_dir", default=None, help="Folder for the plot and the JSON (default: out/).")
 def experiment(
     mode: str,
@@ -86,7 +118,9 @@ def experiment(
     arguments["cpu_cache_gb"] = cpu_cache_gb if cpu_cache_gb is not None else 0.02 if small else None
     if interactive:
         if mode not in ("pensieve", "vllm"):
-            raise click.UsageError(f"--interactive chats with one system: use --mode pensieve or --mode vllm, not {mode}")
+            raise click.UsageError(
+                f"--interactive chats with one system: use --mode pensieve or --mode vllm, not {mode}"
+            )
         sampling = SamplingParams(max_new_tokens=max_new_tokens or 256)
         run_chat(arguments, None, None, None, sampling, retain=mode == "pensieve")
     elif mode in ("compare", "demo"):

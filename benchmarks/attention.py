@@ -68,7 +68,10 @@ class Bench:
         slots = torch.randperm(self.store.num_slots, generator=torch.Generator().manual_seed(1)).tolist()
         builder = BatchBuilder(CHUNK, cpu)
         names = [f"r{index}" for index in range(case.requests)]
-        builder.update(BlockTableUpdate(name, 0, tuple(slots[i * num_chunks : (i + 1) * num_chunks])) for i, name in enumerate(names))
+        builder.update(
+            BlockTableUpdate(name, 0, tuple(slots[i * num_chunks : (i + 1) * num_chunks]))
+            for i, name in enumerate(names)
+        )
         spans = tuple(Span(name, case.history, case.context, (0,) * case.new, True) for name in names)
         self.batch = builder.build(spans, lambda span: 0)
         tokens = case.requests * case.new
@@ -89,7 +92,9 @@ class Bench:
         return time.perf_counter() - begin
 
 
-def measure(case: Case, backends: list[str], geometry: KVGeometry, num_heads: int, rounds: int) -> dict[str, Any]:
+def measure(
+    case: Case, backends: list[str], geometry: KVGeometry, num_heads: int, rounds: int
+) -> dict[str, Any]:
     benches = {name: Bench(case, name, geometry, num_heads) for name in backends}
     times: dict[str, list[float]] = {name: [] for name in backends}
     for round_ in range(-1, rounds):
@@ -97,7 +102,15 @@ def measure(case: Case, backends: list[str], geometry: KVGeometry, num_heads: in
             seconds = bench.step_s()
             if round_ >= 0:  # the first round warms up
                 times[name].append(seconds)
-    read = case.requests * case.context * 2 * geometry.num_kv_heads * geometry.head_dim * geometry.dtype.itemsize * geometry.num_layers
+    read = (
+        case.requests
+        * case.context
+        * 2
+        * geometry.num_kv_heads
+        * geometry.head_dim
+        * geometry.dtype.itemsize
+        * geometry.num_layers
+    )
     scores = case.requests * sum(range(case.history + 1, case.context + 1)) * num_heads * geometry.num_layers
     report: dict[str, Any] = {"requests": case.requests, "history": case.history, "new": case.new}
     for name, seconds_ in times.items():
@@ -122,7 +135,9 @@ def read_gb_per_s(rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backends", default="native,cpu", help=f"some of {', '.join(BACKENDS)}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
@@ -140,7 +155,9 @@ def main() -> None:
         "cpu": cpu_name(), "memory_read_gb_per_s": read_gb_per_s(options.rounds), "cases": {},
     }  # fmt: skip
     for case in CASES:
-        report["cases"][case.name] = measure(case, options.backends.split(","), geometry, options.heads, options.rounds)
+        report["cases"][case.name] = measure(
+            case, options.backends.split(","), geometry, options.heads, options.rounds
+        )
         print(f"{case.name}: {json.dumps(report['cases'][case.name])}", file=sys.stderr)
     print(json.dumps(report))
 

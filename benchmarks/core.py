@@ -73,12 +73,18 @@ def answer(plan: StepPlan) -> StepResult:
     )
 
 
-def measure_steps(cache: TieredCache, num_running: int, rng: random.Random, num_steps: int = 600) -> dict[str, float]:
-    scheduler = Scheduler(SchedulerConfig(max_batch_tokens=4096, max_running=num_running), cache, max_context=32_768)
+def measure_steps(
+    cache: TieredCache, num_running: int, rng: random.Random, num_steps: int = 600
+) -> dict[str, float]:
+    scheduler = Scheduler(
+        SchedulerConfig(max_batch_tokens=4096, max_running=num_running), cache, max_context=32_768
+    )
     now_s = 1e6
     for number in range(num_running):
         tokens = tuple(rng.randrange(50_000) for _ in range(rng.randint(100, 2000)))
-        scheduler.submit(f"r{number}", "n", f"run-{number}", tokens, 0, SamplingParams(max_new_tokens=20_000), now_s)
+        scheduler.submit(
+            f"r{number}", "n", f"run-{number}", tokens, 0, SamplingParams(max_new_tokens=20_000), now_s
+        )
     while any(request.missing for request in scheduler.requests.values()) or scheduler.num_waiting:
         plan = scheduler.schedule(now_s)
         scheduler.commit(plan, answer(plan), now_s)
@@ -117,7 +123,9 @@ def measure_victims(policy: str, num_sequences: int, num_chunks: int, rng: rando
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--running", type=int, default=64)
     parser.add_argument("--idle", type=int, default=10_000)
     parser.add_argument("--chunks", type=int, default=300_000)

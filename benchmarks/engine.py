@@ -73,7 +73,9 @@ class Bench:
         )  # fmt: skip
         self.worker = ModelWorker(model, tiers, CHUNK, attention=attention)
         self.ended: dict[str, Event] = {}
-        self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit)
+        self.engine = Engine(
+            self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit
+        )
         self.count = 0
 
     def _emit(self, events: list[Event]) -> None:
@@ -84,7 +86,9 @@ class Bench:
     def submit(self, conversation: str, tokens: list[int], history: int, answer: int) -> str:
         self.count += 1
         name = f"r{self.count}"
-        self.engine.post(Submit(name, conversation, "bench", tuple(tokens), history, SamplingParams(max_new_tokens=answer)))
+        self.engine.post(
+            Submit(name, conversation, "bench", tuple(tokens), history, SamplingParams(max_new_tokens=answer))
+        )
         return name
 
     def wait(self, name: str) -> Turn:
@@ -132,16 +136,27 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1], "n": len(ordered)}
 
 
-def ttft(model: CausalModel, rounds: int, attention: str = "auto", history: int = 1024, new: int = 60, answer: int = 4) -> dict[str, Any]:
+def ttft(
+    model: CausalModel,
+    rounds: int,
+    attention: str = "auto",
+    history: int = 1024,
+    new: int = 60,
+    answer: int = 4,
+) -> dict[str, Any]:
     """Time to first token of `new` tokens: as a first turn; after `history` tokens resident, on the cpu tier, dropped, and without any cache."""
     rng, vocab = random.Random(1), model.shape.vocab_size
     slots = (history + 8 * new) // CHUNK + 16
     stateful = Bench(model, slots, slots, attention=attention)
     stateless = Bench(model, slots, 0, attention=attention, retain=False)
-    times: dict[str, list[float]] = {name: [] for name in ("first_turn", "resident", "on_cpu_tier", "dropped", "stateless")}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("first_turn", "resident", "on_cpu_tier", "dropped", "stateless")
+    }
     for round_ in range(-1, rounds):
         measured: dict[str, float | None] = {}
-        measured["first_turn"] = stateful.turn("first", drawn(rng, new, vocab), 0, answer).receipt.first_token_s
+        measured["first_turn"] = stateful.turn(
+            "first", drawn(rng, new, vocab), 0, answer
+        ).receipt.first_token_s
         stateful.forget("first")
         past = drawn(rng, history, vocab)
         log = past + list(stateful.turn("c", past, 0, answer).output)
@@ -169,10 +184,16 @@ def ttft(model: CausalModel, rounds: int, attention: str = "auto", history: int 
                 times[name].append(1e3 * seconds)
     stateful.close()
     stateless.close()
-    report: dict[str, Any] = {"history": history, "new": new, "ms": {name: spread(values) for name, values in times.items()}}
+    report: dict[str, Any] = {
+        "history": history,
+        "new": new,
+        "ms": {name: spread(values) for name, values in times.items()},
+    }
     base = times["first_turn"]
     for name in ("resident", "on_cpu_tier", "dropped", "stateless"):
-        report[f"{name}_over_first_turn"] = statistics.median(a / b for a, b in zip(times[name], base, strict=True))
+        report[f"{name}_over_first_turn"] = statistics.median(
+            a / b for a, b in zip(times[name], base, strict=True)
+        )
     return report
 
 
@@ -218,7 +239,10 @@ def users(
                         waiting[bench.submit(name, logs[name], history, answer)] = name
             per_s[system].append(num_users * turns / (time.perf_counter() - begin))
             bench.close()
-            print(f"users first={first} round {round_} {system}: {per_s[system][-1]:.2f} requests/s", file=sys.stderr)
+            print(
+                f"users first={first} round {round_} {system}: {per_s[system][-1]:.2f} requests/s",
+                file=sys.stderr,
+            )
     ratios = [a / b for a, b in zip(per_s["stateful"], per_s["stateless"], strict=True)]
     return {
         "users": num_users, "first": first, "turns": turns, "new": new, "answer": answer,
@@ -275,7 +299,11 @@ def growth(model: CausalModel, num_turns: int = 10_000, attention: str = "auto")
 
 def commit() -> str:
     result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=os.path.dirname(__file__)
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=os.path.dirname(__file__),
     )
     return result.stdout.strip() or "unknown"
 
@@ -290,16 +318,25 @@ def tiny_model() -> CausalModel:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", default="ttft,users,memory,growth")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="auto", choices=["auto", *sorted(DTYPE_BYTES)])
-    parser.add_argument("--attention", default="auto", choices=["auto", *BACKENDS], help="backend; auto takes the first that can serve")
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=["auto", *BACKENDS],
+        help="backend; auto takes the first that can serve",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="of ttft; users runs a third of it")
     parser.add_argument("--turns", type=int, default=10_000, help="of growth")
     options = parser.parse_args()
     loaded = load_model(
-        Options(model=options.model, dtype=options.dtype), must_talk=False, say=lambda message: print(message, file=sys.stderr)
+        Options(model=options.model, dtype=options.dtype),
+        must_talk=False,
+        say=lambda message: print(message, file=sys.stderr),
     )
     model = loaded.model
     attention = make_backend(options.attention, model.geometry, CHUNK, model.device).name
@@ -327,7 +364,10 @@ def main() -> None:
 
 def cpu_name() -> str:
     with open("/proc/cpuinfo") as file:
-        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.processor())
+        return next(
+            (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")),
+            platform.processor(),
+        )
 
 
 if __name__ == "__main__":

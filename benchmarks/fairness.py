@@ -51,11 +51,17 @@ class Bench:
         cost = CostProfile.from_shape(model.shape)
         tiers = (TierConfig("gpu", num_slots),)
         cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES["retention"](cost.of_chunk))
-        config = SchedulerConfig(max_batch_tokens=options.batch_tokens, copies_first=True, copy_ahead_share=0.0)
-        config = replace(config, admission="fcfs") if step_ms is None else replace(config, step_s=step_ms / 1e3)
+        config = SchedulerConfig(
+            max_batch_tokens=options.batch_tokens, copies_first=True, copy_ahead_share=0.0
+        )
+        config = (
+            replace(config, admission="fcfs") if step_ms is None else replace(config, step_s=step_ms / 1e3)
+        )
         self.scheduler = Scheduler(config, cache, num_slots * CHUNK, pace=Pace(cost))
         self.worker = ModelWorker(model, tiers, CHUNK)
-        self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit)
+        self.engine = Engine(
+            self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit
+        )
         self.changed = threading.Condition()
         self.tokens: dict[str, list[float]] = {}  # when they came, by request
         self.outputs: dict[str, tuple[int, ...]] = {}
@@ -78,7 +84,9 @@ class Bench:
 
     def submit(self, name: str, conversation: str, tokens: list[int], history: int, answer: int) -> None:
         self.tokens[name], self.sent[name] = [], time.perf_counter()
-        self.engine.post(Submit(name, conversation, "bench", tuple(tokens), history, SamplingParams(max_new_tokens=answer)))
+        self.engine.post(
+            Submit(name, conversation, "bench", tuple(tokens), history, SamplingParams(max_new_tokens=answer))
+        )
 
     def first_s(self, name: str) -> float:
         """Seconds to the first token; waits for it."""
@@ -138,9 +146,17 @@ def beside_an_answer(model: CausalModel, step_ms: float | None, length: int, see
     bench.submit("long", "long", drawn(rng, length, vocab), 0, 1)
     seconds = bench.first_s("long")
     begin, end = bench.sent["long"], bench.sent["long"] + seconds
-    gaps = [b - a for a, b in zip(bench.tokens["answer"], bench.tokens["answer"][1:], strict=False) if begin <= b <= end]
+    gaps = [
+        b - a
+        for a, b in zip(bench.tokens["answer"], bench.tokens["answer"][1:], strict=False)
+        if begin <= b <= end
+    ]
     bench.close()
-    return {"prefill_s": seconds, "token_s": seconds / max(1, len(gaps)), "longest_gap_s": max(gaps, default=seconds)}
+    return {
+        "prefill_s": seconds,
+        "token_s": seconds / max(1, len(gaps)),
+        "longest_gap_s": max(gaps, default=seconds),
+    }
 
 
 def beside_short_turns(model: CausalModel, step_ms: float | None, length: int, seed: int) -> dict[str, Any]:
@@ -165,7 +181,10 @@ def beside_short_turns(model: CausalModel, step_ms: float | None, length: int, s
             log = log[:HISTORY]
     seconds = bench.first_s("long")
     bench.close()
-    return {"prefill_s": seconds, "first_token_s": spread(waits) | {"p90": sorted(waits)[len(waits) * 9 // 10]} if waits else None}
+    return {
+        "prefill_s": seconds,
+        "first_token_s": spread(waits) | {"p90": sorted(waits)[len(waits) * 9 // 10]} if waits else None,
+    }
 
 
 def behind_a_dozen(model: CausalModel, step_ms: float | None, seed: int) -> dict[str, float]:
@@ -195,13 +214,17 @@ def measure(model: CausalModel, step_ms: float | None, length: int, rounds: int)
         run["decode_rate_of_alone"] = run["alone"]["decode_s"] / run["answer"]["token_s"]
         runs.append(run)
         print(
-            f"{model.label} {'fcfs' if step_ms is None else f'{step_ms:g} ms'} round {seed}: {json.dumps(run)}", file=sys.stderr, flush=True
+            f"{model.label} {'fcfs' if step_ms is None else f'{step_ms:g} ms'} round {seed}: {json.dumps(run)}",
+            file=sys.stderr,
+            flush=True,
         )
     return {"step_ms": step_ms, "runs": runs}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default="smollm2-135m,qwen2.5-0.5b")
     parser.add_argument("--step-ms", default="fcfs,50,100,200,400")
     parser.add_argument("--prefill", type=int, default=20_000, help="tokens of the long prompt")
@@ -217,7 +240,9 @@ def main() -> None:
     for name in options.models.split(","):
         model = with_context(name, options.prefill + 12_000, options.dtype)
         steps = [None if text == "fcfs" else float(text) for text in options.step_ms.split(",")]
-        report["models"][name] = [measure(model, step_ms, options.prefill, options.rounds) for step_ms in steps]
+        report["models"][name] = [
+            measure(model, step_ms, options.prefill, options.rounds) for step_ms in steps
+        ]
         del model
     print(json.dumps(report))
 

@@ -33,7 +33,9 @@ def numbers(text: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--step-ms", type=numbers, default=[8.0, 10.0, 12.0])
     parser.add_argument("--request-us", type=numbers, default=[0.0, 50.0, 100.0])
     parser.add_argument("--duration", type=numbers, default=[900.0, 1200.0])
@@ -41,13 +43,19 @@ def main() -> None:
     options = parser.parse_args()
     published = CURVES["10a"]["vLLM"]
     found = []
-    for duration_s, step_ms, request_us in itertools.product(options.duration, options.step_ms, options.request_us):
+    for duration_s, step_ms, request_us in itertools.product(
+        options.duration, options.step_ms, options.request_us
+    ):
         machine = Machine(overheads=Overheads(1e-3 * step_ms, 1e-6 * request_us))
         cases = [
             Case(
                 machine,
                 LoadOptions(
-                    trace=Path("sharegpt-like"), rates=(rate,), duration_s=duration_s, think=ThinkTime(60.0, exponential=True), seed=seed
+                    trace=Path("sharegpt-like"),
+                    rates=(rate,),
+                    duration_s=duration_s,
+                    think=ThinkTime(60.0, exponential=True),
+                    seed=seed,
                 ),
                 "baseline",
                 warm_up_s=WARM_UP * duration_s,
@@ -65,12 +73,16 @@ def main() -> None:
                 "request_us": request_us,
                 "rms_log_error": math.sqrt(statistics.fmean(error * error for error in errors)),
                 "reached": len(errors),
-                "points": [{"per_s": at, "simulated_s": ours, "published_s": latency} for at, ours, latency in ratios],
+                "points": [
+                    {"per_s": at, "simulated_s": ours, "published_s": latency} for at, ours, latency in ratios
+                ],
             }
         )
         print(json.dumps(found[-1]), file=sys.stderr)
     best = min(found, key=lambda one: (-int(str(one["reached"])), float(str(one["rms_log_error"]))))
-    print(json.dumps({"benchmark": "fit_overheads", "config": vars(options), "best": best, "candidates": found}))
+    print(
+        json.dumps({"benchmark": "fit_overheads", "config": vars(options), "best": best, "candidates": found})
+    )
 
 
 if __name__ == "__main__":

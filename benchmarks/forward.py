@@ -53,7 +53,9 @@ def loaders() -> dict[str, Callable[[], CausalModel]]:
     """A model for each variant."""
 
     def load(**options: Any) -> CausalModel:
-        return load_model(Options(dtype="bfloat16", **options), must_talk=False, say=lambda _: None, with_text=False).model
+        return load_model(
+            Options(dtype="bfloat16", **options), must_talk=False, say=lambda _: None, with_text=False
+        ).model
 
     def by_onednn() -> CausalModel:
         with mock.patch.object(PanelProduct, "why_not", staticmethod(lambda *_, **__: "not here")):
@@ -80,8 +82,13 @@ class Bench:
         """Seconds of one step."""
         chunks = -(-case.context // CHUNK)
         names = [str(index) for index in range(case.requests)]
-        self.builder.update(BlockTableUpdate(name, 0, tuple(range(i * chunks, (i + 1) * chunks))) for i, name in enumerate(names))
-        spans = tuple(Span(name, case.history, case.context, tuple(range(5, 5 + case.new)), True) for name in names)
+        self.builder.update(
+            BlockTableUpdate(name, 0, tuple(range(i * chunks, (i + 1) * chunks)))
+            for i, name in enumerate(names)
+        )
+        spans = tuple(
+            Span(name, case.history, case.context, tuple(range(5, 5 + case.new)), True) for name in names
+        )
         began_s = time.perf_counter()
         batch = self.builder.build(spans, lambda span: 0)
         self.model.forward(batch, PagedAttention(self.backend, batch))
@@ -89,7 +96,9 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variants", default="modules,onednn,fused,int8")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
@@ -103,7 +112,11 @@ def main() -> None:
                 seconds = min(bench.run(case) for _ in range(3)) if case.new == 1 else bench.run(case)
                 if number >= 0:
                     times[case.name][name].append(seconds)
-        print(case.name, {name: f"{statistics.median(all_) * 1e3:.1f} ms" for name, all_ in times[case.name].items()}, file=sys.stderr)
+        print(
+            case.name,
+            {name: f"{statistics.median(all_) * 1e3:.1f} ms" for name, all_ in times[case.name].items()},
+            file=sys.stderr,
+        )
     print(
         json.dumps(
             {
@@ -117,7 +130,10 @@ def main() -> None:
                 "rounds": arguments.rounds,
                 "read_gb_per_s": read_gb_per_s(arguments.rounds),
                 "ms": {
-                    case: {name: [round(t * 1e3, 2) for t in (statistics.median(v), min(v), max(v))] for name, v in row.items()}
+                    case: {
+                        name: [round(t * 1e3, 2) for t in (statistics.median(v), min(v), max(v))]
+                        for name, v in row.items()
+                    }
                     for case, row in times.items()
                 },
             }

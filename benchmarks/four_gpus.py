@@ -41,7 +41,9 @@ RATES = {
 }  # fmt: skip
 
 
-def simulate(figure: CurveFigure, series: Series, step_ms: float, request_ms: float, jobs: int | None) -> list[tuple[float, float]]:
+def simulate(
+    figure: CurveFigure, series: Series, step_ms: float, request_ms: float, jobs: int | None
+) -> list[tuple[float, float]]:
     overheads = Overheads(1e-3 * step_ms, 1e-3 * request_ms, commit_step_s=1e-3)
     asked = replace(figure, machine=replace(figure.machine, overheads=overheads))
     rates = RATES[figure.name, series.published or ""]
@@ -51,7 +53,11 @@ def simulate(figure: CurveFigure, series: Series, step_ms: float, request_ms: fl
 def distance(curve: list[tuple[float, float]], per_s: float, latency_s: float) -> float:
     """How far a published point lies from a curve: up or sideways, whichever is nearer, for a curve is flat at its beginning and steep at its end."""
     up, sideways = latency_at(curve, per_s), throughput_at(curve, latency_s)
-    found = [abs(math.log(ours / published)) for ours, published in ((up, latency_s), (sideways, per_s)) if ours is not None]
+    found = [
+        abs(math.log(ours / published))
+        for ours, published in ((up, latency_s), (sideways, per_s))
+        if ours is not None
+    ]
     return min(found, default=FAR)
 
 
@@ -59,7 +65,10 @@ def beside(figure: CurveFigure, series: Series, curve: list[tuple[float, float]]
     """A curve beside the published one."""
     published = figure.published(series)
     assert published is not None
-    points = [{"per_s": at, "published_s": latency, "simulated_s": latency_at(curve, at)} for at, latency in published]
+    points = [
+        {"per_s": at, "published_s": latency, "simulated_s": latency_at(curve, at)}
+        for at, latency in published
+    ]
     errors = [distance(curve, at, latency) for at, latency in published]
     return {
         "rms_log_error": math.sqrt(statistics.fmean(error * error for error in errors)), "points": points, "curve": curve,
@@ -68,7 +77,9 @@ def beside(figure: CurveFigure, series: Series, curve: list[tuple[float, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=None)
     options = parser.parse_args()
     fitted, predicted = FIGURES["11a"], FIGURES["11b"]
@@ -85,7 +96,11 @@ def main() -> None:
         for step_ms, request_ms in itertools.product(*grid):
             row: dict[str, Any] = {"system": name, "step_ms": step_ms, "request_ms": request_ms}
             row |= beside(fitted, series, simulate(fitted, series, step_ms, request_ms, options.jobs))
-            print(json.dumps({key: value for key, value in row.items() if key not in ("points", "curve")}), file=sys.stderr, flush=True)
+            print(
+                json.dumps({key: value for key, value in row.items() if key not in ("points", "curve")}),
+                file=sys.stderr,
+                flush=True,
+            )
             found.append(row)
         best = min(found, key=lambda one: one["rms_log_error"])
         report["candidates"] += found
@@ -95,7 +110,11 @@ def main() -> None:
     for part, figure in (("fitted", fitted), ("predicted", predicted)):
         ours, base = (report[part][name]["per_s_where_compared"] for name in ("Pensieve", "vLLM"))
         ratio = ours / base if ours is not None and base is not None else None
-        report[part]["ratio"] = {"at_s": figure.read_at_s, "simulated": ratio, "published": RATIOS[figure.name][1]}
+        report[part]["ratio"] = {
+            "at_s": figure.read_at_s,
+            "simulated": ratio,
+            "published": RATIOS[figure.name][1],
+        }
     print(json.dumps(report))
 
 

@@ -87,8 +87,16 @@ def use(chunk_tokens: int, hardware: str) -> None:
 def load(path: str) -> tuple[str, list[Session]]:
     with open(path, "rb") as file:
         data = file.read()
-    rows = [json.loads(row) for row in (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).splitlines() if row.strip()]
-    return ("mooncake", mooncake(rows)) if "hash_ids" in rows[0] else ("agents", [agent(number, row) for number, row in enumerate(rows)])
+    rows = [
+        json.loads(row)
+        for row in (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).splitlines()
+        if row.strip()
+    ]
+    return (
+        ("mooncake", mooncake(rows))
+        if "hash_ids" in rows[0]
+        else ("agents", [agent(number, row) for number, row in enumerate(rows)])
+    )
 
 
 def agent(number: int, row: dict[str, list[list[float]]]) -> Session:
@@ -100,7 +108,9 @@ def agent(number: int, row: dict[str, list[list[float]]]) -> Session:
             del digests[int(shared) // CHUNK :]
         history = int(prompt) + max(1, int(output))
         del digests[history // CHUNK :]
-        digests += [f"{number}/{version}/{position}".encode() for position in range(len(digests), history // CHUNK)]
+        digests += [
+            f"{number}/{version}/{position}".encode() for position in range(len(digests), history // CHUNK)
+        ]
         session.turns.append(Turn(history, list(digests), busy_s, int(output), think_s if index else 0.0))
     return session
 
@@ -116,8 +126,12 @@ def mooncake(rows: list[dict[str, list[int]]]) -> list[Session]:
             sessions.append(found := Session(str(len(sessions))))
         output, prompt = int(row["output_length"]), int(row["input_length"])  # type: ignore[call-overload]
         full = [b"%d" % block for block in blocks[: prompt // CHUNK]]
-        full += [f"{found.name}/{len(found.turns)}/{n}".encode() for n in range((prompt + output) // CHUNK - len(full))]
-        found.turns.append(Turn(prompt + output, full, output * OUTPUT_TOKEN_S, output, at_s=row["timestamp"] / 1e3))  # type: ignore[operator]
+        full += [
+            f"{found.name}/{len(found.turns)}/{n}".encode()
+            for n in range((prompt + output) // CHUNK - len(full))
+        ]
+        at_s = row["timestamp"] / 1e3  # type: ignore[operator]
+        found.turns.append(Turn(prompt + output, full, output * OUTPUT_TOKEN_S, output, at_s=at_s))
         ends[blocks[:-1] if len(blocks) > 2 else blocks] = found
     return sessions
 
@@ -125,7 +139,8 @@ def mooncake(rows: list[dict[str, list[int]]]) -> list[Session]:
 def play(sessions: list[Session], starts_s: list[float]) -> Iterator[tuple[float, str, Session, int]]:
     """(time, "begin" or "end", session, turn) in order of time."""
     queue = [
-        (max(start, session.turns[0].at_s), number, 0, 0) for number, (session, start) in enumerate(zip(sessions, starts_s, strict=True))
+        (max(start, session.turns[0].at_s), number, 0, 0)
+        for number, (session, start) in enumerate(zip(sessions, starts_s, strict=True))
     ]
     heapq.heapify(queue)
     while queue:
@@ -147,7 +162,9 @@ def next_use_s(session: Session, index: int, now_s: float) -> float:
     return max(now_s + following.think_s, following.at_s)
 
 
-def halves(sessions: list[Session], rng: random.Random, *, forks_together: bool) -> tuple[list[Session], list[Session]]:
+def halves(
+    sessions: list[Session], rng: random.Random, *, forks_together: bool
+) -> tuple[list[Session], list[Session]]:
     """In random order; if so asked, sessions that have a turn in common together."""
     forks: dict[tuple[int, int, float], list[Session]] = {}
     family: dict[str, list[Session]] = {}
@@ -189,7 +206,9 @@ class Replay:
 
     def __init__(self, policy: str, num_slots: int, times: ReturnTimes | None) -> None:
         self.current: dict[str, tuple[Session, int]] = {}
-        self.cache = TieredCache(CacheConfig((TierConfig("gpu", num_slots),), CHUNK), self._make(policy, num_slots, times))
+        self.cache = TieredCache(
+            CacheConfig((TierConfig("gpu", num_slots),), CHUNK), self._make(policy, num_slots, times)
+        )
         self.seen: set[bytes] = set()
         self.cost = self.most = 0.0  # recomputed; without any cache
         self.turned_away = 0
@@ -246,24 +265,44 @@ class Replay:
 def longest(sessions: list[Session]) -> int:
     """Chunks of all histories at their longest, shared ones once."""
     partial = sum(1 for session in sessions if max(turn.length for turn in session.turns) % CHUNK)
-    return partial + len({digest for session in sessions for digest in max(session.turns, key=lambda turn: turn.length).digests})
+    return partial + len(
+        {
+            digest
+            for session in sessions
+            for digest in max(session.turns, key=lambda turn: turn.length).digests
+        }
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trace")
     parser.add_argument(
-        "--policies", default="lru,tail-lru,conversation,t-lru,lfu,arc,retention,sharers,hazard-cold,hazard,belady,clairvoyant"
+        "--policies",
+        default="lru,tail-lru,conversation,t-lru,lfu,arc,retention,sharers,hazard-cold,hazard,belady,clairvoyant",
     )
     parser.add_argument("--capacity", default="0.05,0.10")
     parser.add_argument("--hours", default="4,8")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--chunk-tokens", type=int, default=CHUNK, help="of sessions of agents: larger ones are quicker to replay")
-    parser.add_argument("--hardware", default="h200", help="whose seconds Cost(l) is; flops: arithmetic alone")
+    parser.add_argument(
+        "--chunk-tokens",
+        type=int,
+        default=CHUNK,
+        help="of sessions of agents: larger ones are quicker to replay",
+    )
+    parser.add_argument(
+        "--hardware", default="h200", help="whose seconds Cost(l) is; flops: arithmetic alone"
+    )
     options = parser.parse_args()
     use(options.chunk_tokens, options.hardware)
     kind, sessions = load(options.trace)
-    policies = ["lru", "clairvoyant", *(p for p in options.policies.split(",") if p not in ("lru", "clairvoyant"))]
+    policies = [
+        "lru",
+        "clairvoyant",
+        *(p for p in options.policies.split(",") if p not in ("lru", "clairvoyant")),
+    ]
     results = []
     for hours in [float(h) for h in options.hours.split(",")] if kind == "agents" else [0.0]:
         for seed in range(options.seeds):
@@ -289,7 +328,16 @@ def main() -> None:
                     print(json.dumps(row), file=sys.stderr, flush=True)
                     results.append(row)
     config = {**vars(options), "sessions": len(sessions)}
-    print(json.dumps({"benchmark": "policies", "config": config, "python": platform.python_version(), "results": results}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "policies",
+                "config": config,
+                "python": platform.python_version(),
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--conversations", type=int, default=24)
     parser.add_argument("--context", type=int, default=1024, help="tokens of a conversation, at most")
     arguments = parser.parse_args()
@@ -57,7 +59,9 @@ def main() -> None:
         own = torch.cat(parts)
         results[name] = {
             "perplexity": math.exp(-float(own.mean())),
-            "mean_difference_nats": float((own - truth).mean()),  # of the log-probability of the next token, to that of the modules
+            "mean_difference_nats": float(
+                (own - truth).mean()
+            ),  # of the log-probability of the next token, to that of the modules
             "mean_absolute_difference_nats": float((own - truth).abs().mean()),
             "seconds": round(seconds[name], 2),
         }
@@ -87,7 +91,10 @@ def conversations(loaded: LoadedModel, count: int, context: int) -> list[list[in
     """Token ids of what the shipped conversations' system prompts and users say."""
     assert loaded.text is not None
     chosen = select(load_dataset(None), count, 1, 1 << 30).conversations
-    return [loaded.text.encode_text("\n\n".join([conversation.system or "", *conversation.turns]))[:context] for conversation in chosen]
+    return [
+        loaded.text.encode_text("\n\n".join([conversation.system or "", *conversation.turns]))[:context]
+        for conversation in chosen
+    ]
 
 
 def score(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
@@ -99,7 +106,9 @@ def score(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
     builder = BatchBuilder(CHUNK, CPU)
     builder.update([BlockTableUpdate("text", 0, tuple(range(num_chunks)))])
     batch = builder.build((Span("text", 0, len(tokens), tuple(tokens), True),), lambda span: 0)
-    logits = model.logits(batch.input_ids, batch.position_ids, torch.arange(len(tokens)), PagedAttention(backend, batch))
+    logits = model.logits(
+        batch.input_ids, batch.position_ids, torch.arange(len(tokens)), PagedAttention(backend, batch)
+    )
     logprobs = torch.log_softmax(logits[:-1].float(), dim=-1)
     return logprobs.gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
 

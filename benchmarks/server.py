@@ -75,7 +75,9 @@ class Alone:
     events: queue.SimpleQueue[tuple[float, list[Event]]] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        self.process = EngineProcess(engine_main, (self.options,), emit=lambda events: self.events.put((time.perf_counter(), events)))
+        self.process = EngineProcess(
+            engine_main, (self.options,), emit=lambda events: self.events.put((time.perf_counter(), events))
+        )
         self.info = self.process.ready(300)
         self._count = 0
 
@@ -112,9 +114,22 @@ class Served:
 
     def __init__(self, arguments: list[str]) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        command = [sys.executable, "-m", "pensieve", "serve", "--port", "0", "--store", f"{self.folder.name}/bench.db", "--max-open", "700"]
+        command = [
+            sys.executable,
+            "-m",
+            "pensieve",
+            "serve",
+            "--port",
+            "0",
+            "--store",
+            f"{self.folder.name}/bench.db",
+            "--max-open",
+            "700",
+        ]
         begun_s = time.perf_counter()
-        self.process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if "listening at" in line:
@@ -222,7 +237,9 @@ class Client:
         await self._stream("/v1/chat/completions", body, on_bytes)
         return first_s[0]
 
-    async def _stream(self, path: str, body: dict[str, Any], on_bytes: Callable[[bytes], None] | None) -> None:
+    async def _stream(
+        self, path: str, body: dict[str, Any], on_bytes: Callable[[bytes], None] | None
+    ) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
         try:
             text = json.dumps(body).encode()
@@ -240,7 +257,10 @@ class Client:
     async def _call(self, method: str, path: str, body: dict[str, Any]) -> Any:
         def call() -> Any:
             request = urllib.request.Request(
-                f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method
+                f"http://127.0.0.1:{self.port}{path}",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+                method=method,
             )
             with urllib.request.urlopen(request) as response:
                 return json.loads(response.read())
@@ -306,7 +326,9 @@ def idle(served: Served, rounds: int) -> dict[str, Any]:
         for streams in seconds:
             opened, _ = served.do("open_idle", streams=streams)
             assert opened == streams, f"{opened} of {streams} streams are open"
-            seconds[streams].append(served.do("answer", streams=8, tokens=OUTPUT_TOKENS, seed=2000 + 10 * round_ + streams)[0][0])
+            seconds[streams].append(
+                served.do("answer", streams=8, tokens=OUTPUT_TOKENS, seed=2000 + 10 * round_ + streams)[0][0]
+            )
             served.do("close_idle")
             time.sleep(1.0)
     return {
@@ -328,7 +350,9 @@ def start(arguments: list[str], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", default="start,throughput,first-token,idle")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="smollm2")

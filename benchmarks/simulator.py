@@ -52,7 +52,13 @@ def resident_bytes() -> int:
 
 
 def load(rate: float, duration_s: float) -> LoadOptions:
-    return LoadOptions(trace=Path("sharegpt-like"), rates=(rate,), duration_s=duration_s, think=ThinkTime(60.0, exponential=True), seed=0)
+    return LoadOptions(
+        trace=Path("sharegpt-like"),
+        rates=(rate,),
+        duration_s=duration_s,
+        think=ThinkTime(60.0, exponential=True),
+        seed=0,
+    )
 
 
 def measure_speed(repeats: int) -> dict[str, Any]:
@@ -78,7 +84,9 @@ def fill(policy: str, conversations: int, chunks: int) -> TieredCache:
     """Idle conversations in one full tier, each idle since another time; lengths are uniform around `chunks`."""
     rng = random.Random(0)
     lengths = [1 + rng.randrange(2 * chunks - 1) for _ in range(conversations)]
-    cache = TieredCache(CacheConfig((TierConfig("gpu", sum(lengths)),), CHUNK), POLICIES[policy](COST.of_chunk))
+    cache = TieredCache(
+        CacheConfig((TierConfig("gpu", sum(lengths)),), CHUNK), POLICIES[policy](COST.of_chunk)
+    )
     for number, length in enumerate(lengths):
         now_s = number * STEP_S
         tokens = [number] * (length * CHUNK)
@@ -91,7 +99,9 @@ def fill(policy: str, conversations: int, chunks: int) -> TieredCache:
         cache.release(sequence, tokens, digests)
         cache.close(sequence, now_s)
         if number % 100_000 == 99_999:
-            say(f"{number + 1:,} conversations, {cache.places.num_chunks:,} chunks, {resident_bytes() / 1e9:.1f} GB")
+            say(
+                f"{number + 1:,} conversations, {cache.places.num_chunks:,} chunks, {resident_bytes() / 1e9:.1f} GB"
+            )
     return cache
 
 
@@ -123,9 +133,15 @@ def measure_growth(policies: list[str], most: int, chunks: int) -> dict[str, Any
 
 
 def plot_growth(folder: Path, found: dict[str, Any], chunks: int) -> None:
-    with canvas(folder / "victims.png", "What one victim costs", f"idle conversations of {chunks} chunks on average, one tier") as (axes,):
+    with canvas(
+        folder / "victims.png",
+        "What one victim costs",
+        f"idle conversations of {chunks} chunks on average, one tier",
+    ) as (axes,):
         for index, (policy, points) in enumerate(found.items()):
-            axes.plot(list(points), list(points.values()), color=COLOURS[index], marker=MARKERS[index], label=policy)
+            axes.plot(
+                list(points), list(points.values()), color=COLOURS[index], marker=MARKERS[index], label=policy
+            )
             first, *_ = points
             axes.plot(
                 list(points), [points[first] * len(str(count)) / len(str(first)) for count in points],
@@ -176,19 +192,25 @@ def measure_day(conversations: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", default="speed,victims")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--policies", default="retention,lru")
     parser.add_argument("--conversations", type=int, default=1_000_000)
     parser.add_argument("--chunks", type=int, default=30, help="of a conversation, on average, for scale")
-    parser.add_argument("--victim-chunks", type=int, default=8, help="of a conversation, on average, for victims")
+    parser.add_argument(
+        "--victim-chunks", type=int, default=8, help="of a conversation, on average, for victims"
+    )
     parser.add_argument("--day", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     parts: dict[str, Callable[[], Any]] = {
         "speed": lambda: measure_speed(options.repeats),
-        "victims": lambda: measure_growth(options.policies.split(","), options.conversations, options.victim_chunks),
+        "victims": lambda: measure_growth(
+            options.policies.split(","), options.conversations, options.victim_chunks
+        ),
         "scale": lambda: measure_scale(options.conversations, options.chunks),
         "day": lambda: measure_day(options.day),
     }

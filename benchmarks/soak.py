@@ -41,7 +41,14 @@ def make_model(folder: Path) -> None:
 
     from pensieve.worker.weights import resolve
 
-    found = resolve("smollm2", "auto", dtype="float32", device="cpu", allow_random=False, progress=lambda what, share: None)
+    found = resolve(
+        "smollm2",
+        "auto",
+        dtype="float32",
+        device="cpu",
+        allow_random=False,
+        progress=lambda what, share: None,
+    )
     tokenizer = AutoTokenizer.from_pretrained(found.tokenizer_dir)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -107,7 +114,10 @@ class Load:
     def run(self, num_turns: int) -> None:
         """Answer so many more turns."""
         self.stop_at = self.num_done + num_turns
-        threads = [threading.Thread(target=self._client, args=(self.seed + self.num_done * CLIENTS + index,)) for index in range(CLIENTS)]
+        threads = [
+            threading.Thread(target=self._client, args=(self.seed + self.num_done * CLIENTS + index,))
+            for index in range(CLIENTS)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -134,8 +144,19 @@ class Load:
             return self.num_done <= self.stop_at
 
     def _ask(self, client: httpx.Client, rng: random.Random, messages: list[dict[str, str]]) -> str | None:
-        body: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": rng.randint(1, MOST_TOKENS), "ignore_eos": True}
-        body |= rng.choice([{"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.8, "top_k": rng.randint(1, 200)}])
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "messages": messages,
+            "max_tokens": rng.randint(1, MOST_TOKENS),
+            "ignore_eos": True,
+        }
+        body |= rng.choice(
+            [
+                {"temperature": 0},
+                {"temperature": 1.0, "top_p": 0.9},
+                {"temperature": 0.8, "top_k": rng.randint(1, 200)},
+            ]
+        )
         if self.logprobs:
             body |= {"logprobs": True, "top_logprobs": 20}
         if stream := rng.random() < 0.25:
@@ -148,8 +169,14 @@ class Load:
                 raise SystemExit(f"turns fail: {response.status_code} {response.text[:300]}")
             return None
         if stream:
-            deltas = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
-            return "".join(choice["delta"].get("content") or "" for delta in deltas for choice in delta.get("choices", []))
+            deltas = [
+                json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")
+            ]
+            return "".join(
+                choice["delta"].get("content") or ""
+                for delta in deltas
+                for choice in delta.get("choices", [])
+            )
         content: str | None = response.json()["choices"][0]["message"]["content"]
         return content
 
@@ -178,15 +205,26 @@ def soak(dtype: str, model: Path, arguments: argparse.Namespace) -> dict[str, An
                 load.run(MARK_TURNS)
                 marks.append((done, *server.rss_mb()))
                 if done % 1000 == 0:
-                    print(f"{dtype}: {done} turns, front {marks[-1][1]:.0f} MB, engine {marks[-1][2]:.0f} MB", flush=True)
+                    print(
+                        f"{dtype}: {done} turns, front {marks[-1][1]:.0f} MB, engine {marks[-1][2]:.0f} MB",
+                        flush=True,
+                    )
             return {
                 "dtype": dtype,
                 "logprobs": arguments.logprobs,
                 "turns": arguments.turns,
                 "turns_per_s": round(arguments.turns / (time.monotonic() - begun_s), 1),
                 "failed": load.num_failed,
-                "front_mb": {"start": round(started[0]), "warm": round(marks[0][1]), "end": round(marks[-1][1])},
-                "engine_mb": {"start": round(started[1]), "warm": round(marks[0][2]), "end": round(marks[-1][2])},
+                "front_mb": {
+                    "start": round(started[0]),
+                    "warm": round(marks[0][1]),
+                    "end": round(marks[-1][1]),
+                },
+                "engine_mb": {
+                    "start": round(started[1]),
+                    "warm": round(marks[0][2]),
+                    "end": round(marks[-1][2]),
+                },
                 "front_slope": round(slope([(x, front) for x, front, _ in marks]), 3),
                 "engine_slope": round(slope([(x, engine) for x, _, engine in marks]), 3),
             }
@@ -196,20 +234,40 @@ def soak(dtype: str, model: Path, arguments: argparse.Namespace) -> dict[str, An
 
 def main() -> None:
     """Soak each number type in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", default="float32,bfloat16,int8", help="float32, bfloat16, int8; several with commas")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dtypes", default="float32,bfloat16,int8", help="float32, bfloat16, int8; several with commas"
+    )
     parser.add_argument("--turns", type=int, default=10_000)
     parser.add_argument("--warm-up", type=int, default=3_000, help="turns before the first mark")
     parser.add_argument("--logprobs", action="store_true", help="ask for 20 log-probabilities a token")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=float, default=1.0, help="MB per 1,000 turns that a process may grow by")
+    parser.add_argument(
+        "--most", type=float, default=1.0, help="MB per 1,000 turns that a process may grow by"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         runs = [soak(dtype, Path(folder), arguments) for dtype in arguments.dtypes.split(",")]
-    bad = [f"{run['dtype']} {name}" for run in runs for name in ("front_slope", "engine_slope") if run[name] > arguments.most]
-    print(json.dumps({"benchmark": "soak", "machine": platform.processor() or platform.machine(), "runs": runs, "above": bad}))
+    bad = [
+        f"{run['dtype']} {name}"
+        for run in runs
+        for name in ("front_slope", "engine_slope")
+        if run[name] > arguments.most
+    ]
+    print(
+        json.dumps(
+            {
+                "benchmark": "soak",
+                "machine": platform.processor() or platform.machine(),
+                "runs": runs,
+                "above": bad,
+            }
+        )
+    )
     sys.exit(bool(bad))
 
 

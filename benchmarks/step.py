@@ -113,7 +113,9 @@ class World:
         gpu = idle_chunks // 2 + num_running * 130  # the first tier is full of idle chunks: growing reclaims
         tiers = (TierConfig("gpu", gpu), TierConfig("cpu", idle_chunks + num_running * 130))
         cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES["retention"](COST.of_chunk))
-        self.scheduler = Scheduler(SchedulerConfig(max_batch_tokens=4096, max_running=max(8, num_running)), cache, 8192, VOCAB)
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_batch_tokens=4096, max_running=max(8, num_running)), cache, 8192, VOCAB
+        )
         self.worker = FreeForward(tiers, max(8, num_running))
         self.clock = Clock()
         context = multiprocessing.get_context("fork")
@@ -123,19 +125,29 @@ class World:
         theirs.close()
         self._outbox = Outbox(ours)
         self._num_ended = 0
-        self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit)
+        self.engine = Engine(
+            self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=self._emit
+        )
         self._fill(idle_chunks, rng)
         for number in range(num_running):
             prompt = drawn(rng, rng.randint(200, 1800))
-            self.engine.post(Submit(f"request-{number}", f"c{number}", "bench", prompt, 0, SamplingParams(max_new_tokens=6000)))
-        while len(self.scheduler.running) < num_running or any(request.missing for request in self.scheduler.running):
+            self.engine.post(
+                Submit(
+                    f"request-{number}", f"c{number}", "bench", prompt, 0, SamplingParams(max_new_tokens=6000)
+                )
+            )
+        while len(self.scheduler.running) < num_running or any(
+            request.missing for request in self.scheduler.running
+        ):
             self.engine.step()
 
     def _fill(self, idle_chunks: int, rng: random.Random) -> None:
         cache, count = self.scheduler.cache, 0
         while cache.places.num_chunks < idle_chunks:
             prompt = drawn(rng, rng.randint(200, 1800))
-            self.engine.post(Submit(f"idle-{count}", f"idle-{count}", "bench", prompt, 0, SamplingParams(max_new_tokens=1)))
+            self.engine.post(
+                Submit(f"idle-{count}", f"idle-{count}", "bench", prompt, 0, SamplingParams(max_new_tokens=1))
+            )
             count += 1
             while self._num_ended < count:
                 self.engine.step()
@@ -182,7 +194,9 @@ class World:
             spent["worker_rest"] = spent.pop("worker") - spent["batch"] - spent["sample"] - worker.forward_s
             spent["engine_rest"] = total - sum(spent.values())
             samples.append({"total": total, **spent})
-        return {part: round(1e6 * statistics.median(sample[part] for sample in samples), 1) for part in samples[0]}
+        return {
+            part: round(1e6 * statistics.median(sample[part] for sample in samples), 1) for part in samples[0]
+        }
 
 
 def drain(connection: Connection, other: Connection) -> None:
@@ -219,13 +233,19 @@ def measure_samplers(num_running: int, num_steps: int) -> dict[str, float]:
 
 def commit() -> str:
     result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=os.path.dirname(__file__)
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=os.path.dirname(__file__),
     )
     return result.stdout.strip() or "unknown"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--running", default="1,8,16,64", help="how many requests run, several with commas")
     parser.add_argument("--idle-chunks", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=400, help="measured, of each kind")

@@ -59,7 +59,12 @@ from pensieve.workloads.scripts import Player, Script
 CHUNK = 32
 STEPS_A_SAMPLE = 50  # between two looks at how fast the machine is
 MAX_THROUGHPUT_ERROR, MAX_SHARE_POINTS = 0.15, 3.0
-NEAR = (0.94, 0.97, 1.03, 1.06)  # machines nearly as fast: how far figures depend on who happens to come first
+NEAR = (
+    0.94,
+    0.97,
+    1.03,
+    1.06,
+)  # machines nearly as fast: how far figures depend on who happens to come first
 TIE = 0.03  # systems whose real throughputs differ by less have no order
 TIERS_SHARE = 1 / 3  # of all histories at their end, in both tiers together
 GPU_SHARE = 2 / 3  # of that
@@ -109,7 +114,13 @@ class Steps:
 
     def add(self, spans: Sequence[Span], took_s: float, predicted_s: float) -> None:
         tokens = sum(span.stop - span.start for span in spans)
-        kind = "decodes" if tokens == len(spans) else "prompts of up to 128" if tokens <= 128 else "prompts of more"
+        kind = (
+            "decodes"
+            if tokens == len(spans)
+            else "prompts of up to 128"
+            if tokens <= 128
+            else "prompts of more"
+        )
         for index, value in enumerate((1.0, took_s, predicted_s)):
             self.by_kind.setdefault(kind, [0.0, 0.0, 0.0])[index] += value
         self.count += 1
@@ -120,9 +131,23 @@ class Steps:
 class RealRun:
     """The engine and its users, in one thread."""
 
-    def __init__(self, options: Options, loaded: LoadedModel, retain: bool, clock: Clock, machine: MeasuredMachine, seed: int) -> None:
+    def __init__(
+        self,
+        options: Options,
+        loaded: LoadedModel,
+        retain: bool,
+        clock: Clock,
+        machine: MeasuredMachine,
+        seed: int,
+    ) -> None:
         self._clock, self._seed, self._vocabulary = clock, seed, loaded.shape.vocab_size
-        made = make_engine(options, replace(loaded, gpu_cache_gb=options.gpu_cache_gb or 0.0), emit=self._emit, retain=retain, clock=clock)
+        made = make_engine(
+            options,
+            replace(loaded, gpu_cache_gb=options.gpu_cache_gb or 0.0),
+            emit=self._emit,
+            retain=retain,
+            clock=clock,
+        )
         self.sizes, self.cost_source = made.sizes, made.cost_source
         self._engine = made.engine
         self._due: list[tuple[float, int, Conversation]] = []
@@ -185,7 +210,11 @@ class RealRun:
         request_id = f"{conversation.name}/{conversation.turn}"
         self._in_flight[request_id] = conversation
         sampling = SamplingParams(max_new_tokens=turn.output_tokens)
-        self._engine.post(Submit(request_id, conversation.name, "validate", tuple(conversation.log), history, sampling, due_s))
+        self._engine.post(
+            Submit(
+                request_id, conversation.name, "validate", tuple(conversation.log), history, sampling, due_s
+            )
+        )
 
     def _emit(self, events: list[Event]) -> None:
         for event in events:
@@ -226,7 +255,10 @@ class Calibration:
         self._run(
             (),
             tuple(RequestStart(name, SamplingParams(), ()) for name in names),
-            tuple(BlockTableUpdate(name, 0, tuple(range(row * chunks, (row + 1) * chunks))) for row, name in enumerate(names)),
+            tuple(
+                BlockTableUpdate(name, 0, tuple(range(row * chunks, (row + 1) * chunks)))
+                for row, name in enumerate(names)
+            ),
         )
         ids = tuple(position * 7919 % model.shape.vocab_size for position in range(self.PROMPT))
         self._plans = {
@@ -250,7 +282,12 @@ class Calibration:
         self._samples.clear()
         return found
 
-    def _run(self, spans: tuple[Span, ...], started: tuple[RequestStart, ...] = (), tables: tuple[BlockTableUpdate, ...] = ()) -> None:
+    def _run(
+        self,
+        spans: tuple[Span, ...],
+        started: tuple[RequestStart, ...] = (),
+        tables: tuple[BlockTableUpdate, ...] = (),
+    ) -> None:
         result = self._worker.run(StepPlan(self._num_steps, spans, (), (), started, tables, (), ()))
         assert result.forward_error is None, result.forward_error
         self._num_steps += 1
@@ -292,7 +329,9 @@ def figures(records: Sequence[RequestRecord]) -> dict[str, Any]:
     begin_s = min(record.sent_s for record in records)
     summary: Summary = summarize(records, begin_s, end_s + 1e-9)
     prompt = sum(record.prompt_tokens for record in records)
-    by_source = {name: sum(getattr(record, f"{name}_tokens") for record in records) / prompt for name in SOURCES}
+    by_source = {
+        name: sum(getattr(record, f"{name}_tokens") for record in records) / prompt for name in SOURCES
+    }
     return {
         "requests": summary.sent, "failed": summary.failed, "seconds": end_s - begin_s, "requests_per_s": summary.finished_per_s,
         "output_tokens_per_s": summary.output_tokens_per_s,
@@ -310,7 +349,10 @@ def compare(simulated: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
         "normalized_p90": simulated["normalized_ms"]["p90"] / real["normalized_ms"]["p90"],
         "ttft_mean": simulated["ttft_ms"]["mean"] / real["ttft_ms"]["mean"],
         "ttft_p90": simulated["ttft_ms"]["p90"] / real["ttft_ms"]["p90"],
-        "source_points": {name: 100 * (simulated["tokens_by_source"][name] - real["tokens_by_source"][name]) for name in SOURCES},
+        "source_points": {
+            name: 100 * (simulated["tokens_by_source"][name] - real["tokens_by_source"][name])
+            for name in SOURCES
+        },
     }
 
 
@@ -333,7 +375,12 @@ class Setting:
 
     def machine(self, measured: MeasuredMachine, system: str) -> Machine:
         gpu, cpu = self.gigabytes(self.gpu_slots), self.gigabytes(self.cpu_slots)
-        return Machine(measured.model, gpu_cache_gb=gpu + cpu if system == "stateless" else gpu, cpu_cache_gb=cpu, measured=measured)
+        return Machine(
+            measured.model,
+            gpu_cache_gb=gpu + cpu if system == "stateless" else gpu,
+            cpu_cache_gb=cpu,
+            measured=measured,
+        )
 
 
 def simulate(setting: Setting, system: str, measured: MeasuredMachine, options: Options) -> dict[str, Any]:
@@ -346,7 +393,13 @@ def simulate(setting: Setting, system: str, measured: MeasuredMachine, options: 
 
 
 def put_together(
-    setting: Setting, system: str, machine: MeasuredMachine, base: Options, real: dict[str, Any], drift: dict[str, float], calibrations: Any
+    setting: Setting,
+    system: str,
+    machine: MeasuredMachine,
+    base: Options,
+    real: dict[str, Any],
+    drift: dict[str, float],
+    calibrations: Any,
 ) -> dict[str, Any]:
     """A real run beside its simulations."""
     simulated = simulate(setting, system, machine, base)
@@ -363,7 +416,9 @@ def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean of each number, however deep."""
     names = [name for name in runs[0] if all(name in run for run in runs)]
     return {
-        name: mean_of([run[name] for run in runs]) if isinstance(runs[0][name], dict) else statistics.fmean(run[name] for run in runs)
+        name: mean_of([run[name] for run in runs])
+        if isinstance(runs[0][name], dict)
+        else statistics.fmean(run[name] for run in runs)
         for name in names
     }
 
@@ -384,14 +439,20 @@ def judge(results: dict[int, dict[str, Any]], which: str) -> dict[str, Any]:
         rate = {name: systems[name]["real_mean"]["requests_per_s"] for name in systems}
         pairs = list(itertools.combinations(real, 2))  # (faster, slower)
         ties = [pair for pair in pairs if rate[pair[0]] < (1 + TIE) * rate[pair[1]]]
-        same = all(simulated.index(fast) < simulated.index(slow) for fast, slow in pairs if (fast, slow) not in ties)
+        same = all(
+            simulated.index(fast) < simulated.index(slow) for fast, slow in pairs if (fast, slow) not in ties
+        )
         rankings[f"{users} users"] = {"real": real, "simulated": simulated, "ties": ties, "same": same}
     verdict["throughput"] = {
         "bound": MAX_THROUGHPUT_ERROR,
         "errors": errors,
         "held": max(map(abs, errors.values())) <= MAX_THROUGHPUT_ERROR,
     }
-    verdict["sources"] = {"bound_points": MAX_SHARE_POINTS, "worst": points, "held": max(map(abs, points.values())) <= MAX_SHARE_POINTS}
+    verdict["sources"] = {
+        "bound_points": MAX_SHARE_POINTS,
+        "worst": points,
+        "held": max(map(abs, points.values())) <= MAX_SHARE_POINTS,
+    }
     verdict["ranking"] = {**rankings, "held": all(ranking["same"] for ranking in rankings.values())}
     return verdict
 
@@ -405,12 +466,20 @@ def say(text: str) -> None:
 
 
 def run_real(
-    setting: Setting, system: str, base: Options, loaded: LoadedModel, clock: Clock, machine: MeasuredMachine, calibrate: Calibration
+    setting: Setting,
+    system: str,
+    base: Options,
+    loaded: LoadedModel,
+    clock: Clock,
+    machine: MeasuredMachine,
+    calibrate: Calibration,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """One real run, and the calibrations in it."""
     load_before = load_average()
     calibrate.sample()
-    run = RealRun(setting.options(base, system), loaded, system != "stateless", clock, machine, setting.load.seed)
+    run = RealRun(
+        setting.options(base, system), loaded, system != "stateless", clock, machine, setting.load.seed
+    )
     assert "measurement" in run.cost_source, run.cost_source
     expected = setting.machine(machine, system).tiers(find_system(SYSTEMS[system]), CHUNK)
     assert run.sizes.tiers == expected, (run.sizes.tiers, expected)
@@ -425,7 +494,9 @@ def run_real(
         "worker_s": steps.took_s,
         "worker_predicted_s": steps.predicted_s,
         "beside_worker_ms_a_step": 1e3 * (run.stepping_s - steps.took_s) / steps.count,
-        "taken_over_predicted": {kind: took / predicted for kind, (_, took, predicted) in steps.by_kind.items()},
+        "taken_over_predicted": {
+            kind: took / predicted for kind, (_, took, predicted) in steps.by_kind.items()
+        },
         "steps_by_kind": {kind: count for kind, (count, _, _) in steps.by_kind.items()},
         "wall_s": took,
         "load_average_before": load_before[0],
@@ -437,7 +508,11 @@ def run_real(
 
 def commit() -> str:
     result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=os.path.dirname(__file__)
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=os.path.dirname(__file__),
     )
     return result.stdout.strip() or "unknown"
 
@@ -459,11 +534,15 @@ def settings_of(arguments: argparse.Namespace, token_bytes: int, seed: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--users", default="8,24")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--rounds", type=int, default=2, help="each with a profile and think times of its own")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="each with a profile and think times of its own"
+    )
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--new", type=int, default=100, help="tokens of a message")
     parser.add_argument("--first", type=int, default=300, help="tokens of the first message")
@@ -473,7 +552,9 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
-    parser.add_argument("--again", default=None, help="results of earlier runs, several with commas: nothing is run for real")
+    parser.add_argument(
+        "--again", default=None, help="results of earlier runs, several with commas: nothing is run for real"
+    )
     arguments = parser.parse_args()
     if arguments.again is not None:
         earlier = [json.loads(Path(name).read_text()) for name in arguments.again.split(",")]
@@ -488,7 +569,9 @@ def main() -> None:
     systems = arguments.systems.split(",")
     clock = Clock(base_clock)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["PENSIEVE_CACHE"] = folder  # (the model is loaded) the engine finds this run's profile there, and nobody else does
+        os.environ["PENSIEVE_CACHE"] = (
+            folder  # (the model is loaded) the engine finds this run's profile there, and nobody else does
+        )
         calibrate = Calibration(loaded.model, base_clock)
         rounds: list[dict[str, Any]] = []
         for round_ in range(arguments.rounds):
@@ -510,7 +593,9 @@ def simulate_again(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             runs: dict[int, dict[str, Any]] = {}
             for users, setting in settings_of(config, machine.chunk_bytes(1), config.seed + number).items():
                 runs[users] = {
-                    system: put_together(setting, system, machine, base, run["real"], run["drift"], run["calibrations"])
+                    system: put_together(
+                        setting, system, machine, base, run["real"], run["drift"], run["calibrations"]
+                    )
                     for system, run in round_["runs"][str(users)].items()
                 }
             rounds.append(round_ | {"runs": runs, "command": report["command"], "commit": report["commit"]})
@@ -554,9 +639,20 @@ def run_round(
     """A profile, and one run of everything."""
     say(f"round {number}: load average {load_average()}, measuring the profile")
     load_profile = load_average()
-    profile = load_or_measure(loaded.model, 2048, CHUNK, fresh=True, clock=base_clock, progress=lambda what, share: calibrate.sample())
+    profile = load_or_measure(
+        loaded.model,
+        2048,
+        CHUNK,
+        fresh=True,
+        clock=base_clock,
+        progress=lambda what, share: calibrate.sample(),
+    )
     then = calibrate.take()
-    content: dict[str, Any] = {**document(profile, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}
+    content: dict[str, Any] = {
+        **document(profile, loaded.model),
+        "model": loaded.resolved.label,
+        "weights": loaded.resolved.weights,
+    }
     machine = read_machine(json.loads(json.dumps(content)))
     settings = settings_of(arguments, machine.chunk_bytes(1), arguments.seed + number)
     found: dict[int, dict[str, Any]] = {}
@@ -564,8 +660,14 @@ def run_round(
         found[users] = {}
         for system in systems:
             real, now = run_real(setting, system, base, loaded, clock, machine, calibrate)
-            one = found[users][system] = put_together(setting, system, machine, base, real, drift_of(then, now), now)
-            simulated, compared, factor = one["simulated"], one["compared"], statistics.fmean(one["drift"].values())
+            one = found[users][system] = put_together(
+                setting, system, machine, base, real, drift_of(then, now), now
+            )
+            simulated, compared, factor = (
+                one["simulated"],
+                one["compared"],
+                statistics.fmean(one["drift"].values()),
+            )
             say(
                 f"round {number}, {users} users, {system}: real {real['requests_per_s']:.3f} requests/s in {real['wall_s']:.0f} s, simulated "
                 f"{simulated['requests_per_s']:.3f} ({compared['requests_per_s'] - 1:+.1%}; at drift {factor:.2f} "

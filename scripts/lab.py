@@ -56,7 +56,9 @@ class Lab:
         tiers = (TierConfig("gpu", gpu), TierConfig("cpu", cpu))
         cost = CostProfile([(CHUNK, 1.0), (256, 2.0)], CHUNK)
         self.cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: RetentionValue(cost.of_chunk))
-        self.scheduler = Scheduler(SchedulerConfig(max_batch_tokens=64, max_running=8), self.cache, max_context=200)
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_batch_tokens=64, max_running=8), self.cache, max_context=200
+        )
         self.worker = ModelWorker(CausalModel(tiny_llama(), label="tiny llama"), tiers, CHUNK, hooks=hooks)
         self.reference = tiny_llama()
         self.reference.set_attn_implementation("eager")
@@ -66,7 +68,15 @@ class Lab:
 
     def submit(self, name: str, conversation: str, tokens: list[int], answer: int, history: int = 0) -> None:
         """Queue one turn."""
-        self.scheduler.submit(name, "lab", conversation, tuple(tokens), history, SamplingParams(max_new_tokens=answer), self.now_s)
+        self.scheduler.submit(
+            name,
+            "lab",
+            conversation,
+            tuple(tokens),
+            history,
+            SamplingParams(max_new_tokens=answer),
+            self.now_s,
+        )
 
     def step(self) -> None:
         """One step, every invariant verified before and after it."""
@@ -101,7 +111,9 @@ class Lab:
             self.step()
         raise AssertionError("copies did not settle")
 
-    def turn(self, name: str, conversation: str, tokens: list[int], answer: int = 6, history: int = 0) -> Request:
+    def turn(
+        self, name: str, conversation: str, tokens: list[int], answer: int = 6, history: int = 0
+    ) -> Request:
         """Submit one turn and run it to its end."""
         self.submit(name, conversation, tokens, answer, history)
         self.run()
@@ -146,6 +158,8 @@ def run_checks(title: str, checks: list[tuple[str, Callable[[], str]]]) -> int:
             failures += 1
             print(f"  FAIL  {name}: {type(error).__name__}: {error}", flush=True)
     passed = len(checks) - failures
-    print(f"{title}: {passed} of {len(checks)} checks passed" + ("" if not failures else f", {failures} FAILED"))
+    print(
+        f"{title}: {passed} of {len(checks)} checks passed" + ("" if not failures else f", {failures} FAILED")
+    )
     sys.stdout.flush()
     return 1 if failures else 0

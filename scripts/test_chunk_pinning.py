@@ -83,7 +83,9 @@ def several_conversations_at_once() -> str:
         if shared.leases != counts[-1]:
             counts.append(shared.leases)
     assert counts == [3, 2, 1, 0], f"leases went {counts}"
-    assert sum(lab.wrong_tokens(lab.done[f"r{i}"]) for i in range(3)) == 0, "an answer over the shared chunk is wrong"
+    assert sum(lab.wrong_tokens(lab.done[f"r{i}"]) for i in range(3)) == 0, (
+        "an answer over the shared chunk is wrong"
+    )
     lab.close()
     return f"leases of the shared chunk: {' -> '.join(map(str, counts))}"
 
@@ -112,7 +114,12 @@ def released_on_success_failure_and_abort() -> str:
         "aborted": FinishReason.ABORT,
         "aborted while waiting": FinishReason.ABORT,
     }, f"{endings}"
-    leased = [chunk for s in lab.cache.sequences.values() for chunk in s.chunks if chunk is not None and chunk.leases]
+    leased = [
+        chunk
+        for s in lab.cache.sequences.values()
+        for chunk in s.chunks
+        if chunk is not None and chunk.leases
+    ]
     assert not leased, f"still leased: {leased}"
     lab.turn("whole tier", "d", prompt(5, 23 * CHUNK), 2)
     lab.close()
@@ -129,7 +136,9 @@ def user_keeps_are_respected() -> str:
     assert lab.cache.places.num_dropped > 0, "no pressure: the check would prove nothing"
     places = [chunk.place for chunk in held(lab, "kept")]
     again = lab.turn("again", "kept", log + prompt(2, 3), 3, len(log))
-    assert again.recomputed_tokens == 1, f"{again.recomputed_tokens} tokens of a kept conversation were recomputed (1 has no KV yet)"
+    assert again.recomputed_tokens == 1, (
+        f"{again.recomputed_tokens} tokens of a kept conversation were recomputed (1 has no KV yet)"
+    )
     assert lab.wrong_tokens(again) == 0, "the kept conversation's answer is wrong"
     lab.scheduler.set_keep("lab", "kept", False)
     for i in range(10, 20):

@@ -23,11 +23,22 @@ def no_chunk_in_two_places_unaccounted() -> str:
             lab.submit(f"{name}-{turn}", name, log + prompt(turn + 50, 7), 5, len(log))
         lab.run()
         logs = {name: lab.done[f"{name}-{turn}"].tokens for name in logs}
-    both = sum(chunk is not None and None not in chunk.slots for s in lab.cache.sequences.values() for chunk in s.chunks)
+    both = sum(
+        chunk is not None and None not in chunk.slots
+        for s in lab.cache.sequences.values()
+        for chunk in s.chunks
+    )
     for tier, pool in enumerate(lab.cache.places.pools):
-        owned = [c.slots[tier] for s in lab.cache.sequences.values() for c in s.chunks if c is not None and c.slots[tier] is not None]
+        owned = [
+            c.slots[tier]
+            for s in lab.cache.sequences.values()
+            for c in s.chunks
+            if c is not None and c.slots[tier] is not None
+        ]
         coming = [r.dst_slot for r in lab.cache.places.copies.values() if r.dst_tier == tier]
-        assert len({*owned, *coming}) == len(owned) + len(coming) == pool.num_used, f"tier {tier}: slots owned twice or by nobody"
+        assert len({*owned, *coming}) == len(owned) + len(coming) == pool.num_used, (
+            f"tier {tier}: slots owned twice or by nobody"
+        )
     moved = sum(len(plan.swap_in) + len(plan.swap_out) for plan in lab.plans)
     assert moved > 0 and lab.cache.places.num_dropped > 0, "no pressure: the check would prove nothing"
     lab.close()
@@ -45,7 +56,9 @@ def replacement_frees_the_old_bytes() -> str:
         lab.settle()
         assert lab.cache.places.pools[0].num_used <= used[0], "replaced chunks kept their slots"
         assert sum(c is not None for c in lab.sequence("c").chunks) <= used[0]
-    assert lab.done["b0"].gpu_tokens == 16, f"the common beginning of 16 tokens was not reused: {lab.done['b0'].gpu_tokens}"
+    assert lab.done["b0"].gpu_tokens == 16, (
+        f"the common beginning of 16 tokens was not reused: {lab.done['b0'].gpu_tokens}"
+    )
     lab.scheduler.forget("lab", "c", lab.now_s)
     lab.settle()
     left = [pool.num_used for pool in lab.cache.places.pools]
@@ -73,7 +86,8 @@ def recovery_mixed_with_generation() -> str:
     mixed = [
         plan
         for plan in lab.plans
-        if {s.request_id for s in plan.spans} == {"decoding", "again"} and any(not s.emits_token for s in plan.spans)
+        if {s.request_id for s in plan.spans} == {"decoding", "again"}
+        and any(not s.emits_token for s in plan.spans)
     ]
     assert mixed, "no step mixed recovery and generation: the check would prove nothing"
     again, decoding = lab.done["again"], lab.done["decoding"]

@@ -68,7 +68,9 @@ class Bench:
             self.builder.update([BlockTableUpdate(request, 0, tuple(free.pop() for _ in range(count)))])
         self.heads, self.dim, self.dtype = heads, dim, dtype
         self.contents = {
-            (request, layer): self._random(2, length, kv_heads) for request, length in contexts.items() for layer in range(LAYERS)
+            (request, layer): self._random(2, length, kv_heads)
+            for request, length in contexts.items()
+            for layer in range(LAYERS)
         }
 
     def _random(self, *shape: int) -> torch.Tensor:
@@ -96,10 +98,14 @@ class Bench:
             return
         places = self.batch(*spans).slot_mapping
         _, _, kv_heads, _ = next(iter(self.contents.values())).shape
-        numbers = self.store.data.view(self.dtype).view(self.store.num_slots, LAYERS, 2, kv_heads, self.chunk, self.dim)
+        numbers = self.store.data.view(self.dtype).view(
+            self.store.num_slots, LAYERS, 2, kv_heads, self.chunk, self.dim
+        )
         for layer in range(LAYERS):
             pieces = [self.contents[span.request_id, layer][:, span.start : span.stop] for span in spans]
-            numbers[places // self.chunk, layer, :, :, places % self.chunk] = torch.cat(pieces, dim=1).transpose(0, 1)
+            numbers[places // self.chunk, layer, :, :, places % self.chunk] = torch.cat(
+                pieces, dim=1
+            ).transpose(0, 1)
 
     def fill(self, spans: tuple[Span, ...]) -> Any:
         """Everything before the spans is there already, then the spans are written."""
@@ -128,9 +134,13 @@ class Bench:
             for span in spans:
                 key, value = self.contents[span.request_id, layer][:, : span.stop]
                 stop = row + span.stop - span.start
-                expected = attend_one(query[row:stop], key, value, torch.arange(span.start, span.stop, device=self.device), args)
+                expected = attend_one(
+                    query[row:stop], key, value, torch.arange(span.start, span.stop, device=self.device), args
+                )
                 tolerance = TOLERANCE[self.dtype]
-                torch.testing.assert_close(ours[row:stop].float(), expected.float(), rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(
+                    ours[row:stop].float(), expected.float(), rtol=tolerance, atol=tolerance
+                )
                 row = stop
         return prepared
 
@@ -147,7 +157,17 @@ STORY = (
     ids("prompt", 0, 13), ids("more", 9, 20), ids("hole", 0, 4), ids("hole", 8, 10), ids("hole", 17, 23), ids("one", 16, 17),
     ids("two", 5, 6), ids("three", 7, 8), ids("first", 0, 1), ids("long", 45, 46),
 )  # fmt: skip
-CONTEXTS = {"prompt": 13, "more": 20, "hole": 23, "one": 17, "two": 6, "three": 8, "first": 1, "long": 46, "other": 30}
+CONTEXTS = {
+    "prompt": 13,
+    "more": 20,
+    "hole": 23,
+    "one": 17,
+    "two": 6,
+    "three": 8,
+    "first": 1,
+    "long": 46,
+    "other": 30,
+}
 
 
 # The same for chunks of 32: spans that begin and end inside chunks and at their borders, odd and even, longer than a tile and a block of rows.

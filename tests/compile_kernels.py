@@ -50,7 +50,12 @@ WHOLE = ("_stride", "width", "num_words")  # numbers that are multiples of 16 in
 
 
 def compile_one(
-    kernel: Any, target: GPUTarget, dtype: str, absent: tuple[str, ...], resources: dict[str, int], **constants: Any
+    kernel: Any,
+    target: GPUTarget,
+    dtype: str,
+    absent: tuple[str, ...],
+    resources: dict[str, int],
+    **constants: Any,
 ) -> dict[str, int]:
     signature, constexprs, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
@@ -68,8 +73,14 @@ def compile_one(
             signature[name] = {**INTEGERS, **FLOATS}.get(name, f"*{dtype}")
             attributes[(index,)] = [["tt.divisibility", 16]]
     assert not constants, f"{kernel.fn.__name__} has no {list(constants)}"
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=resources)
-    return {"shared_bytes": compiled.metadata.shared, **resources_of(compiled.asm["cubin"]), "matrix_units": count(compiled.asm["ptx"])}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes), target=target, options=resources
+    )
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        **resources_of(compiled.asm["cubin"]),
+        "matrix_units": count(compiled.asm["ptx"]),
+    }
 
 
 def resources_of(cubin: bytes) -> dict[str, int]:
@@ -78,7 +89,9 @@ def resources_of(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        told = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", told)
     assert found is not None, told
     return {"registers": int(found[1]), "stack_bytes": int(found[2])}
@@ -89,16 +102,27 @@ def count(ptx: str) -> int:
     return len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", ptx))
 
 
-def variants(full: bool, few: bool) -> Iterator[tuple[str, Any, str, tuple[str, ...], dict[str, int], dict[str, Any]]]:
+def variants(
+    full: bool, few: bool
+) -> Iterator[tuple[str, Any, str, tuple[str, ...], dict[str, int], dict[str, Any]]]:
     """(name, kernel, dtype, arguments that are None, resources, constants)."""
     for dtype in NAMES if full else (torch.bfloat16,) if few else (torch.bfloat16, torch.float32):
-        for dim in (64, 80, 96, 128, 256) if full else (128,) if few or dtype != torch.bfloat16 else (64, 128, 256):
+        for dim in (
+            (64, 80, 96, 128, 256) if full else (128,) if few or dtype != torch.bfloat16 else (64, 128, 256)
+        ):
             backend = TritonAttention(KVGeometry(1, 8, dim, dtype), 32, num_programs=264)
             padded = backend._dim_padded
             for longest in (1, 4096) if few else (1, 8, 4096):
                 tiling = backend._tiling(longest, 4)
                 for extras in (False, True):
-                    shapes = {"GROUP": 4, "NUM_KV_HEADS": 8, "DIM": dim, "DIM_PADDED": padded, "BLOCK_M": tiling.rows, "HAS_SINKS": extras}
+                    shapes = {
+                        "GROUP": 4,
+                        "NUM_KV_HEADS": 8,
+                        "DIM": dim,
+                        "DIM_PADDED": padded,
+                        "BLOCK_M": tiling.rows,
+                        "HAS_SINKS": extras,
+                    }
                     absent = () if extras else ("sinks",)
                     name = f"{NAMES[dtype]} {dim} {tiling.rows}x{tiling.block}{' window softcap sinks' if extras else ''}"
                     constants = {
@@ -109,7 +133,14 @@ def variants(full: bool, few: bool) -> Iterator[tuple[str, Any, str, tuple[str, 
                         "HAS_SOFTCAP": extras,
                         "AS_FLOAT": False,
                     }
-                    yield f"attend {name}", triton_kernels.attend_kernel, NAMES[dtype], absent, _resources(tiling, padded), constants
+                    yield (
+                        f"attend {name}",
+                        triton_kernels.attend_kernel,
+                        NAMES[dtype],
+                        absent,
+                        _resources(tiling, padded),
+                        constants,
+                    )
                     yield f"reduce {name}", triton_kernels.reduce_kernel, NAMES[dtype], absent, {}, shapes
             sizes = {"NUM_KV_HEADS": 8, "CHUNK": 32, "DIM": dim, "DIM_PADDED": padded, "BLOCK_T": 16}
             yield f"write {NAMES[dtype]} {dim}", triton_kernels.write_kernel, NAMES[dtype], (), {}, sizes
@@ -125,16 +156,32 @@ def variants(full: bool, few: bool) -> Iterator[tuple[str, Any, str, tuple[str, 
             )
             absent = () if adds else ("query_weight", "key_weight")
             sizes = {"HALF": 64, "BLOCK": 64, "ROTATES": True, "NORMALISES": adds}
-            yield f"rotate {NAMES[dtype]} {adds}", row_kernels.rotate_kernel, NAMES[dtype], absent, {"num_warps": 1}, sizes
+            yield (
+                f"rotate {NAMES[dtype]} {adds}",
+                row_kernels.rotate_kernel,
+                NAMES[dtype],
+                absent,
+                {"num_warps": 1},
+                sizes,
+            )
         yield f"gate {NAMES[dtype]}", row_kernels.gate_kernel, NAMES[dtype], (), {}, {"BLOCK": 1024}
-    yield "copy rows", gather_kernels.copy_rows_kernel, "i64", (), {"num_warps": 8}, {"BLOCK": 2048, "PROGRAMS": 16}
+    yield (
+        "copy rows",
+        gather_kernels.copy_rows_kernel,
+        "i64",
+        (),
+        {"num_warps": 8},
+        {"BLOCK": 2048, "PROGRAMS": 16},
+    )
 
 
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "an interpreted kernel cannot be compiled"
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     found = {}
-    for name, kernel, dtype, absent, resources, constants in variants("--full" in sys.argv, "--few" in sys.argv):
+    for name, kernel, dtype, absent, resources, constants in variants(
+        "--full" in sys.argv, "--few" in sys.argv
+    ):
         found[name] = compile_one(kernel, target, dtype, absent, resources, **constants)
         print(f"{name:50} {found[name]}", file=sys.stderr, flush=True)
     print(json.dumps(found))

@@ -35,7 +35,9 @@ def sample_from(state: int, vocab: int) -> int:
     return (state >> 7) % vocab
 
 
-def expected_answer(prompt: list[int], num_tokens: int, vocab: int = 50, stops: frozenset[int] = frozenset()) -> list[int]:
+def expected_answer(
+    prompt: list[int], num_tokens: int, vocab: int = 50, stops: frozenset[int] = frozenset()
+) -> list[int]:
     """What a fresh stateless run answers."""
     tokens = list(prompt)
     _, state = cells_of(tokens)
@@ -110,14 +112,18 @@ class FakeWorker:
                 done.append(copy.copy_id)
                 self.num_swapped_in += 1
         for copy in plan.swap_out:
-            self.settling.append((self.num_runs + (0 if plan.settles else self.rng.randint(0, self.swap_out_delay)), copy))
+            self.settling.append(
+                (self.num_runs + (0 if plan.settles else self.rng.randint(0, self.swap_out_delay)), copy)
+            )
         tokens, broken, error = self._forward(plan)
         self._settle_swap_outs(done, failed)
         for request_id in plan.ended:
             self.tables.pop(request_id, None)
             self.last.pop(request_id, None)
         seconds = self.timing(plan) if self.timing is not None and plan.spans else None
-        return StepResult(plan.step_id, tuple(tokens), tuple(done), tuple(failed), tuple(broken), error, seconds=seconds)
+        return StepResult(
+            plan.step_id, tuple(tokens), tuple(done), tuple(failed), tuple(broken), error, seconds=seconds
+        )
 
     def wipe(self, tier: int, slot: int) -> None:
         self.tiers[tier][slot] = [ZERO] * self.size

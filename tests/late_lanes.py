@@ -49,14 +49,18 @@ class LateLane:
 
     def reach(self, mark: LateMark) -> None:
         with self.device.changed:
-            assert self.device.changed.wait_for(lambda: mark.is_reached, PATIENCE_S), "nobody let the device catch up"
+            assert self.device.changed.wait_for(lambda: mark.is_reached, PATIENCE_S), (
+                "nobody let the device catch up"
+            )
 
     def drain(self) -> None:
         with self.device.changed:
             self.device.num_draining += 1
             self.device.changed.notify_all()
             goal = self.num_queued
-            assert self.device.changed.wait_for(lambda: self.num_done >= goal, PATIENCE_S), "nobody let the device catch up"
+            assert self.device.changed.wait_for(lambda: self.num_done >= goal, PATIENCE_S), (
+                "nobody let the device catch up"
+            )
             self.device.num_draining -= 1
 
     @property

@@ -12,22 +12,30 @@ LEAST_TEMPERATURE = 1e-6
 TOP_GUESS = 512
 
 
-def choose(row: torch.Tensor, params: SamplingParams, number: float, prompt: set[int], counts: Mapping[int, int]) -> int:
+def choose(
+    row: torch.Tensor, params: SamplingParams, number: float, prompt: set[int], counts: Mapping[int, int]
+) -> int:
     """The token for a row of logits (V,); `prompt` and `counts` (of the output) are for penalties."""
     adjusted = penalised(row, params, prompt, counts) if has_penalties(params) else row
     return int(adjusted.float().argmax()) if params.temperature == 0.0 else draw(adjusted, params, number)
 
 
 def has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    return (
+        params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    )
 
 
-def penalised(row: torch.Tensor, params: SamplingParams, prompt: set[int], counts: Mapping[int, int]) -> torch.Tensor:
+def penalised(
+    row: torch.Tensor, params: SamplingParams, prompt: set[int], counts: Mapping[int, int]
+) -> torch.Tensor:
     logits = row.float().clone()
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(list(prompt | counts.keys()), dtype=torch.int64)
         values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        logits[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
     if counts and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
         ids = torch.tensor(list(counts), dtype=torch.int64)
         times = torch.tensor(list(counts.values()), dtype=torch.float32)

@@ -67,11 +67,15 @@ class Lab:
         tiers = tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), slots, strict=False))
         cost = CostProfile([(chunk_tokens, 1.0), (max_context, 2.0)], chunk_tokens)
         self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), POLICIES[policy](cost.of_chunk))
-        self.scheduler = Scheduler(config or SchedulerConfig(max_batch_tokens=72, max_running=8), self.cache, max_context)
+        self.scheduler = Scheduler(
+            config or SchedulerConfig(max_batch_tokens=72, max_running=8), self.cache, max_context
+        )
         wants = {"hooks": hooks or Hooks(), "attention": attention}
         if make_worker is None:
             recorder = None if real_graphs else EagerRecorder()
-            make_worker = functools.partial(ModelWorker, on_device=ahead or None, graph_rows=graph_rows, recorder=recorder)
+            make_worker = functools.partial(
+                ModelWorker, on_device=ahead or None, graph_rows=graph_rows, recorder=recorder
+            )
         self.worker = make_worker(model, tiers, chunk_tokens, **wants)
         self.ahead = ahead
         self.begun: deque[StepPlan] = deque()
@@ -79,10 +83,18 @@ class Lab:
         self.done: dict[str, Request] = {}
 
     def submit(
-        self, request_id: str, conversation: str, tokens: list[int], max_new_tokens: int, history_tokens: int = 0, **sampling_params: Any
+        self,
+        request_id: str,
+        conversation: str,
+        tokens: list[int],
+        max_new_tokens: int,
+        history_tokens: int = 0,
+        **sampling_params: Any,
     ) -> None:
         sampling = SamplingParams(max_new_tokens=max_new_tokens, **{"logprobs": 2, **sampling_params})
-        self.scheduler.submit(request_id, "n", conversation, tuple(tokens), history_tokens, sampling, self.now_s)
+        self.scheduler.submit(
+            request_id, "n", conversation, tuple(tokens), history_tokens, sampling, self.now_s
+        )
 
     def step(self) -> None:
         self.now_s += 1.0
@@ -169,7 +181,10 @@ def random_play(
         if faults and rng.random() < rate:
             raise RuntimeError(message)
 
-    hooks = Hooks(before_copy=lambda copy: maybe(0.1, "injected copy"), before_forward=lambda plan: maybe(0.02, "injected forward"))
+    hooks = Hooks(
+        before_copy=lambda copy: maybe(0.1, "injected copy"),
+        before_forward=lambda plan: maybe(0.02, "injected forward"),
+    )
     slots = (rng.randint(4, 24), rng.choice([0, 4, 30]))
     lab = Lab(
         model,
@@ -203,14 +218,18 @@ def random_play(
         if rng.random() < 0.3:
             with contextlib.suppress(ConversationNotFound):
                 name = rng.choice(sorted(logs))
-                lab.scheduler.warm("n", name, lab.now_s) if rng.random() < 0.7 else lab.scheduler.idle("n", name)
+                lab.scheduler.warm("n", name, lab.now_s) if rng.random() < 0.7 else lab.scheduler.idle(
+                    "n", name
+                )
         if rng.random() < 0.1:
             name = rng.choice(sorted(logs))
             lab.erase(name)
             logs[name] = list(system)
         for request_id, request in lab.done.items():
             if request_id in waiting:
-                logs[waiting.pop(request_id)] = list(request.tokens) if request.ending is not FinishReason.ABORT else list(system)
+                logs[waiting.pop(request_id)] = (
+                    list(request.tokens) if request.ending is not FinishReason.ABORT else list(system)
+                )
     lab.run()
     for request in lab.done.values():
         assert request.ending is not FinishReason.ERROR or faults, request.error

@@ -19,7 +19,12 @@ ALL_POLICIES = sorted((*POLICIES, *COMPARED))
 def policy_of(name: str, next_use_s: dict[str, float] | None = None, **setting: int) -> PolicyFactory:
     """`next_use_s`: when a conversation comes back, by its id; others never do."""
     known = next_use_s or {}
-    return make_policy(name, Setting(COST.of_chunk, SIZE, next_use_s=lambda key, now_s: known.get(key[1], float("inf")), **setting))
+    return make_policy(
+        name,
+        Setting(
+            COST.of_chunk, SIZE, next_use_s=lambda key, now_s: known.get(key[1], float("inf")), **setting
+        ),
+    )
 
 
 def some_time_later(key: Key, now_s: float) -> float:
@@ -35,7 +40,9 @@ class TinyCache:
         tiers = tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), slots, strict=False))
         self.cache = TieredCache(CacheConfig(tiers, SIZE), policy)
 
-    def turn(self, name: str, num_chunks: int, now_s: float, ends_s: float | None = None, system: int = 0) -> None:
+    def turn(
+        self, name: str, num_chunks: int, now_s: float, ends_s: float | None = None, system: int = 0
+    ) -> None:
         """A request whose history is then `num_chunks` long, the first `system` of them shared with everybody."""
         cache = self.cache
         own = sum(map(ord, name))
@@ -66,4 +73,6 @@ class TinyCache:
         """A letter a chunk: g, c, d by its fastest tier, a dot for what is gone; holes at the end do not show."""
         sequence = self.cache.find("n", name)
         chunks = sequence.chunks if sequence is not None else []
-        return "".join("." if chunk is None or chunk.place is None else "gcd"[chunk.place] for chunk in chunks)
+        return "".join(
+            "." if chunk is None or chunk.place is None else "gcd"[chunk.place] for chunk in chunks
+        )

@@ -39,7 +39,9 @@ def whole(architecture: str) -> torch.nn.Module:
 
 def share(group: Group, architecture: str) -> CausalModel:
     """A rank's share, through the gate together with the other."""
-    return CausalModel(sharding.split(tiny(architecture, vocab_size=VOCAB), group.device, group.size), architecture)
+    return CausalModel(
+        sharding.split(tiny(architecture, vocab_size=VOCAB), group.device, group.size), architecture
+    )
 
 
 def just_follow(group: Group, architecture: str, *_: Any) -> None:
@@ -50,17 +52,24 @@ def play(group: Group, architecture: str) -> dict[str, int]:
     """Many conversations through small tiers on rank 0, each answer checked against a stateless run. Returns what was met on the way."""
     model, reference = share(group, architecture), whole(architecture)
     assert model.geometry.num_kv_heads == 1, "half of the heads"
-    lab = Lab(model, (12, 10), max_context=80, make_worker=functools.partial(ParallelWorker, group, debug=True))
+    lab = Lab(
+        model, (12, 10), max_context=80, make_worker=functools.partial(ParallelWorker, group, debug=True)
+    )
     logs = {f"c{index}": list(some_ids(20 + index, index, VOCAB)) for index in range(5)}
     turns = 0
     for _ in range(3):
         for first, second in (("c0", "c1"), ("c2", "c3"), ("c4", "c0"), ("c1", "c2")):
             for name in (first, second):
                 turns += 1
-                lab.submit(f"{name}-{turns}", name, logs[name] + list(some_ids(3, turns, VOCAB)), 4, len(logs[name]))
+                lab.submit(
+                    f"{name}-{turns}", name, logs[name] + list(some_ids(3, turns, VOCAB)), 4, len(logs[name])
+                )
             lab.run()
             for request in lab.done.values():
-                if request.request_id.endswith((f"-{turns}", f"-{turns - 1}")) and request.ending is not FinishReason.ERROR:
+                if (
+                    request.request_id.endswith((f"-{turns}", f"-{turns - 1}"))
+                    and request.ending is not FinishReason.ERROR
+                ):
                     logs[request.request_id.partition("-")[0]] = list(request.tokens)
     requests = lab.done.values()
     assert len(requests) == turns == 24
@@ -87,7 +96,13 @@ def play_at_random(group: Group, architecture: str, seeds: tuple[int, ...]) -> N
     """Random conversations, forks, aborts and erasures, with failures on rank 0."""
     model, reference = share(group, architecture), whole(architecture)
     for seed in seeds:
-        random_play(model, reference, seed, faults=True, make_worker=functools.partial(ParallelWorker, group, debug=True)).close()
+        random_play(
+            model,
+            reference,
+            seed,
+            faults=True,
+            make_worker=functools.partial(ParallelWorker, group, debug=True),
+        ).close()
 
 
 def follow_with_faults(group: Group, architecture: str, *_: Any) -> None:
@@ -97,7 +112,10 @@ def follow_with_faults(group: Group, architecture: str, *_: Any) -> None:
         if rng.random() < rate:
             raise SourceLost(message) if rng.random() < 0.3 else RuntimeError(message)
 
-    hooks = Hooks(before_copy=lambda copy: maybe(0.1, "injected copy"), before_forward=lambda plan: maybe(0.02, "injected forward"))
+    hooks = Hooks(
+        before_copy=lambda copy: maybe(0.1, "injected copy"),
+        before_forward=lambda plan: maybe(0.02, "injected forward"),
+    )
     follow(group, share(group, architecture), hooks=hooks)
 
 
@@ -105,7 +123,9 @@ class ParallelDriver(Driver):
     """Plans by hand, for both ranks."""
 
     def __init__(self, group: Group, *slots: int, debug: bool = True) -> None:
-        super().__init__(share(group, "llama"), *slots, make_worker=functools.partial(ParallelWorker, group, debug=debug))
+        super().__init__(
+            share(group, "llama"), *slots, make_worker=functools.partial(ParallelWorker, group, debug=debug)
+        )
 
 
 def compare_logits(group: Group, architecture: str) -> float:
@@ -116,7 +136,9 @@ def compare_logits(group: Group, architecture: str) -> float:
 
     def spy(batch: Any, attending: Any) -> torch.Tensor:
         logits = forward(batch, attending)
-        seen.update({span.stop - 1: row.float().clone() for span, row in zip(batch.emitting, logits, strict=True)})
+        seen.update(
+            {span.stop - 1: row.float().clone() for span, row in zip(batch.emitting, logits, strict=True)}
+        )
         return logits
 
     model.forward = spy  # type: ignore[method-assign]

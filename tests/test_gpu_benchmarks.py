@@ -110,19 +110,31 @@ def report_here(name: str = "test") -> Report:
         ("transfers.py", (), {"copies 9", "beside", "swapped 20", "swapped 40"}),
         ("decode.py", (), {"step 1 x 40", "step 3 x 40", "host 6 running"}),
         pytest.param(
-            "serving.py", ("--modes", "stateless,pensieve,gpu-only"), {"stateless", "pensieve", "gpu-only"}, marks=pytest.mark.slow
+            "serving.py",
+            ("--modes", "stateless,pensieve,gpu-only"),
+            {"stateless", "pensieve", "gpu-only"},
+            marks=pytest.mark.slow,
         ),
     ],
 )
-def test_a_script_runs_without_a_gpu(script: str, arguments: tuple[str, ...], cases: set[str], tmp_path: Path) -> None:
+def test_a_script_runs_without_a_gpu(
+    script: str, arguments: tuple[str, ...], cases: set[str], tmp_path: Path
+) -> None:
     out = tmp_path / "result.json"
-    status, told, words = run(script, "--device", "cpu", "--quick", "--repeats", "2", "--out", str(out), *arguments)
+    status, told, words = run(
+        script, "--device", "cpu", "--quick", "--repeats", "2", "--out", str(out), *arguments
+    )
     assert status == 0, words
     assert told["wrong"] == [] and told["not_measured"] == []
     assert cases <= set(told["cases"])
     assert told["goals"] and {goal["verdict"] for goal in told["goals"]} == {"not judged here"}
     assert all(math.isfinite(goal["value"]) and math.isfinite(goal["ratio"]) for goal in told["goals"])
-    assert script in told["command"] and told["versions"]["torch"] and told["machine"]["device"] == "cpu" and told["commit"]
+    assert (
+        script in told["command"]
+        and told["versions"]["torch"]
+        and told["machine"]["device"] == "cpu"
+        and told["commit"]
+    )
     assert json.loads(out.read_text())["cases"] == told["cases"]
     assert "goal" in words and "not judged here" in words
 
@@ -130,7 +142,16 @@ def test_a_script_runs_without_a_gpu(script: str, arguments: tuple[str, ...], ca
 @pytest.mark.slow
 def test_a_wrong_backend_fails_the_run_and_is_named_in_every_case(tmp_path: Path) -> None:
     status, told, _ = run(
-        "kernel.py", "--device", "cpu", "--quick", "--attention", "no-such", "--parts", "decode", "--out", str(tmp_path / "r")
+        "kernel.py",
+        "--device",
+        "cpu",
+        "--quick",
+        "--attention",
+        "no-such",
+        "--parts",
+        "decode",
+        "--out",
+        str(tmp_path / "r"),
     )
     assert status == 1
     assert len(told["wrong"]) == 4 and "no-such" in told["wrong"][0] and told["cases"] == {}
@@ -145,7 +166,9 @@ def test_vllm_is_driven_by_the_same_arrivals_in_a_process_of_its_own(tmp_path: P
     point = {"rate": 8.0, "requests_per_s": 8.0, "normalized_ms": 2.0}
     case = {"points": [point], "crossing": {"requests_per_s": 8.0, "bound": None}}
     before = {"cases": {"pensieve": case}, "command": "first", "date": "then"}
-    earlier.write_text(json.dumps({"cases": {}, "with": before, "limit_ms": 50.0, "command": "second", "date": "then"}))
+    earlier.write_text(
+        json.dumps({"cases": {}, "with": before, "limit_ms": 50.0, "command": "second", "date": "then"})
+    )
     status, told, words = run(
         "serving.py", "--device", "cpu", "--quick", "--modes", "vllm-offload", "--with", str(earlier),
         "--vllm", sys.executable, path=str(tmp_path),
@@ -155,7 +178,9 @@ def test_vllm_is_driven_by_the_same_arrivals_in_a_process_of_its_own(tmp_path: P
     assert len(found["points"]) == 2 and found["num_errors"] == 0 and found["limit_ms"] == 50.0
     assert all(point["cached_tokens"] > 0 for point in found["points"])
     assert "vllm-offload" in told["ratios"] and told["goals"][0]["goal"] == "≥ 1.3"
-    assert set(told["with"]["cases"]) == {"pensieve"} and told["limit_ms"] == 50.0  # a third run may go on from this one
+    assert (
+        set(told["with"]["cases"]) == {"pensieve"} and told["limit_ms"] == 50.0
+    )  # a third run may go on from this one
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
@@ -181,7 +206,17 @@ def test_the_list_names_every_script_and_its_command() -> None:
 
 @pytest.mark.slow
 def test_no_server_or_terminal_package_is_needed_and_by_the_driver_of_vllm_no_torch() -> None:
-    names = ("click", "rich", "fastapi", "uvicorn", "pydantic", "psutil", "platformdirs", "prometheus_client", "matplotlib")
+    names = (
+        "click",
+        "rich",
+        "fastapi",
+        "uvicorn",
+        "pydantic",
+        "psutil",
+        "platformdirs",
+        "prometheus_client",
+        "matplotlib",
+    )
     code = (
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         f"for name in {names!r}: sys.modules[name] = None\n"
@@ -189,7 +224,12 @@ def test_no_server_or_terminal_package_is_needed_and_by_the_driver_of_vllm_no_to
         "assert 'torch' not in sys.modules\n"
         "import gpu.kernel, gpu.transfers, gpu.decode, gpu.serving"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        timeout=120,
+    )
 
 
 # -- wrong answers show
@@ -210,10 +250,14 @@ def test_a_right_kernel_is_right_and_the_cache_is_as_before() -> None:
 
 
 @pytest.mark.parametrize("shift", [1, -1])
-def test_a_mask_one_token_off_shows_behind_a_long_history(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_one_token_off_shows_behind_a_long_history(
+    shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = small_case()
     right = paged.attend_one
-    monkeypatch.setattr(paged, "attend_one", lambda q, k, v, positions, args: right(q, k, v, positions + shift, args))
+    monkeypatch.setattr(
+        paged, "attend_one", lambda q, k, v, positions, args: right(q, k, v, positions + shift, args)
+    )
     assert case.check(0, [0]) > 10 * TOLERANCES[torch.bfloat16]
 
 
@@ -229,7 +273,9 @@ def test_a_mask_aligned_with_the_upper_left_shows() -> None:
     key, value = (part.transpose(1, 2) for part in case.contiguous(0))
     query = kernel.by_head(case.query, 2)
     right = next(iter(kernel.torch_attention(case).values()))(query, key, value)
-    wrong = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    wrong = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    )
     expected = case.expected(0, 1)
     assert worst_error(right[1].transpose(0, 1), expected) <= TOLERANCES[torch.bfloat16]
     assert worst_error(wrong[1].transpose(0, 1), expected) > 0.5
@@ -272,18 +318,31 @@ def test_a_case_for_which_no_time_is_left_is_named() -> None:
 
 
 def test_goals() -> None:
-    assert Goal("x", 1.5, 1.5, at_least=True).verdict == "met" and Goal("x", 1.4, 1.5, at_least=True).verdict == "missed"
-    assert Goal("x", 1.0, 1.02, at_least=False).verdict == "met" and Goal("x", 1.1, 1.02, at_least=False).verdict == "missed"
+    assert (
+        Goal("x", 1.5, 1.5, at_least=True).verdict == "met"
+        and Goal("x", 1.4, 1.5, at_least=True).verdict == "missed"
+    )
+    assert (
+        Goal("x", 1.0, 1.02, at_least=False).verdict == "met"
+        and Goal("x", 1.1, 1.02, at_least=False).verdict == "missed"
+    )
     assert Goal("x", math.nan, 1.0, at_least=True).verdict == "missed"
     assert Goal("x", 2.0, 1.5, at_least=True, known="at least").verdict == "met"
     assert Goal("x", 1.2, 1.5, at_least=True, known="at least").verdict == "undecided"
     assert Goal("x", 1.2, 1.5, at_least=True, known="at most").verdict == "missed"
     assert Goal("x", 2.0, 1.5, at_least=True, known="unknown").verdict == "undecided"
-    assert str(Goal("x", 1, 0.85, at_least=True)) == "≥ 0.85" and str(Goal("x", 1, 1.02, at_least=False)) == "≤ 1.02"
+    assert (
+        str(Goal("x", 1, 0.85, at_least=True)) == "≥ 0.85"
+        and str(Goal("x", 1, 1.02, at_least=False)) == "≤ 1.02"
+    )
 
 
 def test_percentiles_and_covered_time() -> None:
-    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0 and percentile([1.0, 2.0], 0.25) == 1.25 and percentile([7.0], 0.9) == 7.0
+    assert (
+        percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+        and percentile([1.0, 2.0], 0.25) == 1.25
+        and percentile([7.0], 0.9) == 7.0
+    )
     with pytest.raises(ValueError, match="percentile"):
         percentile([], 0.5)
     assert covered([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0), (5.2, 5.4)]) == 4.0 and covered([]) == 0.0
@@ -313,7 +372,9 @@ def test_the_crossing_lies_between_two_points_whatever_their_order() -> None:
         {"rate": 6.0, "requests_per_s": 6.0, "normalized_ms": 10.0},
     ]
     assert crossing_of(points, 20.0) == Crossing(8.0)
-    assert crossing_of(points, 40.0) == Crossing(10.0, "at least") and crossing_of(points, 5.0) == Crossing(6.0, "at most")
+    assert crossing_of(points, 40.0) == Crossing(10.0, "at least") and crossing_of(points, 5.0) == Crossing(
+        6.0, "at most"
+    )
 
 
 def test_ratios_say_when_a_sweep_did_not_reach_the_limit() -> None:
@@ -334,7 +395,8 @@ def test_conversations_are_as_long_as_sharegpts() -> None:
     assert statistics.mean(turn.think_s for turn in turns) == pytest.approx(5.0, rel=0.08)
     assert scripts[7] == lengths.script(7, think, 0, 16_384) != lengths.script(7, think, 1, 16_384)
     assert all(
-        sum(t.message_tokens + t.output_tokens for t in s.turns) <= 500 for s in (lengths.script(i, think, 0, 500) for i in range(50))
+        sum(t.message_tokens + t.output_tokens for t in s.turns) <= 500
+        for s in (lengths.script(i, think, 0, 500) for i in range(50))
     )
 
 
@@ -346,10 +408,14 @@ def test_figures_are_of_a_window_and_count_what_was_never_answered() -> None:
     run = Run([sent(0.0, 1.0), sent(2.0, 3.0), sent(2.5, 4.5), sent(3.0, None)], end_s=7.0)
     told = figures(run, (2.0, 4.0))
     assert told["requests_per_s"] == 0.5 and told["sent"] == 3 and told["unanswered"] == 1
-    assert told["normalized_ms"] == pytest.approx(1e3 * statistics.mean([0.1, 0.2, 0.4])) and told["normalized_p50_ms"] == pytest.approx(
-        200.0
+    assert told["normalized_ms"] == pytest.approx(1e3 * statistics.mean([0.1, 0.2, 0.4])) and told[
+        "normalized_p50_ms"
+    ] == pytest.approx(200.0)
+    assert (
+        told["ttft_p90_ms"] == pytest.approx(100.0)
+        and told["history_tokens"] == 80
+        and told["cached_tokens"] == 60
     )
-    assert told["ttft_p90_ms"] == pytest.approx(100.0) and told["history_tokens"] == 80 and told["cached_tokens"] == 60
     with pytest.raises(ValueError, match="nothing was sent"):
         figures(run, (10.0, 12.0))
 
@@ -376,13 +442,17 @@ class SlowServer:
 
 
 def load(point_s: float = 0.5) -> Load:
-    return Load(Lengths(3.0, 8, 5, most_turns=4, most_tokens=10), 0.02, point_s, point_s / 2, 1.0, 4, 200, 100, 0)
+    return Load(
+        Lengths(3.0, 8, 5, most_turns=4, most_tokens=10), 0.02, point_s, point_s / 2, 1.0, 4, 200, 100, 0
+    )
 
 
 def test_a_turn_is_sent_after_the_answer_before_and_nothing_after_the_end() -> None:
     turns = (ScriptTurn(3, 5), ScriptTurn(2, 4, 0.05), ScriptTurn(2, 4, 30.0))
     server = SlowServer()
-    run = asyncio.run(play([Player(0.02, (Script("a", turns),))], server, load(), until_s=1.0, drain_s=5.0, label="x"))
+    run = asyncio.run(
+        play([Player(0.02, (Script("a", turns),))], server, load(), until_s=1.0, drain_s=5.0, label="x")
+    )
     assert server.asked == [("x/a", 3, 0), ("x/a", 10, 8)]
     assert run.end_s < 1.0  # a turn that would come too late is not waited for
     first, second = run.sent
@@ -404,14 +474,23 @@ def test_a_short_answer_and_a_failed_request_are_errors() -> None:
 def test_a_sweep_finds_where_latency_doubles() -> None:
     server = SlowServer()
     said: list[str] = []
-    told = asyncio.run(sweep(server, load(), limit_ms=None, first_rate=40.0, say=said.append, left_s=lambda: 100.0))
+    told = asyncio.run(
+        sweep(server, load(), limit_ms=None, first_rate=40.0, say=said.append, left_s=lambda: 100.0)
+    )
     assert told["unloaded_ms"] == pytest.approx(1.0, rel=0.6) and told["limit_ms"] == 2 * told["unloaded_ms"]
     assert len(told["points"]) == 3 == server.cleared - 1 and told["num_errors"] == 0 and len(said) == 4
-    assert told["points"] == sorted(told["points"], key=lambda point: point["rate"]) and told["crossing"]["requests_per_s"] > 0
-    short = asyncio.run(sweep(server, load(), limit_ms=3.0, first_rate=40.0, say=said.append, left_s=lambda: 0.1))
+    assert (
+        told["points"] == sorted(told["points"], key=lambda point: point["rate"])
+        and told["crossing"]["requests_per_s"] > 0
+    )
+    short = asyncio.run(
+        sweep(server, load(), limit_ms=3.0, first_rate=40.0, say=said.append, left_s=lambda: 0.1)
+    )
     assert short["points"] == [] and short["points_left_out"] == 3 and "crossing" not in short
 
 
 def test_the_load_survives_json() -> None:
     assert Load.from_json(json.loads(json.dumps(load().as_json()))) == load()
-    assert random.Random("words/0/1").random() == random.Random("words/0/1").random()  # what two systems are asked is the same
+    assert (
+        random.Random("words/0/1").random() == random.Random("words/0/1").random()
+    )  # what two systems are asked is the same

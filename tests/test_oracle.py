@@ -23,7 +23,9 @@ cached_pair = functools.cache(pair)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 1 << 32), faults=st.booleans())
-def test_any_history_of_the_cache_gives_the_stateless_answer(architecture: str, seed: int, faults: bool) -> None:
+def test_any_history_of_the_cache_gives_the_stateless_answer(
+    architecture: str, seed: int, faults: bool
+) -> None:
     model, reference = cached_pair(architecture)
     random_play(model, reference, seed, faults=faults).close()
 
@@ -182,7 +184,12 @@ def test_the_default_model_over_five_turns_equals_generate_on_the_full_history()
         request = lab.done[f"t{turn}"]
         with torch.inference_mode():
             full = reference.generate(
-                torch.tensor([log + new]), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+                torch.tensor([log + new]),
+                max_new_tokens=8,
+                min_new_tokens=8,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )[0].tolist()
         if request.tokens != full:
             assert_answer_is_stateless(reference, request)  # equal up to near-ties, shown by logits

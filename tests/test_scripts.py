@@ -40,7 +40,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_check_runs_as_users_run_it() -> None:
     result = subprocess.run(
-        [sys.executable, str(SCRIPTS / "test_chunk_pinning.py")], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, str(SCRIPTS / "test_chunk_pinning.py")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "chunk pinning: 6 of 6 checks passed"
@@ -52,10 +56,16 @@ def test_the_other_check_passes(run: Any, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("script", "method", "planted"), [("test_memory_safety.py", "_free_slot", leak), ("test_chunk_pinning.py", "lease", no_leases)]
+    ("script", "method", "planted"),
+    [("test_memory_safety.py", "_free_slot", leak), ("test_chunk_pinning.py", "lease", no_leases)],
 )
 def test_a_planted_bug_makes_it_fail(
-    run: Any, script: str, method: str, planted: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Any,
+    script: str,
+    method: str,
+    planted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Places, method, planted)
     assert run(script) == 1

@@ -11,7 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGUFWriter, TokenType
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -28,7 +35,15 @@ _ARCHITECTURES = {
     "minimax_m2": "minimax-m2", "ministral3": "mistral3", "mixtral": "llama", "olmo3": "olmo2", "phi": "phi2", "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
 }  # fmt: skip
-_PAIRED = {"arcee", "granite", "granitemoe", "llama", "mistral3", "olmo", "smollm3"}  # rotary pairs side by side in each head
+_PAIRED = {
+    "arcee",
+    "granite",
+    "granitemoe",
+    "llama",
+    "mistral3",
+    "olmo",
+    "smollm3",
+}  # rotary pairs side by side in each head
 _SHIFTED_NORMS = {"gemma", "gemma2", "gemma3"}
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -61,7 +76,9 @@ def tiny_llama(*, seed: int = 0, rope: dict[str, Any] | None = None) -> LlamaFor
         max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0, **(rope or {})}, rms_norm_eps=1e-5,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # .to() would round the rotary buffers too
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16
+    )  # .to() would round the rotary buffers too
     assert isinstance(model, LlamaForCausalLM)
     return model.eval()
 
@@ -94,7 +111,9 @@ def write_gguf(
         parts: files to split it into, `path` must then end in -00001-of-0000N.gguf.
     """
     architecture = architecture or architecture_of(model.config)
-    said = {f"{architecture}.{name}": value for name, value in {**keys_of(model.config), **(keys or {})}.items()} | (metadata or {})
+    said = {
+        f"{architecture}.{name}": value for name, value in {**keys_of(model.config), **(keys or {})}.items()
+    } | (metadata or {})
     held = dict(tensors_of(model) if tensors is None else tensors)
     if rope_factors is not None:
         held["rope_freqs.weight"] = rope_factors.float().numpy()
@@ -125,7 +144,10 @@ def architecture_of(config: PretrainedConfig) -> str:
 
 def keys_of(config: PretrainedConfig) -> dict[str, Any]:
     """The keys of an architecture, without its prefix, that the converter writes for this config."""
-    get, kind = lambda *names: next((v for n in names if (v := getattr(config, n, None)) is not None), None), config.model_type
+    get, kind = (
+        lambda *names: next((v for n in names if (v := getattr(config, n, None)) is not None), None),
+        config.model_type,
+    )
     heads = get("num_attention_heads", "n_head")
     head_dim = get("head_dim") or get("hidden_size", "n_embd") // heads
     keys = {
@@ -143,7 +165,16 @@ def keys_of(config: PretrainedConfig) -> dict[str, Any]:
         "expert_used_count": get("num_experts_per_tok") if get("num_local_experts", "num_experts") else None,
         **_rope_keys(config),
     }
-    if kind in ("llama", "mixtral", "smollm3", "arcee", "granite", "granitemoe", "granitemoeshared", "ministral3"):
+    if kind in (
+        "llama",
+        "mixtral",
+        "smollm3",
+        "arcee",
+        "granite",
+        "granitemoe",
+        "granitemoeshared",
+        "ministral3",
+    ):
         keys |= {"vocab_size": config.vocab_size, "rope.dimension_count": head_dim}
     if kind in ("qwen2_moe", "qwen3_moe"):
         keys["expert_feed_forward_length"] = config.moe_intermediate_size
@@ -161,13 +192,21 @@ def keys_of(config: PretrainedConfig) -> dict[str, Any]:
     if kind == "minimax_m2":
         keys["expert_gating_func"] = 2
     if kind in ("gemma2", "gemma3_text"):
-        keys |= {"attn_logit_softcapping": get("attn_logit_softcapping"), "final_logit_softcapping": get("final_logit_softcapping")}
+        keys |= {
+            "attn_logit_softcapping": get("attn_logit_softcapping"),
+            "final_logit_softcapping": get("final_logit_softcapping"),
+        }
     if kind in ("gemma2", "gemma3_text", "gpt_oss", "cohere2", "olmo3"):
         keys["attention.sliding_window"] = config.sliding_window
     if kind == "olmo3":
-        keys["attention.sliding_window_pattern"] = [layer == "sliding_attention" for layer in config.layer_types]
+        keys["attention.sliding_window_pattern"] = [
+            layer == "sliding_attention" for layer in config.layer_types
+        ]
     if kind == "phi3":
-        keys |= {"attention.sliding_window": config.sliding_window or 0, "rope.dimension_count": _rotated(config, head_dim)}
+        keys |= {
+            "attention.sliding_window": config.sliding_window or 0,
+            "rope.dimension_count": _rotated(config, head_dim),
+        }
         keys |= {"attention.key_length": None, "attention.value_length": None}
         keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
     if kind in ("phi", "gpt_neox", "minimax_m2"):
@@ -175,7 +214,10 @@ def keys_of(config: PretrainedConfig) -> dict[str, Any]:
     if kind == "gpt_neox":
         keys["use_parallel_residual"] = config.use_parallel_residual
     if kind.startswith("granite"):
-        keys |= {"attention.scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier}
+        keys |= {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+        }
         keys |= {"residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling}
     if kind in ("cohere", "cohere2"):
         keys |= {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
@@ -208,7 +250,9 @@ def _rope_keys(config: PretrainedConfig) -> dict[str, Any]:
         case "longrope":
             ratio = config.max_position_embeddings / rope["original_max_position_embeddings"]
             keys["rope.scaling.type"] = "longrope"
-            keys["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(ratio) / math.log(rope["original_max_position_embeddings"]))
+            keys["rope.scaling.attn_factor"] = math.sqrt(
+                1 + math.log(ratio) / math.log(rope["original_max_position_embeddings"])
+            )
     return keys
 
 
@@ -230,7 +274,10 @@ def tensors_of(model: PreTrainedModel) -> Tensors:
             found[target] = _arranged(target, part, config, architecture).contiguous().numpy()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        found |= {f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32) for length in ("long", "short")}
+        found |= {
+            f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
+            for length in ("long", "short")
+        }
     return found
 
 
@@ -242,9 +289,14 @@ def _split(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> list[tu
     if config.model_type == "gpt_oss" and "experts" in rest:
         suffix = "bias" if rest.endswith("_bias") else "weight"
         if "gate_up" in rest:
-            halves = [(f"{block}ffn_gate_exps.{suffix}", tensor[..., ::2]), (f"{block}ffn_up_exps.{suffix}", tensor[..., 1::2])]
+            halves = [
+                (f"{block}ffn_gate_exps.{suffix}", tensor[..., ::2]),
+                (f"{block}ffn_up_exps.{suffix}", tensor[..., 1::2]),
+            ]
             return [(n, t.transpose(-1, -2) if suffix == "weight" else t) for n, t in halves]
-        return [(f"{block}ffn_down_exps.{suffix}", tensor.transpose(-1, -2) if suffix == "weight" else tensor)]
+        return [
+            (f"{block}ffn_down_exps.{suffix}", tensor.transpose(-1, -2) if suffix == "weight" else tensor)
+        ]
     if rest.endswith("experts.gate_up_proj"):
         gate, up = tensor.chunk(2, dim=1)
         return [(f"{block}ffn_gate_exps.weight", gate), (f"{block}ffn_up_exps.weight", up)]
@@ -266,14 +318,22 @@ def _arranged(name: str, tensor: torch.Tensor, config: PretrainedConfig, archite
     stem = name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
     if architecture in _PAIRED and stem in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if stem == "attn_q" else config.num_key_value_heads
-        return tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+        return (
+            tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+        )
     if architecture in _SHIFTED_NORMS and stem.endswith("norm"):
         return tensor + 1
-    if architecture == "gpt2" and stem in ("attn_qkv", "attn_output", "ffn_up", "ffn_down") and tensor.ndim == 2:
+    if (
+        architecture == "gpt2"
+        and stem in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+        and tensor.ndim == 2
+    ):
         return tensor.T
     if architecture == "gptneox" and stem == "attn_qkv":
         heads = config.num_attention_heads
-        return tensor.reshape(heads, 3, tensor.shape[0] // heads // 3, -1).swapaxes(0, 1).reshape(tensor.shape)
+        return (
+            tensor.reshape(heads, 3, tensor.shape[0] // heads // 3, -1).swapaxes(0, 1).reshape(tensor.shape)
+        )
     if stem == "ffn_gate_inp_shexp":
         return tensor.reshape(-1)
     return tensor

@@ -37,7 +37,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 ARCHITECTURES = tuple(CONFIGS)
 
 
-def tiny(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+def tiny(
+    architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
     """A model of 2 or 3 layers, the same for the same seed.
 
     Weights are drawn wider than a training start would: attention that barely looks at its keys would forgive every bug.

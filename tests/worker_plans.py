@@ -36,7 +36,9 @@ class Driver:
         make_worker: Callable[..., Any] = ModelWorker,
     ) -> None:
         self.model = model
-        tiers = tuple(TierConfig(name, count) for name, count in zip(("gpu", "cpu", "disk"), slots, strict=False))
+        tiers = tuple(
+            TierConfig(name, count) for name, count in zip(("gpu", "cpu", "disk"), slots, strict=False)
+        )
         self.worker = make_worker(model, tiers, CHUNK, attention=attention, hooks=hooks)
         self.steps = itertools.count()
         self.copies = itertools.count()
@@ -52,7 +54,9 @@ class Driver:
             self.logits[span.request_id, span.stop - 1] = row.float().clone()
         return logits
 
-    def start(self, request_id: str, prompt: Sequence[int], slots: Sequence[int], sampling: SamplingParams = GREEDY) -> None:
+    def start(
+        self, request_id: str, prompt: Sequence[int], slots: Sequence[int], sampling: SamplingParams = GREEDY
+    ) -> None:
         self.started.append(RequestStart(request_id, sampling, tuple(prompt)))
         self.tables.append(BlockTableUpdate(request_id, 0, tuple(slots)))
 

@@ -45,12 +45,23 @@ class World:
         self.done: dict[str, Request] = {}
 
     def submit(
-        self, name: str, tokens: list[int], answer: int = 1, *, conversation: str | None = None, namespace: str = "n", history: int = 0
+        self,
+        name: str,
+        tokens: list[int],
+        answer: int = 1,
+        *,
+        conversation: str | None = None,
+        namespace: str = "n",
+        history: int = 0,
     ) -> Request:
         sampling = SamplingParams(max_new_tokens=answer)
-        return self.scheduler.submit(name, namespace, conversation or name, tuple(tokens), history, sampling, self.now_s)
+        return self.scheduler.submit(
+            name, namespace, conversation or name, tuple(tokens), history, sampling, self.now_s
+        )
 
-    def step(self, change: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result) -> StepPlan:
+    def step(
+        self, change: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result
+    ) -> StepPlan:
         self.now_s += 0.0 if self.worker.timing else 1.0
         plan = self.scheduler.schedule(self.now_s)
         self.check()
@@ -79,7 +90,14 @@ class World:
         raise AssertionError("not done")
 
     def turn(
-        self, name: str, tokens: list[int], answer: int = 1, *, conversation: str | None = None, namespace: str = "n", history: int = 0
+        self,
+        name: str,
+        tokens: list[int],
+        answer: int = 1,
+        *,
+        conversation: str | None = None,
+        namespace: str = "n",
+        history: int = 0,
     ) -> Request:
         self.submit(name, tokens, answer, conversation=conversation, namespace=namespace, history=history)
         self.run()
@@ -96,7 +114,9 @@ class World:
         sequence = self.cache.find("n", conversation)
         letters = {(True, True): "b", (True, False): "g", (False, True): "c"}
         return "".join(
-            "." if chunk is None else letters[chunk.slots[0] is not None, any(slot is not None for slot in chunk.slots[1:])]
+            "."
+            if chunk is None
+            else letters[chunk.slots[0] is not None, any(slot is not None for slot in chunk.slots[1:])]
             for chunk in (sequence.chunks if sequence else [])
         )
 
@@ -148,15 +168,34 @@ class TimedWorld(World):
 
     FIXED_S, ROW_S, READ_S, TOKEN_S, PAIR_S = 0.015, 2e-4, 2e-7, 2.5e-4, 2e-8
 
-    def __init__(self, *slots: int, step_s: float = 0.1, slowness: float = 1.0, max_context: int = 40_000, **config: float | str) -> None:
+    def __init__(
+        self,
+        *slots: int,
+        step_s: float = 0.1,
+        slowness: float = 1.0,
+        max_context: int = 40_000,
+        **config: float | str,
+    ) -> None:
         worker = QuickWorker(list(slots), CHUNK)
         worker.timing = lambda plan: slowness * self.seconds(Load.of(plan.spans))
         pace = Pace(CostProfile([(CHUNK, 1.0), (max_context, 9.0)], CHUNK))
-        super().__init__(*slots, worker=worker, max_context=max_context, pace=pace, **{"step_s": step_s, "max_batch_tokens": 512, **config})
+        super().__init__(
+            *slots,
+            worker=worker,
+            max_context=max_context,
+            pace=pace,
+            **{"step_s": step_s, "max_batch_tokens": 512, **config},
+        )
         self.check_every = 100  # (thousands of chunks)
 
     def seconds(self, load: Load) -> float:
-        return self.FIXED_S + self.ROW_S * load.rows + self.READ_S * load.reads + self.TOKEN_S * load.tokens + self.PAIR_S * load.pairs
+        return (
+            self.FIXED_S
+            + self.ROW_S * load.rows
+            + self.READ_S * load.reads
+            + self.TOKEN_S * load.tokens
+            + self.PAIR_S * load.pairs
+        )
 
 
 class QuickWorker(FakeWorker):

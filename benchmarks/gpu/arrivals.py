@@ -137,7 +137,9 @@ class Run:
     end_s: float = 0.0
 
 
-async def play(players: Sequence[Player], server: Server, load: Load, *, until_s: float, drain_s: float, label: str = "") -> Run:
+async def play(
+    players: Sequence[Player], server: Server, load: Load, *, until_s: float, drain_s: float, label: str = ""
+) -> Run:
     """Play scripts from their starts; after `until_s` nothing is sent any more, after `drain_s` more nothing is waited for."""
     run, begin = Run(), time.monotonic()
 
@@ -157,12 +159,16 @@ async def play(players: Sequence[Player], server: Server, load: Load, *, until_s
             run.sent.append(sent)
             try:
                 sent.answer = await server.ask(name, prompt, len(log), turn.output_tokens)
-            except Exception as error:  # one conversation ends; what went wrong is in the report, and fails the run
+            except (
+                Exception
+            ) as error:  # one conversation ends; what went wrong is in the report, and fails the run
                 run.errors.append(f"{type(error).__name__}: {error}")
                 return
             sent.done_s = time.monotonic() - begin
             if len(sent.answer.tokens) != turn.output_tokens:
-                run.errors.append(f"{len(sent.answer.tokens)} tokens came back, {turn.output_tokens} were asked for")
+                run.errors.append(
+                    f"{len(sent.answer.tokens)} tokens came back, {turn.output_tokens} were asked for"
+                )
             log = prompt + sent.answer.tokens
 
     tasks = [asyncio.create_task(converse(player)) for player in players]
@@ -204,7 +210,9 @@ def figures(run: Run, window: tuple[float, float]) -> dict[str, Any]:
     sent = [request for request in run.sent if start_s <= request.sent_s < stop_s]
     if not sent:
         raise ValueError(f"nothing was sent between {start_s:g} and {stop_s:g} s")
-    answered = [request for request in run.sent if request.done_s is not None and start_s <= request.done_s < stop_s]
+    answered = [
+        request for request in run.sent if request.done_s is not None and start_s <= request.done_s < stop_s
+    ]
     normalized = [1e3 * request.normalized_s(run.end_s) for request in sent]
     firsts = [1e3 * r.answer.first_s for r in sent if r.answer is not None and r.answer.first_s is not None]
     answers = [r.answer for r in sent if r.answer is not None]
@@ -243,7 +251,9 @@ def next_rate(points: Sequence[tuple[float, float]], limit: float, first: float)
 def crossing_of(points: Sequence[dict[str, Any]], limit_ms: float) -> Crossing:
     """Requests a second at which the normalized latency reaches a limit; `points` as `sweep` tells them."""
     ordered = sorted(points, key=lambda point: float(point["rate"]))
-    return throughput_at([Point(point["requests_per_s"], point["normalized_ms"]) for point in ordered], limit_ms)
+    return throughput_at(
+        [Point(point["requests_per_s"], point["normalized_ms"]) for point in ordered], limit_ms
+    )
 
 
 def ratio_of(ours: Crossing, theirs: Crossing) -> tuple[float, str]:
@@ -256,7 +266,13 @@ def ratio_of(ours: Crossing, theirs: Crossing) -> tuple[float, str]:
 
 
 async def sweep(
-    server: Server, load: Load, *, limit_ms: float | None, first_rate: float, say: Callable[[str], None], left_s: Callable[[], float]
+    server: Server,
+    load: Load,
+    *,
+    limit_ms: float | None,
+    first_rate: float,
+    say: Callable[[str], None],
+    left_s: Callable[[], float],
 ) -> dict[str, Any]:
     """Latency unloaded, then at `num_points` rates around the one where it reaches a limit.
 
@@ -274,10 +290,14 @@ async def sweep(
     for script in quiet:  # one after the other
         if len(run.sent) >= load.unloaded_turns:
             break
-        part = await play([Player(0.0, (script,))], server, load, until_s=math.inf, drain_s=0.0, label="alone")
+        part = await play(
+            [Player(0.0, (script,))], server, load, until_s=math.inf, drain_s=0.0, label="alone"
+        )
         run.sent += part.sent
         run.errors += part.errors
-    unloaded_ms = 1e3 * statistics.mean(request.normalized_s(math.inf) for request in run.sent if request.done_s is not None)
+    unloaded_ms = 1e3 * statistics.mean(
+        request.normalized_s(math.inf) for request in run.sent if request.done_s is not None
+    )
     first_answer = next((list(r.answer.tokens) for r in run.sent if r.answer is not None), [])
     await server.clear()
     limit_ms = limit_ms or 2 * unloaded_ms
@@ -291,7 +311,9 @@ async def sweep(
         rate = next_rate([(point["rate"], point["normalized_ms"]) for point in points], limit_ms, first_rate)
         count = math.ceil(2 * rate * load.point_s / load.lengths.mean_turns) + 20
         players = open_loop(load.scripts(count), load.lengths.mean_turns, rate, load.point_s, seed=load.seed)
-        played = await play(players, server, load, until_s=load.point_s, drain_s=load.drain_s, label=f"{rate:.3f}")
+        played = await play(
+            players, server, load, until_s=load.point_s, drain_s=load.drain_s, label=f"{rate:.3f}"
+        )
         await server.clear()
         point = {"rate": rate} | figures(played, (load.point_s - load.window_s, load.point_s))
         points.append(point)

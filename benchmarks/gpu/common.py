@@ -43,12 +43,18 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     """The options that all scripts have; `text` is the script's docstring."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu (to see that a script runs)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: a proof that it runs, its figures mean nothing")
-    parser.add_argument("--attention", default="auto", help="attention backend; auto takes the first that can serve")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes: a proof that it runs, its figures mean nothing"
+    )
+    parser.add_argument(
+        "--attention", default="auto", help="attention backend; auto takes the first that can serve"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument("--repeats", type=int, default=7, help="measurements of each kind; medians count")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit-s", type=float, default=570.0, help="no case is begun that would end after so many seconds")
+    parser.add_argument(
+        "--limit-s", type=float, default=570.0, help="no case is begun that would end after so many seconds"
+    )
     parser.add_argument("--commit", default=None, help="the commit measured, where there is no git to ask")
     parser.add_argument("--out", type=Path, default=None, help="write the JSON here, too, after every case")
     return parser
@@ -80,7 +86,9 @@ class Goal:
     value: float
     bound: float
     at_least: bool  # False: at most
-    known: str = ""  # "at least", "at most", "unknown": how the true value lies to this one; "": it is this one
+    known: str = (
+        ""  # "at least", "at most", "unknown": how the true value lies to this one; "": it is this one
+    )
 
     @property
     def verdict(self) -> str:
@@ -123,7 +131,12 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def in_turns(
-        self, works: Mapping[str, Callable[[int], object]], repeats: int, *, block_s: float = 0.02, most: int = 64
+        self,
+        works: Mapping[str, Callable[[int], object]],
+        repeats: int,
+        *,
+        block_s: float = 0.02,
+        most: int = 64,
     ) -> dict[str, Timing]:
         """Several kinds of work, A B A B ...
 
@@ -200,7 +213,9 @@ def device_busy_s(device: torch.device, work: Callable[[], object]) -> tuple[flo
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize(device)
-    spans = [(e.time_range.start, e.time_range.end) for e in found.events() or () if e.device_type.name == "CUDA"]
+    spans = [
+        (e.time_range.start, e.time_range.end) for e in found.events() or () if e.device_type.name == "CUDA"
+    ]
     if not spans:
         raise RuntimeError("the profiler saw no kernel: CUPTI may not be allowed here")
     return covered(spans) / 1e6, (max(stop for _, stop in spans) - min(start for start, _ in spans)) / 1e6
@@ -211,7 +226,11 @@ def device_busy_s(device: torch.device, work: Callable[[], object]) -> tuple[flo
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a result was measured on; clocks are read while the device is busy copying."""
-    told: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    told: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         told |= {
@@ -225,7 +244,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of everything that could move a figure."""
-    told: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda, "linux": platform.release()}
+    told: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "linux": platform.release(),
+    }
     for name in ("torch", "triton", "transformers", "numpy"):
         try:
             told[name] = version(name)
@@ -238,8 +261,12 @@ def commit() -> str:
     """Of the working tree, with a mark where it is not what was committed."""
     try:
         git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head} and changes" if changed else head
@@ -249,7 +276,12 @@ def _smi(device: torch.device) -> dict[str, str] | str:
     buffer = torch.empty(1 << 28, dtype=torch.uint8, device=device)
     for _ in range(4000):  # about a second of copies, queued
         buffer[: 1 << 27].copy_(buffer[1 << 27 :])
-    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(_SMI_FIELDS)}",
+        "--format=csv,noheader",
+        f"--id={device.index or 0}",
+    ]
     try:
         line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
@@ -262,7 +294,10 @@ def _smi(device: torch.device) -> dict[str, str] | str:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.processor())
+            return next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")),
+                platform.processor(),
+            )
     except OSError:
         return platform.processor()
 
@@ -368,8 +403,13 @@ class Report:
         rows = [("goal", "value", "", "")]
         rows += [(goal.what, f"{goal.value:.3g}", str(goal), self._verdict(goal)) for goal in self._goals]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"wrong: {what}" for what in self.failed] + [f"not measured: {what}" for what in self.left_out]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines += [f"wrong: {what}" for what in self.failed] + [
+            f"not measured: {what}" for what in self.left_out
+        ]
         return "\n".join(lines)
 
     def _verdict(self, goal: Goal) -> str:
@@ -377,10 +417,22 @@ class Report:
 
     def _as_json(self) -> dict[str, Any]:
         goals = [
-            {"what": g.what, "value": g.value, "goal": str(g), "ratio": g.value / g.bound, "verdict": self._verdict(g)} for g in self._goals
+            {
+                "what": g.what,
+                "value": g.value,
+                "goal": str(g),
+                "ratio": g.value / g.bound,
+                "verdict": self._verdict(g),
+            }
+            for g in self._goals
         ]
         took_s = round(time.monotonic() - self.began_s, 1)
-        return self._content | {"goals": goals, "wrong": self.failed, "not_measured": self.left_out, "took_s": took_s}
+        return self._content | {
+            "goals": goals,
+            "wrong": self.failed,
+            "not_measured": self.left_out,
+            "took_s": took_s,
+        }
 
     def _write(self) -> None:
         out: Path | None = self.options.out

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # Python puts this very folder on its path, whose modules are meant to be found in their package only
+if (
+    not __package__
+):  # Python puts this very folder on its path, whose modules are meant to be found in their package only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -55,17 +57,30 @@ QUICK = Sizes((1, 3), (40,), 6, 20, 3, 2, 1 << 20)
 class Decoding:
     """An engine whose requests are all in the middle of their answers."""
 
-    def __init__(self, loaded: Loaded, attention: str, running: int, context: int, num_steps: int, seed: int) -> None:
+    def __init__(
+        self, loaded: Loaded, attention: str, running: int, context: int, num_steps: int, seed: int
+    ) -> None:
         rng, vocab = random.Random(seed), loaded.model.shape.vocab_size
         # The first requests decode while the prompts of the last are computed.
         num_steps += 2 * -(-running * context // (BATCH_TOKENS - running)) + 8
         chunks = -(-(context + num_steps + 8) // CHUNK)
         self.running = running
         self.failed: list[Failed] = []
-        self.world = World(loaded, int(running * chunks / 0.85) + 16, 0, attention=attention, emit=self._emit, max_running=max(8, running))
+        self.world = World(
+            loaded,
+            int(running * chunks / 0.85) + 16,
+            0,
+            attention=attention,
+            emit=self._emit,
+            max_running=max(8, running),
+        )
         engine, scheduler = self.world.engine, self.world.scheduler
         for number in range(running):
-            engine.post(Submit(f"r{number}", f"c{number}", "bench", drawn(rng, context, vocab), 0, greedy(num_steps + 4)))
+            engine.post(
+                Submit(
+                    f"r{number}", f"c{number}", "bench", drawn(rng, context, vocab), 0, greedy(num_steps + 4)
+                )
+            )
         while len(scheduler.running) < running or any(request.missing for request in scheduler.running):
             engine.step()
             if self.failed:
@@ -81,7 +96,9 @@ class Decoding:
             self.world.engine.step()
         took_s = (time.perf_counter() - begin) / count
         if self.failed or len(self.world.scheduler.running) != self.running:
-            raise RuntimeError(f"{len(self.world.scheduler.running)} of {self.running} requests still run: {self.failed[:1]}")
+            raise RuntimeError(
+                f"{len(self.world.scheduler.running)} of {self.running} requests still run: {self.failed[:1]}"
+            )
         return took_s
 
     def context_now(self) -> float:
@@ -116,7 +133,9 @@ class Bench:
     def __init__(self, report: Report, options: argparse.Namespace) -> None:
         self.report, self.options, self.repeats = report, options, options.repeats
         self.sizes = QUICK if options.quick else FULL
-        self.copy_rate = report.limit("copy_bytes_per_s", copy_bytes_per_s(report.device, self.repeats, self.sizes.copied_bytes))
+        self.copy_rate = report.limit(
+            "copy_bytes_per_s", copy_bytes_per_s(report.device, self.repeats, self.sizes.copied_bytes)
+        )
         self.loaded = load(report, MODEL)
         with torch.inference_mode():
             check(report, self.loaded)
@@ -124,7 +143,9 @@ class Bench:
     def _decoding(self, running: int, context: int) -> Decoding:
         num_steps = self.sizes.block * (self.repeats + WARM_UP) + self.sizes.profiled + 8
         begin = time.perf_counter()
-        decoding = Decoding(self.loaded, self.options.attention, running, context, num_steps, self.options.seed)
+        decoding = Decoding(
+            self.loaded, self.options.attention, running, context, num_steps, self.options.seed
+        )
         self.report.note("attention", decoding.world.worker.attention)
         self.report.say(f"{running} x {context}: prompts computed in {time.perf_counter() - begin:.1f} s")
         for _ in range(WARM_UP):
@@ -157,7 +178,11 @@ class Bench:
             "weights_gb": self.loaded.weight_bytes / 1e9, "kv_gb": kv_bytes / 1e9, "of_limit": limit_s / step_s, **idle(busy, step_s),
         }  # fmt: skip
         self.report.goal(f"{name}: of the memory's limit", limit_s / step_s, 0.70, at_least=True)
-        self.report.case(name, figures, f"{1e3 * step_s:.2f} ms, memory allows {1e3 * limit_s:.2f}: {limit_s / step_s:.0%}{told(figures)}")
+        self.report.case(
+            name,
+            figures,
+            f"{1e3 * step_s:.2f} ms, memory allows {1e3 * limit_s:.2f}: {limit_s / step_s:.0%}{told(figures)}",
+        )
 
     def _busy(self, decoding: Decoding) -> tuple[float, float] | None:
         """Seconds a step in which the device was busy, and seconds a step of the profile."""
@@ -183,7 +208,9 @@ class Bench:
             clock = HostClock()
             clock.watch(world.scheduler, "schedule")
             clock.watch(world.scheduler, "commit")
-            for method in ("begin", "finish") if world.ahead else ("run",):  # ("finish" is mostly waiting for the device)
+            for method in (
+                ("begin", "finish") if world.ahead else ("run",)
+            ):  # ("finish" is mostly waiting for the device)
                 clock.watch(world.worker, method)
             decoding.steps(self.sizes.profiled)
         finally:
@@ -207,12 +234,20 @@ def idle(busy: tuple[float, float] | None, step_s: float) -> dict[str, float]:
     if busy is None:
         return {}
     busy_s, profiled_s = busy
-    return {"busy_ms": 1e3 * busy_s, "idle_share": max(0.0, 1 - busy_s / step_s), "idle_share_profiled": max(0.0, 1 - busy_s / profiled_s)}
+    return {
+        "busy_ms": 1e3 * busy_s,
+        "idle_share": max(0.0, 1 - busy_s / step_s),
+        "idle_share_profiled": max(0.0, 1 - busy_s / profiled_s),
+    }
 
 
 def told(figures: dict[str, Any]) -> str:
     """The idle share for people, if it is known."""
-    return f"; the device busy {figures['busy_ms']:.2f} ms, idle {figures['idle_share']:.1%}" if "busy_ms" in figures else ""
+    return (
+        f"; the device busy {figures['busy_ms']:.2f} ms, idle {figures['idle_share']:.1%}"
+        if "busy_ms" in figures
+        else ""
+    )
 
 
 def main() -> int:

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # Python puts this very folder on its path, whose modules are meant to be found in their package only
+if (
+    not __package__
+):  # Python puts this very folder on its path, whose modules are meant to be found in their package only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -42,7 +44,9 @@ TURN_REQUESTS, TURN_NEW = 32, 8
 BIG_KV_BYTES = 128e6  # from here on a decode must run at memory speed
 CHECKED_ROWS = 48  # of a long prompt
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (S, H, Q, D), (S, Hkv, N, D) twice -> (S, H, Q, D)
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]  # (S, H, Q, D), (S, Hkv, N, D) twice -> (S, H, Q, D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +80,26 @@ class Bench:
         self.sizes = QUICK if options.quick else FULL
         self.device, self.dtype = report.device, DTYPES[options.dtype]
         self.tolerance = TOLERANCES[self.dtype]
-        self.copy_rate = report.limit("copy_bytes_per_s", copy_bytes_per_s(self.device, options.repeats, self.sizes.copied_bytes))
-        self.peak = report.limit("matmul_flops_per_s", matmul_flops_per_s(self.device, self.dtype, options.repeats, self.sizes.product))
+        self.copy_rate = report.limit(
+            "copy_bytes_per_s", copy_bytes_per_s(self.device, options.repeats, self.sizes.copied_bytes)
+        )
+        self.peak = report.limit(
+            "matmul_flops_per_s",
+            matmul_flops_per_s(self.device, self.dtype, options.repeats, self.sizes.product),
+        )
 
-    def case(self, name: str, heads: Heads, requests: int, past: int, new: int, *, copies: int) -> PagedCase | None:
+    def case(
+        self, name: str, heads: Heads, requests: int, past: int, new: int, *, copies: int
+    ) -> PagedCase | None:
         """A case filled and ready, if memory holds it and `copies` more of its KV; else it is named as left out."""
         tokens = requests * (past + new + 32)
         layer_bytes = heads.kv_bytes(tokens, self.dtype)
         layers = max(1, math.ceil(self.sizes.rotated_bytes / layer_bytes))
         if self.device.type == "cuda":
-            need, free = layers * layer_bytes * (1 + copies), torch.cuda.mem_get_info(self.device)[0] * MEMORY_SHARE
+            need, free = (
+                layers * layer_bytes * (1 + copies),
+                torch.cuda.mem_get_info(self.device)[0] * MEMORY_SHARE,
+            )
             if need > free:
                 self.report.skip(name, f"{need / 1e9:.0f} GB of KV, {free / 1e9:.0f} GB of memory")
                 return None
@@ -102,7 +116,9 @@ class Bench:
         error = max(case.check(layer, requests, rows) for layer in sorted({0, case.layers - 1}))
         if error <= self.tolerance:
             return True
-        self.report.wrong(f"{name}: attention is off by {error:.2g} of an answer's length ({self.tolerance:g} would be rounding)")
+        self.report.wrong(
+            f"{name}: attention is off by {error:.2g} of an answer's length ({self.tolerance:g} would be rounding)"
+        )
         return False
 
     # -- turns: the paper's figure 12
@@ -126,15 +142,22 @@ class Bench:
             works["copy out"] = self._copy_out(name, case, contiguous)
         works["one token a round"] = self._rounds(name, case)
         times = self.report.clock.in_turns(works, self.options.repeats)
-        figures: dict[str, Any] = {work: timing.as_json() for work, timing in times.items()} | {"layers": case.layers}
+        figures: dict[str, Any] = {work: timing.as_json() for work, timing in times.items()} | {
+            "layers": case.layers
+        }
         ours_s = times["ours"].median_s
         best = best_of(times, contiguous.works)
         line = f"ours {1e6 * ours_s:.0f} µs"
         if best is not None:
             ratios = {"contiguous": times[best].median_s, "copy out": times["copy out"].median_s}
             ratios["one token a round"] = times["one token a round"].median_s
-            figures |= {"best_contiguous": best} | {f"ours_over_{what}": ours_s / seconds for what, seconds in ratios.items()}
-            line += "".join(f", {what} {1e6 * seconds:.0f}" for what, seconds in ratios.items()) + f" (contiguous: {best})"
+            figures |= {"best_contiguous": best} | {
+                f"ours_over_{what}": ours_s / seconds for what, seconds in ratios.items()
+            }
+            line += (
+                "".join(f", {what} {1e6 * seconds:.0f}" for what, seconds in ratios.items())
+                + f" (contiguous: {best})"
+            )
             self.report.goal(f"{name}: time, of {best}", ours_s / times[best].median_s, 1.0, at_least=False)
         self.report.case(name, figures, line)
 
@@ -155,7 +178,9 @@ class Bench:
                 self.report.skip(f"{name}: torch's {which}", str(error_).splitlines()[0][:200])
                 continue
             found.attends[which] = attend
-            found.works[f"contiguous {which}"] = lambda number, attend=attend: attend(query, *kv[number % case.layers])  # type: ignore[misc]
+            found.works[f"contiguous {which}"] = lambda number, attend=attend: attend(
+                query, *kv[number % case.layers]
+            )  # type: ignore[misc]
         return found
 
     def _copy_out(self, name: str, case: PagedCase, contiguous: Contiguous) -> Callable[[int], object]:
@@ -180,13 +205,19 @@ class Bench:
 
     def _rounds(self, name: str, case: PagedCase) -> Callable[[int], object]:
         """The same new tokens one at a time, as a kernel for single tokens has to."""
-        steps = [case.backend.prepare(case.batch_of(case.past + step, case.past + step + 1)) for step in range(case.new)]
+        steps = [
+            case.backend.prepare(case.batch_of(case.past + step, case.past + step + 1))
+            for step in range(case.new)
+        ]
         by_request = case.query.view(case.requests, case.new, *case.query.shape[1:])
         queries = [by_request[:, step].contiguous() for step in range(case.new)]
 
         def work(number: int) -> list[torch.Tensor]:
             layer = number % case.layers
-            return [case.backend.attend(step, layer, query, case.args) for step, query in zip(steps, queries, strict=True)]
+            return [
+                case.backend.attend(step, layer, query, case.args)
+                for step, query in zip(steps, queries, strict=True)
+            ]
 
         error = worst_error(torch.stack([output[0] for output in work(0)]), case.expected(0, 0))
         if not error <= self.tolerance:
@@ -212,7 +243,12 @@ class Bench:
         times = self.report.clock.in_turns({"ours": case.attend, "write": case.write}, self.options.repeats)
         rate = kv_bytes / times["ours"].median_s
         figures: dict[str, Any] = {work: timing.as_json() for work, timing in times.items()}
-        figures |= {"kv_mb": kv_bytes / 1e6, "gb_per_s": rate / 1e9, "of_copy": rate / self.copy_rate, "layers": case.layers}
+        figures |= {
+            "kv_mb": kv_bytes / 1e6,
+            "gb_per_s": rate / 1e9,
+            "of_copy": rate / self.copy_rate,
+            "layers": case.layers,
+        }
         if kv_bytes >= BIG_KV_BYTES:
             self.report.goal(f"{name}: of copy bandwidth", rate / self.copy_rate, 0.75, at_least=True)
         self.report.case(
@@ -259,8 +295,13 @@ class Bench:
             if which != "ours":
                 figures[f"speed_of_{which}"] = times[which].median_s / times["ours"].median_s
         if "flash" in times:
-            self.report.goal(f"{name}: speed, of torch's flash attention", figures["speed_of_flash"], 0.9, at_least=True)
-        speeds = ", ".join(f"{w} {figures[w]['tflop_per_s']:.3g} TFLOP/s ({figures[w]['of_matmul']:.0%} of a product's)" for w in times)
+            self.report.goal(
+                f"{name}: speed, of torch's flash attention", figures["speed_of_flash"], 0.9, at_least=True
+            )
+        speeds = ", ".join(
+            f"{w} {figures[w]['tflop_per_s']:.3g} TFLOP/s ({figures[w]['of_matmul']:.0%} of a product's)"
+            for w in times
+        )
         self.report.case(name, figures, speeds)
 
 
@@ -287,13 +328,21 @@ def torch_attention(case: PagedCase) -> dict[str, Attend]:
     def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         bias = None if case.new == 1 else lower_right
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=case.args.scaling, enable_gqa=grouped)
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask=bias, scale=case.args.scaling, enable_gqa=grouped
+            )
 
     def masked(backend: SDPBackend) -> Attend:
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(
-                    query, key, value, attn_mask=mask, is_causal=square, scale=case.args.scaling, enable_gqa=grouped
+                    query,
+                    key,
+                    value,
+                    attn_mask=mask,
+                    is_causal=square,
+                    scale=case.args.scaling,
+                    enable_gqa=grouped,
                 )
 
         return attend

@@ -31,7 +31,11 @@ from pensieve.worker.worker import ModelWorker
 
 MOST_GRAPH_ROWS = 256  # batches of so many decodes are captured as graphs, as `pensieve serve` does
 BATCH_TOKENS = 4096  # one step's budget on a GPU
-_RMS_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.03}  # of logits against the reference: above, it is no rounding
+_RMS_LIMITS = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.08,
+    torch.float16: 0.03,
+}  # of logits against the reference: above, it is no rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +81,25 @@ def load(report: Report, name: str) -> Loaded:
     modules = build(config_of(name, quick=quick), dtype, str(report.device), seed=report.options.seed)
     total = sum(p.numel() * p.element_size() for p in modules.parameters())
     embedding = modules.get_input_embeddings().weight
-    looked_up = embedding.numel() * embedding.element_size() if modules.get_output_embeddings().weight is not embedding else 0
+    looked_up = (
+        embedding.numel() * embedding.element_size()
+        if modules.get_output_embeddings().weight is not embedding
+        else 0
+    )
     model = CausalModel(modules, "tiny" if quick else name, keep_modules=False)
     loaded = Loaded(name, model, total - looked_up, time.perf_counter() - begin)
-    report.say(f"{model.label}: {total / 1e9:.1f} GB of weights in {loaded.load_s:.0f} s, computed by {model.forward_name}")
-    report.note("model", {"name": model.label, "weights_gb": total / 1e9, "load_s": loaded.load_s, "forward": model.forward_name})
+    report.say(
+        f"{model.label}: {total / 1e9:.1f} GB of weights in {loaded.load_s:.0f} s, computed by {model.forward_name}"
+    )
+    report.note(
+        "model",
+        {
+            "name": model.label,
+            "weights_gb": total / 1e9,
+            "load_s": loaded.load_s,
+            "forward": model.forward_name,
+        },
+    )
     return loaded
 
 
@@ -89,10 +107,14 @@ def check(report: Report, loaded: Loaded) -> bool:
     """Compare the logits of prompts and decodes in one batch with those that the reference attention gives; a difference fails the run."""
     error = max(logit_errors(loaded.model, report.options.attention))
     limit = _RMS_LIMITS[loaded.model.dtype]
-    report.say(f"logits differ from the reference attention's by {error:.2g} of their size (root mean square)")
+    report.say(
+        f"logits differ from the reference attention's by {error:.2g} of their size (root mean square)"
+    )
     report.note("logit_error", error)
     if not error <= limit:
-        report.wrong(f"logits over {report.options.attention!r} attention are off by {error:.2g}, {limit:g} would be rounding")
+        report.wrong(
+            f"logits over {report.options.attention!r} attention are off by {error:.2g}, {limit:g} would be rounding"
+        )
     return error <= limit
 
 
@@ -111,16 +133,30 @@ def logit_errors(model: CausalModel, attention: str) -> list[float]:
         backend.bind(store)
         free = torch.randperm(store.num_slots, generator=torch.Generator().manual_seed(1)).tolist()
         builder = BatchBuilder(CHUNK, model.device)
-        builder.update(BlockTableUpdate(str(i), 0, tuple(free.pop() for _ in range(count))) for i, count in enumerate(chunks))
+        builder.update(
+            BlockTableUpdate(str(i), 0, tuple(free.pop() for _ in range(count)))
+            for i, count in enumerate(chunks)
+        )
         first = [(i, 0, length) for i, length in enumerate(lengths)]
-        second = [(0, lengths[0], lengths[0] + 1), (1, lengths[1], lengths[1] + 20), (2, lengths[2], lengths[2] + 1)]
+        second = [
+            (0, lengths[0], lengths[0] + 1),
+            (1, lengths[1], lengths[1] + 20),
+            (2, lengths[2], lengths[2] + 1),
+        ]
         logits[name] = [
             model.forward(batch, PagedAttention(backend, batch)).float()
             for step in (first, second)
-            for batch in [builder.build(tuple(Span(str(i), a, b, tokens[i][a:b], True) for i, a, b in step), lambda span: 0)]
+            for batch in [
+                builder.build(
+                    tuple(Span(str(i), a, b, tokens[i][a:b], True) for i, a, b in step), lambda span: 0
+                )
+            ]
         ]
     expected, got = logits.values()
-    return [float((a - b).square().mean().sqrt() / a.square().mean().sqrt()) for a, b in zip(expected, got, strict=True)]
+    return [
+        float((a - b).square().mean().sqrt() / a.square().mean().sqrt())
+        for a, b in zip(expected, got, strict=True)
+    ]
 
 
 def drawn(rng: random.Random, length: int, vocab: int) -> tuple[int, ...]:
@@ -155,7 +191,15 @@ class Steps:
             RuntimeError: the forward, a copy, a wipe or a request failed.
         """
         plan = StepPlan(
-            next(self._numbers), tuple(spans), tuple(swap_in), tuple(swap_out), tuple(started), tuple(tables), (), (), tuple(wiped)
+            next(self._numbers),
+            tuple(spans),
+            tuple(swap_in),
+            tuple(swap_out),
+            tuple(started),
+            tuple(tables),
+            (),
+            (),
+            tuple(wiped),
         )
         result = self._worker.run(plan)
         self.num_copies_done += len(result.copies_done)
@@ -212,7 +256,9 @@ class World:
         self.ahead = model.device.type == "cuda"
         graph_rows = min(config.max_running, MOST_GRAPH_ROWS) if self.ahead else 0
         self.worker = ModelWorker(model, tiers, CHUNK, attention=attention, graph_rows=graph_rows)
-        self.engine = Engine(self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=emit, ahead=self.ahead)
+        self.engine = Engine(
+            self.scheduler, self.worker, chunk_bytes=self.worker.chunk_bytes, emit=emit, ahead=self.ahead
+        )
 
     def close(self) -> None:
         """Stop, and give the tiers back."""

@@ -22,7 +22,10 @@ from pensieve.worker.kv_store import KVStore
 
 _PATTERN_CHUNKS = 1021  # a prime: neighbours in a table never repeat each other
 _LAYER_SHIFT = 131
-_LOUD_KEY, _LOUD_VALUE = 4.0, 8.0  # new tokens of a check stand out, so that one that is seen wrongly, or not at all, shows in any context
+_LOUD_KEY, _LOUD_VALUE = (
+    4.0,
+    8.0,
+)  # new tokens of a check stand out, so that one that is seen wrongly, or not at all, shows in any context
 TOLERANCES = {torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float32: 2e-3}  # of `worst_error`
 
 
@@ -55,12 +58,17 @@ class PagedCase:
         self.store = KVStore(requests * self.num_chunks, layers, self.backend.layer_bytes, device)
         self.backend.bind(self.store)
         self._random = torch.Generator(device).manual_seed(seed)
-        self._pattern = self.normal(2, min(_PATTERN_CHUNKS, self.store.num_slots), CHUNK, heads.num_kv_heads, heads.head_dim)
+        self._pattern = self.normal(
+            2, min(_PATTERN_CHUNKS, self.store.num_slots), CHUNK, heads.num_kv_heads, heads.head_dim
+        )
         slots = torch.randperm(self.store.num_slots, generator=torch.Generator().manual_seed(seed))
         self.tables = slots.view(requests, self.num_chunks).to(device)  # (S, B)
         self._builder = BatchBuilder(CHUNK, device)
         self._names = [f"r{index}" for index in range(requests)]
-        self._builder.update(BlockTableUpdate(name, 0, tuple(row)) for name, row in zip(self._names, self.tables.tolist(), strict=True))
+        self._builder.update(
+            BlockTableUpdate(name, 0, tuple(row))
+            for name, row in zip(self._names, self.tables.tolist(), strict=True)
+        )
         self.args = AttentionArgs(heads.head_dim**-0.5)
         with torch.inference_mode():
             self._fill()
@@ -71,12 +79,16 @@ class PagedCase:
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Random numbers of this case."""
-        return torch.randn(*shape, generator=self._random, device=self.device, dtype=torch.float32).to(self.dtype)
+        return torch.randn(*shape, generator=self._random, device=self.device, dtype=torch.float32).to(
+            self.dtype
+        )
 
     def batch_of(self, start: int, stop: int) -> Batch:
         """A step in which every request computes `[start, stop)`."""
         ids = (0,) * (stop - start)
-        return self._builder.build(tuple(Span(name, start, stop, ids, True) for name in self._names), lambda span: 0)
+        return self._builder.build(
+            tuple(Span(name, start, stop, ids, True) for name in self._names), lambda span: 0
+        )
 
     def attend(self, number: int) -> torch.Tensor:
         """(T, H, D), over the layer whose turn it is."""
@@ -110,9 +122,14 @@ class PagedCase:
             rows: of a request's new tokens, those looked at; None: all.
         """
         with torch.inference_mode():
-            key, value = self.normal(*self.key.shape) * _LOUD_KEY, self.normal(*self.value.shape) * _LOUD_VALUE
+            key, value = (
+                self.normal(*self.key.shape) * _LOUD_KEY,
+                self.normal(*self.value.shape) * _LOUD_VALUE,
+            )
             self.backend.write(self.prepared, layer, key, value)
-            output = self.backend.attend(self.prepared, layer, self.query, self.args).view(self.requests, self.new, *self.query.shape[1:])
+            output = self.backend.attend(self.prepared, layer, self.query, self.args).view(
+                self.requests, self.new, *self.query.shape[1:]
+            )
             worst = 0.0
             for request in requests:
                 mine = slice(request * self.new, (request + 1) * self.new)
@@ -123,7 +140,12 @@ class PagedCase:
         return worst
 
     def expected(
-        self, layer: int, request: int, rows: torch.Tensor | None = None, key: torch.Tensor | None = None, value: torch.Tensor | None = None
+        self,
+        layer: int,
+        request: int,
+        rows: torch.Tensor | None = None,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What one request's new tokens (or some rows of them) must come to, (Q, H, D), by the definition; new K and V (new, Hkv, D) if given."""
         all_keys, all_values = self.contiguous(layer, request)
@@ -153,12 +175,17 @@ class PagedCase:
             slots = range(first, min(first + _PATTERN_CHUNKS, self.store.num_slots))
             self._builder.update([BlockTableUpdate("fill", 0, tuple(slots))])
             num_tokens = len(slots) * CHUNK
-            batch = self._builder.build((Span("fill", 0, num_tokens, (0,) * num_tokens, False),), lambda span: 0)
+            batch = self._builder.build(
+                (Span("fill", 0, num_tokens, (0,) * num_tokens, False),), lambda span: 0
+            )
             prepared = self.backend.prepare(batch)
             numbers = torch.tensor(list(slots), device=self.device)
             for layer in range(self.layers):
                 rows = self._rows(numbers, layer)
-                key, value = (part[rows].view(num_tokens, self.heads.num_kv_heads, self.heads.head_dim) for part in self._pattern)
+                key, value = (
+                    part[rows].view(num_tokens, self.heads.num_kv_heads, self.heads.head_dim)
+                    for part in self._pattern
+                )
                 self.backend.write(prepared, layer, key, value)
         self._builder.forget(["fill"])
 

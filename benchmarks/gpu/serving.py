@@ -37,7 +37,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # Python puts this very folder on its path, whose modules are meant to be found in their package only
+if (
+    not __package__
+):  # Python puts this very folder on its path, whose modules are meant to be found in their package only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -59,8 +61,25 @@ DRIVER = Path(__file__).resolve().parent / "vllm_driver.py"
 class OurServer:
     """Our engine on a thread of its own, its answers brought to an event loop."""
 
-    def __init__(self, loaded: Loaded, gpu_slots: int, cpu_slots: int, attention: str, *, retain: bool, max_context: int) -> None:
-        self.world = World(loaded, gpu_slots, cpu_slots, attention=attention, emit=self._emit, retain=retain, max_context=max_context)
+    def __init__(
+        self,
+        loaded: Loaded,
+        gpu_slots: int,
+        cpu_slots: int,
+        attention: str,
+        *,
+        retain: bool,
+        max_context: int,
+    ) -> None:
+        self.world = World(
+            loaded,
+            gpu_slots,
+            cpu_slots,
+            attention=attention,
+            emit=self._emit,
+            retain=retain,
+            max_context=max_context,
+        )
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[str, asyncio.Future[Event]] = {}  # by request id or tag; touched on the loop only
         self._conversations: set[str] = set()
@@ -81,7 +100,9 @@ class OurServer:
             raise RuntimeError(f"{ended}")
         receipt = ended.receipt
         cached = receipt.gpu_tokens + receipt.cpu_tokens
-        return Answer(ended.output, receipt.first_token_s, cached, receipt.cpu_tokens, receipt.recomputed_tokens)
+        return Answer(
+            ended.output, receipt.first_token_s, cached, receipt.cpu_tokens, receipt.recomputed_tokens
+        )
 
     async def clear(self) -> None:
         """See `arrivals.Server`.
@@ -147,7 +168,12 @@ class Bench:
             self.limit_ms = self.limit_ms or earlier.get("limit_ms")
             report.note(
                 "with",
-                {"file": str(options.with_file), "command": earlier["command"], "date": earlier["date"], "cases": dict(self.found)},
+                {
+                    "file": str(options.with_file),
+                    "command": earlier["command"],
+                    "date": earlier["date"],
+                    "cases": dict(self.found),
+                },
             )
         if self.limit_ms is not None:
             report.note("limit_ms", self.limit_ms)
@@ -177,7 +203,11 @@ class Bench:
         """Where to look for a mode's crossing first: a little over the last one's."""
         if self.options.first_rate is not None:
             return float(self.options.first_rate)
-        crossings = [case["crossing"]["requests_per_s"] for case in self.found.values() if case["crossing"]["requests_per_s"]]
+        crossings = [
+            case["crossing"]["requests_per_s"]
+            for case in self.found.values()
+            if case["crossing"]["requests_per_s"]
+        ]
         return 1.3 * crossings[-1] if crossings else 6.0
 
     def _take(self, mode: str, told: dict[str, Any]) -> None:
@@ -217,7 +247,9 @@ class Bench:
             "copies_failed": scheduler.num_copies_failed, "forwards_failed": scheduler.num_forwards_failed,
         }  # fmt: skip
         if scheduler.num_forwards_failed or scheduler.num_copies_failed:
-            self.report.wrong(f"{mode}: {scheduler.num_forwards_failed} forwards and {scheduler.num_copies_failed} copies failed")
+            self.report.wrong(
+                f"{mode}: {scheduler.num_forwards_failed} forwards and {scheduler.num_copies_failed} copies failed"
+            )
         if mode != "stateless" and not any(point["cached_tokens"] for point in told["points"]):
             self.report.wrong(f"{mode}: nothing was ever found in the cache")
         return told
@@ -269,7 +301,13 @@ class Bench:
             ratios[mode] = {"ratio": ratio, "bound": bound or None}
             what = f"pensieve: requests/s at {self.limit_ms:.2f} ms a token, of {mode}'s"
             if mode != "gpu-only":
-                self.report.goal(what, ratio, STATELESS_GOAL if mode == "stateless" else VLLM_GOAL, at_least=True, known=bound)
+                self.report.goal(
+                    what,
+                    ratio,
+                    STATELESS_GOAL if mode == "stateless" else VLLM_GOAL,
+                    at_least=True,
+                    known=bound,
+                )
             self.report.say(f"{what}: {bound} {ratio:.2f}")
         self.report.note("ratios", ratios)
 
@@ -295,15 +333,31 @@ def options_of(words: list[str] | None = None) -> argparse.Namespace:
     arguments = parser(__doc__)
     arguments.add_argument("--modes", default="stateless,pensieve", help=f"some of {', '.join(OURS + VLLM)}")
     arguments.add_argument("--gpu-gb", type=float, default=None, help="KV on the GPU, every mode (20)")
-    arguments.add_argument("--cpu-gb", type=float, default=None, help="KV in main memory, pensieve and vllm-offload (24)")
-    arguments.add_argument("--think-s", type=float, default=5.0, help="mean think time")
-    arguments.add_argument("--point-s", type=float, default=None, help="arrivals at one rate (75); the second half of them counts")
-    arguments.add_argument("--first-rate", type=float, default=None, help="turns a second to begin with, every mode")
     arguments.add_argument(
-        "--limit-ms", type=float, default=None, help="normalized latency at which throughput is told; twice the first mode's when idle"
+        "--cpu-gb", type=float, default=None, help="KV in main memory, pensieve and vllm-offload (24)"
+    )
+    arguments.add_argument("--think-s", type=float, default=5.0, help="mean think time")
+    arguments.add_argument(
+        "--point-s",
+        type=float,
+        default=None,
+        help="arrivals at one rate (75); the second half of them counts",
     )
     arguments.add_argument(
-        "--with", dest="with_file", type=Path, default=None, help="an earlier run's JSON, whose limit and modes are used"
+        "--first-rate", type=float, default=None, help="turns a second to begin with, every mode"
+    )
+    arguments.add_argument(
+        "--limit-ms",
+        type=float,
+        default=None,
+        help="normalized latency at which throughput is told; twice the first mode's when idle",
+    )
+    arguments.add_argument(
+        "--with",
+        dest="with_file",
+        type=Path,
+        default=None,
+        help="an earlier run's JSON, whose limit and modes are used",
     )
     arguments.add_argument("--vllm", default=None, help="a Python that has vLLM")
     options = arguments.parse_args(words)

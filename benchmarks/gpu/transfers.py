@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # Python puts this very folder on its path, whose modules are meant to be found in their package only
+if (
+    not __package__
+):  # Python puts this very folder on its path, whose modules are meant to be found in their package only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -67,7 +69,9 @@ class Bench:
         self.report, self.options, self.repeats = report, options, options.repeats
         self.sizes = QUICK if options.quick else FULL
         self.shape = shape_of(config_of(MODEL, quick=options.quick))
-        layer_bytes = 2 * CHUNK * self.shape.num_kv_heads * self.shape.head_dim * DTYPES[options.dtype].itemsize
+        layer_bytes = (
+            2 * CHUNK * self.shape.num_kv_heads * self.shape.head_dim * DTYPES[options.dtype].itemsize
+        )
         self.layer_bytes, self.slot_bytes = layer_bytes, layer_bytes * self.shape.num_layers
         self.rates = {"out": 0.0, "in": 0.0}  # of a memcpy, bytes a second
         self._loaded: Loaded | None = None
@@ -94,9 +98,13 @@ class Bench:
         transfer = Transfer((gpu, cpu))
         try:
             works: dict[str, Callable[[], object]] = {
-                "swap out": lambda: run_copies(transfer, [Copy(i, 0, a, 1, b) for i, (a, b) in enumerate(pairs)], up=False),
+                "swap out": lambda: run_copies(
+                    transfer, [Copy(i, 0, a, 1, b) for i, (a, b) in enumerate(pairs)], up=False
+                ),
                 "memcpy out": lambda: host.copy_(device, non_blocking=True),
-                "swap in": lambda: run_copies(transfer, [Copy(i, 1, b, 0, a) for i, (a, b) in enumerate(pairs)], up=True),
+                "swap in": lambda: run_copies(
+                    transfer, [Copy(i, 1, b, 0, a) for i, (a, b) in enumerate(pairs)], up=True
+                ),
                 "memcpy in": lambda: device.copy_(host, non_blocking=True),
             }
             self._check_copies(name, gpu, cpu, pairs, works)
@@ -104,7 +112,9 @@ class Bench:
         finally:
             transfer.close()
         num_bytes = count * self.slot_bytes
-        figures: dict[str, Any] = {work: {"ms": spread([1e3 * s for s in all_])} for work, all_ in seconds.items()}
+        figures: dict[str, Any] = {
+            work: {"ms": spread([1e3 * s for s in all_])} for work, all_ in seconds.items()
+        }
         rates = {work: num_bytes / statistics.median(all_) for work, all_ in seconds.items()}
         for work, rate in rates.items():
             figures[work]["gb_per_s"] = rate / 1e9
@@ -118,7 +128,12 @@ class Bench:
         self.report.case(name, figures, f"{num_bytes / 1e6:.0f} MB: {line}")
 
     def _check_copies(
-        self, name: str, gpu: KVStore, cpu: KVStore, pairs: list[tuple[int, int]], works: dict[str, Callable[[], object]]
+        self,
+        name: str,
+        gpu: KVStore,
+        cpu: KVStore,
+        pairs: list[tuple[int, int]],
+        works: dict[str, Callable[[], object]],
     ) -> None:
         """Out, the first tier made worthless, and in again: are all bytes there, and no others touched?"""
         before = gpu.data.clone()
@@ -164,7 +179,12 @@ class Bench:
             num_bytes = self.sizes.chunks[0] * self.slot_bytes
             host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.report.device.type == "cuda")
             device = torch.empty(num_bytes, dtype=torch.uint8, device=self.report.device)
-            found = self._walls({"out": lambda: host.copy_(device, non_blocking=True), "in": lambda: device.copy_(host, non_blocking=True)})
+            found = self._walls(
+                {
+                    "out": lambda: host.copy_(device, non_blocking=True),
+                    "in": lambda: device.copy_(host, non_blocking=True),
+                }
+            )
             self.rates = {way: num_bytes / statistics.median(seconds) for way, seconds in found.items()}
 
     def beside(self) -> None:
@@ -183,7 +203,13 @@ class Bench:
             rng = random.Random(self.options.seed)
             names = [f"r{number}" for number in range(sizes.running)]
             for number, name in enumerate(names):
-                start(steps, name, drawn(rng, sizes.context, vocab), tuple(range(number * chunks, (number + 1) * chunks)), length)
+                start(
+                    steps,
+                    name,
+                    drawn(rng, sizes.context, vocab),
+                    tuple(range(number * chunks, (number + 1) * chunks)),
+                    length,
+                )
             idle = range(sizes.running * chunks, sizes.running * chunks + sizes.idle)
             reached, num_copies = sizes.context, 0
 
@@ -210,24 +236,27 @@ class Bench:
                 beside.append(block(copied))
             coming = min(sizes.idle, sizes.history // CHUNK)
             with_swap_in = [
-                self._step_with_swap_in(steps, names, reached + number, [(i, idle[i]) for i in range(coming)]) for number in range(3)
+                self._step_with_swap_in(steps, names, reached + number, [(i, idle[i]) for i in range(coming)])
+                for number in range(3)
             ]
         finally:
             worker.close()
         ratio = statistics.median(beside) / statistics.median(alone)
-        self.report.goal(f"step with {copied} chunks a step swapped out: time, of one without", ratio, 1.02, at_least=False)
+        self.report.goal(
+            f"step with {copied} chunks a step swapped out: time, of one without", ratio, 1.02, at_least=False
+        )
         figures = {
             "running": sizes.running, "context": sizes.context, "chunks_a_step": copied, "mb_a_step": copied * self.slot_bytes / 1e6,
             "alone_ms": spread([1e3 * s for s in alone]), "beside_ms": spread([1e3 * s for s in beside]), "ratio": ratio,
             "chunks_swapped_in": coming, "with_swap_in_ms": spread([1e3 * s for s in with_swap_in]),
         }  # fmt: skip
-        line = (
-            f"{1e3 * statistics.median(alone):.2f} ms alone, {1e3 * statistics.median(beside):.2f} with {copied} chunks a step: {ratio:.3f}"
-        )
+        line = f"{1e3 * statistics.median(alone):.2f} ms alone, {1e3 * statistics.median(beside):.2f} with {copied} chunks a step: {ratio:.3f}"
         line += f"; {1e3 * statistics.median(with_swap_in):.2f} with {coming} chunks swapped in"
         self.report.case("beside", figures, line)
 
-    def _step_with_swap_in(self, steps: Steps, names: list[str], reached: int, pairs: list[tuple[int, int]]) -> float:
+    def _step_with_swap_in(
+        self, steps: Steps, names: list[str], reached: int, pairs: list[tuple[int, int]]
+    ) -> float:
         """Seconds of a decode step that brings somebody's history in: its attention waits, layer by layer."""
         copies = steps.copies(pairs, 1, 0)
         self.report.clock.sync()
@@ -266,7 +295,9 @@ class Bench:
         finally:
             worker.close()
 
-    def _turn(self, steps: Steps, new: int, ids: tuple[int, ...], up: list[tuple[int, int]], layer_copy_s: float) -> None:
+    def _turn(
+        self, steps: Steps, new: int, ids: tuple[int, ...], up: list[tuple[int, int]], layer_copy_s: float
+    ) -> None:
         """A turn of `new` tokens, resident and swapped in by turns."""
         history = self.sizes.history
         seconds: dict[str, list[float]] = {"resident": [], "swapped": []}
@@ -286,7 +317,9 @@ class Bench:
                     all_.append(took_s)
             agreed += tokens["resident"] == tokens["swapped"]
         if agreed * 2 <= self.repeats + 2:
-            self.report.wrong(f"turn of {new}: only {agreed} of {self.repeats + 2} swapped-in turns gave the resident turn's token")
+            self.report.wrong(
+                f"turn of {new}: only {agreed} of {self.repeats + 2} swapped-in turns gave the resident turn's token"
+            )
         resident_s, swapped_s = (statistics.median(all_) for all_ in seconds.values())
         layer_compute_s = resident_s / self.shape.num_layers
         ratio = swapped_s / resident_s

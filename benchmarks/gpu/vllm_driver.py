@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # Python puts this very folder on its path, whose modules are meant to be found in their package only
+if (
+    not __package__
+):  # Python puts this very folder on its path, whose modules are meant to be found in their package only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from gpu.arrivals import Answer, Load, sweep
@@ -41,10 +43,18 @@ class VllmServer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.DELTA)
+        params = SamplingParams(
+            max_tokens=new,
+            ignore_eos=True,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
         begin, first_s, cached = time.monotonic(), None, 0
         tokens: list[int] = []
-        async for output in self.engine.generate({"prompt_token_ids": list(prompt)}, params, str(next(self._numbers))):
+        async for output in self.engine.generate(
+            {"prompt_token_ids": list(prompt)}, params, str(next(self._numbers))
+        ):
             tokens += output.outputs[0].token_ids
             if first_s is None and tokens:
                 first_s = time.monotonic() - begin

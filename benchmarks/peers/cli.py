@@ -22,7 +22,10 @@ from peers.run import Cell, compare_loops, run_turn, turns
 from peers.servers import INSTALLED_AS, Server, Site, make
 from peers.workloads import SYSTEMS, Kv, Workload, workloads
 
-SEEDS_A_ROUND, SEEDS_A_WORKLOAD = 10_000, 100  # so that no two calls on one server have the same conversations, nor any two rounds
+SEEDS_A_ROUND, SEEDS_A_WORKLOAD = (
+    10_000,
+    100,
+)  # so that no two calls on one server have the same conversations, nor any two rounds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = options.rounds or (1 if options.quick else 2)
     needed = {system for workload in chosen for system in workload.systems if system in systems}
     try:
-        peers = install(options.peers, {INSTALLED_AS[s] for s in needed if s in INSTALLED_AS}, torch=options.torch, say=_say)
+        peers = install(
+            options.peers,
+            {INSTALLED_AS[s] for s in needed if s in INSTALLED_AS},
+            torch=options.torch,
+            say=_say,
+        )
         folder = model_folder()
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,15 +57,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "commit": machine.commit(),
         "machine": machine.describe(),
         "versions": VERSIONS,
-        "options": {"rounds": rounds, "quick": options.quick, "threads": threads, "seed": options.seed, "systems": list(systems)},
+        "options": {
+            "rounds": rounds,
+            "quick": options.quick,
+            "threads": threads,
+            "seed": options.seed,
+            "systems": list(systems),
+        },
         "out": str(out),
     }
-    cells, interrupted = _run(chosen, systems, rounds, functools.partial(_server, peers, folder, threads), out.resolve(), options.seed)
+    cells, interrupted = _run(
+        chosen,
+        systems,
+        rounds,
+        functools.partial(_server, peers, folder, threads),
+        out.resolve(),
+        options.seed,
+    )
     return _report(cells, chosen, about, out, interrupted)
 
 
 def _run(
-    chosen: Sequence[Workload], systems: Sequence[str], rounds: int, make_server: functools.partial[Server], out: Path, seed: int
+    chosen: Sequence[Workload],
+    systems: Sequence[str],
+    rounds: int,
+    make_server: functools.partial[Server],
+    out: Path,
+    seed: int,
 ) -> tuple[list[Cell], bool]:
     """All turns, or those until somebody pressed Ctrl-C."""
     cells: list[Cell] = []
@@ -65,16 +91,24 @@ def _run(
     try:
         for workload, round_, system in turns(chosen, systems, rounds):
             first_seed = seed + SEEDS_A_ROUND * round_ + SEEDS_A_WORKLOAD * places[workload.name]
-            cells.append(run_turn(workload, system, round_, make_server=make_server, out=out, seed=first_seed, say=_say))
+            cells.append(
+                run_turn(
+                    workload, system, round_, make_server=make_server, out=out, seed=first_seed, say=_say
+                )
+            )
     except KeyboardInterrupt:
         return cells, True
     return cells, False
 
 
-def _report(cells: list[Cell], chosen: Sequence[Workload], about: dict[str, Any], out: Path, interrupted: bool) -> int:
+def _report(
+    cells: list[Cell], chosen: Sequence[Workload], about: dict[str, Any], out: Path, interrupted: bool
+) -> int:
     compare_loops(cells)
     verdicts = judge(rounds_of(cells))
-    Console(width=None if sys.stdout.isatty() else 140).print(tables(cells, chosen, verdicts, quick=about["options"]["quick"]))
+    Console(width=None if sys.stdout.isatty() else 140).print(
+        tables(cells, chosen, verdicts, quick=about["options"]["quick"])
+    )
     told = summary(cells, verdicts, {**about, "interrupted": interrupted})
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -87,22 +121,37 @@ def _report(cells: list[Cell], chosen: Sequence[Workload], about: dict[str, Any]
     return 1 if told["failures"] else 0
 
 
-def _server(peers: Peers, folder: Path, threads: int, system: str, kv: Kv, port: int, scratch: Path) -> Server:
+def _server(
+    peers: Peers, folder: Path, threads: int, system: str, kv: Kv, port: int, scratch: Path
+) -> Server:
     return make(system, Site(peers, folder, threads, scratch), kv, port)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python benchmarks/peers", description="Pensieve beside its peers, A B A B.")
-    parser.add_argument("--workloads", help=f"of {','.join(workload.name for workload in workloads())}  [all]")
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/peers", description="Pensieve beside its peers, A B A B."
+    )
+    parser.add_argument(
+        "--workloads", help=f"of {','.join(workload.name for workload in workloads())}  [all]"
+    )
     parser.add_argument("--systems", help=f"of {','.join(SYSTEMS)}  [all]")
     parser.add_argument("--rounds", type=_positive, help="[2; 1 with --quick]")
-    parser.add_argument("--quick", action="store_true", help="few users, short answers: to see that everything works")
+    parser.add_argument(
+        "--quick", action="store_true", help="few users, short answers: to see that everything works"
+    )
     parser.add_argument("--threads", type=_positive, help="of every system  [the cores there are]")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--peers", type=Path, default=machine.ROOT / ".peers", help="the folder where the peers are set up  [.peers]")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=machine.ROOT / ".peers",
+        help="the folder where the peers are set up  [.peers]",
+    )
     parser.add_argument("--torch", default=TORCH, help=f"what pip is told for the peers' PyTorch  [{TORCH}]")
     parser.add_argument("--setup-only", action="store_true", help="set up the peers and stop")
-    parser.add_argument("--out", type=Path, help="the folder for reports, logs and pictures  [out/peers-DATE]")
+    parser.add_argument(
+        "--out", type=Path, help="the folder for reports, logs and pictures  [out/peers-DATE]"
+    )
     return parser
 
 

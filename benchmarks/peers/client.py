@@ -20,11 +20,23 @@ LIMIT_S = 1800.0  # for one call
 
 def command(server: Server, measurement: Measurement, seed: int, report: Path) -> list[str]:
     """Argv of one call."""
-    asked = [sys.executable, "-m", "pensieve", "bench", "--url", server.url, "--model", server.model, *server.bench_options]
+    asked = [
+        sys.executable,
+        "-m",
+        "pensieve",
+        "bench",
+        "--url",
+        server.url,
+        "--model",
+        server.model,
+        *server.bench_options,
+    ]
     return [*asked, *measurement.arguments(), "--seed", str(seed), "--json", str(report)]
 
 
-def run(server: Server, measurement: Measurement, seed: int, report: Path, *, limit_s: float = LIMIT_S) -> Report:
+def run(
+    server: Server, measurement: Measurement, seed: int, report: Path, *, limit_s: float = LIMIT_S
+) -> Report:
     """Measure once; the report and what the client said stay beside each other.
 
     Args:
@@ -51,11 +63,15 @@ def run(server: Server, measurement: Measurement, seed: int, report: Path, *, li
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise PeerError(f"the client was not done with {measurement.name!r} after {limit_s:g} s (log: {log})") from error
+            raise PeerError(
+                f"the client was not done with {measurement.name!r} after {limit_s:g} s (log: {log})"
+            ) from error
     try:
         told: Report = json.loads(report.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
-        raise PeerError(f"the client wrote no report of {measurement.name!r} (status {ended.returncode}; log: {log}):\n{said}") from error
+        raise PeerError(
+            f"the client wrote no report of {measurement.name!r} (status {ended.returncode}; log: {log}):\n{said}"
+        ) from error
     check(told)
     return told

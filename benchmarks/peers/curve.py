@@ -39,6 +39,10 @@ def throughput_at(points: Sequence[Point], limit_ms: float) -> Crossing:
         return Crossing(points[0].requests_per_s, "at most")
     for below, above in itertools.pairwise(points):
         if above.latency_ms >= limit_ms:
-            share = (limit_ms - below.latency_ms) / (above.latency_ms - below.latency_ms) if above.latency_ms > below.latency_ms else 0.0
+            share = (
+                (limit_ms - below.latency_ms) / (above.latency_ms - below.latency_ms)
+                if above.latency_ms > below.latency_ms
+                else 0.0
+            )
             return Crossing(below.requests_per_s + share * (above.requests_per_s - below.requests_per_s))
     return Crossing(max(point.requests_per_s for point in points), "at least")

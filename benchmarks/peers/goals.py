@@ -47,14 +47,30 @@ class Verdict:
 
 
 GOALS = (
-    Goal("8 users: output tokens/s, of vLLM's with caching", "users", "users/output_tokens_per_s", VLLM, ">=", 1.4),
+    Goal(
+        "8 users: output tokens/s, of vLLM's with caching",
+        "users",
+        "users/output_tokens_per_s",
+        VLLM,
+        ">=",
+        1.4,
+    ),
     Goal("8 users: normalized latency, mean", "users", "users/normalized_mean_ms", VLLM, "<=", 0.75),
     Goal("8 users: normalized latency, p90", "users", "users/normalized_p90_ms", VLLM, "<=", 0.75),
     Goal("24 users, KV for all: first token, p90", "fits", "pressure/ttft_p90_ms", VLLM, "<=", 1.0),
-    Goal("24 users, KV for all: normalized latency, p90", "fits", "pressure/normalized_p90_ms", VLLM, "<=", 0.8),
+    Goal(
+        "24 users, KV for all: normalized latency, p90", "fits", "pressure/normalized_p90_ms", VLLM, "<=", 0.8
+    ),
     Goal("24 users, KV for 60 %: first token, p90", "tight", "pressure/ttft_p90_ms", VLLM, "<=", 0.4),
     Goal("24 users, KV for 60 %: requests/s", "tight", "pressure/requests_per_s", VLLM, ">=", 1.2),
-    Goal("history of 4,032 tokens: first token of the third turn", "alone", "history/ttft_turn2_ms", VLLM, "<=", 0.7),
+    Goal(
+        "history of 4,032 tokens: first token of the third turn",
+        "alone",
+        "history/ttft_turn2_ms",
+        VLLM,
+        "<=",
+        0.7,
+    ),
     Goal(
         "8 users, first message of 3,000 tokens: requests/s, of its own stateless mode",
         "stateless",
@@ -63,11 +79,36 @@ GOALS = (
         ">=",
         4.0,
     ),
-    Goal("one user: decoding at a short context, of llama.cpp's", "alone", "short/decode_tokens_per_s", LLAMA, ">=", 0.9),
-    Goal("one user: decoding behind 1,035 tokens, of llama.cpp's", "alone", "long/decode_tokens_per_s", LLAMA, ">=", 1.0),
-    Goal("one user: prefill of 1,035 tokens, of vLLM's", "alone", "long/prefill_tokens_per_s", VLLM, ">=", 1.0),
-    Goal("open loop: requests/s at twice the unloaded latency", "open", "open/requests_per_s_at_limit", VLLM, ">=", 1.3),
-    Goal("memory beyond weights and the KV in the tiers, GB (PSS)", "fits", "memory_beyond_gb", None, "<=", 1.0),
+    Goal(
+        "one user: decoding at a short context, of llama.cpp's",
+        "alone",
+        "short/decode_tokens_per_s",
+        LLAMA,
+        ">=",
+        0.9,
+    ),
+    Goal(
+        "one user: decoding behind 1,035 tokens, of llama.cpp's",
+        "alone",
+        "long/decode_tokens_per_s",
+        LLAMA,
+        ">=",
+        1.0,
+    ),
+    Goal(
+        "one user: prefill of 1,035 tokens, of vLLM's", "alone", "long/prefill_tokens_per_s", VLLM, ">=", 1.0
+    ),
+    Goal(
+        "open loop: requests/s at twice the unloaded latency",
+        "open",
+        "open/requests_per_s_at_limit",
+        VLLM,
+        ">=",
+        1.3,
+    ),
+    Goal(
+        "memory beyond weights and the KV in the tiers, GB (PSS)", "fits", "memory_beyond_gb", None, "<=", 1.0
+    ),
 )
 
 

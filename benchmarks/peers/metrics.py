@@ -28,30 +28,51 @@ def check(report: Report) -> None:
         )
     failed = sum(run["failed"] for run in report["runs"])
     if failed:
-        why = next((request["error"] for request in report.get("requests", ()) if request.get("error")), "no reason given")
-        raise PeerError(f"{failed} of {sum(run['requests'] for run in report['runs'])} requests failed, the first one: {why}")
+        why = next(
+            (request["error"] for request in report.get("requests", ()) if request.get("error")),
+            "no reason given",
+        )
+        raise PeerError(
+            f"{failed} of {sum(run['requests'] for run in report['runs'])} requests failed, the first one: {why}"
+        )
 
 
 def figures(measurement: Measurement, report: Report) -> Figures:
     """Of one measurement. An open loop has none but what the client cost: see `sweep`."""
     runs = report["runs"]
-    found: dict[str, float | None] = {"client_cpu_share": max(float(run.get("client_cpu_share") or 0.0) for run in runs)}
+    found: dict[str, float | None] = {
+        "client_cpu_share": max(float(run.get("client_cpu_share") or 0.0) for run in runs)
+    }
     if len(runs) == 1 and runs[0]["rate"] is None:
         run = runs[0]
         found |= {"requests_per_s": run["requests_per_s"], "output_tokens_per_s": run["output_tokens_per_s"]}
-        found |= {f"{short}_{q}_ms": run[name].get(q) for name, short in _SPREADS for q in _QUANTILES if run.get(name)}
+        found |= {
+            f"{short}_{q}_ms": run[name].get(q)
+            for name, short in _SPREADS
+            for q in _QUANTILES
+            if run.get(name)
+        }
         found |= {f"ttft_turn{turn['turn']}_ms": turn["ttft_ms"]["p50"] for turn in run["by_turn"]}
         if run["cached_tokens"] is not None and run["prompt_tokens"]:
             found["cached_share"] = run["cached_tokens"] / run["prompt_tokens"]
         found |= _single_stream(report)
-    return {f"{measurement.name}/{name}": float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+    return {
+        f"{measurement.name}/{name}": float(value)
+        for name, value in found.items()
+        if value is not None and math.isfinite(value)
+    }
 
 
 def sweep(report: Report) -> list[Point]:
     """The points of an open loop, by the rate asked for. Of what is answered, that between the first users' coming and the last ones' where it is told."""
-    runs = sorted((run for run in report["runs"] if run["rate"] is not None), key=lambda run: float(run["rate"]))
+    runs = sorted(
+        (run for run in report["runs"] if run["rate"] is not None), key=lambda run: float(run["rate"])
+    )
     return [
-        Point(float(run.get("steady_requests_per_s") or run["requests_per_s"]), float(run["normalized_ms"]["mean"]))
+        Point(
+            float(run.get("steady_requests_per_s") or run["requests_per_s"]),
+            float(run["normalized_ms"]["mean"]),
+        )
         for run in runs
         if run["requests"]
     ]
@@ -59,8 +80,14 @@ def sweep(report: Report) -> list[Point]:
 
 def _single_stream(report: Report) -> dict[str, float | None]:
     """Tokens a second of prompts and answers, each request by itself: what they mean only where one user is alone."""
-    answered = [request for request in report.get("requests", ()) if not request.get("error") and request.get("ttft_s")]
-    prefill = [request["prompt_tokens"] / request["ttft_s"] for request in answered if request.get("prompt_tokens")]
+    answered = [
+        request
+        for request in report.get("requests", ())
+        if not request.get("error") and request.get("ttft_s")
+    ]
+    prefill = [
+        request["prompt_tokens"] / request["ttft_s"] for request in answered if request.get("prompt_tokens")
+    ]
     decode = [
         (request["output_tokens"] - 1) / (request["latency_s"] - request["ttft_s"])
         for request in answered

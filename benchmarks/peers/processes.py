@@ -42,7 +42,9 @@ def free_port() -> int:
 class RunningServer:
     """One started server. Sole owner of its processes; a context manager that leaves none of them behind."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path | None = None
+    ) -> None:
         """Start it.
 
         Args:
@@ -105,7 +107,11 @@ class RunningServer:
                 text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
             except OSError:
                 continue  # it ended meanwhile
-            sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in text.splitlines()[1:] if line.endswith("kB")}
+            sizes = {
+                line.split(":")[0]: int(line.split()[1]) * 1024
+                for line in text.splitlines()[1:]
+                if line.endswith("kB")
+            }
             pss, rss, counted = pss + sizes.get("Pss", 0), rss + sizes.get("Rss", 0), counted + 1
         return Memory(pss, rss, counted)
 
@@ -121,7 +127,9 @@ class RunningServer:
             grace_s: that the others have after it.
         """
         table = _processes()
-        known = {pid: table[pid].began for pid in self._members(table)}  # children of a process that has ended are nobody's any more
+        known = {
+            pid: table[pid].began for pid in self._members(table)
+        }  # children of a process that has ended are nobody's any more
         _signal({self.pid} & known.keys(), signal.SIGTERM)
         self._wait(lambda left: self.pid not in left, known, limit_s)
         for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_S)):
@@ -138,7 +146,9 @@ class RunningServer:
     def _left(self, known: dict[int, str]) -> set[int]:
         self._process.poll()  # (an ended child stays a process until somebody asks)
         table = _processes()
-        return {pid for pid, began in known.items() if pid in table and table[pid].began == began} | self._members(table)
+        return {
+            pid for pid, began in known.items() if pid in table and table[pid].began == began
+        } | self._members(table)
 
     def _wait(self, enough: Callable[[set[int]], bool], known: dict[int, str], limit_s: float) -> None:
         deadline_s = time.monotonic() + limit_s
@@ -147,7 +157,11 @@ class RunningServer:
 
     def _tail(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
-        return f" (all of its log: {self.log}):\n" + "\n".join(lines) if lines else f" (it said nothing; log: {self.log})"
+        return (
+            f" (all of its log: {self.log}):\n" + "\n".join(lines)
+            if lines
+            else f" (it said nothing; log: {self.log})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +181,9 @@ def _processes() -> dict[int, _Process]:
             text = Path(entry.path, "stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        fields = text.rpartition(")")[2].split()  # the name before it may hold anything; proc(5): state is the third field
+        fields = text.rpartition(")")[
+            2
+        ].split()  # the name before it may hold anything; proc(5): state is the third field
         if fields[0] not in "ZX":
             table[int(entry.name)] = _Process(int(fields[1]), int(fields[3]), fields[19])
     return table

@@ -34,13 +34,17 @@ _ALONE = (
     ("1", "history/ttft_turn1_ms", 0),
     ("2", "history/ttft_turn2_ms", 0),
 )
-_COLOURS = dict(zip(SYSTEMS, ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7"), strict=True))  # (Okabe and Ito)
+_COLOURS = dict(
+    zip(SYSTEMS, ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#cc79a7"), strict=True)
+)  # (Okabe and Ito)
 
 
 def rounds_of(cells: Sequence[Cell]) -> Rounds:
     """Figures by workload and system, in the order of the rounds."""
     keys = dict.fromkeys((cell.workload, cell.system) for cell in cells)
-    return {key: [cell.figures for cell in sorted(_of(cells, *key), key=lambda cell: cell.round)] for key in keys}
+    return {
+        key: [cell.figures for cell in sorted(_of(cells, *key), key=lambda cell: cell.round)] for key in keys
+    }
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -74,11 +78,17 @@ def summary(cells: Sequence[Cell], verdicts: Sequence[Verdict], about: Mapping[s
             }
             for verdict in verdicts
         ],
-        "failures": [{"workload": c.workload, "system": c.system, "round": c.round, "error": c.error} for c in cells if c.error],
+        "failures": [
+            {"workload": c.workload, "system": c.system, "round": c.round, "error": c.error}
+            for c in cells
+            if c.error
+        ],
     }
 
 
-def tables(cells: Sequence[Cell], workloads: Sequence[Workload], verdicts: Sequence[Verdict], *, quick: bool = False) -> RenderableType:
+def tables(
+    cells: Sequence[Cell], workloads: Sequence[Workload], verdicts: Sequence[Verdict], *, quick: bool = False
+) -> RenderableType:
     """For people: every workload, then the goals."""
     parts: list[RenderableType] = []
     for workload in workloads:
@@ -91,7 +101,13 @@ def tables(cells: Sequence[Cell], workloads: Sequence[Workload], verdicts: Seque
         if cell.error:
             first, *more = cell.error.splitlines()
             said = [first, *([f"    {more[-1]}"] if more else [])]
-            parts.append(Text(f"FAILED: {cell.workload}, round {cell.round + 1}, {LABELS[cell.system]}: " + "\n".join(said), style="red"))
+            parts.append(
+                Text(
+                    f"FAILED: {cell.workload}, round {cell.round + 1}, {LABELS[cell.system]}: "
+                    + "\n".join(said),
+                    style="red",
+                )
+            )
     return Group(*parts)
 
 
@@ -102,7 +118,9 @@ def plot(cells: Sequence[Cell], path: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     panels = [
-        panel for panel in (_bars_panel, _turns_panel, _pressure_panel, _alone_panel, _history_panel, _open_panel) if panel(None, cells)
+        panel
+        for panel in (_bars_panel, _turns_panel, _pressure_panel, _alone_panel, _history_panel, _open_panel)
+        if panel(None, cells)
     ]
     if not panels:
         return None
@@ -110,7 +128,11 @@ def plot(cells: Sequence[Cell], path: Path) -> Path | None:
     with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(12.0, 4.2 * rows), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, panel in zip(figure.subplots(rows, 2, squeeze=False).flat, [*panels, None] if len(panels) % 2 else panels, strict=True):
+        for axes, panel in zip(
+            figure.subplots(rows, 2, squeeze=False).flat,
+            [*panels, None] if len(panels) % 2 else panels,
+            strict=True,
+        ):
             if panel is None:
                 axes.axis("off")
                 continue
@@ -137,8 +159,15 @@ def _of_system(cells: Sequence[Cell]) -> dict[str, Any]:
         "start_s": [cell.start_s for cell in cells],
         "load_average": [cell.load_average for cell in cells],
         "processes": None if cells[-1].memory is None else cells[-1].memory.processes,
-        "figures": {name: spread([cell.figures[name] for cell in cells if cell.figures and name in cell.figures]) for name in names},
-        "open_loop": [{"points": cell.as_json()["points"], "crossing": cell.as_json()["crossing"]} for cell in cells if cell.points],
+        "figures": {
+            name: spread([cell.figures[name] for cell in cells if cell.figures and name in cell.figures])
+            for name in names
+        },
+        "open_loop": [
+            {"points": cell.as_json()["points"], "crossing": cell.as_json()["crossing"]}
+            for cell in cells
+            if cell.points
+        ],
     }
 
 
@@ -156,7 +185,11 @@ def _of_workload(cells: Sequence[Cell], workload: Workload) -> Table:
     if workload.name == "alone":
         columns = list(_ALONE)
     elif workload.name == "open":
-        columns = [("unloaded ms/tok", "unloaded/normalized_mean_ms", 1), ("limit", "open/limit_ms", 1), ("req/s at it", AT_LIMIT, 2)]
+        columns = [
+            ("unloaded ms/tok", "unloaded/normalized_mean_ms", 1),
+            ("limit", "open/limit_ms", 1),
+            ("req/s at it", AT_LIMIT, 2),
+        ]
     else:
         columns = [(title, f"{names[0]}/{end}", digits) for title, end, digits in _COLUMNS]
     table = Table(title=f"{workload.name}: {workload.title}", title_justify="left", title_style="bold")
@@ -170,7 +203,10 @@ def _of_workload(cells: Sequence[Cell], workload: Workload) -> Table:
             crossings = [cell.crossing for cell in own if cell.crossing is not None]
             row[-1] = ", ".join(f"{c.bound or ''} {c.requests_per_s:.2f}".strip() for c in crossings)
         starts = [cell.start_s for cell in own if cell.start_s is not None]
-        row += [_shown(_median(own, "memory_pss_gb"), 2), _shown(statistics.median(starts) if starts else None, 0)]
+        row += [
+            _shown(_median(own, "memory_pss_gb"), 2),
+            _shown(statistics.median(starts) if starts else None, 0),
+        ]
         failed = sum(cell.error is not None for cell in own)
         name = LABELS[system] + (f" (FAILED {failed} of {len(own)})" if failed else "")
         table.add_row(name, *row, style="red" if failed else None)
@@ -184,7 +220,11 @@ def _of_goals(verdicts: Sequence[Verdict], title: str) -> Table:
     for verdict in verdicts:
         goal = verdict.goal
         unit = "" if goal.against is None else " x"
-        met = {True: Text("met", style="green"), False: Text("missed", style="red"), None: Text("not measured", style="dim")}[verdict.met]
+        met = {
+            True: Text("met", style="green"),
+            False: Text("missed", style="red"),
+            None: Text("not measured", style="dim"),
+        }[verdict.met]
         rounds = " ".join(f"{value:.2f}" for value in verdict.values)
         value = "" if verdict.value is None else f"{verdict.value:.2f}{unit}"
         table.add_row(goal.text, f"{goal.sense} {goal.limit:g}{unit}", value, rounds, met)
@@ -200,7 +240,11 @@ def _systems(cells: Sequence[Cell], workload: str, figure: str) -> list[tuple[st
 
 
 def _bars(axes: Any, found: Sequence[tuple[str, float]], title: str, unit: str) -> None:
-    axes.bar([LABELS[s].replace(", ", "\n") for s, _ in found], [v for _, v in found], color=[_COLOURS[s] for s, _ in found])
+    axes.bar(
+        [LABELS[s].replace(", ", "\n") for s, _ in found],
+        [v for _, v in found],
+        color=[_COLOURS[s] for s, _ in found],
+    )
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_ylabel(unit)
     axes.tick_params(axis="x", labelsize=8)
@@ -209,7 +253,11 @@ def _bars(axes: Any, found: Sequence[tuple[str, float]], title: str, unit: str) 
 def _lines(axes: Any, cells: Sequence[Cell], workload: str, measurement: str, title: str) -> bool:
     turns = range(64)
     curves = [
-        (system, [_median(_of(cells, workload, system), f"{measurement}/ttft_turn{turn}_ms") for turn in turns]) for system in SYSTEMS
+        (
+            system,
+            [_median(_of(cells, workload, system), f"{measurement}/ttft_turn{turn}_ms") for turn in turns],
+        )
+        for system in SYSTEMS
     ]
     curves = [(system, values) for system, values in curves if values[0] is not None]
     if curves and axes is not None:
@@ -219,7 +267,11 @@ def _lines(axes: Any, cells: Sequence[Cell], workload: str, measurement: str, ti
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel("turn")
         axes.set_ylabel("time to first token, p50, ms")
-        axes.set_xticks(sorted({turn + 1 for _, values in curves for turn, value in enumerate(values) if value is not None}))
+        axes.set_xticks(
+            sorted(
+                {turn + 1 for _, values in curves for turn, value in enumerate(values) if value is not None}
+            )
+        )
         axes.legend(frameon=False, fontsize=8)
     return bool(curves)
 
@@ -243,11 +295,19 @@ def _pressure_panel(axes: Any, cells: Sequence[Cell]) -> bool:
         for _, found in groups:
             ticks.append(place + (len(found) - 1) / 2)
             for system, value in found:
-                axes.bar(place, value, color=_COLOURS[system], label=None if system in told else LABELS[system])
+                axes.bar(
+                    place, value, color=_COLOURS[system], label=None if system in told else LABELS[system]
+                )
                 told.add(system)
                 place += 1
             place += 1
-        axes.set_xticks(ticks, [{"fits": "KV for all", "tight": "for 60 %", "third": "first tier for a third"}[name] for name, _ in groups])
+        axes.set_xticks(
+            ticks,
+            [
+                {"fits": "KV for all", "tight": "for 60 %", "third": "first tier for a third"}[name]
+                for name, _ in groups
+            ],
+        )
         axes.set_title("24 users who think: first token, p90", loc="left", fontweight="bold")
         axes.set_ylabel("ms")
         axes.legend(frameon=False, fontsize=8)
@@ -262,7 +322,9 @@ def _alone_panel(axes: Any, cells: Sequence[Cell]) -> bool:
 
 
 def _history_panel(axes: Any, cells: Sequence[Cell]) -> bool:
-    return _lines(axes, cells, "alone", "history", "one user, first message of 4,032 tokens: first token by turn")
+    return _lines(
+        axes, cells, "alone", "history", "one user, first message of 4,032 tokens: first token by turn"
+    )
 
 
 def _open_panel(axes: Any, cells: Sequence[Cell]) -> bool:
@@ -272,7 +334,10 @@ def _open_panel(axes: Any, cells: Sequence[Cell]) -> bool:
         for cell in found:
             label = None if cell.system in told else LABELS[cell.system]
             told.add(cell.system)
-            places, heights = [point.requests_per_s for point in cell.points], [point.latency_ms for point in cell.points]
+            places, heights = (
+                [point.requests_per_s for point in cell.points],
+                [point.latency_ms for point in cell.points],
+            )
             axes.plot(places, heights, marker="o", color=_COLOURS[cell.system], label=label)
         if (limit := _median(found, "open/limit_ms")) is not None:
             axes.axhline(limit, color="#444444", linestyle=":", label="twice the latency without load")

@@ -51,15 +51,26 @@ class Cell:
     def as_json(self) -> dict[str, Any]:
         """All of it, as plain data."""
         told = {name: getattr(self, name) for name in self.__slots__ if name != "server"}
-        told = {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in told.items()}  # type: ignore[arg-type]
+        told = {
+            name: dataclasses.asdict(value)
+            if dataclasses.is_dataclass(value) and not isinstance(value, type)
+            else value
+            for name, value in told.items()
+        }
         told["points"] = [dataclasses.asdict(point) for point in self.points]
         if self.server is not None:
-            told |= {"version": self.server.version, "command": list(self.server.command), "variables": dict(self.server.variables)}
+            told |= {
+                "version": self.server.version,
+                "command": list(self.server.command),
+                "variables": dict(self.server.variables),
+            }
             told |= {"kv_bytes": self.server.kv_bytes, "weight_bytes": self.server.weight_bytes}
         return told
 
 
-def turns(workloads: Sequence[Workload], systems: Sequence[str], rounds: int) -> Iterator[tuple[Workload, int, str]]:
+def turns(
+    workloads: Sequence[Workload], systems: Sequence[str], rounds: int
+) -> Iterator[tuple[Workload, int, str]]:
     """Who comes when: within a workload, one round after the other, and in each all systems one after the other."""
     for workload in workloads:
         for round_ in range(rounds):
@@ -107,11 +118,15 @@ def run_turn(
                     found |= figures(call, report)
                     cell.points += sweep(report)
                     seed += 1
-                    if cell.points and cell.points[-1].latency_ms > LATENCY_FACTOR * found.get(_UNLOADED, float("inf")):
+                    if cell.points and cell.points[-1].latency_ms > LATENCY_FACTOR * found.get(
+                        _UNLOADED, float("inf")
+                    ):
                         break  # no limit lies higher
             cell.memory = running.memory()
             found["memory_pss_gb"] = cell.memory.pss / 1e9
-            if (kv_bytes := kv_in_use(server)) is not None:  # (a tier's memory is not there before something was put into it)
+            if (
+                kv_bytes := kv_in_use(server)
+            ) is not None:  # (a tier's memory is not there before something was put into it)
                 found["memory_beyond_gb"] = (cell.memory.pss - server.weight_bytes - kv_bytes) / 1e9
         cell.figures = found
     except PeerError as error:
@@ -131,8 +146,16 @@ def compare_loops(cells: Sequence[Cell]) -> None:
     A bound is no figure to compare with, unless it is less than Pensieve would reach.
     """
     for key in dict.fromkeys((cell.workload, cell.round) for cell in cells if cell.points):
-        together = [cell for cell in cells if (cell.workload, cell.round) == key and cell.figures is not None and cell.points]
-        unloaded = [cell.figures[_UNLOADED] for cell in together if cell.figures is not None and _UNLOADED in cell.figures]
+        together = [
+            cell
+            for cell in cells
+            if (cell.workload, cell.round) == key and cell.figures is not None and cell.points
+        ]
+        unloaded = [
+            cell.figures[_UNLOADED]
+            for cell in together
+            if cell.figures is not None and _UNLOADED in cell.figures
+        ]
         if not unloaded:
             continue
         for cell in together:

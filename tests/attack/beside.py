@@ -21,7 +21,12 @@ from typing import Any
 PROBE_S = 0.05  # between two probes of a kind
 GIVE_UP_S = 60.0  # one probe or chat
 NUM_TOKENS = 16
-PROMPTS = ("Tell me about the sea.", "Name three fruits.", "What is a cache good for?", "How does one bake bread?")
+PROMPTS = (
+    "Tell me about the sea.",
+    "Name three fruits.",
+    "What is a cache good for?",
+    "How does one bake bread?",
+)
 
 
 class Window:
@@ -95,11 +100,20 @@ def probe(window: Window, host: str, port: int, kept: bool) -> None:
 
 def chat(host: str, port: int, key: str, prompt: str, window: Window | None = None) -> str:
     """A streamed chat's text. Raises: OSError, ValueError: it was not answered."""
-    body = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": NUM_TOKENS, "temperature": 0}
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key != "-" else {})
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+    }
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key != "-" else {}
+    )
     connection = http.client.HTTPConnection(host, port, timeout=GIVE_UP_S)
     with contextlib.closing(connection):
-        connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True, "ignore_eos": True}), headers)
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps(body | {"stream": True, "ignore_eos": True}), headers
+        )
         response = connection.getresponse()
         if response.status != 200:
             raise ValueError(f"{response.status} {response.read(300)!r}")

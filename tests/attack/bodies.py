@@ -26,7 +26,9 @@ ONE = '"messages":[{"role":"user","content":"hi"}],"max_tokens":1'
 
 def many(before: str, item: str, after: str, size: int = SIZE) -> Make:
     """As many of an item as fit, with commas between."""
-    return lambda: (before + ",".join([item] * ((size - len(before) - len(after)) // (len(item) + 1))) + after).encode()
+    return lambda: (
+        before + ",".join([item] * ((size - len(before) - len(after)) // (len(item) + 1))) + after
+    ).encode()
 
 
 def numbered(before: str, item: Callable[[int], str], after: str, count: int) -> Make:
@@ -46,7 +48,9 @@ def nested(before: str, opening: str, closing: str, after: str, depth: int) -> M
 
 def long(before: str, character: str, after: str) -> Make:
     """One long string or number."""
-    return lambda: (before + character * ((SIZE - len(before) - len(after)) // len(character)) + after).encode()
+    return lambda: (
+        before + character * ((SIZE - len(before) - len(after)) // len(character)) + after
+    ).encode()
 
 
 MESSAGES = '{"model":"tiny","messages":'
@@ -54,34 +58,57 @@ INPUTS: dict[str, tuple[str, Make]] = {
     "chat-zeros": (CHAT, many(MESSAGES + "[", "0", "]}")),
     "chat-objects": (CHAT, many(MESSAGES + "[", "{}", "]}")),
     "chat-empty-parts": (CHAT, many(MESSAGES + '[{"role":"user","content":[', "{}", "]}]}")),
-    "chat-text-parts": (CHAT, many(MESSAGES + '[{"role":"user","content":[', '{"type":"text","text":"a"}', "]}]}")),
+    "chat-text-parts": (
+        CHAT,
+        many(MESSAGES + '[{"role":"user","content":[', '{"type":"text","text":"a"}', "]}]}"),
+    ),
     "chat-right-messages": (CHAT, many(MESSAGES + "[", '{"role":"user","content":"a"}', "]}")),
     "chat-tool-calls": (CHAT, many(MESSAGES + '[{"role":"assistant","tool_calls":[', "{}", "]}]}")),
     "chat-right-tool-calls": (
         CHAT,
         many(
-            MESSAGES + '[{"role":"assistant","tool_calls":[', '{"id":"a","type":"function","function":{"name":"a","arguments":""}}', "]}]}"
+            MESSAGES + '[{"role":"assistant","tool_calls":[',
+            '{"id":"a","type":"function","function":{"name":"a","arguments":""}}',
+            "]}]}",
         ),
     ),
-    "chat-annotations": (CHAT, many(MESSAGES + '[{"role":"user","content":"a","annotations":[', "0", ']}],"max_tokens":1}')),
-    "chat-unknown-fields": (CHAT, numbered(f'{{"model":"tiny",{ONE},', lambda i: f'"f{i}":0', "}", 1_100_000)),
+    "chat-annotations": (
+        CHAT,
+        many(MESSAGES + '[{"role":"user","content":"a","annotations":[', "0", ']}],"max_tokens":1}'),
+    ),
+    "chat-unknown-fields": (
+        CHAT,
+        numbered(f'{{"model":"tiny",{ONE},', lambda i: f'"f{i}":0', "}", 1_100_000),
+    ),
     "chat-part-fields": (
         CHAT,
         numbered(
-            MESSAGES + '[{"role":"user","content":[{"type":"text","text":"a",', lambda i: f'"f{i}":0', '}]}],"max_tokens":1}', 1_100_000
+            MESSAGES + '[{"role":"user","content":[{"type":"text","text":"a",',
+            lambda i: f'"f{i}":0',
+            '}]}],"max_tokens":1}',
+            1_100_000,
         ),
     ),
     "chat-one-key-again": (CHAT, many("{", '"model":"tiny"', "}")),
     "chat-stops": (CHAT, many(chat("stop")[0] + "[", '"a"', "]}")),
     "chat-stop-numbers": (CHAT, many(chat("stop")[0] + "[", "0", "]}")),
-    "chat-long-stops": (CHAT, lambda: (chat("stop")[0] + json.dumps(["a" * 980_000 + str(i) for i in range(16)]) + "}").encode()),
+    "chat-long-stops": (
+        CHAT,
+        lambda: (chat("stop")[0] + json.dumps(["a" * 980_000 + str(i) for i in range(16)]) + "}").encode(),
+    ),
     "chat-logit-bias": (CHAT, numbered(chat("logit_bias")[0] + "{", lambda i: f'"{i}":1', "}}", 1_200_000)),
     "chat-wrong-bias": (CHAT, numbered(chat("logit_bias")[0] + "{", lambda i: f'"{i}":[]', "}}", 1_100_000)),
     "chat-metadata": (CHAT, numbered(chat("metadata")[0] + "{", lambda i: f'"k{i}":"v"', "}}", 1_000_000)),
-    "chat-wrong-metadata": (CHAT, numbered(chat("metadata")[0] + "{", lambda i: f'"k{i}":0', "}}", 1_100_000)),
+    "chat-wrong-metadata": (
+        CHAT,
+        numbered(chat("metadata")[0] + "{", lambda i: f'"k{i}":0', "}}", 1_100_000),
+    ),
     "chat-tools": (CHAT, many(chat("tools")[0] + "[", "{}", "]}")),
     "chat-tool-numbers": (CHAT, many(chat("tools")[0] + "[", "0", "]}")),
-    "chat-tool-fields": (CHAT, numbered(chat("tools")[0] + '[{"type":"function",', lambda i: f'"f{i}":0', "}]}", 1_100_000)),
+    "chat-tool-fields": (
+        CHAT,
+        numbered(chat("tools")[0] + '[{"type":"function",', lambda i: f'"f{i}":0', "}]}", 1_100_000),
+    ),
     "chat-modalities": (CHAT, many(chat("modalities")[0] + "[", "0", "]}")),
     "chat-functions": (CHAT, many(chat("functions")[0] + "[", "{}", "]}")),
     "chat-schema-keys": (
@@ -93,14 +120,31 @@ INPUTS: dict[str, tuple[str, Make]] = {
             1_000_000,
         ),
     ),
-    "chat-schema-enum": (CHAT, many(chat("tools")[0] + '[{"type":"function","function":{"name":"f","parameters":{"enum":[', "0", "]}}}]}")),
+    "chat-schema-enum": (
+        CHAT,
+        many(
+            chat("tools")[0] + '[{"type":"function","function":{"name":"f","parameters":{"enum":[',
+            "0",
+            "]}}}]}",
+        ),
+    ),
     "chat-schema-deep": (
         CHAT,
-        nested(chat("tools")[0] + '[{"type":"function","function":{"name":"f","parameters":', '{"a":', "}", "}}]}", 2_000_000),
+        nested(
+            chat("tools")[0] + '[{"type":"function","function":{"name":"f","parameters":',
+            '{"a":',
+            "}",
+            "}}]}",
+            2_000_000,
+        ),
     ),
     "chat-response-format": (
         CHAT,
-        many(chat("response_format")[0] + '{"type":"json_schema","json_schema":{"schema":{"enum":[', "0", "]}}}}"),
+        many(
+            chat("response_format")[0] + '{"type":"json_schema","json_schema":{"schema":{"enum":[',
+            "0",
+            "]}}}}",
+        ),
     ),
     "chat-deep-lists": (CHAT, nested("", "[", "]", "", SIZE // 2)),
     "chat-deep-below-limit": (CHAT, many(MESSAGES + "[", "[" * 90 + "]" * 90, "]}")),
@@ -120,8 +164,14 @@ INPUTS: dict[str, tuple[str, Make]] = {
     "chat-long-model": (CHAT, long('{"messages":[{"role":"user","content":"a"}],"model":"', "m", '"}')),
     "chat-long-role": (CHAT, long(MESSAGES + '[{"content":"a","role":"', "r", '"}]}')),
     "chat-long-field": (CHAT, long('{"', "f", '":0}')),
-    "chat-long-part-type": (CHAT, long(MESSAGES + '[{"role":"user","content":[{"text":"a","type":"', "t", '"}]}]}')),
-    "chat-long-tool-name": (CHAT, long(chat("tools")[0] + '[{"type":"function","function":{"name":"', "a", '"}}]}')),
+    "chat-long-part-type": (
+        CHAT,
+        long(MESSAGES + '[{"role":"user","content":[{"text":"a","type":"', "t", '"}]}]}'),
+    ),
+    "chat-long-tool-name": (
+        CHAT,
+        long(chat("tools")[0] + '[{"type":"function","function":{"name":"', "a", '"}}]}'),
+    ),
     "chat-long-user": (CHAT, long(chat("user")[0] + '"', "u", '"}')),
     "chat-long-effort": (CHAT, long(chat("reasoning_effort")[0] + '"', "e", '"}')),
     "text-fractions": (TEXT, many('{"model":"tiny","prompt":[', "0.5", "]}")),
@@ -137,18 +187,30 @@ INPUTS: dict[str, tuple[str, Make]] = {
     "responses-messages": (RESPONSES, many('{"input":[', '{"role":"user","content":"a"}', "]}")),
     "responses-include": (RESPONSES, many('{"input":"a","include":[', "0", "]}")),
     "responses-tools": (RESPONSES, many('{"input":"a","tools":[', "{}", "]}")),
-    "responses-metadata": (RESPONSES, numbered('{"input":"a","metadata":{', lambda i: f'"k{i}":[]', "}}", 1_000_000)),
+    "responses-metadata": (
+        RESPONSES,
+        numbered('{"input":"a","metadata":{', lambda i: f'"k{i}":[]', "}}", 1_000_000),
+    ),
     "responses-prompt": (RESPONSES, many('{"input":"a","prompt":[', "{}", "]}")),
     "responses-long-id": (RESPONSES, long('{"input":"a","previous_response_id":"', "r", '"}')),
     "tokenize-zeros": (TOKENIZE, many('{"messages":[', "0", "]}")),
-    "tokenize-parts": (TOKENIZE, many('{"messages":[{"role":"user","content":[', '{"type":"text","text":"a"}', "]}]}")),
+    "tokenize-parts": (
+        TOKENIZE,
+        many('{"messages":[{"role":"user","content":[', '{"type":"text","text":"a"}', "]}]}"),
+    ),
     "detokenize-fractions": ("/detokenize", many('{"tokens":[', "0.5", "]}")),
     "detokenize-tokens": ("/detokenize", many('{"tokens":[', "9", "]}")),
     "detokenize-a-million": ("/detokenize", many('{"tokens":[', "9", "]}", 2 * (1 << 20))),
     "conversation-items": ("/v1/conversations", many('{"items":[', "0", "]}")),
-    "conversation-metadata": ("/v1/conversations", numbered('{"metadata":{', lambda i: f'"k{i}":0', "}}", 1_100_000)),
+    "conversation-metadata": (
+        "/v1/conversations",
+        numbered('{"metadata":{', lambda i: f'"k{i}":0', "}}", 1_100_000),
+    ),
     "items-objects": ("/v1/conversations/none/items", many('{"items":[', "{}", "]}")),
-    "items-parts": ("/v1/conversations/none/items", many('{"items":[{"role":"user","content":[', "{}", "]}]}")),
+    "items-parts": (
+        "/v1/conversations/none/items",
+        many('{"items":[{"role":"user","content":[', "{}", "]}]}"),
+    ),
     "ttl-list": ("/v1/pensieve/conversations/none/ttl", many('{"seconds":[', "0", "]}")),
     "fork-long-id": ("/v1/pensieve/conversations/none/fork", long('{"at":"', "a", '"}')),
     "warm-with-a-body": ("/v1/pensieve/conversations/none/warm", many("[", "0", "]")),
@@ -166,7 +228,10 @@ def judge(notes: Notes, reply: Reply) -> None:
     notes.hold(reply.how == "answered", f"no answer within {ANSWER_S:g} s ({reply.how})")
     notes.hold(reply.status < 500, f"answered {reply.status}: {reply.body[:200]!r}")
     if reply.status >= 400:
-        notes.hold(len(reply.body) <= MAX_REPLY_BYTES, f"a refusal of {len(reply.body)} bytes, at most {MAX_REPLY_BYTES} may be")
+        notes.hold(
+            len(reply.body) <= MAX_REPLY_BYTES,
+            f"a refusal of {len(reply.body)} bytes, at most {MAX_REPLY_BYTES} may be",
+        )
 
 
 def run(path: str, make: Make) -> Callable[[World, Notes], None]:
@@ -204,7 +269,10 @@ def at_once(server: Served, path: str, bodies: list[bytes], **headers: str) -> l
 def several(world: World, notes: Notes) -> None:
     """Eight such bodies at once, of 4 MB each."""
     server = world.shared()
-    made = [many(MESSAGES + "[", item, "]}", 4_000_000)() for item in ("0", "{}", '{"role":0}', '{"role":"user","content":"a"}')] * 2
+    made = [
+        many(MESSAGES + "[", item, "]}", 4_000_000)()
+        for item in ("0", "{}", '{"role":0}', '{"role":"user","content":"a"}')
+    ] * 2
     with world.watched(server, notes):
         replies = at_once(server, CHAT, made)
         for reply in replies:
@@ -221,7 +289,11 @@ def other_types(world: World, notes: Notes) -> None:
     sent: list[tuple[str, bytes, dict[str, Any]]] = [
         ("gzip", bomb, {"Content_Encoding": "gzip"}),
         ("form", form, {"Content_Type": "application/x-www-form-urlencoded"}),
-        ("multipart", part * (SIZE // len(part)) + b"--x--\r\n", {"Content_Type": "multipart/form-data; boundary=x"}),
+        (
+            "multipart",
+            part * (SIZE // len(part)) + b"--x--\r\n",
+            {"Content_Type": "multipart/form-data; boundary=x"},
+        ),
     ]
     with world.watched(server, notes):
         for what, body, headers in sent:

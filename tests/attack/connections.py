@@ -98,7 +98,11 @@ def idle(world: World, notes: Notes) -> None:
         answered = [world.chat(server.address, server.keys["bob"], f"{i}", timeout_s=8.0) for i in range(5)]
         good = sum(reply.status == 200 for reply in answered)
         gone, after_s = until_closed(connections, HEADER_TIMEOUT_S + CLOSE_S)
-        notes.say(f"{len(connections)} held; {good} of 5 chats answered; {gone} closed after {after_s:.1f} s", chats=good, closed=gone)
+        notes.say(
+            f"{len(connections)} held; {good} of 5 chats answered; {gone} closed after {after_s:.1f} s",
+            chats=good,
+            closed=gone,
+        )
         notes.hold(good == 5, f"{good} of 5 chats were answered beside idle connections: {answered[-1]}")
         notes.hold(
             gone == len(connections),
@@ -125,9 +129,13 @@ def slow(world: World, notes: Notes) -> None:
     """Half heads, half bodies and bytes that come one a second end with the header's time, and SIGTERM does not wait for them."""
     with world.server(*timed(notes), "--drain-timeout", "2", tenants=("bystander", "bob")) as server:
         key = server.keys["bob"]
-        body_head = head("POST", CHAT, key, [("Content-Type", "application/json"), ("Content-Length", "1000")])
+        body_head = head(
+            "POST", CHAT, key, [("Content-Type", "application/json"), ("Content-Length", "1000")]
+        )
         kinds = {
-            "half heads": held(server, 300, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-A: b"),
+            "half heads": held(
+                server, 300, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-A: b"
+            ),
             "half bodies": held(server, 200, body_head + b'{"model":"tiny",'),
             "half bodies without a key": held(server, 100, body_head.replace(key.encode(), b"none") + b"{"),
             "kept after an answer": held(server, 50, head("GET", "/health") + b"GET /he"),
@@ -148,11 +156,17 @@ def slow(world: World, notes: Notes) -> None:
             for kind, connections in {**kinds, "a byte a second": dripping}.items():
                 gone = sum(closed([connection]) for connection in connections)
                 notes.say(f"{kind}: {gone} of {len(connections)} closed")
-                notes.hold(gone == len(connections), f"{kind}: {gone} of {len(connections)} closed within {HEADER_TIMEOUT_S + CLOSE_S:g} s")
+                notes.hold(
+                    gone == len(connections),
+                    f"{kind}: {gone} of {len(connections)} closed within {HEADER_TIMEOUT_S + CLOSE_S:g} s",
+                )
         with closing(held(server, 100, body_head + b"{") + held(server, 100, b"GET /") + held(server, 100)):
             took_s = server.terminate(50.0)
             notes.say(f"SIGTERM took {took_s if took_s is None else round(took_s, 1)} s", sigterm_s=took_s)
-            notes.hold(took_s is not None and took_s < 10, f"SIGTERM took {took_s} s beside held connections, with --drain-timeout 2")
+            notes.hold(
+                took_s is not None and took_s < 10,
+                f"SIGTERM took {took_s} s beside held connections, with --drain-timeout 2",
+            )
 
 
 def _drip(connections: list[socket.socket], stop: threading.Event) -> None:
@@ -185,11 +199,17 @@ def bodies_under_way(world: World, notes: Notes) -> None:
         ThreadPoolExecutor(60) as pool,
         closing([one for one in pool.map(begin, range(60)) if one is not None]) as connections,
     ):
-        answered = [world.chat(server.address, server.keys["bob"], f"{i} " + "word " * 200, timeout_s=10.0) for i in range(5)]
-        large = post(server.address, "/tokenize", {"prompt": "word " * 1000, "model": "tiny"}, server.keys["bob"], 10.0)
+        answered = [
+            world.chat(server.address, server.keys["bob"], f"{i} " + "word " * 200, timeout_s=10.0)
+            for i in range(5)
+        ]
+        large = post(
+            server.address, "/tokenize", {"prompt": "word " * 1000, "model": "tiny"}, server.keys["bob"], 10.0
+        )
         good = sum(reply.status == 200 for reply in answered)
         notes.say(
-            f"{len(connections)} under way, {sum(closed([one]) for one in connections)} refused; {good} of 5 chats answered", chats=good
+            f"{len(connections)} under way, {sum(closed([one]) for one in connections)} refused; {good} of 5 chats answered",
+            chats=good,
         )
         notes.hold(good == 5, f"{good} of 5 chats were answered beside bodies under way: {answered[-1]}")
         notes.hold(large.status == 200, f"a body of 5 kB beside bodies under way: {large}")
@@ -200,7 +220,14 @@ def bodies_chunked(world: World, notes: Notes) -> None:
     """The same without a length, in chunks, over every endpoint that takes a body."""
     server = world.shared()
     key = server.keys["mallory"]
-    paths = (CHAT, RESPONSES, "/v1/completions", "/tokenize", "/v1/conversations", "/v1/pensieve/conversations/none/ttl")
+    paths = (
+        CHAT,
+        RESPONSES,
+        "/v1/completions",
+        "/tokenize",
+        "/v1/conversations",
+        "/v1/pensieve/conversations/none/ttl",
+    )
     chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
 
     def begin(i: int) -> socket.socket | None:
@@ -208,7 +235,12 @@ def bodies_chunked(world: World, notes: Notes) -> None:
             connection = server.address.connect()
             connection.settimeout(4.0)
             connection.sendall(
-                head("POST", paths[i % len(paths)], key, [("Content-Type", "application/json"), ("Transfer-Encoding", "chunked")])
+                head(
+                    "POST",
+                    paths[i % len(paths)],
+                    key,
+                    [("Content-Type", "application/json"), ("Transfer-Encoding", "chunked")],
+                )
             )
             for _ in range(15):
                 connection.sendall(chunk)
@@ -256,7 +288,10 @@ def unread_streams(world: World, notes: Notes) -> None:
     """60 clients that read nothing of their streams take bounded memory, and are left after `--stall-timeout`."""
     with world.server("--stall-timeout", str(STALL_S), tenants=("bystander", "bob", "mallory")) as server:
         body = stream_body(1500, logprobs=True, top_logprobs=20)
-        with world.watched(server, notes, max_chat_s=None), closing(unread(server, server.keys["mallory"], 60, body)) as connections:
+        with (
+            world.watched(server, notes, max_chat_s=None),
+            closing(unread(server, server.keys["mallory"], 60, body)) as connections,
+        ):
             time.sleep(12.0)
             reply = world.chat(server.address, server.keys["bob"], timeout_s=20.0)
             notes.hold(reply.status == 200, f"a chat beside unread streams: {reply}")
@@ -282,7 +317,9 @@ def ended_answers(world: World, notes: Notes) -> None:
     server = world.shared("--max-open-per-key", "200")
     key = server.keys["mallory"]
     listed = {"model": "tiny", "max_tokens": 500, "logprobs": True, "top_logprobs": 20, "ignore_eos": True}
-    asked: list[tuple[str, dict[str, Any]]] = [(CHAT, {**listed, "messages": [{"role": "user", "content": f"{i}"}]}) for i in range(40)]
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {**listed, "messages": [{"role": "user", "content": f"{i}"}]}) for i in range(40)
+    ]
     background = {"background": True, "max_output_tokens": 500, "top_logprobs": 20, "ignore_eos": True}
     asked += [(RESPONSES, {**background, "input": f"{i}"}) for i in range(60)]
 
@@ -297,7 +334,10 @@ def ended_answers(world: World, notes: Notes) -> None:
         while _running(server) and time.monotonic() < deadline:
             time.sleep(0.5)
         notes.say(f"{statuses.count(200)} of {len(statuses)} answered")
-        notes.hold(statuses.count(200) == len(statuses), f"{len(statuses) - statuses.count(200)} of {len(statuses)} were not answered")
+        notes.hold(
+            statuses.count(200) == len(statuses),
+            f"{len(statuses) - statuses.count(200)} of {len(statuses)} were not answered",
+        )
 
 
 def _running(server: Served) -> bool:
@@ -313,6 +353,14 @@ def strangers(world: World, notes: Notes) -> None:
     with world.watched(server, notes), ThreadPoolExecutor(8) as pool:
         large = list(pool.map(lambda _: post(server.address, CHAT, data, "pk-none", 10.0), range(40)))
         small = list(pool.map(lambda i: get(server.address, f"/v1/none/{i}", "pk-none", 10.0), range(1000)))
-        notes.say(f"large: {sorted({reply.status for reply in large})}, small: {sorted({reply.status for reply in small})}")
-        notes.hold({reply.status for reply in large} <= {401, 0}, f"large: {sorted({reply.status for reply in large})}")
-        notes.hold({reply.status for reply in small} <= {401, 404}, f"small: {sorted({reply.status for reply in small})}")
+        notes.say(
+            f"large: {sorted({reply.status for reply in large})}, small: {sorted({reply.status for reply in small})}"
+        )
+        notes.hold(
+            {reply.status for reply in large} <= {401, 0},
+            f"large: {sorted({reply.status for reply in large})}",
+        )
+        notes.hold(
+            {reply.status for reply in small} <= {401, 404},
+            f"small: {sorted({reply.status for reply in small})}",
+        )

@@ -40,7 +40,12 @@ def read(path: str, found: Any) -> tuple[str, str, int, str]:
     """Id, text, number of tokens and how it ended, of a whole answer."""
     if path == CHAT:
         choice = found["choices"][0]
-        return found["id"], choice["message"]["content"] or "", found["usage"]["completion_tokens"], choice["finish_reason"]
+        return (
+            found["id"],
+            choice["message"]["content"] or "",
+            found["usage"]["completion_tokens"],
+            choice["finish_reason"],
+        )
     text = "".join(part["text"] for item in found["output"] for part in item.get("content", ()))
     reason = (found.get("incomplete_details") or {}).get("reason") or found["status"]
     return found["id"], text, found["usage"]["output_tokens"] if found.get("usage") else 0, reason
@@ -69,7 +74,14 @@ class Client:
                 if self.rng.random() < 0.5:
                     self.stream(one)
                 else:
-                    reply = post(self.server.address, one.path, one.body, self.server.keys["bob"], 60.0, Idempotency_Key=one.key)
+                    reply = post(
+                        self.server.address,
+                        one.path,
+                        one.body,
+                        self.server.keys["bob"],
+                        60.0,
+                        Idempotency_Key=one.key,
+                    )
                     if reply.status == 200:
                         identity, text, *_ = read(one.path, reply.json)
                         one.answer = identity, text
@@ -89,16 +101,32 @@ class Client:
         question = f"question-{self.name}-{number:04d}."
         sampling = {"temperature": 0, "ignore_eos": True}
         if self.conversation and self.rng.random() < 0.5:
-            body = {"input": question, "conversation": self.conversation, "max_output_tokens": num_tokens, "truncation": "auto", **sampling}
+            body = {
+                "input": question,
+                "conversation": self.conversation,
+                "max_output_tokens": num_tokens,
+                "truncation": "auto",
+                **sampling,
+            }
             return Asked(f"key-{self.name}-{number}", RESPONSES, body, question, num_tokens)
-        body = {"model": "tiny", "messages": [{"role": "user", "content": question}], "max_tokens": num_tokens, **sampling}
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": num_tokens,
+            **sampling,
+        }
         return Asked(f"key-{self.name}-{number}", CHAT, body, question, num_tokens)
 
     def stream(self, one: Asked) -> None:
         """Ask for a stream; acknowledged is what has a final event."""
         text, identity = "", ""
         for event in events(
-            self.server.address, one.path, {**one.body, "stream": True}, self.server.keys["bob"], 60.0, Idempotency_Key=one.key
+            self.server.address,
+            one.path,
+            {**one.body, "stream": True},
+            self.server.keys["bob"],
+            60.0,
+            Idempotency_Key=one.key,
         ):
             for choice in event.get("choices", ()):
                 identity = event["id"]
@@ -190,7 +218,9 @@ def rounds(world: World, notes: Notes, kinds: list[str], *options: str) -> None:
         for number, what in enumerate(kinds):
             clients = [Client(server, f"{number}-{i}", random.Random(world.rng.random())) for i in range(5)]
             for client in clients:
-                client.conversation = post(server.address, "/v1/conversations", {}, server.keys["bob"]).json["id"]
+                client.conversation = post(server.address, "/v1/conversations", {}, server.keys["bob"]).json[
+                    "id"
+                ]
             threads = [threading.Thread(target=client.run) for client in clients]
             for thread in threads:
                 thread.start()
@@ -246,7 +276,9 @@ def term(world: World, notes: Notes) -> None:
     count = Count()
     with world.server("--drain-timeout", "0.2", tenants=("bob",)) as server:
         for number in range(2):
-            clients = [Client(server, f"term-{number}-{i}", random.Random(world.rng.random())) for i in range(5)]
+            clients = [
+                Client(server, f"term-{number}-{i}", random.Random(world.rng.random())) for i in range(5)
+            ]
             threads = [threading.Thread(target=client.run) for client in clients]
             for thread in threads:
                 thread.start()

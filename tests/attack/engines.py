@@ -38,7 +38,9 @@ def patient(notes: Notes) -> list[str]:
     ]
 
 
-def streamed(server: Served, question: str, num_tokens: int, begun: threading.Event, timeout_s: float) -> tuple[str, float]:
+def streamed(
+    server: Served, question: str, num_tokens: int, begun: threading.Event, timeout_s: float
+) -> tuple[str, float]:
     """How a stream ended, and after how long."""
     begun_s = time.monotonic()
     told = "broken off"
@@ -97,7 +99,10 @@ def frozen(world: World, notes: Notes) -> None:
                 "warm": ("POST", f"{path}/warm", None), "idle": ("POST", f"{path}/idle", None), "pin": ("POST", f"{path}/pin", None),
                 "metrics": ("GET", "/metrics", None), "delete": ("DELETE", path, None),
             }  # fmt: skip
-            jobs = {what: pool.submit(post, server.address, path, body, key, 40.0, method) for what, (method, path, body) in asked.items()}
+            jobs = {
+                what: pool.submit(post, server.address, path, body, key, 40.0, method)
+                for what, (method, path, body) in asked.items()
+            }
             replies: dict[str, Reply] = {what: job.result() for what, job in jobs.items()}
             ended = [job.result() for job in streams]
             noticed_s = noticed.result()
@@ -105,25 +110,39 @@ def frozen(world: World, notes: Notes) -> None:
         finally:
             if old.is_running():
                 old.resume()
-        slow = {what: round(reply.seconds, 1) for what, reply in replies.items() if reply.how != "answered" or reply.seconds > ANSWER_S}
+        slow = {
+            what: round(reply.seconds, 1)
+            for what, reply in replies.items()
+            if reply.how != "answered" or reply.seconds > ANSWER_S
+        }
         notes.say(
             f"/ready 503 after {noticed_s} s; {', '.join(f'{what} {reply.status} {reply.seconds:.1f} s' for what, reply in replies.items())}; streams "
             f"{sorted({told for told, _ in ended})} by {max(seconds for _, seconds in ended):.1f} s; ready again {time.monotonic() - stopped_s:.1f} s after",
             noticed_s=noticed_s, replaced_s=replaced_s,
         )  # fmt: skip
-        notes.hold(noticed_s is not None and noticed_s <= NOTICED_S, f"/ready 503 after {noticed_s} s, at most {NOTICED_S:g} s may be")
+        notes.hold(
+            noticed_s is not None and noticed_s <= NOTICED_S,
+            f"/ready 503 after {noticed_s} s, at most {NOTICED_S:g} s may be",
+        )
         notes.hold(not slow, f"waited longer than {ANSWER_S:g} s: {slow}")
         notes.hold(
             max(seconds for _, seconds in ended) <= ANSWER_S + REQUEST_S,
             f"streams ended after {max(seconds for _, seconds in ended):.1f} s",
         )
         turns = [replies["chat"], replies["response"]]
-        notes.hold(all(reply.status in (200, 503, 504) for reply in turns), f"{[str(reply) for reply in turns]}")
-        notes.hold(all("retry-after" in reply.headers for reply in turns if reply.status == 503), "a 503 without Retry-After")
+        notes.hold(
+            all(reply.status in (200, 503, 504) for reply in turns), f"{[str(reply) for reply in turns]}"
+        )
+        notes.hold(
+            all("retry-after" in reply.headers for reply in turns if reply.status == 503),
+            "a 503 without Retry-After",
+        )
         notes.hold(replaced_s is not None, f"not ready {REPLACED_S:g} s after: the engine was not replaced")
         if replaced_s is not None:
             notes.hold(world.chat(server.address, key, "after").status == 200, "a chat after it fails")
-            notes.hold(not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, "the frozen engine still runs")
+            notes.hold(
+                not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, "the frozen engine still runs"
+            )
 
 
 @attack("engine/frozen-at-rest", quick=False)
@@ -144,13 +163,22 @@ def paused(world: World, notes: Notes) -> None:
         engine = server.engine()
         for what in ("engine", "front", "all"):
             begun = [threading.Event() for _ in range(3)]
-            streams = [pool.submit(streamed, server, f"{what} {i}", 4000, event, 60.0) for i, event in enumerate(begun)]
+            streams = [
+                pool.submit(streamed, server, f"{what} {i}", 4000, event, 60.0)
+                for i, event in enumerate(begun)
+            ]
             for event in begun:
                 event.wait(20)
-            paused = {"engine": [engine], "front": [server.front], "all": [server.front, *server.front.children(recursive=True)]}[what]
+            paused = {
+                "engine": [engine],
+                "front": [server.front],
+                "all": [server.front, *server.front.children(recursive=True)],
+            }[what]
             for process in paused:
                 process.suspend()
-            time.sleep(ENGINE_TIMEOUT_S * (0.5 if what == "engine" else 2.0))  # the front's own pause says nothing of the engine
+            time.sleep(
+                ENGINE_TIMEOUT_S * (0.5 if what == "engine" else 2.0)
+            )  # the front's own pause says nothing of the engine
             for process in reversed(paused):
                 process.resume()
             ended = [job.result()[0] for job in streams]
@@ -165,9 +193,9 @@ def moved(world: World, notes: Notes) -> None:
     folder = world.new_folder() / "model"
     os.makedirs(folder)
     for path in world.model.iterdir():
-        os.link(path, folder / path.name) if path.stat().st_dev == folder.stat().st_dev else folder.joinpath(path.name).write_bytes(
-            path.read_bytes()
-        )
+        os.link(path, folder / path.name) if path.stat().st_dev == folder.stat().st_dev else folder.joinpath(
+            path.name
+        ).write_bytes(path.read_bytes())
     away = folder.with_name("away")
     with world.server(tenants=TENANTS, model=folder) as server:
         key = server.keys["bob"]
@@ -183,7 +211,10 @@ def moved(world: World, notes: Notes) -> None:
         statuses = sorted({reply.status for reply in seen})
         notes.say(f"meanwhile {statuses}; 200 {replaced} s after the folder was back", replaced_s=replaced)
         notes.hold(statuses == [503], f"turns meanwhile: {statuses} {seen[-1].code}")
-        notes.hold(all("retry-after" in reply.headers for reply in seen if reply.status == 503), "a 503 without Retry-After")
+        notes.hold(
+            all("retry-after" in reply.headers for reply in seen if reply.status == 503),
+            "a 503 without Retry-After",
+        )
         notes.hold(replaced is not None, f"not ready {REPLACED_S:g} s after the folder was back")
         if replaced is not None:
             notes.hold(world.chat(server.address, key, "after").status == 200, "a chat after it fails")
@@ -199,7 +230,10 @@ def killed(world: World, notes: Notes) -> None:
         first_status(server, 503, 3.0)
         replaced = first_status(server, 200, REPLACED_S)
         notes.say(f"200 after {replaced} s", replaced_s=replaced)
-        notes.hold(replaced is not None, f"not ready {REPLACED_S:g} s after seven deaths: {json.dumps(get(server.address, '/ready').json)}")
+        notes.hold(
+            replaced is not None,
+            f"not ready {REPLACED_S:g} s after seven deaths: {json.dumps(get(server.address, '/ready').json)}",
+        )
 
 
 @attack("engine/signals", quick=False)

@@ -11,7 +11,9 @@ from served import Served
 from wire import Reply, get, head, send
 from world import World
 
-MOST_SENT = 1 << 20  # bytes that a head may have when it is refused: the limit is 64 KB, the rest is on its way
+MOST_SENT = (
+    1 << 20
+)  # bytes that a head may have when it is refused: the limit is 64 KB, the rest is on its way
 OFFERED = 96 << 20  # bytes that an attacker would send
 ANSWER_S = 15.0
 START = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -51,7 +53,9 @@ HEADS: dict[str, tuple[bytes, bytes]] = {
     "tls-hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\x00"),
 }
 WITH_KEY = ("chunk-extension", "chunk-size", "trailers", "one-trailer")
-PROMISE = "A head is refused beyond 64 KB (431 or 400), before any key is asked for, and delays no other request."
+PROMISE = (
+    "A head is refused beyond 64 KB (431 or 400), before any key is asked for, and delays no other request."
+)
 
 
 def run(name: str) -> Callable[[World, Notes], None]:
@@ -63,7 +67,10 @@ def run(name: str) -> Callable[[World, Notes], None]:
         keyed = [first]
         if name in WITH_KEY:  # a trailer is read where a body is
             keyed.append(
-                first.replace(b"Transfer-Encoding", f"Authorization: Bearer {server.keys['mallory']}\r\nTransfer-Encoding".encode())
+                first.replace(
+                    b"Transfer-Encoding",
+                    f"Authorization: Bearer {server.keys['mallory']}\r\nTransfer-Encoding".encode(),
+                )
             )
         with world.watched(server, notes):
             for beginning in keyed:
@@ -78,11 +85,20 @@ def judge(notes: Notes, reply: Reply) -> None:
     notes.hold(
         reply.sent <= MOST_SENT + (4 << 20), f"{reply.sent / 1e6:.1f} MB of a head were taken"
     )  # (the kernel holds some MB in between)
-    notes.hold(reply.how == "closed" or reply.status < 500 or reply.status in (501, 505), f"answered {reply.status}")
+    notes.hold(
+        reply.how == "closed" or reply.status < 500 or reply.status in (501, 505), f"answered {reply.status}"
+    )
 
 
 for _name in HEADS:
-    add(Check(f"head/{_name}", PROMISE, run(_name), quick=_name in ("one-header", "many-headers", "target", "trailers")))
+    add(
+        Check(
+            f"head/{_name}",
+            PROMISE,
+            run(_name),
+            quick=_name in ("one-header", "many-headers", "target", "trailers"),
+        )
+    )
 
 
 @attack("head/ten-at-once")
@@ -96,7 +112,8 @@ def ten(world: World, notes: Notes) -> None:
 
     with world.watched(server, notes):
         threads = [
-            threading.Thread(target=one, args=HEADS[name]) for name in ("one-header", "many-headers", "target", "header-name", "cookie") * 2
+            threading.Thread(target=one, args=HEADS[name])
+            for name in ("one-header", "many-headers", "target", "header-name", "cookie") * 2
         ]
         for thread in threads:
             thread.start()
@@ -126,7 +143,12 @@ def sizes(world: World, notes: Notes) -> None:
 def tiny_chunks(world: World, notes: Notes) -> None:
     """A body in chunks of one byte delays no other request."""
     server = world.shared()
-    first = head("POST", "/tokenize", server.keys["mallory"], [("Content-Type", "application/json"), ("Transfer-Encoding", "chunked")])
+    first = head(
+        "POST",
+        "/tokenize",
+        server.keys["mallory"],
+        [("Content-Type", "application/json"), ("Transfer-Encoding", "chunked")],
+    )
     pieces = [first, b"1\r\n{\r\n", *[b"1\r\n \r\n" * 10_000] * 100, b"1\r\n}\r\n0\r\n\r\n"]
     with world.watched(server, notes):
         reply = send(server.address, pieces, 30.0)
@@ -173,7 +195,10 @@ def pipelined(world: World, notes: Notes) -> None:
 
     with world.watched(server, notes):
         taken = push(server, pieces(), 8.0)
-        notes.say(f"{taken / 1e6:.1f} MB of requests were taken while no answer was read", sent_mb=round(taken / 1e6, 1))
+        notes.say(
+            f"{taken / 1e6:.1f} MB of requests were taken while no answer was read",
+            sent_mb=round(taken / 1e6, 1),
+        )
 
 
 def push(server: Served, pieces: Iterable[bytes], timeout_s: float) -> int:

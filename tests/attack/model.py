@@ -45,7 +45,9 @@ def made(folder: Path) -> Path:
     return folder
 
 
-def variant(model: Path, folder: Path, *, template: str | None = None, tokenizer: Any = None, **config: Any) -> Path:
+def variant(
+    model: Path, folder: Path, *, template: str | None = None, tokenizer: Any = None, **config: Any
+) -> Path:
     """A copy with another chat template, another tokenizer (a function that changes its JSON) or another config."""
     folder.mkdir()
     for path in model.iterdir():
@@ -57,7 +59,10 @@ def variant(model: Path, folder: Path, *, template: str | None = None, tokenizer
         tokenizer(found)
         _write(folder / "tokenizer.json", json.dumps(found))
     if config:
-        _write(folder / "config.json", json.dumps(json.loads((model / "config.json").read_text(encoding="utf-8")) | config))
+        _write(
+            folder / "config.json",
+            json.dumps(json.loads((model / "config.json").read_text(encoding="utf-8")) | config),
+        )
     return folder
 
 

@@ -41,7 +41,13 @@ def cross_site(world: World, notes: Notes) -> None:
             "both": {"Origin": EVIL, "Sec_Fetch_Site": "cross-site"},
             "form": {"Origin": EVIL, "Content_Type": "application/x-www-form-urlencoded"},
         }
-        paths = ["/v1/conversations", *(f"/v1/pensieve/conversations/{made}/{verb}" for verb in ("pin", "unpin", "warm", "idle", "fork"))]
+        paths = [
+            "/v1/conversations",
+            *(
+                f"/v1/pensieve/conversations/{made}/{verb}"
+                for verb in ("pin", "unpin", "warm", "idle", "fork")
+            ),
+        ]
         taken = []
         for what, headers in foreign.items():
             for path in paths:
@@ -55,13 +61,27 @@ def cross_site(world: World, notes: Notes) -> None:
         notes.hold(count(server) == before, f"{count(server) - before} conversations were made")
         own = {
             "no page": {},
-            "our page": {"Origin": f"http://127.0.0.1:{port}", "Sec_Fetch_Site": "same-origin", "Host": f"127.0.0.1:{port}"},
-            "our page by name": {"Origin": f"http://localhost:{port}", "Sec_Fetch_Site": "same-origin", "Host": f"localhost:{port}"},
+            "our page": {
+                "Origin": f"http://127.0.0.1:{port}",
+                "Sec_Fetch_Site": "same-origin",
+                "Host": f"127.0.0.1:{port}",
+            },
+            "our page by name": {
+                "Origin": f"http://localhost:{port}",
+                "Sec_Fetch_Site": "same-origin",
+                "Host": f"localhost:{port}",
+            },
         }
         for what, headers in own.items():
             host = headers.pop("Host", "localhost")
             lines = [(name.replace("_", "-"), value) for name, value in headers.items()]
-            data = head("POST", "/v1/conversations", None, [*lines, ("Content-Length", "0"), ("Connection", "close")], host)
+            data = head(
+                "POST",
+                "/v1/conversations",
+                None,
+                [*lines, ("Content-Length", "0"), ("Connection", "close")],
+                host,
+            )
             reply = send(server.address, [data], 10.0)
             notes.hold(reply.status == 200, f"{what}: {reply}")
 
@@ -71,13 +91,21 @@ def cross_site_record(world: World, notes: Notes) -> None:
     """Another site's page cannot take the recorders, or a model's time."""
     with world.server() as server:
         for path in ("/v1/pensieve/record?duration_s=1",):
-            reply = get(server.address, path, timeout_s=8.0, Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors")
+            reply = get(
+                server.address, path, timeout_s=8.0, Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors"
+            )
             notes.say(f"{path}: {reply}")
             notes.hold(400 <= reply.status < 500, f"{path} of another site: {reply}")
         body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
         reply = post(server.address, "/v1/chat/completions", body, Origin=EVIL)
         notes.hold(400 <= reply.status < 500, f"a chat of another site: {reply}")
-        reply = get(server.address, "/health", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate", Sec_Fetch_Dest="document")
+        reply = get(
+            server.address,
+            "/health",
+            Sec_Fetch_Site="cross-site",
+            Sec_Fetch_Mode="navigate",
+            Sec_Fetch_Dest="document",
+        )
         notes.hold(reply.status == 200, f"a link from another site: {reply}")
 
 
@@ -107,10 +135,14 @@ def hosts(world: World, notes: Notes) -> None:
             "127.0.0.1:80:80",
         ]
         for host in right:
-            reply = send(server.address, [head("GET", "/ready", None, [("Connection", "close")], host)], 10.0, "GET")
+            reply = send(
+                server.address, [head("GET", "/ready", None, [("Connection", "close")], host)], 10.0, "GET"
+            )
             notes.hold(reply.status == 200, f"Host {host!r}: {reply}")
         for host in wrong:
-            reply = send(server.address, [head("GET", "/ready", None, [("Connection", "close")], host)], 10.0, "GET")
+            reply = send(
+                server.address, [head("GET", "/ready", None, [("Connection", "close")], host)], 10.0, "GET"
+            )
             notes.hold(400 <= reply.status < 500, f"Host {host!r}: {reply}")
         twice = head("GET", "/ready", None, [("Host", "evil.example"), ("Connection", "close")])
         reply = send(server.address, [twice], 10.0, "GET")
@@ -124,7 +156,9 @@ OPEN = ("/metrics", "/openapi.json", "/", "/version")
 def closing_options(notes: Notes) -> list[str] | None:
     """The option that closes what is open without a key, as `--help` names it."""
     told = help_text()
-    found = re.findall(r"--(?:private|closed|metrics-key|metrics-port|admin-port|no-page|no-metrics|require-key)\b", told)
+    found = re.findall(
+        r"--(?:private|closed|metrics-key|metrics-port|admin-port|no-page|no-metrics|require-key)\b", told
+    )
     notes.say(f"options: {', '.join(dict.fromkeys(found)) or 'none'}")
     if "--private" in found:
         return ["--private"]
@@ -163,11 +197,18 @@ def keys_in_logs(world: World, notes: Notes) -> None:
         get(server.address, f"/{key}")
         get(server.address, "/v1/models", key, X_API_Key=key, Referer=f"http://x/?key={key}")
         post(server.address, "/v1/chat/completions", {"model": "tiny", "messages": secret}, key)
-        post(server.address, "/v1/chat/completions", {"model": key, "messages": [{"role": "user", "content": secret}]}, key)
+        post(
+            server.address,
+            "/v1/chat/completions",
+            {"model": key, "messages": [{"role": "user", "content": secret}]},
+            key,
+        )
         send(server.address, [head("GET", f"http://{key}@localhost/v1/models", key)], 5.0, "GET")
         send(
             server.address,
-            [f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\nbad header {key}\r\n\r\n".encode()],
+            [
+                f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\nbad header {key}\r\n\r\n".encode()
+            ],
             5.0,
             "GET",
         )
@@ -175,7 +216,10 @@ def keys_in_logs(world: World, notes: Notes) -> None:
         time.sleep(0.5)
         lines = [line for line in logged(server).splitlines() if tail in line]
         notes.say(f"{len(lines)} lines with the key, {logged(server).count(secret)} with a prompt")
-        notes.hold(not lines, f"{len(lines)} lines hold the key, the first: {lines[0].replace(tail, '...') if lines else ''}")
+        notes.hold(
+            not lines,
+            f"{len(lines)} lines hold the key, the first: {lines[0].replace(tail, '...') if lines else ''}",
+        )
         notes.hold(secret not in logged(server), "a prompt stands in the log")
 
 
@@ -196,8 +240,14 @@ def key_file(world: World, notes: Notes) -> None:
             loud = _until(server, 503, 8.0)
             get(server.address, "/v1/models", key)
             said = any(word in logged(server)[log_size:] for word in ("key", "WARNING", "ERROR"))
-            metric = re.search(r"^pensieve\S*key\S* (?!0(?:\.0)?$)\S+", get(server.address, "/metrics").body.decode(), re.MULTILINE)
-            notes.say(f"{what}: /ready {'503' if loud else '200'}, log {'yes' if said else 'no'}, metric {metric[0] if metric else 'no'}")
+            metric = re.search(
+                r"^pensieve\S*key\S* (?!0(?:\.0)?$)\S+",
+                get(server.address, "/metrics").body.decode(),
+                re.MULTILINE,
+            )
+            notes.say(
+                f"{what}: /ready {'503' if loud else '200'}, log {'yes' if said else 'no'}, metric {metric[0] if metric else 'no'}"
+            )
             notes.hold(loud, f"{what}: /ready stays 200")
             notes.hold(said, f"{what}: nothing in the log")
             notes.hold(metric is not None, f"{what}: no metric of keys above 0")
@@ -211,13 +261,20 @@ def key_file(world: World, notes: Notes) -> None:
         mode = path.stat().st_mode & 0o777
         notes.say(f"mode after `keys add`: {mode:o}")
         notes.hold(mode == 0o600, f"`pensieve keys add` left the file {mode:o}")
-        notes.hold(get(server.address, "/v1/models", other).status == 200, "a key that was added is not taken")
+        notes.hold(
+            get(server.address, "/v1/models", other).status == 200, "a key that was added is not taken"
+        )
         path.write_text(
-            "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("carol")) + "\n",
+            "\n".join(
+                line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("carol")
+            )
+            + "\n",
             encoding="utf-8",
         )
         time.sleep(1.0)
-        notes.hold(get(server.address, "/v1/models", other).status == 401, "a key that was taken out is still taken")
+        notes.hold(
+            get(server.address, "/v1/models", other).status == 401, "a key that was taken out is still taken"
+        )
 
 
 def _until(server: Served, status: int, timeout_s: float) -> bool:
@@ -233,7 +290,17 @@ def _until(server: Served, status: int, timeout_s: float) -> bool:
 def password(world: World, notes: Notes) -> None:
     """A password in `--store postgresql://…` stands in no error, and an environment variable can hold it."""
     secret = "hunter2-4711"
-    command = [sys.executable, "-m", "pensieve", "serve", "--port", "0", "--model", str(world.model), "--store"]
+    command = [
+        sys.executable,
+        "-m",
+        "pensieve",
+        "serve",
+        "--port",
+        "0",
+        "--model",
+        str(world.model),
+        "--store",
+    ]
     for url in (
         f"postgresql://user:{secret}@127.0.0.1:9/none",
         f"postgresql://user:{secret}@[bad/none",
@@ -242,4 +309,7 @@ def password(world: World, notes: Notes) -> None:
         ended = subprocess.run([*command, url], capture_output=True, text=True, timeout=60, check=False)
         told = ended.stdout + ended.stderr
         notes.say(f"exit {ended.returncode}")
-        notes.hold(ended.returncode != 0 and secret not in told, f"the output holds the password: {told.replace(secret, '***')[-300:]}")
+        notes.hold(
+            ended.returncode != 0 and secret not in told,
+            f"the output holds the password: {told.replace(secret, '***')[-300:]}",
+        )

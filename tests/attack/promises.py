@@ -59,7 +59,9 @@ class Check:
 CHECKS: dict[str, Check] = {}
 
 
-def attack(name: str, *, quick: bool = True) -> Callable[[Callable[[World, Notes], None]], Callable[[World, Notes], None]]:
+def attack(
+    name: str, *, quick: bool = True
+) -> Callable[[Callable[[World, Notes], None]], Callable[[World, Notes], None]]:
     """Register a check; its docstring names the promise."""
 
     def register(function: Callable[[World, Notes], None]) -> Callable[[World, Notes], None]:

@@ -37,7 +37,18 @@ import texts
 from promises import CHECKS, Check, Notes
 from world import World
 
-KINDS = (bodies, texts, heads, connections, tenants, pages, stores, deaths, engines, templates)  # imported: they register their checks
+KINDS = (
+    bodies,
+    texts,
+    heads,
+    connections,
+    tenants,
+    pages,
+    stores,
+    deaths,
+    engines,
+    templates,
+)  # imported: they register their checks
 LIMIT_S = 1800.0  # of a whole run; checks that were not begun by then fail
 
 
@@ -46,7 +57,8 @@ def chosen(words: list[str], quick: bool) -> list[Check]:
     named = [
         check
         for check in CHECKS.values()
-        if not words or any(fnmatch.fnmatch(check.name, word) or check.name.startswith(f"{word}/") for word in words)
+        if not words
+        or any(fnmatch.fnmatch(check.name, word) or check.name.startswith(f"{word}/") for word in words)
     ]
     return [check for check in named if check.quick or not quick]
 
@@ -73,7 +85,10 @@ def run_one(check: Check, world: World) -> Notes:
 
 def show(notes: Notes) -> None:
     """A line a check, and one for each promise that did not hold."""
-    print(f"{'pass' if notes.passed else 'FAIL'} {notes.name} [{notes.wall_s:.1f} s]: {'; '.join(notes.told)}", flush=True)
+    print(
+        f"{'pass' if notes.passed else 'FAIL'} {notes.name} [{notes.wall_s:.1f} s]: {'; '.join(notes.told)}",
+        flush=True,
+    )
     for words in notes.broken:
         print(f"     {words}", flush=True)
 
@@ -98,7 +113,10 @@ def summary(all_notes: list[Notes], wall_s: float, seed: int) -> dict[str, Any]:
         "wall_s": round(wall_s, 1),
         "seed": seed,
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "checks": {notes.name: {"passed": notes.passed, "wall_s": round(notes.wall_s, 1), **notes.figures} for notes in all_notes},
+        "checks": {
+            notes.name: {"passed": notes.passed, "wall_s": round(notes.wall_s, 1), **notes.figures}
+            for notes in all_notes
+        },
     }
 
 
@@ -107,10 +125,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--list", action="store_true", help="name the checks and their promises")
     parser.add_argument("--quick", action="store_true", help="fewer inputs of each kind")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="checks by name, kind or pattern")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORDS", help="checks by name, kind or pattern"
+    )
     parser.add_argument("--skip", nargs="+", default=[], metavar="WORDS", help="all but these")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds after which no check is begun")
+    parser.add_argument(
+        "--limit-s", type=float, default=LIMIT_S, help="seconds after which no check is begun"
+    )
     parser.add_argument("--model", type=Path, default=None, help="where the tiny model is, or is to be made")
     arguments = parser.parse_args()
     checks = chosen(arguments.only, arguments.quick)
@@ -124,12 +146,16 @@ def main() -> int:
             print(f"{check.name:<40} {check.promise}")
         return 0
     begun_s = time.monotonic()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # thousands of connections
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2
+    )  # thousands of connections
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     all_notes: list[Notes] = []
     with tempfile.TemporaryDirectory(prefix="pensieve-attack-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        world = World(folder, model.made(arguments.model or folder / "model"), arguments.seed, arguments.quick)
+        world = World(
+            folder, model.made(arguments.model or folder / "model"), arguments.seed, arguments.quick
+        )
         with contextlib.closing(world):
             for check in checks:
                 if time.monotonic() - begun_s > arguments.limit_s:
@@ -141,7 +167,9 @@ def main() -> int:
                 all_notes.append(notes)
     told = summary(all_notes, time.monotonic() - begun_s, arguments.seed)
     failed = told["failed"]
-    print(f"{told['passed']} held, {len(failed)} did not, in {told['wall_s']:.0f} s{': ' if failed else ''}{', '.join(failed)}")
+    print(
+        f"{told['passed']} held, {len(failed)} did not, in {told['wall_s']:.0f} s{': ' if failed else ''}{', '.join(failed)}"
+    )
     print(json.dumps(told))
     return 1 if failed else 0
 

@@ -36,7 +36,9 @@ def known_key(folder: Path, tenant: str) -> tuple[str, str]:
 @functools.cache
 def help_text() -> str:
     """What `pensieve serve --help` says."""
-    return subprocess.run([sys.executable, "-m", "pensieve", "serve", "--help"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-m", "pensieve", "serve", "--help"], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def offered(option: str) -> bool:
@@ -86,7 +88,9 @@ class Watch:
                 self.front_mb, self.family_mb = front, family
                 self._peak = (max(self._peak[0], front), max(self._peak[1], family))
             if front > FRONT_LIMIT_MB or family > FAMILY_LIMIT_MB:
-                self.killed = f"killed by the watchdog: the front end took {front:.0f} MB, all of it {family:.0f} MB"
+                self.killed = (
+                    f"killed by the watchdog: the front end took {front:.0f} MB, all of it {family:.0f} MB"
+                )
                 kill_tree(self._front)
                 return
 
@@ -114,7 +118,13 @@ class Served:
     """
 
     def __init__(
-        self, folder: Path, model: Path, *options: str, tenants: tuple[str, ...] = (), files: int = 1024, store: Path | None = None
+        self,
+        folder: Path,
+        model: Path,
+        *options: str,
+        tenants: tuple[str, ...] = (),
+        files: int = 1024,
+        store: Path | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.model, self.options, self._files = folder, model, options, files
@@ -161,7 +171,9 @@ class Served:
         assert self.process is None
         self._log_start = self.log_path.stat().st_size if self.log_path.is_file() else 0
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         self.watch = Watch(self.process.pid)
         deadline = time.monotonic() + timeout_s
         while (found := re.search(r"listening at http://([^\s:]+):(\d+)", self.log())) is None:
@@ -200,7 +212,9 @@ class Served:
     def engine(self) -> psutil.Process:
         """The engine's: the child that holds torch and the model."""
         deadline = time.monotonic() + 30
-        while not (children := [child for child in self.front.children() if child.status() != psutil.STATUS_ZOMBIE]):
+        while not (
+            children := [child for child in self.front.children() if child.status() != psutil.STATUS_ZOMBIE]
+        ):
             if time.monotonic() > deadline:
                 raise RuntimeError("there is no engine")
             time.sleep(0.05)

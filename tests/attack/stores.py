@@ -58,14 +58,20 @@ def full(world: World, notes: Notes) -> None:
     """A store that cannot grow loses nothing acknowledged, tells /ready, and is written again once there is room."""
     with world.server("--max-context", "4096", tenants=TENANTS) as server:
         key = server.keys["bob"]
-        before = [world.chat(server.address, key, f"before {i}", Idempotency_Key=f"before-{i}") for i in range(3)]
+        before = [
+            world.chat(server.address, key, f"before {i}", Idempotency_Key=f"before-{i}") for i in range(3)
+        ]
         largest = max(path.stat().st_size for path in server.store.parent.glob(f"{server.store.name}*"))
         server.front.rlimit(psutil.RLIMIT_FSIZE, (largest + 200_000, resource_hard(server)))
         long_text = "word " * 1500
         turns: list[Reply] = []
         until = time.monotonic() + 40
         while time.monotonic() < until and sum(reply.status != 200 for reply in turns) < 6:
-            turns.append(world.chat(server.address, key, f"{len(turns)} {long_text}", Idempotency_Key=f"full-{len(turns)}"))
+            turns.append(
+                world.chat(
+                    server.address, key, f"{len(turns)} {long_text}", Idempotency_Key=f"full-{len(turns)}"
+                )
+            )
         noticed = ready(server, 503, NOTICED_S)
         bad = [reply for reply in turns if reply.status != 200]
         notes.say(
@@ -78,18 +84,27 @@ def full(world: World, notes: Notes) -> None:
             f"a failing store: {bad[-1] if bad else ''}, expected 503 with Retry-After",
         )
         told = b" ".join(reply.body for reply in bad).decode()
-        notes.hold(str(server.store) not in told and str(server.folder) not in told, "an error tells clients the store's path")
+        notes.hold(
+            str(server.store) not in told and str(server.folder) not in told,
+            "an error tells clients the store's path",
+        )
         shown = get(server.address, "/ready").json
         notes.hold(bool(shown and shown.get("troubles")), f"/ready names no trouble: {shown}")
         server.front.rlimit(psutil.RLIMIT_FSIZE, (resource_hard(server), resource_hard(server)))
         again = ready(server, 200, NOTICED_S)
         notes.hold(again is not None, f"/ready is not 200 again {NOTICED_S:g} s after there was room")
-        retried = [world.chat(server.address, key, f"{i} {long_text}", Idempotency_Key=f"full-{i}") for i in range(len(turns))]
+        retried = [
+            world.chat(server.address, key, f"{i} {long_text}", Idempotency_Key=f"full-{i}")
+            for i in range(len(turns))
+        ]
         lost = sum(
-            one.status == 200 and two.json["id"] != one.json["id"] for one, two in zip(turns, retried, strict=True) if two.status == 200
+            one.status == 200 and two.json["id"] != one.json["id"]
+            for one, two in zip(turns, retried, strict=True)
+            if two.status == 200
         )
         lost += sum(
-            world.chat(server.address, key, f"before {i}", Idempotency_Key=f"before-{i}").json["id"] != one.json["id"]
+            world.chat(server.address, key, f"before {i}", Idempotency_Key=f"before-{i}").json["id"]
+            != one.json["id"]
             for i, one in enumerate(before)
         )
         unanswered = sum(reply.status != 200 for reply in retried)
@@ -123,9 +138,12 @@ def full_reads(world: World, notes: Notes) -> None:
         notes.say(f"turn {bad}, create {made}, ttl {gone}")
         for what, reply in {"a turn": bad, "create": made, "ttl": gone}.items():
             notes.hold(
-                reply.status == 503 and "retry-after" in reply.headers, f"{what} on a full disk: {reply}, expected 503 with Retry-After"
+                reply.status == 503 and "retry-after" in reply.headers,
+                f"{what} on a full disk: {reply}, expected 503 with Retry-After",
             )
-            notes.hold(str(server.folder) not in reply.body.decode(), f"{what}: the error tells the store's path")
+            notes.hold(
+                str(server.folder) not in reply.body.decode(), f"{what}: the error tells the store's path"
+            )
         notes.hold(get(server.address, "/health").status == 200, "/health fails")
         notes.hold(texts(server, conversation)[:1] == ["remember me"], "a conversation is not shown")
         server.front.rlimit(psutil.RLIMIT_FSIZE, (resource_hard(server), resource_hard(server)))
@@ -170,7 +188,11 @@ def _unlinked(world: World, notes: Notes, change: Any) -> None:
 @attack("store/unlinked")
 def unlinked(world: World, notes: Notes) -> None:
     """A store whose file was deleted acknowledges nothing more, tells /ready, and no reader makes a new file."""
-    _unlinked(world, notes, lambda server: [path.unlink() for path in server.store.parent.glob(f"{server.store.name}*")])
+    _unlinked(
+        world,
+        notes,
+        lambda server: [path.unlink() for path in server.store.parent.glob(f"{server.store.name}*")],
+    )
 
 
 @attack("store/replaced", quick=False)
@@ -194,11 +216,15 @@ def delete(world: World, notes: Notes) -> None:
         made = world.chat(server.address, key, f"{words} is the word", Idempotency_Key=words[:8])
         conversation = made.json["pensieve"]["conversation"]
         notes.hold(copies(server.store, words) > 0, "the words were not stored")
-        with contextlib.closing(sqlite3.connect(f"file:{server.store}?mode=ro", uri=True, isolation_level=None)) as reader:
+        with contextlib.closing(
+            sqlite3.connect(f"file:{server.store}?mode=ro", uri=True, isolation_level=None)
+        ) as reader:
             reader.execute("BEGIN")
             reader.execute("SELECT count(*) FROM turns").fetchone()
             world.chat(server.address, key, "something else")
-            deleted = post(server.address, f"/v1/pensieve/conversations/{conversation}", None, key, 30.0, "DELETE")
+            deleted = post(
+                server.address, f"/v1/pensieve/conversations/{conversation}", None, key, 30.0, "DELETE"
+            )
             during = copies(server.store, words)
             shown = get(server.address, f"/v1/pensieve/conversations/{conversation}", key).status
         begun_s = time.monotonic()
@@ -219,7 +245,9 @@ def gone(world: World, notes: Notes) -> None:
     """What is deleted is in no file: messages, instructions, answers, tools, metadata, titles, keys of retries, drafts."""
     with world.server(tenants=TENANTS) as server:
         key, words = server.keys["bob"], "zebra-0815"
-        made = post(server.address, "/v1/conversations", {"metadata": {f"{words}-key": f"{words}-value"}}, key).json["id"]
+        made = post(
+            server.address, "/v1/conversations", {"metadata": {f"{words}-key": f"{words}-value"}}, key
+        ).json["id"]
         body = {
             "input": f"{words} asked", "instructions": f"{words} told", "conversation": made, "max_output_tokens": 4, "ignore_eos": True,
             "metadata": {"a": f"{words}-meta"}, "user": f"{words}-user", "tools": [{"type": "function", "name": "f", "description": f"{words}-tool"}],
@@ -235,15 +263,26 @@ def gone(world: World, notes: Notes) -> None:
         running = post(
             server.address,
             RESPONSES,
-            {"input": f"{words} cancelled", "conversation": made, "background": True, "max_output_tokens": 4000, "ignore_eos": True},
+            {
+                "input": f"{words} cancelled",
+                "conversation": made,
+                "background": True,
+                "max_output_tokens": 4000,
+                "ignore_eos": True,
+            },
             key,
         )
         post(server.address, f"/v1/responses/{(running.json or {}).get('id')}/cancel", None, key)
         titled = world.chat(server.address, key, f"{words} as a title")
         before = copies(server.store, words)
         for conversation in (made, titled.json["pensieve"]["conversation"]):
-            deleted = post(server.address, f"/v1/pensieve/conversations/{conversation}", None, key, 30.0, "DELETE")
-            notes.hold(deleted.status == 200 and bool(deleted.json.get("complete")), f"{deleted} {deleted.body[:200]!r}")
+            deleted = post(
+                server.address, f"/v1/pensieve/conversations/{conversation}", None, key, 30.0, "DELETE"
+            )
+            notes.hold(
+                deleted.status == 200 and bool(deleted.json.get("complete")),
+                f"{deleted} {deleted.body[:200]!r}",
+            )
         time.sleep(0.5)
         left = copies(server.store, words)
         in_log = server.log().count(words)
@@ -258,12 +297,16 @@ def flipped(world: World, notes: Notes) -> None:
     with world.server(tenants=TENANTS) as server:
         key = server.keys["bob"]
         made = [
-            world.chat(server.address, key, f"the number of the lighthouse is {4711 + i}").json["pensieve"]["conversation"]
+            world.chat(server.address, key, f"the number of the lighthouse is {4711 + i}").json["pensieve"][
+                "conversation"
+            ]
             for i in range(4)
         ]
         server.terminate()
         with contextlib.closing(sqlite3.connect(server.store)) as connection, connection:
-            rows = connection.execute("SELECT id, messages, token_ids FROM turns ORDER BY created_s").fetchall()
+            rows = connection.execute(
+                "SELECT id, messages, token_ids FROM turns ORDER BY created_s"
+            ).fetchall()
             altered = rows[0][1].replace("4711", "4712")
             connection.execute("UPDATE turns SET messages = ? WHERE id = ?", (altered, rows[0][0]))
             tokens = bytearray(rows[1][2])
@@ -271,7 +314,9 @@ def flipped(world: World, notes: Notes) -> None:
             connection.execute("UPDATE turns SET token_ids = ? WHERE id = ?", (bytes(tokens), rows[1][0]))
             connection.execute("UPDATE turns SET token_ids = ? WHERE id = ?", (rows[2][2][:-4], rows[2][0]))
         server.start()
-        for what, conversation in zip(("a message's digit", "a token's bit", "a token less", "nothing"), made, strict=True):
+        for what, conversation in zip(
+            ("a message's digit", "a token's bit", "a token less", "nothing"), made, strict=True
+        ):
             shown = get(server.address, f"/v1/pensieve/conversations/{conversation}", key)
             turn = post(
                 server.address,
@@ -281,7 +326,9 @@ def flipped(world: World, notes: Notes) -> None:
             )
             notes.say(f"{what}: shown {shown.status}, next turn {turn.status}")
             if what == "nothing":
-                notes.hold(shown.status == 200 and turn.status == 200, f"an unaltered conversation: {shown}, {turn}")
+                notes.hold(
+                    shown.status == 200 and turn.status == 200, f"an unaltered conversation: {shown}, {turn}"
+                )
             else:
                 notes.hold(turn.status >= 400, f"{what} altered: the next turn went on from it ({turn})")
                 if what == "a message's digit":
@@ -320,7 +367,10 @@ def two(world: World, notes: Notes) -> None:
             ended.append(told)
             counts.append(pieces)
 
-        with world.server(tenants=TENANTS, start=False, store=first.store) as second, ThreadPoolExecutor(6) as pool:
+        with (
+            world.server(tenants=TENANTS, start=False, store=first.store) as second,
+            ThreadPoolExecutor(6) as pool,
+        ):
             shutil.copy(first.key_path, second.key_path)
             second.keys = first.keys
             jobs = [pool.submit(read, body) for body in asked]
@@ -330,9 +380,14 @@ def two(world: World, notes: Notes) -> None:
             for job in jobs:
                 job.result()
             stored = interrupted(first.store)
-            notes.say(f"{ended.count('length')} of 6 answers came to their end, {sorted(set(ended))}; {stored} stored as interrupted")
+            notes.say(
+                f"{ended.count('length')} of 6 answers came to their end, {sorted(set(ended))}; {stored} stored as interrupted"
+            )
             notes.hold(under_way, "the answers ended before the second server began: nothing was tried")
-            notes.hold(ended.count("length") == 6, f"{6 - ended.count('length')} of 6 answers were broken: {sorted(set(ended))}")
+            notes.hold(
+                ended.count("length") == 6,
+                f"{6 - ended.count('length')} of 6 answers were broken: {sorted(set(ended))}",
+            )
             notes.hold(stored == 0, f"{stored} turns are stored as interrupted")
             _one_key(world, notes, first, second)
 
@@ -340,14 +395,21 @@ def two(world: World, notes: Notes) -> None:
 def interrupted(store: Path) -> int:
     """Turns that a store holds as interrupted."""
     with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as connection:
-        return int(connection.execute("SELECT count(*) FROM turns WHERE reply_reason = 'interrupted'").fetchone()[0])
+        return int(
+            connection.execute("SELECT count(*) FROM turns WHERE reply_reason = 'interrupted'").fetchone()[0]
+        )
 
 
 def whole_turns(store: Path, words: str) -> int:
     """Turns with an answer to a question that holds these words."""
     with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as connection:
-        rows = connection.execute("SELECT messages, reply_reason FROM turns WHERE instr(messages, ?) > 0", (words,)).fetchall()
-    return sum(reason not in (None, "interrupted") and words in json.dumps(json.loads(messages)[:-1]) for messages, reason in rows)
+        rows = connection.execute(
+            "SELECT messages, reply_reason FROM turns WHERE instr(messages, ?) > 0", (words,)
+        ).fetchall()
+    return sum(
+        reason not in (None, "interrupted") and words in json.dumps(json.loads(messages)[:-1])
+        for messages, reason in rows
+    )
 
 
 def _one_key(world: World, notes: Notes, first: Served, second: Served) -> None:
@@ -359,7 +421,12 @@ def _one_key(world: World, notes: Notes, first: Served, second: Served) -> None:
         with ThreadPoolExecutor(4) as pool:
             servers = [first, second, first, second]
             replies = list(
-                pool.map(lambda server, question=question: world.chat(server.address, key, question, 60, Idempotency_Key=question), servers)
+                pool.map(
+                    lambda server, question=question: world.chat(
+                        server.address, key, question, 60, Idempotency_Key=question
+                    ),
+                    servers,
+                )
             )
         for index, server in enumerate(servers):
             until = time.monotonic() + 20
@@ -369,7 +436,10 @@ def _one_key(world: World, notes: Notes, first: Served, second: Served) -> None:
         unanswered += sum(reply.status != 200 for reply in replies)
         different += len({(reply.json or {}).get("id") for reply in replies}) > 1
         doubled += whole_turns(first.store, question) != 1
-    notes.say(f"one key at both, 12 times: {doubled} doubled, {different} with two answers, {unanswered} unanswered", doubled=doubled)
+    notes.say(
+        f"one key at both, 12 times: {doubled} doubled, {different} with two answers, {unanswered} unanswered",
+        doubled=doubled,
+    )
     notes.hold(
         not (doubled or different or unanswered),
         f"one key at two servers: {doubled} doubled, {different} with two answers, {unanswered} unanswered",
@@ -386,7 +456,10 @@ def recovered(world: World, notes: Notes) -> None:
             second.keys = first.keys
             second.start()
             made = post(
-                first.address, RESPONSES, {"input": "Count.", "background": True, "max_output_tokens": 8000, "ignore_eos": True}, key
+                first.address,
+                RESPONSES,
+                {"input": "Count.", "background": True, "max_output_tokens": 8000, "ignore_eos": True},
+                key,
             )
             response = made.json["id"]
             time.sleep(1.2)
@@ -415,21 +488,36 @@ def locked(world: World, notes: Notes) -> None:
             with contextlib.closing(sqlite3.connect(server.store, isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
                 jobs = [
-                    pool.submit(world.chat, server.address, key, f"locked {i}", 4, 40.0, Idempotency_Key=f"locked-{i}") for i in range(8)
+                    pool.submit(
+                        world.chat, server.address, key, f"locked {i}", 4, 40.0, Idempotency_Key=f"locked-{i}"
+                    )
+                    for i in range(8)
                 ]
-                listings = [pool.submit(get, server.address, path, key) for path in ("/v1/pensieve/conversations", "/v1/pensieve/map")]
+                listings = [
+                    pool.submit(get, server.address, path, key)
+                    for path in ("/v1/pensieve/conversations", "/v1/pensieve/map")
+                ]
                 slow = [job.result().seconds for job in listings]
                 time.sleep(6.0)
                 other.execute("ROLLBACK")
             replies = [job.result() for job in jobs]
             good = sum(reply.status == 200 for reply in replies)
-            again = [world.chat(server.address, key, f"locked {i}", 4, Idempotency_Key=f"locked-{i}") for i in range(8)]
+            again = [
+                world.chat(server.address, key, f"locked {i}", 4, Idempotency_Key=f"locked-{i}")
+                for i in range(8)
+            ]
             notes.say(
                 f"{good} of 8 turns answered, the rest {sorted({reply.status for reply in replies if reply.status != 200})}; listings {max(slow):.2f} s"
             )
             notes.hold(max(slow) < 3, f"a listing waited {max(slow):.1f} s for another program's lock")
-            notes.hold(all(reply.status in (200, 503) for reply in replies), f"{sorted({reply.status for reply in replies})}")
-            notes.hold(all(reply.status == 200 for reply in again), f"retries: {sorted({reply.status for reply in again})}")
+            notes.hold(
+                all(reply.status in (200, 503) for reply in replies),
+                f"{sorted({reply.status for reply in replies})}",
+            )
+            notes.hold(
+                all(reply.status == 200 for reply in again),
+                f"retries: {sorted({reply.status for reply in again})}",
+            )
             doubled = sum(whole_turns(server.store, f"locked {i}") != 1 for i in range(8))
             notes.hold(doubled == 0, f"{doubled} of 8 are not there exactly once")
 
@@ -444,16 +532,25 @@ def ttl(world: World, notes: Notes) -> None:
         begun_s = time.monotonic()
         statuses = []
         while time.monotonic() - begun_s < 13:
-            turn = {"input": f"turn {len(statuses)}", "conversation": made, "max_output_tokens": 2, "ignore_eos": True}
+            turn = {
+                "input": f"turn {len(statuses)}",
+                "conversation": made,
+                "max_output_tokens": 2,
+                "ignore_eos": True,
+            }
             statuses.append(post(server.address, RESPONSES, turn, key).status)
             time.sleep(0.5)
         left_s = time.monotonic()
-        while (shown := get(server.address, f"/v1/conversations/{made}", key).status) == 200 and time.monotonic() - left_s < 25:
+        while (
+            shown := get(server.address, f"/v1/conversations/{made}", key).status
+        ) == 200 and time.monotonic() - left_s < 25:
             time.sleep(0.3)
         notes.say(
             f"{statuses.count(200)} of {len(statuses)} turns over 13 s answered with 4 s to live; then {shown} after {time.monotonic() - left_s:.1f} s"
         )
-        notes.hold(statuses.count(200) == len(statuses), f"the conversation went in the middle of use: {statuses}")
+        notes.hold(
+            statuses.count(200) == len(statuses), f"the conversation went in the middle of use: {statuses}"
+        )
         notes.hold(shown == 404, "the conversation is still there 25 s after its last turn")
 
 
@@ -466,7 +563,9 @@ def ttl_under_way(world: World, notes: Notes) -> None:
         post(server.address, f"/v1/pensieve/conversations/{made}/ttl", {"seconds": 1}, key)
         turn = {"input": "Go on.", "conversation": made, "max_output_tokens": 8000, "ignore_eos": True}
         replies: list[Reply] = []
-        threads = [threading.Thread(target=lambda: replies.append(post(server.address, RESPONSES, turn, key, 60.0)))]
+        threads = [
+            threading.Thread(target=lambda: replies.append(post(server.address, RESPONSES, turn, key, 60.0)))
+        ]
         for thread in threads:
             thread.start()
             thread.join()

@@ -53,7 +53,10 @@ PROMISE = "A template that never ends or swells fails its own request soon, and 
 
 def chosen(evil: dict[str, str]) -> str:
     """A template that does harm when the last message names it, and is an ordinary one otherwise."""
-    cases = "".join(f"{{% if messages[-1].content == 'evil-{name}' %}}{{% set n = 1 %}}{harm}{{% endif %}}" for name, harm in evil.items())
+    cases = "".join(
+        f"{{% if messages[-1].content == 'evil-{name}' %}}{{% set n = 1 %}}{harm}{{% endif %}}"
+        for name, harm in evil.items()
+    )
     return cases + PLAIN
 
 
@@ -71,22 +74,42 @@ def chat_of(text: str) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
 
 
-PATTERNS = {"nested-plus": r"(a+)+$", "alternation": r"(b|b)*$", "back-reference": r"(?:(c+)+)\1$", "look-ahead": r"(?=(d+)+e$)d"}
-TRIGGERS = {"nested-plus": "a" * 40 + "!", "alternation": "b" * 40 + "!", "back-reference": "c" * 40 + "!", "look-ahead": "d" * 40 + "!"}
+PATTERNS = {
+    "nested-plus": r"(a+)+$",
+    "alternation": r"(b|b)*$",
+    "back-reference": r"(?:(c+)+)\1$",
+    "look-ahead": r"(?=(d+)+e$)d",
+}
+TRIGGERS = {
+    "nested-plus": "a" * 40 + "!",
+    "alternation": "b" * 40 + "!",
+    "back-reference": "c" * 40 + "!",
+    "look-ahead": "d" * 40 + "!",
+}
 TRIGGERS["swelling"] = "q" * 1000
 
 
 def tokenizer(found: Any) -> None:
     """Patterns that try a text in exponentially many ways, and a replacement that makes it longer twentyfold six times."""
-    splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in PATTERNS.values()]
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in PATTERNS.values()
+    ]
     found["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, found["pre_tokenizer"]]}
-    found["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "q"}, "content": "q" * 20}] * 6}
+    found["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Replace", "pattern": {"String": "q"}, "content": "q" * 20}] * 6,
+    }
 
 
 def evil_model(world: World) -> Path:
     """The folder with all of it, made once."""
     folder = world.folder / "evil"
-    return folder if folder.is_dir() else variant(world.model, folder, template=chosen(TEMPLATES), tokenizer=tokenizer)
+    return (
+        folder
+        if folder.is_dir()
+        else variant(world.model, folder, template=chosen(TEMPLATES), tokenizer=tokenizer)
+    )
 
 
 def template(name: str) -> Callable[[World, Notes], None]:
@@ -110,13 +133,17 @@ def pattern(name: str) -> Callable[[World, Notes], None]:
         with world.watched(server, notes):
             use(world, notes, server, CHAT, chat_of(text))
             use(world, notes, server, TOKENIZE, {"prompt": text})
-            use(world, notes, server, RESPONSES, {"input": text, "truncation": "auto", "max_output_tokens": 2})
+            use(
+                world, notes, server, RESPONSES, {"input": text, "truncation": "auto", "max_output_tokens": 2}
+            )
 
     return check
 
 
 for _name in TEMPLATES:
-    add(Check(f"model/template-{_name}", PROMISE, template(_name), quick=_name in ("loop", "swell", "repeat")))
+    add(
+        Check(f"model/template-{_name}", PROMISE, template(_name), quick=_name in ("loop", "swell", "repeat"))
+    )
 for _name in TRIGGERS:
     promise = "A tokenizer's pattern fails its own request soon, and no other one."
     add(Check(f"model/tokenizer-{_name}", promise, pattern(_name), quick=_name == "nested-plus"))
@@ -135,7 +162,9 @@ def constant(name: str) -> Callable[[World, Notes], None]:
                 ended = server.process is None or server.process.poll() is not None
                 killed = server.watch.killed if server.watch is not None else None
                 notes.say(f"not started: {str(error)[-150:]!r}")
-                notes.hold(killed is None and ended, killed or f"it neither started nor ended within {START_S:g} s")
+                notes.hold(
+                    killed is None and ended, killed or f"it neither started nor ended within {START_S:g} s"
+                )
                 notes.hold("Traceback" not in str(error), f"no sentence: {str(error)[-300:]}")
                 return
             reply = world.chat(server.address, server.keys["bob"], "good morning")
@@ -166,12 +195,24 @@ def config(world: World, notes: Notes) -> None:
         folder = variant(world.model, world.new_folder() / "model", **changed)
         server = Served(world.new_folder(), folder)
         begun_s = time.monotonic()
-        ended = subprocess.run(server.command(), capture_output=True, text=True, timeout=START_S * 3, check=False)
+        ended = subprocess.run(
+            server.command(), capture_output=True, text=True, timeout=START_S * 3, check=False
+        )
         told = ended.stdout + ended.stderr
         took_s = time.monotonic() - begun_s
         notes.say(f"{name}: exit {ended.returncode} after {took_s:.0f} s")
-        notes.hold(ended.returncode != 0 and took_s < START_S, f"{name}: exit {ended.returncode} after {took_s:.0f} s")
+        notes.hold(
+            ended.returncode != 0 and took_s < START_S,
+            f"{name}: exit {ended.returncode} after {took_s:.0f} s",
+        )
         notes.hold("Traceback" not in told and "internal" not in told.lower(), f"{name}: {told[-300:]}")
 
 
-add(Check("model/config", "A config that cannot be built is refused with a sentence at the first start.", config, quick=False))
+add(
+    Check(
+        "model/config",
+        "A config that cannot be built is refused with a sentence at the first start.",
+        config,
+        quick=False,
+    )
+)

@@ -26,7 +26,9 @@ def ask_on(server: Served, for_s: float) -> list[Reply]:
     replies = []
     end = time.monotonic() + for_s
     while time.monotonic() < end:
-        replies.append(World.chat(server.address, server.keys["bob"], f"question {len(replies)}", timeout_s=30.0))
+        replies.append(
+            World.chat(server.address, server.keys["bob"], f"question {len(replies)}", timeout_s=30.0)
+        )
         time.sleep(ASK_S)
     return replies
 
@@ -36,9 +38,14 @@ def judge(notes: Notes, replies: list[Reply]) -> None:
     worst = max(reply.seconds for reply in replies)
     statuses = sorted({reply.status for reply in replies})
     notes.say(
-        f"bob: {good} of {len(replies)} answered, worst after {worst:.2f} s, statuses {statuses}", bob=good, bob_worst_s=round(worst, 2)
+        f"bob: {good} of {len(replies)} answered, worst after {worst:.2f} s, statuses {statuses}",
+        bob=good,
+        bob_worst_s=round(worst, 2),
     )
-    notes.hold(good == len(replies), f"bob was not answered {len(replies) - good} times of {len(replies)}: {statuses}")
+    notes.hold(
+        good == len(replies),
+        f"bob was not answered {len(replies) - good} times of {len(replies)}: {statuses}",
+    )
     notes.hold(worst <= WORST_S, f"bob waited {worst:.1f} s, at most {WORST_S:g} s may be")
 
 
@@ -76,7 +83,10 @@ def background(world: World, notes: Notes) -> None:
 @attack("tenant/stream-flood", quick=False)
 def streams(world: World, notes: Notes) -> None:
     """Streams that are not read, 70 of one tenant, leave room for another."""
-    with world.server("--max-open", "64", tenants=TENANTS) as server, closing(unread(server, server.keys["alice"], 70, stream_body(4000))):
+    with (
+        world.server("--max-open", "64", tenants=TENANTS) as server,
+        closing(unread(server, server.keys["alice"], 70, stream_body(4000))),
+    ):
         judge(notes, ask_on(server, 8.0))
 
 
@@ -86,7 +96,13 @@ def queue(world: World, notes: Notes) -> None:
     with world.server("--max-open", "32", tenants=TENANTS) as server:
         conversation = post(server.address, "/v1/conversations", {}, server.keys["alice"]).json["id"]
         for i in range(60):
-            body = {"input": f"{i}", "conversation": conversation, "background": True, "max_output_tokens": 2000, "ignore_eos": True}
+            body = {
+                "input": f"{i}",
+                "conversation": conversation,
+                "background": True,
+                "max_output_tokens": 2000,
+                "ignore_eos": True,
+            }
             post(server.address, RESPONSES, body, server.keys["alice"])
         judge(notes, ask_on(server, 8.0))
 
@@ -97,7 +113,11 @@ def long_prompts(world: World, notes: Notes) -> None:
     with world.server("--max-open", "16", tenants=TENANTS) as server:
 
         def work(i: int, stop: threading.Event) -> None:
-            body = {"model": "tiny", "messages": [{"role": "user", "content": f"{time.monotonic()} " + "word " * 7000}], "max_tokens": 50}
+            body = {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": f"{time.monotonic()} " + "word " * 7000}],
+                "max_tokens": 50,
+            }
             post(server.address, CHAT, body, server.keys["alice"], 30.0)
 
         with busy(8, work):
@@ -110,7 +130,9 @@ def tokenize(world: World, notes: Notes) -> None:
     with world.server(tenants=TENANTS) as server:
 
         def work(i: int, stop: threading.Event) -> None:
-            post(server.address, TOKENIZE, {"prompt": "a b\n" * (5_000 * (1 + i))}, server.keys["alice"], 30.0)
+            post(
+                server.address, TOKENIZE, {"prompt": "a b\n" * (5_000 * (1 + i))}, server.keys["alice"], 30.0
+            )
 
         with busy(12, work):
             judge(notes, ask_on(server, 8.0))
@@ -161,11 +183,19 @@ def isolation(world: World, notes: Notes) -> None:
         alice, bob = server.keys["alice"], server.keys["bob"]
         secret = "the lighthouse is number 4711 " * 20
         first = post(
-            server.address, RESPONSES, {"input": secret, "max_output_tokens": 4, "ignore_eos": True}, alice, Idempotency_Key="same"
+            server.address,
+            RESPONSES,
+            {"input": secret, "max_output_tokens": 4, "ignore_eos": True},
+            alice,
+            Idempotency_Key="same",
         )
         response = first.json["id"]
         listed = get(server.address, "/v1/pensieve/conversations", alice).json["data"][0]["id"]
-        paths = [f"/v1/responses/{response}", f"/v1/responses/{response}/input_items", f"/v1/conversations/{listed}/items"]
+        paths = [
+            f"/v1/responses/{response}",
+            f"/v1/responses/{response}/input_items",
+            f"/v1/conversations/{listed}/items",
+        ]
         paths += [f"/v1/pensieve/conversations/{listed}", f"/v1/conversations/{listed}"]
         tries = [get(server.address, path, bob) for path in paths]
         tries += [
@@ -179,8 +209,22 @@ def isolation(world: World, notes: Notes) -> None:
         refused = sum(reply.status == 404 for reply in tries)
         notes.say(f"{refused} of {len(tries)} tries 404")
         notes.hold(refused == len(tries), f"{[reply.status for reply in tries]}")
-        same = post(server.address, RESPONSES, {"input": secret, "max_output_tokens": 4, "ignore_eos": True}, bob, Idempotency_Key="same")
+        same = post(
+            server.address,
+            RESPONSES,
+            {"input": secret, "max_output_tokens": 4, "ignore_eos": True},
+            bob,
+            Idempotency_Key="same",
+        )
         cached = same.json["usage"]["input_tokens_details"]["cached_tokens"]
-        notes.hold(same.status == 200 and same.json["id"] != response and cached == 0, f"bob's own: {same}, {cached} cached tokens")
-        shown = json.dumps([get(server.address, path, bob).json for path in ("/v1/pensieve/conversations", "/v1/pensieve/map")])
+        notes.hold(
+            same.status == 200 and same.json["id"] != response and cached == 0,
+            f"bob's own: {same}, {cached} cached tokens",
+        )
+        shown = json.dumps(
+            [
+                get(server.address, path, bob).json
+                for path in ("/v1/pensieve/conversations", "/v1/pensieve/map")
+            ]
+        )
         notes.hold(listed not in shown, "bob's list names alice's conversation")

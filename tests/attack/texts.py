@@ -57,7 +57,9 @@ TEXTS: dict[str, Text] = {
     "zero-width": again("\u200b\u200d"),
     "ligatures": again("\ufdfa"),  # 18 letters each, when normalised
     "chinese": again("漢字假名"),
-    "random-unicode": at_random(lambda rng: chr(rng.choice((rng.randrange(0x20, 0xD800), rng.randrange(0x10000, 0x1F000)))), 3),
+    "random-unicode": at_random(
+        lambda rng: chr(rng.choice((rng.randrange(0x20, 0xD800), rng.randrange(0x10000, 0x1F000)))), 3
+    ),
     "random-letters": at_random(lambda rng: rng.choice("abcdefghijklmnopqrstuvwxyz"), 1),
     "base64": lambda size: base64.b64encode(random.Random(3).randbytes(size * 3 // 4 - 4)).decode(),
     "control-tokens": again("<|im_start|>"),
@@ -136,13 +138,30 @@ def run(path: str, make: Callable[[], Any]) -> Callable[[World, Notes], None]:
 
 
 def _add_all() -> None:
-    kinds = itertools.cycle(("blanks", "one-letter", "random-unicode", "control-tokens", "only-marks", "base64"))
+    kinds = itertools.cycle(
+        ("blanks", "one-letter", "random-unicode", "control-tokens", "only-marks", "base64")
+    )
     for kind, text in TEXTS.items():
-        add(Check(f"text/chat-{kind}", PROMISE, run(CHAT, lambda text=text: chat_of(text(SIZE))), quick=kind in QUICK))
+        add(
+            Check(
+                f"text/chat-{kind}",
+                PROMISE,
+                run(CHAT, lambda text=text: chat_of(text(SIZE))),
+                quick=kind in QUICK,
+            )
+        )
     for place, (path, put) in PLACES.items():
         for kind in (next(kinds), next(kinds)):
-            make = lambda put=put, text=TEXTS[kind]: put(text(SIZE // 2 if put is PLACES["call-arguments"][1] else SIZE))  # noqa: E731
-            add(Check(f"text/{place}-{kind}", PROMISE, run(path, make), quick=place in ("tokenize", "tool-description")))
+            size = SIZE // 2 if put is PLACES["call-arguments"][1] else SIZE
+            make = lambda put=put, text=TEXTS[kind], size=size: put(text(size))  # noqa: E731
+            add(
+                Check(
+                    f"text/{place}-{kind}",
+                    PROMISE,
+                    run(path, make),
+                    quick=place in ("tokenize", "tool-description"),
+                )
+            )
 
 
 _add_all()
@@ -152,17 +171,28 @@ def tools(world: World, notes: Notes) -> None:
     """128 tools with 100 kB descriptions are refused by length, soon."""
     server = world.shared()
     described = [
-        {"type": "function", "function": {"name": f"f{i}", "description": "word " * 20_000, "parameters": {"type": "object"}}}
+        {
+            "type": "function",
+            "function": {"name": f"f{i}", "description": "word " * 20_000, "parameters": {"type": "object"}},
+        }
         for i in range(128)
     ]
     with world.watched(server, notes):
-        judge(notes, post(server.address, CHAT, {**chat_of("hi"), "tools": described}, server.keys["mallory"], ANSWER_S))
+        judge(
+            notes,
+            post(
+                server.address, CHAT, {**chat_of("hi"), "tools": described}, server.keys["mallory"], ANSWER_S
+            ),
+        )
 
 
 def truncated(world: World, notes: Notes) -> None:
     """A history of 4,095 messages that is to be truncated takes no time of others."""
     server = world.shared()
-    messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 385 if i < 4094 else "hi"} for i in range(4095)]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": "word " * 385 if i < 4094 else "hi"}
+        for i in range(4095)
+    ]
     with world.watched(server, notes):
         body = {"input": messages, "truncation": "auto", "max_output_tokens": 1}
         judge(notes, post(server.address, RESPONSES, body, server.keys["mallory"], ANSWER_S))
@@ -175,7 +205,16 @@ def stored(world: World, notes: Notes) -> None:
     conversation = post(server.address, "/v1/conversations", {}, key).json["id"]
     text = {"type": "message", "role": "user", "content": "word " * 100_000}
     with world.watched(server, notes):
-        added = [post(server.address, f"/v1/conversations/{conversation}/items", {"items": [text] * 20}, key, ANSWER_S) for _ in range(3)]
+        added = [
+            post(
+                server.address,
+                f"/v1/conversations/{conversation}/items",
+                {"items": [text] * 20},
+                key,
+                ANSWER_S,
+            )
+            for _ in range(3)
+        ]
         notes.say(f"added: {added[-1]}")
         body = {"input": "hi", "conversation": conversation, "truncation": "auto", "max_output_tokens": 1}
         judge(notes, post(server.address, RESPONSES, body, key, ANSWER_S))
@@ -187,7 +226,14 @@ def below_the_limit(world: World, notes: Notes) -> None:
     server = world.shared()
     texts = [
         TEXTS[kind](CONTEXT * width)
-        for kind, width in (("words", 5), ("words", 6), ("emoji", 3), ("base64", 2), ("one-letter", 8), ("marks", 2))
+        for kind, width in (
+            ("words", 5),
+            ("words", 6),
+            ("emoji", 3),
+            ("base64", 2),
+            ("one-letter", 8),
+            ("marks", 2),
+        )
     ]
     bodies = [json.dumps(chat_of(text), ensure_ascii=False).encode() for text in texts]
     with world.watched(server, notes, max_chat_s=None):
@@ -201,7 +247,13 @@ def below_the_limit(world: World, notes: Notes) -> None:
 def stops(world: World, notes: Notes) -> None:
     """Stop strings of a megabyte and an answer of thousands of tokens cost the others nothing."""
     server = world.shared()
-    body = {**chat_of("hi"), "max_tokens": 300, "ignore_eos": True, "stop": ["x" * 500_000 + str(i) for i in range(16)], "stream": True}
+    body = {
+        **chat_of("hi"),
+        "max_tokens": 300,
+        "ignore_eos": True,
+        "stop": ["x" * 500_000 + str(i) for i in range(16)],
+        "stream": True,
+    }
     with world.watched(server, notes):
         judge(notes, post(server.address, CHAT, body, server.keys["mallory"], ANSWER_S))
 

@@ -55,7 +55,11 @@ class Reply:
     def code(self) -> str:
         """Of an error's body."""
         found = self.json
-        return str(found["error"].get("code")) if isinstance(found, dict) and isinstance(found.get("error"), dict) else ""
+        return (
+            str(found["error"].get("code"))
+            if isinstance(found, dict) and isinstance(found.get("error"), dict)
+            else ""
+        )
 
     def __str__(self) -> str:
         told = f"{self.status} {self.code}".strip() if self.how == "answered" else self.how
@@ -63,7 +67,11 @@ class Reply:
 
 
 def head(
-    method: str, target: str, key: str | None = None, headers: Iterable[tuple[str, str]] = (), host: str | None = "localhost"
+    method: str,
+    target: str,
+    key: str | None = None,
+    headers: Iterable[tuple[str, str]] = (),
+    host: str | None = "localhost",
 ) -> bytes:
     """A request line and header lines, ended."""
     lines = [f"{method} {target} HTTP/1.1"]
@@ -128,13 +136,23 @@ def read_answer(connection: socket.socket, method: str, deadline: float) -> dict
             body += piece
             if time.monotonic() > deadline:
                 raise TimeoutError
-        return {"status": response.status, "headers": {name.lower(): value for name, value in response.getheaders()}, "body": body}
+        return {
+            "status": response.status,
+            "headers": {name.lower(): value for name, value in response.getheaders()},
+            "body": body,
+        }
     finally:
         response.close()
 
 
 def post(
-    address: Address, path: str, body: Any, key: str | None = None, timeout_s: float = 20.0, method: str = "POST", **headers: str
+    address: Address,
+    path: str,
+    body: Any,
+    key: str | None = None,
+    timeout_s: float = 20.0,
+    method: str = "POST",
+    **headers: str,
 ) -> Reply:
     """A whole request. `body`: bytes as they are, None: no body, anything else as JSON; a header's `_` is a hyphen."""
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
@@ -143,21 +161,32 @@ def post(
         named.append(("Content-Type", "application/json"))
     if data or method == "POST":
         named.append(("Content-Length", str(len(data))))
-    return send(address, [head(method, path, key, [*named, ("Connection", "close")]), data], timeout_s, method)
+    return send(
+        address, [head(method, path, key, [*named, ("Connection", "close")]), data], timeout_s, method
+    )
 
 
-def get(address: Address, path: str, key: str | None = None, timeout_s: float = 20.0, **headers: str) -> Reply:
+def get(
+    address: Address, path: str, key: str | None = None, timeout_s: float = 20.0, **headers: str
+) -> Reply:
     """A GET."""
     return post(address, path, None, key, timeout_s, "GET", **headers)
 
 
-def events(address: Address, path: str, body: Any, key: str | None, timeout_s: float, **headers: str) -> Iterator[dict[str, Any]]:
+def events(
+    address: Address, path: str, body: Any, key: str | None, timeout_s: float, **headers: str
+) -> Iterator[dict[str, Any]]:
     """A streamed answer's events, as JSON; first one of our own: `{"status": N}`. The connection closes with the iterator."""
     deadline = time.monotonic() + timeout_s
     connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
     sent = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     with contextlib.closing(connection):
-        connection.request("POST", path, json.dumps(body), sent | {name.replace("_", "-"): value for name, value in headers.items()})
+        connection.request(
+            "POST",
+            path,
+            json.dumps(body),
+            sent | {name.replace("_", "-"): value for name, value in headers.items()},
+        )
         response = connection.getresponse()
         yield {"status": response.status}
         if response.status != 200:

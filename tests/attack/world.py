@@ -40,7 +40,9 @@ class World:
         return folder
 
     @contextlib.contextmanager
-    def server(self, *options: str, start: bool = True, model: Path | None = None, **keywords: Any) -> Iterator[Served]:
+    def server(
+        self, *options: str, start: bool = True, model: Path | None = None, **keywords: Any
+    ) -> Iterator[Served]:
         """A server of one check's own; the shared one ends, since it would be measured too."""
         self.drop_shared()
         server = Served(self.new_folder(), model or self.model, *options, **keywords)
@@ -67,7 +69,10 @@ class World:
         server = Served(self.new_folder(), model or self.model, *options, tenants=TENANTS)
         self._servers.append(server)
         server.start()
-        self._shared[name] = server, Beside(server.address.host, server.address.port, server.keys["bystander"])
+        self._shared[name] = (
+            server,
+            Beside(server.address.host, server.address.port, server.keys["bystander"]),
+        )
         return server
 
     def drop_shared(self) -> None:
@@ -90,7 +95,9 @@ class World:
     # -- watching
 
     @contextlib.contextmanager
-    def watched(self, server: Served, notes: Notes, *, chats: bool = True, max_chat_s: float | None = MAX_CHAT_S) -> Iterator[None]:
+    def watched(
+        self, server: Served, notes: Notes, *, chats: bool = True, max_chat_s: float | None = MAX_CHAT_S
+    ) -> Iterator[None]:
         """An attack on a server: /health, memory and the bystander's chats hold while it lasts and just after.
 
         Args:
@@ -126,16 +133,33 @@ class World:
             worst_health_s=round(worst, 4), quiet_health_s=round(worst_quiet, 4), noise_s=round(noise, 4), growth_mb=round(growth, 1),
             left_mb=round(after - front, 1), family_growth_mb=round(others, 1), worst_chat_s=round(chat_s, 3),
         )  # fmt: skip
-        notes.hold(worst <= MAX_HEALTH_S, f"/health waited {worst:.3f} s, at most {MAX_HEALTH_S} s may be", noise=worst < NOISE_S)
-        notes.hold(growth <= MAX_GROWTH_MB, f"the front end grew by {growth:.0f} MB, at most {MAX_GROWTH_MB:.0f} MB may be")
-        notes.hold(others <= MAX_FAMILY_MB, f"all processes together grew by {others:.0f} MB, at most {MAX_FAMILY_MB:.0f} MB may be")
+        notes.hold(
+            worst <= MAX_HEALTH_S,
+            f"/health waited {worst:.3f} s, at most {MAX_HEALTH_S} s may be",
+            noise=worst < NOISE_S,
+        )
+        notes.hold(
+            growth <= MAX_GROWTH_MB,
+            f"the front end grew by {growth:.0f} MB, at most {MAX_GROWTH_MB:.0f} MB may be",
+        )
+        notes.hold(
+            others <= MAX_FAMILY_MB,
+            f"all processes together grew by {others:.0f} MB, at most {MAX_FAMILY_MB:.0f} MB may be",
+        )
         for kind, errors in seen["errors"].items():
             if chats or kind != "chat":
-                notes.hold(not errors, f"{len(errors)} of the bystander's {kind} requests failed: {'; '.join(errors[:2])[:300]}")
+                notes.hold(
+                    not errors,
+                    f"{len(errors)} of the bystander's {kind} requests failed: {'; '.join(errors[:2])[:300]}",
+                )
         if chats and watch.killed is None:
             notes.hold(seen["count"].get("chat", 0) > 0, "not one chat of the bystander came to its end")
             if max_chat_s is not None:
-                notes.hold(chat_s <= max_chat_s, f"a bystander's chat took {chat_s:.1f} s, at most {max_chat_s:g} s may be", noise=True)
+                notes.hold(
+                    chat_s <= max_chat_s,
+                    f"a bystander's chat took {chat_s:.1f} s, at most {max_chat_s:g} s may be",
+                    noise=True,
+                )
         if watch.killed is not None:
             notes.hold(False, watch.killed)
         elif not server.alive:
@@ -162,7 +186,12 @@ class World:
 
     @staticmethod
     def chat(
-        address: Address, key: str | None, content: str = "Good morning.", num_tokens: int = 8, timeout_s: float = 30.0, **headers: str
+        address: Address,
+        key: str | None,
+        content: str = "Good morning.",
+        num_tokens: int = 8,
+        timeout_s: float = 30.0,
+        **headers: str,
     ) -> Any:
         """A plain chat completion; the reply."""
         body = {

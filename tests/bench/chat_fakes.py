@@ -23,7 +23,9 @@ def next_token(path: tuple[int, ...]) -> tuple[int, float]:
 class FakeSystem:
     """Answers at once, or a moment later from another thread. Keeps what it was asked."""
 
-    def __init__(self, name: str = "fake", *, delay_s: float = 0.0, reuse: bool = True, max_context: int = 10**9) -> None:
+    def __init__(
+        self, name: str = "fake", *, delay_s: float = 0.0, reuse: bool = True, max_context: int = 10**9
+    ) -> None:
         self.name = name
         self.delay_s = delay_s
         self.reuse = reuse  # whether its receipts claim a cache
@@ -68,11 +70,21 @@ class FakeSystem:
 
     def answer(self, turn: TurnRequest) -> TurnResult:
         """One answer; tests override it to break something."""
-        history = turn.forced_history if turn.forced_history is not None else self._paths.get(turn.conversation_id, ())
-        new = turn.tokens if turn.tokens is not None else tuple((turn.system_text or "").encode() + (turn.user_text or "").encode())
+        history = (
+            turn.forced_history
+            if turn.forced_history is not None
+            else self._paths.get(turn.conversation_id, ())
+        )
+        new = (
+            turn.tokens
+            if turn.tokens is not None
+            else tuple((turn.system_text or "").encode() + (turn.user_text or "").encode())
+        )
         prompt = (*history, *new)
         if len(prompt) + turn.max_new_tokens > self.max_context:
-            return failed_turn(CONTEXT_FULL, f"{len(prompt)} tokens, {self.max_context} fit", submitted_s=0.0, total_s=0.001)
+            return failed_turn(
+                CONTEXT_FULL, f"{len(prompt)} tokens, {self.max_context} fit", submitted_s=0.0, total_s=0.001
+            )
         path, logprobs, tops = prompt, [], []
         for _ in range(turn.max_new_tokens):
             token, logprob = next_token(path)
@@ -83,11 +95,34 @@ class FakeSystem:
         found = len(history) if self.reuse else 0
         total_s = 0.01 + 0.001 * (len(prompt) - found) / 10
         receipt = Receipt(
-            len(prompt), found, 0, len(history) - found, len(new), turn.max_new_tokens, 0, 0, 0, 0, 0, 0.001, total_s / 2, total_s
+            len(prompt),
+            found,
+            0,
+            len(history) - found,
+            len(new),
+            turn.max_new_tokens,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0.001,
+            total_s / 2,
+            total_s,
         )
         output = path[len(prompt) :]
         return TurnResult(
-            prompt, output, f"answer {output[0]}", tuple(tops), tuple(logprobs), 0.0, 0.001, total_s / 2, total_s, receipt, "length"
+            prompt,
+            output,
+            f"answer {output[0]}",
+            tuple(tops),
+            tuple(logprobs),
+            0.0,
+            0.001,
+            total_s / 2,
+            total_s,
+            receipt,
+            "length",
         )
 
 

@@ -97,7 +97,9 @@ class Model:
 
     TEMPLATE, NATURAL = 10, 3
 
-    def __init__(self, *, refuses: tuple[str, ...] = (), ignores: tuple[str, ...] = (), counts: bool = True) -> None:
+    def __init__(
+        self, *, refuses: tuple[str, ...] = (), ignores: tuple[str, ...] = (), counts: bool = True
+    ) -> None:
         self.refuses, self.ignores, self.counts = refuses, ignores, counts
         self.before: Callable[[int, dict[str, Any]], Reply | None] = lambda index, body: None
         self.measured: list[dict[str, Any]] = []  # requests for answers of `measured_tokens`
@@ -108,7 +110,9 @@ class Model:
     def __call__(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         for name in self.refuses:
             if name in body:
-                refuse(422, json.dumps({"detail": f"Unexpected fields in the request: {{'{name}'}}"}).encode())(handler, body)
+                refuse(
+                    422, json.dumps({"detail": f"Unexpected fields in the request: {{'{name}'}}"}).encode()
+                )(handler, body)
                 return
         if body["max_tokens"] == self.measured_tokens:
             with self._lock:
@@ -117,11 +121,15 @@ class Model:
             if (other := self.before(index, body)) is not None:
                 other(handler, body)
                 return
-        heeded = {name for name in ("ignore_eos", "min_tokens", "generation_config") if name in body} - set(self.ignores)
+        heeded = {name for name in ("ignore_eos", "min_tokens", "generation_config") if name in body} - set(
+            self.ignores
+        )
         output = body["max_tokens"] if heeded else min(self.NATURAL, body["max_tokens"])
         self.answer(handler, body, output)
 
-    def answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any], output: int, *, with_usage: bool = True) -> None:
+    def answer(
+        self, handler: BaseHTTPRequestHandler, body: dict[str, Any], output: int, *, with_usage: bool = True
+    ) -> None:
         """An answer of `output` tokens, three to a piece."""
         prompt = self.prompt_tokens(body["messages"])
         lines = [chunk(""), ""]
@@ -129,8 +137,12 @@ class Model:
         for start in range(0, output, 3):
             lines += [chunk("".join(words[start : start + 3])), ""]
         lines += [chunk(None, "length"), ""]
-        cached = max((self._seen[key] for key in self._keys(body["messages"])[:-1] if key in self._seen), default=0)
-        self._seen[self._keys([*body["messages"], {"role": "assistant", "content": "".join(words)}])[-1]] = prompt + output
+        cached = max(
+            (self._seen[key] for key in self._keys(body["messages"])[:-1] if key in self._seen), default=0
+        )
+        self._seen[self._keys([*body["messages"], {"role": "assistant", "content": "".join(words)}])[-1]] = (
+            prompt + output
+        )
         if self.counts and with_usage and "stream_options" in body:
             lines += [usage(prompt, output, cached=cached), ""]
         stream(handler, *lines, "data: [DONE]", "")

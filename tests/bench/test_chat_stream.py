@@ -43,7 +43,12 @@ def test_pieces_without_words_are_not_the_first_token() -> None:
     answer.take(chunk(choices=[{"delta": {"role": "assistant", "content": ""}}]), 1.0)
     answer.take(chunk(choices=[{"delta": {"content": "a"}}]), 2.0)
     answer.take(chunk(choices=[{"delta": {"content": "b"}, "finish_reason": "length"}]), 3.5)
-    assert (answer.text, answer.first_s, answer.piece_times_s, answer.finish_reason) == ("ab", 2.0, [2.0, 3.5], "length")
+    assert (answer.text, answer.first_s, answer.piece_times_s, answer.finish_reason) == (
+        "ab",
+        2.0,
+        [2.0, 3.5],
+        "length",
+    )
 
 
 def test_reasoning_is_time_but_no_answer() -> None:

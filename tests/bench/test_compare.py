@@ -52,7 +52,12 @@ def test_the_next_turn_is_due_a_think_time_after_the_answer() -> None:
         else:
             assert record.due_s == pytest.approx(record.user / 4 * 0.02)
         assert record.due_s <= record.sent_s <= record.done_s
-    assert [by_key[f"c{i}", 0].think for i in range(4)] == [ThinkClass.HOT, ThinkClass.WARM, ThinkClass.COLD, ThinkClass.HOT]
+    assert [by_key[f"c{i}", 0].think for i in range(4)] == [
+        ThinkClass.HOT,
+        ThinkClass.WARM,
+        ThinkClass.COLD,
+        ThinkClass.HOT,
+    ]
 
 
 def test_users_take_their_conversations_one_after_the_other() -> None:
@@ -69,7 +74,10 @@ def test_more_users_than_conversations_are_no_more_than_conversations() -> None:
 
 def test_random_tokens_at_the_texts_lengths_and_equal_for_equal_texts() -> None:
     system = FakeSystem()
-    talks = [Conversation("a", "shared system", ("hello there",)), Conversation("b", "shared system", ("good-bye",))]
+    talks = [
+        Conversation("a", "shared system", ("hello there",)),
+        Conversation("b", "shared system", ("good-bye",)),
+    ]
     run_users(system, talks, settings(vocab_size=50))
     a, b = (turn.tokens for turn in system.asked)
     assert a is not None
@@ -196,7 +204,15 @@ def test_a_turn_that_never_ends_times_out_and_a_late_answer_is_ignored() -> None
 def test_the_listener_hears_everything() -> None:
     ears = Ears()
     run_users(FakeSystem(max_context=25), talk(1, 4), settings(), progress=ears)
-    assert ears.heard == ["begin fake 4", "sent 1", "answered 0 0", "sent 1", "answered 1 0", "early 2", "end"]
+    assert ears.heard == [
+        "begin fake 4",
+        "sent 1",
+        "answered 0 0",
+        "sent 1",
+        "answered 1 0",
+        "early 2",
+        "end",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ def against(change: Change, dtype: str = "float32", tolerance: Tolerance | None 
 def verdict(found: Equality) -> Verdict:
     (turn,) = [t for t in found.turns if (t.conversation_id, t.turn_index) == ("c1", 1)]
     others = [t for t in found.turns if t is not turn]
-    assert [t.verdict for t in others] == [Verdict.IDENTICAL] * 5, "a replay keeps one turn's difference from the others"
+    assert [t.verdict for t in others] == [Verdict.IDENTICAL] * 5, (
+        "a replay keeps one turn's difference from the others"
+    )
     return turn.verdict
 
 
@@ -78,8 +80,14 @@ def test_planted_a_wrong_token_that_was_clearly_not_the_likeliest() -> None:
 
 
 def test_planted_a_wrong_token_is_seen_in_bfloat16_too() -> None:
-    assert verdict(against(lambda result: with_token(result, 2, other(result.output[2]), 0.4), "bfloat16")) is Verdict.NEAR_TIE
-    assert verdict(against(lambda result: with_token(result, 2, other(result.output[2]), 0.6), "bfloat16")) is Verdict.DIFFERENT
+    assert (
+        verdict(against(lambda result: with_token(result, 2, other(result.output[2]), 0.4), "bfloat16"))
+        is Verdict.NEAR_TIE
+    )
+    assert (
+        verdict(against(lambda result: with_token(result, 2, other(result.output[2]), 0.6), "bfloat16"))
+        is Verdict.DIFFERENT
+    )
 
 
 def test_planted_logits_that_drift_under_the_same_tokens() -> None:
@@ -103,7 +111,11 @@ def test_planted_a_small_drift_of_every_token_is_seen_in_the_mean() -> None:
             result = super().answer(turn)
             return replace(result, logprobs=tuple(value - self.nats for value in result.logprobs))
 
-    for num_tokens, nats, equal in ((40, 0.1, False), (40, 0.02, True), (30, 0.1, True)):  # of 6 turns: 240 tokens, or 180
+    for num_tokens, nats, equal in (
+        (40, 0.1, False),
+        (40, 0.02, True),
+        (30, 0.1, True),
+    ):  # of 6 turns: 240 tokens, or 180
         settings = RunSettings(request_interval_s=0.0, max_new_tokens=num_tokens)
         first = run_users(FakeSystem("plain"), TALKS, settings)
         found = compare_outputs(first, run_users(Drifting(nats), TALKS, settings, replay=first), "bfloat16")
@@ -115,7 +127,10 @@ def test_planted_a_small_drift_of_every_token_is_seen_in_the_mean() -> None:
 
 
 def test_planted_drift_before_a_near_tie() -> None:
-    assert verdict(against(lambda r: with_token(shifted(r, 1, 0.01), 2, other(r.output[2]), 0.0))) is Verdict.DIFFERENT
+    assert (
+        verdict(against(lambda r: with_token(shifted(r, 1, 0.01), 2, other(r.output[2]), 0.0)))
+        is Verdict.DIFFERENT
+    )
 
 
 def test_planted_a_tie_that_only_one_run_sees_with_a_candidate_that_moved_far() -> None:
@@ -132,13 +147,19 @@ def test_planted_a_tie_that_only_one_run_sees_with_a_candidate_that_moved_far() 
 def test_what_comes_after_a_near_tie_is_not_compared() -> None:
     def change(result: TurnResult) -> TurnResult:
         tied = with_token(result, 2, other(result.output[2]), 0.0)
-        return replace(tied, output=(*tied.output[:3], 1, 2, 3), logprobs=(*tied.logprobs[:3], -9.0, -9.0, -9.0))
+        return replace(
+            tied, output=(*tied.output[:3], 1, 2, 3), logprobs=(*tied.logprobs[:3], -9.0, -9.0, -9.0)
+        )
 
     assert verdict(against(change)) is Verdict.NEAR_TIE
 
 
 def test_planted_an_answer_that_stops_early() -> None:
-    found = against(lambda r: replace(r, output=r.output[:4], logprobs=r.logprobs[:4], tops=r.tops[:4], finish_reason="stop"))
+    found = against(
+        lambda r: replace(
+            r, output=r.output[:4], logprobs=r.logprobs[:4], tops=r.tops[:4], finish_reason="stop"
+        )
+    )
     assert verdict(found) is Verdict.DIFFERENT
     assert found.example is not None
     assert "6 tokens (length) against 4 (stop)" in found.example.reason
@@ -150,7 +171,9 @@ def test_a_difference_nobody_can_excuse_without_log_probabilities() -> None:
 
 
 def test_planted_another_context() -> None:
-    found = against(lambda result: replace(result, prompt_path=(*result.prompt_path[:5], 999, *result.prompt_path[6:])))
+    found = against(
+        lambda result: replace(result, prompt_path=(*result.prompt_path[:5], 999, *result.prompt_path[6:]))
+    )
     assert verdict(found) is Verdict.CONTEXT
     assert found.equal is False
     assert found.example is not None
@@ -163,7 +186,11 @@ def test_planted_numbers_that_are_none() -> None:
 
 def test_a_turn_that_fails_in_one_run_only() -> None:
     found = against(lambda _result: failed_turn("worker_failed", "x", submitted_s=0.0, total_s=0.0))
-    assert [t.verdict for t in found.turns if t.conversation_id == "c1"] == [Verdict.IDENTICAL, Verdict.FAILED, Verdict.FAILED]
+    assert [t.verdict for t in found.turns if t.conversation_id == "c1"] == [
+        Verdict.IDENTICAL,
+        Verdict.FAILED,
+        Verdict.FAILED,
+    ]
     assert found.equal is False
 
 

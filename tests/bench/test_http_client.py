@@ -17,7 +17,10 @@ from pensieve.errors import ConfigError
 
 T = TypeVar("T")
 HEAD = b"HTTP/1.1 200 OK\r\n"
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n1\r\n \r\nA\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+CHUNKED = (
+    HEAD
+    + b"Transfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n1\r\n \r\nA\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+)
 LENGTH = b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + b"content-length: 16\r\n\r\nhello 0123456789"
 TO_THE_END = HEAD + b"\r\nhello 0123456789"
 
@@ -29,7 +32,9 @@ def read(*pieces: bytes) -> tuple[ResponseReader, bytes]:
 
 @pytest.mark.parametrize(("data", "reusable"), [(CHUNKED, True), (LENGTH, True), (TO_THE_END, False)])
 @given(cuts=st.lists(st.integers(0, 150), max_size=8))
-def test_a_body_does_not_depend_on_where_the_bytes_are_cut(data: bytes, reusable: bool, cuts: list[int]) -> None:
+def test_a_body_does_not_depend_on_where_the_bytes_are_cut(
+    data: bytes, reusable: bool, cuts: list[int]
+) -> None:
     marks = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     reader, body = read(*(data[start:stop] for start, stop in itertools.pairwise(marks)))
     assert (reader.status, body, reader.complete) == (200, b"hello 0123456789", reusable)
@@ -62,7 +67,11 @@ def test_what_is_no_http(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", [b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\ncontent-length: 0\r\n\r\n"]
+    "head",
+    [
+        b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\ncontent-length: 0\r\n\r\n",
+    ],
 )
 def test_a_connection_that_the_server_closes_is_not_used_again(head: bytes) -> None:
     reader, _ = read(head)
@@ -80,7 +89,14 @@ class Peer:
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+                length = next(
+                    (
+                        int(line[15:])
+                        for line in head.split(b"\r\n")
+                        if line.lower().startswith(b"content-length:")
+                    ),
+                    0,
+                )
                 self.requests.append(head + await reader.readexactly(length))
                 await self.reply(writer)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -119,7 +135,9 @@ def test_connections_are_used_again_or_not(keep: bool, connections: int) -> None
     assert with_peer(peer, work) == [b"hello 0123456789"] * 3
     assert peer.connections == connections
     assert peer.requests[0].startswith(b"POST /v1/x HTTP/1.1\r\nHost: 127.0.0.1:")
-    assert b"\r\nAuthorization: Bearer secret\r\n" in peer.requests[0] and peer.requests[0].endswith(b'\r\n\r\n{"a": 1}')
+    assert b"\r\nAuthorization: Bearer secret\r\n" in peer.requests[0] and peer.requests[0].endswith(
+        b'\r\n\r\n{"a": 1}'
+    )
 
 
 def test_a_refusal_comes_back_with_its_body_and_the_callback_sees_nothing() -> None:
@@ -155,7 +173,9 @@ async def stay_silent(writer: asyncio.StreamWriter) -> None:
         (stay_silent, "timeout", "silent"),
     ],
 )
-def test_what_goes_wrong_has_a_code(reply: Callable[[asyncio.StreamWriter], Awaitable[None]], code: str, words: str) -> None:
+def test_what_goes_wrong_has_a_code(
+    reply: Callable[[asyncio.StreamWriter], Awaitable[None]], code: str, words: str
+) -> None:
     async def work(url: str) -> TurnFailed:
         with pytest.raises(TurnFailed) as caught:
             await HttpClient(url, read_timeout_s=0.05).post("/x", b"{}", lambda data: None)
@@ -194,7 +214,17 @@ def test_nobody_there() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8000", "ftp://host", "http://", "http://h/?q=1", "", "http://h:99999", "http://u:p@h", "http://h h", "http://h\r\nX: y"],
+    [
+        "localhost:8000",
+        "ftp://host",
+        "http://",
+        "http://h/?q=1",
+        "",
+        "http://h:99999",
+        "http://u:p@h",
+        "http://h h",
+        "http://h\r\nX: y",
+    ],
 )
 def test_a_url_that_is_none(url: str) -> None:
     with pytest.raises(ConfigError, match="must look like"):

@@ -19,7 +19,17 @@ from pensieve.errors import ConfigError, ModelUnavailable
 
 def turn(index: int, text: str = "hi", **changes: Any) -> TurnRequest:
     system_text = changes.pop("system_text", None)
-    return TurnRequest("c", index, text, None, None, 8, changes.pop("fixed_length", False), system_text=system_text, **changes)
+    return TurnRequest(
+        "c",
+        index,
+        text,
+        None,
+        None,
+        8,
+        changes.pop("fixed_length", False),
+        system_text=system_text,
+        **changes,
+    )
 
 
 @pytest.fixture
@@ -42,8 +52,16 @@ def test_a_turn_is_streamed_and_timed(server: Server, system: OpenAISystem) -> N
     assert 0 < result.first_token_s <= result.total_s
     assert result.receipt is None, "the server reported nothing"
     (asked,) = server.asked
-    assert asked["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    assert (asked["model"], asked["max_tokens"], asked["temperature"], asked["stream"]) == ("tiny", 8, 0, True)
+    assert asked["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+    ]
+    assert (asked["model"], asked["max_tokens"], asked["temperature"], asked["stream"]) == (
+        "tiny",
+        8,
+        0,
+        True,
+    )
     assert "ignore_eos" not in asked
     assert server.headers[0]["Authorization"] == "Bearer secret"
 
@@ -72,7 +90,11 @@ def test_cached_tokens_become_a_receipt(server: Server, system: OpenAISystem) ->
     server.reply = say("b", tail=(usage(80, 7, cached=48),))
     second = system.start_turn(turn(1)).result(WAIT_S)
     assert second.receipt is not None
-    assert (second.receipt.gpu_tokens, second.receipt.recomputed_tokens, second.receipt.new_tokens) == (48, 12, 20)
+    assert (second.receipt.gpu_tokens, second.receipt.recomputed_tokens, second.receipt.new_tokens) == (
+        48,
+        12,
+        20,
+    )
     assert second.num_output == 7
 
 
@@ -87,7 +109,9 @@ def test_fixed_length_asks_the_server_to_go_on(server: Server, system: OpenAISys
     assert (server.asked[0]["ignore_eos"], server.asked[0]["min_tokens"]) == (True, 8)
 
 
-def test_an_event_of_several_lines_and_a_missing_last_blank_line(server: Server, system: OpenAISystem) -> None:
+def test_an_event_of_several_lines_and_a_missing_last_blank_line(
+    server: Server, system: OpenAISystem
+) -> None:
     server.reply = lambda handler, _body: stream(
         handler, 'data: {"choices": [{"delta":', 'data:{"content": "x"}, "finish_reason": "length"}]}'
     )
@@ -99,11 +123,22 @@ def test_an_event_of_several_lines_and_a_missing_last_blank_line(server: Server,
     ("reply", "code", "words"),
     [
         (refuse(500, b"boom"), "http_500", "HTTP 500: boom"),
-        (refuse(404, b'{"error": {"message": "no such model", "code": "model_not_found"}}'), "model_not_found", "no such model"),
-        (refuse(401, b'{"detail": "who are you?"}'), "http_401", "who are you"),
-        (refuse(400, b'{"error": {"message": "too long", "code": "context_length_exceeded"}}'), "context_length_exceeded", "too long"),
         (
-            refuse(400, b'{"object": "error", "message": "This model\'s maximum context length is 2048 tokens.", "code": 400}'),
+            refuse(404, b'{"error": {"message": "no such model", "code": "model_not_found"}}'),
+            "model_not_found",
+            "no such model",
+        ),
+        (refuse(401, b'{"detail": "who are you?"}'), "http_401", "who are you"),
+        (
+            refuse(400, b'{"error": {"message": "too long", "code": "context_length_exceeded"}}'),
+            "context_length_exceeded",
+            "too long",
+        ),
+        (
+            refuse(
+                400,
+                b'{"object": "error", "message": "This model\'s maximum context length is 2048 tokens.", "code": 400}',
+            ),
             "context_length_exceeded",
             "2048",
         ),
@@ -111,11 +146,17 @@ def test_an_event_of_several_lines_and_a_missing_last_blank_line(server: Server,
         (lambda h, _b: stream(h, chunk("par"), "", chunk("tial"), ""), "stream_broken", "after 2 pieces"),
         (lambda h, _b: stream(h, chunk("x"), "", "data: {oops", ""), "stream_broken", "not JSON"),
         (lambda h, _b: stream(h, "data: [1]", ""), "stream_broken", "not an object"),
-        (lambda h, _b: stream(h, 'data: {"error": {"message": "out of memory", "code": 500}}', ""), "server_error", "out of memory"),
+        (
+            lambda h, _b: stream(h, 'data: {"error": {"message": "out of memory", "code": 500}}', ""),
+            "server_error",
+            "out of memory",
+        ),
         (lambda h, _b: stream(h, 'data: {"choices": [7]}', ""), "bad_answer", "AttributeError"),
     ],
 )
-def test_what_a_server_does_wrong_fails_the_turn(server: Server, system: OpenAISystem, reply: Reply, code: str, words: str) -> None:
+def test_what_a_server_does_wrong_fails_the_turn(
+    server: Server, system: OpenAISystem, reply: Reply, code: str, words: str
+) -> None:
     server.reply = reply
     result = system.start_turn(turn(0)).result(WAIT_S)
     assert (result.ok, result.error_code) == (False, code)

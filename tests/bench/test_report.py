@@ -29,16 +29,29 @@ SUBJECT = Subject("tiny", "random", "float32", "cpu")
 SETTINGS = RunSettings(request_interval_s=0.0, max_new_tokens=4)
 
 
-def record(user: int, turn: int, first_s: float, total_s: float, tokens: tuple[int, int, int, int] | None, outputs: int = 10) -> TurnRecord:
+def record(
+    user: int,
+    turn: int,
+    first_s: float,
+    total_s: float,
+    tokens: tuple[int, int, int, int] | None,
+    outputs: int = 10,
+) -> TurnRecord:
     """One turn of conversation `user`; tokens = gpu, cpu, recomputed, new."""
-    receipt = None if tokens is None else Receipt(sum(tokens), *tokens, outputs, 0, 0, 1, 0, 0, 0.0, first_s, total_s)
+    receipt = (
+        None
+        if tokens is None
+        else Receipt(sum(tokens), *tokens, outputs, 0, 0, 1, 0, 0, 0.0, first_s, total_s)
+    )
     result = TurnResult((1,), (2,) * outputs, "t", (), (), 0.0, 0.0, first_s, total_s, receipt, "stop")
     request = TurnRequest(f"c{user}", turn, "x", None, None, outputs, False)
     return TurnRecord(user, tuple(ThinkClass)[user % 3], request, result, 0.0, 0.0, total_s)
 
 
 def failed(user: int, turn: int, code: str) -> TurnRecord:
-    return replace(record(user, turn, 1.0, 1.0, None), result=failed_turn(code, "why", submitted_s=0.0, total_s=1.0))
+    return replace(
+        record(user, turn, 1.0, 1.0, None), result=failed_turn(code, "why", submitted_s=0.0, total_s=1.0)
+    )
 
 
 def a_run(system: str, *records: TurnRecord, ends: tuple[EarlyEnd, ...] = ()) -> Run:
@@ -55,7 +68,9 @@ FAST = a_run(
     failed(2, 0, "worker_failed"),
     ends=(EarlyEnd("c1", 2, 4, "context_length_exceeded", "x"), EarlyEnd("c2", 0, 0, "worker_failed", "why")),
 )
-SLOW = a_run("slow", *(replace(r, result=replace(r.result, first_token_s=0.9, total_s=2.6)) for r in FAST.records[:4]))
+SLOW = a_run(
+    "slow", *(replace(r, result=replace(r.result, first_token_s=0.9, total_s=2.6)) for r in FAST.records[:4])
+)
 
 
 def test_the_numbers_of_a_run() -> None:
@@ -64,10 +79,21 @@ def test_the_numbers_of_a_run() -> None:
     assert (first.label, first.answers, first.gpu_tokens, first.new_tokens) == ("1", 2, 0, 200)
     assert first.first_token_median_s == pytest.approx(0.3)
     assert first.normalized_median_s == pytest.approx(0.13)
-    assert (second.gpu_tokens, second.cpu_tokens, second.recomputed_tokens, second.new_tokens) == (180, 15, 5, 30)
+    assert (second.gpu_tokens, second.cpu_tokens, second.recomputed_tokens, second.new_tokens) == (
+        180,
+        15,
+        5,
+        30,
+    )
     assert [(g.label, g.answers) for g in found.by_class] == [("hot", 2), ("warm", 2)]
     totals = found.totals
-    assert (totals.answers, totals.failures, totals.context_full, totals.output_tokens, totals.suspensions) == (4, 1, 1, 40, 4)
+    assert (
+        totals.answers,
+        totals.failures,
+        totals.context_full,
+        totals.output_tokens,
+        totals.suspensions,
+    ) == (4, 1, 1, 40, 4)
     assert (totals.requests_per_s, totals.output_tokens_per_s) == pytest.approx((0.4, 4.0))
     assert (totals.gpu_share, totals.cpu_share, totals.recomputed_share) == pytest.approx((0.9, 0.075, 0.025))
     assert (totals.first_token_median_s, totals.later_first_token_median_s) == pytest.approx((0.25, 0.2))
@@ -106,7 +132,10 @@ def test_the_report_says_everything_in_80_columns() -> None:
     assert ["hot", "fast", "2", "150", "115", "30", "15", "5", "60", "6.00×"] in rows
     assert "…" not in text
     assert "history found on gpu" in text
-    assert "fast against slow (above 1× is better): TTFT 3.60×, TTFT from turn 2 on 4.50×, normalized latency 2.08×" in text
+    assert (
+        "fast against slow (above 1× is better): TTFT 3.60×, TTFT from turn 2 on 4.50×, normalized latency 2.08×"
+        in text
+    )
     assert "fast: ended: context full: c1 at turn 3" in text
     assert "fast: conversation c2 ended at turn 1: worker_failed: why" in text
     assert "note: 2 are [repeats]" in text
@@ -116,7 +145,9 @@ def test_a_long_name_is_told_once_and_short_in_the_tables() -> None:
     text = printed(FAST, replace(SLOW, system="stateless (nothing kept between turns)"))
     assert text.count("fast against stateless (nothing kept between turns)") == 1
     assert "fast against stateless (above 1×" in text
-    assert ["stateless", "2", "900", "260", "180", "15", "5", "30"] in [line.split() for line in text.splitlines()]
+    assert ["stateless", "2", "900", "260", "180", "15", "5", "30"] in [
+        line.split() for line in text.splitlines()
+    ]
 
 
 def test_a_report_of_one_run_has_no_speedup() -> None:
@@ -140,11 +171,21 @@ def test_the_report_ends_with_the_verdict_and_an_example() -> None:
 
 def test_the_record_holds_config_commit_machine_and_every_request(tmp_path: Path) -> None:
     equality = compare_outputs(FAST, SLOW, "float32")
-    built = build_record([FAST, SLOW], SUBJECT, {"model": "tiny", "cache": tmp_path, "nan": float("nan")}, equality=equality, notes=["n"])
+    built = build_record(
+        [FAST, SLOW],
+        SUBJECT,
+        {"model": "tiny", "cache": tmp_path, "nan": float("nan")},
+        equality=equality,
+        notes=["n"],
+    )
     path = write_record(tmp_path / "deep" / "run.json", built)
     read = json.loads(path.read_text(encoding="utf-8"))
     assert read == built
-    assert (read["weights"], read["model"], read["config"]) == ("random", "tiny", {"model": "tiny", "cache": str(tmp_path), "nan": None})
+    assert (read["weights"], read["model"], read["config"]) == (
+        "random",
+        "tiny",
+        {"model": "tiny", "cache": str(tmp_path), "nan": None},
+    )
     assert read["code"]["version"]
     assert read["platform"]["cores"] >= 1
     assert [len(run["requests"]) for run in read["runs"]] == [6, 4]
@@ -198,8 +239,16 @@ def test_progress_in_plain_lines() -> None:
 
 def test_progress_in_plain_lines_says_who_ended_early() -> None:
     out = io.StringIO()
-    run_users(FakeSystem(max_context=8), [Conversation("c", None, ("one", "two", "six"))], SETTINGS, open_progress(Console(file=out)))
-    assert out.getvalue().splitlines()[-1] == "fake: conversation c ended at turn 2, 1 more not sent: context full"
+    run_users(
+        FakeSystem(max_context=8),
+        [Conversation("c", None, ("one", "two", "six"))],
+        SETTINGS,
+        open_progress(Console(file=out)),
+    )
+    assert (
+        out.getvalue().splitlines()[-1]
+        == "fake: conversation c ended at turn 2, 1 more not sent: context full"
+    )
 
 
 def test_progress_on_a_terminal_is_one_bar() -> None:
@@ -207,7 +256,12 @@ def test_progress_on_a_terminal_is_one_bar() -> None:
     console = Console(file=out, force_terminal=True, width=100, legacy_windows=False)
     listener = open_progress(console)
     for name in ("a", "b"):
-        run_users(FakeSystem(name, max_context=8), [Conversation("c[/x]", None, ("one", "two", "six"))], SETTINGS, listener)
+        run_users(
+            FakeSystem(name, max_context=8),
+            [Conversation("c[/x]", None, ("one", "two", "six"))],
+            SETTINGS,
+            listener,
+        )
     text = out.getvalue()
     assert "2/2" in text
     assert "turns, 0 under way" in text

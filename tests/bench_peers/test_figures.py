@@ -19,8 +19,17 @@ ONE = Measurement("users", users=2, turns=2, new_tokens=100, output_tokens=64)
 
 
 def test_a_closed_loops_figures() -> None:
-    told = figures(ONE, make_report([run_of(requests_per_s=3.0, output_tokens_per_s=192.0, prompt_tokens=1000, cached_tokens=400)]))
-    assert told["users/requests_per_s"] == 3.0 and told["users/output_tokens_per_s"] == 192.0 and told["users/cached_share"] == 0.4
+    told = figures(
+        ONE,
+        make_report(
+            [run_of(requests_per_s=3.0, output_tokens_per_s=192.0, prompt_tokens=1000, cached_tokens=400)]
+        ),
+    )
+    assert (
+        told["users/requests_per_s"] == 3.0
+        and told["users/output_tokens_per_s"] == 192.0
+        and told["users/cached_share"] == 0.4
+    )
     assert told["users/ttft_p90_ms"] == 90.0 and told["users/normalized_mean_ms"] == 40.0
     assert told["users/ttft_turn0_ms"] == 100.0 and told["users/ttft_turn1_ms"] == 50.0
 
@@ -32,7 +41,9 @@ def test_prefill_and_decode_are_of_each_request_by_itself() -> None:
     ]
     told = figures(ONE, make_report([run_of()], [*requests, request(error="broken")]))
     assert told["users/prefill_tokens_per_s"] == pytest.approx(3000.0)  # the median of 2,000 and 4,000
-    assert told["users/decode_tokens_per_s"] == pytest.approx(75.0)  # of 100 and 50: the first token is the prefill's
+    assert told["users/decode_tokens_per_s"] == pytest.approx(
+        75.0
+    )  # of 100 and 50: the first token is the prefill's
 
 
 def test_what_a_server_does_not_tell_has_no_figure() -> None:
@@ -41,7 +52,12 @@ def test_what_a_server_does_not_tell_has_no_figure() -> None:
 
 
 def test_an_open_loop_has_points_by_rate_and_no_figures_of_a_closed_one() -> None:
-    told = make_report([run_of(rate=2.0, requests_per_s=1.9, normalized=60.0), run_of(rate=1.0, requests_per_s=1.0, normalized=40.0)])
+    told = make_report(
+        [
+            run_of(rate=2.0, requests_per_s=1.9, normalized=60.0),
+            run_of(rate=1.0, requests_per_s=1.0, normalized=40.0),
+        ]
+    )
     assert sweep(told) == [Point(1.0, 40.0), Point(1.9, 60.0)]
     assert set(figures(ONE, told)) == {"users/client_cpu_share"}
     assert sweep(make_report([run_of()])) == []
@@ -71,7 +87,9 @@ def test_a_report_of_failed_requests_or_of_something_else_is_refused() -> None:
         ([(1, 40)], 40, Crossing(1, "at least")),
     ],
 )
-def test_where_a_curve_reaches_its_limit(points: list[tuple[float, float]], limit: float, expected: Crossing) -> None:
+def test_where_a_curve_reaches_its_limit(
+    points: list[tuple[float, float]], limit: float, expected: Crossing
+) -> None:
     found = throughput_at([Point(*point) for point in points], limit)
     assert found.requests_per_s == pytest.approx(expected.requests_per_s) and found.bound == expected.bound
 
@@ -103,7 +121,10 @@ def test_goals_compare_round_with_round() -> None:
 
 
 def test_a_goal_on_its_edge_is_met() -> None:
-    figure: dict[tuple[str, str], list[dict[str, float] | None]] = {("w", PENSIEVE): [{"x": 3.0}], ("w", VLLM): [{"x": 4.0}]}
+    figure: dict[tuple[str, str], list[dict[str, float] | None]] = {
+        ("w", PENSIEVE): [{"x": 3.0}],
+        ("w", VLLM): [{"x": 4.0}],
+    }
     assert judge(figure, (Goal("", "w", "x", VLLM, ">=", 0.75),))[0].met is True
     assert judge(figure, (Goal("", "w", "x", VLLM, "<=", 0.75),))[0].met is True
 

@@ -21,7 +21,14 @@ pytestmark = pytest.mark.model
 
 def run(*arguments: str, given: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], input=given, capture_output=True, text=True, timeout=240, check=False, cwd=cwd, env=environment()
+        [sys.executable, *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=cwd,
+        env=environment(),
     )
 
 
@@ -31,7 +38,19 @@ def environment() -> dict[str, str]:
 
 def test_compare_reports_both_systems_and_their_equality(tmp_path: Path) -> None:
     result = run(
-        *("-m", "pensieve", "compare", "--users", "2", "--turns", "3", "--max-new-tokens", "4", "--request-interval", "0.05"),
+        *(
+            "-m",
+            "pensieve",
+            "compare",
+            "--users",
+            "2",
+            "--turns",
+            "3",
+            "--max-new-tokens",
+            "4",
+            "--request-interval",
+            "0.05",
+        ),
         *("--gpu-cache", "0.03", "--cpu-cache", "0.01", "--out", str(tmp_path), "--debug"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -49,11 +68,36 @@ def test_compare_reports_both_systems_and_their_equality(tmp_path: Path) -> None
 
 def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_path: Path) -> None:
     dataset = tmp_path / "chats.json"
-    turns = [{"from": "human", "value": "word " * 500}, {"from": "gpt", "value": "yes"}, {"from": "human", "value": "and then? " * 300}]
+    turns = [
+        {"from": "human", "value": "word " * 500},
+        {"from": "gpt", "value": "yes"},
+        {"from": "human", "value": "and then? " * 300},
+    ]
     dataset.write_text(json.dumps([{"id": f"chat-{i}", "conversations": turns} for i in range(2)]))
     result = run(
-        *(str(ROOT / "main.py"), "--mode", "compare", "--model", "gpt2", "--weights", "random", "--num-concurrent-users", "2"),
-        *("--max-turns", "2", "--max-new-tokens", "3", "--request-interval", "0", "--dataset", str(dataset), "--out", str(tmp_path)),
+        *(
+            str(ROOT / "main.py"),
+            "--mode",
+            "compare",
+            "--model",
+            "gpt2",
+            "--weights",
+            "random",
+            "--num-concurrent-users",
+            "2",
+        ),
+        *(
+            "--max-turns",
+            "2",
+            "--max-new-tokens",
+            "3",
+            "--request-interval",
+            "0",
+            "--dataset",
+            str(dataset),
+            "--out",
+            str(tmp_path),
+        ),
         *("--gpu-cache", "0.4", "--cpu-cache", "0.2"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -64,7 +108,19 @@ def test_main_py_times_random_weights_of_a_named_architecture_and_says_so(tmp_pa
 
 
 def test_chat_goes_on_after_kill_9_from_raw_tokens(tmp_path: Path) -> None:
-    arguments = ["-m", "pensieve", "chat", "--conversation", "trip", "--max-new-tokens", "12", "--gpu-cache", "0.05", "--cpu-cache", "0.05"]
+    arguments = [
+        "-m",
+        "pensieve",
+        "chat",
+        "--conversation",
+        "trip",
+        "--max-new-tokens",
+        "12",
+        "--gpu-cache",
+        "0.05",
+        "--cpu-cache",
+        "0.05",
+    ]
     first = subprocess.Popen(
         [sys.executable, "-u", *arguments, "--store", str(tmp_path / "c.db")],
         stdin=subprocess.PIPE,
@@ -80,9 +136,17 @@ def test_chat_goes_on_after_kill_9_from_raw_tokens(tmp_path: Path) -> None:
     receipt = next(line for line in first.stdout if line.startswith("[prompt"))
     first.send_signal(signal.SIGKILL)  # the receipt was shown, so the turn is durable
     first.wait()
-    prompt, answer = (int(re.search(pattern, receipt).group(1)) for pattern in (r"prompt (\d+)", r"out (\d+)"))  # type: ignore[union-attr]
+    prompt, answer = (
+        int(re.search(pattern, receipt).group(1)) for pattern in (r"prompt (\d+)", r"out (\d+)")
+    )  # type: ignore[union-attr]
 
-    second = run(*arguments, "--store", f"sqlite:///{tmp_path}/c.db", given="/history\nAnd of Italy?\n/cache\n/quit\n", cwd=tmp_path)
+    second = run(
+        *arguments,
+        "--store",
+        f"sqlite:///{tmp_path}/c.db",
+        given="/history\nAnd of Italy?\n/cache\n/quit\n",
+        cwd=tmp_path,
+    )
     assert second.returncode == 0, second.stderr
     assert not (tmp_path / "sqlite:").exists()
     assert "trip, 1 turns so far" in second.stdout
@@ -121,7 +185,11 @@ def test_chat_without_real_weights_fails_with_the_ways_out(capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["compare", "--model", "opt-66b", "--weights", "random", "--dtype", "bfloat16"], "model_refused", "131.4 GB"),
+        (
+            ["compare", "--model", "opt-66b", "--weights", "random", "--dtype", "bfloat16"],
+            "model_refused",
+            "131.4 GB",
+        ),
         (["compare", "--gpu-cache", "0.001"], "invalid_config", "at least 2 are needed"),
         (["compare", "--max-context", "9999999"], "invalid_config", "more than the 8192 tokens"),
         (["compare", "--dataset", "/nonexistent.json"], "invalid_config", "/nonexistent.json"),
@@ -132,11 +200,17 @@ def test_chat_without_real_weights_fails_with_the_ways_out(capsys: pytest.Captur
         ),
         (["chat", "--store", "sqlite:c.db"], "invalid_config", "must be one of sqlite:///relative.db"),
         (["chat", "--store", ""], "invalid_config", "must be one of sqlite:///relative.db"),
-        (["serve", "--port", "0", "--store", "memory"], "invalid_config", "sqlite:///memory.db is a file in this directory"),
+        (
+            ["serve", "--port", "0", "--store", "memory"],
+            "invalid_config",
+            "sqlite:///memory.db is a file in this directory",
+        ),
         (["chat", "--temperature", "-1"], "invalid_request", "temperature must be in [0, 100], got -1.0"),
     ],
 )
-def test_bad_input_gets_one_clear_line(arguments: list[str], code: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_gets_one_clear_line(
+    arguments: list[str], code: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     last = refused(arguments, capsys).splitlines()[-1]
     assert last.startswith(f"pensieve: {code}: ")
     assert words in last
@@ -151,4 +225,14 @@ def test_bad_input_gets_one_clear_line_from_a_process_of_its_own() -> None:
 def test_models_names_what_can_be_loaded() -> None:
     result = run("-m", "pensieve", "models", "--json")
     names = {row["name"] for row in json.loads(result.stdout)}
-    assert {"smollm2", "gpt2", "opt-125m", "opt-13b", "opt-66b", "llama2-13b-gqa", "llama2-70b", "llama3-8b", "qwen3-0.6b"} <= names
+    assert {
+        "smollm2",
+        "gpt2",
+        "opt-125m",
+        "opt-13b",
+        "opt-66b",
+        "llama2-13b-gqa",
+        "llama2-70b",
+        "llama3-8b",
+        "qwen3-0.6b",
+    } <= names

@@ -34,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chat(model: Path, *words: str) -> Result:
     return CliRunner().invoke(
-        cli, ["chat", "--model", str(model), "--store", ":memory:", "--max-new-tokens", "2", *SMALL, *words], input="hello\n"
+        cli,
+        ["chat", "--model", str(model), "--store", ":memory:", "--max-new-tokens", "2", *SMALL, *words],
+        input="hello\n",
     )
 
 
@@ -61,7 +63,10 @@ def test_what_conversion_knew_is_said_at_every_start(tmp_path: Path, monkeypatch
 def test_a_broken_template_is_said_at_start_and_another_can_be_given(folder: Path, tmp_path: Path) -> None:
     model = with_template(folder, tmp_path, "{% for m in messages %}{{ m.content }")
     said = chat(model)
-    assert re.search(r"note: the model's chat template does not write a user's message.*line 1.*--chat-template", said.output)
+    assert re.search(
+        r"note: the model's chat template does not write a user's message.*line 1.*--chat-template",
+        said.output,
+    )
     (tmp_path / "good.jinja").write_text(TEMPLATE)
     again = chat(model, "--chat-template", str(tmp_path / "good.jinja"))
     assert "note:" not in again.output and "[prompt" in again.output
@@ -78,8 +83,14 @@ def test_a_template_of_ones_own_that_fails_is_refused_at_start(
     monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "bad.jinja").write_text("\n{% if %}")
     for file, words in (("bad.jinja", r"bad\.jinja, line 2"), ("none.jinja", r"none\.jinja cannot be read")):
-        store = {"chat": ["--store", ":memory:"], "serve": ["--port", "0", "--store", ":memory:"], "compare": []}[command]
-        said = CliRunner().invoke(cli, [command, "--model", str(folder), "--chat-template", str(tmp_path / file), *store])
+        store = {
+            "chat": ["--store", ":memory:"],
+            "serve": ["--port", "0", "--store", ":memory:"],
+            "compare": [],
+        }[command]
+        said = CliRunner().invoke(
+            cli, [command, "--model", str(folder), "--chat-template", str(tmp_path / file), *store]
+        )
         assert isinstance(said.exception, PensieveError) and re.search(words, said.exception.message)
 
 

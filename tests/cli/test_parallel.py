@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = hugging_face(CHATML)
     size = len(tokenizer) + len(tokenizer) % 2
-    tiny("llama", vocab_size=size, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id).save_pretrained(path)
+    tiny(
+        "llama", vocab_size=size, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id
+    ).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -41,13 +43,37 @@ def variables(**more: str) -> dict[str, str]:
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=variables())
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        *arguments,
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=variables()
+    )
 
 
 def test_compare_under_torchrun_speaks_once_and_finds_equal_outputs(folder: Path, tmp_path: Path) -> None:
     result = torchrun(
-        *("-m", "pensieve", "compare", "--model", str(folder), *TIERS, "--users", "2", "--turns", "2", "--max-new-tokens", "4"),
+        *(
+            "-m",
+            "pensieve",
+            "compare",
+            "--model",
+            str(folder),
+            *TIERS,
+            "--users",
+            "2",
+            "--turns",
+            "2",
+            "--max-new-tokens",
+            "4",
+        ),
         *("--request-interval", "0", "--out", str(tmp_path)),
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -61,12 +87,16 @@ def test_compare_under_torchrun_speaks_once_and_finds_equal_outputs(folder: Path
     ("arguments", "words"),
     [
         pytest.param(
-            ("--model", "gpt2", "--weights", "random"), "transformers has no tensor parallel plan for 'gpt2' models", marks=pytest.mark.slow
+            ("--model", "gpt2", "--weights", "random"),
+            "transformers has no tensor parallel plan for 'gpt2' models",
+            marks=pytest.mark.slow,
         ),
         (("--gpu-cache", "-1"), "--gpu-cache must be at least 0 GB"),
     ],
 )
-def test_what_is_wrong_is_said_once_with_the_exit_status_of_one_process(arguments: tuple[str, ...], words: str) -> None:
+def test_what_is_wrong_is_said_once_with_the_exit_status_of_one_process(
+    arguments: tuple[str, ...], words: str
+) -> None:
     processes = start("compare", *arguments)
     (_, first), (nothing, second) = (process.communicate(timeout=TIMEOUT_S) for process in processes)
     assert words in first.splitlines()[-1], first
@@ -79,14 +109,31 @@ def start(*arguments: str) -> list[subprocess.Popen[str]]:
     port = free_port()
     command = [sys.executable, "-m", "pensieve", *arguments]
     return [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables(**environment(rank, 2, port)))
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables(**environment(rank, 2, port)),
+        )
         for rank in range(2)
     ]
 
 
 @contextmanager
 def served(folder: Path, store: Path) -> Iterator[tuple[list[subprocess.Popen[str]], httpx.Client]]:
-    processes = start("serve", "--model", str(folder), *TIERS, "--port", "0", "--store", f"sqlite:///{store}", "--name", "tiny")
+    processes = start(
+        "serve",
+        "--model",
+        str(folder),
+        *TIERS,
+        "--port",
+        "0",
+        "--store",
+        f"sqlite:///{store}",
+        "--name",
+        "tiny",
+    )
     try:
         output = processes[0].stdout
         assert output is not None
@@ -103,7 +150,12 @@ def served(folder: Path, store: Path) -> Iterator[tuple[list[subprocess.Popen[st
 
 
 def ask(client: httpx.Client, words: str) -> httpx.Response:
-    body = {"model": "tiny", "messages": [{"role": "user", "content": words}], "max_tokens": 6, "temperature": 0.8}
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": words}],
+        "max_tokens": 6,
+        "temperature": 0.8,
+    }
     return client.post("/v1/chat/completions", json=body)
 
 
@@ -129,11 +181,15 @@ def test_a_follower_that_dies_ends_the_server_with_a_reason(folder: Path, tmp_pa
         assert response.status_code == 503, response.text
         _, errors = processes[0].communicate(timeout=TIMEOUT_S)
         assert processes[0].returncode == 2
-        assert "worker_lost" in errors.splitlines()[-1] and "start all of them again" in errors.splitlines()[-1], errors
+        assert (
+            "worker_lost" in errors.splitlines()[-1] and "start all of them again" in errors.splitlines()[-1]
+        ), errors
 
 
 @pytest.mark.slow
-def test_an_engine_that_dies_is_not_started_again_and_its_follower_says_so(folder: Path, tmp_path: Path) -> None:
+def test_an_engine_that_dies_is_not_started_again_and_its_follower_says_so(
+    folder: Path, tmp_path: Path
+) -> None:
     with served(folder, tmp_path / "c.db") as (processes, client):
         assert ask(client, "Hello there").status_code == 200
         engine = max(psutil.Process(processes[0].pid).children(), key=lambda child: child.memory_info().rss)

@@ -24,7 +24,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> CausalModel:
     model = CausalModel(tiny("llama"), "some/llama", self_test=False)
     resolved = SimpleNamespace(label="some/llama", weights="random", note="")
     monkeypatch.setattr(
-        profile_command, "load_model", lambda *_, **__: SimpleNamespace(resolved=resolved, model=model, shape=model.shape, dtype="float32")
+        profile_command,
+        "load_model",
+        lambda *_, **__: SimpleNamespace(resolved=resolved, model=model, shape=model.shape, dtype="float32"),
     )
 
     def known(*_: Any, **__: Any) -> Any:

@@ -35,7 +35,13 @@ def record(result: Result) -> dict[str, list[dict[str, dict[str, float]]]]:
 def trace(folder: Path) -> str:
     path = folder / "trace.jsonl"
     rows = [
-        {"conversation": c, "turn": t, "new_tokens": 50, "output_tokens": 20, **({"arrival_s": c * 0.1} if t == 0 else {"gap_s": 1.0})}
+        {
+            "conversation": c,
+            "turn": t,
+            "new_tokens": 50,
+            "output_tokens": 20,
+            **({"arrival_s": c * 0.1} if t == 0 else {"gap_s": 1.0}),
+        }
         for c in range(8)
         for t in range(4)
     ]
@@ -44,7 +50,16 @@ def trace(folder: Path) -> str:
 
 
 def test_a_sweep_prints_a_table_and_json_and_writes_both(tmp_path: Path) -> None:
-    arguments = ["--trace", trace(tmp_path), "--system", "pensieve,stateless", "--policy", "retention,lru", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--trace",
+        trace(tmp_path),
+        "--system",
+        "pensieve,stateless",
+        "--policy",
+        "retention,lru",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     result = invoke(*arguments)
     outcomes = record(result)["outcomes"]
     assert [(one["case"]["system"], one["case"]["policy"]) for one in outcomes] == [
@@ -59,7 +74,18 @@ def test_a_sweep_prints_a_table_and_json_and_writes_both(tmp_path: Path) -> None
 
 def test_made_conversations_come_at_several_rates() -> None:
     outcomes = record(
-        invoke("--trace", "ultrachat-like", "--rate", "1:2", "--duration", "30", "--think", "exp:2", "--max-context", "5000")
+        invoke(
+            "--trace",
+            "ultrachat-like",
+            "--rate",
+            "1:2",
+            "--duration",
+            "30",
+            "--think",
+            "exp:2",
+            "--max-context",
+            "5000",
+        )
     )["outcomes"]
     assert [one["rate"] for one in outcomes] == [1.0, 2.0]
     assert all(one["summary"]["window_s"] == [7.5, 30.0] for one in outcomes)
@@ -84,7 +110,9 @@ def test_what_is_wrong_is_said(arguments: list[str], words: str) -> None:
 
 
 def test_a_span_of_figures_and_a_number_stand_for_their_parts() -> None:
-    asked = {name: figure_names(name, FIGURES) for name in ("10b-d", "11a-b", "10", "13", "10a", "12a-b", "all")}
+    asked = {
+        name: figure_names(name, FIGURES) for name in ("10b-d", "11a-b", "10", "13", "10a", "12a-b", "all")
+    }
     parts = {"10b-d": ["10b", "10c", "10d"], "11a-b": ["11a", "11b"], "10": ["10a", "10b", "10c", "10d"]}
     assert asked == parts | {alone: [alone] for alone in ("13", "10a", "12a-b", "all")}
 
@@ -101,15 +129,36 @@ def test_it_needs_no_torch_and_no_server_packages() -> None:
 def test_a_measured_machine_takes_the_place_of_model_and_hardware(tmp_path: Path) -> None:
     profile = tmp_path / "profile.json"
     profile.write_text(json.dumps(DOCUMENT))
-    arguments = ["simulate", "--profile", str(profile), "--gpu-cache", "0.05", "--cpu-cache", "0.1", "--max-context", "2000", "--jobs", "1"]
+    arguments = [
+        "simulate",
+        "--profile",
+        str(profile),
+        "--gpu-cache",
+        "0.05",
+        "--cpu-cache",
+        "0.1",
+        "--max-context",
+        "2000",
+        "--jobs",
+        "1",
+    ]
     load = ["--trace", trace(tmp_path), "--turns", "3"]
     result = CliRunner().invoke(cli, [*arguments, *load], standalone_mode=False)
     assert result.exception is None, result.exception
     (outcome,) = record(result)["outcomes"]
     assert "some model" in result.stdout and "some CPU" in result.stdout
     assert outcome["summary"]["sent"] > 0 and not outcome["summary"]["failed"]
-    assert (outcome["case"]["max_batch_tokens"], outcome["case"]["max_running"]) == (512, 64)  # as a server has them on a CPU
-    alone = CliRunner().invoke(cli, [*(a for a in arguments if a not in ("--cpu-cache", "0.1")), *load], standalone_mode=False)
-    assert record(alone)["outcomes"][0]["case"]["machine"]["cpu_cache_gb"] == 0.0  # both tiers would be the same memory
+    assert (outcome["case"]["max_batch_tokens"], outcome["case"]["max_running"]) == (
+        512,
+        64,
+    )  # as a server has them on a CPU
+    alone = CliRunner().invoke(
+        cli, [*(a for a in arguments if a not in ("--cpu-cache", "0.1")), *load], standalone_mode=False
+    )
+    assert (
+        record(alone)["outcomes"][0]["case"]["machine"]["cpu_cache_gb"] == 0.0
+    )  # both tiers would be the same memory
     told = CliRunner().invoke(cli, [*arguments, *load, "--hardware", "h100"], standalone_mode=False)
-    assert isinstance(told.exception, ConfigError) and "--hardware does not go with --profile" in str(told.exception)
+    assert isinstance(told.exception, ConfigError) and "--hardware does not go with --profile" in str(
+        told.exception
+    )

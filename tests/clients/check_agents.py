@@ -26,12 +26,26 @@ from agents import (
     set_tracing_disabled,
 )
 from openai import AsyncOpenAI
-from shared import BASE, BRIEF, CALL_TOKENS, KEY, MODEL, STORY, Astray, assert_hit, patiently, sensible, unique
+from shared import (
+    BASE,
+    BRIEF,
+    CALL_TOKENS,
+    KEY,
+    MODEL,
+    STORY,
+    Astray,
+    assert_hit,
+    patiently,
+    sensible,
+    unique,
+)
 
 set_tracing_disabled(True)
 # Over responses an agent takes an answer that was cut off at its limit for a failure: the questions are such that this model comes to an end.
 SHORT = ModelSettings(max_tokens=300, temperature=0)
-BOTH = pytest.mark.parametrize("api", [OpenAIResponsesModel, OpenAIChatCompletionsModel], ids=["responses", "chat"])
+BOTH = pytest.mark.parametrize(
+    "api", [OpenAIResponsesModel, OpenAIChatCompletionsModel], ids=["responses", "chat"]
+)
 told: list[str] = []
 
 
@@ -49,7 +63,9 @@ def run(main: Callable[[AsyncOpenAI], Awaitable[None]]) -> None:
         async with AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0) as client:
             try:
                 await main(client)
-            except ModelBehaviorError as error:  # an answer that was cut off, or a call of nothing that there is
+            except (
+                ModelBehaviorError
+            ) as error:  # an answer that was cut off, or a call of nothing that there is
                 raise Astray from error
 
     asyncio.run(with_client())
@@ -86,7 +102,9 @@ def test_a_history_that_is_sent_again_hits_the_cache(api: Any) -> None:
     async def main(client: AsyncOpenAI) -> None:
         agent = Agent("Keeper", instructions=BRIEF, model=api(MODEL, client), model_settings=SHORT)
         first = await Runner.run(agent, unique(STORY + "What animal came?"))
-        second = await Runner.run(agent, [*first.to_input_list(), {"role": "user", "content": "And on Tuesday?"}])
+        second = await Runner.run(
+            agent, [*first.to_input_list(), {"role": "user", "content": "And on Tuesday?"}]
+        )
         assert_hit(usage(second)[1], usage(first)[0])
 
     run(main)
@@ -98,7 +116,9 @@ def test_a_history_that_is_sent_again_hits_the_cache(api: Any) -> None:
 def test_a_tool_is_called_and_its_result_answered(api: Any, choice: str) -> None:
     async def main(client: AsyncOpenAI) -> None:
         settings = ModelSettings(max_tokens=CALL_TOKENS, temperature=0, tool_choice=choice)
-        agent = Agent("Clerk", instructions=BRIEF, model=api(MODEL, client), model_settings=settings, tools=[get_time])
+        agent = Agent(
+            "Clerk", instructions=BRIEF, model=api(MODEL, client), model_settings=settings, tools=[get_time]
+        )
         told.clear()
         result = await Runner.run(agent, unique("What time is it?"))
         kinds = [item.type for item in result.new_items]
@@ -117,7 +137,10 @@ def test_a_streamed_run(api: Any, tmp_path: Path) -> None:
     async def main(client: AsyncOpenAI) -> None:
         session = SQLiteSession("streamed", tmp_path / "sessions.db")
         agent = Agent(
-            "Keeper", instructions=BRIEF, model=api(MODEL, client), model_settings=SHORT.resolve(ModelSettings(include_usage=True))
+            "Keeper",
+            instructions=BRIEF,
+            model=api(MODEL, client),
+            model_settings=SHORT.resolve(ModelSettings(include_usage=True)),
         )
         before = 0
         for words in (unique(STORY + "What animal came?"), "And on Tuesday?"):
@@ -140,7 +163,9 @@ def test_a_streamed_run(api: Any, tmp_path: Path) -> None:
 @patiently
 def test_a_streamed_call(api: Any) -> None:
     async def main(client: AsyncOpenAI) -> None:
-        settings = ModelSettings(max_tokens=CALL_TOKENS, temperature=0, tool_choice="required", parallel_tool_calls=False)
+        settings = ModelSettings(
+            max_tokens=CALL_TOKENS, temperature=0, tool_choice="required", parallel_tool_calls=False
+        )
         agent = Agent(
             "Clerk",
             instructions=BRIEF,
@@ -150,7 +175,9 @@ def test_a_streamed_call(api: Any) -> None:
             tool_use_behavior="stop_on_first_tool",
         )
         result = Runner.run_streamed(agent, unique("What time is it?"))
-        names = [event.name async for event in result.stream_events() if event.type == "run_item_stream_event"]
+        names = [
+            event.name async for event in result.stream_events() if event.type == "run_item_stream_event"
+        ]
         sensible("tool_called" in names)
         assert names == ["tool_called", "tool_output"] and "It is noon." in result.final_output
 
@@ -160,7 +187,9 @@ def test_a_streamed_call(api: Any) -> None:
 @patiently
 def test_going_on_from_a_response_and_in_a_conversation() -> None:
     async def main(client: AsyncOpenAI) -> None:
-        agent = Agent("Keeper", instructions=BRIEF, model=OpenAIResponsesModel(MODEL, client), model_settings=SHORT)
+        agent = Agent(
+            "Keeper", instructions=BRIEF, model=OpenAIResponsesModel(MODEL, client), model_settings=SHORT
+        )
         first = await Runner.run(agent, unique(STORY + "What animal came?"))
         second = await Runner.run(agent, "And on Tuesday?", previous_response_id=first.last_response_id)
         assert_hit(usage(second)[1], usage(first)[0])
@@ -176,7 +205,13 @@ def test_going_on_from_a_response_and_in_a_conversation() -> None:
 def test_tools_going_on_from_a_response() -> None:
     async def main(client: AsyncOpenAI) -> None:
         settings = ModelSettings(max_tokens=CALL_TOKENS, temperature=0, tool_choice="required")
-        agent = Agent("Clerk", instructions=BRIEF, model=OpenAIResponsesModel(MODEL, client), model_settings=settings, tools=[get_time])
+        agent = Agent(
+            "Clerk",
+            instructions=BRIEF,
+            model=OpenAIResponsesModel(MODEL, client),
+            model_settings=settings,
+            tools=[get_time],
+        )
         result = await Runner.run(agent, unique("What time is it?"), auto_previous_response_id=True)
         first, second = (response.usage for response in result.raw_responses[:2])
         assert_hit(second.input_tokens_details.cached_tokens, first.total_tokens)
@@ -188,7 +223,9 @@ def test_tools_going_on_from_a_response() -> None:
 def test_a_session_that_is_the_server_s_conversation() -> None:
     async def main(client: AsyncOpenAI) -> None:
         session = OpenAIConversationsSession(openai_client=client)
-        agent = Agent("Keeper", instructions=BRIEF, model=OpenAIResponsesModel(MODEL, client), model_settings=SHORT)
+        agent = Agent(
+            "Keeper", instructions=BRIEF, model=OpenAIResponsesModel(MODEL, client), model_settings=SHORT
+        )
         first = await Runner.run(agent, unique(STORY + "What animal came?"), session=session)
         second = await Runner.run(agent, "And on Tuesday?", session=session)
         assert_hit(usage(second)[1], usage(first)[0])
@@ -206,9 +243,13 @@ def test_a_session_that_is_the_server_s_conversation() -> None:
 def test_an_agent_hands_over_to_another(api: Any) -> None:
     async def main(client: AsyncOpenAI) -> None:
         clock = Agent("Clock", instructions=BRIEF, model=api(MODEL, client), model_settings=SHORT)
-        settings = ModelSettings(max_tokens=CALL_TOKENS, temperature=0, tool_choice="required", parallel_tool_calls=False)
+        settings = ModelSettings(
+            max_tokens=CALL_TOKENS, temperature=0, tool_choice="required", parallel_tool_calls=False
+        )
         to_clock = handoff(clock, tool_name_override="get_time", tool_description_override="The time.")
-        door = Agent("Door", instructions=BRIEF, model=api(MODEL, client), model_settings=settings, handoffs=[to_clock])
+        door = Agent(
+            "Door", instructions=BRIEF, model=api(MODEL, client), model_settings=settings, handoffs=[to_clock]
+        )
         result = await Runner.run(door, unique("What time is it?"))
         sensible(result.last_agent is clock)
         assert result.last_agent.name == "Clock" and result.final_output
@@ -223,7 +264,13 @@ def test_failures_are_openai_s_exceptions(api: Any) -> None:
         agent = Agent("Keeper", instructions=BRIEF, model=api("gpt-4o", client), model_settings=SHORT)
         with pytest.raises(openai.NotFoundError):
             await Runner.run(agent, "Hello.")
-        agent = Agent("Keeper", instructions=BRIEF, model=api(MODEL, client), model_settings=SHORT, output_type=list[str])
+        agent = Agent(
+            "Keeper",
+            instructions=BRIEF,
+            model=api(MODEL, client),
+            model_settings=SHORT,
+            output_type=list[str],
+        )
         with pytest.raises(openai.BadRequestError, match="not constrained"):
             await Runner.run(agent, "Hello.", run_config=RunConfig(tracing_disabled=True))
 
@@ -235,7 +282,13 @@ def test_failures_are_openai_s_exceptions(api: Any) -> None:
 def test_an_agent_that_never_ends_is_stopped(api: Any) -> None:
     async def main(client: AsyncOpenAI) -> None:
         settings = ModelSettings(max_tokens=CALL_TOKENS, temperature=0, tool_choice="required")
-        agent = Agent("Clerk", model=api(MODEL, client), model_settings=settings, tools=[get_time], reset_tool_choice=False)
+        agent = Agent(
+            "Clerk",
+            model=api(MODEL, client),
+            model_settings=settings,
+            tools=[get_time],
+            reset_tool_choice=False,
+        )
         try:
             await Runner.run(agent, unique("What time is it?"), max_turns=2)
         except MaxTurnsExceeded:

@@ -7,7 +7,14 @@ from typing import Any
 
 import openai
 import pytest
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from shared import BASE, CALL_TOKENS, KEY, MODEL, STORY, assert_hit, patiently, sensible, unique
@@ -20,7 +27,14 @@ def say(word: str = "hello") -> str:
 
 
 def model(**more: Any) -> ChatOpenAI:
-    usual = {"base_url": BASE, "api_key": KEY, "model": MODEL, "max_tokens": 12, "temperature": 0, "max_retries": 0}
+    usual = {
+        "base_url": BASE,
+        "api_key": KEY,
+        "model": MODEL,
+        "max_tokens": 12,
+        "temperature": 0,
+        "max_retries": 0,
+    }
     return ChatOpenAI(**usual | more)
 
 
@@ -44,7 +58,9 @@ def test_a_chat_of_several_turns_hits_the_cache(api: dict[str, Any]) -> None:
     before = 0
     for words in ("And on Friday?", "And on Saturday?", "And on Sunday?"):
         answer = chat.invoke(history)
-        assert isinstance(answer, AIMessage) and answer.text and answer.response_metadata["model_name"] == MODEL
+        assert (
+            isinstance(answer, AIMessage) and answer.text and answer.response_metadata["model_name"] == MODEL
+        )
         total, cached = usage(answer)
         if before:
             assert_hit(cached, before)
@@ -87,7 +103,9 @@ def test_a_tool_is_called_and_its_result_answered(api: dict[str, Any]) -> None:
 @APIS
 @patiently
 def test_a_required_call_comes_as_a_stream(api: dict[str, Any], choice: str | bool) -> None:
-    chat = model(**api | {"max_tokens": CALL_TOKENS}).bind_tools([say], tool_choice=choice, strict=True, parallel_tool_calls=False)
+    chat = model(**api | {"max_tokens": CALL_TOKENS}).bind_tools(
+        [say], tool_choice=choice, strict=True, parallel_tool_calls=False
+    )
     whole: AIMessageChunk | None = None
     for chunk in chat.stream([HumanMessage(unique("Say hello."))]):
         whole = chunk if whole is None else whole + chunk
@@ -112,7 +130,9 @@ def test_a_batch_and_the_asynchronous_calls() -> None:
 def test_options_reach_the_server() -> None:
     whole = model(max_tokens=20).invoke("Tell me about the sea.").text
     word = whole.split()[4]
-    assert model(max_tokens=20, stop=[word]).invoke("Tell me about the sea.").text == whole[: whole.index(word)]
+    assert (
+        model(max_tokens=20, stop=[word]).invoke("Tell me about the sea.").text == whole[: whole.index(word)]
+    )
     seeded = model(temperature=1.2, seed=5)
     seeded.invoke("Make up a name.")
     assert seeded.invoke("Make up a name.").text == seeded.invoke("Make up a name.").text
@@ -128,7 +148,9 @@ def test_text_completion() -> None:
 
 def test_refusals_are_openai_s_exceptions() -> None:
     with pytest.raises(openai.BadRequestError, match="response_format"):
-        model().with_structured_output({"title": "City", "type": "object", "properties": {}}, method="json_mode").invoke("A city as JSON.")
+        model().with_structured_output(
+            {"title": "City", "type": "object", "properties": {}}, method="json_mode"
+        ).invoke("A city as JSON.")
     with pytest.raises(openai.AuthenticationError):
         model(api_key="pk-wrong").invoke("Hello.")
     with pytest.raises(openai.NotFoundError):
@@ -137,7 +159,16 @@ def test_refusals_are_openai_s_exceptions() -> None:
 
 @patiently
 def test_structured_output_by_calling_a_function() -> None:
-    schema = {"title": "City", "description": "A city", "type": "object", "properties": {"name": {"type": "string"}}}
-    found = model(max_tokens=CALL_TOKENS).with_structured_output(schema, method="function_calling").invoke(unique("Name a city."))
+    schema = {
+        "title": "City",
+        "description": "A city",
+        "type": "object",
+        "properties": {"name": {"type": "string"}},
+    }
+    found = (
+        model(max_tokens=CALL_TOKENS)
+        .with_structured_output(schema, method="function_calling")
+        .invoke(unique("Name a city."))
+    )
     sensible(found is not None)
     assert isinstance(found, dict)

@@ -27,19 +27,36 @@ def say(word: str = "hello") -> str:
 
 
 def model(**more: Any) -> OpenAILike:
-    usual = {"model": MODEL, "api_base": BASE, "api_key": KEY, "is_chat_model": True, "max_tokens": 12, "temperature": 0, "max_retries": 0}
+    usual = {
+        "model": MODEL,
+        "api_base": BASE,
+        "api_key": KEY,
+        "is_chat_model": True,
+        "max_tokens": 12,
+        "temperature": 0,
+        "max_retries": 0,
+    }
     return OpenAILike(**usual | {"is_function_calling_model": True, "context_window": 8192} | more)
 
 
 def responses(**more: Any) -> OpenAILikeResponses:
-    usual = {"model": MODEL, "api_base": BASE, "api_key": KEY, "max_output_tokens": 12, "temperature": 0, "max_retries": 0}
+    usual = {
+        "model": MODEL,
+        "api_base": BASE,
+        "api_key": KEY,
+        "max_output_tokens": 12,
+        "temperature": 0,
+        "max_retries": 0,
+    }
     return OpenAILikeResponses(**usual | {"is_function_calling_model": True, "context_window": 8192} | more)
 
 
 def usage(answer: ChatResponse) -> tuple[int, int]:
     """All tokens, and those of the input that were cached."""
     told = answer.raw.usage
-    details = told.prompt_tokens_details if hasattr(told, "prompt_tokens_details") else told.input_tokens_details
+    details = (
+        told.prompt_tokens_details if hasattr(told, "prompt_tokens_details") else told.input_tokens_details
+    )
     return told.total_tokens, details.cached_tokens
 
 
@@ -66,7 +83,10 @@ def test_a_stream_says_what_the_answer_says(make: Any) -> None:
     llm = make()
     history = [ChatMessage("Count to five.")]
     pieces = list(llm.stream_chat(history))
-    assert len(pieces) > 3 and "".join(piece.delta or "" for piece in pieces) == llm.chat(history).message.content
+    assert (
+        len(pieces) > 3
+        and "".join(piece.delta or "" for piece in pieces) == llm.chat(history).message.content
+    )
 
 
 def test_responses_that_are_followed_by_their_ids() -> None:
@@ -107,13 +127,18 @@ def test_a_tool_is_called_and_its_result_answered(make: Any) -> None:
     llm = make(**{"max_tokens" if make is model else "max_output_tokens": CALL_TOKENS})
     tool = FunctionTool.from_defaults(say)
     history = [ChatMessage(unique("Say hello."))]
-    asked = llm.chat_with_tools([tool], chat_history=history, tool_required=True, allow_parallel_tool_calls=False)
+    asked = llm.chat_with_tools(
+        [tool], chat_history=history, tool_required=True, allow_parallel_tool_calls=False
+    )
     calls = llm.get_tool_calls_from_response(asked, error_on_no_tool_call=False)
     sensible(calls)
     (call,) = calls
     assert call.tool_name == "say" and isinstance(call.tool_kwargs, dict)
     result = tool(word="hello")
-    history += [asked.message, ChatMessage(result.content, role=MessageRole.TOOL, additional_kwargs={"tool_call_id": call.tool_id})]
+    history += [
+        asked.message,
+        ChatMessage(result.content, role=MessageRole.TOOL, additional_kwargs={"tool_call_id": call.tool_id}),
+    ]
     answer = llm.chat_with_tools([tool], chat_history=history, tool_choice="auto")
     assert_hit(usage(answer)[1], usage(asked)[0])
 
@@ -121,7 +146,9 @@ def test_a_tool_is_called_and_its_result_answered(make: Any) -> None:
 @patiently
 def test_a_required_call_comes_as_a_stream() -> None:
     llm = model(max_tokens=CALL_TOKENS)
-    *_, last = llm.stream_chat_with_tools([FunctionTool.from_defaults(say)], user_msg=unique("Say hello."), tool_required=True)
+    *_, last = llm.stream_chat_with_tools(
+        [FunctionTool.from_defaults(say)], user_msg=unique("Say hello."), tool_required=True
+    )
     calls = llm.get_tool_calls_from_response(last, error_on_no_tool_call=False)
     sensible(calls)
     assert calls[0].tool_name == "say"

@@ -44,7 +44,14 @@ MODELS = f"""
   api_key_name: pensieve
 """
 SHORT = ("-o", "max_tokens", "12", "-o", "temperature", "0")
-TO_THE_END = ("-o", "max_tokens", "300", "-o", "temperature", "0")  # over responses, llm notes no usage of an answer that was cut off
+TO_THE_END = (
+    "-o",
+    "max_tokens",
+    "300",
+    "-o",
+    "temperature",
+    "0",
+)  # over responses, llm notes no usage of an answer that was cut off
 CHATS = pytest.mark.parametrize("model", ["chat", "whole", "responses"])
 
 
@@ -74,7 +81,9 @@ def usage(entry: dict[str, Any]) -> tuple[int, int]:
     """All tokens of a logged answer, and those of its prompt that were cached."""
     details = json.loads(entry["token_details"] or "{}")
     of_input = details.get("prompt_tokens_details") or details.get("input_tokens_details") or {}
-    return entry["input_tokens"] + entry["output_tokens"], of_input.get("cached_tokens", 0)  # (noughts are not logged)
+    return entry["input_tokens"] + entry["output_tokens"], of_input.get(
+        "cached_tokens", 0
+    )  # (noughts are not logged)
 
 
 @CHATS
@@ -83,7 +92,9 @@ def test_a_chat_that_is_continued_hits_the_cache(run: Run, model: str) -> None:
     second = run("-c", *TO_THE_END, "And on Tuesday? " + BRIEF)
     third = run("-c", *TO_THE_END, "What is 2 + 2? " + BRIEF)
     log = json.loads(run("logs", "--json", "-n", "0"))
-    assert [entry["response"] for entry in log] == [answer.removesuffix("\n") for answer in (first, second, third)]
+    assert [entry["response"] for entry in log] == [
+        answer.removesuffix("\n") for answer in (first, second, third)
+    ]
     assert len({entry["conversation_id"] for entry in log}) == 1
     for before, entry in itertools.pairwise(log):
         assert_hit(usage(entry)[1], usage(before)[0])
@@ -125,4 +136,7 @@ def test_the_python_api(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert first.text()
     second = conversation.prompt("And on Friday?", max_tokens=12, temperature=0, stream=False)
     assert second.text() and second.usage().details is not None
-    assert_hit(second.usage().details["prompt_tokens_details"]["cached_tokens"], first.usage().input + first.usage().output)
+    assert_hit(
+        second.usage().details["prompt_tokens_details"]["cached_tokens"],
+        first.usage().input + first.usage().output,
+    )

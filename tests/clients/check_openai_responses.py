@@ -10,7 +10,19 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from openai.types.conversations import Conversation
 from openai.types.responses import Response, ResponseFunctionToolCall
-from shared import BASE, CALL_TOKENS, KEY, MODEL, STORY, WORD, assert_hit, is_object, patiently, sensible, unique
+from shared import (
+    BASE,
+    CALL_TOKENS,
+    KEY,
+    MODEL,
+    STORY,
+    WORD,
+    assert_hit,
+    is_object,
+    patiently,
+    sensible,
+    unique,
+)
 
 SAY: dict[str, Any] = {"type": "function", "name": "say", "description": "Say a word", "parameters": WORD}
 
@@ -28,7 +40,9 @@ def strict(value: Any) -> Any:
 
 
 def respond(client: OpenAI, words: Any, most: int = 12, **more: Any) -> Response:
-    response = client.responses.create(model=MODEL, input=words, max_output_tokens=most, **({"temperature": 0} | more))
+    response = client.responses.create(
+        model=MODEL, input=words, max_output_tokens=most, **({"temperature": 0} | more)
+    )
     assert isinstance(response, Response)
     return strict(response)
 
@@ -41,10 +55,16 @@ def usage(response: Response) -> tuple[int, int]:
 
 def test_a_response_is_created_retrieved_and_deleted(client: OpenAI) -> None:
     made = respond(client, "Name a colour.", 6, metadata={"purpose": "check"}, instructions="Be brief.")
-    assert made.output_text and made.status in ("completed", "incomplete") and made.instructions == "Be brief."
+    assert (
+        made.output_text and made.status in ("completed", "incomplete") and made.instructions == "Be brief."
+    )
     assert made.metadata == {"purpose": "check"} and made.usage is not None and made.usage.output_tokens <= 6
     fetched = strict(client.responses.retrieve(made.id))
-    assert fetched.output_text == made.output_text and fetched.usage == made.usage and fetched.metadata == made.metadata
+    assert (
+        fetched.output_text == made.output_text
+        and fetched.usage == made.usage
+        and fetched.metadata == made.metadata
+    )
     assert client.responses.delete(made.id) is None
     with pytest.raises(NotFoundError) as raised:
         client.responses.retrieve(made.id)
@@ -65,22 +85,33 @@ def test_a_response_goes_on_from_the_one_before_and_hits_the_cache(client: OpenA
 def test_output_items_can_be_sent_back_as_input(client: OpenAI) -> None:
     history: list[Any] = [{"role": "user", "content": unique(STORY)}]
     first = respond(client, history)
-    for branch, items in enumerate((first.output, [item.model_dump() for item in first.output])):  # (a dump holds every field of its type)
-        second = respond(client, [*history, *items, {"role": "user", "content": [{"type": "input_text", "text": "And then?"}]}])
+    for branch, items in enumerate(
+        (first.output, [item.model_dump() for item in first.output])
+    ):  # (a dump holds every field of its type)
+        second = respond(
+            client,
+            [*history, *items, {"role": "user", "content": [{"type": "input_text", "text": "And then?"}]}],
+        )
         assert_hit(usage(second)[1], usage(first)[0], branch=bool(branch))
 
 
 def test_input_items_are_listed(client: OpenAI) -> None:
     first = respond(client, "One.", 4)
     second = respond(client, "Two.", 4, previous_response_id=first.id)
-    items = [strict(item) for item in client.responses.input_items.list(second.id, order="asc", limit=2)]  # (several pages)
+    items = [
+        strict(item) for item in client.responses.input_items.list(second.id, order="asc", limit=2)
+    ]  # (several pages)
     assert [item.role for item in items] == ["user", "assistant", "user"]
     assert [item.content[0].text for item in items] == ["One.", first.output_text, "Two."]
-    assert [item.id for item in client.responses.input_items.list(second.id)] == [item.id for item in items[::-1]]
+    assert [item.id for item in client.responses.input_items.list(second.id)] == [
+        item.id for item in items[::-1]
+    ]
 
 
 def test_a_stream_has_typed_events_and_can_be_picked_up(client: OpenAI) -> None:
-    with client.responses.create(model=MODEL, input="Count to five.", max_output_tokens=10, temperature=0, stream=True) as stream:
+    with client.responses.create(
+        model=MODEL, input="Count to five.", max_output_tokens=10, temperature=0, stream=True
+    ) as stream:
         events = [strict(event) for event in stream]
     assert [event.type for event in events[:4]] == [
         "response.created",
@@ -90,7 +121,10 @@ def test_a_stream_has_typed_events_and_can_be_picked_up(client: OpenAI) -> None:
     ]
     assert all(event.type == type(event).model_fields["type"].annotation.__args__[0] for event in events)
     final = events[-1].response
-    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == final.output_text
+    assert (
+        "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        == final.output_text
+    )
     with client.responses.retrieve(final.id, stream=True, starting_after=3) as stream:
         rest = [strict(event) for event in stream]
     assert [event.sequence_number for event in rest] == [event.sequence_number for event in events[4:]]
@@ -111,7 +145,9 @@ def test_a_function_is_called_and_its_result_answered(client: OpenAI) -> None:
     first = respond(client, words, CALL_TOKENS, tools=[SAY], tool_choice={"type": "function", "name": "say"})
     calls = [item for item in first.output if isinstance(item, ResponseFunctionToolCall)]
     sensible(calls and first.status == "completed")
-    assert [call.name for call in calls] == ["say"] and is_object(calls[0].arguments) and len(first.output) == 1
+    assert (
+        [call.name for call in calls] == ["say"] and is_object(calls[0].arguments) and len(first.output) == 1
+    )
     output = {"type": "function_call_output", "call_id": calls[0].call_id, "output": unique("It was said.")}
     second = respond(client, [output], tools=[SAY], previous_response_id=first.id)
     assert_hit(usage(second)[1], usage(first)[0])
@@ -154,7 +190,11 @@ def test_a_background_response_is_waited_for(client: OpenAI) -> None:
 
 def test_a_background_response_is_cancelled(client: OpenAI) -> None:
     with client.responses.create(
-        model=MODEL, input=unique("Tell me all about the sea."), max_output_tokens=1000, background=True, stream=True
+        model=MODEL,
+        input=unique("Tell me all about the sea."),
+        max_output_tokens=1000,
+        background=True,
+        stream=True,
     ) as stream:
         seen = []
         for event in stream:
@@ -173,7 +213,9 @@ def test_a_background_response_is_cancelled(client: OpenAI) -> None:
 
 
 def test_a_cancelled_stream_ends_for_who_reads_it(client: OpenAI) -> None:
-    with client.responses.create(model=MODEL, input=unique("All about the sea."), max_output_tokens=1000, stream=True) as stream:
+    with client.responses.create(
+        model=MODEL, input=unique("All about the sea."), max_output_tokens=1000, stream=True
+    ) as stream:
         events = [strict(next(stream))]
         client.responses.cancel(events[0].response.id)
         events += [strict(event) for event in stream]
@@ -181,7 +223,11 @@ def test_a_cancelled_stream_ends_for_who_reads_it(client: OpenAI) -> None:
 
 
 def test_a_conversation_from_its_beginning_to_its_end(client: OpenAI) -> None:
-    made = strict(client.conversations.create(metadata={"topic": "demo"}, items=[{"role": "user", "content": unique(STORY)}]))
+    made = strict(
+        client.conversations.create(
+            metadata={"topic": "demo"}, items=[{"role": "user", "content": unique(STORY)}]
+        )
+    )
     assert isinstance(made, Conversation) and made.id.startswith("conv_")
     first = respond(client, "What came on Wednesday?", conversation=made.id)
     second = respond(client, "And on Friday?", conversation={"id": made.id})
@@ -191,13 +237,19 @@ def test_a_conversation_from_its_beginning_to_its_end(client: OpenAI) -> None:
     assert [item.role for item in items] == ["user", "user", "assistant", "user", "assistant"]
     assert items[2].content[0].text == first.output_text
     assert strict(client.conversations.items.retrieve(items[1].id, conversation_id=made.id)) == items[1]
-    added = strict(client.conversations.items.create(made.id, items=[{"type": "message", "role": "user", "content": "One more thing."}]))
+    added = strict(
+        client.conversations.items.create(
+            made.id, items=[{"type": "message", "role": "user", "content": "One more thing."}]
+        )
+    )
     assert [item.role for item in added.data] == ["user"]
     third = respond(client, "Go on.", conversation=made.id)
     assert_hit(usage(third)[1], usage(second)[0])
     assert strict(client.conversations.items.delete(added.data[0].id, conversation_id=made.id)).id == made.id
     assert added.data[0].id not in [item.id for item in client.conversations.items.list(made.id)]
-    assert strict(client.conversations.update(made.id, metadata={"topic": "other"})).metadata == {"topic": "other"}
+    assert strict(client.conversations.update(made.id, metadata={"topic": "other"})).metadata == {
+        "topic": "other"
+    }
     assert strict(client.conversations.retrieve(made.id)).metadata == {"topic": "other"}
     gone = strict(client.conversations.delete(made.id))
     assert gone.deleted and gone.id == made.id
@@ -212,7 +264,9 @@ def test_a_conversation_from_its_beginning_to_its_end(client: OpenAI) -> None:
 def test_calls_are_items_of_a_conversation(client: OpenAI) -> None:
     made = client.conversations.create()
     named = {"type": "function", "name": "say"}
-    first = respond(client, unique("Say hello."), CALL_TOKENS, conversation=made.id, tools=[SAY], tool_choice=named)
+    first = respond(
+        client, unique("Say hello."), CALL_TOKENS, conversation=made.id, tools=[SAY], tool_choice=named
+    )
     calls = [item for item in first.output if item.type == "function_call"]
     sensible(calls)
     (call,) = calls

@@ -36,7 +36,9 @@ def client() -> Iterator[OpenAI]:
 def long_chat(client: OpenAI, **more: Any) -> Any:
     """Something that takes a while."""
     messages = [{"role": "user", "content": unique("Tell me all about the sea.")}]
-    return client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2000, extra_body={"ignore_eos": True}, **more)
+    return client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=2000, extra_body={"ignore_eos": True}, **more
+    )
 
 
 @pytest.mark.parametrize("base", [BASE, BASE + "/"])
@@ -47,13 +49,20 @@ def test_a_base_url_may_end_with_a_slash(base: str) -> None:
 
 
 def test_a_base_url_without_v1_is_told_so() -> None:
-    with OpenAI(base_url=URL, api_key=KEY, max_retries=0) as client, pytest.raises(NotFoundError, match="/v1/chat/completions"):
+    with (
+        OpenAI(base_url=URL, api_key=KEY, max_retries=0) as client,
+        pytest.raises(NotFoundError, match="/v1/chat/completions"),
+    ):
         client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2)
 
 
 def test_a_wrong_key_is_refused() -> None:
     with OpenAI(base_url=BASE, api_key="pk-wrong", max_retries=0) as client:
-        for request in (client.models.list, lambda: client.responses.create(model=MODEL, input="Hello."), client.conversations.create):
+        for request in (
+            client.models.list,
+            lambda: client.responses.create(model=MODEL, input="Hello."),
+            client.conversations.create,
+        ):
             with pytest.raises(AuthenticationError) as raised:
                 request()
             assert raised.value.code == "invalid_api_key" and raised.value.status_code == 401
@@ -61,7 +70,9 @@ def test_a_wrong_key_is_refused() -> None:
 
 def test_one_key_s_conversations_are_not_another_s(client: OpenAI) -> None:
     conversation = client.conversations.create()
-    response = client.responses.create(model=MODEL, input=unique(STORY), max_output_tokens=4, conversation=conversation.id)
+    response = client.responses.create(
+        model=MODEL, input=unique(STORY), max_output_tokens=4, conversation=conversation.id
+    )
     with OpenAI(base_url=BASE, api_key=OTHER_KEY, max_retries=0) as other:
         for request in (
             lambda: other.conversations.retrieve(conversation.id),
@@ -83,7 +94,10 @@ def test_errors_are_the_client_s_own(client: OpenAI) -> None:
     with pytest.raises(APIStatusError) as refused:
         client.post("/models", cast_to=object, body={})
     assert refused.value.status_code == 405
-    with pytest.raises(APIConnectionError), OpenAI(base_url="http://127.0.0.1:9/v1", api_key=KEY, max_retries=0) as nobody:
+    with (
+        pytest.raises(APIConnectionError),
+        OpenAI(base_url="http://127.0.0.1:9/v1", api_key=KEY, max_retries=0) as nobody,
+    ):
         nobody.models.list()
 
 
@@ -93,10 +107,15 @@ def test_a_full_server_says_so_and_a_retry_gets_through() -> None:
         try:
             with pytest.raises(RateLimitError) as raised:
                 client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2)
-            assert raised.value.type == "rate_limit_error" and int(raised.value.response.headers["retry-after"]) > 0
+            assert (
+                raised.value.type == "rate_limit_error"
+                and int(raised.value.response.headers["retry-after"]) > 0
+            )
             with ThreadPoolExecutor(1) as pool:
                 patient = client.with_options(max_retries=5)
-                waiting = pool.submit(patient.chat.completions.create, model=MODEL, messages=HELLO, max_tokens=2)
+                waiting = pool.submit(
+                    patient.chat.completions.create, model=MODEL, messages=HELLO, max_tokens=2
+                )
                 time.sleep(0.5)
                 for stream in streams:
                     stream.close()
@@ -113,23 +132,44 @@ def test_raw_responses_have_headers(client: OpenAI) -> None:
     assert raw.status_code == 200 and raw.headers["content-type"] == "application/json"
     assert raw.headers["x-pensieve-conversation"] == completion.model_extra["pensieve"]["conversation"]
     assert raw.headers["x-request-id"] == completion._request_id
-    with client.chat.completions.with_streaming_response.create(model=MODEL, messages=HELLO, max_tokens=3, stream=True) as streamed:
+    with client.chat.completions.with_streaming_response.create(
+        model=MODEL, messages=HELLO, max_tokens=3, stream=True
+    ) as streamed:
         assert streamed.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in streamed.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
-    assert client.responses.with_raw_response.create(model=MODEL, input="Hello.", max_output_tokens=3).parse().output_text
+    assert (
+        client.responses.with_raw_response.create(model=MODEL, input="Hello.", max_output_tokens=3)
+        .parse()
+        .output_text
+    )
 
 
 def test_a_retry_with_the_same_key_gets_the_first_answer(client: OpenAI) -> None:
     headers = {"Idempotency-Key": f"check-{uuid.uuid4()}"}
-    arguments: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 8, "temperature": 1.0, "extra_headers": headers}
+    arguments: dict[str, Any] = {
+        "model": MODEL,
+        "messages": HELLO,
+        "max_tokens": 8,
+        "temperature": 1.0,
+        "extra_headers": headers,
+    }
     first = client.chat.completions.create(**arguments)
     again = client.chat.completions.create(**arguments)
-    assert (again.id, again.choices[0].message.content, again.usage) == (first.id, first.choices[0].message.content, first.usage)
+    assert (again.id, again.choices[0].message.content, again.usage) == (
+        first.id,
+        first.choices[0].message.content,
+        first.usage,
+    )
     with pytest.raises(UnprocessableEntityError) as raised:
         client.chat.completions.create(**arguments | {"max_tokens": 9})
     assert raised.value.code == "idempotency_key_reused"
-    arguments = {"model": MODEL, "input": "Hello.", "max_output_tokens": 8, "extra_headers": {"Idempotency-Key": f"check-{uuid.uuid4()}"}}
+    arguments = {
+        "model": MODEL,
+        "input": "Hello.",
+        "max_output_tokens": 8,
+        "extra_headers": {"Idempotency-Key": f"check-{uuid.uuid4()}"},
+    }
     assert client.responses.create(**arguments).id == client.responses.create(**arguments).id
 
 
@@ -157,8 +197,12 @@ def test_a_request_that_timed_out_is_aborted(client: OpenAI) -> None:
 def test_a_stream_that_is_closed_is_aborted(client: OpenAI, api: str) -> None:
     begin: Any = {
         "chat": lambda: long_chat(client, stream=True),
-        "responses": lambda: client.responses.create(model=MODEL, input=unique("Go on."), max_output_tokens=2000, stream=True),
-        "completions": lambda: client.completions.create(model=MODEL, prompt=unique(STORY), max_tokens=2000, stream=True),
+        "responses": lambda: client.responses.create(
+            model=MODEL, input=unique("Go on."), max_output_tokens=2000, stream=True
+        ),
+        "completions": lambda: client.completions.create(
+            model=MODEL, prompt=unique(STORY), max_tokens=2000, stream=True
+        ),
     }
     with begin[api]() as stream:
         for _, _ in zip(range(8), stream, strict=False):
@@ -169,10 +213,17 @@ def test_a_stream_that_is_closed_is_aborted(client: OpenAI, api: str) -> None:
 def test_the_asynchronous_client() -> None:
     async def chat(client: AsyncOpenAI, number: int) -> str:
         messages = [{"role": "user", "content": unique(f"Number {number}. {STORY}")}]
-        first = await client.chat.completions.create(model=MODEL, messages=messages, max_tokens=6, temperature=0)
+        first = await client.chat.completions.create(
+            model=MODEL, messages=messages, max_tokens=6, temperature=0
+        )
         messages += [first.choices[0].message, {"role": "user", "content": "Go on."}]
         stream = await client.chat.completions.create(
-            model=MODEL, messages=messages, max_tokens=6, temperature=0, stream=True, stream_options={"include_usage": True}
+            model=MODEL,
+            messages=messages,
+            max_tokens=6,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
         )
         chunks = [chunk async for chunk in stream]
         assert_hit(chunks[-1].usage.prompt_tokens_details.cached_tokens, first.usage.total_tokens)
@@ -185,7 +236,9 @@ def test_the_asynchronous_client() -> None:
             assert [item.type async for item in client.responses.input_items.list(response.id)] == ["message"]
             messages = [{"role": "user", "content": unique("Tell me all.")}]
             with pytest.raises(TimeoutError):  # the caller's own deadline cancels the request
-                await asyncio.wait_for(client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2000), 0.5)
+                await asyncio.wait_for(
+                    client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2000), 0.5
+                )
 
     asyncio.run(main())
     until_idle()

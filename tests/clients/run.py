@@ -48,7 +48,9 @@ class Client:
     @property
     def version(self) -> str:
         """The client's, as it is pinned."""
-        pinned = re.search(rf"^{re.escape(self.package)}==(\S+)", self.requirements.read_text(encoding="utf-8"), re.MULTILINE)
+        pinned = re.search(
+            rf"^{re.escape(self.package)}==(\S+)", self.requirements.read_text(encoding="utf-8"), re.MULTILINE
+        )
         if pinned is None:
             raise SystemExit(f"{self.requirements} does not pin {self.package}")
         return pinned[1]
@@ -87,7 +89,16 @@ def environment(client: Client, venvs: Path) -> Path:
     print(f"making the environment of {client.name} {client.version} in {folder}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "-r", str(client.requirements)]
+    pip = [
+        str(python),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--quiet",
+        "install",
+        "-r",
+        str(client.requirements),
+    ]
     subprocess.run(pip, check=True)
     stamp.write_text(wanted, encoding="ascii")
     return python
@@ -100,14 +111,29 @@ def server(folder: Path) -> Iterator[dict[str, str]]:
     keys = folder / "keys.txt"
     add = [*pensieve, "keys", "add", "--file", str(keys)]
     key, other = (
-        subprocess.run([*add, tenant], check=True, capture_output=True, text=True).stdout.strip() for tenant in ("checked", "other")
+        subprocess.run([*add, tenant], check=True, capture_output=True, text=True).stdout.strip()
+        for tenant in ("checked", "other")
     )
-    options = ["--port", "0", "--store", f"sqlite:///{folder / 'store.db'}", "--api-key-file", str(keys), "--max-open", str(MAX_OPEN)]
+    options = [
+        "--port",
+        "0",
+        "--store",
+        f"sqlite:///{folder / 'store.db'}",
+        "--api-key-file",
+        str(keys),
+        "--max-open",
+        str(MAX_OPEN),
+    ]
     log = folder / "server.log"
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen([*pensieve, "serve", *options], stdout=output, stderr=subprocess.STDOUT)
     try:
-        yield {"PENSIEVE_URL": _url(process, log), "PENSIEVE_KEY": key, "PENSIEVE_OTHER_KEY": other, "PENSIEVE_MAX_OPEN": str(MAX_OPEN)}
+        yield {
+            "PENSIEVE_URL": _url(process, log),
+            "PENSIEVE_KEY": key,
+            "PENSIEVE_OTHER_KEY": other,
+            "PENSIEVE_MAX_OPEN": str(MAX_OPEN),
+        }
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -133,10 +159,20 @@ def check(client: Client, python: Path, found: dict[str, str], folder: Path, wor
     """Run one client's checks; what failed is shown."""
     begun_s = time.perf_counter()
     report = folder / f"{client.name}.xml"
-    command = [str(python), "-m", "pytest", "-c", str(HERE / "pytest.ini"), f"--junitxml={report}", *client.checks]
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-c",
+        str(HERE / "pytest.ini"),
+        f"--junitxml={report}",
+        *client.checks,
+    ]
     if words is not None:
         command += ["-k", words]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OPENAI_"))}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OPENAI_"))
+    }
     with (folder / f"{client.name}.log").open("w+", encoding="utf-8") as output:
         try:
             ended = subprocess.run(
@@ -152,12 +188,15 @@ def check(client: Client, python: Path, found: dict[str, str], folder: Path, wor
             output.write(f"\nstopped after {CHECK_TIMEOUT_S:g} s\n")
             ended = 1
         wall_s = time.perf_counter() - begun_s
-        if ended != 0 and not (ended == 5 and words is not None):  # (5: none of this client's checks has these words)
+        if ended != 0 and not (
+            ended == 5 and words is not None
+        ):  # (5: none of this client's checks has these words)
             output.seek(0)
             print(f"-- {client.name}\n{output.read()}", flush=True)
     suites = ElementTree.parse(report).getroot().findall("testsuite") if report.is_file() else []
     total, failures, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
+        sum(int(suite.get(name, 0)) for suite in suites)
+        for name in ("tests", "failures", "errors", "skipped")
     )
     failed = failures + errors
     if failed == 0 and ended not in (0, 5):
@@ -168,9 +207,16 @@ def check(client: Client, python: Path, found: dict[str, str], folder: Path, wor
 def main() -> int:
     """Run what was asked for; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(client.name for client in CLIENTS)}; all by default")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which of {', '.join(client.name for client in CLIENTS)}; all by default",
+    )
     parser.add_argument("-k", dest="words", help="only the checks whose names match, as in pytest")
-    parser.add_argument("--venvs", type=Path, default=HERE.parents[1] / ".venv-clients", help="where the environments are")
+    parser.add_argument(
+        "--venvs", type=Path, default=HERE.parents[1] / ".venv-clients", help="where the environments are"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {client.name for client in CLIENTS}
     if unknown:
@@ -183,13 +229,19 @@ def main() -> int:
         print(f"server: {found['PENSIEVE_URL']}", flush=True)
         for client in chosen:
             outcome = check(client, pythons[client.name], found, Path(name), arguments.words)
-            print(f"{client.name}: {outcome.passed} passed, {outcome.failed} failed in {outcome.wall_s:.0f} s", flush=True)
+            print(
+                f"{client.name}: {outcome.passed} passed, {outcome.failed} failed in {outcome.wall_s:.0f} s",
+                flush=True,
+            )
             outcomes.append((client, outcome))
     print(f"\n{'client':<30}{'version':>10}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
     for client, outcome in outcomes:
         row = f"{outcome.passed:>8}{outcome.failed:>8}{outcome.skipped:>9}{outcome.wall_s:>9.0f}"
         print(f"{client.package:<30}{client.version:>10}{row}")
-    passed, failed = sum(outcome.passed for _, outcome in outcomes), sum(outcome.failed for _, outcome in outcomes)
+    passed, failed = (
+        sum(outcome.passed for _, outcome in outcomes),
+        sum(outcome.failed for _, outcome in outcomes),
+    )
     print(f"all of it took {time.perf_counter() - begun_s:.0f} s")
     print(f"{passed} passed, {failed} failed")
     return 0 if passed and not failed else 1

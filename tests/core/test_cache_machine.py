@@ -44,7 +44,11 @@ class CacheMachine(RuleBasedStateMachine):
     def policy(self) -> PolicyFactory:
         return lambda: RetentionValue(COST.of_chunk)
 
-    @rule(name=st.sampled_from(NAMES), new=st.lists(st.integers(0, 3), min_size=1, max_size=9), cut=st.integers(0, 12))
+    @rule(
+        name=st.sampled_from(NAMES),
+        new=st.lists(st.integers(0, 3), min_size=1, max_size=9),
+        cut=st.integers(0, 12),
+    )
     def begin_turn(self, name: str, new: list[int], cut: int) -> None:
         if name in self.running:
             return
@@ -82,7 +86,11 @@ class CacheMachine(RuleBasedStateMachine):
         for start, stop in self.uncomputed.pop(name, []):
             self.cache.commit(sequence, start, stop, digests_of("n", tokens))
         for _ in range(extra):
-            if len(tokens) % SIZE == 0 and len(tokens) // SIZE == len(sequence.chunks) and self.cache.grow(sequence, self.now_s) is None:
+            if (
+                len(tokens) % SIZE == 0
+                and len(tokens) // SIZE == len(sequence.chunks)
+                and self.cache.grow(sequence, self.now_s) is None
+            ):
                 return
             tokens.append(data.draw(st.integers(0, 3)))
             self.cache.commit(sequence, len(tokens) - 1, len(tokens), digests_of("n", tokens))
@@ -150,11 +158,17 @@ class CacheMachine(RuleBasedStateMachine):
         sequence = self.cache.find("n", name)
         if sequence is not None and name not in self.running:
             self.cache.idle(sequence)
-            chunks = [c for c in sequence.chunks if c is not None and c.owner is sequence and c.queues & self.cache.places.sole[0].bit]
+            chunks = [
+                c
+                for c in sequence.chunks
+                if c is not None and c.owner is sequence and c.queues & self.cache.places.sole[0].bit
+            ]
             worst = self.cache.places.sole[0].worst(self.now_s)
-            assert not self.offered or not chunks or (worst is not None and worst.owner.last_active_s == sequence.last_active_s), (
-                "others would go before it"
-            )
+            assert (
+                not self.offered
+                or not chunks
+                or (worst is not None and worst.owner.last_active_s == sequence.last_active_s)
+            ), "others would go before it"
 
     @rule(name=st.sampled_from(NAMES))
     def erase(self, name: str) -> None:
@@ -177,7 +191,12 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def every_queue_offers_what_brute_force_over_all_its_chunks_finds(self) -> None:
         places = self.cache.places
-        chunks = {chunk for sequence in self.cache.sequences.values() for chunk in sequence.chunks if chunk is not None}
+        chunks = {
+            chunk
+            for sequence in self.cache.sequences.values()
+            for chunk in sequence.chunks
+            if chunk is not None
+        }
         for queue in (*places.clean, *places.sole):
             members = [chunk for chunk in chunks if chunk.queues & queue.bit]
             worst = queue.worst(self.now_s)

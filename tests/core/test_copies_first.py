@@ -39,7 +39,9 @@ def test_where_copies_cost_nothing_the_reserve_need_not_lie_ready() -> None:
     world.step()
     world.submit("b", [7, 8, 9])
     assert {span.request_id for span in world.step().spans} == {"a", "b"}
-    assert not world.worker.num_swapped_out, "6 slots could be had at the price of copies: nobody needs them yet"
+    assert not world.worker.num_swapped_out, (
+        "6 slots could be had at the price of copies: nobody needs them yet"
+    )
     world.run()
 
 
@@ -64,4 +66,6 @@ def test_steps_that_only_copy_never_follow_each_other() -> None:
     world.submit("b", list(range(10, 23)))
     plans = [world.step() for _ in range(12)]
     assert any(plan.settles for plan in plans)
-    assert all(earlier.spans or later.spans for earlier, later in itertools.pairwise(plans)), "a broken tier stops nobody"
+    assert all(earlier.spans or later.spans for earlier, later in itertools.pairwise(plans)), (
+        "a broken tier stops nobody"
+    )

@@ -24,7 +24,9 @@ def test_a_conversation_in_both_tiers_is_gone_from_both() -> None:
     other = world.turn("b", list(range(2000, 2010)), 3).tokens
     world.settle()
     assert "b" in world.places("a") and world.remains(log) > len(SECRET)
-    slots = sum(sum(s is not None for s in chunk.slots) for chunk in world.cache.find("n", "a").chunks if chunk)  # type: ignore[union-attr]
+    slots = sum(
+        sum(s is not None for s in chunk.slots) for chunk in world.cache.find("n", "a").chunks if chunk
+    )  # type: ignore[union-attr]
     erasure = world.erase("a")
     assert not erasure.done and world.remains(log), "nothing is zero before a worker has run"
     assert world.finish(erasure) == 1
@@ -112,14 +114,21 @@ def test_a_marked_chunk_leaves_nothing_where_it_moves() -> None:
     places.pools[0].release(places.reclaim(other, 0))
     copy = places.begin_copy(other, 1, 0, slot)
     assert (0, slot) in world.step(
-        lambda plan, result: replace(result, copies_done=(), copies_failed=(CopyFailure(copy.copy_id, False, "x"),))
+        lambda plan, result: replace(
+            result, copies_done=(), copies_failed=(CopyFailure(copy.copy_id, False, "x"),)
+        )
     ).wiped
 
 
 def test_a_copy_under_way_is_waited_for_and_its_target_wiped() -> None:
     """Whatever becomes of it."""
     for delay, rate in ((3, 0.0), (3, 1.0)):
-        world = World(12, 12, copy_ahead_share=0.9, worker=FakeWorker([12, 12], CHUNK, swap_out_delay=delay, rng=random.Random(1)))
+        world = World(
+            12,
+            12,
+            copy_ahead_share=0.9,
+            worker=FakeWorker([12, 12], CHUNK, swap_out_delay=delay, rng=random.Random(1)),
+        )
         log = world.turn("a", SECRET, 1).tokens
         world.worker.copy_failure_rate = rate
         world.step()

@@ -69,7 +69,9 @@ def test_retention_value_finds_what_brute_force_finds(seed: int) -> None:
     st.lists(st.tuples(st.floats(0, 10), st.floats(-1e4, 1e4)), min_size=1, max_size=40),
     st.lists(st.floats(0, 1e5), min_size=1, max_size=20),
 )
-def test_the_tournament_finds_the_highest_line_at_every_later_time(lines: list[tuple[float, float]], times: list[float]) -> None:
+def test_the_tournament_finds_the_highest_line_at_every_later_time(
+    lines: list[tuple[float, float]], times: list[float]
+) -> None:
     tournament = KineticTournament()
     for leaf, (slope, offset) in enumerate(lines):
         tournament.set(leaf, slope, offset)
@@ -83,10 +85,17 @@ def test_the_tournament_finds_the_highest_line_at_every_later_time(lines: list[t
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 20), st.floats(0, 10), st.floats(-1e4, 1e4) | st.just(-math.inf), st.sampled_from([0.0, 0.0, 1.0, 1e3]))
+        st.tuples(
+            st.integers(0, 20),
+            st.floats(0, 10),
+            st.floats(-1e4, 1e4) | st.just(-math.inf),
+            st.sampled_from([0.0, 0.0, 1.0, 1e3]),
+        )
     )
 )
-def test_the_tournament_follows_lines_that_change_between_questions(changes: list[tuple[int, float, float, float]]) -> None:
+def test_the_tournament_follows_lines_that_change_between_questions(
+    changes: list[tuple[int, float, float, float]],
+) -> None:
     tournament = KineticTournament()
     lines: dict[int, tuple[float, float]] = {}
     now_s = 0.0

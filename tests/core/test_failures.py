@@ -21,14 +21,20 @@ class World:
     def __init__(self, gpu: int, cpu: int, worker: FakeWorker | None = None, **config: int) -> None:
         tiers = (TierConfig("gpu", gpu), *((TierConfig("cpu", cpu),) if cpu else ()))
         self.cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: RetentionValue(COST.of_chunk))
-        self.scheduler = Scheduler(SchedulerConfig(**{"max_batch_tokens": 128, "max_running": 8, **config}), self.cache, max_context=200)
+        self.scheduler = Scheduler(
+            SchedulerConfig(**{"max_batch_tokens": 128, "max_running": 8, **config}),
+            self.cache,
+            max_context=200,
+        )
         self.worker = worker or FakeWorker([tier.num_slots for tier in tiers], CHUNK)
         self.now_s = 0.0
         self.done: dict[str, Request] = {}
         self.plans: list[StepPlan] = []
 
     def submit(self, name: str, conversation: str, tokens: list[int], answer: int = 3) -> None:
-        self.scheduler.submit(name, "n", conversation, tuple(tokens), 0, SamplingParams(max_new_tokens=answer), self.now_s)
+        self.scheduler.submit(
+            name, "n", conversation, tuple(tokens), 0, SamplingParams(max_new_tokens=answer), self.now_s
+        )
 
     def step(self, change: object = None) -> StepPlan:
         self.now_s += 0.01
@@ -37,7 +43,9 @@ class World:
         result = self.worker.run(plan)
         if callable(change):
             result = change(plan, result)
-        for request in self.scheduler.commit(plan, result, self.now_s).finished + self.scheduler.take_finished():
+        for request in (
+            self.scheduler.commit(plan, result, self.now_s).finished + self.scheduler.take_finished()
+        ):
             self.done[request.request_id] = request
         self.cache.check()
         return plan
@@ -52,7 +60,10 @@ class World:
     def right(self, name: str) -> bool:
         request = self.done[name]
         prompt = request.tokens[: request.num_prompt]
-        return request.output == expected_answer(prompt, request.num_output) and request.num_output == request.sampling.max_new_tokens
+        return (
+            request.output == expected_answer(prompt, request.num_output)
+            and request.num_output == request.sampling.max_new_tokens
+        )
 
 
 def test_however_many_copies_of_one_step_fail_that_is_one_failure() -> None:
@@ -66,7 +77,14 @@ def test_however_many_copies_of_one_step_fail_that_is_one_failure() -> None:
         lost = tuple(CopyFailure(copy.copy_id, False, "a hiccup") for copy in plan.swap_in)
         failed.extend(lost)
         done = tuple(c for c in result.copies_done if c not in {f.copy_id for f in lost})
-        return StepResult(plan.step_id, result.tokens, done, (*result.copies_failed, *lost), result.requests_failed, result.forward_error)
+        return StepResult(
+            plan.step_id,
+            result.tokens,
+            done,
+            (*result.copies_failed, *lost),
+            result.requests_failed,
+            result.forward_error,
+        )
 
     world.submit("again", "a", [*world.done["a"].tokens, 1])
     while not failed:
@@ -84,7 +102,9 @@ def test_swap_outs_that_always_fail_do_not_stop_the_rest() -> None:
         lost = tuple(CopyFailure(copy.copy_id, False, "the tier is broken") for copy in plan.swap_out)
         world.worker.settling.clear()
         done = tuple(c for c in result.copies_done if c not in {f.copy_id for f in lost})
-        return StepResult(plan.step_id, result.tokens, done, lost, result.requests_failed, result.forward_error)
+        return StepResult(
+            plan.step_id, result.tokens, done, lost, result.requests_failed, result.forward_error
+        )
 
     for turn in range(6):
         world.submit(f"r{turn}", f"c{turn}", [turn + i % 3 for i in range(20)])

@@ -14,7 +14,16 @@ from pensieve.core.cache import TieredCache
 from pensieve.core.chunk import Chunk
 from pensieve.core.eviction import LRU, Hazard, PolicyFamily
 from pensieve.core.eviction.habits import NUM_CONTEXTS, Habits
-from pensieve.core.eviction.returns import NUM_PERIODS, PRIOR, STARTS_S, WIDTHS_S, Context, ReturnTimes, period_of, saving_rates
+from pensieve.core.eviction.returns import (
+    NUM_PERIODS,
+    PRIOR,
+    STARTS_S,
+    WIDTHS_S,
+    Context,
+    ReturnTimes,
+    period_of,
+    saving_rates,
+)
 from pensieve.core.plan import SampledToken, StepResult
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
@@ -121,12 +130,16 @@ def test_who_does_not_come_back_counts_for_as_long_as_it_was_waited_for() -> Non
         family.came_back(sequence, 1000.0 * number)
         family.went_idle(sequence, 1000.0 * number, 0)
         if number % 4 == 0:
-            family.came_back(sequence, 1000.0 * number + 20.0)  # of four, one comes back, after 20 s; then it stays idle, too
+            family.came_back(
+                sequence, 1000.0 * number + 20.0
+            )  # of four, one comes back, after 20 s; then it stays idle, too
             family.went_idle(sequence, 1000.0 * number + 20.0, 0)
     chances = family.times.chances(family.times.contexts(Habits().went_idle(0.0, 0, 0)))
     twenty, two_hundred = period_of(20.0), period_of(200.0)
     assert 0.12 < chances[twenty] < 0.4
-    assert max(chances[:twenty]) < 0.1 and max(chances[twenty + 1 : two_hundred]) < 0.1, "nobody came back sooner or later"
+    assert max(chances[:twenty]) < 0.1 and max(chances[twenty + 1 : two_hundred]) < 0.1, (
+        "nobody came back sooner or later"
+    )
     assert chances[-1] < 0.1 < PRIOR[-1], "and those of the first day were waited for that long"
 
 
@@ -172,7 +185,10 @@ def test_the_length_of_an_answer_tells_a_tools_call_from_words_to_read() -> None
         family.came_back(sequence, begun_s)
         family.went_idle(sequence, begun_s + 5.0, 60 if calls else 800)
         family.came_back(sequence, begun_s + (9.0 if calls else 3605.0))
-    call, words = (family.times.chances(family.times.contexts(Habits().went_idle(5.0, 0, answered))) for answered in (60, 800))
+    call, words = (
+        family.times.chances(family.times.contexts(Habits().went_idle(5.0, 0, answered)))
+        for answered in (60, 800)
+    )
     assert call[period_of(4.0)] > 0.5 > 0.1 > words[period_of(4.0)]
 
 
@@ -213,7 +229,12 @@ def test_the_worst_is_what_brute_force_finds(seed: int) -> None:
                 family.went_idle(sequence, now_s + rng.choice([0.0, 3.0]), rng.choice([0, 50, 2000]))
                 sequence.last_active_s = now_s - rng.choice([0.0, 1.0, 77.0, 1e6])
                 sequence.num_active = int(rng.random() < 0.1)
-            chunk = Chunk(rng.choice([0, 1, 2, 5, 15]), 1, Sharers(members) if len(members) > 1 else next(iter(members)), None)
+            chunk = Chunk(
+                rng.choice([0, 1, 2, 5, 15]),
+                1,
+                Sharers(members) if len(members) > 1 else next(iter(members)),
+                None,
+            )
             policy.add(chunk)
             present.append(chunk)
         elif action < 0.7:
@@ -238,7 +259,11 @@ def by_formula(family: Hazard, chunk: Chunk, now_s: float) -> float:
     starts = (*STARTS_S, 2.0 * STARTS_S[-1])
     period = max(k for k in range(NUM_PERIODS) if starts[k] <= idle_s)
     share = (idle_s - starts[period]) / (starts[period + 1] - starts[period])
-    return num_members * COST.of_chunk(chunk.index) / (curve[period] + share * (curve[period + 1] - curve[period]))
+    return (
+        num_members
+        * COST.of_chunk(chunk.index)
+        / (curve[period] + share * (curve[period + 1] - curve[period]))
+    )
 
 
 def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,9 @@ def test_the_last_token_at_a_chunk_boundary_is_unfinished_too() -> None:
 def test_the_same_prompt_again_leaves_its_last_chunk_to_compute() -> None:
     world = World(20, 0)
     world.turn("one", PROMPT[:16], conversation="c")
-    assert whys(world.turn("two", PROMPT[:16], conversation="c", history=16).misses) == [(12, 16, "unfinished")]
+    assert whys(world.turn("two", PROMPT[:16], conversation="c", history=16).misses) == [
+        (12, 16, "unfinished")
+    ]
 
 
 def test_history_without_a_trace_was_never_seen_here() -> None:
@@ -84,7 +86,9 @@ def test_a_dropped_partial_chunk_is_known_by_its_conversation_and_its_tokens() -
     assert {miss.by for miss in again.misses[:1]} == {"greedy"}
     world.turn("greedy2", list(range(30, 50)), 1)
     edited = world.turn("three", [*log[:16], 8, 8, 8], conversation="c", history=19)
-    assert whys(edited.misses) == [(0, 16, "dropped"), (16, 19, "never_seen")], "other tokens than those that were dropped"
+    assert whys(edited.misses) == [(0, 16, "dropped"), (16, 19, "never_seen")], (
+        "other tokens than those that were dropped"
+    )
 
 
 def test_another_key_is_not_named() -> None:
@@ -122,7 +126,9 @@ def test_a_copy_that_cannot_be_read_is_told_as_failed() -> None:
 
     def lose(plan: StepPlan, result: StepResult) -> StepResult:
         lost = tuple(CopyFailure(copy.copy_id, True, "unreadable") for copy in plan.swap_in)
-        return replace(result, copies_done=tuple(set(result.copies_done) - {f.copy_id for f in lost}), copies_failed=lost)
+        return replace(
+            result, copies_done=tuple(set(result.copies_done) - {f.copy_id for f in lost}), copies_failed=lost
+        )
 
     request = world.submit("two", [*log, 7], conversation="c", history=len(log))
     while request.in_flight or not request.chunks_in:
@@ -155,7 +161,10 @@ def test_what_another_cache_of_the_same_key_holds_is_told_and_nobody_elses() -> 
     request = world.turn("b", [*PROMPT[:12], *range(10)], 1, namespace="alice\x1ftwo")
     assert whys(request.misses) == [(0, 12, "other_namespace"), (12, 22, "new")]
     assert whys(world.turn("c", PROMPT, 1, namespace="bob").misses) == [(0, 18, "new")]
-    assert whys(world.turn("d", PROMPT, 1, namespace="alice").misses) == [(0, 16, "other_namespace"), (16, 18, "new")]
+    assert whys(world.turn("d", PROMPT, 1, namespace="alice").misses) == [
+        (0, 16, "other_namespace"),
+        (16, 18, "new"),
+    ]
     history = world.turn("e", PROMPT, 1, namespace="alice\x1fthree", history=18)
     assert whys(history.misses) == [(0, 16, "other_namespace"), (16, 18, "never_seen")]
 
@@ -178,6 +187,9 @@ def test_losses_are_remembered_up_to_a_number() -> None:
     assert len(world.cache.history) == 3
 
 
-@pytest.mark.parametrize(("namespace", "tenant"), [("", ""), ("alice", "alice"), ("alice\x1fsalt", "alice"), ("alice\x1fa\x1fb", "alice")])
+@pytest.mark.parametrize(
+    ("namespace", "tenant"),
+    [("", ""), ("alice", "alice"), ("alice\x1fsalt", "alice"), ("alice\x1fa\x1fb", "alice")],
+)
 def test_a_namespace_begins_with_its_tenant(namespace: str, tenant: str) -> None:
     assert tenant_of(namespace) == tenant

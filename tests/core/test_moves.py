@@ -117,7 +117,8 @@ SETTLES_UP = {Event.FINISH_SWAP_IN, Event.FAIL_SWAP_IN, Event.LOSE}
 CASES = [
     (state, event)
     for state, event in itertools.product(State, Event)
-    if not (event in SETTLES_DOWN and state is State.LOWER_COPYING) and not (event in SETTLES_UP and state is State.UPPER_COPYING)
+    if not (event in SETTLES_DOWN and state is State.LOWER_COPYING)
+    and not (event in SETTLES_UP and state is State.UPPER_COPYING)
 ]
 
 
@@ -142,7 +143,9 @@ def test_every_pair_of_state_and_event(state: State, event: Event) -> None:
         assert (target is State.ABSENT) == (bench.chunk in bench.vanished)
 
 
-@pytest.mark.parametrize(("state", "event"), [(State.BOTH, Event.RECLAIM), (State.UPPER, Event.DROP), (State.LOWER, Event.DROP)])
+@pytest.mark.parametrize(
+    ("state", "event"), [(State.BOTH, Event.RECLAIM), (State.UPPER, Event.DROP), (State.LOWER, Event.DROP)]
+)
 def test_a_leased_chunk_is_never_reclaimed_or_dropped(state: State, event: Event) -> None:
     bench = Bench()
     bench.bring_to(state)
@@ -185,7 +188,9 @@ def test_an_append_frees_a_stale_lower_copy() -> None:
 
 @pytest.mark.parametrize("state", [State.UPPER_COPYING, State.LOWER_COPYING])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_chunk_let_go_during_a_copy_frees_its_slots_when_the_copy_settles(state: State, fails: bool) -> None:
+def test_a_chunk_let_go_during_a_copy_frees_its_slots_when_the_copy_settles(
+    state: State, fails: bool
+) -> None:
     bench = Bench()
     bench.bring_to(state)
     bench.places.discard(bench.chunk)

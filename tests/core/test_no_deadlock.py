@@ -30,10 +30,23 @@ MAX_CONTEXT = 64
 class World:
     """A scheduler, a fake worker, a virtual clock, and what each answer should be."""
 
-    def __init__(self, rng: random.Random, tiers: list[int], policy: str, lag: int, *, failures: bool, retain: bool = True) -> None:
-        config = CacheConfig(tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), tiers, strict=False)), CHUNK)
+    def __init__(
+        self,
+        rng: random.Random,
+        tiers: list[int],
+        policy: str,
+        lag: int,
+        *,
+        failures: bool,
+        retain: bool = True,
+    ) -> None:
+        config = CacheConfig(
+            tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), tiers, strict=False)), CHUNK
+        )
         cost = CostProfile([(CHUNK, 1.0), (MAX_CONTEXT, 3.0)], CHUNK)
-        self.cache = TieredCache(config, make_policy(policy, Setting(cost.of_chunk, CHUNK, next_use_s=some_time_later)))
+        self.cache = TieredCache(
+            config, make_policy(policy, Setting(cost.of_chunk, CHUNK, next_use_s=some_time_later))
+        )
         budget = rng.choice([CHUNK + 4, 16, 64])
         in_ram = rng.random() < 0.5
         own = random.Random(rng.getstate()[1][0])  # (what it draws leaves the other's draws as they were)
@@ -92,7 +105,12 @@ class World:
         for name, erasure, cells in self.erasing:
             if erasure.done:
                 self.num_erased += 1
-                found = cells & {cell for tier in self.late.worker.tiers for slot in tier for cell in slot} - self.cells() - coming
+                found = (
+                    cells
+                    & {cell for tier in self.late.worker.tiers for slot in tier for cell in slot}
+                    - self.cells()
+                    - coming
+                )
                 assert not found, f"{len(found)} cells of {name} are left"
         self.erasing = [item for item in self.erasing if not item[1].done]
         return not idle or bool(self.late.worker.settling)
@@ -102,19 +120,29 @@ class World:
         wipes = self.cache.places.wipes
         for tier, slots in enumerate(self.late.worker.tiers):
             for slot, cells in enumerate(slots):
-                assert wipes.is_dirty(tier, slot) or not any(cells), f"slot {slot} of tier {tier} is not zero: {cells}"
+                assert wipes.is_dirty(tier, slot) or not any(cells), (
+                    f"slot {slot} of tier {tier} is not zero: {cells}"
+                )
 
-    def submit(self, request_id: str, name: str, prompt: list[int], history: int, sampling: SamplingParams) -> None:
-        self.requests[request_id] = self.scheduler.submit(request_id, "n", name, tuple(prompt), history, sampling, self.now_s)
+    def submit(
+        self, request_id: str, name: str, prompt: list[int], history: int, sampling: SamplingParams
+    ) -> None:
+        self.requests[request_id] = self.scheduler.submit(
+            request_id, "n", name, tuple(prompt), history, sampling, self.now_s
+        )
 
     def check_overtaking(self) -> None:
         """Bounded, and never rising along the queue."""
         counts = [request.num_overtaken for request in self.scheduler._waiting]
-        assert all(count <= MAX_OVERTAKINGS for count in counts) and counts == sorted(counts, reverse=True), counts
+        assert all(count <= MAX_OVERTAKINGS for count in counts) and counts == sorted(counts, reverse=True), (
+            counts
+        )
 
     def cells(self, only: str | None = None) -> set[int]:
         """Every cell that the requests of a conversation, or of all, may have had."""
-        chosen = [request for request in self.requests.values() if only is None or request.sequence_id == only]
+        chosen = [
+            request for request in self.requests.values() if only is None or request.sequence_id == only
+        ]
         cells: set[int] = set()
         for request in chosen:
             prompt = request.tokens[: request.num_prompt]
@@ -142,7 +170,9 @@ class World:
             if not self.scheduler.requests:
                 return
             idle = 0 if self.step() else idle + 1
-            assert idle < 10, f"deadlock: {[(r.request_id, r.state) for r in self.scheduler.requests.values()]}"
+            assert idle < 10, (
+                f"deadlock: {[(r.request_id, r.state) for r in self.scheduler.requests.values()]}"
+            )
         raise AssertionError("too many steps")
 
 
@@ -159,9 +189,14 @@ def check_answer(request: Request, vocab: int = 50) -> None:
     missed = [(miss.why, miss.stop - miss.start) for miss in misses]
     assert all(length > 0 for _, length in missed)
     assert all(a.stop <= b.start for a, b in itertools.pairwise(misses))
-    assert all((a.stop, a.why, a.by) != (b.start, b.why, b.by) for a, b in itertools.pairwise(misses)), "not merged"
+    assert all((a.stop, a.why, a.by) != (b.start, b.why, b.by) for a, b in itertools.pairwise(misses)), (
+        "not merged"
+    )
     assert sum(length for why, length in missed if why == "on_cpu") == request.cpu_tokens
-    assert sum(length for why, length in missed if why != "on_cpu") == request.recomputed_tokens + request.new_tokens
+    assert (
+        sum(length for why, length in missed if why != "on_cpu")
+        == request.recomputed_tokens + request.new_tokens
+    )
     for miss in misses:
         assert miss.why != "new" or miss.start >= request.history_tokens
         assert miss.why not in ("never_seen", "unfinished") or miss.stop <= request.history_tokens
@@ -179,7 +214,10 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
         if rng.random() < 0.15 and logs[name]:
             logs[name] = logs[name][: rng.randrange(len(logs[name]))]  # a shortened history
         prompt = logs[name] + [rng.randrange(50) for _ in range(rng.randint(1, 14))]
-        sampling = SamplingParams(max_new_tokens=rng.randint(1, 12), stop_token_ids=frozenset(rng.sample(range(50), rng.choice([0, 2]))))
+        sampling = SamplingParams(
+            max_new_tokens=rng.randint(1, 12),
+            stop_token_ids=frozenset(rng.sample(range(50), rng.choice([0, 2]))),
+        )
         request_id = f"r{turn}"
         try:
             world.submit(request_id, name, prompt, rng.randint(0, len(logs[name])), sampling)
@@ -196,7 +234,12 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
         if rng.random() < 0.15 and retain:
             world.erase(rng.choice(sorted(logs)))
         if rng.random() < 0.3:
-            hint = rng.choice([lambda name: world.scheduler.warm("n", name, world.now_s), lambda name: world.scheduler.idle("n", name)])
+            hint = rng.choice(
+                [
+                    lambda name: world.scheduler.warm("n", name, world.now_s),
+                    lambda name: world.scheduler.idle("n", name),
+                ]
+            )
             with contextlib.suppress(PensieveError):
                 hint(rng.choice(sorted(logs)))
         if rng.random() < 0.2:
@@ -230,15 +273,21 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
     lag=st.sampled_from([0, 0, 1, 2]),
     failures=st.booleans(),
 )
-def test_every_request_ends_with_the_stateless_answer(seed: int, gpu: int, cpu: int, policy: str, lag: int, failures: bool) -> None:
+def test_every_request_ends_with_the_stateless_answer(
+    seed: int, gpu: int, cpu: int, policy: str, lag: int, failures: bool
+) -> None:
     play(seed, [gpu, cpu] if cpu else [gpu], policy, lag, failures=failures)
 
 
 def test_a_kept_chunk_is_anothers_for_a_turn_that_parts_from_it() -> None:
-    play(712, [4], "belady", 0, failures=False)  # (was admitted to the queue as if it could have that chunk's slot, and waited for ever)
+    play(
+        712, [4], "belady", 0, failures=False
+    )  # (was admitted to the queue as if it could have that chunk's slot, and waited for ever)
 
 
-def test_who_waits_for_kept_chunks_is_looked_at_again_when_the_keep_ends_or_a_failed_tier_may_be_tried() -> None:
+def test_who_waits_for_kept_chunks_is_looked_at_again_when_the_keep_ends_or_a_failed_tier_may_be_tried() -> (
+    None
+):
     play(921099, [7, 5, 30], "retention", 2, failures=True)  # (the head of the queue was not looked at again)
 
 
@@ -247,7 +296,9 @@ def test_what_two_erased_conversations_shared_goes_with_the_second() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0, 1 << 32), gpu=st.integers(2, 12), lag=st.sampled_from([0, 2]), failures=st.booleans())
+@given(
+    seed=st.integers(0, 1 << 32), gpu=st.integers(2, 12), lag=st.sampled_from([0, 2]), failures=st.booleans()
+)
 def test_a_third_tier_needs_no_change(seed: int, gpu: int, lag: int, failures: bool) -> None:
     play(seed, [gpu, 5, 30], "retention", lag, failures=failures)
 

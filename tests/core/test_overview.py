@@ -24,7 +24,9 @@ def test_every_letter() -> None:
     world.settle(1)
     assert rows(world)["a"].cells == "bbbggg"
     world.drop("a", 0, 4)
-    world.cache.places.pools[0].release(slot := world.cache.places.reclaim(world.cache.find("n", "a").chunks[1], 0))  # type: ignore
+    world.cache.places.pools[0].release(
+        slot := world.cache.places.reclaim(world.cache.find("n", "a").chunks[1], 0)
+    )  # type: ignore
     world.cache.places.wipes.released(0, slot, erase=False)
     assert rows(world)["a"].cells == ".cbg.g"
     world.submit("a2", [*log, 1], conversation="a")
@@ -95,7 +97,9 @@ def test_what_resuming_takes() -> None:
     assert rows(world)["a"].resume_s is None
     assert rows(world, quote)["a"].resume_s == 0.0
     world.drop("a", 0, 3)
-    world.cache.places.pools[0].release(slot := world.cache.places.reclaim(world.cache.find("n", "a").chunks[1], 0))  # type: ignore
+    world.cache.places.pools[0].release(
+        slot := world.cache.places.reclaim(world.cache.find("n", "a").chunks[1], 0)
+    )  # type: ignore
     world.cache.places.wipes.released(0, slot, erase=False)
     assert rows(world, quote)["a"].resume_s == pytest.approx(1.0 + 4.0 + 0.1)
     with pytest.raises(ConfigError, match="must be positive, got 0"):

@@ -18,7 +18,16 @@ def test_the_cache_agrees_with_itself_under(name: str) -> None:
         offered = name in POLICIES
 
         def policy(self) -> PolicyFactory:
-            setting = Setting(COST.of_chunk, SIZE, num_slots=9, next_use_s=some_time_later, uncached_tokens=10, prompt_tokens=2)
+            setting = Setting(
+                COST.of_chunk,
+                SIZE,
+                num_slots=9,
+                next_use_s=some_time_later,
+                uncached_tokens=10,
+                prompt_tokens=2,
+            )
             return make_policy(name, setting)
 
-    run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None)
+    )

@@ -30,13 +30,25 @@ def state(world: World) -> dict[str, Any]:
         "to forget": (scheduler._ended, sorted(world.worker.tables)),
         "next_step": (scheduler._next_step, scheduler._copied_first),
         "sequences": {
-            key: (sequence.leased, sequence.num_active, sequence.last_active_s, sequence.tail, [_chunk(chunk) for chunk in sequence.chunks])
+            key: (
+                sequence.leased,
+                sequence.num_active,
+                sequence.last_active_s,
+                sequence.tail,
+                [_chunk(chunk) for chunk in sequence.chunks],
+            )
             for key, sequence in cache.sequences.items()
         },
         "found by": {digest: (chunk.index, chunk.slots) for digest, chunk in cache.index.items()},
         "copies": {copy_id: _chunk(record.chunk) for copy_id, record in places.copies.items()},
         "pools": [(pool.num_free, sorted(pool.free_slots())) for pool in places.pools],
-        "counts": (places.version, places.num_reclaimed, places.num_dropped, places.num_copied_down, places.num_chunks),
+        "counts": (
+            places.version,
+            places.num_reclaimed,
+            places.num_dropped,
+            places.num_copied_down,
+            places.num_chunks,
+        ),
         "cells": world.worker.tiers,
         "now": world.now_s,
     }
@@ -50,7 +62,17 @@ def _chunk(chunk: Chunk | None) -> Any:
     if chunk is None:
         return None
     copy = chunk.copy and (chunk.copy.copy_id, chunk.copy.dst_slot, chunk.copy.stale)
-    return chunk.index, chunk.num_tokens, list(chunk.slots), chunk.digest, chunk.computing, copy, chunk.leases, chunk.keeps, chunk.queues
+    return (
+        chunk.index,
+        chunk.num_tokens,
+        list(chunk.slots),
+        chunk.digest,
+        chunk.computing,
+        copy,
+        chunk.leases,
+        chunk.keeps,
+        chunk.queues,
+    )
 
 
 def steadily(world: World, most: int) -> int:
@@ -69,7 +91,9 @@ def steadily(world: World, most: int) -> int:
     return len(results)
 
 
-def play(world: World, script: list[tuple[int, int, int, int]], steps: Callable[[World, int], int]) -> list[dict[str, Any]]:
+def play(
+    world: World, script: list[tuple[int, int, int, int]], steps: Callable[[World, int], int]
+) -> list[dict[str, Any]]:
     """Turns of three conversations, so many steps apart; what was known at each."""
     logs: dict[int, list[int]] = {}
     seen = []
@@ -111,7 +135,9 @@ def test_many_steps_at_once_leave_everything_as_one_after_the_other_does(
     one_by_one, at_once = play(world(), script, lambda world, most: 0), play(world(), script, some)
     for expected, got in zip(one_by_one[:-1], at_once[:-1], strict=True):
         assert got == expected
-    assert at_once[-1]["requests"] == one_by_one[-1]["requests"]  # (by when all is done the one has taken more steps than the other)
+    assert (
+        at_once[-1]["requests"] == one_by_one[-1]["requests"]
+    )  # (by when all is done the one has taken more steps than the other)
 
 
 def test_a_lone_answer_is_taken_chunk_by_chunk() -> None:
@@ -141,7 +167,16 @@ def test_a_lone_answer_is_taken_chunk_by_chunk() -> None:
         lambda world: world.scheduler.forget("n", "old", world.now_s, erase=True),
         lambda world: world.scheduler.forget("n", "a", world.now_s),
     ],
-    ids=["somebody waits", "it ends", "a forward failed", "it failed", "a step is in flight", "a hint", "slots to wipe", "it is forgotten"],
+    ids=[
+        "somebody waits",
+        "it ends",
+        "a forward failed",
+        "it failed",
+        "a step is in flight",
+        "a hint",
+        "slots to wipe",
+        "it is forgotten",
+    ],
 )
 def test_what_else_is_to_be_done_is_done_step_by_step(disturb: Callable[[World], object]) -> None:
     world = World(40, 40, copy_ahead_share=0.0)
@@ -170,7 +205,9 @@ def test_copies_that_could_begin_do() -> None:
     world.step()
     world.step()
     assert world.scheduler.steady_steps() is not None
-    world.scheduler.config = type(world.scheduler.config)(max_batch_tokens=64, max_running=8, copy_ahead_share=0.9)
+    world.scheduler.config = type(world.scheduler.config)(
+        max_batch_tokens=64, max_running=8, copy_ahead_share=0.9
+    )
     assert world.scheduler.steady_steps() is None
 
 

@@ -31,14 +31,27 @@ class World:
         self.now_s = 0.0
         self.done: dict[str, Request] = {}
 
-    def submit(self, name: str, tokens: list[int], answer: int = 1, *, conversation: str | None = None, namespace: str = "n") -> Request:
+    def submit(
+        self,
+        name: str,
+        tokens: list[int],
+        answer: int = 1,
+        *,
+        conversation: str | None = None,
+        namespace: str = "n",
+    ) -> Request:
         sampling = SamplingParams(max_new_tokens=answer)
-        return self.scheduler.submit(name, namespace, conversation or name, tuple(tokens), 0, sampling, self.now_s)
+        return self.scheduler.submit(
+            name, namespace, conversation or name, tuple(tokens), 0, sampling, self.now_s
+        )
 
     def step(self) -> StepPlan:
         self.now_s += 1.0
         plan = self.scheduler.schedule(self.now_s)
-        for request in self.scheduler.commit(plan, self.worker.run(plan), self.now_s).finished + self.scheduler.take_finished():
+        for request in (
+            self.scheduler.commit(plan, self.worker.run(plan), self.now_s).finished
+            + self.scheduler.take_finished()
+        ):
             self.done[request.request_id] = request
         self.cache.check()
         return plan
@@ -61,7 +74,9 @@ class World:
         sequence = self.cache.find("n", conversation)
         names = {(True, True): "both", (True, False): "gpu", (False, True): "cpu"}
         return [
-            "-" if chunk is None else names[chunk.slots[0] is not None, len(chunk.slots) > 1 and chunk.slots[1] is not None]
+            "-"
+            if chunk is None
+            else names[chunk.slots[0] is not None, len(chunk.slots) > 1 and chunk.slots[1] is not None]
             for chunk in (sequence.chunks if sequence else [])
         ]
 
@@ -111,7 +126,9 @@ def test_leading_chunks_leave_first_and_lazily() -> None:
     world = World(8, 8, copy_ahead_share=0.5)
     world.turn("old", list(range(20)), answer=1)  # 5 chunks
     world.step()
-    assert world.places("old") == ["both", "gpu", "gpu", "gpu", "gpu"], "one copy makes half of the slots free or reclaimable"
+    assert world.places("old") == ["both", "gpu", "gpu", "gpu", "gpu"], (
+        "one copy makes half of the slots free or reclaimable"
+    )
     world.turn("next", [30 + i for i in range(14)], answer=1)  # 4 chunks: the 3 free slots and the clean one
     assert world.places("old")[0] == "cpu"
     assert "cpu" not in world.places("old")[1:]
@@ -134,7 +151,9 @@ def test_room_for_the_whole_queue_is_made_in_one_step() -> None:
     for name in ("a", "b"):
         world.submit(name, [ord(name) % 9 + i for i in range(13)])
     assert world.step().spans == ()
-    assert {span.request_id for span in world.step().spans} == {"a", "b"}, "none of them waits for a copy that began a step later"
+    assert {span.request_id for span in world.step().spans} == {"a", "b"}, (
+        "none of them waits for a copy that began a step later"
+    )
 
 
 def test_first_come_first_served_and_all_or_nothing() -> None:
@@ -146,7 +165,9 @@ def test_first_come_first_served_and_all_or_nothing() -> None:
     plan = world.step()
     assert {span.request_id for span in plan.spans} == {"running"}
     assert world.scheduler.requests["large"].state is RequestState.WAITING
-    assert all(chunk is None or not chunk.leases for chunk in world.scheduler.requests["large"].sequence.chunks)  # type: ignore[union-attr]
+    assert all(
+        chunk is None or not chunk.leases for chunk in world.scheduler.requests["large"].sequence.chunks
+    )  # type: ignore[union-attr]
     world.run()
     assert list(world.done) == ["running", "large", "small"]
 
@@ -158,7 +179,9 @@ def test_new_requests_leave_a_reserve_to_the_running_ones() -> None:
     world.submit("b", list(range(25)))  # 7 of the 9 free slots: 3 must stay
     assert {span.request_id for span in world.step().spans} == {"a"}
     world.scheduler.abort("a", world.now_s)
-    assert {span.request_id for span in world.step().spans} == {"b"}, "the reserve does not apply when nothing runs"
+    assert {span.request_id for span in world.step().spans} == {"b"}, (
+        "the reserve does not apply when nothing runs"
+    )
 
 
 def test_the_latest_arrival_is_suspended_and_comes_back() -> None:
@@ -188,7 +211,11 @@ def test_a_long_prompt_is_cut_at_chunk_boundaries() -> None:
     world = World(20, 0, max_batch_tokens=13, max_running=2)
     world.submit("r", list(range(30)))
     spans = [span for _ in range(4) for span in world.step().spans]
-    assert [(span.start, span.stop, span.emits_token) for span in spans] == [(0, 12, False), (12, 24, False), (24, 30, True)]
+    assert [(span.start, span.stop, span.emits_token) for span in spans] == [
+        (0, 12, False),
+        (12, 24, False),
+        (24, 30, True),
+    ]
 
 
 def test_a_turn_waits_for_the_earlier_one_of_its_conversation() -> None:
@@ -203,7 +230,9 @@ def test_a_turn_waits_for_the_earlier_one_of_its_conversation() -> None:
 
 def test_refusals_name_the_numbers() -> None:
     world = World(40, 0, max_waiting=1)
-    with pytest.raises(ContextLengthExceeded, match="has 100 tokens, but at most 99 fit in the context of 100"):
+    with pytest.raises(
+        ContextLengthExceeded, match="has 100 tokens, but at most 99 fit in the context of 100"
+    ):
         world.submit("r", list(range(100)))
     world.submit("a", [1])
     with pytest.raises(Overloaded, match="1 requests wait already, at most 1 may"):
@@ -222,7 +251,9 @@ def test_an_aborted_request_frees_its_leases_within_one_step(steps: int) -> None
         world.step()
     world.scheduler.abort("long", world.now_s)
     world.step()
-    chunks = [chunk for sequence in world.cache.sequences.values() for chunk in sequence.chunks if chunk is not None]
+    chunks = [
+        chunk for sequence in world.cache.sequences.values() for chunk in sequence.chunks if chunk is not None
+    ]
     assert all(chunk.leases == 0 and not chunk.computing for chunk in chunks)
     assert world.done["long"].ending is FinishReason.ABORT
     assert not world.scheduler.requests
@@ -239,7 +270,9 @@ def test_aborted_while_swap_ins_are_planned_and_not_settled() -> None:
     world.scheduler.abort("long", world.now_s)
     world.scheduler.commit(plan, world.worker.run(plan), world.now_s)
     world.cache.check()
-    chunks = [chunk for sequence in world.cache.sequences.values() for chunk in sequence.chunks if chunk is not None]
+    chunks = [
+        chunk for sequence in world.cache.sequences.values() for chunk in sequence.chunks if chunk is not None
+    ]
     assert chunks and all(chunk.leases == 0 for chunk in chunks)
 
 

@@ -49,7 +49,9 @@ def test_of_a_long_backlog_only_what_is_computed_before_it_holds_a_request_up() 
     world.submit("long", prompt(9000, 99))
     world.step()
     running = {request.request_id for request in world.scheduler.running}
-    assert running == {f"middle {index}" for index in range(4)}, "eight steps' worth: the rest need not hold their slots yet"
+    assert running == {f"middle {index}" for index in range(4)}, (
+        "eight steps' worth: the rest need not hold their slots yet"
+    )
     world.submit("chat", [5, 6, 7])
     assert world.step().spans[0].request_id == "chat"
     world.run()
@@ -82,7 +84,9 @@ def test_a_short_turns_first_token_takes_a_step_or_two_whatever_is_being_compute
     waits = []
     log = history.tokens
     for turn in range(12):
-        request = world.submit(f"turn {turn}", [*log, *prompt(60, turn + 2)], 3, conversation="chat", history=len(log))
+        request = world.submit(
+            f"turn {turn}", [*log, *prompt(60, turn + 2)], 3, conversation="chat", history=len(log)
+        )
         waits.append(first_token_s(world, request))
         while request.state is not RequestState.FINISHED:
             world.step()
@@ -109,7 +113,9 @@ def test_two_long_prompts_and_a_flood_of_short_ones_all_end() -> None:
 # --- a step has a time ----------------------------------------------------------------------------------------------
 
 
-def beside(decoding: Callable[[TimedWorld], Request], long_tokens: int, **config: float) -> tuple[float, float, TimedWorld]:
+def beside(
+    decoding: Callable[[TimedWorld], Request], long_tokens: int, **config: float
+) -> tuple[float, float, TimedWorld]:
     """Seconds a token of a request that decodes while a long prompt is computed, and seconds of that prompt."""
     world = TimedWorld(14_000, **config)
     request = decoding(world)
@@ -131,7 +137,9 @@ def alone_s(long_tokens: int, **config: float) -> float:
 
 @pytest.mark.parametrize("step_s", [0.05, 0.1, 0.2, 0.4])
 def test_a_request_decodes_a_token_a_step_time_beside_a_prefill(step_s: float) -> None:
-    per_token_s, prefill_s, _ = beside(lambda world: world.submit("chat", prompt(100), 2000), 20_000, step_s=step_s)
+    per_token_s, prefill_s, _ = beside(
+        lambda world: world.submit("chat", prompt(100), 2000), 20_000, step_s=step_s
+    )
     assert per_token_s <= 1.15 * step_s
     assert prefill_s <= 1.6 * alone_s(20_000, step_s=step_s)
 
@@ -171,7 +179,9 @@ def test_while_nothing_decodes_steps_are_as_large_as_tokens_allow() -> None:
 def test_a_pace_is_needed_for_steps_with_a_time() -> None:
     world = World(8)
     with pytest.raises(ConfigError, match="takes a pace"):
-        type(world.scheduler)(SchedulerConfig(max_batch_tokens=64, max_running=8, step_s=0.1), world.cache, 100)
+        type(world.scheduler)(
+            SchedulerConfig(max_batch_tokens=64, max_running=8, step_s=0.1), world.cache, 100
+        )
     with pytest.raises(ConfigError, match=r"step_s must be positive, got 0"):
         SchedulerConfig(step_s=0.0)
     with pytest.raises(ConfigError, match="admission must be 'work' or 'fcfs', got 'lifo'"):
@@ -195,15 +205,21 @@ def loads(rng: random.Random) -> Load:
 @given(
     seed=st.integers(0, 1 << 32),
     token_s=st.floats(1e-5, 2e-2),
-    ratios=st.tuples(st.floats(1.0, 200.0), st.floats(0.1, 10.0), st.floats(1.0, 30.0), st.floats(1e-6, 1e-3)),
+    ratios=st.tuples(
+        st.floats(1.0, 200.0), st.floats(0.1, 10.0), st.floats(1.0, 30.0), st.floats(1e-6, 1e-3)
+    ),
     noise=st.sampled_from([0.0, 0.1]),
 )
-def test_a_pace_comes_near_any_machine(seed: int, token_s: float, ratios: tuple[float, float, float, float], noise: float) -> None:
+def test_a_pace_comes_near_any_machine(
+    seed: int, token_s: float, ratios: tuple[float, float, float, float], noise: float
+) -> None:
     rng = random.Random(seed)
     fixed, row, read, pair = ratios
 
     def truth(load: Load) -> float:
-        return token_s * (fixed + row * load.rows + read * pair * load.reads + load.tokens + pair * load.pairs)
+        return token_s * (
+            fixed + row * load.rows + read * pair * load.reads + load.tokens + pair * load.pairs
+        )
 
     pace = Pace(CostProfile([(32, 1.0), (16_384, 3.0)], 32))
     for _ in range(300):
@@ -283,7 +299,9 @@ def test_a_request_that_does_not_fit_is_overtaken_a_bounded_number_of_times() ->
     assert overtook == MAX_OVERTAKINGS == large.num_overtaken
     world.scheduler.abort("running", world.now_s)
     world.run()
-    assert large.admitted_s is not None and large.admitted_s <= (small.admitted_s or 0.0), "what became free was held for it"
+    assert large.admitted_s is not None and large.admitted_s <= (small.admitted_s or 0.0), (
+        "what became free was held for it"
+    )
 
 
 def test_a_suspended_request_is_not_overtaken() -> None:
@@ -306,7 +324,9 @@ def test_first_come_first_served_overtakes_nobody() -> None:
     world.step()
     assert world.scheduler.num_waiting == 2
     world.run()
-    assert large.admitted_s is not None and small.admitted_s is not None and large.admitted_s <= small.admitted_s
+    assert (
+        large.admitted_s is not None and small.admitted_s is not None and large.admitted_s <= small.admitted_s
+    )
     assert large.num_overtaken == 0
 
 
@@ -319,18 +339,26 @@ def test_everything_ends_under_a_stream_that_never_stops(seed: int, slots: int, 
         if timed
         else World(slots, 8, max_running=4, max_batch_tokens=16)
     )
-    watched = [world.submit(f"long {index}", prompt(rng.randint(20, 4 * slots - 8), index), rng.randint(1, 9)) for index in range(3)]
+    watched = [
+        world.submit(f"long {index}", prompt(rng.randint(20, 4 * slots - 8), index), rng.randint(1, 9))
+        for index in range(3)
+    ]
     count = 0
     for _ in range(3000):
         if all(request.state is RequestState.FINISHED for request in watched):
             return
         if world.scheduler.num_waiting < 6:
             world.submit(
-                f"short {count}", prompt(rng.randint(1, 12), count + 9), rng.randint(1, 4), namespace=rng.choice(["a", "b\x1fsalt"])
+                f"short {count}",
+                prompt(rng.randint(1, 12), count + 9),
+                rng.randint(1, 4),
+                namespace=rng.choice(["a", "b\x1fsalt"]),
             )
             count += 1
         world.step()
-    raise AssertionError(f"never ended: {[(r.request_id, r.state, r.num_overtaken, r.num_missing) for r in watched]}")
+    raise AssertionError(
+        f"never ended: {[(r.request_id, r.state, r.num_overtaken, r.num_missing) for r in watched]}"
+    )
 
 
 # --- tenants --------------------------------------------------------------------------------------------------------
@@ -352,7 +380,9 @@ def test_a_tenants_flood_does_not_hold_another_up() -> None:
     for index in range(3):
         world.submit(f"other {index}", prompt(16, 100 + index), namespace="b")
     order = served(world, lambda name: name.split()[0])
-    assert order.index("other") <= 2 and [name for name in order[:9] if name == "other"] == ["other"] * 3, order
+    assert order.index("other") <= 2 and [name for name in order[:9] if name == "other"] == ["other"] * 3, (
+        order
+    )
 
 
 def test_tenants_share_by_tokens_and_not_by_requests() -> None:

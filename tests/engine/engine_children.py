@@ -33,14 +33,18 @@ class SlowWorker(FakeWorker):
     """Takes its time over each step."""
 
     def __init__(self, step_s: float) -> None:
-        super().__init__([tier.num_slots for tier in TIERS], CHUNK, vocab=VOCAB, poison=lambda token: token == POISON)
+        super().__init__(
+            [tier.num_slots for tier in TIERS], CHUNK, vocab=VOCAB, poison=lambda token: token == POISON
+        )
         self.step_s = step_s
 
     def run(self, plan: StepPlan) -> StepResult:
         if plan.spans:
             time.sleep(self.step_s)
             if plan.spans[0].token_ids == (BUG,):
-                raise SystemExit("a bug of the loop's own")  # (an Exception would be caught as a worker's failure)
+                raise SystemExit(
+                    "a bug of the loop's own"
+                )  # (an Exception would be caught as a worker's failure)
         return super().run(plan)
 
 
@@ -87,7 +91,14 @@ def fake(
         cost = CostProfile([(8, 1.0), (512, 3.0)], CHUNK)
         cache = TieredCache(CacheConfig(TIERS, CHUNK), lambda: RetentionValue(cost.of_chunk))
         scheduler = Scheduler(SchedulerConfig(max_batch_tokens=128), cache, max_context)
-        engine = kind(scheduler, SlowWorker(step_s), chunk_bytes=1000, emit=emit, debug=True, max_failed_steps=max_failed_steps)
+        engine = kind(
+            scheduler,
+            SlowWorker(step_s),
+            chunk_bytes=1000,
+            emit=emit,
+            debug=True,
+            max_failed_steps=max_failed_steps,
+        )
         engine.start()
         info = EngineInfo(
             os.getpid(),

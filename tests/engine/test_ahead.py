@@ -31,7 +31,9 @@ cached_pair = functools.cache(pair)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 1 << 32), faults=st.booleans())
-def test_any_history_of_the_cache_gives_the_stateless_answer(architecture: str, seed: int, faults: bool) -> None:
+def test_any_history_of_the_cache_gives_the_stateless_answer(
+    architecture: str, seed: int, faults: bool
+) -> None:
     model, reference = cached_pair(architecture)
     random_play(model, reference, seed, faults=faults, ahead=True).close()
 
@@ -179,7 +181,9 @@ def make_engine() -> Iterator[Callable[..., tuple[Engine, Listener]]]:
         scheduler = Scheduler(SchedulerConfig(max_batch_tokens=72, max_running=8), cache, 120)
         worker = ModelWorker(model, tiers, 8, hooks=hooks, on_device=ahead)
         listener = Listener()
-        engine = Engine(scheduler, worker, chunk_bytes=worker.chunk_bytes, emit=listener.take, debug=True, ahead=ahead)
+        engine = Engine(
+            scheduler, worker, chunk_bytes=worker.chunk_bytes, emit=listener.take, debug=True, ahead=ahead
+        )
         engine.start()
         made.append(engine)
         return engine, listener
@@ -199,11 +203,15 @@ def chat(engine: Engine, listener: Listener) -> dict[str, list[int]]:
     return listener.tokens
 
 
-def test_an_engine_that_plans_ahead_says_the_same(make_engine: Callable[..., tuple[Engine, Listener]]) -> None:
+def test_an_engine_that_plans_ahead_says_the_same(
+    make_engine: Callable[..., tuple[Engine, Listener]],
+) -> None:
     assert chat(*make_engine(True)) == chat(*make_engine(False))
 
 
-def test_an_engine_that_plans_ahead_survives_a_forward_that_raises(make_engine: Callable[..., tuple[Engine, Listener]]) -> None:
+def test_an_engine_that_plans_ahead_survives_a_forward_that_raises(
+    make_engine: Callable[..., tuple[Engine, Listener]],
+) -> None:
     calls = iter(range(1000))
 
     def refuse(plan: Any) -> None:
@@ -222,7 +230,13 @@ def test_graphs_of_padded_batches_answer_the_same(architecture: str, ahead: bool
     model, reference = cached_pair(architecture)
     lab = Lab(model, (60,), attention="triton", graph_rows=4, ahead=ahead)
     for index in range(5):  # decode batches of 5, more than are captured, then 4 to 1
-        lab.submit(f"r{index}", f"c{index}", [(31 * index + 5 * i) % 199 for i in range(9 + 3 * index)], 3 + 2 * index, logprobs=None)
+        lab.submit(
+            f"r{index}",
+            f"c{index}",
+            [(31 * index + 5 * i) % 199 for i in range(9 + 3 * index)],
+            3 + 2 * index,
+            logprobs=None,
+        )
     lab.run()
     assert lab.worker.graphs is not None and lab.worker.graphs.num_captured == 4
     recorder = lab.worker.graphs._recorder
@@ -255,7 +269,9 @@ def test_a_graph_over_another_batchs_tables_is_seen(monkeypatch: pytest.MonkeyPa
     lab.close()
 
 
-def test_a_model_that_cannot_be_captured_is_computed_as_ever(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_cannot_be_captured_is_computed_as_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("triton")
     model, reference = cached_pair("llama")
     lab = Lab(model, (60,), attention="triton", graph_rows=4)

@@ -28,7 +28,10 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Connection, Connectio
 
 
 def tokens(count: int, first: int = 0) -> list[Any]:
-    return [Token(f"request-{number}", number, -0.5, ((number, -0.5), (1, -2.0))) for number in range(first, first + count)]
+    return [
+        Token(f"request-{number}", number, -0.5, ((number, -0.5), (1, -2.0)))
+        for number in range(first, first + count)
+    ]
 
 
 def test_tokens_come_out_of_a_pickle_as_they_went_in() -> None:
@@ -37,7 +40,9 @@ def test_tokens_come_out_of_a_pickle_as_they_went_in() -> None:
     assert again == plain and all(type(token) is Token for token in again)
 
 
-def test_a_steps_events_leave_on_its_own_thread(ends: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_steps_events_leave_on_its_own_thread(
+    ends: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs, ours = ends
     outbox = Outbox(ours)
     queued: list[object] = []
@@ -61,7 +66,9 @@ def test_nobody_who_puts_waits_for_a_reader_that_does_not_read(ends: tuple[Conne
 
     def put(who: int) -> None:
         for number in range(num_messages):
-            outbox.put([Token(str(who), number), *tokens(900 if number > 350 else 8 * (number % 5))])  # (small ones fill it first)
+            outbox.put(
+                [Token(str(who), number), *tokens(900 if number > 350 else 8 * (number % 5))]
+            )  # (small ones fill it first)
             if number == num_messages // 2:
                 outbox.put(Progress(str(who)))  # no list: nothing is put together with it
 

@@ -49,7 +49,13 @@ class Desk:
     """An engine whose loop is turned by hand; everything crosses as bytes, as over a pipe."""
 
     def __init__(
-        self, gpu: int = 20, cpu: int = 20, worker: FakeWorker | None = None, *, quote: ResumeQuote | None = None, **config: float
+        self,
+        gpu: int = 20,
+        cpu: int = 20,
+        worker: FakeWorker | None = None,
+        *,
+        quote: ResumeQuote | None = None,
+        **config: float,
     ) -> None:
         tiers = (TierConfig("gpu", gpu), TierConfig("cpu", cpu))
         self.cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: RetentionValue(COST.of_chunk))
@@ -59,7 +65,13 @@ class Desk:
         self.now_s = 0.0
         self.events: list[Event] = []
         self.engine = Engine(
-            scheduler, self.worker, chunk_bytes=CHUNK_BYTES, emit=self.take, clock=lambda: self.now_s, debug=True, quote=quote
+            scheduler,
+            self.worker,
+            chunk_bytes=CHUNK_BYTES,
+            emit=self.take,
+            clock=lambda: self.now_s,
+            debug=True,
+            quote=quote,
         )
 
     def take(self, events: list[Event]) -> None:
@@ -79,8 +91,19 @@ class Desk:
                 return
         raise AssertionError("the engine never rests")
 
-    def turn(self, name: str, tokens: list[int], history: int = 0, namespace: str = "n", answer: int = 1) -> Finished:
-        self.post(Submit(f"r-{name}-{self.now_s}", name, namespace, tuple(tokens), history, SamplingParams(max_new_tokens=answer)))
+    def turn(
+        self, name: str, tokens: list[int], history: int = 0, namespace: str = "n", answer: int = 1
+    ) -> Finished:
+        self.post(
+            Submit(
+                f"r-{name}-{self.now_s}",
+                name,
+                namespace,
+                tuple(tokens),
+                history,
+                SamplingParams(max_new_tokens=answer),
+            )
+        )
         self.run()
         return self.only(Finished)
 
@@ -163,13 +186,19 @@ def test_an_engine_that_cannot_wipe_says_so_to_all_and_stops() -> None:
     desk.turn("a", list(range(10)))
     desk.post(Forget("a", "n", erase=True, tag="t"))
     told = threading.Event()
-    desk.engine._emit = lambda events: (desk.take(events), told.set() if any(isinstance(e, Forgotten) for e in events) else None)
+    desk.engine._emit = lambda events: (
+        desk.take(events),
+        told.set() if any(isinstance(e, Forgotten) for e in events) else None,
+    )
     desk.engine.start()
     assert told.wait(20)
     desk.post(Warm("a", "n", "w"), Check("c"), GetMap("m"), Idle("a", "n", "i"), Forget("a", "n", True, "f"))
     desk.engine.close()
     failed = [event for event in desk.events if isinstance(event, Forgotten)]
-    assert failed[0].error is not None and "could not be zeroed 3 times in a row: MemoryError: broken" in failed[0].error
+    assert (
+        failed[0].error is not None
+        and "could not be zeroed 3 times in a row: MemoryError: broken" in failed[0].error
+    )
 
 
 def test_hints_are_answered() -> None:
@@ -215,7 +244,9 @@ def test_maps_do_not_hold_up_a_running_request(monkeypatch: pytest.MonkeyPatch) 
     for number in range(6):
         desk.turn(f"c{number}", [number, 1, 2])
     monkeypatch.setattr(overview, "MAX_ROWS", 1)
-    desk.post(Submit("r", "x", "n", (1, 2, 3), 0, SamplingParams(max_new_tokens=5)), GetMap("one"), GetMap("two"))
+    desk.post(
+        Submit("r", "x", "n", (1, 2, 3), 0, SamplingParams(max_new_tokens=5)), GetMap("one"), GetMap("two")
+    )
     desk.run()
     kinds = [type(event).__name__ for event in desk.events]
     assert kinds.index("Finished") < kinds.index("CacheMap")
@@ -244,7 +275,11 @@ def test_stats_tell_evictions_and_keeps() -> None:
     stats = desk.ask(GetStats("s"), Stats)
     evictions = dict(stats.evictions)
     assert set(evictions) == {"copied_down", "reclaimed", "dropped", "failed"}
-    assert evictions["copied_down"] > 0 and evictions["reclaimed"] == stats.chunks_reclaimed and evictions["dropped"] > 0
+    assert (
+        evictions["copied_down"] > 0
+        and evictions["reclaimed"] == stats.chunks_reclaimed
+        and evictions["dropped"] > 0
+    )
     assert (stats.kept_chunks, stats.keep_limit) == (0, 4)
 
 
@@ -278,7 +313,9 @@ def test_a_command_that_trips_over_a_bug_is_answered(monkeypatch: pytest.MonkeyP
 
     for name in ("submit", "warm", "forget"):
         monkeypatch.setattr(desk.engine._scheduler, name, broken)
-    desk.post(Submit("r", "a", "n", (1,), 0, SamplingParams()), Warm("a", "n", "w"), Forget("a", "n", tag="f"))
+    desk.post(
+        Submit("r", "a", "n", (1,), 0, SamplingParams()), Warm("a", "n", "w"), Forget("a", "n", tag="f")
+    )
     desk.step()
     assert [type(event) for event in desk.events] == [Failed, HintAnswer, Forgotten]
     assert all("a bug" in str(event) for event in desk.events)

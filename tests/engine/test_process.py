@@ -24,12 +24,22 @@ from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.engine import process as engine_process
 from pensieve.engine.messages import Event, Failed, Finished, GetStats, Keep, Lost, Stats, Submit, Token
 from pensieve.engine.process import MAX_START_FAILURES, EngineProcess
-from pensieve.errors import ConfigError, EngineClosed, EngineNotReady, EngineRestarted, ModelUnavailable, PensieveError
+from pensieve.errors import (
+    ConfigError,
+    EngineClosed,
+    EngineNotReady,
+    EngineRestarted,
+    ModelUnavailable,
+    PensieveError,
+)
 from pensieve.message import Message
 from pensieve.service import ConversationService
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "engine")])}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "engine")]),
+}
 PROMPT = tuple(range(20, 60))
 
 
@@ -56,7 +66,9 @@ class Events:
                 return event
 
     def end_of(self, request_id: str) -> Finished | Failed:
-        ending: Finished | Failed = self.until(lambda e: isinstance(e, (Finished, Failed)) and e.request_id == request_id)
+        ending: Finished | Failed = self.until(
+            lambda e: isinstance(e, (Finished, Failed)) and e.request_id == request_id
+        )
         return ending
 
     def answer_to(self, tag: str) -> Any:
@@ -64,7 +76,9 @@ class Events:
 
 
 @contextmanager
-def process(main: Callable[..., None], *arguments: object, **options: Any) -> Iterator[tuple[EngineProcess, Events]]:
+def process(
+    main: Callable[..., None], *arguments: object, **options: Any
+) -> Iterator[tuple[EngineProcess, Events]]:
     events = Events()
     engine = EngineProcess(main, arguments, emit=events.emit, **{"backoff_s": 0.01, **options})
     try:
@@ -74,7 +88,9 @@ def process(main: Callable[..., None], *arguments: object, **options: Any) -> It
         assert engine.state == "closed"
 
 
-def submit(request_id: str, prompt: tuple[int, ...] = PROMPT, n: int = 12, sequence: str | None = None) -> Submit:
+def submit(
+    request_id: str, prompt: tuple[int, ...] = PROMPT, n: int = 12, sequence: str | None = None
+) -> Submit:
     return Submit(request_id, sequence or request_id, "n", prompt, 0, SamplingParams(max_new_tokens=n))
 
 
@@ -182,7 +198,9 @@ def test_an_error_of_the_users_at_start_is_raised_as_it_is_and_not_tried_again(e
 def test_starts_that_fail_for_ever_are_given_up_and_everything_fails_at_once(tmp_path: Path) -> None:
     with process(raising, RuntimeError("the moon is wrong")) as (engine, events):
         engine.post(submit("held"))
-        with pytest.raises(PensieveError, match=f"{MAX_START_FAILURES} times in a row: RuntimeError: the moon is wrong"):
+        with pytest.raises(
+            PensieveError, match=f"{MAX_START_FAILURES} times in a row: RuntimeError: the moon is wrong"
+        ):
             engine.ready(60)
         assert engine.state == "failed"
         assert engine.restarts == MAX_START_FAILURES - 1
@@ -229,7 +247,10 @@ def test_without_restart_a_death_is_the_end() -> None:
 
 
 def test_a_start_without_progress_is_killed_and_its_error_says_so() -> None:
-    with process(silent, start_timeout_s=1.0, restart=False) as (engine, _), pytest.raises(EngineNotReady, match="no progress for 1 s"):
+    with (
+        process(silent, start_timeout_s=1.0, restart=False) as (engine, _),
+        pytest.raises(EngineNotReady, match="no progress for 1 s"),
+    ):
         engine.ready(30)
 
 
@@ -269,7 +290,9 @@ def test_close_while_it_starts_waits_for_nothing(main: Callable[..., None]) -> N
         assert isinstance(end, Failed) and end.code == EngineClosed.code
 
 
-def test_a_child_that_speaks_nonsense_is_replaced_and_half_a_message_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_speaks_nonsense_is_replaced_and_half_a_message_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with process(raving, 0, restart=False) as (engine, _), pytest.raises(PensieveError, match="nonsense"):
         engine.ready(30)
     monkeypatch.setattr("pensieve.engine.process._LEAVE_S", 0.1)
@@ -409,7 +432,9 @@ if __name__ == "__main__":
 def run_parent(tmp_path: Path, then: str, *arguments: str) -> tuple[subprocess.Popen[str], int]:
     script = tmp_path / "parent.py"
     script.write_text(ORPHANING.format(then=then))
-    parent = subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    parent = subprocess.Popen(
+        [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     assert parent.stdout is not None
     return parent, int(parent.stdout.readline())
 
@@ -424,7 +449,9 @@ def test_a_child_whose_parent_is_killed_is_gone_soon(tmp_path: Path, tie: str) -
         eventually(lambda: is_gone(pid), timeout=2.0)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a child finds out when it has loaded its model")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="elsewhere a child finds out when it has loaded its model"
+)
 def test_a_child_that_does_not_listen_yet_dies_with_its_parent_too(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
@@ -435,7 +462,11 @@ def test_a_child_that_does_not_listen_yet_dies_with_its_parent_too(tmp_path: Pat
         settled: list[psutil.Process] = []
 
         def is_settled() -> bool:
-            settled[:] = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+            settled[:] = [
+                child
+                for child in psutil.Process(parent.pid).children()
+                if "spawn_main" in " ".join(child.cmdline())
+            ]
             return bool(settled) and is_silent(settled[0].pid)
 
         eventually(is_settled)
@@ -446,7 +477,9 @@ def test_a_child_that_does_not_listen_yet_dies_with_its_parent_too(tmp_path: Pat
 
 def is_silent(pid: int) -> bool:
     """Whether it got as far as to ignore Ctrl-C."""
-    ignored = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn"))
+    ignored = next(
+        line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn")
+    )
     return bool(int(ignored.split()[1], 16) & (1 << (signal.SIGTERM - 1)))
 
 
@@ -471,7 +504,14 @@ def test_the_front_end_imports_no_torch_and_the_engines_process_no_text() -> Non
         "assert not [name for name in sys.modules if name.startswith(('pensieve.text', 'pensieve.service', 'pensieve.store'))]"
     )
     for code in (front, child):
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=ENVIRONMENT,
+        )
         assert result.returncode == 0, result.stderr
 
 
@@ -483,12 +523,19 @@ def test_a_conversation_goes_on_after_its_engine_died() -> None:
     service.connect(engine.post)
     try:
         started = threading.Event()
-        turn = service.send("c", [Message("user", "hello")], SamplingParams(max_new_tokens=200), on_text=lambda piece: started.set())
+        turn = service.send(
+            "c",
+            [Message("user", "hello")],
+            SamplingParams(max_new_tokens=200),
+            on_text=lambda piece: started.set(),
+        )
         assert started.wait(30)
         os.kill(engine.ready().pid, signal.SIGKILL)
         with pytest.raises(EngineRestarted):
             turn.future.result(30)
-        done = service.send("c", [Message("user", "hello again")], SamplingParams(max_new_tokens=5)).future.result(30)
+        done = service.send(
+            "c", [Message("user", "hello again")], SamplingParams(max_new_tokens=5)
+        ).future.result(30)
         assert list(done.output) == expected_answer(list(done.prompt), len(done.output), VOCAB)
     finally:
         engine.close(10)
@@ -507,7 +554,10 @@ def test_the_real_model_gives_the_same_tokens_as_in_this_process() -> None:
 
     def talk(service: ConversationService) -> list[tuple[int, ...]]:
         sampling = SamplingParams(max_new_tokens=8)
-        return [service.send("c", [Message("user", turn)], sampling, ignore_eos=True).future.result(120).output for turn in turns]
+        return [
+            service.send("c", [Message("user", turn)], sampling, ignore_eos=True).future.result(120).output
+            for turn in turns
+        ]
 
     apart = start_apart(options, store=None)
     try:

@@ -61,7 +61,9 @@ def test_silence_and_steps_without_end_are_deaths_and_nothing_shorter_is() -> No
     assert vitals.why_dead(340.0) is None
 
 
-@pytest.mark.parametrize(("silent_s", "step_s", "named"), [(1.0, 300.0, "--engine-timeout"), (30.0, 0.0, "--step-timeout")])
+@pytest.mark.parametrize(
+    ("silent_s", "step_s", "named"), [(1.0, 300.0, "--engine-timeout"), (30.0, 0.0, "--step-timeout")]
+)
 def test_patience_shorter_than_a_heartbeat_is_refused(silent_s: float, step_s: float, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Patience(silent_s, step_s)
@@ -74,7 +76,11 @@ def test_messages_come_out_whole_however_they_were_cut() -> None:
     theirs, ours = multiprocessing.Pipe()
     said = [list(range(50)), "x", {"a": 1}]
     data = b"".join(len(one).to_bytes(4, "big") + one for one in map(pickle.dumps, said))
-    data += (-1).to_bytes(4, "big", signed=True) + len(pickle.dumps("long")).to_bytes(8, "big") + pickle.dumps("long")
+    data += (
+        (-1).to_bytes(4, "big", signed=True)
+        + len(pickle.dumps("long")).to_bytes(8, "big")
+        + pickle.dumps("long")
+    )
     inbox, heard = Inbox(theirs), []
     for start in range(0, len(data), 7):
         os.write(ours.fileno(), data[start : start + 7])
@@ -100,7 +106,8 @@ def test_a_frozen_engine_is_replaced_and_what_it_was_given_is_answered() -> None
         end = events.end_of("r")
         assert isinstance(end, Failed) and end.code == EngineRestarted.code
         assert (
-            end.message == "the engine process died (it sent no heartbeat for 1.5 s) while this request ran; it is started again; ask again"
+            end.message
+            == "the engine process died (it sent no heartbeat for 1.5 s) while this request ran; it is started again; ask again"
         )
         assert isinstance(events.answer_to("stats"), Lost)
         engine.post(submit("again", n=3))
@@ -159,7 +166,9 @@ def test_honest_steps_longer_than_the_silence_allowed_are_let_run() -> None:
 def test_an_engine_whose_every_step_fails_is_replaced_and_one_bad_request_ends_none() -> None:
     with process(fake, 0.0, 0.0, 1.0, False, "float32", Engine, 4, patience=QUICK) as (engine, events):
         pid = engine.ready(30).pid
-        for number in range(3):  # each fails twice, and is answered for itself; a good step lies between two of them
+        for number in range(
+            3
+        ):  # each fails twice, and is answered for itself; a good step lies between two of them
             engine.post(submit(f"bad-{number}", (POISON,)))
             end = events.end_of(f"bad-{number}")
             assert isinstance(end, Failed) and end.code == "worker_failed"
@@ -172,20 +181,30 @@ def test_an_engine_whose_every_step_fails_is_replaced_and_one_bad_request_ends_n
         assert all(isinstance(end, Failed) for end in ends)
         eventually(lambda: engine.state == "ready" and engine.restarts == 1)
         assert engine.ready(30).pid != pid
-        assert engine.last_error is not None and "4 steps failed in a row" in engine.last_error and "the forward broke" in engine.last_error
+        assert (
+            engine.last_error is not None
+            and "4 steps failed in a row" in engine.last_error
+            and "the forward broke" in engine.last_error
+        )
 
 
 def test_an_engine_without_a_process_goes_on_after_any_number_of_failures() -> None:
     events: list[Event] = []
     tiers = (TierConfig("gpu", 8), TierConfig("cpu", 8))
     cost = CostProfile([(8, 1.0), (512, 3.0)], 8)
-    scheduler = Scheduler(SchedulerConfig(), TieredCache(CacheConfig(tiers, 8), lambda: RetentionValue(cost.of_chunk)), 64)
-    engine = Engine(scheduler, FakeWorker([8, 8], 8, forward_failure_rate=1.0), chunk_bytes=1, emit=events.extend)
+    scheduler = Scheduler(
+        SchedulerConfig(), TieredCache(CacheConfig(tiers, 8), lambda: RetentionValue(cost.of_chunk)), 64
+    )
+    engine = Engine(
+        scheduler, FakeWorker([8, 8], 8, forward_failure_rate=1.0), chunk_bytes=1, emit=events.extend
+    )
     for number in range(12):
         engine.post(submit(f"r{number}", (1, 2, 3)))
         while engine.step():
             pass
-    assert len([event for event in events if isinstance(event, Failed) and event.code == "worker_failed"]) == 12
+    assert (
+        len([event for event in events if isinstance(event, Failed) and event.code == "worker_failed"]) == 12
+    )
 
 
 # -- starting again
@@ -194,7 +213,10 @@ def test_an_engine_without_a_process_goes_on_after_any_number_of_failures() -> N
 @pytest.mark.parametrize("error", [ModelUnavailable("there is no model '/home/x'"), RuntimeError("odd")])
 def test_a_restart_that_fails_is_tried_until_it_works(tmp_path: Path, error: Exception) -> None:
     failing = tmp_path / "failing"
-    with process(fragile, failing, error, tmp_path / "context", max_backoff_s=0.05, hold_s=0.5) as (engine, events):
+    with process(fragile, failing, error, tmp_path / "context", max_backoff_s=0.05, hold_s=0.5) as (
+        engine,
+        events,
+    ):
         pid = engine.ready(30).pid
         failing.write_text("")
         os.kill(pid, signal.SIGKILL)
@@ -216,7 +238,9 @@ def test_an_engine_that_comes_back_as_another_one_is_not_used(tmp_path: Path) ->
         pid = engine.ready(30).pid
         context.write_text(str(MAX_CONTEXT // 2))
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: engine.last_error is not None and "max_context was 400 and is 200" in engine.last_error)
+        eventually(
+            lambda: engine.last_error is not None and "max_context was 400 and is 200" in engine.last_error
+        )
         assert engine.state == "restarting"
         context.unlink()
         eventually(lambda: engine.state == "ready")

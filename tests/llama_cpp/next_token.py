@@ -15,15 +15,23 @@ from pathlib import Path
 import xllamacpp
 
 CONTEXT = 512  # tokens
-WRITTEN = (
-    32  # a printable token of the tiny vocabulary: the server leaves log-probabilities out where the token it writes is half a character
-)
+WRITTEN = 32  # a printable token of the tiny vocabulary: the server leaves log-probabilities out where the token it writes is half a character
 
 
 def main() -> None:
-    model, prompts, size = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), int(sys.argv[3])
+    model, prompts, size = (
+        sys.argv[1],
+        json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")),
+        int(sys.argv[3]),
+    )
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = model, CONTEXT, 1, False, False
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = (
+        model,
+        CONTEXT,
+        1,
+        False,
+        False,
+    )
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -40,7 +48,10 @@ def main() -> None:
         }
         answer = server.handle_completions(asked)
         answer = json.loads(answer) if isinstance(answer, str) else answer
-        found = {token["id"]: token["logprob"] for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+        found = {
+            token["id"]: token["logprob"]
+            for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        }
         answers.append([found[token] for token in range(size)])
     print("\n" + json.dumps(answers), flush=True)
     os._exit(0)  # (its threads would be waited for)

@@ -32,7 +32,9 @@ CLOSE = 1e-4  # of a log-probability, in float32
 TABLE = 1e-2  # llama.cpp looks GELU up in a table of float16
 GELU = ("gemma", "starcoder2", "gpt2", "phi", "gpt_neox")
 TIMEOUT_S = 60.0
-YARN_BETAS = "it takes beta_fast, beta_slow and the attention factor of yarn from its command line, not from the file"
+YARN_BETAS = (
+    "it takes beta_fast, beta_slow and the attention factor of yarn from its command line, not from the file"
+)
 DIFFERENT = {
     "llama, yarn with all numbers": YARN_BETAS,
     "gpt_oss": "it rounds the bounds of yarn's ramp, which this model asks not to do (truncate: false)",
@@ -48,13 +50,29 @@ NOT_LOADED = {
 
 def environment(folder: Path) -> Path:
     """The Python of the environment with llama.cpp, made if it is missing or its requirements have changed."""
-    python, stamp, requirements = folder / "bin/python", folder / "requirements.sha256", HERE / "requirements.txt"
+    python, stamp, requirements = (
+        folder / "bin/python",
+        folder / "requirements.sha256",
+        HERE / "requirements.txt",
+    )
     wanted = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()
     if not (stamp.is_file() and stamp.read_text(encoding="ascii") == wanted):
         print(f"making an environment with llama.cpp in {folder}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "-r", str(requirements)], check=True)
+        subprocess.run(
+            [
+                str(python),
+                "-m",
+                "pip",
+                "--disable-pip-version-check",
+                "--quiet",
+                "install",
+                "-r",
+                str(requirements),
+            ],
+            check=True,
+        )
         stamp.write_text(wanted, encoding="ascii")
     return python
 
@@ -68,7 +86,10 @@ def prompts() -> list[list[int]]:
 def after(model: Any, asked: list[list[int]]) -> torch.Tensor:
     """(prompts, V): log-probabilities of the next token."""
     with torch.inference_mode():
-        found = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float().log_softmax(-1) for ids in asked]
+        found = [
+            model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float().log_softmax(-1)
+            for ids in asked
+        ]
     return torch.stack(found)
 
 
@@ -85,7 +106,10 @@ def judge(name: str, python: Path, folder: Path) -> str | None:
     """Compare one model three ways and print a line; what is not as written here, or None."""
     kind, overrides = architectures.CASES[name]
     if kind == "gpt_neox":
-        overrides = {"num_key_value_heads": 4, **overrides}  # (the file says how many, and llama.cpp believes it)
+        overrides = {
+            "num_key_value_heads": 4,
+            **overrides,
+        }  # (the file says how many, and llama.cpp believes it)
     original = tiny(kind, **overrides)
     path = write_gguf(folder / "model.gguf", original)
     asked = prompts()
@@ -103,14 +127,24 @@ def judge(name: str, python: Path, folder: Path) -> str | None:
     else:
         wrong = None
     said = "not loaded" if theirs is None else f"{theirs:.1e}"
-    print(f"{name:36} Pensieve {ours:.1e}  llama.cpp {said}  {wrong or DIFFERENT.get(name) or NOT_LOADED.get(name) or ''}", flush=True)
+    print(
+        f"{name:36} Pensieve {ours:.1e}  llama.cpp {said}  {wrong or DIFFERENT.get(name) or NOT_LOADED.get(name) or ''}",
+        flush=True,
+    )
     return wrong
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-k", dest="words", default="", help="only models whose name holds this")
-    parser.add_argument("--venv", type=Path, default=HERE.parents[1] / ".llama-cpp", help="where llama.cpp is, or is to be, installed")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        default=HERE.parents[1] / ".llama-cpp",
+        help="where llama.cpp is, or is to be, installed",
+    )
     options = parser.parse_args()
     python = environment(options.venv)
     names = [name for name in architectures.CASES if options.words in name]

@@ -52,7 +52,9 @@ class Clock:
         run = ModelWorker.run
 
         def timed(worker: ModelWorker, plan: StepPlan) -> StepResult:
-            self.now += sum(span.stop - span.start + 1e-3 * span.start + 10 * span.emits_token for span in plan.spans)
+            self.now += sum(
+                span.stop - span.start + 1e-3 * span.start + 10 * span.emits_token for span in plan.spans
+            )
             self.now += 2.0 * bool(plan.swap_in or plan.swap_out)
             return run(worker, plan)
 
@@ -78,19 +80,27 @@ def test_each_point_is_one_chunk_at_its_context(model: CausalModel, monkeypatch:
     assert found.rest_s == pytest.approx(CHUNK - 1e-3 * CHUNK)
     assert found.prefill_tokens_per_s == pytest.approx(1.0)
     assert found.decode_step_s == pytest.approx(11.299)
-    assert found.copy_bytes_per_s["cpu->gpu"] == pytest.approx(8 * CHUNK * model.shape.kv_bytes_per_token(4) / 2.0)
-    assert found.copy_bytes_per_s["gpu->cpu"] == pytest.approx(8 * CHUNK * model.shape.kv_bytes_per_token(4) / 2.0)
+    assert found.copy_bytes_per_s["cpu->gpu"] == pytest.approx(
+        8 * CHUNK * model.shape.kv_bytes_per_token(4) / 2.0
+    )
+    assert found.copy_bytes_per_s["gpu->cpu"] == pytest.approx(
+        8 * CHUNK * model.shape.kv_bytes_per_token(4) / 2.0
+    )
     assert found.decode_token_s == pytest.approx(1e-3) and found.chunk_token_s == pytest.approx(1e-3)
     assert [tokens for tokens, _ in found.step_points] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     for tokens, seconds in found.step_points:
         assert seconds == pytest.approx(tokens - 1e-3 * tokens)  # (its attention, as the costs above have it)
     assert found.answer_points == tuple((rows, pytest.approx(10.0 * rows)) for rows in (1, 2, 4, 8, 16, 32))
-    assert (found.plan_step_s, found.plan_request_s, found.commit_step_s, found.commit_end_s) == (0.0,) * 4  # no time on this clock
+    assert (found.plan_step_s, found.plan_request_s, found.commit_step_s, found.commit_end_s) == (
+        0.0,
+    ) * 4  # no time on this clock
     shares = [share for _, share in told]
     assert shares == sorted(shares) and shares[0] == 0.0 and told[-1] == ("done", 1.0)
 
 
-def test_warm_up_and_rounds_on_a_slow_machine_do_not_count(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_and_rounds_on_a_slow_machine_do_not_count(
+    model: CausalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock(monkeypatch)
     rounds: list[str] = []
     timed = ModelWorker.run
@@ -103,7 +113,9 @@ def test_warm_up_and_rounds_on_a_slow_machine_do_not_count(model: CausalModel, m
     monkeypatch.setattr(ModelWorker, "run", uneven)
     found = measure(model, 8, CHUNK, clock=clock, repeats=5, progress=lambda what, share: rounds.append(what))
     assert found.points[0][1] == pytest.approx(CHUNK)
-    assert found.step_points[0][1] == pytest.approx(1.0 - 1e-3) and found.answer_points[-1][1] == pytest.approx(320.0)
+    assert found.step_points[0][1] == pytest.approx(1.0 - 1e-3) and found.answer_points[-1][
+        1
+    ] == pytest.approx(320.0)
 
 
 def test_planning_is_what_the_scheduler_takes(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +140,9 @@ def test_planning_is_what_the_scheduler_takes(model: CausalModel, monkeypatch: p
     assert found.commit_end_s == pytest.approx(2.0)
 
 
-def test_a_long_context_is_measured_in_little_memory(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_context_is_measured_in_little_memory(
+    model: CausalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(profile_module, "_STORE_BYTES", 10 * CHUNK * model.shape.kv_bytes_per_token(4))
     assert measure(model, 512, CHUNK, repeats=1).points[-1][0] == 512
 
@@ -183,7 +197,9 @@ def test_a_damaged_file_is_ignored_with_a_warning(
     assert "is damaged" in caplog.text and str(path) in caplog.text
 
 
-def test_a_write_that_fails_leaves_the_old_file(model: CausalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_file(
+    model: CausalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "p.json"
     save(SOME, path, model)
 
@@ -202,7 +218,9 @@ def test_measured_once_then_read(model: CausalModel, tmp_path: Path, monkeypatch
     def fake(model: CausalModel, max_context: int, chunk_tokens: int, **_: Any) -> Profile:
         measured.append(max_context)
         places = contexts(max_context, chunk_tokens)
-        return dataclasses.replace(SOME, points=tuple((place, 1.0) for place in places), chunk_tokens=chunk_tokens)
+        return dataclasses.replace(
+            SOME, points=tuple((place, 1.0) for place in places), chunk_tokens=chunk_tokens
+        )
 
     monkeypatch.setattr(profile_module, "measure", fake)
     first = load_or_measure(model, 16, CHUNK, folder=tmp_path)
@@ -218,7 +236,9 @@ def test_measured_once_then_read(model: CausalModel, tmp_path: Path, monkeypatch
     assert len(measured) == 5
 
 
-def test_the_cache_folder_follows_the_environment(model: CausalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_follows_the_environment(
+    model: CausalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path))
     load_or_measure(model, 8, CHUNK)
     (file,) = (tmp_path / "profiles").iterdir()

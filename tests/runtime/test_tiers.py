@@ -31,7 +31,14 @@ from pensieve.worker.memory import host_share
 from tiny_models import tiny
 
 SHAPE = ModelShape(
-    num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128, vocab_size=100, max_positions=4096
+    num_layers=2,
+    hidden_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    vocab_size=100,
+    max_positions=4096,
 )
 TOKEN = SHAPE.kv_bytes_per_token(4)
 GIB = 1 << 30
@@ -64,8 +71,12 @@ def test_the_first_tier_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch)
     assert host_share(GIB, 0, GB).tier == GIB, "never more than would be used"
 
 
-@pytest.mark.parametrize(("available", "expected"), [(GIB, 512 << 20), (800 << 20, 288 << 20), (300 << 20, 0), (0, 0)])
-def test_where_little_is_free_the_rest_is_for_computing(monkeypatch: pytest.MonkeyPatch, available: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("available", "expected"), [(GIB, 512 << 20), (800 << 20, 288 << 20), (300 << 20, 0), (0, 0)]
+)
+def test_where_little_is_free_the_rest_is_for_computing(
+    monkeypatch: pytest.MonkeyPatch, available: int, expected: int
+) -> None:
     free(monkeypatch, available)
     assert host_share(1 << 60, 0, GB).tier == expected
 
@@ -97,7 +108,9 @@ def loaded(options: Options) -> tuple[LoadedModel, list[str]]:
     return load_model(options, must_talk=False, say=told.append, with_text=False), told
 
 
-def test_the_default_is_said_and_bounded_by_what_all_running_requests_could_use(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_said_and_bounded_by_what_all_running_requests_could_use(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = Options(model=folder, dtype="float32")
     free(monkeypatch, 12 * GIB)
     model, told = loaded(options)
@@ -115,24 +128,33 @@ def test_the_default_is_said_and_bounded_by_what_all_running_requests_could_use(
 
 def test_a_first_tier_that_was_told_is_taken_and_nothing_is_said(folder: str) -> None:
     model, told = loaded(Options(model=folder, dtype="float32", gpu_cache_gb=0.003))
-    assert model.gpu_cache_gb == 0.003 and model.remarks == () and not any("first tier" in line for line in told)
+    assert (
+        model.gpu_cache_gb == 0.003 and model.remarks == () and not any("first tier" in line for line in told)
+    )
 
 
 def test_without_memory_the_way_out_is_named(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 0)
     with pytest.raises(
-        ConfigError, match=r"hardly any memory is left for the cache \(0 GB of 0 GB free\): .* at least --gpu-cache 0\.0000246"
+        ConfigError,
+        match=r"hardly any memory is left for the cache \(0 GB of 0 GB free\): .* at least --gpu-cache 0\.0000246",
     ):
         loaded(Options(model=folder, dtype="float32"))
-    with pytest.raises(ConfigError, match=r"--gpu-cache 1e-06 holds 0 chunks .*; at least 2 are needed: give it 0\.0000\d\d\d GB or more"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--gpu-cache 1e-06 holds 0 chunks .*; at least 2 are needed: give it 0\.0000\d\d\d GB or more",
+    ):
         sizes(gpu_cache_gb=1e-6)
 
 
-def test_memory_that_is_not_there_is_refused_and_what_is_there_is_not_touched_at_the_start(folder: str) -> None:
+def test_memory_that_is_not_there_is_refused_and_what_is_there_is_not_touched_at_the_start(
+    folder: str,
+) -> None:
     options = Options(model=folder, dtype="float32", gpu_cache_gb=1e5)
     model, _ = loaded(options)
     with pytest.raises(
-        ConfigError, match=r"does not fit in the memory of cpu: gpu \d+ chunks = 100000\.00 GB; .* \(--gpu-cache, --cpu-cache\)"
+        ConfigError,
+        match=r"does not fit in the memory of cpu: gpu \d+ chunks = 100000\.00 GB; .* \(--gpu-cache, --cpu-cache\)",
     ):
         start(options, model, store=None)
     gpu_cache_gb = min(2.0, 0.25 * psutil.virtual_memory().available / GB)
@@ -149,7 +171,9 @@ def test_memory_that_is_not_there_is_refused_and_what_is_there_is_not_touched_at
 
 
 @pytest.mark.parametrize("cpu_cache_gb", [None, 0.002])
-def test_the_stateless_baseline_gets_the_same_bytes_and_context(folder: str, cpu_cache_gb: float | None) -> None:
+def test_the_stateless_baseline_gets_the_same_bytes_and_context(
+    folder: str, cpu_cache_gb: float | None
+) -> None:
     options = Options(model=folder, dtype="float32", gpu_cache_gb=0.004, cpu_cache_gb=cpu_cache_gb)
     model, _ = loaded(options)
     found = []
@@ -158,7 +182,10 @@ def test_the_stateless_baseline_gets_the_same_bytes_and_context(folder: str, cpu
         runtime.close()
         found.append(runtime.sizes)
     stateful, stateless = found
-    assert abs(sum(t.num_slots for t in stateful.tiers) - stateless.tiers[0].num_slots) <= 1 and len(stateless.tiers) == 1
+    assert (
+        abs(sum(t.num_slots for t in stateful.tiers) - stateless.tiers[0].num_slots) <= 1
+        and len(stateless.tiers) == 1
+    )
     assert stateful.max_context == stateless.max_context
 
 
@@ -167,7 +194,10 @@ def test_the_stateless_baseline_gets_the_same_bytes_and_context(folder: str, cpu
 
 def scheduler(limit: ContextLimit) -> Scheduler:
     cost = CostProfile.from_shape(SHAPE, limit.chunk_tokens)
-    cache = TieredCache(CacheConfig((TierConfig("gpu", limit.num_slots),), limit.chunk_tokens), POLICIES["retention"](cost.of_chunk))
+    cache = TieredCache(
+        CacheConfig((TierConfig("gpu", limit.num_slots),), limit.chunk_tokens),
+        POLICIES["retention"](cost.of_chunk),
+    )
     return Scheduler(SchedulerConfig(max_batch_tokens=128), cache, limit.tokens, limit=limit)
 
 
@@ -200,11 +230,16 @@ def test_an_engine_started_as_the_error_says_takes_the_prompt_and_its_answer(
     grown = re.search(r"--gpu-cache ([\d.e+-]+) \(GB\) or more", message)
     longer = re.search(r"--max-context (\d+) or more", message)
     again = sizes(
-        gpu_cache_gb=float(grown[1]) if grown else gpu_cache_gb, chunk_tokens=chunk_tokens, max_context=int(longer[1]) if longer else told
+        gpu_cache_gb=float(grown[1]) if grown else gpu_cache_gb,
+        chunk_tokens=chunk_tokens,
+        max_context=int(longer[1]) if longer else told,
     )
     assert again.max_context >= min(num_prompt + new, SHAPE.max_positions) > num_prompt
     if grown:  # and it asks for no more than it must
-        assert float(grown[1]) < 1.02 * (min(num_prompt + new, SHAPE.max_positions) + 2 * chunk_tokens) * TOKEN / GB
+        assert (
+            float(grown[1])
+            < 1.02 * (min(num_prompt + new, SHAPE.max_positions) + 2 * chunk_tokens) * TOKEN / GB
+        )
 
 
 def test_the_words_of_a_context_that_the_first_tier_limits() -> None:
@@ -220,7 +255,9 @@ def test_the_words_of_a_context_that_the_first_tier_limits() -> None:
 def test_the_words_of_a_context_that_was_told() -> None:
     limit = sizes(gpu_cache_gb=0.001, max_context=100).limit
     assert refused(limit, 200).endswith(", or start with --max-context 216 or more")
-    assert refused(limit, 3000).endswith(", or start with --gpu-cache 0.00156 (GB) or more and --max-context 3016 or more")
+    assert refused(limit, 3000).endswith(
+        ", or start with --gpu-cache 0.00156 (GB) or more and --max-context 3016 or more"
+    )
     assert limit.way_out() == "start with a larger --gpu-cache and --max-context"
 
 
@@ -229,7 +266,8 @@ def test_slots_that_others_keep_are_counted_in() -> None:
     full = scheduler(limit)
     full._first_tier_limit = lambda sequence, digests: 10  # type: ignore[method-assign]  # 51 of 61 are kept
     with pytest.raises(
-        RequestTooLarge, match=r"the first tier has 10 for one request: shorten it, or start with --gpu-cache 0\.00117 \(GB\) or more"
+        RequestTooLarge,
+        match=r"the first tier has 10 for one request: shorten it, or start with --gpu-cache 0\.00117 \(GB\) or more",
     ):
         full.submit("r", "n", "s", (1,) * 600, 0, SamplingParams(max_new_tokens=16), 0.0)
 
@@ -240,12 +278,20 @@ def test_more_context_than_the_first_tier_holds_names_what_would() -> None:
         match=r"--max-context 3000 is more than the 1952 tokens the first tier holds: start with --gpu-cache 0\.00155 \(GB\) or more",
     ):
         sizes(gpu_cache_gb=0.001, max_context=3000)
-    with pytest.raises(ConfigError, match="--max-context 5000 is more than the 4096 tokens the model was built for"):
+    with pytest.raises(
+        ConfigError, match="--max-context 5000 is more than the 4096 tokens the model was built for"
+    ):
         sizes(gpu_cache_gb=0.01, max_context=5000)
 
 
-@given(first=st.integers(2 * 32 * TOKEN, 400 * 32 * TOKEN), second=st.sampled_from([None, 0.001, 0.0123456789]), retain=st.booleans())
-def test_an_engine_that_is_started_again_has_the_tiers_and_the_context_that_it_had(first: int, second: float | None, retain: bool) -> None:
+@given(
+    first=st.integers(2 * 32 * TOKEN, 400 * 32 * TOKEN),
+    second=st.sampled_from([None, 0.001, 0.0123456789]),
+    retain=st.booleans(),
+)
+def test_an_engine_that_is_started_again_has_the_tiers_and_the_context_that_it_had(
+    first: int, second: float | None, retain: bool
+) -> None:
     options = Options(dtype="auto", cpu_cache_gb=second)
     as_one = not retain
     before = size_tiers(replace(options, dtype="float32"), SHAPE, first / GB, total_as_one=as_one)
@@ -260,7 +306,9 @@ def test_an_engine_that_is_started_again_has_the_tiers_and_the_context_that_it_h
 
 
 def test_what_was_told_is_told_again_as_it_was() -> None:
-    info = EngineInfo(1, "m", "real", 1, "bfloat16", "cpu", 9, 64, 32, 7, (TierConfig("gpu", 5),), "", "", "", 0.0)
+    info = EngineInfo(
+        1, "m", "real", 1, "bfloat16", "cpu", 9, 64, 32, 7, (TierConfig("gpu", 5),), "", "", "", 0.0
+    )
     assert as_started(Options(gpu_cache_gb=0.5), info, True) == Options(gpu_cache_gb=0.5, dtype="bfloat16")
 
 
@@ -268,7 +316,10 @@ def test_what_libraries_take_is_not_left_to_the_tiers(monkeypatch: pytest.Monkey
     from pensieve.worker import worker
 
     monkeypatch.setattr(worker, "memory_available_bytes", lambda place: 3 * GIB)
-    tiers = (TierConfig("gpu", 2048), TierConfig("cpu", 512))  # of 1 MiB: 2.5 GiB, and 0.25 are needed for computing
+    tiers = (
+        TierConfig("gpu", 2048),
+        TierConfig("cpu", 512),
+    )  # of 1 MiB: 2.5 GiB, and 0.25 are needed for computing
     worker.require_room(tiers, 1 << 20, torch.device("cpu"))
     worker.require_room(tiers, 1 << 20, torch.device("cpu"), beside=255 << 20)
     with pytest.raises(ConfigError, match=r"3.22 GB are available, 0.55 GB of them needed for computing"):

@@ -36,7 +36,15 @@ TOPICS = (
     "chess openings",
     "the moon",
 )
-OPENINGS = ("Tell me about", "Plan", "Explain", "Compare two books on", "Write a poem about", "Debug my notes on", "What is known of")
+OPENINGS = (
+    "Tell me about",
+    "Plan",
+    "Explain",
+    "Compare two books on",
+    "Write a poem about",
+    "Debug my notes on",
+    "What is known of",
+)
 ANSWER = "the answer to this is short but it takes a few words to say so plainly and in order that each one can be seen to arrive"
 WORDS = ANSWER.split()
 
@@ -71,23 +79,44 @@ class World:
     def __init__(self, num_conversations: int, max_chunks: int, seed: int = 7) -> None:
         self.random = random.Random(seed)
         self.conversations: dict[str, Conversation] = {}
-        self.counters = dict.fromkeys(("steps", "gpu_tokens", "cpu_tokens", "recomputed_tokens", "new_tokens", "output_tokens"), 0)
-        self.counters |= dict.fromkeys(("bytes_in", "bytes_out", "chunks_reclaimed", "chunks_dropped", "suspensions"), 0)
+        self.counters = dict.fromkeys(
+            ("steps", "gpu_tokens", "cpu_tokens", "recomputed_tokens", "new_tokens", "output_tokens"), 0
+        )
+        self.counters |= dict.fromkeys(
+            ("bytes_in", "bytes_out", "chunks_reclaimed", "chunks_dropped", "suspensions"), 0
+        )
         self.moving = False  # the cells of idle conversations too
         self.moved_s = time.time()
         for i in range(num_conversations):
             self.add_made_up(i, max_chunks)
-        self.slots = {name: 256 + int(room * held) for (name, held), room in zip(self.held().items(), (1.2, 1.4, 2.5), strict=True)}
+        self.slots = {
+            name: 256 + int(room * held)
+            for (name, held), room in zip(self.held().items(), (1.2, 1.4, 2.5), strict=True)
+        }
         if num_conversations:
-            self.counters |= {"gpu_tokens": 61_000, "cpu_tokens": 21_000, "recomputed_tokens": 6_200, "new_tokens": 17_000}
+            self.counters |= {
+                "gpu_tokens": 61_000,
+                "cpu_tokens": 21_000,
+                "recomputed_tokens": 6_200,
+                "new_tokens": 17_000,
+            }
 
     def add_made_up(self, i: int, max_chunks: int) -> None:
         chunks = max_chunks if i == 3 else max(1, int(max_chunks * self.random.random() ** 2))
         fresh = 0.5 ** (i / 120)  # the longer ago, the lower it lies
-        cuts = sorted(int(chunks * min(1, self.random.random() * (1.6 - fresh) ** 2 * share)) for share in (0.4, 0.9, 1.6))
+        cuts = sorted(
+            int(chunks * min(1, self.random.random() * (1.6 - fresh) ** 2 * share))
+            for share in (0.4, 0.9, 1.6)
+        )
         dropped, disk, cpu = cuts
         both = min(chunks, cpu + int(0.25 * chunks))
-        cells = "." * dropped + "d" * (disk - dropped) + "c" * (cpu - disk) + "b" * (both - cpu) + "g" * (chunks - both)
+        cells = (
+            "." * dropped
+            + "d" * (disk - dropped)
+            + "c" * (cpu - disk)
+            + "b" * (both - cpu)
+            + "g" * (chunks - both)
+        )
         if i % 5 == 1 and chunks > 4:
             cells = cells[:4].upper() + cells[4:]
         conversation = Conversation(
@@ -122,7 +151,9 @@ class World:
         latest = self.latest_first()
         for conversation in latest[:2]:
             conversation.cells = conversation.cells.replace(">", "b").replace("*", "g")
-            conversation.cells = conversation.cells.replace("c", ">", 3).replace("d", ">", 1).replace(".", "*", 2)
+            conversation.cells = (
+                conversation.cells.replace("c", ">", 3).replace("d", ">", 1).replace(".", "*", 2)
+            )
             conversation.last_active_s = time.time()
         for conversation in self.random.sample(latest[2:], min(12, max(0, len(latest) - 2))):
             if conversation.pinned:
@@ -151,8 +182,17 @@ class World:
     def row(self, conversation: Conversation) -> dict[str, Any]:
         missing = sum(conversation.cells.lower().count(code) for code in "cd.")
         return {
-            **{"id": conversation.id, "title": conversation.title, "cells": conversation.cells, "tokens": conversation.tokens},
-            **{"idle_s": max(0.0, time.time() - conversation.last_active_s), "active": conversation.active, "pinned": conversation.pinned},
+            **{
+                "id": conversation.id,
+                "title": conversation.title,
+                "cells": conversation.cells,
+                "tokens": conversation.tokens,
+            },
+            **{
+                "idle_s": max(0.0, time.time() - conversation.last_active_s),
+                "active": conversation.active,
+                "pinned": conversation.pinned,
+            },
             "resume_ms": 1.7 * missing,
         }
 
@@ -162,7 +202,13 @@ class World:
         held = self.held()
         both = sum(c.cells.lower().count("b") for c in latest)
         tiers = [
-            {"name": name, "num_slots": slots, "used": held[name], "reclaimable": both if name == "gpu" else 0, "free": slots - held[name]}
+            {
+                "name": name,
+                "num_slots": slots,
+                "used": held[name],
+                "reclaimable": both if name == "gpu" else 0,
+                "free": slots - held[name],
+            }
             for name, slots in self.slots.items()
         ]
         sources = {name: self.counters[f"{name}_tokens"] for name in ("gpu", "cpu", "recomputed", "new")}
@@ -178,15 +224,32 @@ class World:
             "hit_rates": {name: tokens / prompt_tokens for name, tokens in sources.items()},
         }
         rows = [self.row(c) for c in latest[offset : offset + limit]]
-        return {"now": time.time(), "chunk_tokens": CHUNK_TOKENS, "total": len(latest), "tiers": tiers, "stats": stats, "rows": rows}
+        return {
+            "now": time.time(),
+            "chunk_tokens": CHUNK_TOKENS,
+            "total": len(latest),
+            "tiers": tiers,
+            "stats": stats,
+            "rows": rows,
+        }
 
     def listing(self, conversation: Conversation) -> dict[str, Any]:
         row = self.row(conversation)
-        times = {"created_at": conversation.created_s, "updated_at": int(conversation.last_active_s), "expires_at": None}
+        times = {
+            "created_at": conversation.created_s,
+            "updated_at": int(conversation.last_active_s),
+            "expires_at": None,
+        }
         return {**{key: row[key] for key in ("id", "title", "pinned", "cells", "resume_ms")}, **times}
 
     def create(self, title: str = "", cells: str = "", tokens: int = 0) -> Conversation:
-        conversation = Conversation(f"conv_new_{len(self.conversations)}_{self.random.randrange(10**6)}", title, cells, tokens, time.time())
+        conversation = Conversation(
+            f"conv_new_{len(self.conversations)}_{self.random.randrange(10**6)}",
+            title,
+            cells,
+            tokens,
+            time.time(),
+        )
         conversation.created_s = int(time.time())
         self.conversations[conversation.id] = conversation
         return conversation
@@ -199,10 +262,28 @@ class World:
         misses: list[dict[str, Any]] = []
         if at["."]:
             other = next((c.id for c in self.latest_first() if c is not conversation), None)
-            misses.append({"start": 0, "stop": at["."], "why": "dropped", "at": time.time() - 12, "by": other})
+            misses.append(
+                {"start": 0, "stop": at["."], "why": "dropped", "at": time.time() - 12, "by": other}
+            )
         if at["c"] + at["d"]:
-            misses.append({"start": at["."], "stop": at["."] + at["c"] + at["d"], "why": "on_cpu", "at": None, "by": None})
-        misses.append({"start": conversation.tokens, "stop": conversation.tokens + new_tokens, "why": "new", "at": None, "by": None})
+            misses.append(
+                {
+                    "start": at["."],
+                    "stop": at["."] + at["c"] + at["d"],
+                    "why": "on_cpu",
+                    "at": None,
+                    "by": None,
+                }
+            )
+        misses.append(
+            {
+                "start": conversation.tokens,
+                "stop": conversation.tokens + new_tokens,
+                "why": "new",
+                "at": None,
+                "by": None,
+            }
+        )
         counts = {
             "gpu_tokens": max(0, conversation.tokens - sum(at.values())),
             **{"cpu_tokens": at["c"] + at["d"], "recomputed_tokens": at["."], "new_tokens": new_tokens},
@@ -242,12 +323,19 @@ class PageMock:
     """
 
     def __init__(
-        self, num_conversations: int = 12, max_chunks: int = 60, keys: tuple[str, ...] = (), token_delay_s: float = 0.01, port: int = 0
+        self,
+        num_conversations: int = 12,
+        max_chunks: int = 60,
+        keys: tuple[str, ...] = (),
+        token_delay_s: float = 0.01,
+        port: int = 0,
     ) -> None:
         self.world = World(num_conversations, max_chunks)
         self.keys = keys
         self.token_delay_s = token_delay_s
-        self.answer: Callable[[str], list[str]] = lambda words: [f"{word} " for word in (*WORDS, "you", "said", words)]
+        self.answer: Callable[[str], list[str]] = lambda words: [
+            f"{word} " for word in (*WORDS, "you", "said", words)
+        ]
         self.busy_answers = 0  # so many turns are refused with 429 first
         self.gone = False  # connections that are still open get no answer
         self.restarting = False  # /ready and the map say 503
@@ -263,7 +351,9 @@ class PageMock:
         self.http = ThreadingHTTPServer(("127.0.0.1", port), BoundHandler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
 
     def __enter__(self) -> PageMock:
         self.thread.start()
@@ -353,7 +443,12 @@ class Handler(BaseHTTPRequestHandler):
                 kv_bytes = CHUNK_BYTES * len(conversation.cells.replace(".", ""))
                 return {"id": conversation_id, "deleted": True, "kv_bytes": kv_bytes, "store_bytes": 4_321}
             case ("POST", ["v1", "conversations"]):
-                return {"id": world.create().id, "object": "conversation", "created_at": int(time.time()), "metadata": {}}
+                return {
+                    "id": world.create().id,
+                    "object": "conversation",
+                    "created_at": int(time.time()),
+                    "metadata": {},
+                }
             case ("POST", ["v1", "pensieve", "conversations", conversation_id, verb]):
                 return self.hint(world.get(conversation_id), verb)
         raise Refused(404, f"nothing at {path}")
@@ -363,17 +458,27 @@ class Handler(BaseHTTPRequestHandler):
         match verb:
             case "warm":
                 chunks = sum(conversation.cells.lower().count(code) for code in "cd")
-                conversation.cells = "".join({"c": ">", "d": ">", "C": ">"}.get(cell, cell) for cell in conversation.cells)
+                conversation.cells = "".join(
+                    {"c": ">", "d": ">", "C": ">"}.get(cell, cell) for cell in conversation.cells
+                )
                 return {"id": conversation.id, "chunks": chunks}
             case "idle":
                 return {"id": conversation.id, "chunks": len(conversation.cells)}
             case "pin" if "cannot be pinned" in conversation.title:
-                raise Refused(409, "pins are bounded to half of the disk tier: unpin another conversation first")
+                raise Refused(
+                    409, "pins are bounded to half of the disk tier: unpin another conversation first"
+                )
             case "pin" | "unpin":
                 conversation.pinned = verb == "pin"
-                return {"id": conversation.id, "pinned": conversation.pinned, "chunks": len(conversation.cells)}
+                return {
+                    "id": conversation.id,
+                    "pinned": conversation.pinned,
+                    "chunks": len(conversation.cells),
+                }
             case "fork":
-                fork = world.create(f"{conversation.title} (fork)", conversation.cells.upper(), conversation.tokens)
+                fork = world.create(
+                    f"{conversation.title} (fork)", conversation.cells.upper(), conversation.tokens
+                )
                 fork.messages = list(conversation.messages)
                 return world.listing(fork)
         raise Refused(404, f"no action {verb!r}")
@@ -399,7 +504,12 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(self.mock.token_delay_s)
                 if word == "<fail>":
                     self.send_event(
-                        "response.failed", {"response": {"error": {"code": "forward_failed", "message": "the forward pass failed"}}}
+                        "response.failed",
+                        {
+                            "response": {
+                                "error": {"code": "forward_failed", "message": "the forward pass failed"}
+                            }
+                        },
                     )
                     return
                 self.send_event("response.output_text.delta", {"delta": word})
@@ -414,7 +524,8 @@ class Handler(BaseHTTPRequestHandler):
             "total_ms": 1000 * (time.time() - started_s),
         }
         self.send_event(
-            "response.completed", {"response": {"status": "completed", "usage": {"output_tokens": len(sent)}, "pensieve": receipt}}
+            "response.completed",
+            {"response": {"status": "completed", "usage": {"output_tokens": len(sent)}, "pensieve": receipt}},
         )
         self.close_connection = True
 
@@ -432,7 +543,12 @@ class Handler(BaseHTTPRequestHandler):
         if file.parent != STATIC or not file.is_file():
             raise Refused(404, f"no file {path}")
         kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-        self.send_body(200, kind, file.read_bytes(), {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff"})
+        self.send_body(
+            200,
+            kind,
+            file.read_bytes(),
+            {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff"},
+        )
 
     def send_body(self, status: int, kind: str, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

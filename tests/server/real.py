@@ -18,7 +18,19 @@ import httpx
 import psutil
 
 MAX_CONTEXT = 640
-OPTIONS = ("--dtype", "float32", "--threads", "1", "--gpu-cache", "0.1", "--cpu-cache", "0.1", "--max-context", str(MAX_CONTEXT), "--debug")
+OPTIONS = (
+    "--dtype",
+    "float32",
+    "--threads",
+    "1",
+    "--gpu-cache",
+    "0.1",
+    "--cpu-cache",
+    "0.1",
+    "--max-context",
+    str(MAX_CONTEXT),
+    "--debug",
+)
 START_S = 120.0
 _URL = re.compile(r"listening at (http://\S+)")
 
@@ -44,13 +56,18 @@ class RealServer:
         assert self._process is None
         arguments = ["serve", "--port", "0", "--store", f"sqlite:///{self.store}", *OPTIONS, *self._options]
         process = self._process = subprocess.Popen(
-            [sys.executable, "-m", "pensieve", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-m", "pensieve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         found: list[str] = []
         threading.Thread(target=self._listen, args=(process, found), daemon=True).start()
         deadline = time.monotonic() + START_S
         while not found:
-            assert process.poll() is None and time.monotonic() < deadline, "it did not start:\n" + "\n".join(self.log)
+            assert process.poll() is None and time.monotonic() < deadline, "it did not start:\n" + "\n".join(
+                self.log
+            )
             time.sleep(0.01)
         self.url = found[0]
         self.client = httpx.Client(base_url=self.url, timeout=60.0)
@@ -78,7 +95,10 @@ class RealServer:
 
     def kill(self) -> None:
         """As a machine does that loses its power: front end and engine at once."""
-        everybody = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        everybody = [
+            psutil.Process(self.process.pid),
+            *psutil.Process(self.process.pid).children(recursive=True),
+        ]
         for process in everybody:
             process.kill()
         self.process.wait()

@@ -94,7 +94,10 @@ class Serving:
         """A chat whose messages alternate between user and assistant; greedy."""
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-        response = self.post("/v1/chat/completions", {"model": "tiny", "messages": messages, "max_tokens": n, "temperature": 0} | more)
+        response = self.post(
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": messages, "max_tokens": n, "temperature": 0} | more,
+        )
         assert response.status_code == 200, response.text
         body: dict[str, Any] = response.json()
         return body
@@ -148,10 +151,33 @@ def serving(
     )
     worker = ScriptedWorker(list(slots), CHUNK, vocab=VOCAB)
     scheduler = Scheduler(SchedulerConfig(max_batch_tokens=128, max_waiting=max_waiting), cache, max_context)
-    engine = Engine(scheduler, worker, chunk_bytes=1000, emit=service.handle, debug=True, quote=ResumeQuote(COST, 1000, 1e6))
+    engine = Engine(
+        scheduler,
+        worker,
+        chunk_bytes=1000,
+        emit=service.handle,
+        debug=True,
+        quote=ResumeQuote(COST, 1000, 1e6),
+    )
     service.connect(engine.post)
     engine.start()
-    info = EngineInfo(0, "tiny", "random", 1, "float32", "cpu", 10_000, max_context, CHUNK, 1000, tiers, "test", "fake", "fake", 0.0)
+    info = EngineInfo(
+        0,
+        "tiny",
+        "random",
+        1,
+        "float32",
+        "cpu",
+        10_000,
+        max_context,
+        CHUNK,
+        1000,
+        tiers,
+        "test",
+        "fake",
+        "fake",
+        0.0,
+    )
     metrics, state = Metrics(), EngineState()
     server_config = ServerConfig("tiny", **{"drain_timeout_s": 5.0, "debug": True, **(config or {})})
     contexts: list[Context] = []
@@ -166,17 +192,27 @@ def serving(
             on_end=lambda answer: metrics.observe(answer.done.receipt) if answer.done is not None else None,
         )
         key_file = None if keys is None else KeyFile(keys)
-        contexts.append(Context(server_config, info, text, store, service, turns, state, key_file, metrics, runner=runner))
+        contexts.append(
+            Context(server_config, info, text, store, service, turns, state, key_file, metrics, runner=runner)
+        )
         return contexts[0]
 
     hosts = frozenset({"127.0.0.1", "localhost"}) if keys is None else None
     own = {"max_body_bytes": server_config.max_body_bytes, "shared": keys is not None, "hosts": hosts}
     app = create_app(make_context, metrics, DoorRules(**{**own, **(rules or {})}))
-    connections = Connections(limits or ConnectionLimits(), lambda reason: metrics.refused.labels(reason).inc())
+    connections = Connections(
+        limits or ConnectionLimits(), lambda reason: metrics.refused.labels(reason).inc()
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     more = [socket.create_server(("127.0.0.1", port)) for port in more_ports]
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sees to that for `pensieve serve`'s listener; 40 ms a request
-    server = uvicorn.Server(uvicorn.Config(app, http=connections.protocol(), ws="none", log_config=None, timeout_graceful_shutdown=10))
+    listener.setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+    )  # asyncio sees to that for `pensieve serve`'s listener; 40 ms a request
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, http=connections.protocol(), ws="none", log_config=None, timeout_graceful_shutdown=10
+        )
+    )
 
     def run() -> None:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -188,7 +224,9 @@ def serving(
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.005)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    client = httpx.Client(base_url=url, timeout=30.0, headers={"Authorization": f"Bearer {key}"} if key else {})
+    client = httpx.Client(
+        base_url=url, timeout=30.0, headers={"Authorization": f"Bearer {key}"} if key else {}
+    )
     try:
         yield Serving(url, contexts[0], worker, engine, text, store, state, client, connections)
     finally:

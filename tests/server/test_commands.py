@@ -110,10 +110,23 @@ def test_neither_prompts_nor_keys_are_logged(tmp_path: Path, caplog: pytest.LogC
     caplog.set_level(logging.DEBUG)
     with serving(keys=path, key=key) as server:
         server.ask("a secret zebra walks")
-        server.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "a secret zebra " * 400}]})
-        server.post("/v1/responses", {"model": "tiny", "input": "a secret zebra", "instructions": "a secret zebra", "max_output_tokens": 3})
+        server.post(
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": [{"role": "user", "content": "a secret zebra " * 400}]},
+        )
+        server.post(
+            "/v1/responses",
+            {
+                "model": "tiny",
+                "input": "a secret zebra",
+                "instructions": "a secret zebra",
+                "max_output_tokens": 3,
+            },
+        )
         wrong: dict[str, Any] = {"model": "tiny", "messages": [{"role": "king", "content": "a secret zebra"}]}
         server.post("/v1/chat/completions", wrong)
         server.until_idle()
-    ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]  # (the client's own)
+    ours = [
+        record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))
+    ]  # (the client's own)
     assert not any("zebra" in line or key in line for line in ours)

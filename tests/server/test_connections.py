@@ -22,12 +22,16 @@ from pensieve.server.keys import key_line, new_key
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 CLOSE = b"Connection: close\r\n\r\n"
-BODY = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}).encode()
+BODY = json.dumps(
+    {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+).encode()
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module", params=["asyncio", "uvloop"])
-def keyed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[tuple[Serving, bytes]]:
+def keyed(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[Serving, bytes]]:
     """A server with keys, and the header that names one; on each event loop, since closing and half-closing are the loop's."""
     factory = loop_factory() if request.param == "uvloop" else None
     path, key = tmp_path_factory.mktemp("keys") / "keys", new_key()
@@ -41,7 +45,9 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 def hasty() -> Iterator[Serving]:
     """A server that waits half a second for heads and bodies."""
     with serving(
-        rules={"hosts": None}, limits=ConnectionLimits(header_timeout_s=0.5, stall_timeout_s=1.0), loop_factory=loop_factory()
+        rules={"hosts": None},
+        limits=ConnectionLimits(header_timeout_s=0.5, stall_timeout_s=1.0),
+        loop_factory=loop_factory(),
     ) as server:
         yield server
         server.until_idle()
@@ -74,9 +80,26 @@ def is_refused(reply: Reply, status: int) -> str:
         (b"", b"\x16\x03\x01\x02" + b"\xff" * 4000),  # TLS
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\0" * 4000),
     ],
-    ids=["value", "name", "blanks", "many", "cookies", "target", "query", "line", "folds", "newlines", "method", "zeros", "tls", "http2"],
+    ids=[
+        "value",
+        "name",
+        "blanks",
+        "many",
+        "cookies",
+        "target",
+        "query",
+        "line",
+        "folds",
+        "newlines",
+        "method",
+        "zeros",
+        "tls",
+        "http2",
+    ],
 )
-def test_a_head_without_end_is_refused_at_once(keyed: tuple[Serving, bytes], begin: bytes, part: bytes) -> None:
+def test_a_head_without_end_is_refused_at_once(
+    keyed: tuple[Serving, bytes], begin: bytes, part: bytes
+) -> None:
     server, _ = keyed
     reply, sent = flood(server, begin, repeat(part, 5000))
     assert reply.status in (400, 431), reply.data[:200]
@@ -117,9 +140,14 @@ def test_a_client_that_sends_on_can_read_why_it_was_refused(keyed: tuple[Serving
         connection.sendall(POST + key + b"Content-Length: %d\r\n\r\n" % large)
         connection.sendall(b" " * (1 << 20))
         assert "--max-body" in is_refused(read(connection), 413)
-    with pytest.raises(httpx.HTTPStatusError) as told, httpx.Client(timeout=10) as client:  # which reads only when it has sent
+    with (
+        pytest.raises(httpx.HTTPStatusError) as told,
+        httpx.Client(timeout=10) as client,
+    ):  # which reads only when it has sent
         client.post(
-            server.url + "/v1/chat/completions", content=b" " * (15 << 20), headers={"Authorization": "Bearer no"}
+            server.url + "/v1/chat/completions",
+            content=b" " * (15 << 20),
+            headers={"Authorization": "Bearer no"},
         ).raise_for_status()
     assert told.value.response.status_code == 401
 
@@ -139,7 +167,9 @@ def test_extensions_and_trailers_without_end_are_refused(keyed: tuple[Serving, b
         assert reply.status in (400, 431), (begin[-20:], reply.data[:200])
         assert sent < 12 << 20
     trailed = exchange(
-        server, whole.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1) + b"0\r\nAuthorization: Bearer other\r\n\r\n"
+        server,
+        whole.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
+        + b"0\r\nAuthorization: Bearer other\r\n\r\n",
     )
     assert trailed.status == 200  # trailers are no headers
     server.until_idle()
@@ -148,7 +178,10 @@ def test_extensions_and_trailers_without_end_are_refused(keyed: tuple[Serving, b
 def test_chunked_bodies_of_small_chunks_are_bodies(keyed: tuple[Serving, bytes]) -> None:
     server, key = keyed
     chunks = b"".join(b"1;ext=%d\r\n%c\r\n" % (number, byte) for number, byte in enumerate(BODY))
-    reply = exchange(server, POST + key + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunks + b"0\r\n\r\n")
+    reply = exchange(
+        server,
+        POST + key + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunks + b"0\r\n\r\n",
+    )
     assert reply.status == 200
     server.until_idle()
 
@@ -165,10 +198,20 @@ def test_chunked_bodies_of_small_chunks_are_bodies(keyed: tuple[Serving, bytes])
         (b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n" + CLOSE, 400),
         (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n" + CLOSE, 400),
         (b"GET health HTTP/1.1\r\nHost: x\r\n" + CLOSE, 400),
-        (b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n" + CLOSE, 400),
+        (
+            b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n"
+            + CLOSE,
+            400,
+        ),
         (b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n" + CLOSE, 400),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA\r\n\r\n", 200),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\r\n", 400),
+        (
+            b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA\r\n\r\n",
+            200,
+        ),
+        (
+            b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\r\n",
+            400,
+        ),
         (b"nonsense\r\n\r\n", 400),
     ],
 )
@@ -180,7 +223,12 @@ def test_forms_of_requests(keyed: tuple[Serving, bytes], sent: bytes, status: in
 
 def test_the_body_of_a_get_is_not_read(keyed: tuple[Serving, bytes]) -> None:
     server, key = keyed
-    reply = exchange(server, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n" + key + b"\r\nabc")
+    reply = exchange(
+        server,
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n"
+        + key
+        + b"\r\nabc",
+    )
     assert reply.statuses == [200]
 
 
@@ -218,16 +266,28 @@ def test_a_malformed_request_behind_another_does_not_disturb_its_answer(keyed: t
     server, key = keyed
     for behind in (b"nonsense\r\n\r\n", HEALTH + b"X: " + b"a" * 100_000, b"GET /health HTTP/1.1\r\nHo"):
         server.worker.pause_s = 0.02
-        reply = exchange(server, POST + key + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY + behind, within_s=2.0)
+        reply = exchange(
+            server, POST + key + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY + behind, within_s=2.0
+        )
         server.worker.pause_s = 0.0
-        assert reply.statuses == [200] and json.loads(reply.data.rpartition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 2
+        assert (
+            reply.statuses == [200]
+            and json.loads(reply.data.rpartition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 2
+        )
     server.until_idle()
 
 
 def test_every_request_of_a_client_that_left_is_told(keyed: tuple[Serving, bytes]) -> None:
     server, key = keyed
     server.worker.pause_s = 0.02
-    long = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 300, "ignore_eos": True}).encode()
+    long = json.dumps(
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 300,
+            "ignore_eos": True,
+        }
+    ).encode()
     with connect(server) as connection:
         connection.sendall(POST + key + b"Content-Length: %d\r\n\r\n" % len(long) + long + HEALTH + b"\r\n")
         until(lambda: server.context.turns.open)
@@ -260,7 +320,11 @@ def test_what_does_not_go_on_is_closed(hasty: Serving, sent: bytes, status: int 
 
 
 def test_bytes_that_trickle_are_no_progress(hasty: Serving) -> None:
-    for begin, drop in ((HEALTH + b"X-A: ", b"a"), (POST + b"Content-Length: 100000\r\n\r\n", b" "), (b"", b"\r\n")):
+    for begin, drop in (
+        (HEALTH + b"X-A: ", b"a"),
+        (POST + b"Content-Length: 100000\r\n\r\n", b" "),
+        (b"", b"\r\n"),
+    ):
         with connect(hasty) as connection:
             connection.sendall(begin)
             begun_s = time.monotonic()
@@ -276,7 +340,9 @@ def test_bytes_that_trickle_are_no_progress(hasty: Serving) -> None:
 def test_a_body_that_comes_steadily_may_take_longer(hasty: Serving) -> None:
     padding = b" " * 30_000
     with connect(hasty) as connection:
-        connection.sendall(POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % (len(BODY) + len(padding)))
+        connection.sendall(
+            POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % (len(BODY) + len(padding))
+        )
         for at in range(0, len(padding), 2000):  # 20 kB a second, for a second and a half
             connection.sendall(padding[at : at + 2000])
             time.sleep(0.1)
@@ -321,7 +387,11 @@ def test_an_answer_that_is_not_read_is_cut_off(hasty: Serving) -> None:
 def refused(server: Serving) -> float:
     """Connections refused so far, as the metrics tell."""
     lines = server.client.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("pensieve_connections_refused_total{"))
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.startswith("pensieve_connections_refused_total{")
+    )
 
 
 # -- many connections
@@ -367,7 +437,12 @@ def test_answers_under_way_are_not_cut_off_for_new_connections() -> None:
 
 def fresh(server: Serving) -> dict[str, Any]:
     """A chat on a connection of its own."""
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "ignore_eos": True}
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 20,
+        "ignore_eos": True,
+    }
     answer: dict[str, Any] = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=30).json()
     return answer
 
@@ -376,7 +451,13 @@ def test_a_server_that_ends_waits_for_no_half_request() -> None:
     connections: list[socket.socket] = []
     try:
         with serving(rules={"hosts": None}) as server:
-            for sent in (b"", b"GET", HEALTH, POST + b"Content-Length: 100\r\n\r\n{", POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"):
+            for sent in (
+                b"",
+                b"GET",
+                HEALTH,
+                POST + b"Content-Length: 100\r\n\r\n{",
+                POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+            ):
                 for _ in range(20):
                     connections.append(connect(server))
                     connections[-1].sendall(sent)
@@ -390,7 +471,13 @@ def test_a_server_that_ends_waits_for_no_half_request() -> None:
 
 def test_nothing_is_left_of_connections_that_are_gone(keyed: tuple[Serving, bytes]) -> None:
     server, key = keyed
-    for sent in (b"", b"GET", POST + key + b"Content-Length: 100\r\n\r\n{", HEALTH + b"\r\n", b"nonsense\r\n\r\n"):
+    for sent in (
+        b"",
+        b"GET",
+        POST + key + b"Content-Length: 100\r\n\r\n{",
+        HEALTH + b"\r\n",
+        b"nonsense\r\n\r\n",
+    ):
         with connect(server) as connection:
             connection.sendall(sent)
             time.sleep(0.05)

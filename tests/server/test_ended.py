@@ -21,7 +21,9 @@ from pensieve.service import PendingTurn, Piece, TurnSpec
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 
 
-def ended(name: str, num_bytes: int = 0, at_s: float = 0.0, conversation: str = "c", namespace: str = "n") -> Answer:
+def ended(
+    name: str, num_bytes: int = 0, at_s: float = 0.0, conversation: str = "c", namespace: str = "n"
+) -> Answer:
     spec = TurnSpec(namespace, conversation, (), SamplingParams(), turn_id=name)
     turn = PendingTurn(spec, 0.0, conversation_id=conversation)
     return Answer(namespace, turn, 0, error=PensieveError("it failed"), ended_s=at_s, num_bytes=num_bytes)
@@ -42,7 +44,10 @@ class Loop:
 
     def go_on(self, to_s: float) -> None:
         self.now_s = to_s
-        due, self.timers = [what for at_s, what in self.timers if at_s <= to_s], [timer for timer in self.timers if timer[0] > to_s]
+        due, self.timers = (
+            [what for at_s, what in self.timers if at_s <= to_s],
+            [timer for timer in self.timers if timer[0] > to_s],
+        )
         for what in due:
             what()
 
@@ -80,7 +85,12 @@ def test_ended_answers_go_when_their_time_is_up_also_where_nothing_new_ends() ->
 
 def test_what_was_erased_is_forgotten_and_another_tenants_is_not() -> None:
     kept = EndedAnswers(Loop(), 600.0)  # type: ignore[arg-type]
-    for name, conversation, namespace in (("a", "c", "n"), ("b", "c", "n"), ("d", "other", "n"), ("e", "c", "m")):
+    for name, conversation, namespace in (
+        ("a", "c", "n"),
+        ("b", "c", "n"),
+        ("d", "other", "n"),
+        ("e", "c", "m"),
+    ):
         kept.add(ended(name, conversation=conversation, namespace=namespace))
     kept.forget("n", "c")
     kept.forget_turn("n", "e")
@@ -99,19 +109,31 @@ def test_weights_follow_what_is_held() -> None:
 
 def test_an_ended_answer_holds_no_prompt_and_reads_the_same() -> None:
     with serving() as server:
-        made = server.post(RESPONSES, {"model": "tiny", "input": "word " * 40, "max_output_tokens": 8, "temperature": 0}).json()
+        made = server.post(
+            RESPONSES, {"model": "tiny", "input": "word " * 40, "max_output_tokens": 8, "temperature": 0}
+        ).json()
         kept = server.context.turns.find("default", made["id"].removeprefix("resp_"))
         assert kept is not None and kept.done is not None
-        assert kept.turn.spec.messages == () and kept.done.prompt == () and kept.turn.prompt.tokens == () and kept.turn.sampled == []
+        assert (
+            kept.turn.spec.messages == ()
+            and kept.done.prompt == ()
+            and kept.turn.prompt.tokens == ()
+            and kept.turn.sampled == []
+        )
         assert kept.turn.conversation_id.startswith("chat_")
         again = server.client.get(f"{RESPONSES}/{made['id']}?stream=true").text
-        assert "response.incomplete" in again and json.dumps(made["output"][0]["content"][0]["text"], ensure_ascii=False) in again
+        assert (
+            "response.incomplete" in again
+            and json.dumps(made["output"][0]["content"][0]["text"], ensure_ascii=False) in again
+        )
 
 
 def test_a_failed_answer_is_told_again_and_again_and_holds_no_frames() -> None:
     with serving(config={"request_timeout_s": 0.3}) as server:
         server.worker.pause_s = 0.05
-        made = server.post(RESPONSES, {"model": "tiny", "input": "x", "max_output_tokens": 200, "background": True}).json()["id"]
+        made = server.post(
+            RESPONSES, {"model": "tiny", "input": "x", "max_output_tokens": 200, "background": True}
+        ).json()["id"]
         server.until_idle()
         for _ in range(3):
             assert "response.failed" in server.client.get(f"{RESPONSES}/{made}?stream=true").text
@@ -121,7 +143,13 @@ def test_a_failed_answer_is_told_again_and_again_and_holds_no_frames() -> None:
 
 
 def test_log_probabilities_are_kept_for_a_retry_and_no_longer_than_their_bytes_allow() -> None:
-    asking = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 20, "temperature": 0, "logprobs": True}
+    asking = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 20,
+        "temperature": 0,
+        "logprobs": True,
+    }
     with serving() as server:
         first = server.post(CHAT, asking, **{"Idempotency-Key": "k"}).json()
         assert server.post(CHAT, asking, **{"Idempotency-Key": "k"}).json() == first
@@ -134,8 +162,12 @@ def test_log_probabilities_are_kept_for_a_retry_and_no_longer_than_their_bytes_a
 def test_nothing_of_an_erased_conversation_or_a_deleted_response_stays() -> None:
     with serving() as server:
         made = server.post("/v1/conversations", {}).json()["id"]
-        first = server.post(RESPONSES, {"model": "tiny", "conversation": made, "input": "a secret", "max_output_tokens": 4}).json()["id"]
-        alone = server.post(RESPONSES, {"model": "tiny", "input": "alone", "max_output_tokens": 4}).json()["id"]
+        first = server.post(
+            RESPONSES, {"model": "tiny", "conversation": made, "input": "a secret", "max_output_tokens": 4}
+        ).json()["id"]
+        alone = server.post(RESPONSES, {"model": "tiny", "input": "alone", "max_output_tokens": 4}).json()[
+            "id"
+        ]
         find = server.context.turns.find
         assert find("default", first.removeprefix("resp_")) is not None
         server.client.delete(f"/v1/conversations/{made}")
@@ -150,16 +182,25 @@ def test_answers_under_way_are_bounded_by_what_they_hold(monkeypatch: pytest.Mon
     monkeypatch.setattr(turns, "MAX_OPEN_BYTES", 8_000)
     with serving() as server:
         server.worker.pause_s = 0.01
-        made = server.post(RESPONSES, {"model": "tiny", "input": "long", "max_output_tokens": 300, "background": True}).json()["id"]
+        made = server.post(
+            RESPONSES, {"model": "tiny", "input": "long", "max_output_tokens": 300, "background": True}
+        ).json()["id"]
         seen: list[httpx.Response] = []
 
         def refused() -> bool:
-            seen.append(server.post(CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}))
+            seen.append(
+                server.post(
+                    CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+                )
+            )
             return seen[-1].status_code == 429
 
         while not refused():
             assert len(seen) < 500
-        assert "answers under way take" in seen[-1].json()["error"]["message"] and seen[-1].headers["retry-after"]
+        assert (
+            "answers under way take" in seen[-1].json()["error"]["message"]
+            and seen[-1].headers["retry-after"]
+        )
         server.until_idle()
         failed = server.client.get(f"{RESPONSES}/{made}").json()
         assert failed["status"] == "failed" and failed["error"]["type"] == "answer_too_large"

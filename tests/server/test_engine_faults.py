@@ -29,7 +29,14 @@ CHAT = "/v1/chat/completions"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model that has the embedded one's tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    found = resolve("smollm2", "auto", dtype="float32", device="cpu", allow_random=False, progress=lambda what, share: None)
+    found = resolve(
+        "smollm2",
+        "auto",
+        dtype="float32",
+        device="cpu",
+        allow_random=False,
+        progress=lambda what, share: None,
+    )
     tokenizer = AutoTokenizer.from_pretrained(found.tokenizer_dir)
     tiny("llama", vocab_size=found.config.vocab_size, max_position_embeddings=2048).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -50,7 +57,13 @@ def server(tmp_path: Path, model: Path) -> Iterator[RealServer]:
 
 
 def ask(server: RealServer, content: str = "hello", n: int = 4, **headers: str) -> httpx.Response:
-    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": n, "temperature": 0, "ignore_eos": True}
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": n,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     return server.post(CHAT, body, **headers)
 
 
@@ -63,7 +76,13 @@ def test_a_frozen_engine_is_replaced_and_nothing_waits_for_it(server: RealServer
     streams: list[str] = []
 
     def stream() -> None:
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "go on"}], "max_tokens": 500, "stream": True, "ignore_eos": True}
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "go on"}],
+            "max_tokens": 500,
+            "stream": True,
+            "ignore_eos": True,
+        }
         with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as response:
             streams.append(response.read().decode())
 
@@ -80,7 +99,10 @@ def test_a_frozen_engine_is_replaced_and_nothing_waits_for_it(server: RealServer
         ("POST", f"/v1/pensieve/conversations/{conversation}/warm"),
     ):
         response = server.client.request(method, path)
-        assert response.status_code == 503 and response.json()["error"]["code"] in ("engine_timeout", "engine_restarted"), path
+        assert response.status_code == 503 and response.json()["error"]["code"] in (
+            "engine_timeout",
+            "engine_restarted",
+        ), path
     deleted = server.client.delete(f"/v1/conversations/{conversation}")
     assert deleted.status_code == 200 and deleted.json()["deleted"]
     for thread in threads:
@@ -120,7 +142,11 @@ def test_a_restart_whose_model_is_missing_works_when_it_is_back(server: RealServ
             time.sleep(0.2)
         assert (503, "restarting") in seen and (503, "failed") not in seen
         response = httpx.post(server.url + "/v1/pensieve/check", timeout=30)
-        assert response.status_code == 503 and response.headers["retry-after"] and str(model) not in response.text
+        assert (
+            response.status_code == 503
+            and response.headers["retry-after"]
+            and str(model) not in response.text
+        )
     finally:
         shutil.move(away, model)
     server.wait_ready(90)

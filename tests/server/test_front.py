@@ -41,10 +41,21 @@ def made(**options: Any) -> Front:
 
 def test_metrics_get_a_socket_of_their_own() -> None:
     alone, apart = made(), made(metrics_port=0)
-    assert len(alone.sockets) == 1 and alone.rules.metrics_port is None and alone.metrics_url == f"{alone.url}/metrics"
-    assert len(apart.sockets) == 2 and apart.metrics_url == f"http://127.0.0.1:{apart.rules.metrics_port}/metrics" != f"{apart.url}/metrics"
+    assert (
+        len(alone.sockets) == 1
+        and alone.rules.metrics_port is None
+        and alone.metrics_url == f"{alone.url}/metrics"
+    )
+    assert (
+        len(apart.sockets) == 2
+        and apart.metrics_url
+        == f"http://127.0.0.1:{apart.rules.metrics_port}/metrics"
+        != f"{apart.url}/metrics"
+    )
     assert apart.rules.metrics_hosts is not None and "localhost" in apart.rules.metrics_hosts
-    assert made(metrics_port=0, metrics_host="0.0.0.0").rules.metrics_hosts is None  # an operator's network has names of its own
+    assert (
+        made(metrics_port=0, metrics_host="0.0.0.0").rules.metrics_hosts is None
+    )  # an operator's network has names of its own
 
 
 def test_what_is_open_is_said_at_the_start() -> None:
@@ -70,8 +81,14 @@ def test_names_and_limits() -> None:
 
 
 def test_a_store_s_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = CliRunner().invoke(cli, ["serve", "--port", "0"], env={"PENSIEVE_STORE": "mysql://me:s3cret@db/x"})
-    assert result.exception is not None and "sqlite:///" in str(result.exception) and "s3cret" not in str(result.exception)
+    result = CliRunner().invoke(
+        cli, ["serve", "--port", "0"], env={"PENSIEVE_STORE": "mysql://me:s3cret@db/x"}
+    )
+    assert (
+        result.exception is not None
+        and "sqlite:///" in str(result.exception)
+        and "s3cret" not in str(result.exception)
+    )
     url = "postgresql://me:s3cret@db/x"
     monkeypatch.setattr(sys, "argv", ["pensieve", "serve", "--store", url])
     assert "PENSIEVE_STORE" in str(front.password_note(url)) and "s3cret" not in str(front.password_note(url))
@@ -91,7 +108,12 @@ def test_the_soft_limit_of_open_files_is_raised(soft: int, hard: int, expected: 
         "assert front.raise_file_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]\n"
         "print(front.raise_file_limit())"
     )
-    assert int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout) == expected
+    assert (
+        int(
+            subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+        )
+        == expected
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
@@ -103,5 +125,7 @@ def test_as_many_connections_as_fit_below_the_limit(files: int) -> None:
         f"limits = Front(**{DEFAULTS!r}).limits()\n"
         "print(limits.max_connections, num_open_files())"
     )
-    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    said = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
     assert files / 3 < int(said[0]) <= files - int(said[1]) - min(128, files // 4)

@@ -64,7 +64,9 @@ def clear(server: Serving) -> None:
     while listed := server.client.get("/v1/pensieve/conversations", params={"limit": 500}).json()["data"]:
         for one in listed:
             assert server.client.delete(f"/v1/pensieve/conversations/{one['id']}").status_code == 200
-    for row in server.client.get("/v1/pensieve/map", params={"limit": 500}).json()["rows"]:  # what is cached and not stored
+    for row in server.client.get("/v1/pensieve/map", params={"limit": 500}).json()[
+        "rows"
+    ]:  # what is cached and not stored
         assert server.client.delete(f"/v1/pensieve/conversations/{row['id']}").status_code == 200
     checked = server.client.post("/v1/pensieve/check").json()
     assert checked["ok"] and checked["leases"] == 0 and set(checked["used"]) == {0}, checked
@@ -102,7 +104,10 @@ def examine(server: Serving, label: str, mode: Any, num_examples: int, *, repeat
             if isinstance(case.body, dict):
                 if "model" in case.body:
                     case.body["model"] = "tiny"
-                for field, name in (("conversation", "conversation_id"), ("previous_response_id", "response_id")):
+                for field, name in (
+                    ("conversation", "conversation_id"),
+                    ("previous_response_id", "response_id"),
+                ):
                     if isinstance(case.body.get(field), str):
                         case.body[field] = there[name]
                 for field in ("max_tokens", "max_output_tokens", "max_completion_tokens"):
@@ -145,7 +150,10 @@ def request(path: str, body: dict[str, Any]) -> bytes:
 
 
 STREAMS = (
-    ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "stream"}], "max_tokens": 60}),
+    (
+        "/v1/chat/completions",
+        {"model": "tiny", "messages": [{"role": "user", "content": "stream"}], "max_tokens": 60},
+    ),
     ("/v1/responses", {"input": "stream", "max_output_tokens": 60}),
     ("/v1/completions", {"model": "tiny", "prompt": "stream", "max_tokens": 60}),
 )
@@ -158,7 +166,11 @@ def test_clients_that_leave_at_any_moment(server: Serving) -> None:
     def leave(number: int) -> None:
         path, body = STREAMS[number % len(STREAMS)]
         sent = request(path, {**body, "stream": number % 4 != 3, "temperature": 0})
-        stop_sending, read_bytes, wait_s = rng.randrange(len(sent) + 200), rng.randrange(4000), rng.uniform(0, 0.1)
+        stop_sending, read_bytes, wait_s = (
+            rng.randrange(len(sent) + 200),
+            rng.randrange(4000),
+            rng.uniform(0, 0.1),
+        )
         with socket.create_connection(("127.0.0.1", port_of(server)), timeout=HANG_S) as connection:
             connection.sendall(sent[:stop_sending])
             if stop_sending >= len(sent) and read_bytes > 2000:
@@ -179,7 +191,9 @@ def test_many_streams_at_once_read_slowly(server: Serving) -> None:
 
     def read(number: int) -> str:
         path, body = STREAMS[number % 2]
-        with httpx.stream("POST", server.url + path, json={**body, "stream": True, "temperature": 0}, timeout=HANG_S) as response:
+        with httpx.stream(
+            "POST", server.url + path, json={**body, "stream": True, "temperature": 0}, timeout=HANG_S
+        ) as response:
             assert response.status_code == 200
             text = ""
             for piece in response.iter_text():
@@ -190,7 +204,10 @@ def test_many_streams_at_once_read_slowly(server: Serving) -> None:
 
     with ThreadPoolExecutor(60) as pool:
         texts = list(pool.map(read, range(60)))
-    assert all(("[DONE]" in text) or ("response.incomplete" in text) or ("response.completed" in text) for text in texts)
+    assert all(
+        ("[DONE]" in text) or ("response.incomplete" in text) or ("response.completed" in text)
+        for text in texts
+    )
     server.until_idle()
 
 
@@ -216,7 +233,9 @@ def test_chunked_bodies_are_counted(server: Serving) -> None:
 
     with httpx.Client(timeout=HANG_S) as client:
         try:
-            answer = client.post(server.url + "/v1/responses", content=pieces(), headers={"Content-Type": "application/json"})
+            answer = client.post(
+                server.url + "/v1/responses", content=pieces(), headers={"Content-Type": "application/json"}
+            )
         except (httpx.WriteError, httpx.ReadError):  # it hung up before everything was sent
             return
     assert answer.status_code == 413

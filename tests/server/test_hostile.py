@@ -44,7 +44,9 @@ def own(conversation: str, action: str = "") -> str:
 
 def send(server: Serving, path: str, text: str, method: str = "POST", **headers: str) -> httpx.Response:
     """A body as it is, whatever it is."""
-    return server.client.request(method, path, content=text.encode("utf-8"), headers={"Content-Type": "application/json"} | headers)
+    return server.client.request(
+        method, path, content=text.encode("utf-8"), headers={"Content-Type": "application/json"} | headers
+    )
 
 
 def put(template: str, *values: str) -> str:
@@ -63,7 +65,13 @@ def refused(response: httpx.Response) -> str:
 
 def begin(server: Serving, text: str, n: int = 8, **more: Any) -> str:
     """A response in the background; returns its id."""
-    body = {"model": "tiny", "input": text, "max_output_tokens": n, "temperature": 0, "background": True} | more
+    body = {
+        "model": "tiny",
+        "input": text,
+        "max_output_tokens": n,
+        "temperature": 0,
+        "background": True,
+    } | more
     response = server.post(RESPONSES, body)
     assert response.status_code == 200, response.text
     return str(response.json()["id"])
@@ -100,7 +108,14 @@ def chat(**more: str) -> str:
 
 
 def respond(**more: str) -> str:
-    return "{" + ",".join(f'"{name}":{value}' for name, value in ({"input": '"hi"', "max_output_tokens": "2"} | more).items()) + "}"
+    return (
+        "{"
+        + ",".join(
+            f'"{name}":{value}'
+            for name, value in ({"input": '"hi"', "max_output_tokens": "2"} | more).items()
+        )
+        + "}"
+    )
 
 
 @pytest.mark.parametrize("depth", [200, 900, 100_000])
@@ -110,9 +125,30 @@ def test_nesting_without_end_is_refused(server: Serving, depth: int) -> None:
         headers = {"Idempotency-Key": key} if key else {}
         tool = put('[{"type":"function","function":{"name":"f","parameters":%s}}]', nested)
         refused(send(server, CHAT, chat(tools=tool), **headers))
-        refused(send(server, CHAT, chat(messages=put('[{"role":"user","content":"x","annotations":[%s]}]', nested)), **headers))
-        refused(send(server, RESPONSES, respond(tools=put('[{"type":"function","name":"f","parameters":%s}]', nested)), **headers))
-        refused(send(server, RESPONSES, respond(input=put('[{"role":"user","content":"x","more":%s}]', nested)), **headers))
+        refused(
+            send(
+                server,
+                CHAT,
+                chat(messages=put('[{"role":"user","content":"x","annotations":[%s]}]', nested)),
+                **headers,
+            )
+        )
+        refused(
+            send(
+                server,
+                RESPONSES,
+                respond(tools=put('[{"type":"function","name":"f","parameters":%s}]', nested)),
+                **headers,
+            )
+        )
+        refused(
+            send(
+                server,
+                RESPONSES,
+                respond(input=put('[{"role":"user","content":"x","more":%s}]', nested)),
+                **headers,
+            )
+        )
     refused(send(server, CHAT, "[" * depth + "]" * depth))
 
 
@@ -144,7 +180,15 @@ def test_numbers_that_json_lacks_are_refused(server: Serving, number: str) -> No
         "top_logprobs",
     ):
         refused(send(server, CHAT, chat(**{field: number})))
-    for field in ("temperature", "top_p", "max_output_tokens", "seed", "max_tool_calls", "prompt", "top_logprobs"):
+    for field in (
+        "temperature",
+        "top_p",
+        "max_output_tokens",
+        "seed",
+        "max_tool_calls",
+        "prompt",
+        "top_logprobs",
+    ):
         refused(send(server, RESPONSES, respond(**{field: number})))
     for stream in ("true", "false"):
         parameters = put('[{"type":"function","name":"f","parameters":{"a":%s}}]', number)
@@ -166,7 +210,11 @@ def test_numbers_past_any_range_are_refused(server: Serving, number: str) -> Non
     refused(send(server, "/detokenize", put('{"tokens":[%s]}', number)))
     conversation = server.ask("ranges")["pensieve"]["conversation"]
     refused(send(server, own(conversation, "ttl"), put('{"seconds":%s}', number)))
-    for query in ("/v1/pensieve/conversations?limit=", f"/v1/conversations/{conversation}/items?limit=", "/v1/pensieve/map?limit="):
+    for query in (
+        "/v1/pensieve/conversations?limit=",
+        f"/v1/conversations/{conversation}/items?limit=",
+        "/v1/pensieve/map?limit=",
+    ):
         refused(server.client.get(query + number))
     for query in ("/v1/pensieve/conversations?offset=", "/v1/pensieve/map?offset="):
         assert server.client.get(query + number).status_code in (200, 400)
@@ -191,7 +239,12 @@ def test_numbers_past_any_range_are_refused(server: Serving, number: str) -> Non
         (RESPONSES, respond(previous_response_id=LONE)),
         (RESPONSES, respond(tools=put('[{"type":"function","name":"f","description":%s}]', LONE))),
         (RESPONSES, respond(tools=put('[{"type":"function","name":%s}]', LONE))),
-        (RESPONSES, respond(input=put('[{"role":"user","content":[{"type":"input_text","text":"x","more":%s}]}]', LONE))),
+        (
+            RESPONSES,
+            respond(
+                input=put('[{"role":"user","content":[{"type":"input_text","text":"x","more":%s}]}]', LONE)
+            ),
+        ),
         ("/v1/conversations", put('{"items":[{"role":"user","content":%s}]}', LONE)),
         ("/v1/conversations", put('{"metadata":{"a":%s}}', LONE)),
         ("/v1/completions", put('{"model":"tiny","prompt":%s}', LONE)),
@@ -204,21 +257,50 @@ def test_half_characters_are_refused_everywhere(server: Serving, path: str, body
 
 def test_half_characters_within_arguments_are_only_text(server: Serving) -> None:
     arguments = json.dumps('{"a":"\\ud800"}')  # the text of an escape, not the half character
-    call = put('{"role":"assistant","tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":%s}}]}', arguments)
-    assert send(server, CHAT, chat(messages=put('[%s,{"role":"tool","tool_call_id":"c","content":"x"}]', call))).status_code == 200
+    call = put(
+        '{"role":"assistant","tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":%s}}]}',
+        arguments,
+    )
+    assert (
+        send(
+            server, CHAT, chat(messages=put('[%s,{"role":"tool","tool_call_id":"c","content":"x"}]', call))
+        ).status_code
+        == 200
+    )
 
 
-@pytest.mark.parametrize("body", ["", "{", "null", "[]", "1", '"text"', "true", "\0", "{}{}", '{"model":"tiny"', "\ufeff{}", "a=1&b=2"])
+@pytest.mark.parametrize(
+    "body",
+    ["", "{", "null", "[]", "1", '"text"', "true", "\0", "{}{}", '{"model":"tiny"', "\ufeff{}", "a=1&b=2"],
+)
 def test_bodies_that_are_no_requests(server: Serving, body: str) -> None:
     for path in (CHAT, RESPONSES, "/v1/completions", "/tokenize", "/detokenize"):
         refused(send(server, path, body))
-    for kind in ("text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", "", "nonsense"):
+    for kind in (
+        "text/plain",
+        "multipart/form-data; boundary=x",
+        "application/x-www-form-urlencoded",
+        "",
+        "nonsense",
+    ):
         refused(send(server, CHAT, body, **{"Content-Type": kind}))
 
 
 # -- names and headers
 
-NAMES = ["%00", "a%00b", "%ff%fe", "..", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "a/b", "%2F", "temp_x", "resp_", "resp_%00", "x" * 5000]
+NAMES = [
+    "%00",
+    "a%00b",
+    "%ff%fe",
+    "..",
+    "%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+    "a/b",
+    "%2F",
+    "temp_x",
+    "resp_",
+    "resp_%00",
+    "x" * 5000,
+]
 NAMES += ["%ED%A0%80", "'%3B--", "%0d%0aX-Evil:%20y", quote("é🙂"), "*", "%25", "%20", "-", "resp_resp_x"]
 
 
@@ -227,19 +309,42 @@ def test_names_are_only_looked_up(server: Serving, name: str) -> None:
     known = server.ask("names")["pensieve"]
     conversation, response = known["conversation"], "resp_" + known["turn"]
     paths = [
-        *(("GET", "/v1/conversations/{}", ""), ("POST", "/v1/conversations/{}", '{"metadata":{}}'), ("DELETE", "/v1/conversations/{}", "")),
-        *(("GET", "/v1/conversations/{}/items", ""), ("POST", "/v1/conversations/{}/items", '{"items":[{"role":"user","content":"x"}]}')),
-        *(("GET", f"/v1/conversations/{conversation}/items/{{}}", ""), ("DELETE", f"/v1/conversations/{conversation}/items/{{}}", "")),
-        *(("GET", "/v1/responses/{}", ""), ("DELETE", "/v1/responses/{}", ""), ("POST", "/v1/responses/{}/cancel", "")),
+        *(
+            ("GET", "/v1/conversations/{}", ""),
+            ("POST", "/v1/conversations/{}", '{"metadata":{}}'),
+            ("DELETE", "/v1/conversations/{}", ""),
+        ),
+        *(
+            ("GET", "/v1/conversations/{}/items", ""),
+            ("POST", "/v1/conversations/{}/items", '{"items":[{"role":"user","content":"x"}]}'),
+        ),
+        *(
+            ("GET", f"/v1/conversations/{conversation}/items/{{}}", ""),
+            ("DELETE", f"/v1/conversations/{conversation}/items/{{}}", ""),
+        ),
+        *(
+            ("GET", "/v1/responses/{}", ""),
+            ("DELETE", "/v1/responses/{}", ""),
+            ("POST", "/v1/responses/{}/cancel", ""),
+        ),
         *(("GET", "/v1/responses/{}/input_items", ""), ("GET", own("{}"), ""), ("DELETE", own("{}"), "")),
         *(("POST", own("{}", action), "") for action in ("warm", "idle", "pin", "unpin", "fork")),
-        *(("POST", own("{}", "ttl"), '{"seconds":5}'), ("GET", "/v1/models/{}", ""), ("GET", "/static/{}", "")),
+        *(
+            ("POST", own("{}", "ttl"), '{"seconds":5}'),
+            ("GET", "/v1/models/{}", ""),
+            ("GET", "/static/{}", ""),
+        ),
         ("GET", f"/v1/conversations/{conversation}/items?after={{}}", ""),
         ("GET", f"/v1/responses/{response}/input_items?after={{}}", ""),
     ]
     for method, path, body in paths:
         answer = send(server, path.format(name), body, method)
-        assert answer.status_code in (307, 400, 404, 405) or name in ("..", "a/b", "%2F"), (method, path, answer.status_code, answer.text)
+        assert answer.status_code in (307, 400, 404, 405) or name in ("..", "a/b", "%2F"), (
+            method,
+            path,
+            answer.status_code,
+            answer.text,
+        )
         assert answer.status_code < 500 and "x-evil" not in answer.headers and "root:" not in answer.text
     plain = unquote(name)
     for field in ("conversation", "previous_response_id"):
@@ -247,20 +352,57 @@ def test_names_are_only_looked_up(server: Serving, name: str) -> None:
     refused(server.post(own(conversation, "fork"), {"at": plain}))
 
 
-VALUES = [b"", b"a" * 300, b"a" * 20_000, b"a" * 70_000, bytes(range(0x80, 0x100)), "é🙂".encode(), b"\xed\xa0\x80", b"a\tb", b"a\x1fb"]
-VALUES += [b"a\x00b", b"a\x7fb", b"a\r\nX-Evil: 1", b"a\nb", b"Bearer \xff", b"9" * 30, b"-1", b"chunked, identity"]
+VALUES = [
+    b"",
+    b"a" * 300,
+    b"a" * 20_000,
+    b"a" * 70_000,
+    bytes(range(0x80, 0x100)),
+    "é🙂".encode(),
+    b"\xed\xa0\x80",
+    b"a\tb",
+    b"a\x1fb",
+]
+VALUES += [
+    b"a\x00b",
+    b"a\x7fb",
+    b"a\r\nX-Evil: 1",
+    b"a\nb",
+    b"Bearer \xff",
+    b"9" * 30,
+    b"-1",
+    b"chunked, identity",
+]
 
 
 @pytest.mark.parametrize(
-    "name", ["Idempotency-Key", "X-Cache-Salt", "X-Session-ID", "Authorization", "Content-Type", "Content-Length", "Host"]
+    "name",
+    [
+        "Idempotency-Key",
+        "X-Cache-Salt",
+        "X-Session-ID",
+        "Authorization",
+        "Content-Type",
+        "Content-Length",
+        "Host",
+    ],
 )
 def test_headers_of_any_bytes(server: Serving, name: str) -> None:
     body = chat().encode()
     for value in VALUES:
-        headers = {"Host": b"x", "Content-Type": b"application/json", "Content-Length": str(len(body)).encode(), "Connection": b"close"}
+        headers = {
+            "Host": b"x",
+            "Content-Type": b"application/json",
+            "Content-Length": str(len(body)).encode(),
+            "Connection": b"close",
+        }
         headers[name] = value
         head = b"".join(key.encode() + b": " + line + b"\r\n" for key, line in headers.items())
-        answer = exchange(server, b"POST /v1/chat/completions HTTP/1.1\r\n" + head + b"\r\n" + body, shut=name == "Content-Length")
+        answer = exchange(
+            server,
+            b"POST /v1/chat/completions HTTP/1.1\r\n" + head + b"\r\n" + body,
+            shut=name == "Content-Length",
+        )
         first = answer.split(b"\r\n", 1)[0]
         assert answer == b"" or b" 200 " in first or b" 4" in first, (value[:30], answer[:200])
         assert b"x-evil" not in answer.split(b"\r\n\r\n")[0].lower()
@@ -269,7 +411,9 @@ def test_headers_of_any_bytes(server: Serving, name: str) -> None:
 def exchange(server: Serving, sent: bytes, *, shut: bool = False) -> bytes:
     """Send bytes, read until the other side closes. `shut`: say that no more will come."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as connection:
+    with socket.create_connection(
+        ("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20
+    ) as connection:
         try:
             connection.sendall(sent)
             if shut:
@@ -297,14 +441,22 @@ def test_what_is_far_too_long_is_refused_before_it_is_tokenized(server: Serving)
         long = "words and more words " * 150_000
         for path, body in (
             (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": long}]}),
-            (CHAT, {"model": "tiny", "messages": [{"role": "assistant", "content": long}, {"role": "user", "content": "x"}]}),
+            (
+                CHAT,
+                {
+                    "model": "tiny",
+                    "messages": [{"role": "assistant", "content": long}, {"role": "user", "content": "x"}],
+                },
+            ),
             (RESPONSES, {"input": long}),
             (RESPONSES, {"input": "x", "instructions": long}),
             (RESPONSES, {"input": long, "truncation": "auto"}),
             ("/v1/completions", {"model": "tiny", "prompt": long}),
         ):
             refused = server.post(path, body)
-            assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded", refused.text[:300]
+            assert (
+                refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+            ), refused.text[:300]
     finally:
         del server.text.encode_prompt  # type: ignore[method-assign]
     assert sum(seen) < len(long) / 10
@@ -313,13 +465,24 @@ def test_what_is_far_too_long_is_refused_before_it_is_tokenized(server: Serving)
 def test_a_turn_that_fails_leaves_no_empty_conversation(server: Serving) -> None:
     def empty() -> list[str]:
         listed = server.client.get("/v1/pensieve/conversations", params={"limit": 500}).json()["data"]
-        return [one["title"] for one in listed if one["id"].startswith("chat_") and server.store.get("default", one["id"]).leaf is None]
+        return [
+            one["title"]
+            for one in listed
+            if one["id"].startswith("chat_") and server.store.get("default", one["id"]).leaf is None
+        ]
 
-    refused(server.post(CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "too much " * 300}], "max_tokens": 2}))
+    refused(
+        server.post(
+            CHAT,
+            {"model": "tiny", "messages": [{"role": "user", "content": "too much " * 300}], "max_tokens": 2},
+        )
+    )
     server.worker.pause_s = 0.3  # the client leaves before the first token
     with pytest.raises(httpx.ReadTimeout):
         server.client.post(
-            CHAT, json={"model": "tiny", "messages": [{"role": "user", "content": "gone early"}], "max_tokens": 50}, timeout=0.2
+            CHAT,
+            json={"model": "tiny", "messages": [{"role": "user", "content": "gone early"}], "max_tokens": 50},
+            timeout=0.2,
         )
     server.worker.pause_s = 0.0
     until(lambda: not server.context.turns.open)
@@ -338,7 +501,10 @@ def test_retries_that_race_the_first_try_get_its_answer(server: Serving) -> None
     server.store.claim = slow  # type: ignore[method-assign]
     try:
         for path, body in (
-            (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "once only"}], "max_tokens": 8}),
+            (
+                CHAT,
+                {"model": "tiny", "messages": [{"role": "user", "content": "once only"}], "max_tokens": 8},
+            ),
             (RESPONSES, {"input": "once only", "max_output_tokens": 8}),
         ):
             key = {"Idempotency-Key": "race" + path}
@@ -370,7 +536,14 @@ def conversation(server: Serving) -> str:
 
 def stream(server: Serving, conversation: str, said: list[str], n: int = 200) -> threading.Thread:
     """A stream on a conversation, its lines put into `said`; returns once it has begun."""
-    body = {"input": "stream", "conversation": conversation, "max_output_tokens": n, "temperature": 0, "stream": True, "ignore_eos": True}
+    body = {
+        "input": "stream",
+        "conversation": conversation,
+        "max_output_tokens": n,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+    }
 
     def read() -> None:
         with httpx.stream("POST", server.url + RESPONSES, json=body, timeout=30) as response:
@@ -388,14 +561,19 @@ def test_deleting_a_conversation_that_speaks(server: Serving, conversation: str)
     thread = stream(server, conversation, said)
     with ThreadPoolExecutor(4) as pool:
         deleted = [
-            pool.submit(server.client.delete, path) for path in (own(conversation), own(conversation), f"/v1/conversations/{conversation}")
+            pool.submit(server.client.delete, path)
+            for path in (own(conversation), own(conversation), f"/v1/conversations/{conversation}")
         ]
-        late = pool.submit(server.post, RESPONSES, {"input": "late", "conversation": conversation, "max_output_tokens": 50})
+        late = pool.submit(
+            server.post, RESPONSES, {"input": "late", "conversation": conversation, "max_output_tokens": 50}
+        )
     statuses = sorted(one.result().status_code for one in deleted)
     assert statuses[0] == 200 and set(statuses) <= {200, 404}, [one.result().text for one in deleted]
     assert late.result().status_code in (200, 404)  # (200: it was over before the first of them was heard)
     thread.join(20)
-    assert not thread.is_alive() and any('"status":"cancelled"' in line or "response.failed" in line for line in said)
+    assert not thread.is_alive() and any(
+        '"status":"cancelled"' in line or "response.failed" in line for line in said
+    )
     assert server.client.get(own(conversation)).status_code == 404
     assert server.client.delete(own(conversation)).status_code == 404
     for action in ("pin", "unpin", "warm", "idle", "fork"):
@@ -417,7 +595,11 @@ def test_a_deleted_conversation_does_not_come_back(server: Serving, conversation
 
     server.store.get = passed  # type: ignore[method-assign]
     try:
-        refused(server.post(RESPONSES, {"input": "too late", "conversation": conversation, "max_output_tokens": 4}))
+        refused(
+            server.post(
+                RESPONSES, {"input": "too late", "conversation": conversation, "max_output_tokens": 4}
+            )
+        )
     finally:
         server.store.get = get  # type: ignore[method-assign]
     assert server.client.get(own(conversation)).status_code == 404
@@ -432,7 +614,9 @@ def test_turns_that_come_while_a_conversation_is_deleted(server: Serving, conver
         with ThreadPoolExecutor(1) as pool:
             deleted = pool.submit(server.client.delete, own(conversation))
             thread.join(20)  # its turn is over, its rows are still there
-            late = server.post(RESPONSES, {"input": "in between", "conversation": conversation, "max_output_tokens": 4})
+            late = server.post(
+                RESPONSES, {"input": "in between", "conversation": conversation, "max_output_tokens": 4}
+            )
         assert deleted.result().status_code == 200
         assert late.status_code == 404, late.text
     finally:
@@ -442,15 +626,22 @@ def test_turns_that_come_while_a_conversation_is_deleted(server: Serving, conver
 
 
 def test_forking_a_conversation_that_speaks(server: Serving, conversation: str) -> None:
-    server.post(RESPONSES, {"input": "first", "conversation": conversation, "max_output_tokens": 8, "temperature": 0})
+    server.post(
+        RESPONSES, {"input": "first", "conversation": conversation, "max_output_tokens": 8, "temperature": 0}
+    )
     said: list[str] = []
     thread = stream(server, conversation, said, n=60)
     forked = server.post(own(conversation, "fork"), {}).json()["id"]
-    in_fork = server.post(RESPONSES, {"input": "aside", "conversation": forked, "max_output_tokens": 8, "temperature": 0})
+    in_fork = server.post(
+        RESPONSES, {"input": "aside", "conversation": forked, "max_output_tokens": 8, "temperature": 0}
+    )
     assert in_fork.status_code == 200 and in_fork.json()["usage"]["input_tokens_details"]["cached_tokens"] > 0
     thread.join(20)
     assert any("response.incomplete" in line for line in said)
-    assert len(server.client.get(own(forked)).json()["turns"]) == 2 and len(server.client.get(own(conversation)).json()["turns"]) == 2
+    assert (
+        len(server.client.get(own(forked)).json()["turns"]) == 2
+        and len(server.client.get(own(conversation)).json()["turns"]) == 2
+    )
     assert server.client.delete(own(conversation)).status_code == 200
     assert len(server.client.get(own(forked)).json()["turns"]) == 2
 
@@ -461,13 +652,18 @@ def test_cancelling_twice_and_what_waits_in_line(server: Serving, conversation: 
     waiting = begin(server, "behind it", 300, conversation=conversation)
     cancelled = server.post(f"/v1/responses/{waiting}/cancel", {})
     assert cancelled.status_code == 200 and cancelled.json()["status"] == "cancelled"
-    assert server.client.get(f"/v1/responses/{running}").json()["status"] in ("queued", "in_progress")  # it had not to be waited for
+    assert server.client.get(f"/v1/responses/{running}").json()["status"] in (
+        "queued",
+        "in_progress",
+    )  # it had not to be waited for
     for _ in range(2):
         again = server.post(f"/v1/responses/{running}/cancel", {})
         assert again.status_code == 200 and again.json()["status"] == "cancelled"
     assert ended(server, running)["status"] == ended(server, waiting)["status"] == "cancelled"
     server.client.delete(f"/v1/responses/{running}")
-    assert server.post(f"/v1/responses/{running}/cancel", {}).status_code == 404  # what was deleted is not shown again
+    assert (
+        server.post(f"/v1/responses/{running}/cancel", {}).status_code == 404
+    )  # what was deleted is not shown again
 
 
 def test_cancelling_before_the_first_token_is_remembered(server: Serving) -> None:
@@ -516,12 +712,20 @@ def test_one_conversation_that_cannot_be_deleted_keeps_no_other(server: Serving)
 
 
 def test_deleting_an_item_while_its_conversation_speaks(server: Serving, conversation: str) -> None:
-    server.post(RESPONSES, {"input": "first", "conversation": conversation, "max_output_tokens": 8, "temperature": 0})
-    items = server.client.get(f"/v1/conversations/{conversation}/items", params={"order": "asc"}).json()["data"]
+    server.post(
+        RESPONSES, {"input": "first", "conversation": conversation, "max_output_tokens": 8, "temperature": 0}
+    )
+    items = server.client.get(f"/v1/conversations/{conversation}/items", params={"order": "asc"}).json()[
+        "data"
+    ]
     said: list[str] = []
     thread = stream(server, conversation, said, n=40)
     assert server.client.delete(f"/v1/conversations/{conversation}/items/{items[0]['id']}").status_code == 200
     thread.join(20)
-    assert any("conversation_conflict" in line for line in said)  # what it went on from is not the conversation's any more
-    left = server.client.get(f"/v1/conversations/{conversation}/items", params={"order": "asc"}).json()["data"]
+    assert any(
+        "conversation_conflict" in line for line in said
+    )  # what it went on from is not the conversation's any more
+    left = server.client.get(f"/v1/conversations/{conversation}/items", params={"order": "asc"}).json()[
+        "data"
+    ]
     assert [item["role"] for item in left] == ["assistant"]

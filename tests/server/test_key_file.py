@@ -37,7 +37,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR and record.name == key_module.__name__]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.ERROR and record.name == key_module.__name__
+    ]
 
 
 def garble(path: Path) -> None:
@@ -73,7 +77,12 @@ def test_a_broken_file_locks_no_client_out_and_is_said(
     for clock.now_s in (0.0, 1.0, SETTLE_S + 1, TELL_S - 1):
         assert keys.tenant(ALICE) == "alice" and keys.tenant(new_key()) is None
     told = keys.trouble()
-    assert told is not None and "keys of before are valid" in told and str(path) not in told and ALICE not in told
+    assert (
+        told is not None
+        and "keys of before are valid" in told
+        and str(path) not in told
+        and ALICE not in told
+    )
     assert len(errors(caplog)) == 1 and str(path) in errors(caplog)[0]  # once, however often it was asked for
     clock.now_s = TELL_S + 1
     keys.trouble()
@@ -85,14 +94,18 @@ def test_a_broken_file_locks_no_client_out_and_is_said(
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# no key any more\n"])
-def test_a_file_that_was_emptied_refuses_every_key_in_the_end(path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_was_emptied_refuses_every_key_in_the_end(
+    path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = Clock()
     keys = KeyFile(path, clock=clock)
     path.write_text(text)
     assert keys.tenant(ALICE) == "alice"  # it may be written just now
     clock.now_s = SETTLE_S + 0.1
     assert keys.tenant(ALICE) is None and keys.tenant(BOB) is None
-    assert "every key is refused" in str(keys.trouble()) and any("every key is refused" in line for line in errors(caplog))
+    assert "every key is refused" in str(keys.trouble()) and any(
+        "every key is refused" in line for line in errors(caplog)
+    )
     path.write_text(BOTH)
     assert keys.tenant(ALICE) == "alice" and keys.trouble() is None
 
@@ -120,7 +133,11 @@ def test_a_removed_key_stops_at_once(path: Path) -> None:
 
 
 def metric(server: Serving) -> float:
-    line = next(line for line in server.client.get("/metrics").text.splitlines() if line.startswith("pensieve_key_file_error "))
+    line = next(
+        line
+        for line in server.client.get("/metrics").text.splitlines()
+        if line.startswith("pensieve_key_file_error ")
+    )
     return float(line.split()[1])
 
 
@@ -133,7 +150,11 @@ def test_ready_and_a_metric_tell_of_it_and_so_does_the_log_unasked(
         path.unlink()
         until(lambda: errors(caplog))  # before any client asked
         ready = server.client.get("/ready")
-        assert ready.status_code == 503 and "API key file" in ready.json()["troubles"]["keys"] and str(path) not in ready.text
+        assert (
+            ready.status_code == 503
+            and "API key file" in ready.json()["troubles"]["keys"]
+            and str(path) not in ready.text
+        )
         assert metric(server) == 1
         assert server.client.get("/v1/models").status_code == 200
         path.write_text(BOTH)
@@ -146,7 +167,11 @@ def test_files_that_others_can_read_are_said_and_closed(path: Path, caplog: pyte
     assert not [record for record in caplog.records if "chmod 600" in record.getMessage()]
     path.chmod(0o644)
     KeyFile(path)
-    assert [record for record in caplog.records if "mode 644" in record.getMessage() and "chmod 600" in record.getMessage()]
+    assert [
+        record
+        for record in caplog.records
+        if "mode 644" in record.getMessage() and "chmod 600" in record.getMessage()
+    ]
     added = CliRunner().invoke(cli, ["keys", "add", "carol", "--file", str(path)])
     assert added.exit_code == 0 and "644" in added.stderr and path.stat().st_mode & 0o777 == 0o600
     key = added.stdout.strip()

@@ -124,7 +124,10 @@ def test_a_body_is_refused_at_its_first_fault_or_at_a_limit(server: Serving, wha
         response = post(server, path, body)
         took_s = time.perf_counter() - begun
     error = response.json()["error"]
-    assert 400 <= response.status_code < 500 and error["code"] == code, (response.status_code, response.text[:300])
+    assert 400 <= response.status_code < 500 and error["code"] == code, (
+        response.status_code,
+        response.text[:300],
+    )
     assert len(response.content) < 10_000, "what was sent is not sent back"
     assert took_s < ANSWERED_S and waits[0] < OTHERS_S
 
@@ -177,7 +180,9 @@ def test_a_model_whose_template_never_ends_fails_its_own_requests_alone() -> Non
         with serving(runner=runner) as server, watching(server) as waits:
 
             def ask(text: str) -> httpx.Response:
-                return server.post(CHAT, {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 2})
+                return server.post(
+                    CHAT, {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
+                )
 
             with ThreadPoolExecutor(4) as pool:
                 hostile = {text[:6]: pool.submit(ask, text) for text in ("loop", "double", "x" * 60_000)}
@@ -185,7 +190,10 @@ def test_a_model_whose_template_never_ends_fails_its_own_requests_alone() -> Non
                 answers = {name: future.result() for name, future in hostile.items()}
             assert others == [200] * 5 and waits[0] < OTHERS_S
             for name, answer in answers.items():
-                assert (answer.status_code, answer.json()["error"]["code"]) == (400, "prompt_too_costly"), (name, answer.text)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (400, "prompt_too_costly"), (
+                    name,
+                    answer.text,
+                )
             assert ask("hello").status_code == 200
             server.until_idle()
     finally:
@@ -215,7 +223,9 @@ def test_what_cannot_fit_is_refused_by_its_length(server: Serving, what: str) ->
         begun = time.perf_counter()
         response = post(server, path, data)
         took_s = time.perf_counter() - begun
-    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded"), response.text[:300]
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded"), (
+        response.text[:300]
+    )
     assert took_s < ANSWERED_S and waits[0] < OTHERS_S
 
 
@@ -233,17 +243,31 @@ def test_a_chat_of_as_many_messages_as_may_be_is_truncated(server: Serving) -> N
 def test_schemas_of_too_many_values_are_refused(server: Serving) -> None:
     schema = {"a": [[] for _ in range(100)], "b": list(range(70_000))}
     for path, tool in ((CHAT, {"type": "function", "function": {"name": "f", "parameters": schema}}), (RESPONSES, {"type": "function", "name": "f", "parameters": schema})):  # fmt: skip
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"input": "hi"}
+        body = (
+            {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+            if path == CHAT
+            else {"input": "hi"}
+        )
         response = server.post(path, body | {"tools": [tool]})
         assert response.status_code == 400 and "65536 values" in response.json()["error"]["message"]
 
 
-def test_a_conversation_of_items_has_a_longest_length(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_of_items_has_a_longest_length(
+    server: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prompt, "MAX_STORED_CHARS", 100)
     made = server.post("/v1/conversations", {}).json()["id"]
     items = {"items": [{"role": "user", "content": "x" * 40}]}
-    assert [server.post(f"/v1/conversations/{made}/items", items).status_code for _ in range(4)] == [200, 200, 400, 400]
-    assert server.post("/v1/conversations", {"items": [{"role": "user", "content": "x" * 101}]}).status_code == 400
+    assert [server.post(f"/v1/conversations/{made}/items", items).status_code for _ in range(4)] == [
+        200,
+        200,
+        400,
+        400,
+    ]
+    assert (
+        server.post("/v1/conversations", {"items": [{"role": "user", "content": "x" * 101}]}).status_code
+        == 400
+    )
 
 
 def test_as_many_values_as_may_be_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +289,16 @@ def test_a_hundred_levels_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["NaN", "[1,Infinity]", '{"a":[-Infinity]}', "1e999", '{"a":{"b":[-1e999,"x"]}}', "[true,1E400]", "1" * 309]
+    "text",
+    [
+        "NaN",
+        "[1,Infinity]",
+        '{"a":[-Infinity]}',
+        "1e999",
+        '{"a":{"b":[-1e999,"x"]}}',
+        "[true,1E400]",
+        "1" * 309,
+    ],
 )
 def test_numbers_are_finite(text: str) -> None:
     with pytest.raises(ApiError) as refused:
@@ -273,12 +306,16 @@ def test_numbers_are_finite(text: str) -> None:
     assert refused.value.api_code in ("invalid_value", "invalid_json")
 
 
-@pytest.mark.parametrize("text", ["[1e5,true,false,null]", '"1e999 NaN Infinity"', '{"e":"E","true":1.5e-3}', "9" * 308])
+@pytest.mark.parametrize(
+    "text", ["[1e5,true,false,null]", '"1e999 NaN Infinity"', '{"e":"E","true":1.5e-3}', "9" * 308]
+)
 def test_what_looks_infinite_and_is_not_is_taken(text: str) -> None:
     assert read_json(text.encode()) == json.loads(text)
 
 
-@pytest.mark.parametrize("body", [b'"\xff"', '"ä"'.encode("utf-16"), b'"\xed\xa0\x80"', b"{", b"", b"[1,]", b'"\n"'])
+@pytest.mark.parametrize(
+    "body", [b'"\xff"', '"ä"'.encode("utf-16"), b'"\xed\xa0\x80"', b"{", b"", b"[1,]", b'"\n"']
+)
 def test_what_is_no_json_is_named(body: bytes) -> None:
     with pytest.raises(ApiError) as refused:
         read_json(body)
@@ -286,8 +323,14 @@ def test_what_is_no_json_is_named(body: bytes) -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False) | st.text('"\\a,[{é😀\n'),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('"\\b:]', max_size=3), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text('"\\a,[{é😀\n'),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text('"\\b:]', max_size=3), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -322,7 +365,9 @@ def test_what_is_counted_is_what_is_there(value: Any, piece: int) -> None:
 
 def test_limits_leave_room_for_what_is_served() -> None:
     """The longest chat with the most parts, and a prompt of a million ids, pass the count of values."""
-    longest = [{"role": "user", "content": [{"type": "text", "text": "word, word"}] * 4}] * schemas.MAX_MESSAGES
+    longest = [
+        {"role": "user", "content": [{"type": "text", "text": "word, word"}] * 4}
+    ] * schemas.MAX_MESSAGES
     assert read_json(json.dumps({"model": "m", "messages": longest}).encode())["messages"] == longest
     ids = list(range(schemas.MAX_IDS))
     assert read_json(json.dumps({"model": "m", "prompt": ids}).encode())["prompt"] == ids

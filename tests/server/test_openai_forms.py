@@ -37,7 +37,11 @@ def _as_before(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
-    return [json.loads(line.removeprefix("data: ")) for line in response.text.splitlines() if line.startswith("data: {")]
+    return [
+        json.loads(line.removeprefix("data: "))
+        for line in response.text.splitlines()
+        if line.startswith("data: {")
+    ]
 
 
 def tool(name: str, **more: Any) -> dict[str, Any]:
@@ -117,7 +121,9 @@ def test_strict_functions_are_taken_and_said_not_to_be(caller: Serving) -> None:
     answer = ask(caller, user("say hello"), tools=[tool("say", strict=True)])
     assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "say"
     flat = {"type": "function", "strict": True, **tool("say")["function"]}
-    response = caller.post("/v1/responses", {"model": "tiny", "input": "say hello", "max_output_tokens": 100, "tools": [flat]}).json()
+    response = caller.post(
+        "/v1/responses", {"model": "tiny", "input": "say hello", "max_output_tokens": 100, "tools": [flat]}
+    ).json()
     assert response["output"][0]["type"] == "function_call"
     assert response["tools"] == [flat | {"strict": False, "description": None}]
 
@@ -126,11 +132,19 @@ def test_strict_functions_are_taken_and_said_not_to_be(caller: Serving) -> None:
 def test_a_call_that_is_required_of_one_function_is_a_call_of_that_one(caller: Serving, name: str) -> None:
     caller.say('{"word": "hello"}}\n</tool_call>')  # (the answer is made to begin with the function's name)
     for choice in ("required", {"type": "function", "function": {"name": name}}):
-        message = ask(caller, user("say hello"), tools=[tool(name)], tool_choice=choice)["choices"][0]["message"]
+        message = ask(caller, user("say hello"), tools=[tool(name)], tool_choice=choice)["choices"][0][
+            "message"
+        ]
         assert [call["function"]["name"] for call in message["tool_calls"]] == [name]
     flat = {"type": "function", **tool(name)["function"]}
     for choice in ("required", {"type": "function", "name": name}):
-        body = {"model": "tiny", "input": "say hello", "max_output_tokens": 100, "tools": [flat], "tool_choice": choice}
+        body = {
+            "model": "tiny",
+            "input": "say hello",
+            "max_output_tokens": 100,
+            "tools": [flat],
+            "tool_choice": choice,
+        }
         assert [item["name"] for item in caller.post("/v1/responses", body).json()["output"]] == [name]
 
 
@@ -146,7 +160,11 @@ def test_who_names_a_function_gets_its_call_and_nothing_behind_it(caller: Servin
     chosen = {"type": "function", "function": {"name": "say"}}
     named = ask(caller, user("say hello"), tools=[tool("say")], tool_choice=chosen)
     message = named["choices"][0]["message"]
-    assert message["content"] is None and len(message["tool_calls"]) == 1 and named["choices"][0]["finish_reason"] == "tool_calls"
+    assert (
+        message["content"] is None
+        and len(message["tool_calls"]) == 1
+        and named["choices"][0]["finish_reason"] == "tool_calls"
+    )
     free = ask(caller, user("say hello"), tools=[tool("say")], tool_choice="required")
     assert len(free["choices"][0]["message"]["tool_calls"]) == 2
     assert named["usage"]["completion_tokens"] < free["usage"]["completion_tokens"]
@@ -161,12 +179,23 @@ def test_tools_that_may_not_be_called_this_time_leave_the_prompt_as_it_was(calle
         call = first["choices"][0]["message"]
         result = {"role": "tool", "tool_call_id": call["tool_calls"][0]["id"], "content": "it was said"}
         second = ask(caller, user(question), call, result, tools=[tool("say")], tool_choice="none")
-        assert "tool_calls" not in second["choices"][0]["message"] and "<tool_call>" in second["choices"][0]["message"]["content"]
+        assert (
+            "tool_calls" not in second["choices"][0]["message"]
+            and "<tool_call>" in second["choices"][0]["message"]["content"]
+        )
         details, before = second["usage"]["prompt_tokens_details"], first["usage"]["total_tokens"]
     else:
-        body: dict[str, Any] = {"model": "tiny", "max_output_tokens": 100, "tools": [{"type": "function", **tool("say")["function"]}]}
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "max_output_tokens": 100,
+            "tools": [{"type": "function", **tool("say")["function"]}],
+        }
         first = caller.post("/v1/responses", body | {"input": question}).json()
-        output = {"type": "function_call_output", "call_id": first["output"][0]["call_id"], "output": "it was said"}
+        output = {
+            "type": "function_call_output",
+            "call_id": first["output"][0]["call_id"],
+            "output": "it was said",
+        }
         following = {"input": [output], "previous_response_id": first["id"], "tool_choice": "none"}
         second = caller.post("/v1/responses", body | following).json()
         assert [item["type"] for item in second["output"]] == ["message"]
@@ -189,7 +218,9 @@ def test_head_is_a_get_without_its_body(server: Serving) -> None:
 def test_a_slash_at_the_end_means_nothing(server: Serving) -> None:
     assert server.client.get("/v1/models/").json() == server.client.get("/v1/models").json()
     body = {"model": "tiny", "messages": [user("hi")], "max_tokens": 2}
-    assert server.client.post("/v1/chat/completions/", json=body).status_code == 200  # (and no redirection, which curl would not follow)
+    assert (
+        server.client.post("/v1/chat/completions/", json=body).status_code == 200
+    )  # (and no redirection, which curl would not follow)
     made = server.client.post("/v1/conversations/", json={}).json()["id"]
     assert server.client.delete(f"/v1/conversations/{made}/").json()["deleted"]
 
@@ -202,8 +233,15 @@ def test_other_sites_scripts_are_not_let_in(server: Serving) -> None:
 
 
 def test_every_answer_has_an_id(server: Serving) -> None:
-    stream = server.post("/v1/chat/completions", {"model": "tiny", "messages": [user("hi")], "max_tokens": 2, "stream": True})
-    answers = [stream, server.client.get("/v1/models"), server.client.get("/nowhere"), server.post("/v1/responses", {})]
+    stream = server.post(
+        "/v1/chat/completions", {"model": "tiny", "messages": [user("hi")], "max_tokens": 2, "stream": True}
+    )
+    answers = [
+        stream,
+        server.client.get("/v1/models"),
+        server.client.get("/nowhere"),
+        server.post("/v1/responses", {}),
+    ]
     ids = {answer.headers["x-request-id"] for answer in answers}
     assert len(ids) == len(answers) and all(name.startswith("req_") for name in ids)
 
@@ -229,7 +267,9 @@ def test_a_base_url_without_v1_is_told_where_the_api_is(server: Serving) -> None
 def test_a_body_that_is_not_sent_as_json_is_told_so(server: Serving, headers: dict[str, str]) -> None:
     body = json.dumps({"model": "tiny", "messages": [user("hi")]})
     refused = server.client.post("/v1/chat/completions", content=body, headers=headers)
-    assert refused.status_code == 400 and "Content-Type: application/json" in refused.json()["error"]["message"]
+    assert (
+        refused.status_code == 400 and "Content-Type: application/json" in refused.json()["error"]["message"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,10 +278,20 @@ def test_a_body_that_is_not_sent_as_json_is_told_so(server: Serving, headers: di
         ("chat/completions", {"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
         ("chat/completions", {"moderation": {"model": "x"}}, "moderation"),
         ("responses", {"prompt_cache_options": {"mode": "explicit"}}, "prompt_cache_options"),
-        ("responses", {"text": {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": {}}}}, "text.format"),
+        (
+            "responses",
+            {"text": {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": {}}}},
+            "text.format",
+        ),
     ],
 )
-def test_newer_fields_are_refused_by_name(server: Serving, path: str, change: dict[str, Any], param: str) -> None:
-    body = {"model": "tiny", "messages": [user("hi")]} if path == "chat/completions" else {"model": "tiny", "input": "hi"}
+def test_newer_fields_are_refused_by_name(
+    server: Serving, path: str, change: dict[str, Any], param: str
+) -> None:
+    body = (
+        {"model": "tiny", "messages": [user("hi")]}
+        if path == "chat/completions"
+        else {"model": "tiny", "input": "hi"}
+    )
     error = server.post(f"/v1/{path}", body | change).json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_parameter", param)

@@ -46,7 +46,9 @@ def test_the_map_shows_every_conversation_s_chunks(server: Serving) -> None:
     shown = server.client.get("/v1/pensieve/map").json()
     row = next(row for row in shown["rows"] if row["id"] == conversation)
     assert row["title"] == "map this conversation" and not row["pinned"] and row["active"] == 0
-    assert len(row["cells"]) == -(-(body["usage"]["total_tokens"] - 1) // CHUNK) and set(row["cells"].lower()) <= set("gbc")
+    assert len(row["cells"]) == -(-(body["usage"]["total_tokens"] - 1) // CHUNK) and set(
+        row["cells"].lower()
+    ) <= set("gbc")
     assert row["resume_ms"] == 0.0  # all of it is where it is needed
     assert shown["chunk_tokens"] == CHUNK and [tier["name"] for tier in shown["tiers"]] == ["gpu", "cpu"]
     assert all(tier["used"] + tier["free"] == tier["num_slots"] for tier in shown["tiers"])
@@ -82,10 +84,16 @@ def test_misses_say_what_was_swapped_and_what_was_dropped_for_whom() -> None:
         back = server.ask("the one that will be forgotten " * 3, text, "back", n=4)
         why = {miss["why"]: miss for miss in back["pensieve"]["misses"]}
         assert "dropped" in why
-        resting = [row for row in server.client.get("/v1/pensieve/map").json()["rows"] if set(row["cells"].lower()) & set(".c")]
+        resting = [
+            row
+            for row in server.client.get("/v1/pensieve/map").json()["rows"]
+            if set(row["cells"].lower()) & set(".c")
+        ]
         assert resting and all(row["resume_ms"] > 0 for row in resting)
         assert abs(why["dropped"]["at"] - time.time()) < 60
-        assert why["dropped"]["by"].startswith("chat_") and last["pensieve"]["conversation"].startswith("chat_")
+        assert why["dropped"]["by"].startswith("chat_") and last["pensieve"]["conversation"].startswith(
+            "chat_"
+        )
         server.until_idle()
 
 
@@ -99,7 +107,9 @@ def test_warm_and_idle_move_chunks() -> None:
 
         def below() -> int:
             rows = server.client.get("/v1/pensieve/map").json()["rows"]
-            return sum(cell == "c" for cell in next(row["cells"] for row in rows if row["id"] == conversation))
+            return sum(
+                cell == "c" for cell in next(row["cells"] for row in rows if row["id"] == conversation)
+            )
 
         before = below()
         assert before > 0
@@ -116,7 +126,8 @@ def test_forks_share_and_ttls_delete(server: Serving) -> None:
     forked = server.post(own(conversation, "fork"), {}).json()
     assert forked["id"] != conversation
     answer = server.post(
-        "/v1/responses", {"model": "tiny", "input": "in the fork", "conversation": forked["id"], "max_output_tokens": 4}
+        "/v1/responses",
+        {"model": "tiny", "input": "in the fork", "conversation": forked["id"], "max_output_tokens": 4},
     ).json()
     assert answer["usage"]["input_tokens_details"]["cached_tokens"] > 0
     soon = server.post(own(forked["id"], "ttl"), {"seconds": 0.05}).json()
@@ -133,7 +144,12 @@ def test_deleting_erases_and_reports(server: Serving, tmp_path: Path) -> None:
     with serving(store_path=path) as apart:
         conversation = apart.ask("the word is xylophone-quagga", n=12)["pensieve"]["conversation"]
         erased = apart.client.delete(own(conversation)).json()
-        assert erased["kv_bytes"] >= 1000 and erased["store_bytes"] > 0 and erased["turns"] == 1 and erased["complete"]
+        assert (
+            erased["kv_bytes"] >= 1000
+            and erased["store_bytes"] > 0
+            and erased["turns"] == 1
+            and erased["complete"]
+        )
         assert apart.client.get("/v1/pensieve/map").json()["rows"] == []
         for file in tmp_path.iterdir():
             assert b"xylophone" not in file.read_bytes()
@@ -150,7 +166,10 @@ def test_models_tokens_health_and_metrics(server: Serving) -> None:
     assert get("/v1/models/other").status_code == 404
     tokens = server.post("/tokenize", {"prompt": "Hello there, how are you"}).json()
     assert tokens["count"] == len(tokens["tokens"])
-    assert server.post("/detokenize", {"tokens": tokens["tokens"]}).json()["prompt"] == "Hello there, how are you"
+    assert (
+        server.post("/detokenize", {"tokens": tokens["tokens"]}).json()["prompt"]
+        == "Hello there, how are you"
+    )
     assert server.post("/tokenize", {"messages": [{"role": "user", "content": "x"}]}).json()["count"] > 2
     assert server.post("/tokenize", {}).status_code == 400
     assert server.post("/detokenize", {"tokens": [99_999_999]}).status_code == 400
@@ -178,12 +197,22 @@ def test_text_completions(server: Serving) -> None:
     body = {"model": "tiny", "prompt": "Once upon", "max_tokens": 6, "temperature": 0}
     whole = server.post("/v1/completions", body).json()
     assert whole["object"] == "text_completion" and whole["usage"]["completion_tokens"] == 6
-    stream = server.post("/v1/completions", body | {"stream": True, "stream_options": {"include_usage": True}})
+    stream = server.post(
+        "/v1/completions", body | {"stream": True, "stream_options": {"include_usage": True}}
+    )
     chunks = [json.loads(line[6:]) for line in stream.text.split("\n\n") if line.startswith("data: {")]
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"]) == whole["choices"][0]["text"]
+    assert (
+        "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"])
+        == whole["choices"][0]["text"]
+    )
     echoed = server.post("/v1/completions", body | {"echo": True, "logprobs": 0}).json()["choices"][0]
-    assert echoed["text"] == "Once upon" + whole["choices"][0]["text"] and len(echoed["logprobs"]["tokens"]) == 6
-    by_ids = server.post("/v1/completions", body | {"prompt": server.post("/tokenize", {"prompt": "Once upon"}).json()["tokens"]}).json()
+    assert (
+        echoed["text"] == "Once upon" + whole["choices"][0]["text"] and len(echoed["logprobs"]["tokens"]) == 6
+    )
+    by_ids = server.post(
+        "/v1/completions",
+        body | {"prompt": server.post("/tokenize", {"prompt": "Once upon"}).json()["tokens"]},
+    ).json()
     assert by_ids["choices"][0]["text"] == whole["choices"][0]["text"]
     for wrong in ({"prompt": ["a", "b"]}, {"prompt": ""}, {"suffix": "x"}, {"best_of": 2}, {"prompt": [-5]}):
         assert server.post("/v1/completions", body | wrong).status_code == 400
@@ -195,31 +224,48 @@ def test_text_completions(server: Serving) -> None:
 def test_a_full_queue_says_when_to_come_back() -> None:
     with serving(config={"max_open": 3}) as server:
         server.worker.pause_s = 0.03
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "busy"}], "max_tokens": 50, "temperature": 0}
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "busy"}],
+            "max_tokens": 50,
+            "temperature": 0,
+        }
         statuses: list[httpx.Response] = []
-        threads = [threading.Thread(target=lambda: statuses.append(server.post("/v1/chat/completions", body))) for _ in range(8)]
+        threads = [
+            threading.Thread(target=lambda: statuses.append(server.post("/v1/chat/completions", body)))
+            for _ in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         refused = [response for response in statuses if response.status_code == 429]
         assert refused and len(refused) + sum(response.status_code == 200 for response in statuses) == 8
-        assert all(int(response.headers["retry-after"]) > 0 and response.json()["error"]["code"] == "overloaded" for response in refused)
+        assert all(
+            int(response.headers["retry-after"]) > 0 and response.json()["error"]["code"] == "overloaded"
+            for response in refused
+        )
         server.until_idle()
 
 
 def test_bodies_messages_and_tokens_have_limits() -> None:
     with serving(config={"max_body_bytes": 2000, "max_messages": 5}) as server:
-        large = server.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x" * 3000}]})
+        large = server.post(
+            "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x" * 3000}]}
+        )
         assert large.status_code == 413 and "2000" in large.json()["error"]["message"]
 
         def endless() -> Iterator[bytes]:
             for _ in range(100):
                 yield b"x" * 1000
 
-        chunked = server.client.post("/v1/chat/completions", content=endless(), headers={"content-type": "application/json"})
+        chunked = server.client.post(
+            "/v1/chat/completions", content=endless(), headers={"content-type": "application/json"}
+        )
         assert chunked.status_code == 413
-        many = server.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}] * 6})
+        many = server.post(
+            "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}] * 6}
+        )
         assert many.status_code == 400 and many.json()["error"]["code"] == "too_many_messages"
         server.until_idle()
 
@@ -227,14 +273,26 @@ def test_bodies_messages_and_tokens_have_limits() -> None:
 def test_requests_time_out() -> None:
     with serving(config={"request_timeout_s": 0.4, "queue_timeout_s": 0.3}) as server:
         server.worker.pause_s = 0.05
-        slow = server.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 300})
+        slow = server.post(
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 300},
+        )
         assert slow.status_code == 504 and slow.json()["error"]["code"] == "request_timeout"
         stream = server.post(
-            "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "y"}], "max_tokens": 300, "stream": True}
+            "/v1/chat/completions",
+            {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "y"}],
+                "max_tokens": 300,
+                "stream": True,
+            },
         )
         assert '"request_timeout"' in stream.text and "[DONE]" not in stream.text
         server.worker.pause_s = 0.5
-        queued = server.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "z"}], "max_tokens": 3})
+        queued = server.post(
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": [{"role": "user", "content": "z"}], "max_tokens": 3},
+        )
         assert queued.status_code == 503 and queued.json()["error"]["code"] == "queue_timeout"
         server.worker.pause_s = 0.0
         server.until_idle()
@@ -245,7 +303,13 @@ def test_a_client_that_stops_reading_is_cut_off_and_costs_no_more_than_its_answe
         server.worker.pause_s = 0.001
         port = int(server.url.rpartition(":")[2])
         body = json.dumps(
-            {"model": "tiny", "messages": [{"role": "user", "content": "stall"}], "max_tokens": 3000, "temperature": 0, "stream": True}
+            {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "stall"}],
+                "max_tokens": 3000,
+                "temperature": 0,
+                "stream": True,
+            }
         ).encode()
         with socket.socket() as raw:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -254,7 +318,9 @@ def test_a_client_that_stops_reading_is_cut_off_and_costs_no_more_than_its_answe
             raw.sendall(head.encode() + body)
             while not server.context.turns.open:
                 time.sleep(0.001)
-            server.until_idle(60)  # either it fitted into the buffers, or it was cut off: in no case does it hang
+            server.until_idle(
+                60
+            )  # either it fitted into the buffers, or it was cut off: in no case does it hang
         server.worker.pause_s = 0.0
 
 
@@ -279,14 +345,23 @@ def test_draining_lets_answers_end_and_takes_no_new_ones() -> None:
     with serving() as server:
         server.worker.pause_s = 0.02
         answers: list[httpx.Response] = []
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "last words"}], "max_tokens": 20, "temperature": 0}
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "last words"}],
+            "max_tokens": 20,
+            "temperature": 0,
+        }
         thread = threading.Thread(target=lambda: answers.append(server.post("/v1/chat/completions", body)))
         thread.start()
         while not server.context.turns.open:
             time.sleep(0.005)
         server.context.turns.draining = True
         refused = server.post("/v1/chat/completions", body)
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down" and "retry-after" in refused.headers
+        assert (
+            refused.status_code == 503
+            and refused.json()["error"]["code"] == "shutting_down"
+            and "retry-after" in refused.headers
+        )
         assert server.client.get("/ready").status_code == 503
         thread.join()
         assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 20
@@ -330,13 +405,22 @@ def test_a_key_sees_its_own_only(tmp_path: Path) -> None:
         as_bob = {"Authorization": f"Bearer {bob}"}
         anonymous = httpx.get(server.url + "/v1/models")
         assert anonymous.status_code == 401 and anonymous.json()["error"]["code"] == "invalid_api_key"
-        assert httpx.get(server.url + "/v1/models", headers={"Authorization": "Bearer nope"}).status_code == 401
+        assert (
+            httpx.get(server.url + "/v1/models", headers={"Authorization": "Bearer nope"}).status_code == 401
+        )
         assert httpx.get(server.url + "/health").status_code == 200
         first = server.ask("shared words " * 6)
         conversation, response = first["pensieve"]["conversation"], "resp_" + first["pensieve"]["turn"]
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "shared words " * 6}], "max_tokens": 8, "temperature": 0}
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "shared words " * 6}],
+            "max_tokens": 8,
+            "temperature": 0,
+        }
         theirs = server.post("/v1/chat/completions", body, **as_bob).json()
-        assert theirs["usage"]["prompt_tokens_details"]["cached_tokens"] == 0  # another tenant's cache speeds nothing up
+        assert (
+            theirs["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        )  # another tenant's cache speeds nothing up
         assert {miss["why"] for miss in theirs["pensieve"]["misses"]} == {"new"}  # and is not even hinted at
         for method, where in (
             ("GET", own(conversation)),
@@ -367,7 +451,11 @@ def test_a_tenant_may_separate_its_own_caches(tmp_path: Path) -> None:
     alice = new_key()
     path.write_text(key_line("alice", alice) + "\n")
     with serving(keys=path, key=alice) as server:
-        body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "salted words " * 6}], "max_tokens": 8}
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "salted words " * 6}],
+            "max_tokens": 8,
+        }
         server.post("/v1/chat/completions", body)
         salted = server.post("/v1/chat/completions", body, **{"X-Cache-Salt": "customer-7"}).json()
         assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

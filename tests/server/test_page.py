@@ -44,7 +44,9 @@ class Watch:
     def on_console(self, message: ConsoleMessage) -> None:
         if message.type != "error" or "net::ERR_" in message.text:  # the server went first
             return
-        status = re.match(r"Failed to load resource: the server responded with a status of (\d+)", message.text)
+        status = re.match(
+            r"Failed to load resource: the server responded with a status of (\d+)", message.text
+        )
         if status is None or int(status[1]) not in self.expected_statuses:
             self.errors.append(message.text)
 
@@ -167,7 +169,9 @@ def check_main_flow(page: Page, url: str, timeout_s: float = 60) -> None:
     send(page, "Which of them is the longest?")
     answer = answered(page, 2, timeout_s)
     assert "first token" in answer.locator(".numbers").inner_text()
-    assert re.search(r"\d+ gpu", answer.locator(".numbers").inner_text()), "the second turn finds the first one on the gpu"
+    assert re.search(r"\d+ gpu", answer.locator(".numbers").inner_text()), (
+        "the second turn finds the first one on the gpu"
+    )
     summary = re.compile(r"[1-9]\d* chunks?: .*gpu")
     page.locator(f'.map-row[data-id="{conversation_id}"][aria-label*="gpu"]').wait_for()
     assert summary.search(map_row(page, conversation_id).get_attribute("aria-label") or "")
@@ -252,11 +256,22 @@ def test_a_receipt_tells_sources_and_why_tokens_were_missing(page: Page, mock: P
     page.keyboard.press("Enter")
     receipt = answered(page, 1).locator(".receipt")
     text = receipt.inner_text()
-    for words in ("120 gpu", "64 cpu", "96 recomputed", "25 new", "tokens 0–96 were dropped 12 s ago to make room for “"):
+    for words in (
+        "120 gpu",
+        "64 cpu",
+        "96 recomputed",
+        "25 new",
+        "tokens 0–96 were dropped 12 s ago to make room for “",
+    ):
         assert words in text, text
     assert "tokens 96–160 had moved to a lower tier: swapped in" in text
-    assert receipt.get_by_role("img").get_attribute("aria-label") == "305 prompt tokens: 120 gpu, 64 cpu, 96 recomputed, 25 new"
-    widths = receipt.locator(".stack .part").evaluate_all("parts => parts.map(p => p.getBoundingClientRect().width)")
+    assert (
+        receipt.get_by_role("img").get_attribute("aria-label")
+        == "305 prompt tokens: 120 gpu, 64 cpu, 96 recomputed, 25 new"
+    )
+    widths = receipt.locator(".stack .part").evaluate_all(
+        "parts => parts.map(p => p.getBoundingClientRect().width)"
+    )
     assert widths[0] > widths[2] > widths[1] > widths[3]
     receipt.get_by_text("all 3 reasons").click()
     assert "tokens 280–305 are new" in receipt.inner_text()
@@ -293,7 +308,9 @@ def test_the_keyboard_alone_does_everything(page: Page, mock: PageMock) -> None:
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('map-row')"):
             break
-    assert page.evaluate("document.activeElement.dataset.id") == "conv_0006", "the map is one stop for Tab, at its first row"
+    assert page.evaluate("document.activeElement.dataset.id") == "conv_0006", (
+        "the map is one stop for Tab, at its first row"
+    )
     outline = row.evaluate("element => getComputedStyle(element).outlineStyle")
     assert outline != "none", "focus shows"
     page.keyboard.press("ArrowDown")
@@ -313,7 +330,9 @@ def test_the_keyboard_alone_does_everything(page: Page, mock: PageMock) -> None:
     page.keyboard.press("f")
     toast(page, "was forked")
     wait_for(page, "location.hash.startsWith('#conv_new')")
-    assert page.evaluate("document.activeElement.dataset.id") == "conv_0006", "focus stays with its conversation"
+    assert page.evaluate("document.activeElement.dataset.id") == "conv_0006", (
+        "focus stays with its conversation"
+    )
     page.keyboard.press("Delete")
     page.locator("#delete-dialog").wait_for()
     assert title in page.locator("#delete-dialog").inner_text()
@@ -326,7 +345,9 @@ def test_the_keyboard_alone_does_everything(page: Page, mock: PageMock) -> None:
     toast(page, r"is deleted: .* erased")
     row.wait_for(state="detached")
     assert mock.count("DELETE", "conv_0006") == 1
-    assert page.evaluate("document.activeElement.getAttribute('aria-rowindex')") == "1", "focus goes to the row that took its place"
+    assert page.evaluate("document.activeElement.getAttribute('aria-rowindex')") == "1", (
+        "focus goes to the row that took its place"
+    )
 
 
 @browser_test
@@ -407,7 +428,9 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(page: Page, watch: Watch) -> No
         page.reload()
         page.locator(".message").first.wait_for()
         assert dialog.is_hidden()
-        assert page.evaluate("[sessionStorage.getItem('pensieve.key'), Object.values(localStorage).includes('right')]") == ["right", False]
+        assert page.evaluate(
+            "[sessionStorage.getItem('pensieve.key'), Object.values(localStorage).includes('right')]"
+        ) == ["right", False]
 
 
 @browser_test
@@ -457,7 +480,9 @@ def test_a_thousand_rows_scroll_with_few_of_them_drawn(page: Page, artefacts: Pa
         page.locator(".map-row").first.wait_for()
         grid = page.locator("#map")
         assert grid.get_attribute("aria-rowcount") == "1000"
-        assert re.search(r": \d+ chunks?: \d+ ", page.locator(".map-row").first.get_attribute("aria-label") or "")
+        assert re.search(
+            r": \d+ chunks?: \d+ ", page.locator(".map-row").first.get_attribute("aria-label") or ""
+        )
         page.screenshot(path=artefacts / "map-1000.png")
         for density, row_px in (("roomy", 26), ("dense", 6)):
             page.get_by_label("Rows").select_option(density)
@@ -496,7 +521,11 @@ def test_cells_are_painted_where_the_map_says(page: Page, mock: PageMock) -> Non
     assert colours[2][3] == 255 and colours[2] != colours[0]
     for cell, words in ((1, "on gpu"), (5, "dropped, to be computed again"), (9, "in cpu memory")):
         map_row(page, "conv_0004").hover(position={"x": 12 + 10 * cell + 4, "y": 32})
-        assert page.locator("#tooltip").inner_text().endswith(f"chunk {cell + 1} of 12, tokens {32 * cell}–{32 * cell + 32}: {words}")
+        assert (
+            page.locator("#tooltip")
+            .inner_text()
+            .endswith(f"chunk {cell + 1} of 12, tokens {32 * cell}–{32 * cell + 32}: {words}")
+        )
 
 
 @browser_test
@@ -543,9 +572,10 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     for file in STATIC.iterdir():
         text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|//cdn|@import", text), file.name
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|setAttribute\(.style", text), (
-            file.name
-        )
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|setAttribute\(.style",
+            text,
+        ), file.name
     html = (STATIC / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
     for name in re.findall(r'(?:src|href)="(static/[^"]+)"', html):
@@ -558,11 +588,26 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 # -- the dashboard
 
 METRICS = {
-    *("pensieve_tokens_total", "pensieve_bytes_total", "pensieve_tier_slots", "pensieve_evictions_total", "pensieve_engine_requests"),
-    *("pensieve_requests_total", "pensieve_engine_restarts_total", "pensieve_suspensions_total", "pensieve_conversations"),
+    *(
+        "pensieve_tokens_total",
+        "pensieve_bytes_total",
+        "pensieve_tier_slots",
+        "pensieve_evictions_total",
+        "pensieve_engine_requests",
+    ),
+    *(
+        "pensieve_requests_total",
+        "pensieve_engine_restarts_total",
+        "pensieve_suspensions_total",
+        "pensieve_conversations",
+    ),
     *("pensieve_streams", "process_resident_memory_bytes"),
 }
-HISTOGRAMS = {"pensieve_time_to_first_token_seconds", "pensieve_time_per_output_token_seconds", "pensieve_queue_seconds"}
+HISTOGRAMS = {
+    "pensieve_time_to_first_token_seconds",
+    "pensieve_time_per_output_token_seconds",
+    "pensieve_queue_seconds",
+}
 DASHBOARD = STATIC.parent / "grafana/pensieve.json"
 
 
@@ -604,4 +649,6 @@ def test_every_panel_has_a_title_a_unit_a_description_and_a_place_of_its_own() -
         assert panel["description"] and panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         for target in panel["targets"]:
             assert target["datasource"]["uid"] == "${datasource}"
-            assert target["expr"].count("(") == target["expr"].count(")") and target["expr"].count("{") == target["expr"].count("}")
+            assert target["expr"].count("(") == target["expr"].count(")") and target["expr"].count(
+                "{"
+            ) == target["expr"].count("}")

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 from serving import Serving, serving
-from test_page import answered, artefacts, browser, browser_test, check_main_flow, delete_by_button, map_row, open_id, page, send, watch
+from test_page import (
+    answered,
+    artefacts,
+    browser,
+    browser_test,
+    check_main_flow,
+    delete_by_button,
+    map_row,
+    open_id,
+    page,
+    send,
+    watch,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

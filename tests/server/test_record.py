@@ -68,21 +68,52 @@ def test_what_is_recorded_can_be_played(tmp_path: Path, capsys: pytest.CaptureFi
             server.ask("before the recording", text_of(early), "and after", n=4)
             server.post("/v1/completions", {"model": "tiny", "prompt": "a zebra's text", "max_tokens": 3})
         told = lines(path)
-        assert [(line["turn"], line["output_tokens"]) for line in told] == [(0, 9), (0, 5), (1, 7), (0, 4), (0, 3)]
-        assert told[0]["conversation"] == told[2]["conversation"] and len({line["conversation"] for line in told}) == 4
+        assert [(line["turn"], line["output_tokens"]) for line in told] == [
+            (0, 9),
+            (0, 5),
+            (1, 7),
+            (0, 4),
+            (0, 3),
+        ]
+        assert (
+            told[0]["conversation"] == told[2]["conversation"]
+            and len({line["conversation"] for line in told}) == 4
+        )
         receipts = [body["pensieve"]["prompt_tokens"] for body in (first, other, second)]
-        assert [told[0]["new_tokens"], told[1]["new_tokens"], told[2]["new_tokens"] + receipts[0] + 9] == receipts
+        assert [
+            told[0]["new_tokens"],
+            told[1]["new_tokens"],
+            told[2]["new_tokens"] + receipts[0] + 9,
+        ] == receipts
         assert all(before["arrival_s"] <= after["arrival_s"] for before, after in pairwise(told))
         everything = path.read_text()
-        names = [body["pensieve"][name] for body in (first, other, early) for name in ("conversation", "turn")]
+        names = [
+            body["pensieve"][name] for body in (first, other, early) for name in ("conversation", "turn")
+        ]
         assert not any(word in everything for word in ["zebra", *names])
 
         trace = load_trace(path)
         assert (trace.form, trace.timed, len(trace.scripts)) == ("turns", True, 4)
         home, away = trace.scripts[:2]
-        assert home.prefix[0] == away.prefix[0] and home.prefix_tokens % CHUNK == 0, "the same words at the beginning"
+        assert home.prefix[0] == away.prefix[0] and home.prefix_tokens % CHUNK == 0, (
+            "the same words at the beginning"
+        )
         capsys.readouterr()
-        main(["bench", "--url", server.url, "--trace", str(path), "--speed", "20", "--warm-up", "0", "--max-context", "1000"])
+        main(
+            [
+                "bench",
+                "--url",
+                server.url,
+                "--trace",
+                str(path),
+                "--speed",
+                "20",
+                "--warm-up",
+                "0",
+                "--max-context",
+                "1000",
+            ]
+        )
         run = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"][0]
         assert (run["requests"], run["failed"], run["output_tokens"]) == (5, 0, 28)
         server.until_idle()
@@ -107,7 +138,9 @@ def test_a_key_records_its_tenant_s_turns_alone(tmp_path: Path) -> None:
             assert server.post("/v1/chat/completions", ask, Authorization=f"Bearer {bob}").status_code == 200
             assert server.post("/v1/chat/completions", ask, **{"X-Cache-Salt": "apart"}).status_code == 200
         mine, apart = lines(tmp_path / "t")
-        assert (mine["output_tokens"], apart["output_tokens"]) == (3, 5) and not set(mine["blocks"]) & set(apart["blocks"])
+        assert (mine["output_tokens"], apart["output_tokens"]) == (3, 5) and not set(mine["blocks"]) & set(
+            apart["blocks"]
+        )
         with pytest.raises(PensieveError, match="API key"):
             cli.main(["record", "--url", server.url], standalone_mode=False)
 
@@ -137,7 +170,10 @@ def test_a_slow_recorder_loses_turns_and_is_told_how_many(monkeypatch: pytest.Mo
 
 def test_a_recording_has_a_duration_and_there_are_few_at_once(tmp_path: Path) -> None:
     with serving() as server:
-        cli.main(["record", "--url", server.url, "--duration", "0.05", "--out", str(tmp_path / "t")], standalone_mode=False)
+        cli.main(
+            ["record", "--url", server.url, "--duration", "0.05", "--out", str(tmp_path / "t")],
+            standalone_mode=False,
+        )
         assert (tmp_path / "t").read_text() == ""
         wait_for(lambda: not server.context.recorders.num_held)
         server.context.recorders = Shares(1)
@@ -154,14 +190,19 @@ def test_a_recording_has_a_duration_and_there_are_few_at_once(tmp_path: Path) ->
 def test_ctrl_c_ends_a_recording(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def events(*_: object) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "begin", {"block_tokens": 8}
-        yield "turn", {"conversation": "a", "arrival_s": 0.5, "prompt_tokens": 9, "output_tokens": 2, "blocks": ["x"]}
+        yield (
+            "turn",
+            {"conversation": "a", "arrival_s": 0.5, "prompt_tokens": 9, "output_tokens": 2, "blocks": ["x"]},
+        )
         yield "lost", {"turns": 2}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(record, "_events", events)
     cli.main(["record"], standalone_mode=False)
     out, err = capsys.readouterr()
-    assert json.loads(out)["blocks"] == ["x"] and "recorded 1 turns of 1 conversations; 2 turns were lost" in err
+    assert (
+        json.loads(out)["blocks"] == ["x"] and "recorded 1 turns of 1 conversations; 2 turns were lost" in err
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +213,9 @@ def test_ctrl_c_ends_a_recording(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         ([("begin", {"block_tokens": 8})], "broke the recording off"),
     ],
 )
-def test_a_server_that_tells_something_else(told: list[tuple[str, dict[str, Any]]], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_tells_something_else(
+    told: list[tuple[str, dict[str, Any]]], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(record, "_events", lambda *_: iter(told))
     with pytest.raises(PensieveError, match=words):
         cli.main(["record"], standalone_mode=False)

@@ -15,7 +15,9 @@ from pensieve.errors import StoreError
 from pensieve.server.keys import PREFIX, key_line
 from pensieve.server.redaction import RedactingFormatter, redacted
 
-KEY = PREFIX + "0123456789abcdefghijKLMNOPQRSTUVWXYZ_-01234"  # as `new_key` makes them; the same in each process that shares the tests
+KEY = (
+    PREFIX + "0123456789abcdefghijKLMNOPQRSTUVWXYZ_-01234"
+)  # as `new_key` makes them; the same in each process that shares the tests
 
 
 @pytest.mark.parametrize(
@@ -29,8 +31,14 @@ KEY = PREFIX + "0123456789abcdefghijKLMNOPQRSTUVWXYZ_-01234"  # as `new_key` mak
         ("host=db password=s3cret user=me", "host=db password=[hidden] user=me"),
         ("host=db password='with blanks' user=me", "host=db password=[hidden] user=me"),
         ("postgresql://db/x?password=s3cret&user=me", "postgresql://db/x?password=[hidden]&user=me"),
-        ("postgresql://me@db:5432/x, http://[::1]:8000/a@b", "postgresql://me@db:5432/x, http://[::1]:8000/a@b"),
-        ("a bearer of news, and pk-ix", "a bearer [hidden] news, and pk-ix"),  # (too much rather than too little)
+        (
+            "postgresql://me@db:5432/x, http://[::1]:8000/a@b",
+            "postgresql://me@db:5432/x, http://[::1]:8000/a@b",
+        ),
+        (
+            "a bearer of news, and pk-ix",
+            "a bearer [hidden] news, and pk-ix",
+        ),  # (too much rather than too little)
     ],
 )
 def test_secrets_are_hidden(text: str, shown: str) -> None:
@@ -47,10 +55,16 @@ def test_tracebacks_are_redacted_too() -> None:
         raise ValueError(f"with {KEY}")
     except ValueError:
         logger.exception("failed at %s", "postgresql://me:s3cret@db/x")
-    assert KEY not in stream.getvalue() and "s3cret" not in stream.getvalue() and "ValueError" in stream.getvalue()
+    assert (
+        KEY not in stream.getvalue()
+        and "s3cret" not in stream.getvalue()
+        and "ValueError" in stream.getvalue()
+    )
 
 
-def test_the_access_log_has_no_query_and_one_line_a_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_access_log_has_no_query_and_one_line_a_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "keys"
     path.write_text(key_line("alice", KEY) + "\n")
     caplog.set_level(logging.INFO)
@@ -58,14 +72,25 @@ def test_the_access_log_has_no_query_and_one_line_a_request(tmp_path: Path, capl
         server.client.get("/v1/models", params={"api_key": KEY})
         server.client.get(f"/v1/models/{KEY}")
         server.client.get("/nothing%0a2026-01-01 INFO forged line")
-        server.client.post("/v1/chat/completions", content=b"x" * 100, headers={"Content-Type": f"text/{KEY}"})
-        exchange(server, b"GET /v1/models?api_key=" + KEY.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        server.client.post(
+            "/v1/chat/completions", content=b"x" * 100, headers={"Content-Type": f"text/{KEY}"}
+        )
+        exchange(
+            server,
+            b"GET /v1/models?api_key=" + KEY.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        )
         exchange(server, b"BREW /?api_key=" + KEY.encode() + b" HTTP/1.1\r\nHost: x\r\n\r\n")
-    lines = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    lines = [
+        record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))
+    ]
     assert not [line for line in lines if KEY in line or "api_key" in line or "\n" in line]
     access = [record.getMessage() for record in caplog.records if record.name == "pensieve.access"]
     assert len(access) == 5 and '"GET /v1/models" 200' in access[0] and '"GET /v1/models" 401' in access[4]
-    assert "/v1/models/[hidden]" in access[1] and "/nothing%0A2026" in access[2] and access[0].startswith("127.0.0.1:")
+    assert (
+        "/v1/models/[hidden]" in access[1]
+        and "/nothing%0A2026" in access[2]
+        and access[0].startswith("127.0.0.1:")
+    )
 
 
 def test_errors_of_commands_hide_passwords(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,12 @@ import httpx
 import pytest
 from serving import Serving, serving, tool_server
 
-TOOL = {"type": "function", "name": "get_weather", "description": "weather", "parameters": {"type": "object", "properties": {}}}
+TOOL = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "weather",
+    "parameters": {"type": "object", "properties": {}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +35,18 @@ def _as_before(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def respond(server: Serving, text: Any, n: int = 8, **more: Any) -> dict[str, Any]:
-    response = server.post("/v1/responses", {"model": "tiny", "input": text, "max_output_tokens": n, "temperature": 0} | more)
+    response = server.post(
+        "/v1/responses", {"model": "tiny", "input": text, "max_output_tokens": n, "temperature": 0} | more
+    )
     assert response.status_code == 200, response.text
     body: dict[str, Any] = response.json()
     return body
 
 
 def text_of(body: dict[str, Any]) -> str:
-    return "".join(part["text"] for item in body["output"] if item["type"] == "message" for part in item["content"])
+    return "".join(
+        part["text"] for item in body["output"] if item["type"] == "message" for part in item["content"]
+    )
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
@@ -53,7 +62,9 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
 def test_a_response_goes_on_from_another(server: Serving) -> None:
     first = respond(server, "hello from responses")
     assert (
-        first["object"] == "response" and first["status"] == "incomplete" and first["incomplete_details"]["reason"] == "max_output_tokens"
+        first["object"] == "response"
+        and first["status"] == "incomplete"
+        and first["incomplete_details"]["reason"] == "max_output_tokens"
     )
     second = respond(server, "and then?", previous_response_id=first["id"])
     assert second["previous_response_id"] == first["id"]
@@ -72,17 +83,32 @@ def test_instructions_are_for_one_response_only(server: Serving) -> None:
     same = respond(server, "again", previous_response_id=first["id"], instructions="You are a pirate.")
     assert same["usage"]["input_tokens_details"]["cached_tokens"] == first["usage"]["total_tokens"] - 1
     other = respond(server, "again", previous_response_id=first["id"])
-    assert other["pensieve"]["warning"] is not None and "template_changed" in {miss["why"] for miss in other["pensieve"]["misses"]}
+    assert other["pensieve"]["warning"] is not None and "template_changed" in {
+        miss["why"] for miss in other["pensieve"]["misses"]
+    }
     assert same["instructions"] == "You are a pirate." and other["instructions"] is None
 
 
 def test_a_stream_has_openai_s_events_and_can_be_read_again(server: Serving) -> None:
-    response = server.post("/v1/responses", {"model": "tiny", "input": "stream", "max_output_tokens": 9, "temperature": 0, "stream": True})
+    response = server.post(
+        "/v1/responses",
+        {"model": "tiny", "input": "stream", "max_output_tokens": 9, "temperature": 0, "stream": True},
+    )
     events = events_of(response)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     names = [event["type"] for event in events]
-    assert names[:4] == ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
-    assert names[-4:] == ["response.output_text.done", "response.content_part.done", "response.output_item.done", "response.incomplete"]
+    assert names[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert names[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
     text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
     final = events[-1]["response"]
     assert text == text_of(final) and final["pensieve"]["new_tokens"] > 0
@@ -93,7 +119,11 @@ def test_a_stream_has_openai_s_events_and_can_be_read_again(server: Serving) -> 
     again = events_of(server.client.get(path, params={"stream": True}))
     assert "".join(event["delta"] for event in again if event["type"] == "response.output_text.delta") == text
     late = events_of(server.client.get(path, params={"stream": True, "starting_after": len(events) + 3}))
-    assert late[0]["sequence_number"] == len(events) + 4 and late[0]["text"] == text and late[-1]["response"]["id"] == final["id"]
+    assert (
+        late[0]["sequence_number"] == len(events) + 4
+        and late[0]["text"] == text
+        and late[-1]["response"]["id"] == final["id"]
+    )
 
 
 def test_a_background_response_goes_on_without_its_client(server: Serving) -> None:
@@ -104,7 +134,10 @@ def test_a_background_response_goes_on_without_its_client(server: Serving) -> No
         for _ in zip(range(8), stream.iter_lines(), strict=False):
             pass
     deadline = time.monotonic() + 20
-    while (now := server.client.get(f"/v1/responses/{begun['id']}").json())["status"] in ("queued", "in_progress"):
+    while (now := server.client.get(f"/v1/responses/{begun['id']}").json())["status"] in (
+        "queued",
+        "in_progress",
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert now["usage"]["output_tokens"] == 60
@@ -124,7 +157,10 @@ def test_a_response_can_be_cancelled_and_keeps_what_was_said(server: Serving) ->
 
 
 def test_a_conversation_holds_its_turns_and_items(server: Serving) -> None:
-    made = server.post("/v1/conversations", {"metadata": {"topic": "demo"}, "items": [{"role": "user", "content": "remember 7"}]}).json()
+    made = server.post(
+        "/v1/conversations",
+        {"metadata": {"topic": "demo"}, "items": [{"role": "user", "content": "remember 7"}]},
+    ).json()
     assert made["object"] == "conversation" and made["metadata"] == {"topic": "demo"}
     first = respond(server, "what was it?", conversation=made["id"])
     assert first["conversation"] == {"id": made["id"]}
@@ -136,14 +172,23 @@ def test_a_conversation_holds_its_turns_and_items(server: Serving) -> None:
     assert items[2]["content"][0]["text"] == text_of(first)
     pages, after = [], None
     while True:
-        page = server.client.get(path + "/items", params={"limit": 2} | ({"after": after} if after else {})).json()
+        page = server.client.get(
+            path + "/items", params={"limit": 2} | ({"after": after} if after else {})
+        ).json()
         pages += page["data"]
         after = page["last_id"]
         if not page["has_more"]:
             break
     assert pages == items[::-1]
     assert server.client.get(f"{path}/items/{items[3]['id']}").json() == items[3]
-    server.post(f"{path}/items", {"items": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "one more"}]}]})
+    server.post(
+        f"{path}/items",
+        {
+            "items": [
+                {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "one more"}]}
+            ]
+        },
+    )
     third = respond(server, "now answer", conversation=made["id"])
     assert third["usage"]["input_tokens_details"]["cached_tokens"] == second["usage"]["total_tokens"] - 1
     assert server.client.delete(f"{path}/items/{items[1]['id']}").status_code == 200
@@ -160,7 +205,10 @@ def test_turns_on_a_named_conversation_queue(server: Serving) -> None:
 
     made = server.post("/v1/conversations", {}).json()["id"]
     answers: list[dict[str, Any]] = []
-    threads = [threading.Thread(target=lambda i=i: answers.append(respond(server, f"turn {i}", conversation=made))) for i in range(4)]
+    threads = [
+        threading.Thread(target=lambda i=i: answers.append(respond(server, f"turn {i}", conversation=made)))
+        for i in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -185,7 +233,9 @@ def test_deleting(server: Serving) -> None:
     erased = server.client.delete(f"/v1/conversations/{made}").json()
     assert erased["deleted"] and erased["store_bytes"] > 0 and erased["kv_bytes"] > 0 and erased["complete"]
     assert server.client.get(f"/v1/conversations/{made}").status_code == 404
-    assert server.post("/v1/responses", {"model": "tiny", "input": "x", "conversation": made}).status_code == 404
+    assert (
+        server.post("/v1/responses", {"model": "tiny", "input": "x", "conversation": made}).status_code == 404
+    )
 
 
 def test_unstored_responses_cannot_be_fetched(server: Serving) -> None:
@@ -196,7 +246,11 @@ def test_unstored_responses_cannot_be_fetched(server: Serving) -> None:
 
 def test_a_whole_history_as_input_is_recognised(server: Serving) -> None:
     first = respond(server, [{"role": "user", "content": "agents resend"}])
-    resent = [{"role": "user", "content": "agents resend"}, *first["output"], {"role": "user", "content": "next"}]
+    resent = [
+        {"role": "user", "content": "agents resend"},
+        *first["output"],
+        {"role": "user", "content": "next"},
+    ]
     second = respond(server, resent)
     assert second["usage"]["input_tokens_details"]["cached_tokens"] == first["usage"]["total_tokens"] - 1
 
@@ -206,8 +260,19 @@ def test_functions_are_called_as_items() -> None:
         server.say('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>')
         first = respond(server, "weather?", n=100, tools=[TOOL])
         (call,) = first["output"]
-        assert call["type"] == "function_call" and json.loads(call["arguments"]) == {"city": "Oslo"} and first["status"] == "completed"
-        stream = {"model": "tiny", "input": "weather?", "temperature": 0, "tools": [TOOL], "stream": True, "max_output_tokens": 100}
+        assert (
+            call["type"] == "function_call"
+            and json.loads(call["arguments"]) == {"city": "Oslo"}
+            and first["status"] == "completed"
+        )
+        stream = {
+            "model": "tiny",
+            "input": "weather?",
+            "temperature": 0,
+            "tools": [TOOL],
+            "stream": True,
+            "max_output_tokens": 100,
+        }
         events = events_of(server.post("/v1/responses", stream))
         names = [event["type"] for event in events]
         assert "response.function_call_arguments.delta" in names and names[-1] == "response.completed"

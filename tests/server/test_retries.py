@@ -72,7 +72,9 @@ def begun(server: Serving) -> str:
     found: list[str] = []
 
     def drafted() -> bool:
-        rows = server.store._read(lambda connection: connection.execute("SELECT turn_id FROM drafts").fetchall())
+        rows = server.store._read(
+            lambda connection: connection.execute("SELECT turn_id FROM drafts").fetchall()
+        )
         found[:] = [row[0] for row in rows]
         return bool(found)
 
@@ -145,11 +147,15 @@ def test_an_answer_that_a_crash_cut_short_is_made_anew_once(tmp_path: Path, path
         dying = in_background(server, path, body, "k")
         fragment = begun(server)
         connection = server.store._writer
-        connection.call(lambda c: c.execute("UPDATE drafts SET owner = 'killed'") and None)  # what is left when all else is gone
+        connection.call(
+            lambda c: c.execute("UPDATE drafts SET owner = 'killed'") and None
+        )  # what is left when all else is gone
         connection.call(lambda c: c.execute("UPDATE claims SET owner = 'killed'") and None)
         assert server.store.recover_drafts("killed") == 1
         lost = dying.result(30)
-        assert lost.status_code == 503 and lost.json()["error"]["code"] == AnswerLost.code  # its server had only been frozen
+        assert (
+            lost.status_code == 503 and lost.json()["error"]["code"] == AnswerLost.code
+        )  # its server had only been frozen
         assert lost.headers["retry-after"]
     with serving(store_path=tmp_path / "c.db", owner="next") as server:
         before = server.store.turn("default", fragment)
@@ -158,16 +164,25 @@ def test_an_answer_that_a_crash_cut_short_is_made_anew_once(tmp_path: Path, path
         assert first.status_code == 200 and fragment not in first.text
         told = first.json()
         if path == CHAT:
-            assert told["choices"][0]["finish_reason"] == "length" and told["usage"]["completion_tokens"] == 60
+            assert (
+                told["choices"][0]["finish_reason"] == "length" and told["usage"]["completion_tokens"] == 60
+            )
             conversation, answer = told["pensieve"]["conversation"], words(first)
         else:
-            assert told["incomplete_details"] == {"reason": "max_output_tokens"} and told["usage"]["output_tokens"] == 60
+            assert (
+                told["incomplete_details"] == {"reason": "max_output_tokens"}
+                and told["usage"]["output_tokens"] == 60
+            )
             answer = told["output"][0]["content"][0]["text"]
         assert messages_of(server, conversation)[-2:] == [("user", "go on"), ("assistant", answer)]
-        assert [role for role, _ in messages_of(server, conversation)] == ["user", "assistant"] * (2 if path == CHAT else 1)
+        assert [role for role, _ in messages_of(server, conversation)] == ["user", "assistant"] * (
+            2 if path == CHAT else 1
+        )
         forget_ended(server)
         assert server.post(path, body, **key("k")).json() == told
-        kept = server.client.get(f"{RESPONSES}/resp_{fragment}").json()  # the fragment is a branch, under its own name
+        kept = server.client.get(
+            f"{RESPONSES}/resp_{fragment}"
+        ).json()  # the fragment is a branch, under its own name
         assert (kept["status"], kept["incomplete_details"]) == ("incomplete", {"reason": "interrupted"})
         assert server.store.turn("default", fragment) == before
 
@@ -176,7 +191,12 @@ def test_an_answer_that_a_crash_cut_short_is_made_anew_once(tmp_path: Path, path
 def test_an_answer_that_took_too_long_is_made_anew_and_appended(stream: bool) -> None:
     with serving(config={"request_timeout_s": 0.5, "queue_timeout_s": 0.4}) as server:
         conversation = server.post("/v1/conversations", {}).json()["id"]
-        body = {"input": "take your time", "conversation": conversation, "max_output_tokens": 60, "temperature": 0}
+        body = {
+            "input": "take your time",
+            "conversation": conversation,
+            "max_output_tokens": 60,
+            "temperature": 0,
+        }
         server.worker.pause_s = 0.03
         late = server.post(RESPONSES, body | {"stream": stream}, **key("k"))
         assert "request_timeout" in late.text and (late.status_code == 504 or stream)
@@ -208,7 +228,11 @@ def test_what_a_shutdown_cuts_short_fails_and_is_not_taken_for_whole(tmp_path: P
         loop = server.context.turns._loop
         loop.call_soon_threadsafe(lambda: loop.create_task(server.context.turns.drain(0.3)))
         answer = cut.result(30)
-        assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down" and answer.headers["retry-after"]
+        assert (
+            answer.status_code == 503
+            and answer.json()["error"]["code"] == "shutting_down"
+            and answer.headers["retry-after"]
+        )
     with serving(store_path=tmp_path / "c.db", owner="next") as server:
         again = server.post(CHAT, chat("long", n=300), **key("k"))
         assert again.status_code == 200 and again.json()["usage"]["completion_tokens"] == 300
@@ -230,7 +254,9 @@ def test_a_request_that_is_refused_lets_its_key_go_on_every_server(tmp_path: Pat
 
 
 @pytest.mark.parametrize("conversation_lives", [True, False])
-def test_an_answer_whose_conversation_is_deleted_frees_its_key(server: Serving, conversation_lives: bool) -> None:
+def test_an_answer_whose_conversation_is_deleted_frees_its_key(
+    server: Serving, conversation_lives: bool
+) -> None:
     conversation = server.post("/v1/conversations", {}).json()["id"]
     body = {"input": "go on", "conversation": conversation, "max_output_tokens": 8, "temperature": 0}
     if conversation_lives:
@@ -239,15 +265,21 @@ def test_an_answer_whose_conversation_is_deleted_frees_its_key(server: Serving, 
         begun(server)
         assert server.client.delete(f"/v1/conversations/{conversation}").json()["deleted"]
         gone = first.result(30)
-        assert gone.status_code == 404 and "was deleted" in gone.json()["error"]["message"]  # not a fragment that looks whole
+        assert (
+            gone.status_code == 404 and "was deleted" in gone.json()["error"]["message"]
+        )  # not a fragment that looks whole
         server.worker.pause_s = 0.0
     else:
         assert server.post(RESPONSES, body, **key("k")).status_code == 200
         assert server.client.delete(f"/v1/conversations/{conversation}").json()["deleted"]
     forget_ended(server)
-    retried = server.post(RESPONSES, body | ({"max_output_tokens": 200} if conversation_lives else {}), **key("k"))
+    retried = server.post(
+        RESPONSES, body | ({"max_output_tokens": 200} if conversation_lives else {}), **key("k")
+    )
     assert retried.status_code == 404
-    assert server.post(CHAT, chat("another request"), **key("k")).status_code == 200  # nothing is left of the key
+    assert (
+        server.post(CHAT, chat("another request"), **key("k")).status_code == 200
+    )  # nothing is left of the key
 
 
 def test_a_deleted_response_is_not_brought_back_by_its_key(server: Serving) -> None:
@@ -259,19 +291,27 @@ def test_a_deleted_response_is_not_brought_back_by_its_key(server: Serving) -> N
     assert server.post(RESPONSES, body, **key("k")).json()["id"] != first["id"]
 
 
-def test_a_store_that_failed_under_the_answer_gets_it_again(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_failed_under_the_answer_gets_it_again(
+    server: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
     append = server.store.append
 
     def fail(*_: Any, **__: Any) -> Future[Any]:
         failed: Future[Any] = Future()
         failed.set_exception(
-            StoreUnavailable("the conversation store failed: database or disk is full; take what was being written as not stored")
+            StoreUnavailable(
+                "the conversation store failed: database or disk is full; take what was being written as not stored"
+            )
         )
         return failed
 
     monkeypatch.setattr(server.store, "append", fail)
     lost = server.post(CHAT, chat("once"), **key("k"))
-    assert lost.status_code == 503 and lost.json()["error"]["code"] == "store_error" and lost.headers["retry-after"]
+    assert (
+        lost.status_code == 503
+        and lost.json()["error"]["code"] == "store_error"
+        and lost.headers["retry-after"]
+    )
     monkeypatch.setattr(server.store, "append", append)
     assert words(server.post(CHAT, chat("once"), **key("k")))
     server.until_idle()
@@ -292,27 +332,42 @@ def test_an_answer_whose_draft_is_gone_is_not_made_to_its_end(server: Serving) -
 
 
 def test_a_key_under_way_on_another_server_is_waited_for(tmp_path: Path) -> None:
-    with serving(store_path=tmp_path / "c.db", owner="one") as one, serving(store_path=tmp_path / "c.db", owner="two") as two:
+    with (
+        serving(store_path=tmp_path / "c.db", owner="one") as one,
+        serving(store_path=tmp_path / "c.db", owner="two") as two,
+    ):
         one.worker.pause_s = 0.01
         first = in_background(one, CHAT, chat("once", n=60), "k")
         begun(one)
         with ThreadPoolExecutor(4) as pool:
             answers = list(
-                pool.map(lambda _: httpx.post(two.url + CHAT, json=chat("once", n=60), headers=key("k"), timeout=30.0), range(4))
+                pool.map(
+                    lambda _: httpx.post(
+                        two.url + CHAT, json=chat("once", n=60), headers=key("k"), timeout=30.0
+                    ),
+                    range(4),
+                )
             )
         assert [answer.json() for answer in answers] == [first.result(30).json()] * 4
         assert len(one.store.list("default")) == 1
 
 
-def test_a_key_that_another_server_holds_for_long_is_a_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_another_server_holds_for_long_is_a_conflict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(idempotency, "ELSEWHERE_S", 0.3)
-    with serving(store_path=tmp_path / "c.db", owner="one") as one, serving(store_path=tmp_path / "c.db", owner="two") as two:
+    with (
+        serving(store_path=tmp_path / "c.db", owner="one") as one,
+        serving(store_path=tmp_path / "c.db", owner="two") as two,
+    ):
         one.worker.pause_s = 0.02
         first = in_background(one, CHAT, chat("once", n=100), "k")
         begun(one)
         refused = two.post(CHAT, chat("once", n=100), **key("k"))
         assert (
-            refused.status_code == 409 and "still being answered" in refused.json()["error"]["message"] and refused.headers["retry-after"]
+            refused.status_code == 409
+            and "still being answered" in refused.json()["error"]["message"]
+            and refused.headers["retry-after"]
         )
         other = two.post(CHAT, chat("another request"), **key("k"))
         assert other.status_code == 422
@@ -341,7 +396,10 @@ def test_a_key_whose_server_dies_is_answered_by_the_other_that_waits(tmp_path: P
 
 
 def test_two_servers_do_not_append_to_one_leaf(tmp_path: Path) -> None:
-    with serving(store_path=tmp_path / "c.db", owner="one") as one, serving(store_path=tmp_path / "c.db", owner="two") as two:
+    with (
+        serving(store_path=tmp_path / "c.db", owner="one") as one,
+        serving(store_path=tmp_path / "c.db", owner="two") as two,
+    ):
         conversation = one.post("/v1/conversations", {}).json()["id"]
         body = {"input": "both", "conversation": conversation, "max_output_tokens": 40, "temperature": 0}
         one.worker.pause_s = two.worker.pause_s = 0.01

@@ -83,7 +83,9 @@ def test_the_counts_hold_and_a_tenant_without_any_is_let_in(moves: list[tuple[st
         elif held[tenant] >= -amount:
             shares.give(tenant, -amount)
             held[tenant] += amount
-        assert shares.num_held == held.total() <= total and all(shares.held(name) == count for name, count in held.items())
+        assert shares.num_held == held.total() <= total and all(
+            shares.held(name) == count for name, count in held.items()
+        )
         assert max(held.values(), default=0) <= shares.per_tenant
         some = [name for name, count in held.items() if count]
         if len(some) == 1 and held[some[0]] > 1:  # whatever one tenant does, the next one finds a place
@@ -111,9 +113,13 @@ def background(server: Serving, key: str) -> int:
 
 def test_a_third_tenant_is_answered_while_two_take_all_they_can(tenants: tuple[Path, dict[str, str]]) -> None:
     path, keys = tenants
-    with serving(keys=path, key=keys["alice"], config={"max_open": 16, "max_open_per_key": 12}, slots=(400, 8)) as server:
+    with serving(
+        keys=path, key=keys["alice"], config={"max_open": 16, "max_open_per_key": 12}, slots=(400, 8)
+    ) as server:
         server.worker.pause_s = 0.15
-        took = {name: sum(background(server, keys[name]) == 200 for _ in range(20)) for name in ("alice", "bob")}
+        took = {
+            name: sum(background(server, keys[name]) == 200 for _ in range(20)) for name in ("alice", "bob")
+        }
         assert took["alice"] == 12 and 1 <= took["bob"] <= 3
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "mine"}], "max_tokens": 2}
         for _ in range(3):
@@ -130,7 +136,9 @@ def test_one_tenant_s_recorders_are_not_another_s(tenants: tuple[Path, dict[str,
         events: list[Any] = []
 
         def record(name: str) -> int:
-            response = stack.enter_context(server.client.stream("GET", "/v1/pensieve/record", headers=bearer(keys[name])))
+            response = stack.enter_context(
+                server.client.stream("GET", "/v1/pensieve/record", headers=bearer(keys[name]))
+            )
             if response.status_code == 200:
                 events.append(response.iter_lines())  # (kept: a stream whose reader is gone is closed)
                 next(events[-1])
@@ -150,31 +158,50 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: applicat
 
 def half(server: Serving, key: str, declared: int, sent: int = 1000) -> Any:
     connection = connect(server)
-    connection.sendall(HEAD + b"Authorization: Bearer " + key.encode() + b"\r\nContent-Length: %d\r\n\r\n" % declared + b" " * sent)
+    connection.sendall(
+        HEAD
+        + b"Authorization: Bearer "
+        + key.encode()
+        + b"\r\nContent-Length: %d\r\n\r\n" % declared
+        + b" " * sent
+    )
     return connection
 
 
 def test_bodies_under_way_are_bounded_and_shared(tenants: tuple[Path, dict[str, str]]) -> None:
     path, keys = tenants
-    small = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}).encode()
+    small = json.dumps(
+        {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    ).encode()
     rules = {"max_body_bytes": 100_000, "max_bodies_bytes": 400_000}
-    with serving(keys=path, key=keys["alice"], rules=rules, limits=ConnectionLimits(header_timeout_s=2.0)) as server:
+    with serving(
+        keys=path, key=keys["alice"], rules=rules, limits=ConnectionLimits(header_timeout_s=2.0)
+    ) as server:
         with ExitStack() as stack:
             for _ in range(3):
                 stack.enter_context(half(server, keys["alice"], 100_000))
             with half(server, keys["alice"], 100_000) as fourth:
                 reply = read(fourth)
             assert reply.status == 429 and b"retry-after" in reply.head and "--max-bodies" in reply.message
-            chunked = b"Authorization: Bearer " + keys["alice"].encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+            chunked = (
+                b"Authorization: Bearer " + keys["alice"].encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+            )
             assert exchange(server, HEAD + chunked + b"8000\r\n" + b" " * 0x8000 + b"\r\n").status == 429
-            bobs = b"Authorization: Bearer " + keys["bob"].encode() + b"\r\nContent-Length: %d\r\n\r\n" % len(small)
+            bobs = (
+                b"Authorization: Bearer "
+                + keys["bob"].encode()
+                + b"\r\nContent-Length: %d\r\n\r\n" % len(small)
+            )
             assert exchange(server, HEAD + bobs + small).status == 200
             anonymous = exchange(server, HEAD + b"Content-Length: 90000\r\n\r\n" + b" " * 1000)
             assert anonymous.status == 401 and b"connection: close" in anonymous.head
             assert server.client.get("/v1/models").status_code == 200
         until(
             lambda: (
-                server.client.post("/v1/chat/completions", content=small, headers={"Content-Type": "application/json"}).status_code == 200
+                server.client.post(
+                    "/v1/chat/completions", content=small, headers={"Content-Type": "application/json"}
+                ).status_code
+                == 200
             )
         )
         server.until_idle()
@@ -225,7 +252,11 @@ def test_parts_of_bodies_are_read_in_turn() -> None:
 def test_bodies_that_would_be_refused_anyway_are_not_read(tenants: tuple[Path, dict[str, str]]) -> None:
     path, keys = tenants
     with serving(keys=path, key=keys["alice"], config={"max_open": 2, "max_open_per_key": 1}) as server:
-        authorized = b"Host: x\r\nConnection: close\r\nAuthorization: Bearer " + keys["alice"].encode() + b"\r\nContent-Length: 9000000\r\n"
+        authorized = (
+            b"Host: x\r\nConnection: close\r\nAuthorization: Bearer "
+            + keys["alice"].encode()
+            + b"\r\nContent-Length: 9000000\r\n"
+        )
         json_body = authorized + b"Content-Type: application/json\r\n\r\n"
 
         def status(line: bytes, rest: bytes) -> int | None:
@@ -234,14 +265,30 @@ def test_bodies_that_would_be_refused_anyway_are_not_read(tenants: tuple[Path, d
 
         assert status(b"POST /nothing/here", json_body) == 404
         assert status(b"DELETE /v1/chat/completions", json_body) == 405
-        for kind in (b"text/plain", b"multipart/form-data; boundary=x", b"application/x-www-form-urlencoded", b""):
-            assert status(b"POST /v1/chat/completions", authorized + b"Content-Type: " + kind + b"\r\n\r\n") == 400
+        for kind in (
+            b"text/plain",
+            b"multipart/form-data; boundary=x",
+            b"application/x-www-form-urlencoded",
+            b"",
+        ):
+            assert (
+                status(b"POST /v1/chat/completions", authorized + b"Content-Type: " + kind + b"\r\n\r\n")
+                == 400
+            )
         assert status(b"POST /v1/chat/completions", authorized + b"\r\n") == 400
         server.worker.pause_s = 0.2
         assert background(server, keys["alice"]) == 200
-        for turn in (b"POST /v1/chat/completions", b"POST /v1/completions", b"POST /v1/responses", b"POST /v1/responses/"):
+        for turn in (
+            b"POST /v1/chat/completions",
+            b"POST /v1/completions",
+            b"POST /v1/responses",
+            b"POST /v1/responses/",
+        ):
             assert status(turn, json_body) == 429
-        assert 'pensieve_requests_total{endpoint="/v1/completions",status="429"} 1.0' in server.client.get("/metrics").text
+        assert (
+            'pensieve_requests_total{endpoint="/v1/completions",status="429"} 1.0'
+            in server.client.get("/metrics").text
+        )
         server.context.turns.draining = True
         assert status(b"POST /v1/chat/completions", json_body) == 503
         server.context.turns.draining = False
@@ -258,7 +305,9 @@ def test_requests_of_one_tenant_are_bounded(tenants: tuple[Path, dict[str, str]]
         statuses: list[int] = []
 
         def ask(name: str) -> None:
-            statuses.append(server.client.get("/v1/pensieve/conversations", headers=bearer(keys[name])).status_code)
+            statuses.append(
+                server.client.get("/v1/pensieve/conversations", headers=bearer(keys[name])).status_code
+            )
 
         threads = [threading.Thread(target=ask, args=("alice",)) for _ in range(10)]
         for thread in threads:

@@ -16,7 +16,12 @@ from pensieve.core.plan import StepPlan, StepResult
 from pensieve.service import ConversationService
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
-LIMITS = {"queue_timeout_s": 0.5, "request_timeout_s": 1.0, "operation_timeout_s": 0.5, "drain_timeout_s": 0.5}
+LIMITS = {
+    "queue_timeout_s": 0.5,
+    "request_timeout_s": 1.0,
+    "operation_timeout_s": 0.5,
+    "drain_timeout_s": 0.5,
+}
 SOON_S = 5.0  # far beyond every limit above, on a machine with other work
 
 
@@ -36,7 +41,9 @@ class Hold:
 
     def stop(self, server: Serving) -> None:
         self._go_on.clear()
-        server.context.service.warm("nobody's", namespace="nobody")  # the loop goes into a step that does not end
+        server.context.service.warm(
+            "nobody's", namespace="nobody"
+        )  # the loop goes into a step that does not end
         time.sleep(0.05)
 
     def release(self) -> None:
@@ -54,7 +61,12 @@ def holding(**config: Any) -> Iterator[tuple[Serving, Hold]]:
 
 
 def body(content: str, **more: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0} | more
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 8,
+        "temperature": 0,
+    } | more
 
 
 def soon(request: Callable[[], httpx.Response]) -> httpx.Response:
@@ -80,7 +92,9 @@ def test_turns_end_when_their_time_is_up_whatever_the_engine_does() -> None:
         hold.stop(server)
         queued = soon(lambda: server.post(CHAT, body("nothing comes")))
         assert code(queued) == (503, "queue_timeout") and queued.headers["retry-after"]
-        streamed = soon(lambda: server.post(RESPONSES, {"model": "tiny", "input": "nothing either", "stream": True}))
+        streamed = soon(
+            lambda: server.post(RESPONSES, {"model": "tiny", "input": "nothing either", "stream": True})
+        )
         assert code(streamed) == (503, "queue_timeout")
         assert len(server.context.turns.open) == 2  # the engine has them still
         hold.release()
@@ -121,7 +135,9 @@ def test_operations_end_when_their_time_is_up() -> None:
         conversation = server.ask("hello")["pensieve"]["conversation"]
         hold.stop(server)
         for method, path in OPERATIONS:
-            response = soon(lambda method=method, path=path: server.client.request(method, path.format(conversation)))  # type: ignore[misc]
+            response = soon(
+                lambda method=method, path=path: server.client.request(method, path.format(conversation))
+            )  # type: ignore[misc]
             assert code(response) == (503, "engine_timeout") and response.headers["retry-after"], path
         assert soon(lambda: server.client.get("/metrics")).status_code == 200
         hold.release()
@@ -135,7 +151,11 @@ def test_a_conversation_is_deleted_though_the_engine_does_not_answer_and_its_kv_
         hold.stop(server)
         response = soon(lambda: server.client.delete(f"/v1/conversations/{conversation}"))
         assert response.status_code == 200 and response.json()["deleted"]
-        assert response.json()["turns"] == 1 and not response.json()["complete"] and response.json()["kv_bytes"] == 0
+        assert (
+            response.json()["turns"] == 1
+            and not response.json()["complete"]
+            and response.json()["kv_bytes"] == 0
+        )
         assert soon(lambda: server.client.get(f"/v1/conversations/{conversation}")).status_code == 404
         hold.release()
         server.until_idle()
@@ -183,7 +203,9 @@ def test_a_key_whose_first_try_ran_out_of_time_is_answered_once_and_anew() -> No
         hold.stop(server)
         late = soon(lambda: server.post(CHAT, asking, **key))
         assert code(late) == (503, "queue_timeout")
-        still = soon(lambda: server.post(CHAT, asking, **key))  # it is not known yet what became of the try before
+        still = soon(
+            lambda: server.post(CHAT, asking, **key)
+        )  # it is not known yet what became of the try before
         assert code(still) == (409, "conflict") and still.headers["retry-after"]
         hold.release()
         server.until_idle()
@@ -195,7 +217,9 @@ def test_a_key_whose_first_try_ran_out_of_time_is_answered_once_and_anew() -> No
         assert len(server.client.get("/v1/pensieve/conversations").json()["data"]) == 1
 
 
-def test_a_turn_that_is_stored_when_its_time_is_up_is_what_a_retry_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_that_is_stored_when_its_time_is_up_is_what_a_retry_gets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with holding(request_timeout_s=1.0) as (server, _):
         stored = threading.Event()
         acknowledge = ConversationService._acknowledge

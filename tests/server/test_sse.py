@@ -17,7 +17,11 @@ PATIENCE_S = 20.0  # far beyond anything here
 class Client:
     """What is sent, until it stops reading (`send` never returns) or breaks (`send` raises)."""
 
-    def __init__(self, stops: Callable[[bytes], bool] = lambda body: False, breaks: Callable[[bytes], bool] = lambda body: False) -> None:
+    def __init__(
+        self,
+        stops: Callable[[bytes], bool] = lambda body: False,
+        breaks: Callable[[bytes], bool] = lambda body: False,
+    ) -> None:
         self.bodies: list[bytes] = []
         self.stops, self.breaks = stops, breaks
         self.left = asyncio.Event()
@@ -36,11 +40,16 @@ class Client:
         return {"type": "http.disconnect"}
 
 
-async def listen(client: Client, events: AsyncIterator[bytes], stall_timeout_s: float = PATIENCE_S) -> list[str]:
+async def listen(
+    client: Client, events: AsyncIterator[bytes], stall_timeout_s: float = PATIENCE_S
+) -> list[str]:
     """Run a stream to its end. What its owner was told."""
     told: list[str] = []
     stream = EventStream(
-        events, on_gone=lambda: told.append("gone"), stall_timeout_s=stall_timeout_s, on_open=lambda change: told.append(f"{change:+}")
+        events,
+        on_gone=lambda: told.append("gone"),
+        stall_timeout_s=stall_timeout_s,
+        on_open=lambda change: told.append(f"{change:+}"),
     )
     async with asyncio.timeout(PATIENCE_S):
         await stream({"type": "http"}, client.receive, client.send)

@@ -23,7 +23,14 @@ def test_a_stateless_server_finds_nothing_of_the_turn_before(tmp_path: Path) -> 
         with real_server(tmp_path / f"{len(options)}.db", *options) as server:
             first = [{"role": "user", "content": "Name three fruits and describe each of them."}]
             words, usage = ask(server, first)
-            again, second = ask(server, [*first, {"role": "assistant", "content": words}, {"role": "user", "content": "And a fourth?"}])
+            again, second = ask(
+                server,
+                [
+                    *first,
+                    {"role": "assistant", "content": words},
+                    {"role": "user", "content": "And a fourth?"},
+                ],
+            )
             assert ("stateless" in "\n".join(server.log)) == bool(options)
             told[options] = words, again, usage["prompt_tokens"], second["prompt_tokens"]
             cached = second["prompt_tokens_details"]["cached_tokens"]

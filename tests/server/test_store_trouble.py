@@ -48,7 +48,12 @@ def own(conversation: str, what: str = "") -> str:
 
 
 def body(text: str, n: int = 8) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": n, "temperature": 0}
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": n,
+        "temperature": 0,
+    }
 
 
 def ready(server: Serving) -> tuple[int, dict[str, str]]:
@@ -57,7 +62,9 @@ def ready(server: Serving) -> tuple[int, dict[str, str]]:
 
 
 def set_room(server: Serving, pages: int) -> None:
-    server.store._writer.call(lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}").fetchone(), alone=True)
+    server.store._writer.call(
+        lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}").fetchone(), alone=True
+    )
 
 
 # -- a store that cannot be written to
@@ -72,7 +79,11 @@ def test_a_full_disk_makes_the_server_unready_until_there_is_room(server: Servin
     while failed.status_code == 200:  # there was room in the last pages
         failed = server.post(CHAT, body("much " * 60, 100), **{"Idempotency-Key": f"k{time.monotonic()}"})
         assert time.monotonic() < deadline
-    assert failed.status_code == 503 and failed.json()["error"]["code"] == "store_error" and failed.headers["retry-after"]
+    assert (
+        failed.status_code == 503
+        and failed.json()["error"]["code"] == "store_error"
+        and failed.headers["retry-after"]
+    )
     assert "disk is full" in failed.text and "private-folder" not in failed.text
     status, troubles = ready(server)
     assert status == 503 and "disk is full" in troubles["store"] and "private-folder" not in troubles["store"]
@@ -98,12 +109,18 @@ def test_a_store_file_that_is_lost_takes_no_more_turns(server: Serving, path: Pa
         server.client.get(own(conversation)),
         server.client.delete(own(conversation)),
     ):
-        assert answer.status_code == 503 and answer.json()["error"]["code"] == "store_error" and answer.headers["retry-after"], answer.text
+        assert (
+            answer.status_code == 503
+            and answer.json()["error"]["code"] == "store_error"
+            and answer.headers["retry-after"]
+        ), answer.text
         assert "while it was open" in answer.text and "private-folder" not in answer.text
     status, troubles = ready(server)
     assert status == 503 and "while it was open" in troubles["store"]
     if how == "deleted":
-        assert list(path.parent.iterdir()) == []  # reading made no file that the next start would take for a store
+        assert (
+            list(path.parent.iterdir()) == []
+        )  # reading made no file that the next start would take for a store
     time.sleep(0.5)
     assert ready(server)[0] == 503  # it does not pass by itself
 
@@ -122,12 +139,19 @@ def test_a_damaged_conversation_is_refused_and_no_other(server: Serving) -> None
     damaged, whole = server.ask("damaged"), server.ask("whole")
     server.store._writer.call(
         lambda connection: (
-            connection.execute("UPDATE turns SET token_ids = zeroblob(length(token_ids)) WHERE messages LIKE '%damaged%'") and None
+            connection.execute(
+                "UPDATE turns SET token_ids = zeroblob(length(token_ids)) WHERE messages LIKE '%damaged%'"
+            )
+            and None
         )
     )
     server.context.service._prompts.forget("default")  # as after a restart
     refused = server.client.get(own(damaged["pensieve"]["conversation"]))
-    assert refused.status_code == 500 and "is not what was written" in refused.text and "retry-after" not in refused.headers
+    assert (
+        refused.status_code == 500
+        and "is not what was written" in refused.text
+        and "retry-after" not in refused.headers
+    )
     going_on = body("damaged")
     going_on["messages"] += [
         {"role": "assistant", "content": damaged["choices"][0]["message"]["content"]},
@@ -148,7 +172,11 @@ def test_an_erasure_that_a_reader_holds_up_is_completed_when_it_has_gone(server:
         return any(b"xylophone-quagga" in file.read_bytes() for file in path.parent.iterdir())
 
     def pending() -> str:
-        (line,) = [line for line in server.client.get("/metrics").text.splitlines() if line.startswith("pensieve_erasures_pending")]
+        (line,) = [
+            line
+            for line in server.client.get("/metrics").text.splitlines()
+            if line.startswith("pensieve_erasures_pending")
+        ]
         return line.split()[1]
 
     server.store._busy_timeout_s = 0.2
@@ -189,7 +217,9 @@ def test_a_deletion_that_hangs_holds_no_other(server: Serving, monkeypatch: pyte
     server.post(own(free, "ttl"), {"seconds": 0.01})
     until(lambda: server.client.get(own(free)).status_code == 404)
     assert server.client.get(own(stuck)).status_code == 200
-    more = [server.post("/v1/conversations", {}).json()["id"] for _ in range(8)]  # more than are deleted at a time
+    more = [
+        server.post("/v1/conversations", {}).json()["id"] for _ in range(8)
+    ]  # more than are deleted at a time
     for conversation in more:
         server.post(own(conversation, "ttl"), {"seconds": 0.01})
     until(lambda: all(server.client.get(own(conversation)).status_code == 404 for conversation in more))
@@ -205,7 +235,9 @@ def test_a_conversation_lives_while_it_is_used(server: Serving) -> None:
     assert told["ttl_seconds"] == 1.0 and abs(told["expires_at"] - time.time() - 1.0) < 0.5
     begun_s = time.monotonic()
     while time.monotonic() - begun_s < 2.5:
-        answer = server.post("/v1/responses", {"input": "still here", "conversation": conversation, "max_output_tokens": 2})
+        answer = server.post(
+            "/v1/responses", {"input": "still here", "conversation": conversation, "max_output_tokens": 2}
+        )
         assert answer.status_code == 200, answer.text
         time.sleep(0.2)
     shown = server.client.get(own(conversation)).json()
@@ -218,7 +250,9 @@ def test_a_turn_under_way_holds_its_conversation(server: Serving) -> None:
     server.post("/v1/responses", {"input": "hi", "conversation": conversation, "max_output_tokens": 2})
     server.post(own(conversation, "ttl"), {"seconds": 0.5})
     server.worker.pause_s = 0.05
-    long = server.post("/v1/responses", {"input": "take your time", "conversation": conversation, "max_output_tokens": 40})
+    long = server.post(
+        "/v1/responses", {"input": "take your time", "conversation": conversation, "max_output_tokens": 40}
+    )
     assert long.status_code == 200 and long.json()["usage"]["output_tokens"] == 40  # two seconds
     until(lambda: server.client.get(own(conversation)).status_code == 404)
 
@@ -229,7 +263,9 @@ def test_a_turn_that_waits_for_its_first_token_holds_its_conversation(server: Se
     server.worker.pause_s = 1.5
     waiting: list[int] = []
     request = {"input": "slow", "conversation": conversation, "max_output_tokens": 1}
-    thread = threading.Thread(target=lambda: waiting.append(server.post("/v1/responses", request).status_code))
+    thread = threading.Thread(
+        target=lambda: waiting.append(server.post("/v1/responses", request).status_code)
+    )
     server.post(own(conversation, "ttl"), {"seconds": 0.3})
     thread.start()
     thread.join(30)

@@ -73,13 +73,23 @@ class Client:
         self.asked, self.response, self.pieces = question, "", []
         if self.named:
             path = "/v1/responses"
-            body: dict[str, Any] = {"input": question, "conversation": self.conversation, "max_output_tokens": num_tokens}
+            body: dict[str, Any] = {
+                "input": question,
+                "conversation": self.conversation,
+                "max_output_tokens": num_tokens,
+            }
         else:
             path = "/v1/chat/completions"
-            body = {"model": "smollm2", "messages": [*self.said, {"role": "user", "content": question}], "max_tokens": num_tokens}
+            body = {
+                "model": "smollm2",
+                "messages": [*self.said, {"role": "user", "content": question}],
+                "max_tokens": num_tokens,
+            }
         body |= {"temperature": 0}
         self.key, self.request = f"key-{self.rng.randrange(1 << 60)}", (path, body)
-        with self.server.client.stream("POST", path, json=body | {"stream": True}, headers={"Idempotency-Key": self.key}) as response:
+        with self.server.client.stream(
+            "POST", path, json=body | {"stream": True}, headers={"Idempotency-Key": self.key}
+        ) as response:
             if response.status_code != 200:
                 response.read()
                 self.refused.append((response.status_code, response.json()["error"]["code"]))
@@ -127,7 +137,13 @@ class Load:
 
     def __init__(self, server: RealServer, rng: random.Random, num_clients: int = 4, **keywords: Any) -> None:
         self.clients = [
-            Client(server, f"client {rng.randrange(1 << 30)}", random.Random(rng.random()), named=i % 2 == 0, **keywords)
+            Client(
+                server,
+                f"client {rng.randrange(1 << 30)}",
+                random.Random(rng.random()),
+                named=i % 2 == 0,
+                **keywords,
+            )
             for i in range(num_clients)
         ]
         self.threads = [threading.Thread(target=client.run) for client in self.clients]
@@ -161,7 +177,12 @@ def check_whole(path: Path) -> None:
             "SELECT length(token_ids) / 4, start, stop, messages, reply_reason FROM turns"
         ):
             roles = [message[0] for message in json.loads(messages)]
-            assert start + tokens == stop and roles[-1:] == ["assistant"] and roles.count("assistant") == 1 and reason is not None
+            assert (
+                start + tokens == stop
+                and roles[-1:] == ["assistant"]
+                and roles.count("assistant") == 1
+                and reason is not None
+            )
         leaves = "SELECT count(*) FROM conversations JOIN turns ON turns.id = leaf WHERE reply_reason = ?"
         assert connection.execute(leaves, (INTERRUPTED,)).fetchone() == (0,)  # what was cut short is a branch
     finally:
@@ -174,11 +195,15 @@ def check_acknowledged(server: RealServer, client: Client) -> None:
         return
     answer = server.client.get(f"/v1/pensieve/conversations/{client.conversation}")
     assert answer.status_code == 200, answer.text
-    messages = [{"role": message["role"], "content": message["content"]} for message in answer.json()["messages"]]
+    messages = [
+        {"role": message["role"], "content": message["content"]} for message in answer.json()["messages"]
+    ]
     assert messages[: len(client.said)] == client.said
     unseen = messages[len(client.said) :]
     if unseen:
-        assert [message["role"] for message in unseen] == ["user", "assistant"] and unseen[0]["content"] == client.asked
+        assert [message["role"] for message in unseen] == ["user", "assistant"] and unseen[0][
+            "content"
+        ] == client.asked
         assert unseen[1]["content"].startswith("".join(client.pieces))
         client.said = messages  # what a client sees when it looks
 
@@ -190,14 +215,18 @@ def check_interrupted(server: RealServer, client: Client) -> int | None:
     answer = server.client.get(f"/v1/responses/{client.response}")
     seen = "".join(client.pieces)
     if answer.status_code == 404:
-        assert len(client.pieces) <= FLUSH_TOKENS, f"{len(client.pieces)} pieces were seen, and nothing is there"
+        assert len(client.pieces) <= FLUSH_TOKENS, (
+            f"{len(client.pieces)} pieces were seen, and nothing is there"
+        )
         return len(client.pieces)
     assert answer.status_code == 200, answer.text
     response = answer.json()
     text = text_of(response)
     if response["status"] == "incomplete" and response["incomplete_details"]["reason"] == "interrupted":
         assert text.startswith(seen) or seen.startswith(text)
-        items = server.client.get(f"/v1/responses/{client.response}/input_items", params={"order": "asc", "limit": 100}).json()["data"]
+        items = server.client.get(
+            f"/v1/responses/{client.response}/input_items", params={"order": "asc", "limit": 100}
+        ).json()["data"]
         assert items[-1]["content"][0]["text"] == client.asked
         lost, pieces = 0, list(client.pieces)
         while len("".join(pieces)) > len(text):
@@ -205,7 +234,9 @@ def check_interrupted(server: RealServer, client: Client) -> int | None:
             lost += 1
         assert lost <= DRAFT_TOKENS + FLUSH_TOKENS, f"{lost} tokens of {len(client.pieces)} were lost"
         return lost
-    assert response["status"] in ("completed", "incomplete") and text.startswith(seen)  # its end was stored, and not seen
+    assert response["status"] in ("completed", "incomplete") and text.startswith(
+        seen
+    )  # its end was stored, and not seen
     return None
 
 
@@ -224,7 +255,11 @@ def check_retried(server: RealServer, client: Client) -> bool:
         anew = told["id"] != fragment
     else:
         choice = told["choices"][0]
-        text, usage, conversation = choice["message"]["content"], told["usage"]["completion_tokens"], told["pensieve"]["conversation"]
+        text, usage, conversation = (
+            choice["message"]["content"],
+            told["usage"]["completion_tokens"],
+            told["pensieve"]["conversation"],
+        )
         assert choice["finish_reason"] in ("stop", "length")
         anew = True
     limit = body.get("max_output_tokens", body.get("max_tokens"))
@@ -233,7 +268,10 @@ def check_retried(server: RealServer, client: Client) -> bool:
     assert whole or usage == limit, (usage, limit)
     shown = server.client.get(f"/v1/pensieve/conversations/{conversation}").json()["messages"]
     asked = [{"role": "user", "content": client.asked}, {"role": "assistant", "content": text}]
-    assert [{"role": message["role"], "content": message["content"]} for message in shown] == [*client.said, *asked]
+    assert [{"role": message["role"], "content": message["content"]} for message in shown] == [
+        *client.said,
+        *asked,
+    ]
     again = server.post(path, body, **{"Idempotency-Key": client.key}).json()
     assert {**again, "output": None, "choices": None} == {**told, "output": None, "choices": None}
     client.said, client.conversation, client.asked = [*client.said, *asked], conversation, None
@@ -251,14 +289,23 @@ def has_room(server: RealServer, client: Client) -> bool:
 
 def check_next_turn(server: RealServer, conversation: str, num_tokens: int = 8) -> None:
     """The next turn says what a run without any cache or history says of the same tokens."""
-    body = {"input": "And what did I ask you first?", "conversation": conversation, "max_output_tokens": num_tokens, "temperature": 0}
+    body = {
+        "input": "And what did I ask you first?",
+        "conversation": conversation,
+        "max_output_tokens": num_tokens,
+        "temperature": 0,
+    }
     answer = server.post("/v1/responses", body)
     assert answer.status_code == 200, answer.text
     response = answer.json()
     text, num_prompt = text_of(response), response["usage"]["input_tokens"]
     with SqliteStore(server.store) as store:
         log = path_tokens(store.path("default", response["id"].removeprefix("resp_")))
-        told = [message for turn in store.path("default", response["id"].removeprefix("resp_")) for message in turn.messages]
+        told = [
+            message
+            for turn in store.path("default", response["id"].removeprefix("resp_"))
+            for message in turn.messages
+        ]
     rest = server.post("/detokenize", {"tokens": log}).json()["prompt"]
     for message in told:  # the token log is what was said, in that order
         words = message.content.strip().rstrip("\ufffd")
@@ -267,7 +314,13 @@ def check_next_turn(server: RealServer, conversation: str, num_tokens: int = 8) 
     salt = f"undisturbed-{random.random()}"
     undisturbed = server.client.post(
         "/v1/completions",
-        json={"model": "smollm2", "prompt": log[:num_prompt], "max_tokens": num_tokens, "temperature": 0, "logprobs": 2},
+        json={
+            "model": "smollm2",
+            "prompt": log[:num_prompt],
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "logprobs": 2,
+        },
         headers={"X-Cache-Salt": salt},
     ).json()
     choice = undisturbed["choices"][0]
@@ -298,7 +351,9 @@ def kill_again_and_again(server: RealServer, num_kills: int, rng: random.Random)
     for _ in range(num_kills):
         load = Load(server, rng)
         deadline = time.monotonic() + 60
-        while seen["acknowledged"] == 0 and not any(client.said for client in load.clients):  # a busy machine may be slow to say anything
+        while seen["acknowledged"] == 0 and not any(
+            client.said for client in load.clients
+        ):  # a busy machine may be slow to say anything
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(rng.uniform(0.05, 2.0) if rng.random() < 0.8 else rng.uniform(2.0, 7.0))
@@ -311,7 +366,10 @@ def kill_again_and_again(server: RealServer, num_kills: int, rng: random.Random)
         check_whole(server.store)
         seen["retried"] += sum(all_at_once(lambda client: check_retried(server, client), load.clients))
         going_on = [client for client in load.clients if client.conversation and has_room(server, client)]
-        all_at_once(lambda client: check_next_turn(server, client.conversation), rng.sample(going_on, min(2, len(going_on))))
+        all_at_once(
+            lambda client: check_next_turn(server, client.conversation),
+            rng.sample(going_on, min(2, len(going_on))),
+        )
         server.until_idle()
         seen["acknowledged"] += before // 2
         seen["unseen"] += (sum(len(client.said) for client in load.clients) - before) // 2
@@ -343,7 +401,12 @@ def test_a_hundred_kills(server: RealServer) -> None:
 def test_an_engine_that_is_killed_is_replaced_and_its_requests_are_told(server: RealServer) -> None:
     load = Load(server, random.Random(3), lengths=(150, 200))
     whole: list[httpx.Response] = []
-    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Count to a thousand."}], "max_tokens": 300, "ignore_eos": True}
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "Count to a thousand."}],
+        "max_tokens": 300,
+        "ignore_eos": True,
+    }
     waiting = threading.Thread(target=lambda: whole.append(server.post("/v1/chat/completions", body)))
     try:
         waiting.start()
@@ -355,7 +418,11 @@ def test_an_engine_that_is_killed_is_replaced_and_its_requests_are_told(server: 
         for client in load.clients:  # what they ask the next one need not last
             client.lengths = (2, 5)
         waiting.join(60)
-        assert whole[0].status_code == 503 and whole[0].json()["error"]["code"] == "engine_restarted" and "retry-after" in whole[0].headers
+        assert (
+            whole[0].status_code == 503
+            and whole[0].json()["error"]["code"] == "engine_restarted"
+            and "retry-after" in whole[0].headers
+        )
         while not all(client.broken for client in load.clients):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -363,7 +430,9 @@ def test_an_engine_that_is_killed_is_replaced_and_its_requests_are_told(server: 
         load.end()
     assert {code for client in load.clients for code in client.broken} == {"engine_restarted"}
     server.wait_ready()
-    restarts = re.search(r"^pensieve_engine_restarts_total (\S+)", server.client.get("/metrics").text, re.MULTILINE)
+    restarts = re.search(
+        r"^pensieve_engine_restarts_total (\S+)", server.client.get("/metrics").text, re.MULTILINE
+    )
     assert restarts is not None and float(restarts[1]) == 1
     assert server.client.get("/ready").json()["engine_restarts"] == 1
     for client in load.clients:
@@ -387,7 +456,11 @@ def test_a_server_that_is_told_to_end_lets_answers_end(tmp_path: Path) -> None:
             late = server.client.get("/ready")
         assert late.status_code == 503 and late.json()["status"] == "draining"
         refused = server.post("/v1/responses", {"input": "too late", "max_output_tokens": 4})
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down" and "retry-after" in refused.headers
+        assert (
+            refused.status_code == 503
+            and refused.json()["error"]["code"] == "shutting_down"
+            and "retry-after" in refused.headers
+        )
         load.end()
         assert server.wait() == 0
         assert all(client.asked is None and not client.broken and client.ended for client in load.clients)
@@ -426,15 +499,31 @@ def test_two_servers_on_one_store_and_one_that_freezes(tmp_path: Path) -> None:
             for client in load.clients:
                 assert not client.broken and client.said, client.broken
                 check_acknowledged(second, client)
-            body = {"model": "smollm2", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 200, "ignore_eos": True}
+            body = {
+                "model": "smollm2",
+                "messages": [{"role": "user", "content": "Count."}],
+                "max_tokens": 200,
+                "ignore_eos": True,
+            }
             lost: list[httpx.Response] = []
-            asking = threading.Thread(target=lambda: lost.append(first.post("/v1/chat/completions", body, **{"Idempotency-Key": "frozen"})))
+            asking = threading.Thread(
+                target=lambda: lost.append(
+                    first.post("/v1/chat/completions", body, **{"Idempotency-Key": "frozen"})
+                )
+            )
             for server in (first, second):
-                server.client.timeout = httpx.Timeout(300.0)  # (20 s for the key, and an answer on a machine that does much else)
+                server.client.timeout = httpx.Timeout(
+                    300.0
+                )  # (20 s for the key, and an answer on a machine that does much else)
             asking.start()
             until_drafted(path)
-            time.sleep(0.5)  # not in the middle of that write: a process that is frozen there holds SQLite's lock
-            frozen = [psutil.Process(first.process.pid), *psutil.Process(first.process.pid).children(recursive=True)]
+            time.sleep(
+                0.5
+            )  # not in the middle of that write: a process that is frozen there holds SQLite's lock
+            frozen = [
+                psutil.Process(first.process.pid),
+                *psutil.Process(first.process.pid).children(recursive=True),
+            ]
             for process in frozen:
                 process.suspend()
             answer = second.post("/v1/chat/completions", body, **{"Idempotency-Key": "frozen"})
@@ -446,21 +535,31 @@ def test_two_servers_on_one_store_and_one_that_freezes(tmp_path: Path) -> None:
             for process in reversed(frozen):
                 process.resume()
             asking.join(60)
-            assert lost[0].status_code == 503 and lost[0].json()["error"]["code"] == "answer_lost", lost[0].text
+            assert lost[0].status_code == 503 and lost[0].json()["error"]["code"] == "answer_lost", lost[
+                0
+            ].text
             for server in (first, second):
                 again = server.post("/v1/chat/completions", body, **{"Idempotency-Key": "frozen"}).json()
-                assert (again["id"], again["choices"][0]["message"]) == (answer.json()["id"], answer.json()["choices"][0]["message"])
+                assert (again["id"], again["choices"][0]["message"]) == (
+                    answer.json()["id"],
+                    answer.json()["choices"][0]["message"],
+                )
                 for client in load.clients:
                     check_acknowledged(server, client)
             first.wait_ready()
-            assert first.post("/v1/chat/completions", body | {"max_tokens": 4}).status_code == 200  # it goes on under a new lease
+            assert (
+                first.post("/v1/chat/completions", body | {"max_tokens": 4}).status_code == 200
+            )  # it goes on under a new lease
     check_whole(path)
 
 
 def test_a_restart_on_another_port_recovers_at_once(tmp_path: Path) -> None:
     """`real_server` asks for any free port, so each start has another one."""
     with real_server(tmp_path / "conversations.db") as server:
-        created = server.post("/v1/responses", {"input": "Count.", "max_output_tokens": 400, "ignore_eos": True, "background": True}).json()
+        created = server.post(
+            "/v1/responses",
+            {"input": "Count.", "max_output_tokens": 400, "ignore_eos": True, "background": True},
+        ).json()
         deadline = time.monotonic() + 60
         while server.client.get(f"/v1/responses/{created['id']}").json()["status"] != "in_progress":
             assert time.monotonic() < deadline

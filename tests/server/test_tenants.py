@@ -35,7 +35,11 @@ def keys(tmp_path: Path) -> Iterator[tuple[Serving, dict[str, str], dict[str, st
 def test_one_tenant_cannot_take_every_place(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     alice, again, bob = new_key(), new_key(), new_key()
-    path.write_text("".join(key_line(name, key) + "\n" for name, key in (("alice", alice), ("alice", again), ("bob", bob))))
+    path.write_text(
+        "".join(
+            key_line(name, key) + "\n" for name, key in (("alice", alice), ("alice", again), ("bob", bob))
+        )
+    )
     with serving(keys=path, key=alice, config={"max_open": 4, "max_open_per_key": 2}) as server:
         server.worker.pause_s = 0.03
         body = chat("busy") | {"max_tokens": 60}
@@ -45,12 +49,18 @@ def test_one_tenant_cannot_take_every_place(tmp_path: Path) -> None:
             headers = {"Authorization": f"Bearer {key}", "X-Cache-Salt": salt}
             answers.append(server.client.post("/v1/chat/completions", json=body, headers=headers))
 
-        threads = [threading.Thread(target=ask, args=(key, salt)) for key in (alice, again) for salt in ("", "a", "b")]
+        threads = [
+            threading.Thread(target=ask, args=(key, salt))
+            for key in (alice, again)
+            for salt in ("", "a", "b")
+        ]
         for thread in threads:
             thread.start()
         while len(server.context.turns.open) < 2:
             time.sleep(0.005)
-        mine = server.client.post("/v1/chat/completions", json=chat("mine"), headers={"Authorization": f"Bearer {bob}"})
+        mine = server.client.post(
+            "/v1/chat/completions", json=chat("mine"), headers={"Authorization": f"Bearer {bob}"}
+        )
         for thread in threads:
             thread.join()
         assert mine.status_code == 200
@@ -81,7 +91,12 @@ def computed(server: Serving, ask: Any) -> tuple[int, int]:
 
 
 def chat(text: str) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 6, "temperature": 0}
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 6,
+        "temperature": 0,
+    }
 
 
 ROUTES: tuple[tuple[str, Any], ...] = (
@@ -103,8 +118,12 @@ def test_what_another_has_cached_saves_no_work(keys: Any, path: str, body: Any) 
     probe = computed(server, lambda: server.post(path, asked, **carol))  # two others have it
     ended_s = time.perf_counter()
     assert probe == cold
-    print(f"{path}: nobody has it {1e3 * (middle_s - started_s):.1f} ms, others have it {1e3 * (ended_s - before_s):.1f} ms")
-    assert computed(server, lambda: server.post(path, asked, **alice))[0] < cold[0]  # the probe would show it if there were anything to see
+    print(
+        f"{path}: nobody has it {1e3 * (middle_s - started_s):.1f} ms, others have it {1e3 * (ended_s - before_s):.1f} ms"
+    )
+    assert (
+        computed(server, lambda: server.post(path, asked, **alice))[0] < cold[0]
+    )  # the probe would show it if there were anything to see
 
 
 def test_what_another_is_just_computing_is_not_waited_for(keys: Any) -> None:
@@ -120,16 +139,19 @@ def test_what_another_is_just_computing_is_not_waited_for(keys: Any) -> None:
     first.join()
     server.worker.pause_s = 0.0
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert answer["pensieve"]["new_tokens"] == answer["usage"]["prompt_tokens"] and {m["why"] for m in answer["pensieve"]["misses"]} == {
-        "new"
-    }
+    assert answer["pensieve"]["new_tokens"] == answer["usage"]["prompt_tokens"] and {
+        m["why"] for m in answer["pensieve"]["misses"]
+    } == {"new"}
 
 
 def test_a_salt_keeps_one_tenants_own_caches_apart(keys: Any) -> None:
     server, alice, _, _ = keys
 
     def ask(salt: str) -> tuple[int, int]:
-        return computed(server, lambda: server.post("/v1/chat/completions", chat(PROMPT * 4), **alice, **{"X-Cache-Salt": salt}))
+        return computed(
+            server,
+            lambda: server.post("/v1/chat/completions", chat(PROMPT * 4), **alice, **{"X-Cache-Salt": salt}),
+        )
 
     cold = ask("one")
     assert ask("other") == cold and ask("one")[0] < cold[0]
@@ -146,16 +168,22 @@ def same(theirs: httpx.Response, nobodys: httpx.Response, *ids: str) -> None:
         return text
 
     assert form(theirs) == form(nobodys)
-    assert {name for name in theirs.headers if name != "date"} == {name for name in nobodys.headers if name != "date"}
+    assert {name for name in theirs.headers if name != "date"} == {
+        name for name in nobodys.headers if name != "date"
+    }
 
 
 def test_what_is_anothers_is_not_told_from_what_is_nobodys(keys: Any) -> None:
     server, alice, bob, _ = keys
-    made = server.post("/v1/chat/completions", chat(PROMPT), **alice, **{"X-Session-ID": "s"}).json()["pensieve"]
+    made = server.post("/v1/chat/completions", chat(PROMPT), **alice, **{"X-Session-ID": "s"}).json()[
+        "pensieve"
+    ]
     conversation, response = made["conversation"], "resp_" + made["turn"]
     stranger, nowhere = conversation[:-6] + "abcdef", response[:-6] + "abcdef"
     item = server.client.get(f"/v1/conversations/{conversation}/items", headers=alice).json()["data"][0]["id"]
-    begun = server.post("/v1/responses", {"input": "x", "max_output_tokens": 300, "background": True}, **alice).json()["id"]
+    begun = server.post(
+        "/v1/responses", {"input": "x", "max_output_tokens": 300, "background": True}, **alice
+    ).json()["id"]
     requests: list[tuple[str, str, Any]] = [
         ("GET", "/v1/conversations/{}", None),
         ("POST", "/v1/conversations/{}", {"metadata": {}}),
@@ -166,7 +194,10 @@ def test_what_is_anothers_is_not_told_from_what_is_nobodys(keys: Any) -> None:
         ("DELETE", f"/v1/conversations/{{}}/items/{item}", None),
         ("GET", "/v1/pensieve/conversations/{}", None),
         ("DELETE", "/v1/pensieve/conversations/{}", None),
-        *(("POST", f"/v1/pensieve/conversations/{{}}/{action}", None) for action in ("warm", "idle", "pin", "unpin", "fork")),
+        *(
+            ("POST", f"/v1/pensieve/conversations/{{}}/{action}", None)
+            for action in ("warm", "idle", "pin", "unpin", "fork")
+        ),
         ("POST", "/v1/pensieve/conversations/{}/ttl", {"seconds": 5}),
         ("POST", "/v1/responses", {"input": "x", "conversation": "{}"}),
     ]
@@ -187,14 +218,23 @@ def test_what_is_anothers_is_not_told_from_what_is_nobodys(keys: Any) -> None:
         for id in (response, begun):
             theirs = server.client.request(method, path.format(id), headers=bob)
             same(theirs, server.client.request(method, path.format(nowhere), headers=bob), id, nowhere)
-    for field, known, unknown in (("previous_response_id", response, nowhere), ("previous_response_id", begun, nowhere)):
+    for field, known, unknown in (
+        ("previous_response_id", response, nowhere),
+        ("previous_response_id", begun, nowhere),
+    ):
         bodies = [{"input": "x", field: id} for id in (known, unknown)]
         same(*(server.post("/v1/responses", body, **bob) for body in bodies), known, unknown)
     bobs = server.post("/v1/conversations", {}, **bob).json()["id"]
-    forks = [server.post(f"/v1/pensieve/conversations/{bobs}/fork", {"at": id}, **bob) for id in (response, nowhere)]
+    forks = [
+        server.post(f"/v1/pensieve/conversations/{bobs}/fork", {"at": id}, **bob)
+        for id in (response, nowhere)
+    ]
     same(*forks, response, nowhere, response.removeprefix("resp_"), nowhere.removeprefix("resp_"))
     # Alice's things are as they were
-    assert server.client.get(f"/v1/pensieve/conversations/{conversation}", headers=alice).json()["expires_at"] is None
+    assert (
+        server.client.get(f"/v1/pensieve/conversations/{conversation}", headers=alice).json()["expires_at"]
+        is None
+    )
     server.post(f"/v1/responses/{begun}/cancel", {}, **alice)
 
 
@@ -210,7 +250,12 @@ def test_what_a_key_may_see_of_the_whole_server(keys: Any) -> None:
 def test_without_a_key_nothing_is_read(keys: Any) -> None:
     """Not even whether a body would have been right, or whether there is such a path."""
     server = keys[0]
-    for headers in ({}, {"Authorization": "Bearer nope"}, {"Authorization": "Basic x"}, {"Authorization": "Bearer \u00e9"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer nope"},
+        {"Authorization": "Basic x"},
+        {"Authorization": "Bearer \u00e9"},
+    ):
         for method, path, body in (
             ("POST", "/v1/responses", "{"),
             ("POST", "/v1/chat/completions", "{}"),
@@ -218,9 +263,15 @@ def test_without_a_key_nothing_is_read(keys: Any) -> None:
             ("POST", "/nowhere", ""),
             ("PUT", "/v1/models", ""),
         ):
-            sent = {name: value.encode("latin-1") for name, value in headers.items()} | {"Content-Type": b"application/json"}
+            sent = {name: value.encode("latin-1") for name, value in headers.items()} | {
+                "Content-Type": b"application/json"
+            }
             answer = httpx.request(method, server.url + path, content=body, headers=sent)
-            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", (method, path, answer.text)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", (
+                method,
+                path,
+                answer.text,
+            )
 
 
 def test_room_made_for_another_names_nobody(tmp_path: Path) -> None:
@@ -232,10 +283,14 @@ def test_room_made_for_another_names_nobody(tmp_path: Path) -> None:
         ids = set()
         for number in range(12):
             answer = server.post(
-                "/v1/chat/completions", chat(f"Bob has a longer text, number {number} " * 3), Authorization=f"Bearer {bob}"
+                "/v1/chat/completions",
+                chat(f"Bob has a longer text, number {number} " * 3),
+                Authorization=f"Bearer {bob}",
             ).json()
             ids.add(answer["pensieve"]["conversation"])
-        back = server.ask("the one that will be forgotten " * 3, first["choices"][0]["message"]["content"], "back", n=4)
+        back = server.ask(
+            "the one that will be forgotten " * 3, first["choices"][0]["message"]["content"], "back", n=4
+        )
         by = {miss["by"] for miss in back["pensieve"]["misses"] if miss["why"] == "dropped"}
         assert SOMEBODY_ELSE in by and by <= {SOMEBODY_ELSE, back["pensieve"]["conversation"]}, by
         assert not any(id in str(back) for id in ids)

@@ -33,7 +33,17 @@ def without_names(answer: Any) -> Any:
         return {
             key: without_names(value)
             for key, value in answer.items()
-            if key not in ("id", "item_id", "created", "created_at", "completed_at", "pensieve", "usage", "sequence_number")
+            if key
+            not in (
+                "id",
+                "item_id",
+                "created",
+                "created_at",
+                "completed_at",
+                "pensieve",
+                "usage",
+                "sequence_number",
+            )
         }
     return [without_names(value) for value in answer] if isinstance(answer, list) else answer
 
@@ -45,7 +55,9 @@ def streamed(server: Serving, path: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_long_answers_are_those_that_would_have_been_written_at_once(server: Serving, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_answers_are_those_that_would_have_been_written_at_once(
+    server: Serving, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads: set[str] = set()
     written = writing._written
 

@@ -55,13 +55,20 @@ def running(
     runner: TextRunner | None = None,
 ) -> Iterator[ConversationService]:
     cache = TieredCache(
-        CacheConfig((TierConfig("gpu", slots[0]), TierConfig("cpu", slots[1])), CHUNK), lambda: RetentionValue(COST.of_chunk)
+        CacheConfig((TierConfig("gpu", slots[0]), TierConfig("cpu", slots[1])), CHUNK),
+        lambda: RetentionValue(COST.of_chunk),
     )
-    service = ConversationService(text or chat(CHATML), store, max_context=max_context, overflow=overflow, runner=runner)
+    service = ConversationService(
+        text or chat(CHATML), store, max_context=max_context, overflow=overflow, runner=runner
+    )
     worker = FakeWorker(list(slots), CHUNK, vocab=VOCAB)
     worker.pause_s = pause_s
     engine = Engine(
-        Scheduler(SchedulerConfig(max_batch_tokens=128), cache, max_context), worker, chunk_bytes=1000, emit=service.handle, debug=True
+        Scheduler(SchedulerConfig(max_batch_tokens=128), cache, max_context),
+        worker,
+        chunk_bytes=1000,
+        emit=service.handle,
+        debug=True,
     )
     service.connect(engine.post)
     engine.start()
@@ -79,8 +86,12 @@ def store() -> Iterator[SqliteStore]:
     store.close()
 
 
-def ask(service: ConversationService, text: str, conversation: str = "c", n: int = 12, **options: object) -> TurnDone:
-    return service.send(conversation, [Message("user", text)], SamplingParams(max_new_tokens=n), **options).future.result(20)
+def ask(
+    service: ConversationService, text: str, conversation: str = "c", n: int = 12, **options: object
+) -> TurnDone:
+    return service.send(
+        conversation, [Message("user", text)], SamplingParams(max_new_tokens=n), **options
+    ).future.result(20)
 
 
 def test_a_second_turn_finds_the_first_in_the_cache(store: SqliteStore) -> None:
@@ -105,7 +116,10 @@ def test_what_is_acknowledged_is_stored_and_goes_on_after_a_restart(tmp_path: Fi
     store.close()
     store = SqliteStore(tmp_path / "c.db")
     turns = store.path("default", store.get("default", "c").leaf)
-    assert [(m.role, m.content) for m in path_messages(turns)] == [("user", "hello there"), ("assistant", first.text)]
+    assert [(m.role, m.content) for m in path_messages(turns)] == [
+        ("user", "hello there"),
+        ("assistant", first.text),
+    ]
     assert tuple(path_tokens(turns)) == first.prompt + first.output
     with running(store) as service:  # a new engine: everything is recomputed from raw tokens
         second = ask(service, "and again")
@@ -118,7 +132,10 @@ def test_what_is_acknowledged_is_stored_and_goes_on_after_a_restart(tmp_path: Fi
 
 def test_two_turns_of_one_conversation_queue(store: SqliteStore) -> None:
     with running(store) as service:
-        turns = [service.send("c", [Message("user", f"turn {i}")], SamplingParams(max_new_tokens=5)) for i in range(6)]
+        turns = [
+            service.send("c", [Message("user", f"turn {i}")], SamplingParams(max_new_tokens=5))
+            for i in range(6)
+        ]
         done = [turn.future.result(20) for turn in turns]
     for before, after in itertools.pairwise(done):
         assert after.prompt[: len(before.prompt) + len(before.output)] == before.prompt + before.output
@@ -127,7 +144,12 @@ def test_two_turns_of_one_conversation_queue(store: SqliteStore) -> None:
 def test_many_conversations_under_pressure_all_answer_right(store: SqliteStore) -> None:
     with running(store, slots=(34, 20)) as service:
         turns = [
-            service.send(f"c{i % 7}", [Message("user", f"message {i} of some length")], SamplingParams(max_new_tokens=9)) for i in range(28)
+            service.send(
+                f"c{i % 7}",
+                [Message("user", f"message {i} of some length")],
+                SamplingParams(max_new_tokens=9),
+            )
+            for i in range(28)
         ]
         done = [turn.future.result(60) for turn in turns]
         stats = service.stats().result(20)
@@ -171,7 +193,12 @@ def test_a_stop_string_does_not_end_an_answer_before_its_least_length(store: Sql
 def test_an_aborted_turn_keeps_what_was_said(store: SqliteStore) -> None:
     begun = threading.Event()
     with running(store, pause_s=0.005) as service:
-        turn = service.send("c", [Message("user", "talk for long")], SamplingParams(max_new_tokens=300), on_text=lambda piece: begun.set())
+        turn = service.send(
+            "c",
+            [Message("user", "talk for long")],
+            SamplingParams(max_new_tokens=300),
+            on_text=lambda piece: begun.set(),
+        )
         assert begun.wait(20)
         service.abort(turn)
         done = turn.future.result(20)
@@ -192,7 +219,9 @@ def test_a_prompt_past_the_context_is_refused_and_the_conversation_is_unharmed(s
 
 def test_overflow_truncate_keeps_the_system_prompt_and_says_what_it_cost(store: SqliteStore) -> None:
     with running(store, max_context=160, overflow="truncate") as service:
-        service.send("c", [Message("system", "be brief"), Message("user", "hello")], SamplingParams(max_new_tokens=8)).future.result(20)
+        service.send(
+            "c", [Message("system", "be brief"), Message("user", "hello")], SamplingParams(max_new_tokens=8)
+        ).future.result(20)
         done = [ask(service, f"turn number {i}", n=8) for i in range(12)]
     cut = [turn for turn in done if turn.receipt.truncated_tokens]
     assert cut
@@ -207,7 +236,9 @@ def test_overflow_truncate_keeps_the_system_prompt_and_says_what_it_cost(store: 
         assert list(turn.output) == expected_answer(list(turn.prompt), len(turn.output), VOCAB)
 
 
-def test_a_template_that_rewrites_earlier_turns_reuses_the_common_prefix_and_warns(store: SqliteStore) -> None:
+def test_a_template_that_rewrites_earlier_turns_reuses_the_common_prefix_and_warns(
+    store: SqliteStore,
+) -> None:
     text = chat(THINKING)
     with running(store, text) as service:
         history = (Message("user", "why is it so"), Message("assistant", "<think>\nhmm\n</think>\n\nbecause"))
@@ -257,14 +288,21 @@ def test_one_bad_request_disturbs_nobody(store: SqliteStore) -> None:
 
 
 def test_a_cancelled_turn_does_not_take_others_along(store: SqliteStore) -> None:
-    with running(store, pause_s=0.005) as service:  # (so that the turn is under way when it is cancelled, on a busy machine too)
-        turns = [service.send(f"c{i}", [Message("user", "hello")], SamplingParams(max_new_tokens=30)) for i in range(4)]
+    with running(
+        store, pause_s=0.005
+    ) as service:  # (so that the turn is under way when it is cancelled, on a busy machine too)
+        turns = [
+            service.send(f"c{i}", [Message("user", "hello")], SamplingParams(max_new_tokens=30))
+            for i in range(4)
+        ]
         assert turns[0].future.cancel()
         for turn in turns[1:]:
             assert turn.future.result(20).text
 
 
-def test_an_engine_that_breaks_says_so_to_everybody_and_to_who_comes_later(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_breaks_says_so_to_everybody_and_to_who_comes_later(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(self: Scheduler, now_s: float) -> None:
         raise RuntimeError("planted")
 
@@ -307,7 +345,11 @@ def test_a_turn_answered_elsewhere_meanwhile_is_a_conflict_and_nothing_is_lost(t
             with contextlib.suppress(ConversationConflict):
                 turn.future.result(20)
                 acknowledged.append(text)
-    said = [m.content for m in path_messages(first.path("default", first.get("default", "c").leaf)) if m.role == "user"]
+    said = [
+        m.content
+        for m in path_messages(first.path("default", first.get("default", "c").leaf))
+        if m.role == "user"
+    ]
     first.close()
     second.close()
     assert acknowledged
@@ -316,7 +358,10 @@ def test_a_turn_answered_elsewhere_meanwhile_is_a_conflict_and_nothing_is_lost(t
 
 def test_a_turn_behind_a_deleted_conversation_does_not_bring_it_back(store: SqliteStore) -> None:
     with running(store) as service:
-        turns = [service.send("c", [Message("user", "hello")], SamplingParams(max_new_tokens=200)) for _ in range(2)]
+        turns = [
+            service.send("c", [Message("user", "hello")], SamplingParams(max_new_tokens=200))
+            for _ in range(2)
+        ]
         service.delete("c").result(20)
         for turn in turns:
             with contextlib.suppress(PensieveError):  # the first may have ended before
@@ -327,7 +372,10 @@ def test_a_turn_behind_a_deleted_conversation_does_not_bring_it_back(store: Sqli
 
 def test_the_receipt_counts_the_time_spent_behind_an_earlier_turn(store: SqliteStore) -> None:
     with running(store) as service:
-        turns = [service.send("c", [Message("user", "hello")], SamplingParams(max_new_tokens=100)) for _ in range(2)]
+        turns = [
+            service.send("c", [Message("user", "hello")], SamplingParams(max_new_tokens=100))
+            for _ in range(2)
+        ]
         first, second = (turn.future.result(20).receipt for turn in turns)
     later_s = turns[1].submitted_s - turns[0].submitted_s
     assert later_s + second.queue_s >= first.total_s  # it was admitted after the first had ended
@@ -392,7 +440,11 @@ def test_a_prompt_that_is_being_made_holds_up_its_own_conversation_alone(store: 
         runner.do()
         second = slow[1].future.result(20)
         assert second.prompt[: len(first.prompt) + len(first.output)] == first.prompt + first.output
-    said = [m.content for m in path_messages(store.path("default", store.get("default", "c").leaf)) if m.role == "user"]
+    said = [
+        m.content
+        for m in path_messages(store.path("default", store.get("default", "c").leaf))
+        if m.role == "user"
+    ]
     assert said == ["one", "two"]
 
 
@@ -405,13 +457,19 @@ def test_a_turn_is_aborted_while_its_prompt_is_made_and_the_next_one_begins(stor
             slow.future.result(20)
         assert runner.held[0][1].cancelled(), "it is still being made"
         assert following.future.result(20).text
-    said = [m.content for m in path_messages(store.path("default", store.get("default", "c").leaf)) if m.role == "user"]
+    said = [
+        m.content
+        for m in path_messages(store.path("default", store.get("default", "c").leaf))
+        if m.role == "user"
+    ]
     assert said == ["quick two"]
 
 
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("erase", [False, True])
-def test_a_conversation_is_deleted_while_a_prompt_is_made_in_it(store: SqliteStore, begun: bool, erase: bool) -> None:
+def test_a_conversation_is_deleted_while_a_prompt_is_made_in_it(
+    store: SqliteStore, begun: bool, erase: bool
+) -> None:
     with held(store) as (service, runner):
         if begun:
             ask(service, "quick")
@@ -465,10 +523,15 @@ def test_a_resent_history_whose_prompt_is_being_made_is_forked_not_joined(store:
     """Its conversation is busy from the first moment on."""
     history = (Message("user", "quick"),)
     with held(store) as (service, runner):
-        first = service.start(TurnSpec("default", None, history, SamplingParams(max_new_tokens=4))).future.result(20)
+        first = service.start(
+            TurnSpec("default", None, history, SamplingParams(max_new_tokens=4))
+        ).future.result(20)
         assert first.message is not None
         resent = (*history, first.message, Message("user", "slow"))
-        turns = [service.start(TurnSpec("default", None, resent, SamplingParams(max_new_tokens=4))) for _ in range(2)]
+        turns = [
+            service.start(TurnSpec("default", None, resent, SamplingParams(max_new_tokens=4)))
+            for _ in range(2)
+        ]
         runner.until(2)
         runner.do()
         runner.do()
@@ -480,10 +543,15 @@ def test_a_resent_history_whose_prompt_is_being_made_is_forked_not_joined(store:
 # -- lengths
 
 
-def test_a_prompt_of_more_characters_than_the_context_holds_is_refused_without_a_look(store: SqliteStore) -> None:
+def test_a_prompt_of_more_characters_than_the_context_holds_is_refused_without_a_look(
+    store: SqliteStore,
+) -> None:
     text = chat(CHATML)
     with held(store) as (service, runner):
-        for messages in ([Message("user", " " * 15_000_000)], [Message("system", "\n" * 100_000), Message("user", "hi")]):
+        for messages in (
+            [Message("user", " " * 15_000_000)],
+            [Message("system", "\n" * 100_000), Message("user", "hi")],
+        ):
             with pytest.raises(ContextLengthExceeded, match="400 tokens of the context hold at most 65536"):
                 service.send("c", messages, SamplingParams()).future.result(20)
         tools = ({"type": "function", "function": {"name": "f", "description": "word " * 20_000}},)
@@ -496,16 +564,22 @@ def test_a_prompt_of_more_characters_than_the_context_holds_is_refused_without_a
 def test_a_long_history_is_cut_before_it_is_sent_anywhere(store: SqliteStore) -> None:
     history = tuple(Message(("user", "assistant")[i % 2], f"{i} " + "word " * 200) for i in range(401))
     with held(store) as (service, runner):
-        turn = service.start(TurnSpec("default", "c", history, SamplingParams(max_new_tokens=4), overflow="truncate"))
+        turn = service.start(
+            TurnSpec("default", "c", history, SamplingParams(max_new_tokens=4), overflow="truncate")
+        )
         runner.until(1)
         job = runner.held[0][0]
         assert isinstance(job, WriteChat)
-        assert sum(len(message.content) for message in job.new) <= 65_536 and job.left_out + len(job.new) == 401
+        assert (
+            sum(len(message.content) for message in job.new) <= 65_536 and job.left_out + len(job.new) == 401
+        )
         runner.do()
         with pytest.raises(ContextLengthExceeded):  # the newest message alone has more than the context
             turn.future.result(20)
         short = (*history[:-1], Message("user", "hi"))
-        turn = service.start(TurnSpec("default", "d", short, SamplingParams(max_new_tokens=4), overflow="truncate"))
+        turn = service.start(
+            TurnSpec("default", "d", short, SamplingParams(max_new_tokens=4), overflow="truncate")
+        )
         runner.until(1)
         runner.do()
         done = turn.future.result(20)

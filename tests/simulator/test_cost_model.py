@@ -28,26 +28,37 @@ def test_a_decode_reads_its_weights_and_its_context() -> None:
     kv = 2 * 10 * 5 * 100 * 2
     assert MODEL.kv_bytes_per_token == kv
     # weights: 200 MB at 1 TB/s; attention: 1,000 tokens of 20 kB to read, or 4 * 10 * 10 * 100 FLOPs each, which take longer
-    assert Roofline(MODEL, EVEN).step_s([span(999, 1000)]) == pytest.approx(200e6 / 1e12 + 1000 * max(kv, 40_000) / 1e12)
+    assert Roofline(MODEL, EVEN).step_s([span(999, 1000)]) == pytest.approx(
+        200e6 / 1e12 + 1000 * max(kv, 40_000) / 1e12
+    )
 
 
 def test_a_prompt_multiplies() -> None:
     # 2 FLOPs a weight and token; each query sees itself and what is before it: 1, 2, ..., 512
     pairs = 512 * 513 / 2
-    assert Roofline(MODEL, EVEN).step_s([span(0, 512)]) == pytest.approx(512 * 2e8 / 1e12 + pairs * 40_000 / 1e12)
+    assert Roofline(MODEL, EVEN).step_s([span(0, 512)]) == pytest.approx(
+        512 * 2e8 / 1e12 + pairs * 40_000 / 1e12
+    )
 
 
 def test_devices_share_the_work_and_tell_each_other() -> None:
     alone, four = Roofline(MODEL, EVEN), Roofline(MODEL, EVEN, 4)
-    reduced = 20 * (1e-6 + 1.5 * 512 * 1000 * 2 / 1e12)  # 2 a layer: latency, and 2 (n - 1) / n of the activations
+    reduced = 20 * (
+        1e-6 + 1.5 * 512 * 1000 * 2 / 1e12
+    )  # 2 a layer: latency, and 2 (n - 1) / n of the activations
     assert four.step_s([span(0, 512)]) == pytest.approx(alone.step_s([span(0, 512)]) / 4 + reduced)
 
 
 def test_a_step_is_no_shorter_than_launching_it() -> None:
-    assert Machine("smollm2-135m").cost().step_s([span(0, 1)]) == pytest.approx(30 * find_hardware("a100-80gb").launch_s)
+    assert Machine("smollm2-135m").cost().step_s([span(0, 1)]) == pytest.approx(
+        30 * find_hardware("a100-80gb").launch_s
+    )
 
 
-@given(st.sampled_from(sorted(HARDWARE)), st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 500)), min_size=1, max_size=8))
+@given(
+    st.sampled_from(sorted(HARDWARE)),
+    st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 500)), min_size=1, max_size=8),
+)
 def test_more_work_takes_longer(name: str, pieces: list[tuple[int, int]]) -> None:
     cost = Roofline(MODEL, HARDWARE[name])
     spans = [span(start, start + length) for start, length in pieces]
@@ -61,7 +72,9 @@ def test_costs_of_chunks_rise_and_have_no_less_than_the_weights() -> None:
     costs = [profile.of_chunk(index) for index in range(512)]
     assert costs == sorted(costs)
     assert costs[0] > 0.015  # 26 GB of weights
-    assert 1.2 < (costs[-1] - costs[0]) / costs[0] < 1.6  # Fig. 4: at 16,384 tokens attention takes half as much again as the rest
+    assert (
+        1.2 < (costs[-1] - costs[0]) / costs[0] < 1.6
+    )  # Fig. 4: at 16,384 tokens attention takes half as much again as the rest
 
 
 def test_an_input_embedding_counts_where_it_is_the_outputs_too() -> None:
@@ -90,7 +103,9 @@ def test_the_papers_small_figures_come_out(figure: str) -> None:
 
 
 def test_measured_points_are_met_and_extended() -> None:
-    cost = Measured(30, [(1, 0.010), (8, 0.012), (512, 0.150)], [(1, 0.002), (5, 0.004)], 1e-6, 3.2e-5 - 31e-7, 32)
+    cost = Measured(
+        30, [(1, 0.010), (8, 0.012), (512, 0.150)], [(1, 0.002), (5, 0.004)], 1e-6, 3.2e-5 - 31e-7, 32
+    )
     assert cost.linear_s(1) == pytest.approx(0.010)
     assert cost.linear_s(8) == pytest.approx(0.012)
     assert cost.linear_s(1016) == pytest.approx(0.150 + (0.150 - 0.012))
@@ -110,7 +125,9 @@ def test_what_attention_reads_and_what_it_multiplies_are_told_apart() -> None:
     cost = Measured(30, [(1, 0.0), (8, 0.0)], [(1, 0.0)], 1e-6, 16.5e-6, 32)
     assert cost.attention_s(1, 1000) == pytest.approx(1e-3)
     assert cost.attention_s(32, 1000) == pytest.approx(0.5e-6 * 1000 + 0.5e-6 * 32 * (1000 - 15.5))
-    assert cost.attention_s(32, 2000) - cost.attention_s(32, 1000) == pytest.approx(16.5e-3)  # as it was measured
+    assert cost.attention_s(32, 2000) - cost.attention_s(32, 1000) == pytest.approx(
+        16.5e-3
+    )  # as it was measured
 
 
 def test_an_answer_costs_more_than_a_token() -> None:

@@ -39,7 +39,14 @@ def down(copy_id: int, tier: int = 0) -> Copy:
     return Copy(copy_id, tier, 0, tier + 1, 0)
 
 
-def plan(step: int, *, spans: int = 0, swap_in: tuple[Copy, ...] = (), swap_out: tuple[Copy, ...] = (), settles: bool = False) -> StepPlan:
+def plan(
+    step: int,
+    *,
+    spans: int = 0,
+    swap_in: tuple[Copy, ...] = (),
+    swap_out: tuple[Copy, ...] = (),
+    settles: bool = False,
+) -> StepPlan:
     return StepPlan(
         step, tuple(Span(f"r{i}", 4, 5, None, emits_token=True) for i in range(spans)), swap_in, swap_out,
         tuple(RequestStart(f"r{i}", SamplingParams(), (7, 8 + i)) for i in range(spans)), (), (), (), settles=settles,
@@ -105,7 +112,9 @@ def test_swap_outs_wait_for_swap_ins() -> None:
 def test_both_directions_at_once_cost_each_other() -> None:
     it, clock = worker()
     it.run(plan(0, swap_out=(down(0),)))
-    it.run(plan(1, spans=0, swap_in=()))  # (begins nothing: the copy of step 0 is not under way before time moves)
+    it.run(
+        plan(1, spans=0, swap_in=())
+    )  # (begins nothing: the copy of step 0 is not under way before time moves)
     clock.advance(0.5)
     assert it.run(plan(2)).copies_done == ()  # now it is, with 0.5 s to go
     it.run(plan(3, swap_in=(up(1),)))

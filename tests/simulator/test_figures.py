@@ -26,7 +26,9 @@ LIMITS = {"pensieve": 4.0, "pensieve-phased": 3.6, "gpu-only": 3.0, "stateless":
 def pretend(case: Case) -> Outcome:
     """As if a queue of one server had been simulated: latency rises without bound towards a limit."""
     rate = case.load.rates[case.run]
-    limit = LIMITS[case.system] * (0.95 if case.policy == "lru" else 1.0) * (60 / case.load.think.mean_s) ** 0.1
+    limit = (
+        LIMITS[case.system] * (0.95 if case.policy == "lru" else 1.0) * (60 / case.load.think.mean_s) ** 0.1
+    )
     done = min(rate, 0.99 * limit)
     p90 = 0.02 / (1 - done / limit)
     summary = replace(
@@ -55,7 +57,9 @@ def test_a_point_is_the_mean_over_its_seeds() -> None:
     assert len(cases) == SEEDS and len({case.load.seed for case in cases}) == SEEDS
     one, other = (pretend(case) for case in cases)
     other = replace(other, summary=replace(other.summary, finished_per_s=one.summary.finished_per_s + 1.0))
-    assert mean_curve([one, other]) == [(pytest.approx(one.summary.finished_per_s + 0.5), pytest.approx(one.summary.normalized_s.p90))]
+    assert mean_curve([one, other]) == [
+        (pytest.approx(one.summary.finished_per_s + 0.5), pytest.approx(one.summary.normalized_s.p90))
+    ]
 
 
 def test_figures_share_cases_and_curves_go_on_until_they_can_be_read() -> None:
@@ -69,7 +73,9 @@ def test_figures_share_cases_and_curves_go_on_until_they_can_be_read() -> None:
     assert len(set(asked)) == len(asked)
     ours = results[0]
     for series in ours.figure.series:
-        assert ours.throughput(series.label) == pytest.approx(LIMITS[series.system] * (1 - 0.02 / 0.12), rel=0.2)
+        assert ours.throughput(series.label) == pytest.approx(
+            LIMITS[series.system] * (1 - 0.02 / 0.12), rel=0.2
+        )
     ratio = next(one for one in compare(ours) if one.paper == RATIOS["10a"][1])
     assert ratio.ours == pytest.approx(4.0 / 2.5, rel=0.15)
     assert ratio.ours is not None and ratio.difference == pytest.approx(ratio.ours / 1.36 - 1)

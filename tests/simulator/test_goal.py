@@ -28,9 +28,13 @@ def test_so_many_may_be_late_as_the_quantile_allows(values: list[float], quantil
 
 @pytest.mark.parametrize("metric", ["normalized", "ttft"])
 @pytest.mark.parametrize(
-    "load", [replace(LOAD, users=80), replace(LOAD, users=None, rates=(15.0,), duration_s=20.0, turns=6)], ids=["users", "a window"]
+    "load",
+    [replace(LOAD, users=80), replace(LOAD, users=None, rates=(15.0,), duration_s=20.0, turns=6)],
+    ids=["users", "a window"],
 )
-def test_what_is_given_up_would_have_missed_and_nothing_else_changes(load: LoadOptions, metric: Metric) -> None:
+def test_what_is_given_up_would_have_missed_and_nothing_else_changes(
+    load: LoadOptions, metric: Metric
+) -> None:
     case = small(load=load, debug=False, warm_up_s=2.0 if load.rates else 0.0)
     whole = run_case(case)
     assert not whole.gave_up
@@ -50,7 +54,9 @@ def test_what_is_given_up_would_have_missed_and_nothing_else_changes(load: LoadO
 
 def test_a_failed_request_misses_every_goal() -> None:
     machine = Machine("smollm2-135m", "a100-80gb", gpu_cache_gb=MACHINE.gpu_cache_gb / 4, cpu_cache_gb=0.0)
-    load = replace(LOAD, users=4, turns=60, first_tokens=20, new_tokens=10, output_tokens=10)  # grows until it does not fit
+    load = replace(
+        LOAD, users=4, turns=60, first_tokens=20, new_tokens=10, output_tokens=10
+    )  # grows until it does not fit
     case = small(load=load, machine=machine, debug=False)
     assert run_case(case).summary.failed
     assert run_case(replace(case, give_up=Goal(1e6))).gave_up
@@ -58,7 +64,8 @@ def test_a_failed_request_misses_every_goal() -> None:
 
 def test_turns_that_could_be_sent_in_time_are_counted_and_no_others() -> None:
     turns = tuple(
-        ScriptTurn(10, 10, think_s=think_s, due_s=due_s) for think_s, due_s in ((0.0, None), (4.0, None), (1.0, 20.0), (1.0, None))
+        ScriptTurn(10, 10, think_s=think_s, due_s=due_s)
+        for think_s, due_s in ((0.0, None), (4.0, None), (1.0, 20.0), (1.0, None))
     )
     player = Player(5.0, (Script("a", turns),))  # at 5, 9, 20 and 21 s at the earliest
     waiting = [Waiting(5.0, 10, None)]

@@ -26,7 +26,9 @@ def written(folder: Path, content: dict[str, Any] | str) -> Path:
 
 
 def measured_machine(folder: Path, **changes: Any) -> Machine:
-    return Machine.of_profile(load_machine(written(folder, DOCUMENT | changes)), 40 * CHUNK_BYTES / 1e9, 60 * CHUNK_BYTES / 1e9)
+    return Machine.of_profile(
+        load_machine(written(folder, DOCUMENT | changes)), 40 * CHUNK_BYTES / 1e9, 60 * CHUNK_BYTES / 1e9
+    )
 
 
 def test_a_machine_comes_out_of_its_file(tmp_path: Path) -> None:
@@ -37,7 +39,9 @@ def test_a_machine_comes_out_of_its_file(tmp_path: Path) -> None:
     assert machine.host_overheads() == Overheads(1e-4, 3e-6, 5e-5, 2e-6, 2e-4)
     assert machine.cost().step_s([Span("r", 0, 1, None, emits_token=True)]) == pytest.approx(0.012 + 1e-6)
     links = machine.links(32)
-    assert links.up_s(1) == pytest.approx(CHUNK_BYTES / 2e9) and links.down_s(0) == pytest.approx(CHUNK_BYTES / 1e9)
+    assert links.up_s(1) == pytest.approx(CHUNK_BYTES / 2e9) and links.down_s(0) == pytest.approx(
+        CHUNK_BYTES / 1e9
+    )
     assert machine.chunk_costs(machine.cost(), 32, 8192).of_chunk(1) == pytest.approx(0.041)
 
 
@@ -61,12 +65,16 @@ def test_a_result_is_taken_in_before_the_next_step_is_planned(tmp_path: Path) ->
     machine = measured_machine(tmp_path)
     outcome = run_case(small(machine=machine, load=alone), keep_records=True)
     (record,) = outcome.records
-    assert outcome.simulated_s - record.finished_s == pytest.approx(5e-5 + 2e-6 + 2e-4)  # an answer is there before that
+    assert outcome.simulated_s - record.finished_s == pytest.approx(
+        5e-5 + 2e-6 + 2e-4
+    )  # an answer is there before that
     assert outcome.busy_share < 1.0
 
 
 def test_chunks_are_those_that_were_measured(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="measured with chunks of 32 tokens, the simulation has chunks of 16"):
+    with pytest.raises(
+        ConfigError, match="measured with chunks of 32 tokens, the simulation has chunks of 16"
+    ):
         run_case(small(machine=measured_machine(tmp_path), chunk_tokens=16))
 
 
@@ -88,9 +96,15 @@ def test_there_is_no_disk_in_a_profile(tmp_path: Path) -> None:
         (DOCUMENT | {"answer_points": [[1, -1.0]]}, "answer_points must be at least 0, got -1.0"),
         (DOCUMENT | {"decode_token_s": float("nan")}, "decode_token_s must be at least 0, got nan"),
         (DOCUMENT | {"copy_bytes_per_s": {"gpu->cpu": 1e9}}, "copy_bytes_per_s has no 'cpu->gpu'"),
-        (DOCUMENT | {"copy_bytes_per_s": {"gpu->cpu": 1e9, "cpu->gpu": 0.0}}, "copy_bytes_per_s must be positive, got 0.0"),
+        (
+            DOCUMENT | {"copy_bytes_per_s": {"gpu->cpu": 1e9, "cpu->gpu": 0.0}},
+            "copy_bytes_per_s must be positive, got 0.0",
+        ),
         ({key: value for key, value in DOCUMENT.items() if key != "shape"}, "shape is missing"),
-        (DOCUMENT | {"shape": DOCUMENT["shape"] | {"num_layers": 0}}, "shape.num_layers must be an integer of at least 1, got 0"),
+        (
+            DOCUMENT | {"shape": DOCUMENT["shape"] | {"num_layers": 0}},
+            "shape.num_layers must be an integer of at least 1, got 0",
+        ),
         (DOCUMENT | {"bytes_per_value": "two"}, "bytes_per_value must be of type int, got 'two'"),
     ],
 )

@@ -33,12 +33,33 @@ Latency = Callable[[Machine, float], float]
 
 
 def outcome_of(
-    case: Case, latency_s: float, *, busy: float = 0.9, swap_wait: float = 0.0, failed: int = 0, suspensions: int = 0
+    case: Case,
+    latency_s: float,
+    *,
+    busy: float = 0.9,
+    swap_wait: float = 0.0,
+    failed: int = 0,
+    suspensions: int = 0,
 ) -> Outcome:
     spread = Spread(latency_s, latency_s, latency_s, latency_s)
     recomputed = round(1e6 * latency_s)
     summary = Summary(
-        (0.0, 100.0), 1000, failed, 10.0, 10.0, 1e3, spread, spread, spread, 0.9, 0.05, 0.05, recomputed, 20_000_000, 0, suspensions
+        (0.0, 100.0),
+        1000,
+        failed,
+        10.0,
+        10.0,
+        1e3,
+        spread,
+        spread,
+        spread,
+        0.9,
+        0.05,
+        0.05,
+        recomputed,
+        20_000_000,
+        0,
+        suspensions,
     )
     return Outcome(case, case.load.rates[0], summary, 100.0, 1, busy, swap_wait, 1.0, {}, 1, ())
 
@@ -53,7 +74,9 @@ class Fake:
     def __call__(self, cases: Sequence[Case]) -> list[Outcome]:
         assert len(set(cases)) == len(cases)
         self.batches.append(list(cases))
-        return [outcome_of(case, self.latency(case.machine, case.load.rates[0]), **self.more) for case in cases]  # type: ignore[arg-type]
+        return [
+            outcome_of(case, self.latency(case.machine, case.load.rates[0]), **self.more) for case in cases
+        ]  # type: ignore[arg-type]
 
     @property
     def count(self) -> int:
@@ -103,7 +126,10 @@ def test_more_devices_only_where_fewer_do_not_hold() -> None:
     fake = Fake(needs_two)
     answer = make_plan(Book(BASE, GOAL, PRICES, fake), spaces)
     assert answer.best is not None and answer.best.machine.devices == 2
-    assert [found.space.devices for found in answer.found] == [1, 2]  # (four cost more than what was found on two)
+    assert [found.space.devices for found in answer.found] == [
+        1,
+        2,
+    ]  # (four cost more than what was found on two)
     assert max(case.machine.devices for batch in fake.batches for case in batch) == 2
 
 
@@ -113,7 +139,9 @@ def test_noise_does_not_make_a_lucky_run_the_answer() -> None:
         return 0.09 if lucky else kept(machine, rate)
 
     def wobbling(machine: Machine, rate: float) -> float:
-        return kept(machine, rate) * (1.0 + 0.03 * math.sin(1e3 * machine.cpu_cache_gb + 7e2 * machine.gpu_cache_gb))
+        return kept(machine, rate) * (
+            1.0 + 0.03 * math.sin(1e3 * machine.cpu_cache_gb + 7e2 * machine.gpu_cache_gb)
+        )
 
     for latency in (noisy, wobbling):
         book = Book(BASE, GOAL, PRICES, Fake(latency))
@@ -142,13 +170,19 @@ def test_another_gigabyte_saves_what_the_formula_says() -> None:
     for margin in answer.margins:
         assert margin.saved_ms == pytest.approx(1.0)  # 200 ms for 200 GB
         assert margin.saved_tokens_per_s == pytest.approx(10.0, rel=0.01)  # 1 ms is 1,000 tokens in 100 s
-        assert margin.more_per_s == pytest.approx(1 / 15, rel=0.15)  # a request a second needs 15 GB at the target
+        assert margin.more_per_s == pytest.approx(
+            1 / 15, rel=0.15
+        )  # a request a second needs 15 GB at the target
     kept_gb = best.machine.cpu_cache_gb + best.machine.gpu_cache_gb
     assert answer.held.per_s == pytest.approx(kept_gb / 15.0, rel=0.005)
     assert answer.headroom.case.load.rates == (12.0,)
     assert answer.headroom.latency_s == pytest.approx(0.05 + 0.2 * (1 - kept_gb / 240.0))
     words = " ".join(sentences(book, answer))
-    assert "With 20% more load it takes" in words and "over the target" in words and "worth most for its price is more CPU" in words
+    assert (
+        "With 20% more load it takes" in words
+        and "over the target" in words
+        and "worth most for its price is more CPU" in words
+    )
 
 
 def test_what_cannot_be_reached_is_said_with_the_reason_and_the_rate_that_is_held() -> None:
@@ -161,7 +195,11 @@ def test_what_cannot_be_reached_is_said_with_the_reason_and_the_rate_that_is_hel
     assert answer.held.per_s == pytest.approx(5.0)
     words = " ".join(sentences(book, answer))
     assert "200 ms a token, 2 times the target of 100 ms a token" in words
-    assert "No memory helps" in words and "busy 100% of the time" in words and "holds up to 5 requests/s, 50% of the load" in words
+    assert (
+        "No memory helps" in words
+        and "busy 100% of the time" in words
+        and "holds up to 5 requests/s, 50% of the load" in words
+    )
 
     for more, limit, said in (
         ({"swap_wait": 0.4}, "link", "waits for copies"),
@@ -173,7 +211,9 @@ def test_what_cannot_be_reached_is_said_with_the_reason_and_the_rate_that_is_hel
 
 
 def test_a_run_too_short_for_its_rate_is_told() -> None:
-    book = Book(replace(BASE, load=replace(BASE.load, rates=(13.0,))), GOAL, PRICES, Fake(lambda machine, rate: 0.01))
+    book = Book(
+        replace(BASE, load=replace(BASE.load, rates=(13.0,))), GOAL, PRICES, Fake(lambda machine, rate: 0.01)
+    )
     words = sentences(book, make_plan(book, [SPACE]))
     assert words[-1].startswith("In the measured window only 10 of 13 requests/s were sent")
     steady = Book(BASE, GOAL, PRICES, Fake(kept))
@@ -184,7 +224,9 @@ def test_memory_that_was_not_allowed_is_named() -> None:
     book = Book(BASE, GOAL, PRICES, Fake(kept))
     answer = make_plan(book, [replace(SPACE, cpu_gb=40.0)])
     assert answer.best is None and answer.limit == "memory"
-    assert "with 400 GB of CPU tier it would be 50 ms a token. Raise --max-cpu-gb" in " ".join(sentences(book, answer))
+    assert "with 400 GB of CPU tier it would be 50 ms a token. Raise --max-cpu-gb" in " ".join(
+        sentences(book, answer)
+    )
 
 
 def test_requests_that_fail_are_no_answer() -> None:
@@ -210,7 +252,14 @@ def test_more_load_is_more_arrivals_or_a_faster_trace() -> None:
 
 
 def test_sizes_are_what_somebody_would_write_down() -> None:
-    assert [rounded(size) for size in (0.0, 0.0123456, 1.0, 9.999, 123.9, 1234.0)] == [0.0, 0.0123, 1.0, 9.99, 123.0, 1230.0]
+    assert [rounded(size) for size in (0.0, 0.0123456, 1.0, 9.999, 123.9, 1234.0)] == [
+        0.0,
+        0.0123,
+        1.0,
+        9.99,
+        123.0,
+        1230.0,
+    ]
     sizes = SPACE.cpu_sizes()
     assert sizes[0] == 0.0 and sizes[-1] == 400.0 and sizes == sorted(set(sizes))
     assert SPACE.gpu_sizes() == [80.0, 40.0, 20.0, 10.0]
@@ -219,7 +268,18 @@ def test_sizes_are_what_somebody_would_write_down() -> None:
 
 # -- real simulations
 
-TINY = ["--model", "smollm2-135m", "--hardware", "a100-80gb", "--max-context", "1024", "--jobs", "1", "--max-disk-gb", "0"]
+TINY = [
+    "--model",
+    "smollm2-135m",
+    "--hardware",
+    "a100-80gb",
+    "--max-context",
+    "1024",
+    "--jobs",
+    "1",
+    "--max-disk-gb",
+    "0",
+]
 RATED = ["--rate", "8", "--duration", "2", "--turns", "2"]
 
 
@@ -245,7 +305,14 @@ def timed(tmp_path: Path) -> list[str]:
 def test_alone_is_what_an_idle_machine_takes() -> None:
     from pensieve.simulator.case import run_case
 
-    load = LoadOptions(trace=Path("sharegpt-like"), rates=(0.05,), duration_s=400.0, turns=3, max_context=1024, think=ThinkTime(5.0))
+    load = LoadOptions(
+        trace=Path("sharegpt-like"),
+        rates=(0.05,),
+        duration_s=400.0,
+        turns=3,
+        max_context=1024,
+        think=ThinkTime(5.0),
+    )
     case = Case(Machine("smollm2-135m"), load, max_context=1024)
     summary = run_case(case).summary
     bound = alone(case, demand_of(case))
@@ -269,10 +336,15 @@ def test_a_small_plan_end_to_end(timed: list[str], tmp_path: Path) -> None:
 
 
 def test_a_plan_that_fails_says_so_in_its_exit_status(timed: list[str]) -> None:
-    result = CliRunner().invoke(plan, [*timed, "--speed", "8", "--latency-ms", "18", "--metric", "ttft", "--max-running", "2"])
+    result = CliRunner().invoke(
+        plan, [*timed, "--speed", "8", "--latency-ms", "18", "--metric", "ttft", "--max-running", "2"]
+    )
     assert result.exit_code == 1 and not isinstance(result.exception, ConfigError), result.output
     record = json.loads(result.stdout.splitlines()[-1])
-    assert record["found"] is None and "Nothing that was allowed holds p90 time to first token" in record["answer"]
+    assert (
+        record["found"] is None
+        and "Nothing that was allowed holds p90 time to first token" in record["answer"]
+    )
     assert 0.0 < record["held"]["load"] < 1.0
 
 
@@ -295,7 +367,10 @@ def test_bad_input_names_the_value_and_the_way_out(arguments: list[str], words: 
 
 def test_people_who_come_at_no_rate_cannot_be_planned_for() -> None:
     result = CliRunner().invoke(plan, ["--p90-latency-ms", "50"])
-    assert isinstance(result.exception, ConfigError) and "give --rate, or a trace with times" in result.exception.message
+    assert (
+        isinstance(result.exception, ConfigError)
+        and "give --rate, or a trace with times" in result.exception.message
+    )
 
 
 def test_more_devices_leave_more_room() -> None:

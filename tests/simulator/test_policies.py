@@ -38,7 +38,9 @@ def test_a_conversation_goes_as_a_whole_even_if_one_slot_is_wanted() -> None:
     world.turn("d", 1, 40.0)
     assert [world.places(name) for name in "abcd"] == ["", "gggg", "gggg", "g"]
     world.turn("e", 4, 50.0)
-    assert [world.places(name) for name in "bcde"] == ["", "gggg", "g", "gggg"], "three slots were left, one was wanted"
+    assert [world.places(name) for name in "bcde"] == ["", "gggg", "g", "gggg"], (
+        "three slots were left, one was wanted"
+    )
 
 
 def test_a_conversation_goes_down_as_a_whole_and_is_dropped_as_a_whole() -> None:
@@ -54,7 +56,9 @@ def test_t_lru_takes_first_what_the_next_turn_can_do_without() -> None:
     world.turn("d", 3, 40.0)
     assert [world.places(name) for name in "abc"] == ["gg", "ggg", "gggg"]
     world.turn("e", 6, 50.0)
-    assert [world.places(name) for name in "abcd"] == ["g", "gg", "gg", "g"], "5 spare chunks went, oldest first; then LRU"
+    assert [world.places(name) for name in "abcd"] == ["g", "gg", "gg", "g"], (
+        "5 spare chunks went, oldest first; then LRU"
+    )
 
 
 def test_lfu_takes_who_had_the_fewest_turns_until_the_cache_has_aged() -> None:
@@ -68,7 +72,9 @@ def test_lfu_takes_who_had_the_fewest_turns_until_the_cache_has_aged() -> None:
     world.turn("e", 8, 50.0)  # d entered at 2, above what had gone; e enters at 3
     assert [world.places(name) for name in ("often", "c", "d", "e")] == ["gggg", "", "", "g" * 8]
     world.turn("f", 8, 60.0)
-    assert [world.places(name) for name in ("often", "e", "f")] == ["", "....gggg", "g" * 8], "3 turns of long ago weigh as 1 of now"
+    assert [world.places(name) for name in ("often", "e", "f")] == ["", "....gggg", "g" * 8], (
+        "3 turns of long ago weigh as 1 of now"
+    )
 
 
 def test_arc_spares_who_came_back_and_learns_from_ghosts() -> None:
@@ -78,11 +84,15 @@ def test_arc_spares_who_came_back_and_learns_from_ghosts() -> None:
     world.turn("b", 4, 20.0)
     world.turn("c", 4, 30.0)
     world.turn("d", 4, 40.0)
-    assert [world.places(name) for name in ("twice", "b", "c")] == ["gggg", "", "gggg"], "the oldest, but it came back"
+    assert [world.places(name) for name in ("twice", "b", "c")] == ["gggg", "", "gggg"], (
+        "the oldest, but it came back"
+    )
     world.turn("b", 4, 50.0)  # 4 ghost hits: the list of those used once may have 4 chunks
     assert [world.places(name) for name in ("twice", "b", "c", "d")] == ["gggg", "gggg", "", "gggg"]
     world.turn("e", 1, 60.0)
-    assert [world.places(name) for name in ("twice", "b", "d")] == [".ggg", "gggg", "gggg"], "as many as it may: the other list gives"
+    assert [world.places(name) for name in ("twice", "b", "d")] == [".ggg", "gggg", "gggg"], (
+        "as many as it may: the other list gives"
+    )
 
 
 def test_sharers_spare_what_many_run_through() -> None:
@@ -110,7 +120,9 @@ def test_the_clairvoyant_prefers_a_dear_chunk_of_late_to_a_cheap_one_of_soon() -
         world = TinyCache(policy_of(policy, {"long": 200.0, "short": 160.0}), 13)
         world.turn("long", 12, 10.0)
         world.turn("short", 1, 20.0)
-        world.turn("x", 4, 40.0)  # in 160 s 1.0, 1.2, 1.4 for the long one's next chunks, in 120 s 1.0 for the short one
+        world.turn(
+            "x", 4, 40.0
+        )  # in 160 s 1.0, 1.2, 1.4 for the long one's next chunks, in 120 s 1.0 for the short one
         assert (world.places("long"), world.places("short")) == expected, policy
 
 

@@ -36,10 +36,19 @@ def check_conservation(outcome: Outcome) -> None:
     """Every token asked for was found, swapped in, recomputed or new, exactly once; time and requests add up."""
     for record in outcome.records:
         assert record.error is None
-        assert record.prompt_tokens == record.gpu_tokens + record.cpu_tokens + record.recomputed_tokens + record.new_tokens
+        assert (
+            record.prompt_tokens
+            == record.gpu_tokens + record.cpu_tokens + record.recomputed_tokens + record.new_tokens
+        )
         assert record.history_tokens <= record.prompt_tokens
         assert record.admitted_s is not None and record.first_token_s is not None
-        assert record.sent_s <= record.admitted_s <= record.first_token_s <= record.finished_s <= outcome.simulated_s
+        assert (
+            record.sent_s
+            <= record.admitted_s
+            <= record.first_token_s
+            <= record.finished_s
+            <= outcome.simulated_s
+        )
     # Little's law, as an identity: the mean number in the system times the time is the sum of everybody's time in it
     in_system_s = sum(record.latency_s for record in outcome.records)
     assert outcome.mean_in_system * outcome.simulated_s == pytest.approx(in_system_s, rel=1e-9)
@@ -53,7 +62,9 @@ def test_tokens_and_time_add_up(system: str) -> None:
     records = outcome.records
     assert len(records) == 12 * 5
     assert all(record.output_tokens == 30 for record in records)
-    computed = sum(r.recomputed_tokens + r.new_tokens + r.output_tokens - 1 + r.again_computed_tokens for r in records)
+    computed = sum(
+        r.recomputed_tokens + r.new_tokens + r.output_tokens - 1 + r.again_computed_tokens for r in records
+    )
     # (a suspended request computes its last sampled token with what it lost, not in a decode of its own)
     assert outcome.computed_tokens == computed - sum(record.suspensions for record in records)
     if not SYSTEMS[system].retain:
@@ -76,15 +87,25 @@ def test_every_policy_serves_everybody(policy: str) -> None:
     system=st.sampled_from(sorted(SYSTEMS)), policy=st.sampled_from(NAMES), seed=st.integers(0, 1000),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_whoever_comes_the_sums_hold(users: int, turns: int, new: int, out: int, think: float, system: str, policy: str, seed: int) -> None:
+def test_whoever_comes_the_sums_hold(
+    users: int, turns: int, new: int, out: int, think: float, system: str, policy: str, seed: int
+) -> None:
     load = LoadOptions(
-        users=users, turns=turns, new_tokens=new, output_tokens=out, think=ThinkTime(think, exponential=True), max_context=1000, seed=seed
+        users=users,
+        turns=turns,
+        new_tokens=new,
+        output_tokens=out,
+        think=ThinkTime(think, exponential=True),
+        max_context=1000,
+        seed=seed,
     )
     check_conservation(run_case(small(system, policy, load), keep_records=True))
 
 
 def test_an_open_loop_counts_its_window_and_waits_for_its_requests() -> None:
-    load = LoadOptions(rates=(20.0,), duration_s=10.0, turns=3, new_tokens=50, output_tokens=20, think=ThinkTime(0.5), seed=1)
+    load = LoadOptions(
+        rates=(20.0,), duration_s=10.0, turns=3, new_tokens=50, output_tokens=20, think=ThinkTime(0.5), seed=1
+    )
     outcome = run_case(small(load=load, warm_up_s=2.0, debug=False), keep_records=True)
     window = [record for record in outcome.records if 2.0 <= record.sent_s < 10.0]
     assert outcome.summary.sent == len(window) > 50
@@ -100,17 +121,27 @@ def test_the_same_case_gives_the_same_result_to_the_last_digit_in_any_process() 
     assert len(set(alone)) == 3
     ticks: list[Tick] = []
     together = run_cases(cases, jobs=2, tell=ticks.append, keep_records=True)
-    assert [json.dumps(to_json([run_case(case, keep_records=True)])) for case in cases] == [json.dumps(to_json([o])) for o in together]
+    assert [json.dumps(to_json([run_case(case, keep_records=True)])) for case in cases] == [
+        json.dumps(to_json([o])) for o in together
+    ]
     assert {tick.index for tick in ticks} <= {0, 1, 2}
 
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
-@pytest.mark.parametrize(("open_loop", "chunk_tokens", "admission"), [(False, 32, "fcfs"), (True, 32, "work"), (False, 1, "fcfs")])
+@pytest.mark.parametrize(
+    ("open_loop", "chunk_tokens", "admission"), [(False, 32, "fcfs"), (True, 32, "work"), (False, 1, "fcfs")]
+)
 def test_steps_taken_many_at_a_time_change_no_digit(
     system: str, open_loop: bool, chunk_tokens: int, admission: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = LoadOptions(rates=(12.0,), duration_s=8.0, turns=3, new_tokens=50, output_tokens=70, think=ThinkTime(0.5), seed=1)
-    case = small(system, load=load, warm_up_s=2.0) if open_loop else small(system, load=replace(LOAD, output_tokens=70))
+    load = LoadOptions(
+        rates=(12.0,), duration_s=8.0, turns=3, new_tokens=50, output_tokens=70, think=ThinkTime(0.5), seed=1
+    )
+    case = (
+        small(system, load=load, warm_up_s=2.0)
+        if open_loop
+        else small(system, load=replace(LOAD, output_tokens=70))
+    )
     case = replace(case, chunk_tokens=chunk_tokens, admission=admission)  # type: ignore[arg-type]
     one_by_one = run_case(case, keep_records=True)
     sizes, real = [], Simulation._run_steadily
@@ -153,9 +184,16 @@ def test_nothing_of_them_is_written_twice() -> None:
     """The simulator defines no function that the scheduler, the cache or its parts have, but for the Worker's and policies' own words."""
     core = Path(pensieve.simulator.__file__).parents[1] / "core"
     theirs = set().union(
-        *(_functions(core / f"{name}.py") for name in ("scheduler", "cache", "places", "room", "victims", "recovery", "pool"))
+        *(
+            _functions(core / f"{name}.py")
+            for name in ("scheduler", "cache", "places", "room", "victims", "recovery", "pool")
+        )
     )
-    ours = {name: path.name for path in Path(pensieve.simulator.__file__).parent.glob("*.py") for name in _functions(path)}
+    ours = {
+        name: path.name
+        for path in Path(pensieve.simulator.__file__).parent.glob("*.py")
+        for name in _functions(path)
+    }
     shared = {name for name in ours if name in theirs and not name.startswith("__")}
     assert shared <= {"_fill", "close", "add", "remove", "worst", "worth"}, (
         shared
@@ -184,7 +222,10 @@ def test_a_turn_that_does_not_fit_ends_its_conversation_and_nobody_elses() -> No
         (lambda: small(machine=type(MACHINE)("gpt-oss-20b")), "mixture of experts"),
         (lambda: small(machine=type(MACHINE)("opt-66b")), "take more devices"),
         (lambda: small(machine=type(MACHINE)("smollm2-135m", "laptop-cpu", 2, 1.0, 1.0)), "computes alone"),
-        (lambda: small(load=LoadOptions(rates=(1.0,), duration_s=10.0), warm_up_s=10.0), "--warm-up must be shorter"),
+        (
+            lambda: small(load=LoadOptions(rates=(1.0,), duration_s=10.0), warm_up_s=10.0),
+            "--warm-up must be shorter",
+        ),
     ],
 )
 def test_what_cannot_be_simulated_is_said(case: Callable[[], Case], words: str) -> None:

@@ -23,12 +23,16 @@ def write(store: Any, sql: str, *values: object) -> None:
 
 def begin(store: ConversationStore, turn_id: str, owner: str, conversation: str = "one") -> None:
     """An answer in the middle."""
-    store.draft("a", conversation, None, turn_id, [Message("user", "q")], [1], 0, 1, owner=owner).result(timeout=30)
+    store.draft("a", conversation, None, turn_id, [Message("user", "q")], [1], 0, 1, owner=owner).result(
+        timeout=30
+    )
     store.extend_draft(turn_id, [2], "half").result(timeout=30)
 
 
 def end(store: ConversationStore, turn_id: str, conversation: str = "one", **more: Any) -> Any:
-    return store.append("a", conversation, None, WHOLE, [1, 2, 3], reply_reason="stop", turn_id=turn_id, **more).result(timeout=30)
+    return store.append(
+        "a", conversation, None, WHOLE, [1, 2, 3], reply_reason="stop", turn_id=turn_id, **more
+    ).result(timeout=30)
 
 
 def owner_of(store: ConversationStore, id: str) -> Owner:
@@ -98,7 +102,9 @@ class OwnersContract:
         assert store.turn("a", "second").reply_reason == INTERRUPTED
         assert end(store, "first").reply_reason == "stop"
 
-    def test_what_an_owner_begins_is_its_own_though_its_lease_was_ended(self, store: ConversationStore) -> None:
+    def test_what_an_owner_begins_is_its_own_though_its_lease_was_ended(
+        self, store: ConversationStore
+    ) -> None:
         begin(store, "t", "me")
         store.claim("a", "key", b"", "t", owner="me")
         assert store.recover_drafts() == 0
@@ -109,30 +115,44 @@ class OwnersContract:
     def test_a_key_whose_answer_was_interrupted_is_free(self, store: ConversationStore) -> None:
         store.claim("a", "key", b"print", "t", owner="dead")
         begin(store, "t", "dead")
-        assert store.claim("a", "key", b"print", "u", owner="me") == Claim("t", b"print", fresh=False, owner="dead")
+        assert store.claim("a", "key", b"print", "u", owner="me") == Claim(
+            "t", b"print", fresh=False, owner="dead"
+        )
         assert store.recover_drafts("dead") == 1
         assert store.turn("a", "t").reply_reason == INTERRUPTED  # the fragment is there, under its own id
         assert store.claim("a", "key", b"print", "u", owner="me").fresh
         end(store, "u", claimed=True)
-        assert store.claim("a", "key", b"print", "v", owner="me") == Claim("u", b"print", fresh=False, stored=True, owner="me")
+        assert store.claim("a", "key", b"print", "v", owner="me") == Claim(
+            "u", b"print", fresh=False, stored=True, owner="me"
+        )
         assert store.get("a", "one").leaf == "u"
 
-    def test_a_key_whose_answer_had_not_begun_is_free_when_its_owner_is_dead(self, store: ConversationStore) -> None:
+    def test_a_key_whose_answer_had_not_begun_is_free_when_its_owner_is_dead(
+        self, store: ConversationStore
+    ) -> None:
         store.claim("a", "key", b"", "t", owner="dead")
         write(store, "UPDATE owners SET expires_s = expires_s - ?", 2 * LEASE_S)
-        assert not store.claim("a", "key", b"", "u", owner="me").fresh  # it has lapsed, but not been recovered
+        assert not store.claim(
+            "a", "key", b"", "u", owner="me"
+        ).fresh  # it has lapsed, but not been recovered
         store.recover_drafts("dead", owner_of(store, "dead").expires_s)
         assert store.claim("a", "key", b"", "u", owner="me").fresh
 
-    def test_a_whole_answer_keeps_its_key_though_its_client_was_not_told(self, store: ConversationStore) -> None:
+    def test_a_whole_answer_keeps_its_key_though_its_client_was_not_told(
+        self, store: ConversationStore
+    ) -> None:
         store.claim("a", "key", b"", "t", owner="dead")
         begin(store, "t", "dead")
         whole = end(store, "t", claimed=True)
         store.recover_drafts("dead")
-        assert store.claim("a", "key", b"", "u", owner="me") == Claim("t", b"", fresh=False, stored=True, owner="dead")
+        assert store.claim("a", "key", b"", "u", owner="me") == Claim(
+            "t", b"", fresh=False, stored=True, owner="dead"
+        )
         assert store.turn("a", "t") == whole
 
-    def test_one_key_is_not_answered_twice_by_an_owner_that_was_frozen(self, store: ConversationStore) -> None:
+    def test_one_key_is_not_answered_twice_by_an_owner_that_was_frozen(
+        self, store: ConversationStore
+    ) -> None:
         store.claim("a", "key", b"", "t", owner="frozen")
         store.recover_drafts("frozen")
         assert store.claim("a", "key", b"", "u", owner="me").fresh
@@ -151,7 +171,9 @@ class OwnersContract:
         with pytest.raises(AnswerLost):
             begin(store, "t", "frozen")
         assert store.turn("a", "t") == before
-        assert end(store, "free").messages[-1].content == "whole"  # without a key and under a free id it is as good as any
+        assert (
+            end(store, "free").messages[-1].content == "whole"
+        )  # without a key and under a free id it is as good as any
 
     def test_a_key_under_way_is_kept_for_longer_than_a_day(self, store: ConversationStore) -> None:
         store.claim("a", "key", b"", "t", now_s=1000.0, owner="me")
@@ -174,7 +196,11 @@ class OwnersContract:
         end(store, "t")
         store.fork("a", "one", new_id="two")
         assert store.home("a", "t") == "one"
-        assert store.home("b", "t") is None and store.home("a", "none") is None and store.home("a", "\x00") is None
+        assert (
+            store.home("b", "t") is None
+            and store.home("a", "none") is None
+            and store.home("a", "\x00") is None
+        )
         store.delete("a", "one")
         assert store.home("a", "t") == "two"
 
@@ -206,17 +232,31 @@ class OwnersContract:
             "digest = ?",
         ],
     )
-    def test_a_damaged_turn_is_not_served_and_keeps_no_other_back(self, store: ConversationStore, change: str) -> None:
+    def test_a_damaged_turn_is_not_served_and_keeps_no_other_back(
+        self, store: ConversationStore, change: str
+    ) -> None:
         turn = end(store, "t")
         store.append("a", "one", "t", [Message("user", "more")], [4], turn_id="leaf").result(timeout=30)
         store.create("a", "two")
-        other = store.append("a", "two", None, [Message("user", "other")], [7], turn_id="other").result(timeout=30)
-        values = [b"\x01\0\0\0\x02\0\0\0\x04\0\0\0"] if "token_ids" in change else [bytes(16)] if "digest" in change else []
+        other = store.append("a", "two", None, [Message("user", "other")], [7], turn_id="other").result(
+            timeout=30
+        )
+        values = (
+            [b"\x01\0\0\0\x02\0\0\0\x04\0\0\0"]
+            if "token_ids" in change
+            else [bytes(16)]
+            if "digest" in change
+            else []
+        )
         write(store, f"UPDATE turns SET {change} WHERE id = 't'", *values)
         for read in (
             lambda: store.turn("a", "t"),
             lambda: store.path("a", "leaf"),
-            lambda: store.find("a", [path_digests(turn.messages)[-1]]) if "digest" not in change else store.path("a", "t"),
+            lambda: (
+                store.find("a", [path_digests(turn.messages)[-1]])
+                if "digest" not in change
+                else store.path("a", "t")
+            ),
         ):
             with pytest.raises(StoreError, match="turn 't' is not what was written") as raised:
                 read()
@@ -225,12 +265,18 @@ class OwnersContract:
         assert [one.id for one in store.list("a")] == ["two", "one"]
         store.erase("a", "one")  # it can still be deleted
 
-    @pytest.mark.parametrize("change", ["messages = replace(messages, 'q', 'p')", "messages = '[['", "token_ids = ?", "stop = 7"])
-    def test_turns_of_before_there_were_checksums_are_checked_as_far_as_they_can_be(self, store: ConversationStore, change: str) -> None:
+    @pytest.mark.parametrize(
+        "change", ["messages = replace(messages, 'q', 'p')", "messages = '[['", "token_ids = ?", "stop = 7"]
+    )
+    def test_turns_of_before_there_were_checksums_are_checked_as_far_as_they_can_be(
+        self, store: ConversationStore, change: str
+    ) -> None:
         end(store, "t")
         write(store, "UPDATE turns SET checksum = NULL")
         assert store.path("a", "t")[0].token_ids == (1, 2, 3)
-        write(store, f"UPDATE turns SET {change}", *([b"\x01\0\0\0\x02\0\0"] if "token_ids" in change else []))
+        write(
+            store, f"UPDATE turns SET {change}", *([b"\x01\0\0\0\x02\0\0"] if "token_ids" in change else [])
+        )
         with pytest.raises(StoreError, match="turn 't' is not what was written"):
             store.path("a", "t")
 

@@ -17,14 +17,20 @@ from pathlib import Path
 
 import psutil
 
-PATTERNS = ("/usr/lib/postgresql/*/bin/initdb", "/usr/pgsql-*/bin/initdb", "/opt/homebrew/opt/postgresql*/bin/initdb")
+PATTERNS = (
+    "/usr/lib/postgresql/*/bin/initdb",
+    "/usr/pgsql-*/bin/initdb",
+    "/opt/homebrew/opt/postgresql*/bin/initdb",
+)
 START_S = 60.0
 
 
 def find_binaries() -> Path | None:
     """The folder with the newest server's programs; None = not installed."""
     found = sorted(
-        (Path(path).parent for pattern in PATTERNS for path in glob.glob(pattern)), key=lambda path: _version(path), reverse=True
+        (Path(path).parent for pattern in PATTERNS for path in glob.glob(pattern)),
+        key=lambda path: _version(path),
+        reverse=True,
     )
     if found:
         return found[0]
@@ -49,7 +55,19 @@ class PostgresServer:
         self._user = _unprivileged() if os.geteuid() == 0 else None
         if self._user is not None:
             os.chown(folder, self._user, -1)
-        self._run("initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "tests", "-E", "UTF8", "--locale=C", "--no-sync")
+        self._run(
+            "initdb",
+            "-D",
+            str(folder / "data"),
+            "-A",
+            "trust",
+            "-U",
+            "tests",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "--no-sync",
+        )
 
     @property
     def url(self) -> str:
@@ -59,7 +77,15 @@ class PostgresServer:
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(str(self.binaries / "postgres"), "-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)),
+                    *(
+                        str(self.binaries / "postgres"),
+                        "-D",
+                        str(self.folder / "data"),
+                        "-p",
+                        str(self.port),
+                        "-k",
+                        str(self.folder),
+                    ),
                     *(
                         "-c",
                         "listen_addresses=127.0.0.1",
@@ -98,7 +124,10 @@ class PostgresServer:
     def frozen(self) -> Iterator[None]:
         """As if the machine stood still: connections stay, nothing is answered."""
         assert self._process is not None
-        members = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        members = [
+            psutil.Process(self._process.pid),
+            *psutil.Process(self._process.pid).children(recursive=True),
+        ]
         for member in members:
             member.suspend()
         try:
@@ -115,7 +144,13 @@ class PostgresServer:
             self._process = None
 
     def _run(self, program: str, *arguments: str, check: bool = True) -> int:
-        done = subprocess.run([str(self.binaries / program), *arguments], user=self._user, cwd="/", capture_output=True, check=False)
+        done = subprocess.run(
+            [str(self.binaries / program), *arguments],
+            user=self._user,
+            cwd="/",
+            capture_output=True,
+            check=False,
+        )
         if check and done.returncode != 0:
             raise RuntimeError(f"{program} failed: {done.stderr.decode()}")
         return done.returncode

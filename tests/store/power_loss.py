@@ -88,7 +88,9 @@ def _sectors(change: Write | Truncate) -> Sequence[Write | Truncate]:
     first = SECTOR - change.offset % SECTOR  # up to the next boundary
     bounds = [0, *range(first, len(change.data), SECTOR), len(change.data)]
     return [
-        Write(change.file, change.offset + start, change.data[start:stop]) for start, stop in itertools.pairwise(bounds) if start < stop
+        Write(change.file, change.offset + start, change.data[start:stop])
+        for start, stop in itertools.pairwise(bounds)
+        if start < stop
     ]
 
 

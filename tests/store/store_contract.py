@@ -123,7 +123,13 @@ class ConversationStoreContract:
         first = say(store, "one", "hi", [1, 2, 3], reply_reason="stop")
         second = say(store, "one", "bye", [4, 5], reply_reason="length")
         assert store.path("a", second.id) == [first, second]
-        assert (first.parent, second.parent, first.start, second.start, second.stop) == (None, first.id, 0, 3, 5)
+        assert (first.parent, second.parent, first.start, second.start, second.stop) == (
+            None,
+            first.id,
+            0,
+            3,
+            5,
+        )
         assert log(store, "one") == [1, 2, 3, 4, 5]
         assert path_messages([first, second]) == [Message("user", "hi"), Message("user", "bye")]
         conversation = store.get("a", "one")
@@ -132,7 +138,12 @@ class ConversationStoreContract:
 
     @settings(max_examples=25, deadline=None, suppress_health_check=INHERITED)
     @given(
-        messages=st.lists(st.builds(Message, st.sampled_from(["system", "user", "tool"]), st.text() | st.just("\ud800\x00")), max_size=4),
+        messages=st.lists(
+            st.builds(
+                Message, st.sampled_from(["system", "user", "tool"]), st.text() | st.just("\ud800\x00")
+            ),
+            max_size=4,
+        ),
         token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=40),
         title=st.none() | st.text(),
     )
@@ -160,12 +171,23 @@ class ConversationStoreContract:
         assert (rewritten.start, rewritten.stop, after.start) == (2, 5, 5)
         assert log(store, "one") == [1, 2, 7, 8, 9, 10]
         assert [m.content for m in path_messages(store.path("a", after.id))] == ["hi", "there", "again", "on"]
-        assert path_tokens(store.path("a", rewritten.parent)) == [1, 2, 3, 4, 5, 6]  # the branch point is as it was
+        assert path_tokens(store.path("a", rewritten.parent)) == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]  # the branch point is as it was
         whole = say(store, "one", "all anew", [0], start=0)
         assert path_tokens(store.path("a", whole.id)) == [0]
 
-    @pytest.mark.parametrize(("options", "said"), [({"start": 4}, r"\[0, 3\].*got 4"), ({"start": -1}, r"\[0, 3\].*got -1")])
-    def test_a_turn_starts_within_its_path(self, store: ConversationStore, options: dict[str, int], said: str) -> None:
+    @pytest.mark.parametrize(
+        ("options", "said"), [({"start": 4}, r"\[0, 3\].*got 4"), ({"start": -1}, r"\[0, 3\].*got -1")]
+    )
+    def test_a_turn_starts_within_its_path(
+        self, store: ConversationStore, options: dict[str, int], said: str
+    ) -> None:
         store.create("a", "one")
         turn = say(store, "one", "hi", [1, 2, 3])
         with pytest.raises(InvalidRequest, match=said):
@@ -208,7 +230,12 @@ class ConversationStoreContract:
         say(store, "one", "there", [2])
         fork = store.fork("a", "one", new_id="two")
         early = store.fork("a", "one", root.id)
-        assert (fork.id, fork.title, fork.metadata, fork.leaf) == ("two", "T", {"k": 1}, store.get("a", "one").leaf)
+        assert (fork.id, fork.title, fork.metadata, fork.leaf) == (
+            "two",
+            "T",
+            {"k": 1},
+            store.get("a", "one").leaf,
+        )
         say(store, "two", "forked", [3])
         say(store, "one", "original", [4])
         assert (log(store, "one"), log(store, "two"), log(store, early.id)) == ([1, 2, 4], [1, 2, 3], [1])
@@ -257,7 +284,9 @@ class ConversationStoreContract:
 
     @settings(max_examples=20, deadline=None, suppress_health_check=INHERITED)
     @given(data=st.data())
-    def test_any_history_agrees_with_a_model_in_plain_python(self, new_store: Callable[[], ConversationStore], data: st.DataObject) -> None:
+    def test_any_history_agrees_with_a_model_in_plain_python(
+        self, new_store: Callable[[], ConversationStore], data: st.DataObject
+    ) -> None:
         store = new_store()
         logs: dict[str, list[int]] = {}  # turn -> its path's log
         parents: dict[str, str | None] = {}
@@ -265,12 +294,18 @@ class ConversationStoreContract:
         leaves: dict[str, str | None] = {}
         for step in range(data.draw(st.integers(5, 25))):
             alive = list(logs)  # in the order they were made: ids are random
-            action = data.draw(st.sampled_from(["create", "append", "append", "branch", "fork", "point", "delete"]))
+            action = data.draw(
+                st.sampled_from(["create", "append", "append", "branch", "fork", "point", "delete"])
+            )
             if action == "create" or not leaves:
                 leaves[store.create("a", f"c{step}").id] = None
                 continue
             id = data.draw(st.sampled_from(sorted(leaves)))
-            at = data.draw(st.sampled_from(alive)) if alive and action in ("branch", "fork", "point") else leaves[id]
+            at = (
+                data.draw(st.sampled_from(alive))
+                if alive and action in ("branch", "fork", "point")
+                else leaves[id]
+            )
             if action in ("append", "branch"):
                 before = logs[at] if at is not None else []
                 start = data.draw(st.none() | st.integers(0, len(before)))
@@ -307,7 +342,9 @@ class ConversationStoreContract:
         store.create("a", "one")
         said = [
             Message("user", "What is 1 + 1? \x00 \ud800"),
-            Message("assistant", "", (ToolCall("c1", "add", '{"a": 1}'), ToolCall("c2", "add", "no JSON \x00"))),
+            Message(
+                "assistant", "", (ToolCall("c1", "add", '{"a": 1}'), ToolCall("c2", "add", "no JSON \x00"))
+            ),
             Message("tool", "2", tool_call_id="c1", name="add"),
             Message("assistant", "2."),
         ]
@@ -319,11 +356,20 @@ class ConversationStoreContract:
     def test_a_turn_carries_the_hash_of_its_whole_path(self, store: ConversationStore) -> None:
         store.create("a", "one")
         root = say(store, "one", "hi", [1])
-        branches = [store.append("a", "one", root.id, user(text), [2]).result(timeout=30) for text in ("left", "right")]
+        branches = [
+            store.append("a", "one", root.id, user(text), [2]).result(timeout=30)
+            for text in ("left", "right")
+        ]
         empty = store.append("a", "one", branches[1].id, [], []).result(timeout=30)
-        assert [branch.digest for branch in branches] == [path_digests(user("hi") + user(text))[-1] for text in ("left", "right")]
+        assert [branch.digest for branch in branches] == [
+            path_digests(user("hi") + user(text))[-1] for text in ("left", "right")
+        ]
         assert empty.digest == branches[1].digest
-        assert [turn.digest for turn in store.path("a", empty.id)] == [root.digest, branches[1].digest, empty.digest]
+        assert [turn.digest for turn in store.path("a", empty.id)] == [
+            root.digest,
+            branches[1].digest,
+            empty.digest,
+        ]
 
     def test_a_turn_keeps_the_callers_id_and_meta(self, store: ConversationStore) -> None:
         store.create("a", "one")
@@ -346,7 +392,9 @@ class ConversationStoreContract:
             ({"turn_id": "x" * 1025}, "turn id must be at most 1024 bytes long, got 1025"),
         ],
     )
-    def test_what_no_column_holds_is_refused(self, store: ConversationStore, options: dict[str, Any], said: str) -> None:
+    def test_what_no_column_holds_is_refused(
+        self, store: ConversationStore, options: dict[str, Any], said: str
+    ) -> None:
         store.create("a", "one")
         with pytest.raises(InvalidRequest, match=said):
             say(store, "one", "hi", [1], **options)
@@ -391,7 +439,9 @@ class ConversationStoreContract:
         history: list[Message] = []
         for i in range(3):
             said = [Message("user", f"q{i}"), Message("assistant", f"a{i}")]
-            turns.append(store.append("a", "one", turns[-1].id if turns else None, said, [i]).result(timeout=30))
+            turns.append(
+                store.append("a", "one", turns[-1].id if turns else None, said, [i]).result(timeout=30)
+            )
             history += said
         asked = [*history, Message("user", "next")]
         assert store.find("a", path_digests(asked)) == (5, turns[2])
@@ -436,14 +486,16 @@ class ConversationStoreContract:
     def test_a_draft_is_no_turn_and_goes_when_its_turn_comes(self, store: ConversationStore) -> None:
         store.create("a", "one")
         root = say(store, "one", "hi", [1])
-        store.draft("a", "one", root.id, "t", user("q"), [2, 3], 1, 3, {"k": 1}, owner="me").result(timeout=30)
+        store.draft("a", "one", root.id, "t", user("q"), [2, 3], 1, 3, {"k": 1}, owner="me").result(
+            timeout=30
+        )
         store.extend_draft("t", [4], "An ans").result(timeout=30)
         assert store.get("a", "one").leaf == root.id
         with pytest.raises(ConversationNotFound):
             store.turn("a", "t")
-        turn = store.append("a", "one", root.id, [*user("q"), Message("assistant", "An answer")], [2, 3, 4, 5], turn_id="t").result(
-            timeout=30
-        )
+        turn = store.append(
+            "a", "one", root.id, [*user("q"), Message("assistant", "An answer")], [2, 3, 4, 5], turn_id="t"
+        ).result(timeout=30)
         assert store.recover_drafts() == 0
         assert store.path("a", "t") == [root, turn]
         with pytest.raises(ConversationNotFound, match="'t' under way"):
@@ -509,7 +561,9 @@ class ConversationStoreContract:
         assert store.recover_drafts() == 0  # the other's lease has not been ended
         assert store.recover_drafts("alive") == 1
 
-    def test_drafts_go_with_their_conversation_and_hold_what_they_follow(self, store: ConversationStore) -> None:
+    def test_drafts_go_with_their_conversation_and_hold_what_they_follow(
+        self, store: ConversationStore
+    ) -> None:
         store.create("a", "one")
         root = say(store, "one", "hi", [1])
         store.create("a", "two")
@@ -534,8 +588,16 @@ class ConversationStoreContract:
             (lambda: store.draft("b", "one", None, "u", [], [], None, 0), ConversationNotFound, "'one'"),
             (lambda: store.draft("a", "one", "none", "u", [], [], None, 0), ConversationNotFound, "'none'"),
             (lambda: store.draft("a", "one", turn.id, "u", [], [], 2, 2), InvalidRequest, r"\[0, 1\].*got 2"),
-            (lambda: store.draft("a", "one", turn.id, "u", [], [5], 1, 0), InvalidRequest, r"output_start.*\[1, 2\].*got 0"),
-            (lambda: store.draft("a", "one", turn.id, "u", [], [5], 1, 3), InvalidRequest, r"output_start.*\[1, 2\].*got 3"),
+            (
+                lambda: store.draft("a", "one", turn.id, "u", [], [5], 1, 0),
+                InvalidRequest,
+                r"output_start.*\[1, 2\].*got 0",
+            ),
+            (
+                lambda: store.draft("a", "one", turn.id, "u", [], [5], 1, 3),
+                InvalidRequest,
+                r"output_start.*\[1, 2\].*got 3",
+            ),
             (lambda: store.draft("a", "one", None, turn.id, [], [], None, 0), InvalidRequest, "is taken"),
             (lambda: store.draft("a", "two", None, "t", [], [], None, 0), InvalidRequest, "'t' is taken"),
             (lambda: store.append("a", "two", None, [], [], turn_id="t"), InvalidRequest, "'t' is taken"),
@@ -584,12 +646,19 @@ class ConversationStoreContract:
 
     def test_conversations_expire_unless_pinned(self, store: ConversationStore) -> None:
         begun_s = time.time()
-        for namespace, name, ttl_s in (("a", "late", 300.0), ("b", "soon", 100.0), ("a", "never", None), ("a", "pinned", 110.0)):
+        for namespace, name, ttl_s in (
+            ("a", "late", 300.0),
+            ("b", "soon", 100.0),
+            ("a", "never", None),
+            ("a", "pinned", 110.0),
+        ):
             store.create(namespace, name)
             assert store.set_ttl(namespace, name, ttl_s) == store.get(namespace, name)
             found = store.get(namespace, name)
             assert found.ttl_s == ttl_s and (
-                found.expires_s is None if ttl_s is None else begun_s + ttl_s <= found.expires_s < begun_s + ttl_s + 5
+                found.expires_s is None
+                if ttl_s is None
+                else begun_s + ttl_s <= found.expires_s < begun_s + ttl_s + 5
             )
         assert store.set_pinned("a", "pinned", True).pinned
         assert store.expired(begun_s + 99.9) == []
@@ -611,7 +680,9 @@ class ConversationStoreContract:
         store.set_ttl("a", "one", 100.0)
         for use in (
             lambda: store.touch("a", "one").result(timeout=30),  # a turn begins
-            lambda: store.draft("a", "one", None, "t", user("q"), [1], 0, 1).result(timeout=30),  # has its first token
+            lambda: store.draft("a", "one", None, "t", user("q"), [1], 0, 1).result(
+                timeout=30
+            ),  # has its first token
             lambda: store.append("a", "one", None, user("q"), [1], turn_id="t").result(timeout=30),  # ends
             lambda: store.set_ttl("a", "one", 100.0),
         ):
@@ -751,7 +822,9 @@ class ConversationStoreContract:
         parents = [None, "nowhere", None, "nowhere", None]
         futures = [store.append("a", "one", parent, user("x"), [1]) for parent in parents]
         wait(futures, timeout=30)
-        assert [type(future.exception()) for future in futures] == [type(None), ConversationNotFound] * 2 + [type(None)]
+        assert [type(future.exception()) for future in futures] == [type(None), ConversationNotFound] * 2 + [
+            type(None)
+        ]
         assert log(store, "one") == [1]
 
     def test_an_append_is_readable_when_it_is_acknowledged(self, store: ConversationStore) -> None:

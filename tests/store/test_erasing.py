@@ -54,7 +54,9 @@ def test_what_was_erased_is_nowhere_in_the_files(path: Path) -> None:
 
 def test_without_secure_delete_it_would_be_there(path: Path) -> None:
     with SqliteStore(path, rebuild_bytes=0) as store:
-        store._writer.call(lambda connection: connection.execute("PRAGMA secure_delete = OFF").fetchone(), alone=True)
+        store._writer.call(
+            lambda connection: connection.execute("PRAGMA secure_delete = OFF").fetchone(), alone=True
+        )
         fill(store)
         assert not store.erase("a", "secret").complete
         assert remains(path)
@@ -64,14 +66,20 @@ def come_and_go(path: Path, seed: int, last: int, rebuild_bytes: int) -> bool:
     """Let conversations come and go, `last` steps, erase one more, and say whether it can be read in the files."""
     chance, alive = random.Random(seed), list[str]()
     with SqliteStore(path, rebuild_bytes=rebuild_bytes) as store:
-        store._writer.call(lambda connection: connection.execute("PRAGMA synchronous = OFF").fetchone(), alone=True)
+        store._writer.call(
+            lambda connection: connection.execute("PRAGMA synchronous = OFF").fetchone(), alone=True
+        )
         for number in range(last + 1):
             if len(alive) < 10 or chance.random() < 0.75:
                 if not alive or chance.random() < 0.3:
                     alive.append(store.create("a", f"c{number:03}").id)
                 id = chance.choice(alive)
                 store.append(
-                    "a", id, None, user(f"<{id}> lorem ipsum " * chance.randint(1, 60)), [7] * chance.choice([5, 50, 500])
+                    "a",
+                    id,
+                    None,
+                    user(f"<{id}> lorem ipsum " * chance.randint(1, 60)),
+                    [7] * chance.choice([5, 50, 500]),
                 ).result()
             else:
                 id = alive.pop(chance.randrange(len(alive)))
@@ -176,7 +184,9 @@ def test_an_erasure_that_a_reader_holds_up_is_remembered_and_completed(path: Pat
         assert store.erasures() == 1
         assert store.overwrite() and store.erasures() == 0
         assert not remains(path)
-        stored = store._writer.call(lambda connection: connection.execute("SELECT * FROM erasures").fetchall())
+        stored = store._writer.call(
+            lambda connection: connection.execute("SELECT * FROM erasures").fetchall()
+        )
         assert stored == []
 
 
@@ -185,7 +195,9 @@ def test_what_is_remembered_of_an_erasure_names_nothing(path: Path) -> None:
         fill(store)
         store.erase("a", "secret", overwrite=False)
         rows = store._writer.call(lambda connection: connection.execute("SELECT * FROM erasures").fetchall())
-        assert len(rows) == 1 and len(rows[0]) == 2 and abs(rows[0][1] - time.time()) < 60  # a number and a time
+        assert (
+            len(rows) == 1 and len(rows[0]) == 2 and abs(rows[0][1] - time.time()) < 60
+        )  # a number and a time
 
 
 def test_a_file_too_large_to_be_rebuilt_is_not_tried_for_ever(path: Path) -> None:

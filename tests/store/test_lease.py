@@ -41,7 +41,9 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 @pytest.fixture
 def child(store: SqliteStore, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "c.db")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "c.db")], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and process.stdout.readline()
         yield process
@@ -120,7 +122,9 @@ def test_a_lease_must_be_found_lapsed_twice(store: SqliteStore) -> None:
     lease.close()
 
 
-def test_servers_of_a_machine_that_slept_renew_before_they_take_each_other_for_dead(store: SqliteStore) -> None:
+def test_servers_of_a_machine_that_slept_renew_before_they_take_each_other_for_dead(
+    store: SqliteStore,
+) -> None:
     one, two = Lease(store), Lease(store)
     for lease in (one, two):
         begin(store, lease.owner, lease.owner)
@@ -133,7 +137,9 @@ def test_servers_of_a_machine_that_slept_renew_before_they_take_each_other_for_d
         lease.close()
 
 
-def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_lease(store: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_lease(
+    store: SqliteStore, caplog: pytest.LogCaptureFixture
+) -> None:
     frozen, other = Lease(store), Lease(store)
     begin(store, "t", frozen.owner)
     lapse(store, frozen.owner)
@@ -150,7 +156,9 @@ def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_lease(store: Sqlit
         lease.close()
 
 
-def test_a_store_that_fails_now_and_then_does_not_end_a_lease(store: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_fails_now_and_then_does_not_end_a_lease(
+    store: SqliteStore, caplog: pytest.LogCaptureFixture
+) -> None:
     lease = Lease(store, renew_s=0.01)
     write(store, "ALTER TABLE owners RENAME TO away")
     until(lambda: "could not be renewed" in caplog.text)
@@ -160,11 +168,15 @@ def test_a_store_that_fails_now_and_then_does_not_end_a_lease(store: SqliteStore
     lease.close()
 
 
-def test_a_killed_server_is_recovered_at_once_and_by_one(child: subprocess.Popen[str], store: SqliteStore) -> None:
+def test_a_killed_server_is_recovered_at_once_and_by_one(
+    child: subprocess.Popen[str], store: SqliteStore
+) -> None:
     alive = Lease(store)
     assert alive.num_recovered == 0 and not interrupted(store, "t")
     child.kill()
-    until(lambda: place.is_gone(next(owner.place for owner in store.owners() if owner.id != alive.owner)))  # (not waited for: a zombie)
+    until(
+        lambda: place.is_gone(next(owner.place for owner in store.owners() if owner.id != alive.owner))
+    )  # (not waited for: a zombie)
     with ThreadPoolExecutor(4) as pool:
         starting = list(pool.map(lambda _: Lease(store), range(4)))
     assert sorted(lease.num_recovered for lease in starting) == [0, 0, 0, 1]
@@ -201,7 +213,9 @@ def test_a_process_that_runs_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not place.is_gone(here)
     boot, namespace, pid, started = here.split(" ")
     assert int(pid) == os.getpid()
-    assert place.is_gone(f"{boot} {namespace} {pid} {int(started) + 1}")  # the number is another process's now
+    assert place.is_gone(
+        f"{boot} {namespace} {pid} {int(started) + 1}"
+    )  # the number is another process's now
     assert not place.is_gone(f"another-machine {namespace} {pid} {int(started) + 1}")
     assert not place.is_gone(f"{boot} pid:[1] {pid} {int(started) + 1}")  # another container
     for unknown in ("", "x", "a b c d", f"{boot} {namespace} {pid}"):
@@ -212,6 +226,8 @@ def test_a_process_that_runs_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> Non
             raise PermissionError
 
         patched.setattr(os, "kill", refused)
-        assert not place.is_gone(f"{boot} {namespace} {pid} {int(started) + 1}")  # another user's process, which may be hidden
+        assert not place.is_gone(
+            f"{boot} {namespace} {pid} {int(started) + 1}"
+        )  # another user's process, which may be hidden
     monkeypatch.setattr(place, "PROC", Path("/nowhere"))
     assert place.here() == "" and not place.is_gone(here)

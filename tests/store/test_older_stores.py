@@ -39,16 +39,40 @@ def make_version_1(path: Path) -> None:
     """A file as the first version wrote it: two trees, a branch, a fork, titles."""
     connection = schema.open_for_writing(path, 5, (schema._create,))
     connection.execute("BEGIN")
-    for key, (id, leaf, title) in enumerate((("one", "c", 'A "title"'), ("two", "b", None), ("three", "x", "")), start=1):
-        connection.execute("INSERT INTO conversations VALUES (?, 'a', ?, NULL, 1.5, ?, ?, ?)", (key, id, 10.0 + key, title, '{"k": 1}'))
+    for key, (id, leaf, title) in enumerate(
+        (("one", "c", 'A "title"'), ("two", "b", None), ("three", "x", "")), start=1
+    ):
+        connection.execute(
+            "INSERT INTO conversations VALUES (?, 'a', ?, NULL, 1.5, ?, ?, ?)",
+            (key, id, 10.0 + key, title, '{"k": 1}'),
+        )
         turns = {
-            "one": [("a", None, "a", 0, [["system", "be kind"], ["user", "hi"]]), ("c", "b", "a", 4, [["user", "left"]])],
-            "two": [("b", "a", "a", 2, [["assistant", " hello \ud800"]]), ("d", "b", "a", 4, [["tool", "right"]]), ("e", "d", "a", 6, [])],
+            "one": [
+                ("a", None, "a", 0, [["system", "be kind"], ["user", "hi"]]),
+                ("c", "b", "a", 4, [["user", "left"]]),
+            ],
+            "two": [
+                ("b", "a", "a", 2, [["assistant", " hello \ud800"]]),
+                ("d", "b", "a", 4, [["tool", "right"]]),
+                ("e", "d", "a", 6, []),
+            ],
             "three": [("x", None, "x", 0, [["user", "hi"]])],
         }[id]
         connection.execute("PRAGMA defer_foreign_keys = ON")
         for turn, parent, root, start, messages in turns:
-            row = (turn, "a", key, root, parent, start, start + 2, struct.pack("<2I", start, start + 1), json.dumps(messages), "stop", 2.5)
+            row = (
+                turn,
+                "a",
+                key,
+                root,
+                parent,
+                start,
+                start + 2,
+                struct.pack("<2I", start, start + 1),
+                json.dumps(messages),
+                "stop",
+                2.5,
+            )
             connection.execute("INSERT INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         connection.execute("UPDATE conversations SET leaf = ? WHERE key = ?", (leaf, key))
     connection.execute("COMMIT")
@@ -108,13 +132,23 @@ def make_version_2(path: Path) -> None:
     for key, (id, expires_s) in enumerate((("one", None), ("soon", 230.0), ("used since", 150.0)), start=1):
         connection.execute(conversation, (key, id, expires_s))
     turn = "INSERT INTO turns VALUES (?, 'a', 1, ?, NULL, 0, 2, ?, ?, ?, 2.5, ?, '{}')"
-    for id, reason in (("whole", "stop"), ("long", "length"), ("fragment", "interrupted"), ("late", "abort"), ("items", None)):
+    for id, reason in (
+        ("whole", "stop"),
+        ("long", "length"),
+        ("fragment", "interrupted"),
+        ("late", "abort"),
+        ("items", None),
+    ):
         digest = path_digests([Message("user", id)])[-1]
-        connection.execute(turn, (id, id, struct.pack("<2I", 1, 2), json.dumps([["user", id]]), reason, digest))
+        connection.execute(
+            turn, (id, id, struct.pack("<2I", 1, 2), json.dumps([["user", id]]), reason, digest)
+        )
     draft = "INSERT INTO drafts VALUES (?, ?, 1, NULL, 0, ?, ?, '{}', 3.5)"
     for id, owner in (("under way", "host:8000"), ("elsewhere", "host:0")):
         connection.execute(draft, (id, owner, struct.pack("<I", 1), json.dumps([["user", id]])))
-        connection.execute("INSERT INTO draft_tokens VALUES (?, 0, ?, ?)", (id, struct.pack("<I", 2), json.dumps("half an")))
+        connection.execute(
+            "INSERT INTO draft_tokens VALUES (?, 0, ?, ?)", (id, struct.pack("<I", 2), json.dumps("half an"))
+        )
     now_s = time.time()
     for id in ("whole", "long", "fragment", "late", "items", "under way", "elsewhere", "not begun"):
         connection.execute("INSERT INTO claims VALUES ('a', ?, x'01', ?, ?)", (id, id, now_s))
@@ -131,9 +165,17 @@ def test_a_file_of_the_second_version_is_brought_up_to_date(path: Path) -> None:
         assert lease.num_recovered == 2  # whatever their owners were called: none of them has a lease
         for id in ("under way", "elsewhere"):
             turn = store.turn("a", id)
-            assert (turn.reply_reason, turn.token_ids, turn.messages[-1]) == ("interrupted", (1, 2), Message("assistant", "half an"))
-        kept = {id: store.claim("a", id, b"\x01", "again", owner=lease.owner) for id in ("whole", "long", "items")}
-        assert {id: (claim.fresh, claim.stored, claim.turn_id) for id, claim in kept.items()} == {id: (False, True, id) for id in kept}
+            assert (turn.reply_reason, turn.token_ids, turn.messages[-1]) == (
+                "interrupted",
+                (1, 2),
+                Message("assistant", "half an"),
+            )
+        kept = {
+            id: store.claim("a", id, b"\x01", "again", owner=lease.owner) for id in ("whole", "long", "items")
+        }
+        assert {id: (claim.fresh, claim.stored, claim.turn_id) for id, claim in kept.items()} == {
+            id: (False, True, id) for id in kept
+        }
         for id in ("fragment", "late", "under way", "elsewhere", "not begun"):
             assert store.claim("a", id, b"\x01", f"again {id}", owner=lease.owner).fresh, id
         times = {one.id: (one.ttl_s, one.expires_s) for one in store.list("a")}
@@ -149,6 +191,9 @@ OPEN = "import sys; from pensieve.store import Lease, SqliteStore; store = Sqlit
 
 def test_many_processes_open_an_older_file_at_once(path: Path) -> None:
     make_version_2(path)
-    children = [subprocess.Popen([sys.executable, "-c", OPEN, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    children = [
+        subprocess.Popen([sys.executable, "-c", OPEN, str(path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
     said = [child.communicate(timeout=60)[0] for child in children]
     assert sorted(int(line) for line in said) == [0, 0, 0, 2]

@@ -22,7 +22,9 @@ from pensieve.store import SqliteStore, open_store
         ("/{tmp}/plain-absolute.db", "plain-absolute.db"),
     ],
 )
-def test_a_file_is_made_where_the_url_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, made: str) -> None:
+def test_a_file_is_made_where_the_url_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, made: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     store = open_store(url.format(tmp=str(tmp_path).lstrip("/")))
     assert isinstance(store, SqliteStore)

@@ -64,7 +64,9 @@ def until(condition: Callable[[], bool], timeout_s: float = BOUND_S) -> None:
         time.sleep(0.02)
 
 
-def test_a_frozen_server_fails_everything_in_time_and_is_taken_up_again(server: PostgresServer, store: PostgresStore) -> None:
+def test_a_frozen_server_fails_everything_in_time_and_is_taken_up_again(
+    server: PostgresServer, store: PostgresStore
+) -> None:
     with server.frozen():
         begun_s = time.monotonic()
         with ThreadPoolExecutor(24) as pool:
@@ -136,12 +138,16 @@ def test_a_commit_in_doubt_is_looked_for(store: PostgresStore, arrives: bool) ->
     futures = [store.append("a", "one", None, user("x"), [i], turn_id=f"t{i}") for i in range(3)]
     assert [future.result(timeout=BOUND_S).id for future in futures] == ["t0", "t1", "t2"]
     assert cut == ["COMMIT"]
-    (count,) = store._read(lambda connection: connection.execute("SELECT count(*) FROM turns WHERE id LIKE 't%'").fetchone())
+    (count,) = store._read(
+        lambda connection: connection.execute("SELECT count(*) FROM turns WHERE id LIKE 't%'").fetchone()
+    )
     assert count == 3
     assert say(store, "one", "on", [7]).token_ids == (7,)
 
 
-def test_a_commit_whose_fate_cannot_be_found_out_says_so(server: PostgresServer, store: PostgresStore) -> None:
+def test_a_commit_whose_fate_cannot_be_found_out_says_so(
+    server: PostgresServer, store: PostgresStore
+) -> None:
     cut_at_commit(store, arrives=True, times=1)
     link = store._writer._link
     link.outcome = lambda: None  # type: ignore[method-assign]
@@ -169,13 +175,17 @@ def test_a_server_that_dies_and_starts_again_is_found(server: PostgresServer, st
 
 
 def test_a_frozen_writer_does_not_hold_the_others_for_ever(new_store: Callable[..., PostgresStore]) -> None:
-    frozen = new_store(schema="shared", busy_timeout_s=5.0, statement_s=0.5)  # (statement_s becomes 10: the settings below count)
+    frozen = new_store(
+        schema="shared", busy_timeout_s=5.0, statement_s=0.5
+    )  # (statement_s becomes 10: the settings below count)
     frozen.create("a", "one")
     other = new_store(schema="shared", busy_timeout_s=5.0)
     hold, begun = threading.Event(), threading.Event()
 
     def job(connection: Any) -> None:
-        connection.execute("SET idle_in_transaction_session_timeout = '500ms'")  # as the store sets it, but sooner
+        connection.execute(
+            "SET idle_in_transaction_session_timeout = '500ms'"
+        )  # as the store sets it, but sooner
         begun.set()
         hold.wait(30)
 
@@ -188,7 +198,10 @@ def test_a_frozen_writer_does_not_hold_the_others_for_ever(new_store: Callable[.
 
 def test_leases_go_by_the_servers_clock(new_store: Callable[..., PostgresStore]) -> None:
     schema = f"s{uuid.uuid4().hex}"
-    fast, slow = new_store(schema=schema, clock=lambda: time.time() + 3600), new_store(schema=schema, clock=lambda: time.time() - 3600)
+    fast, slow = (
+        new_store(schema=schema, clock=lambda: time.time() + 3600),
+        new_store(schema=schema, clock=lambda: time.time() - 3600),
+    )
     one, two = Lease(fast), Lease(slow)
     fast.create("a", "one")
     begin(fast, "t", one.owner)
@@ -211,7 +224,9 @@ def test_a_schema_of_the_first_version_is_brought_up_to_date(new_store: Callable
     turn = "INSERT INTO turns VALUES (?, 'a', 1, ?, NULL, 0, 1, ?, '[]', ?, 2.5, ?, '{}')"
     for id, reason in (("whole", "stop"), ("fragment", "interrupted")):
         insert(turn, id, id, b"\x01\0\0\0", reason, ROOT_DIGEST)
-    insert("INSERT INTO drafts VALUES ('under way', 'host:8000', 1, NULL, 0, ?, '[]', '{}', 3.5)", b"\x01\0\0\0")
+    insert(
+        "INSERT INTO drafts VALUES ('under way', 'host:8000', 1, NULL, 0, ?, '[]', '{}', 3.5)", b"\x01\0\0\0"
+    )
     for id in ("whole", "fragment", "under way", "not begun"):
         insert("INSERT INTO claims VALUES ('a', ?, ?, ?, ?)", id, b"", id, time.time())
     old.close()

@@ -20,7 +20,9 @@ from store.owners_contract import OwnersContract
 from store.postgres_server import PostgresServer, find_binaries, running_server
 from store.store_contract import ConversationStoreContract, log, say, user
 
-psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed (pip install 'pensieve-serve[postgres]')")
+psycopg = pytest.importorskip(
+    "psycopg", reason="psycopg is not installed (pip install 'pensieve-serve[postgres]')"
+)
 if find_binaries() is None:
     pytest.skip("PostgreSQL is not installed (apt-get install postgresql)", allow_module_level=True)
 
@@ -73,8 +75,12 @@ def query(store: PostgresStore, sql: str) -> Any:
 def cut(store: PostgresStore, server: PostgresServer) -> None:
     """Let the server end every connection of this store's database, as a restart or a firewall does."""
     with psycopg.connect(server.url, autocommit=True) as admin:
-        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pensieve'")
-        while admin.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pensieve'").fetchone() != (0,):
+        admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pensieve'"
+        )
+        while admin.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pensieve'"
+        ).fetchone() != (0,):
             time.sleep(0.01)
 
 
@@ -99,7 +105,10 @@ def test_turns_that_wait_are_committed_together(new_store: Callable[..., Postgre
     store.create("a", "one")
     release = hold(store)
     futures = [store.append("a", "one", None, user("x"), [i]) for i in range(100)]
-    numbers = [store._writer.submit(lambda c: c.execute("SELECT pg_current_xact_id()::text").fetchone()[0]) for _ in range(2)]
+    numbers = [
+        store._writer.submit(lambda c: c.execute("SELECT pg_current_xact_id()::text").fetchone()[0])
+        for _ in range(2)
+    ]
     assert not any(future.done() for future in futures)  # nothing is acknowledged before its commit
     release.set()
     for future in futures:
@@ -108,10 +117,14 @@ def test_turns_that_wait_are_committed_together(new_store: Callable[..., Postgre
     assert [turn.result().token_ids for turn in futures] == [(i,) for i in range(100)]
 
 
-def test_a_commit_is_flushed_to_the_disk(server: PostgresServer, new_store: Callable[..., PostgresStore]) -> None:
+def test_a_commit_is_flushed_to_the_disk(
+    server: PostgresServer, new_store: Callable[..., PostgresStore]
+) -> None:
     assert query(new_store(), "SHOW synchronous_commit") == "on"
     for set_, used in (("off", "on"), ("local", "on"), ("remote_apply", "remote_apply")):
-        store = PostgresStore(f"{server.url}?options=-csynchronous_commit%3D{set_}", schema=f"s{next(SCHEMAS)}")
+        store = PostgresStore(
+            f"{server.url}?options=-csynchronous_commit%3D{set_}", schema=f"s{next(SCHEMAS)}"
+        )
         assert query(store, "SHOW synchronous_commit") == used
         store.close()
 
@@ -125,12 +138,17 @@ def test_writers_of_two_stores_take_turns(new_store: Callable[..., PostgresStore
     time.sleep(0.05)
     assert not waiting.done()
     release.set()
-    outcomes = [first.exception(timeout=30), waiting.exception(timeout=30)]  # whoever was first, the other sees it
+    outcomes = [
+        first.exception(timeout=30),
+        waiting.exception(timeout=30),
+    ]  # whoever was first, the other sees it
     assert sorted(type(outcome) for outcome in outcomes if outcome is not None) == [ConversationConflict]
     assert len(log(one, "one")) == 1
 
 
-def test_a_lock_that_does_not_end_fails_the_turn(server: PostgresServer, new_store: Callable[..., PostgresStore], schema: str) -> None:
+def test_a_lock_that_does_not_end_fails_the_turn(
+    server: PostgresServer, new_store: Callable[..., PostgresStore], schema: str
+) -> None:
     store = new_store(schema=schema, busy_timeout_s=0.05)
     store.create("a", "one")
     with psycopg.connect(server.url) as other:
@@ -143,7 +161,9 @@ def test_a_lock_that_does_not_end_fails_the_turn(server: PostgresServer, new_sto
     assert say(store, "one", "x", [9]).token_ids == (9,)
 
 
-def test_many_read_with_few_connections(server: PostgresServer, new_store: Callable[..., PostgresStore]) -> None:
+def test_many_read_with_few_connections(
+    server: PostgresServer, new_store: Callable[..., PostgresStore]
+) -> None:
     store = new_store()
     store.create("a", "one")
     say(store, "one", "x", [1])
@@ -225,7 +245,9 @@ def test_a_commit_that_fails_is_tried_turn_by_turn(new_store: Callable[..., Post
     store.create("a", "one")
 
     def poison(connection: Connection) -> None:
-        connection.execute("CREATE TABLE IF NOT EXISTS p (t TEXT REFERENCES turns (id) DEFERRABLE INITIALLY DEFERRED)")
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS p (t TEXT REFERENCES turns (id) DEFERRABLE INITIALLY DEFERRED)"
+        )
         connection.execute("INSERT INTO p VALUES ('nowhere')")
 
     release = hold(store)
@@ -240,7 +262,9 @@ def test_a_commit_that_fails_is_tried_turn_by_turn(new_store: Callable[..., Post
 
 
 def test_what_cannot_be_opened_is_said() -> None:
-    with pytest.raises(StoreError, match=r"cannot open the conversation store postgresql://127.0.0.1/nowhere: .*refused") as raised:
+    with pytest.raises(
+        StoreError, match=r"cannot open the conversation store postgresql://127.0.0.1/nowhere: .*refused"
+    ) as raised:
         PostgresStore("postgresql://someone:secret@127.0.0.1:1/nowhere")
     assert "secret" not in str(raised.value)
     with pytest.raises(ConfigError, match="postgresql://user"):
@@ -270,13 +294,17 @@ def add_colour(connection: Connection) -> None:
     connection.execute("ALTER TABLE conversations ADD COLUMN colour TEXT NOT NULL DEFAULT 'grey'")
 
 
-def test_an_older_schema_is_brought_up_to_date_and_a_newer_left_alone(new_store: Callable[..., PostgresStore], schema: str) -> None:
+def test_an_older_schema_is_brought_up_to_date_and_a_newer_left_alone(
+    new_store: Callable[..., PostgresStore], schema: str
+) -> None:
     old = new_store(schema=schema)
     old.create("a", "one")
     new = new_store(schema=schema, migrations=(*MIGRATIONS, add_colour))
     assert query(new, "SELECT colour FROM conversations") == "grey"
     newer, known = len(MIGRATIONS) + 1, len(MIGRATIONS)
-    with pytest.raises(StoreError, match=f"schema version {newer}, this program knows versions up to {known}"):
+    with pytest.raises(
+        StoreError, match=f"schema version {newer}, this program knows versions up to {known}"
+    ):
         new_store(schema=schema)
 
 
@@ -293,13 +321,17 @@ def test_a_migration_that_fails_changes_nothing(new_store: Callable[..., Postgre
     assert query(store, "SELECT to_regclass('half') IS NULL")
 
 
-def test_another_programs_tables_are_left_alone(server: PostgresServer, new_store: Callable[..., PostgresStore], schema: str) -> None:
+def test_another_programs_tables_are_left_alone(
+    server: PostgresServer, new_store: Callable[..., PostgresStore], schema: str
+) -> None:
     with psycopg.connect(server.url, autocommit=True) as admin:
         admin.execute(f"CREATE SCHEMA {schema}")
         admin.execute(f"CREATE TABLE {schema}.recipes (name TEXT)")
         with pytest.raises(StoreError, match="tables of some other program"):
             new_store(schema=schema)
-        assert admin.execute("SELECT count(*) FROM pg_tables WHERE schemaname = %s", (schema,)).fetchone() == (1,)
+        assert admin.execute(
+            "SELECT count(*) FROM pg_tables WHERE schemaname = %s", (schema,)
+        ).fetchone() == (1,)
 
 
 def test_many_make_the_tables_at_once(new_store: Callable[..., PostgresStore], schema: str) -> None:
@@ -359,7 +391,9 @@ NAMES = ["one", "two", "three", "four"]
 
 def kill_once(server: PostgresServer, alive_s: float) -> dict[str, tuple[int, str]]:
     """Append for a while, kill the server, and return the last acknowledgement of each conversation."""
-    child = subprocess.Popen([sys.executable, "-c", CHILD, server.url, *NAMES], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, server.url, *NAMES], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     lines = [child.stdout.readline()]  # it runs
     time.sleep(alive_s)
@@ -367,7 +401,10 @@ def kill_once(server: PostgresServer, alive_s: float) -> dict[str, tuple[int, st
     lines += child.stdout.read().splitlines()
     assert child.wait(60) == 0
     child.stdout.close()
-    return {name: (int(number), turn_id) for name, number, turn_id in (line.split() for line in lines if line.strip())}
+    return {
+        name: (int(number), turn_id)
+        for name, number, turn_id in (line.split() for line in lines if line.strip())
+    }
 
 
 def check_after_kill(server: PostgresServer, acknowledged: dict[str, tuple[int, str]]) -> None:

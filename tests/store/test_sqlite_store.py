@@ -127,7 +127,10 @@ def test_a_commit_is_flushed_to_the_disk(path: Path) -> None:
     with SqliteStore(path) as store:
         pragma = "PRAGMA synchronous"
         assert store._writer.call(lambda connection: connection.execute(pragma).fetchone()[0]) == 2  # FULL
-        assert store._writer.call(lambda connection: connection.execute("PRAGMA journal_mode").fetchone()[0]) == "wal"
+        assert (
+            store._writer.call(lambda connection: connection.execute("PRAGMA journal_mode").fetchone()[0])
+            == "wal"
+        )
 
 
 def test_a_cancelled_append_is_not_stored(path: Path) -> None:
@@ -176,7 +179,9 @@ def test_a_commit_that_fails_is_tried_turn_by_turn(path: Path) -> None:
         store.create("a", "one")
 
         def poison(connection: sqlite3.Connection) -> None:
-            connection.execute("CREATE TABLE IF NOT EXISTS p (t TEXT REFERENCES turns (id) DEFERRABLE INITIALLY DEFERRED)")
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS p (t TEXT REFERENCES turns (id) DEFERRABLE INITIALLY DEFERRED)"
+            )
             connection.execute("INSERT INTO p VALUES ('nowhere')")
 
         release = hold(store)
@@ -203,7 +208,9 @@ def test_a_job_that_fails_halfway_leaves_nothing(path: Path) -> None:
         failed = store._writer.submit(half)
         after = store.append("a", "one", turn.id, user("y"), [2])
         seen = store._writer.submit(
-            lambda connection: connection.execute("SELECT count(*) FROM conversations WHERE leaf IS NULL").fetchone()
+            lambda connection: connection.execute(
+                "SELECT count(*) FROM conversations WHERE leaf IS NULL"
+            ).fetchone()
         )
         release.set()
         assert isinstance(failed.exception(timeout=30), RuntimeError)
@@ -255,7 +262,9 @@ def test_a_lock_that_ends_is_waited_for(path: Path) -> None:
 def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.db"
     garbage.write_bytes(b"not a database at all" * 100)
-    with pytest.raises(StoreError, match=r"cannot open the conversation store .*garbage.db: file is not a database"):
+    with pytest.raises(
+        StoreError, match=r"cannot open the conversation store .*garbage.db: file is not a database"
+    ):
         SqliteStore(garbage)
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot open"):
@@ -364,7 +373,9 @@ def test_an_older_file_is_brought_up_to_date(path: Path) -> None:
         say(store, "one", "hi", [1])
     with SqliteStore(path, migrations=(*MIGRATIONS, add_colour)) as store:
         assert log(store, "one") == [1]
-        assert store._writer.call(lambda c: c.execute("SELECT colour FROM conversations").fetchall()) == [("grey",)]
+        assert store._writer.call(lambda c: c.execute("SELECT colour FROM conversations").fetchall()) == [
+            ("grey",)
+        ]
         assert store.create("a", "two").id == "two"
     assert version(path) == len(MIGRATIONS) + 1
 
@@ -381,7 +392,9 @@ def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
         SqliteStore(path, migrations=(*MIGRATIONS, add_colour, broken))
     assert version(path) == len(MIGRATIONS)
     with SqliteStore(path) as store:
-        tables = store._writer.call(lambda c: c.execute("SELECT count(*) FROM sqlite_master WHERE name = 'half'").fetchone())
+        tables = store._writer.call(
+            lambda c: c.execute("SELECT count(*) FROM sqlite_master WHERE name = 'half'").fetchone()
+        )
         assert tables == (0,)
         assert store.get("a", "one").id == "one"
 
@@ -390,7 +403,9 @@ def test_a_newer_file_is_left_alone(path: Path) -> None:
     SqliteStore(path, migrations=(*MIGRATIONS, add_colour)).close()
     before = path.read_bytes()
     newer, known = len(MIGRATIONS) + 1, len(MIGRATIONS)
-    with pytest.raises(StoreError, match=f"schema version {newer}, this program knows versions up to {known}"):
+    with pytest.raises(
+        StoreError, match=f"schema version {newer}, this program knows versions up to {known}"
+    ):
         SqliteStore(path)
     assert path.read_bytes() == before
 
@@ -423,7 +438,11 @@ def test_a_history_is_looked_up_in_an_index(path: Path) -> None:
         asked = [statement for statement in statements if "turns" in statement]
         assert len(asked) == 2  # which of them is known, and the turn
         plans = [
-            row[3] for sql in asked for row in store._writer.call(lambda c, sql=sql: c.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall())
+            row[3]
+            for sql in asked
+            for row in store._writer.call(
+                lambda c, sql=sql: c.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
+            )
         ]
         assert not any("SCAN turns" in plan or "SCAN conversations" in plan for plan in plans)
         assert sum("turns_by_digest" in plan for plan in plans) == 2

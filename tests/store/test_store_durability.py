@@ -48,7 +48,9 @@ NAMES = ["one", "two", "three", "four"]
 
 def kill_once(path: Path, alive_s: float) -> dict[str, tuple[int, str]]:
     """Let a process append for a while, kill it, and return the last acknowledgement of each conversation."""
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(path), *NAMES], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path), *NAMES], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     lines = [child.stdout.readline()]  # it runs
     time.sleep(alive_s)
@@ -118,12 +120,18 @@ def record(path: Path, synchronous: str = "FULL") -> Any:
 
     def connect(name_: str, **_: object) -> Any:
         file = Path(unquote(name_.removeprefix("file://").partition("?")[0]))
-        connection = power_loss.RecordedConnection(file, name, {"synchronous = FULL": f"synchronous = {synchronous}"})
-        connection.execute("PRAGMA wal_autocheckpoint = 20").fetchone()  # pages: often, so that power fails during checkpoints too
+        connection = power_loss.RecordedConnection(
+            file, name, {"synchronous = FULL": f"synchronous = {synchronous}"}
+        )
+        connection.execute(
+            "PRAGMA wal_autocheckpoint = 20"
+        ).fetchone()  # pages: often, so that power fails during checkpoints too
         return connection
 
     def acknowledged(what: tuple[object, ...]) -> Callable[[Future[Any]], None]:
-        return lambda future: disk.operations.append(power_loss.Said(what)) if future.exception() is None else None
+        return lambda future: (
+            disk.operations.append(power_loss.Said(what)) if future.exception() is None else None
+        )
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sqlite3, "connect", connect)
@@ -141,7 +149,12 @@ def record(path: Path, synchronous: str = "FULL") -> Any:
                     turn_id = f"{conversation}-{number}"
                     messages = [Message("user", f"{conversation} {number}")]
                     future = store.append(
-                        "a", conversation, parents[conversation], messages, [number] * (1 + number * 37 % 300), turn_id=turn_id
+                        "a",
+                        conversation,
+                        parents[conversation],
+                        messages,
+                        [number] * (1 + number * 37 % 300),
+                        turn_id=turn_id,
                     )
                     future.add_done_callback(acknowledged(("turn", conversation, number)))
                     appended.append(future)
@@ -165,13 +178,17 @@ def check_power_loss(disk: Any, at: int, chance: random.Random, folder: Path) ->
     if not said:
         return  # perhaps there is no file yet
     with SqliteStore(folder / "c.db") as store:
-        assert store._writer.call(lambda connection: connection.execute("PRAGMA integrity_check").fetchone()) == ("ok",)
+        assert store._writer.call(
+            lambda connection: connection.execute("PRAGMA integrity_check").fetchone()
+        ) == ("ok",)
         store.recover_drafts()
         for kind, *what in said:
             if kind == "turn":
                 conversation, number = what
                 turns = store.path("a", f"{conversation}-{number}")
-                assert [turn.messages[0].content for turn in turns] == [f"{conversation} {i}" for i in range(number + 1)]
+                assert [turn.messages[0].content for turn in turns] == [
+                    f"{conversation} {i}" for i in range(number + 1)
+                ]
                 assert path_tokens(turns) == [i for i in range(number + 1) for _ in range(1 + i * 37 % 300)]
             elif kind == "draft":
                 assert store.turn("a", what[0]).messages[-1].content == "word"
@@ -180,13 +197,17 @@ def check_power_loss(disk: Any, at: int, chance: random.Random, folder: Path) ->
                     store.get("a", what[0])
         for conversation in NAMES:  # and what nobody was told of is there or not, but never half
             turns = store.path("a", store.get("a", conversation).leaf)
-            assert [turn.messages[0].content for turn in turns] == [f"{conversation} {i}" for i in range(len(turns))]
+            assert [turn.messages[0].content for turn in turns] == [
+                f"{conversation} {i}" for i in range(len(turns))
+            ]
 
 
 def cuts(disk: Any, count: int, chance: random.Random) -> list[int]:
     """Moments to cut the power at: half of them anywhere, half at once after an acknowledgement, the worst one."""
     said = [number + 1 for number, operation in enumerate(disk.operations) if hasattr(operation, "what")]
-    return [chance.randrange(len(disk.operations) + 1) if i % 2 else chance.choice(said) for i in range(count)]
+    return [
+        chance.randrange(len(disk.operations) + 1) if i % 2 else chance.choice(said) for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("count", [CUTS, pytest.param(1000, marks=pytest.mark.slow)])
@@ -199,7 +220,10 @@ def test_power_lost_at_any_moment_nothing_acknowledged_is_lost(tmp_path: Path, c
 
 
 def test_the_power_loss_sees_a_commit_that_was_not_flushed(tmp_path: Path) -> None:
-    disk, chance = record(tmp_path / "c.db", synchronous="NORMAL"), random.Random(1)  # as many programs run SQLite
+    disk, chance = (
+        record(tmp_path / "c.db", synchronous="NORMAL"),
+        random.Random(1),
+    )  # as many programs run SQLite
     lost = 0
     for at in cuts(disk, CUTS, chance):
         try:

@@ -68,7 +68,9 @@ def another_in_its_place(path: Path) -> None:
         (lambda path: beside(path, "-shm").unlink(), r"beside it \(shm\) was deleted"),
     ],
 )
-def test_a_file_that_is_lost_takes_no_more_turns(store: SqliteStore, path: Path, lose: Callable[[Path], None], said: str) -> None:
+def test_a_file_that_is_lost_takes_no_more_turns(
+    store: SqliteStore, path: Path, lose: Callable[[Path], None], said: str
+) -> None:
     lose(path)
     there = sorted(file.name for file in path.parent.iterdir()) if path.parent.exists() else []
     for attempt in (
@@ -83,7 +85,9 @@ def test_a_file_that_is_lost_takes_no_more_turns(store: SqliteStore, path: Path,
             attempt()
         assert str(path) not in raised.value.message and path.parent.name not in raised.value.message
     assert store.trouble() is not None and said.replace("\\", "") in store.trouble().replace("\\", "")  # type: ignore[union-attr]
-    assert (sorted(file.name for file in path.parent.iterdir()) if path.parent.exists() else []) == there  # nothing was made
+    assert (
+        sorted(file.name for file in path.parent.iterdir()) if path.parent.exists() else []
+    ) == there  # nothing was made
 
 
 def test_a_turn_during_which_the_file_is_lost_is_not_acknowledged(store: SqliteStore, path: Path) -> None:
@@ -116,7 +120,9 @@ def test_reading_makes_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_named_by_a_relative_path_is_found_after_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_named_by_a_relative_path_is_found_after_a_change_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with SqliteStore("c.db") as store:
         store.create("a", "one")
@@ -136,7 +142,9 @@ def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
 
 def test_a_full_disk_is_trouble_until_a_probe_finds_room(store: SqliteStore, path: Path) -> None:
     def room(pages: int) -> None:
-        store._writer.call(lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}").fetchone(), alone=True)
+        store._writer.call(
+            lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}").fetchone(), alone=True
+        )
 
     store._writer.call(lambda connection: connection.execute("PRAGMA wal_checkpoint").fetchall(), alone=True)
     room(1)  # (as many as there are)

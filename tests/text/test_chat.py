@@ -29,7 +29,11 @@ from pensieve.text import ChatText, Extension, Message
 SYSTEM = Message("system", "You are a helpful assistant.")
 ASK = Message("user", "what is the capital of France?")
 AGAIN = Message("user", "why is it Paris?")
-BACKENDS = {"bytes": byte_level, "sentencepiece": byte_fallback, "legacy sentencepiece": lambda: byte_fallback(legacy=True)}
+BACKENDS = {
+    "bytes": byte_level,
+    "sentencepiece": byte_fallback,
+    "legacy sentencepiece": lambda: byte_fallback(legacy=True),
+}
 APPEND_ONLY = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "plain": None}
 
 
@@ -39,7 +43,9 @@ def answer(text: ChatText, log: list[int], content: str, end: bool = True) -> tu
     return [*log, *ids, *(sorted(text.stop_token_ids)[:1] if end else [])], Message("assistant", content)
 
 
-def turn(text: ChatText, said: list[Message], content: str, new: list[Message], end: bool = True) -> tuple[list[int], Extension]:
+def turn(
+    text: ChatText, said: list[Message], content: str, new: list[Message], end: bool = True
+) -> tuple[list[int], Extension]:
     log, reply = answer(text, text.first(said), content, end)
     return log, text.extend(log, [*said, reply], new)
 
@@ -61,7 +67,11 @@ def test_the_log_with_and_without_its_closing_token_go_on_alike(template: str) -
     text = chat(APPEND_ONLY[template])
     with_end = turn(text, [SYSTEM, ASK], "It is Paris.", [AGAIN], end=True)[1]
     without = turn(text, [SYSTEM, ASK], "It is Paris.", [AGAIN], end=False)[1]
-    assert with_end.tokens == without.tokens == text.first([SYSTEM, ASK, Message("assistant", "It is Paris."), AGAIN])
+    assert (
+        with_end.tokens
+        == without.tokens
+        == text.first([SYSTEM, ASK, Message("assistant", "It is Paris."), AGAIN])
+    )
 
 
 def test_white_space_before_the_closing_token_is_not_repeated() -> None:
@@ -94,15 +104,22 @@ def test_an_aborted_answer_may_be_empty() -> None:
     text = chat(CHATML)
     log, extension = turn(text, [ASK], "", [AGAIN], end=False)
     assert extension.reused_tokens == len(log)
-    assert text.decode_all(extension.tokens) == text.decode_all(text.first([ASK, Message("assistant", ""), AGAIN]))
+    assert text.decode_all(extension.tokens) == text.decode_all(
+        text.first([ASK, Message("assistant", ""), AGAIN])
+    )
 
 
 WORDS = st.text(st.sampled_from("aé 日\n😀e\u0301x1<|>") | st.characters(codec="utf-8"), max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(backend=st.sampled_from(["bytes", "sentencepiece"]), turns=st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=5))
-def test_appending_gives_the_text_of_the_whole_rendering(backend: str, turns: list[tuple[str, str, bool]]) -> None:
+@given(
+    backend=st.sampled_from(["bytes", "sentencepiece"]),
+    turns=st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=5),
+)
+def test_appending_gives_the_text_of_the_whole_rendering(
+    backend: str, turns: list[tuple[str, str, bool]]
+) -> None:
     text = chat(CHATML, BACKENDS[backend]())
     said = [SYSTEM, Message("user", turns[0][0])]
     log = text.first(said)
@@ -115,7 +132,10 @@ def test_appending_gives_the_text_of_the_whole_rendering(backend: str, turns: li
         assert extension.tokens[: len(log)] == log
         log = extension.tokens
         said.append(new)
-    whole = "".join(f"<|im_start|>{message.role}\n{message.content}<|im_end|>\n" for message in said) + "<|im_start|>assistant\n"
+    whole = (
+        "".join(f"<|im_start|>{message.role}\n{message.content}<|im_end|>\n" for message in said)
+        + "<|im_start|>assistant\n"
+    )
     assert text.decode_all(log) == whole
 
 
@@ -127,7 +147,9 @@ def test_stripped_thinking_rewrites_the_last_answer_only() -> None:
     assert extension.tokens == text.first([SYSTEM, ASK, reply, AGAIN])
     assert extension.reused_tokens == prompt
     assert f"from token {prompt} on" in (extension.rewritten or "")
-    assert f"{len(extension.tokens) - prompt} of {len(extension.tokens)} have to be computed" in (extension.rewritten or "")
+    assert f"{len(extension.tokens) - prompt} of {len(extension.tokens)} have to be computed" in (
+        extension.rewritten or ""
+    )
 
     # The next turn finds the stripped answer in the log and keeps it.
     log, second = answer(text, extension.tokens, "Because.")
@@ -144,7 +166,9 @@ def test_thinking_stays_while_a_tool_is_asked() -> None:
 
 
 def test_a_generation_prompt_that_history_lacks_is_a_rewriting() -> None:
-    template = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}")
+    template = CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    )
     text = chat(template)
     log, extension = turn(text, [ASK], "Paris.", [AGAIN])
     assert extension.rewritten is not None
@@ -171,7 +195,9 @@ def test_a_new_day_is_a_rewriting() -> None:
 
 
 def test_a_template_that_drops_answers_is_a_rewriting() -> None:
-    template = CHATML.replace("{{ message.content }}", "{% if message.role != 'assistant' %}{{ message.content }}{% endif %}")
+    template = CHATML.replace(
+        "{{ message.content }}", "{% if message.role != 'assistant' %}{{ message.content }}{% endif %}"
+    )
     _, extension = turn(chat(template), [ASK], "Paris.", [AGAIN])
     assert extension.rewritten is not None
 
@@ -203,7 +229,9 @@ def test_answers_end_with_the_templates_token() -> None:
     tokenizer = hugging_face(CHATML)
     tokenizer.eos_token = "<|endoftext|>"
     text = ChatText(tokenizer)
-    assert text.stop_token_ids == {tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_end|>")}
+    assert text.stop_token_ids == {
+        tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_end|>")
+    }
 
 
 def test_load_reads_a_models_folder(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def test_pieces_are_whole_characters_and_sum_up(backend: str, sample: str) -> No
     ids = text.encode_text(sample)
     pieces = stream(text, ids)
     assert "".join(pieces) == text.decode(ids)
-    assert "".join(pieces) == (sample.removeprefix(" ") if backend == "sentencepiece" else sample)  # it drops a leading space
+    assert "".join(pieces) == (
+        sample.removeprefix(" ") if backend == "sentencepiece" else sample
+    )  # it drops a leading space
     if "\ufffd" not in sample:
         assert not any("\ufffd" in piece for piece in pieces)
 
@@ -66,7 +68,10 @@ def test_any_ids_do_valid_characters_or_not(data: st.DataObject, backend: str, s
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.sampled_from([0xFF, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0x41, 0x20]), max_size=120), st.sampled_from(list(TEXTS)))
+@given(
+    st.lists(st.sampled_from([0xFF, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0x41, 0x20]), max_size=120),
+    st.sampled_from(list(TEXTS)),
+)
 def test_any_bytes_do(values: list[int], backend: str) -> None:
     text = TEXTS[backend]()
     if backend == "bytes":
@@ -145,4 +150,6 @@ def test_tokens_without_text_do_not_swallow_the_next_space() -> None:
     for silent in (5, SLIDE_AT, 5 * SLIDE_AT):
         ids = [1] * SLIDE_AT + [0] * silent + [1] * 3
         detokenizer = Detokenizer(decode)
-        assert "".join(detokenizer.push((token_id,)) for token_id in ids) + detokenizer.finish() == decode(ids)
+        assert "".join(detokenizer.push((token_id,)) for token_id in ids) + detokenizer.finish() == decode(
+            ids
+        )

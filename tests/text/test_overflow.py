@@ -17,7 +17,11 @@ def count(messages: Sequence[Message]) -> int:
 
 
 SYSTEM = Message("system", "s" * 10)
-CHAT = [SYSTEM, *(Message(role, role[0] * 10) for _ in range(3) for role in ("user", "assistant")), Message("user", "u" * 10)]
+CHAT = [
+    SYSTEM,
+    *(Message(role, role[0] * 10) for _ in range(3) for role in ("user", "assistant")),
+    Message("user", "u" * 10),
+]
 
 
 def test_what_fits_stays() -> None:
@@ -30,7 +34,13 @@ def test_whole_turns_are_dropped(limit: int, dropped: int) -> None:
 
 
 def test_tool_messages_go_with_their_turn() -> None:
-    messages = [Message("user", "a"), Message("assistant", "b"), Message("tool", "c"), Message("assistant", "d"), Message("user", "e")]
+    messages = [
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("tool", "c"),
+        Message("assistant", "d"),
+        Message("user", "e"),
+    ]
     assert truncate(messages, 4, count) == Truncated((messages[-1],), 4)
 
 
@@ -58,7 +68,9 @@ def test_no_more_than_necessary(lengths: list[int], limit: int) -> None:
     assert kept.dropped == 0 or count(messages[kept.dropped - 2 :]) > limit
 
 
-@given(st.lists(st.text(alphabet="ab \u00e9", max_size=60), max_size=6), st.integers(0, 120), st.integers(1, 9))
+@given(
+    st.lists(st.text(alphabet="ab \u00e9", max_size=60), max_size=6), st.integers(0, 120), st.integers(1, 9)
+)
 def test_only_what_does_not_fit_is_called_too_long(texts: list[str], limit: int, width: int) -> None:
     def count(text: str) -> int:  # tokens of up to `width` characters
         return -(-len(text) // width)

@@ -15,7 +15,9 @@ from pensieve.text import ContentDelta, ReasoningDelta, ReasoningSplitter
 def split(text: str, cuts: list[int], enabled: bool = True, inside: bool = False) -> tuple[str, str]:
     splitter = ReasoningSplitter(enabled, inside)
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    events = [event for start, stop in itertools.pairwise(edges) for event in splitter.feed(text[start:stop])] + splitter.finish()
+    events = [
+        event for start, stop in itertools.pairwise(edges) for event in splitter.feed(text[start:stop])
+    ] + splitter.finish()
     assert all(event.text for event in events)
     kinds = [isinstance(event, ContentDelta) for event in events]
     assert kinds == sorted(kinds)  # reasoning first
@@ -52,14 +54,20 @@ def test_the_template_may_have_begun_to_think() -> None:
     assert split("well", [], inside=True) == ("well", "")
 
 
-PIECES = st.lists(st.sampled_from(["<think>", "</think>", "<th", "</", "<", " ", "\n", "a", "bc", "é"]), max_size=10).map("".join)
+PIECES = st.lists(
+    st.sampled_from(["<think>", "</think>", "<th", "</", "<", " ", "\n", "a", "bc", "é"]), max_size=10
+).map("".join)
 
 
 @settings(max_examples=400, deadline=None)
 @given(text=PIECES, cuts=st.lists(st.integers(0, 40), max_size=8), inside=st.booleans())
 def test_pieces_do_not_matter(text: str, cuts: list[int], inside: bool) -> None:
     thought, said = split(text, [], inside=inside)
-    assert split(text, cuts, inside=inside) == split(text, list(range(len(text))), inside=inside) == (thought, said)
+    assert (
+        split(text, cuts, inside=inside)
+        == split(text, list(range(len(text))), inside=inside)
+        == (thought, said)
+    )
     begins = text.lstrip().startswith("<think>")
     if not inside and not begins:
         assert (thought, said) == ("", text)
@@ -86,5 +94,7 @@ def test_templates_decide() -> None:
     assert chat(HERMES).reasoning_splitter().feed("<think>a</think>b") == asked
     thought = [ReasoningDelta("a"), ContentDelta("b")]
     assert chat(THINKING).reasoning_splitter().feed("<think>a</think>b") == thought
-    begun = chat(THINKING.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"))
+    begun = chat(
+        THINKING.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    )
     assert begun.reasoning_splitter().feed("a</think>b") == thought

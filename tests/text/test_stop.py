@@ -78,7 +78,9 @@ def test_kept_tokens_and_the_rest_are_the_kept_text(backend: object) -> None:
         kept = whole[:length]
         count, residue = keep_tokens(text.detokenizer(), ids, kept)
         assert text.decode(ids[:count]) + residue == kept
-        assert count >= max(n for n in best if kept.startswith(text.decode(ids[:n])) and _settled(text, ids, n))
+        assert count >= max(
+            n for n in best if kept.startswith(text.decode(ids[:n])) and _settled(text, ids, n)
+        )
 
 
 def _settled(text: object, ids: list[int], n: int) -> bool:

@@ -11,7 +11,10 @@ from pensieve.errors import ConfigError
 from pensieve.text.template import read_template, what_fails
 
 GOOD = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + GOOD
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + GOOD
+)
 FIRST_TURN_ONLY = "{% if messages|length > 2 %}{{ raise_exception('one question only') }}{% endif %}" + GOOD
 
 
@@ -39,9 +42,19 @@ def test_what_a_template_does_not_write_is_found(source: str, what: str, line: i
 
 def test_a_models_own_template_that_fails_is_noted_with_the_way() -> None:
     broken = chat("{% for m in messages %}{{ m.content }").note
-    assert broken is not None and "does not write a user's message" in broken and "line 1" in broken and "--chat-template" in broken
+    assert (
+        broken is not None
+        and "does not write a user's message" in broken
+        and "line 1" in broken
+        and "--chat-template" in broken
+    )
     system = chat(NO_SYSTEM).note
-    assert system is not None and "a system message (" in system and "System role not supported" in system and "user's" not in system
+    assert (
+        system is not None
+        and "a system message (" in system
+        and "System role not supported" in system
+        and "user's" not in system
+    )
 
 
 def test_no_template_says_what_is_used_instead() -> None:
@@ -63,7 +76,10 @@ def test_a_template_of_ones_own_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{% for m in messages %}\n{{ m.content }", r"mine.jinja, line 2: it does not write a user's message"),
+        (
+            "{% for m in messages %}\n{{ m.content }",
+            r"mine.jinja, line 2: it does not write a user's message",
+        ),
         ("{% endfor %}", r"mine.jinja, line 1"),
         (FIRST_TURN_ONLY, "does not write a second question: one question only"),
         ("Hello.", "what was said is not in what it writes"),
@@ -72,7 +88,9 @@ def test_a_template_of_ones_own_is_read(tmp_path: Path) -> None:
         (b"\xff\xfe", "no text in UTF-8"),
     ],
 )
-def test_a_template_of_ones_own_that_fails_is_refused_by_file_and_line(text: str | bytes, words: str, tmp_path: Path) -> None:
+def test_a_template_of_ones_own_that_fails_is_refused_by_file_and_line(
+    text: str | bytes, words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=words):
         read_template(write(tmp_path, text))
 

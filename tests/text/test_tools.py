@@ -23,8 +23,16 @@ from pensieve.text import (
     tools_prompt,
 )
 
-HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS = ToolFormat.HERMES, ToolFormat.LLAMA3, ToolFormat.MISTRAL, ToolFormat.MISTRAL_ARGS
-TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("get_weather", "get", "now")]
+HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS = (
+    ToolFormat.HERMES,
+    ToolFormat.LLAMA3,
+    ToolFormat.MISTRAL,
+    ToolFormat.MISTRAL_ARGS,
+)
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {}}}
+    for name in ("get_weather", "get", "now")
+]
 
 
 def joined(events: list[ToolEvent]) -> list[tuple[object, ...]]:
@@ -48,7 +56,9 @@ def joined(events: list[ToolEvent]) -> list[tuple[object, ...]]:
     return out
 
 
-def parse(format: ToolFormat, text: str, pieces: int | list[int] = 0, **options: object) -> list[tuple[object, ...]]:
+def parse(
+    format: ToolFormat, text: str, pieces: int | list[int] = 0, **options: object
+) -> list[tuple[object, ...]]:
     parser = ToolCallParser(format, TOOLS, **options)  # type: ignore[arg-type]
     cuts = list(range(0, len(text), pieces)) if isinstance(pieces, int) and pieces else pieces or []
     assert isinstance(cuts, list)
@@ -89,8 +99,18 @@ CITY = '{"city": "Paris"}'
 WEATHER = ("get_weather", CITY)
 
 FOUND = {
-    "hermes": (HERMES, f'<tool_call>\n{{"name": "get_weather", "arguments": {CITY}}}\n</tool_call>', [WEATHER], ""),
-    "hermes, tight": (HERMES, f'<tool_call>{{"name":"get_weather","arguments":{CITY}}}</tool_call>', [WEATHER], ""),
+    "hermes": (
+        HERMES,
+        f'<tool_call>\n{{"name": "get_weather", "arguments": {CITY}}}\n</tool_call>',
+        [WEATHER],
+        "",
+    ),
+    "hermes, tight": (
+        HERMES,
+        f'<tool_call>{{"name":"get_weather","arguments":{CITY}}}</tool_call>',
+        [WEATHER],
+        "",
+    ),
     "hermes, between words": (
         HERMES,
         f'Let me see.\n<tool_call>\n{{"name": "get_weather", "arguments": {CITY}}}\n</tool_call>\nDone.\n',
@@ -103,7 +123,12 @@ FOUND = {
         [WEATHER, ("now", "{}")],
         "",
     ),
-    "hermes, arguments first": (HERMES, f'<tool_call>{{"arguments": {CITY}, "name": "get_weather"}}</tool_call>', [WEATHER], ""),
+    "hermes, arguments first": (
+        HERMES,
+        f'<tool_call>{{"arguments": {CITY}, "name": "get_weather"}}</tool_call>',
+        [WEATHER],
+        "",
+    ),
     "hermes, other members": (
         HERMES,
         f'<tool_call>{{"id": 7, "type": "function", "name": "get_weather", "x": [{{"name": "no"}}], "arguments": {CITY}, "y": null}}</tool_call>',
@@ -111,11 +136,36 @@ FOUND = {
         "",
     ),
     "hermes, no arguments": (HERMES, '<tool_call>{"name": "now"}</tool_call>', [("now", "{}")], ""),
-    "hermes, null": (HERMES, '<tool_call>{"name": "now", "arguments": null}</tool_call>', [("now", "{}")], ""),
-    "hermes, in a string": (HERMES, '<tool_call>{"name": "now", "arguments": "{\\"x\\": 1}"}</tool_call>', [("now", '{"x": 1}')], ""),
-    "hermes, a name with escapes": (HERMES, '<tool_call>{"name": "\\u006eow", "arguments": {}}</tool_call>', [("now", "{}")], ""),
-    "hermes, a bracket is missing": (HERMES, f'<tool_call>{{"name": "get_weather", "arguments": {CITY}\n</tool_call>', [WEATHER], ""),
-    "hermes, no end marker": (HERMES, f'<tool_call>{{"name": "get_weather", "arguments": {CITY}}}', [WEATHER], ""),
+    "hermes, null": (
+        HERMES,
+        '<tool_call>{"name": "now", "arguments": null}</tool_call>',
+        [("now", "{}")],
+        "",
+    ),
+    "hermes, in a string": (
+        HERMES,
+        '<tool_call>{"name": "now", "arguments": "{\\"x\\": 1}"}</tool_call>',
+        [("now", '{"x": 1}')],
+        "",
+    ),
+    "hermes, a name with escapes": (
+        HERMES,
+        '<tool_call>{"name": "\\u006eow", "arguments": {}}</tool_call>',
+        [("now", "{}")],
+        "",
+    ),
+    "hermes, a bracket is missing": (
+        HERMES,
+        f'<tool_call>{{"name": "get_weather", "arguments": {CITY}\n</tool_call>',
+        [WEATHER],
+        "",
+    ),
+    "hermes, no end marker": (
+        HERMES,
+        f'<tool_call>{{"name": "get_weather", "arguments": {CITY}}}',
+        [WEATHER],
+        "",
+    ),
     "hermes, no end marker but another": (
         HERMES,
         f'<tool_call>{{"name": "get_weather", "arguments": {CITY}}}<tool_call>{{"name": "now", "arguments": {{}}}}',
@@ -141,16 +191,36 @@ FOUND = {
         "",
     ),
     "llama3": (LLAMA3, f'{{"name": "get_weather", "parameters": {CITY}}}', [WEATHER], ""),
-    "llama3, tagged": (LLAMA3, f'\n<|python_tag|>{{"name": "get_weather", "parameters": {CITY}}}', [WEATHER], ""),
-    "llama3, arguments": (LLAMA3, f'\n {{"type": "function", "name": "get_weather", "arguments": {CITY}}}', [WEATHER], ""),
+    "llama3, tagged": (
+        LLAMA3,
+        f'\n<|python_tag|>{{"name": "get_weather", "parameters": {CITY}}}',
+        [WEATHER],
+        "",
+    ),
+    "llama3, arguments": (
+        LLAMA3,
+        f'\n {{"type": "function", "name": "get_weather", "arguments": {CITY}}}',
+        [WEATHER],
+        "",
+    ),
     "llama3, two": (
         LLAMA3,
         f'<|python_tag|>{{"name": "get_weather", "parameters": {CITY}}}; {{"name": "now", "parameters": {{}}}};',
         [WEATHER, ("now", "{}")],
         "",
     ),
-    "llama3, words behind": (LLAMA3, f'{{"name": "get_weather", "parameters": {CITY}}}; that is all', [WEATHER], "; that is all"),
-    "llama3, words before": (LLAMA3, f'Well. <|python_tag|>{{"name": "get_weather", "parameters": {CITY}}}', [WEATHER], "Well."),
+    "llama3, words behind": (
+        LLAMA3,
+        f'{{"name": "get_weather", "parameters": {CITY}}}; that is all',
+        [WEATHER],
+        "; that is all",
+    ),
+    "llama3, words before": (
+        LLAMA3,
+        f'Well. <|python_tag|>{{"name": "get_weather", "parameters": {CITY}}}',
+        [WEATHER],
+        "Well.",
+    ),
     "mistral": (MISTRAL, f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {CITY}}}]', [WEATHER], ""),
     "mistral, two": (
         MISTRAL,
@@ -158,12 +228,42 @@ FOUND = {
         [WEATHER, ("now", "{}")],
         "",
     ),
-    "mistral, no list": (MISTRAL, f'[TOOL_CALLS]{{"name": "get_weather", "arguments": {CITY}}}', [WEATHER], ""),
-    "mistral, list open": (MISTRAL, f'Well [TOOL_CALLS][{{"name": "get_weather", "arguments": {CITY}}}, ', [WEATHER], "Well"),
-    "mistral, words behind": (MISTRAL, f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {CITY}}}] so', [WEATHER], "so"),
-    "mistral args": (MISTRAL_ARGS, f"Well.[TOOL_CALLS]get_weather[ARGS]{CITY}[TOOL_CALLS]now[ARGS]{{}}", [WEATHER, ("now", "{}")], "Well."),
-    "mistral args, ids": (MISTRAL_ARGS, f"[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]{CITY}", [WEATHER], ""),
-    "mistral args in the older form": (MISTRAL_ARGS, f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {CITY}}}]', [WEATHER], ""),
+    "mistral, no list": (
+        MISTRAL,
+        f'[TOOL_CALLS]{{"name": "get_weather", "arguments": {CITY}}}',
+        [WEATHER],
+        "",
+    ),
+    "mistral, list open": (
+        MISTRAL,
+        f'Well [TOOL_CALLS][{{"name": "get_weather", "arguments": {CITY}}}, ',
+        [WEATHER],
+        "Well",
+    ),
+    "mistral, words behind": (
+        MISTRAL,
+        f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {CITY}}}] so',
+        [WEATHER],
+        "so",
+    ),
+    "mistral args": (
+        MISTRAL_ARGS,
+        f"Well.[TOOL_CALLS]get_weather[ARGS]{CITY}[TOOL_CALLS]now[ARGS]{{}}",
+        [WEATHER, ("now", "{}")],
+        "Well.",
+    ),
+    "mistral args, ids": (
+        MISTRAL_ARGS,
+        f"[TOOL_CALLS]get_weather[CALL_ID]a1B2c3D4e[ARGS]{CITY}",
+        [WEATHER],
+        "",
+    ),
+    "mistral args in the older form": (
+        MISTRAL_ARGS,
+        f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {CITY}}}]',
+        [WEATHER],
+        "",
+    ),
     "mistral in the newer form": (MISTRAL, f"[TOOL_CALLS]get_weather[ARGS]{CITY}", [WEATHER], ""),
 }
 
@@ -221,7 +321,12 @@ def test_what_is_no_call_is_content_unchanged(case: str, pieces: int, streams: b
 
 BROKEN = {
     "cut": (HERMES, '<tool_call>{"name": "now", "arguments": {"a": [1, "x', '{"a": [1, "x', ""),
-    "brackets": (HERMES, '<tool_call>{"name": "now", "arguments": {"a": [1}}}</tool_call> so', '{"a": [1}}}', "so"),
+    "brackets": (
+        HERMES,
+        '<tool_call>{"name": "now", "arguments": {"a": [1}}}</tool_call> so',
+        '{"a": [1}}}',
+        "so",
+    ),
     "brackets and a marker's beginning": (
         HERMES,
         '<tool_call>{"name": "now", "arguments": {"a": [1}</tool</tool_call>',
@@ -268,9 +373,31 @@ def test_the_name_comes_first_and_arguments_as_they_arrive() -> None:
 
 
 MARKS = {
-    HERMES: ["<tool_call>", "</tool_call>", "<tool", "</", '{"name": "now", "arguments": {"a": [1, "}"]}}', '"arguments": '],
-    LLAMA3: ["<|python_tag|>", "<|py", ";", '{"name": "now", "parameters": {"a": [1, "}"]}}', '"parameters": '],
-    MISTRAL: ["[TOOL_CALLS]", "[TOOL", "[", "]", ",", '{"name": "now", "arguments": {"a": [1, "}"]}}', "now[ARGS]{}", "[CALL_ID]x1"],
+    HERMES: [
+        "<tool_call>",
+        "</tool_call>",
+        "<tool",
+        "</",
+        '{"name": "now", "arguments": {"a": [1, "}"]}}',
+        '"arguments": ',
+    ],
+    LLAMA3: [
+        "<|python_tag|>",
+        "<|py",
+        ";",
+        '{"name": "now", "parameters": {"a": [1, "}"]}}',
+        '"parameters": ',
+    ],
+    MISTRAL: [
+        "[TOOL_CALLS]",
+        "[TOOL",
+        "[",
+        "]",
+        ",",
+        '{"name": "now", "arguments": {"a": [1, "}"]}}',
+        "now[ARGS]{}",
+        "[CALL_ID]x1",
+    ],
 }
 MARKS[MISTRAL_ARGS] = MARKS[MISTRAL]
 SHARED = [
@@ -300,7 +427,12 @@ def answers(draw: st.DrawFn) -> tuple[ToolFormat, str]:
 
 
 @settings(max_examples=600, deadline=None)
-@given(answer=answers(), cuts=st.lists(st.integers(0, 200), max_size=12), streams=st.booleans(), max_calls=st.none() | st.integers(1, 2))
+@given(
+    answer=answers(),
+    cuts=st.lists(st.integers(0, 200), max_size=12),
+    streams=st.booleans(),
+    max_calls=st.none() | st.integers(1, 2),
+)
 def test_pieces_do_not_matter_and_nothing_is_lost(
     answer: tuple[ToolFormat, str], cuts: list[int], streams: bool, max_calls: int | None
 ) -> None:
@@ -322,7 +454,11 @@ def test_arbitrary_text_passes(text: str, format: ToolFormat, piece: int) -> Non
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
@@ -334,7 +470,9 @@ SPACE = st.text(" \n\t", max_size=2)
 @settings(max_examples=300, deadline=None)
 @given(
     format=st.sampled_from(list(ToolFormat)),
-    asked=st.lists(st.tuples(st.sampled_from(["get_weather", "get", "now"]), OBJECTS), min_size=1, max_size=3),
+    asked=st.lists(
+        st.tuples(st.sampled_from(["get_weather", "get", "now"]), OBJECTS), min_size=1, max_size=3
+    ),
     before=WORDS,
     space=SPACE,
     indent=st.none() | st.integers(0, 2),
@@ -354,7 +492,10 @@ def test_written_calls_are_read_back(
 ) -> None:
     texts = [(name, json.dumps(arguments, indent=indent, ensure_ascii=ascii)) for name, arguments in asked]
     key = "parameters" if format is LLAMA3 else "arguments"
-    objects = [f'{{{space}"name"{space}:"{name}",{space}"{key}":{space}{arguments}{space}}}' for name, arguments in texts]
+    objects = [
+        f'{{{space}"name"{space}:"{name}",{space}"{key}":{space}{arguments}{space}}}'
+        for name, arguments in texts
+    ]
     match format:
         case ToolFormat.HERMES:
             written = "".join(f"{space}<tool_call>{space}{call}{space}</tool_call>" for call in objects)
@@ -383,14 +524,23 @@ def test_nothing_is_held_back_without_need(answer: tuple[ToolFormat, str]) -> No
             return
         held = text[len(shown) : index]
         assert text.startswith(shown)
-        assert held.strip() == "" or format.begin.startswith(held.strip()[: len(format.begin)]) or held.strip()[0] == "{"
+        assert (
+            held.strip() == ""
+            or format.begin.startswith(held.strip()[: len(format.begin)])
+            or held.strip()[0] == "{"
+        )
 
 
 STOPPED = {
     "hermes": (HERMES, '<tool_call>{"name": "now", "arguments": {}}\n</tool_call>', "\n<tool_call>{...", ""),
     "hermes, no end marker": (HERMES, '<tool_call>{"name": "now", "arguments": {}}', "<tool_call>", ""),
     "llama3": (LLAMA3, '{"name": "now", "parameters": {}}', '; {"name": "now", "parameters": {}}', ""),
-    "mistral": (MISTRAL, '[TOOL_CALLS][{"name": "now", "arguments": {}}', ', {"name": "now", "arguments": {}}]', "]"),
+    "mistral": (
+        MISTRAL,
+        '[TOOL_CALLS][{"name": "now", "arguments": {}}',
+        ', {"name": "now", "arguments": {}}]',
+        "]",
+    ),
     "mistral, ended": (MISTRAL, '[TOOL_CALLS][{"name": "now", "arguments": {}}]', "[TOOL_CALLS]", ""),
     "mistral args": (MISTRAL_ARGS, "[TOOL_CALLS]now[ARGS]{}", "[TOOL_CALLS]now[ARGS]{}", ""),
 }
@@ -437,7 +587,9 @@ def test_the_prompt_asks_for_calls_of_the_format(format: ToolFormat) -> None:
     prompt = tools_prompt(TOOLS, format)
     assert all(json.dumps(tool) in prompt for tool in TOOLS)
     example = prompt.rpartition(":\n")[2]
-    example = example.replace("<function-name>", "now" if format is MISTRAL_ARGS else '"now"').replace("<args-json-object>", CITY)
+    example = example.replace("<function-name>", "now" if format is MISTRAL_ARGS else '"now"').replace(
+        "<args-json-object>", CITY
+    )
     assert calls(parse(format, example)) == [("now", CITY)]
 
 
@@ -458,7 +610,11 @@ def test_tools_are_checked(tools: list[dict[str, object]], match: str) -> None:
 def test_long_answers_take_time_in_proportion() -> None:
     """Each character is looked at a bounded number of times, also where markers open and nothing closes."""
     for format in ToolFormat:
-        for text in (format.begin + '{"' * 3, '{"name": "now", "x": "' + format.begin + "{", format.begin * 3 + " "):
+        for text in (
+            format.begin + '{"' * 3,
+            '{"name": "now", "x": "' + format.begin + "{",
+            format.begin * 3 + " ",
+        ):
             parser = ToolCallParser(format, TOOLS)
             steps = 0
             state = parser._step

@@ -29,7 +29,17 @@ from pensieve.errors import (
     TextUnavailable,
 )
 from pensieve.message import Message, ToolCall
-from pensieve.text import ChatText, DecodeIds, EncodeChat, EncodeRest, EncodeText, InlineRunner, WriteChat, WrittenChat, workers
+from pensieve.text import (
+    ChatText,
+    DecodeIds,
+    EncodeChat,
+    EncodeRest,
+    EncodeText,
+    InlineRunner,
+    WriteChat,
+    WrittenChat,
+    workers,
+)
 from pensieve.text.nursery import ForkingNursery, Nursery, SpawningNursery
 from pensieve.text.worker_process import memory_limited
 from pensieve.text.workers import TextWorkers, lanes_for
@@ -46,7 +56,9 @@ def ask(text: str, **more: Any) -> WriteChat:
 
 
 @contextmanager
-def running(load: Callable[[], ChatText], *, job_s: float = 1.0, make: Callable[[], Nursery] | None = None) -> Iterator[TextWorkers]:
+def running(
+    load: Callable[[], ChatText], *, job_s: float = 1.0, make: Callable[[], Nursery] | None = None
+) -> Iterator[TextWorkers]:
     def start() -> Nursery:
         nursery = ForkingNursery(models.prepare)
         nursery.load(load)
@@ -98,7 +110,11 @@ def worker_pid(pool: TextWorkers, kind: str) -> int:
 
 
 HISTORY = (Message("system", "be brief"), Message("user", "hello there"), Message("assistant", "Größe"))
-CALLS = (Message("user", "?"), Message("assistant", "", (ToolCall("c1", "f", '{"x": 1}'),)), Message("tool", "42", (), "c1", "f"))
+CALLS = (
+    Message("user", "?"),
+    Message("assistant", "", (ToolCall("c1", "f", '{"x": 1}'),)),
+    Message("tool", "42", (), "c1", "f"),
+)
 
 
 def jobs(text: ChatText) -> list[Any]:
@@ -143,7 +159,10 @@ def test_a_chat_that_is_cut_leaves_out_no_more_than_it_must() -> None:
         if written.dropped:
             limit = int(0.75 * max_context)
             assert len(written.tokens) <= limit < len(text.first(messages[written.dropped - 2 :]))
-            assert written.dropped_tokens in (whole - len(written.tokens), pytest.approx(whole - len(written.tokens), rel=0.5))
+            assert written.dropped_tokens in (
+                whole - len(written.tokens),
+                pytest.approx(whole - len(written.tokens), rel=0.5),
+            )
 
 
 # -- time and memory
@@ -179,7 +198,10 @@ def test_a_template_that_takes_memory_is_stopped(hostile: TextWorkers, word: str
 def test_what_a_template_writes_has_a_limit() -> None:
     text = chat("{% for m in messages %}{{ m.content * 1000 }}{% endfor %}")
     text.max_chars = 5000
-    with pytest.raises(ContextLengthExceeded, match="makes 11000 characters of these messages, and the context holds at most 5000"):
+    with pytest.raises(
+        ContextLengthExceeded,
+        match="makes 11000 characters of these messages, and the context holds at most 5000",
+    ):
         text.first([Message("user", "hello there")])
 
 
@@ -231,7 +253,9 @@ def test_a_short_job_that_turns_out_long_makes_room(patient: TextWorkers) -> Non
         future.cancel()
     with pytest.raises(CancelledError):
         long[0].result(0)
-    assert isinstance(result(patient.submit(ask("word " * 10_000))), WrittenChat), "the long lane is free again"
+    assert isinstance(result(patient.submit(ask("word " * 10_000))), WrittenChat), (
+        "the long lane is free again"
+    )
 
 
 def test_tenants_take_turns(patient: TextWorkers) -> None:

@@ -128,7 +128,10 @@ THINKING = (
 
 DATED = "<|im_start|>system\nToday is {{ today }}.<|im_end|>\n" + CHATML
 
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHATML
+)
 
 
 @functools.cache
@@ -137,7 +140,9 @@ def byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(LINES, trainer)
     _add(tokenizer)
     return tokenizer
@@ -157,7 +162,9 @@ def byte_fallback(legacy: bool = False) -> Tokenizer:
     import json
 
     spec = json.loads(trained.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "<s>", "</s>")]
+    spec["added_tokens"] = [
+        token for token in spec["added_tokens"] if token["content"] in ("<unk>", "<s>", "</s>")
+    ]
     spec["model"]["byte_fallback"] = True
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     if legacy:
@@ -165,7 +172,9 @@ def byte_fallback(legacy: bool = False) -> Tokenizer:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     _add(tokenizer)
     return tokenizer
 
@@ -181,9 +190,17 @@ def chat(template: str | None, backend: Tokenizer | None = None, **options: obje
 
 def hugging_face(template: str | None, backend: Tokenizer | None = None) -> PreTrainedTokenizerFast:
     """The object that a model's folder would load as."""
-    eos = "<|im_end|>" if template and "im_end" in template else "<|eot_id|>" if template and "eot_id" in template else "</s>"
+    eos = (
+        "<|im_end|>"
+        if template and "im_end" in template
+        else "<|eot_id|>"
+        if template and "eot_id" in template
+        else "</s>"
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend or byte_level(), bos_token="<|begin_of_text|>" if eos == "<|eot_id|>" else "<s>", eos_token=eos
+        tokenizer_object=backend or byte_level(),
+        bos_token="<|begin_of_text|>" if eos == "<|eot_id|>" else "<s>",
+        eos_token=eos,
     )
     tokenizer.chat_template = template
     return tokenizer

@@ -17,9 +17,7 @@ DOUBLE = (
     "{% for m in messages %}{% if 'double' in m.content %}{% set ns = namespace(s=m.content) %}"
     "{% for i in range(31) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}{% endif %}{% endfor %}"
 )
-WRITE = (
-    "{% for m in messages %}{% if 'write' in m.content %}{% for i in range(99999) %}{{ 'x' * 50000 }}{% endfor %}{% endif %}{% endfor %}"
-)
+WRITE = "{% for m in messages %}{% if 'write' in m.content %}{% for i in range(99999) %}{{ 'x' * 50000 }}{% endfor %}{% endif %}{% endfor %}"
 ALWAYS = "{% for i in range(99999) %}{% for j in range(99999) %}{% if i + j < 0 %}x{% endif %}{% endfor %}{% endfor %}"
 
 

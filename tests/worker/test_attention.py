@@ -15,7 +15,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attention_bench import CHUNK, CONTEXTS, CPU, DIM, HEADS, LONG_STORY, STORY, Bench, args_of, contexts_of, ids, spans_of_a_step
+from attention_bench import (
+    CHUNK,
+    CONTEXTS,
+    CPU,
+    DIM,
+    HEADS,
+    LONG_STORY,
+    STORY,
+    Bench,
+    args_of,
+    contexts_of,
+    ids,
+    spans_of_a_step,
+)
 from pensieve.core.plan import Span
 from pensieve.errors import ConfigError
 from pensieve.worker import kernel
@@ -31,7 +44,9 @@ NATIVE = VARIANTS[2:]
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
 def test_the_reference_is_the_definition(kind: str, window: int | None) -> None:
     generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(count, heads, DIM, generator=generator) for count, heads in ((3, HEADS), (9, 2), (9, 2)))
+    query, key, value = (
+        torch.randn(count, heads, DIM, generator=generator) for count, heads in ((3, HEADS), (9, 2), (9, 2))
+    )
     args = args_of(kind, window)
     ours = attend_one(query, key, value, torch.tensor([2, 7, 8]), args)
     for row, position in enumerate((2, 7, 8)):
@@ -40,9 +55,15 @@ def test_the_reference_is_the_definition(kind: str, window: int | None) -> None:
             for k in range(9):
                 if 0 <= position - k < (window or 1000):
                     score = float(query[row, head] @ key[k, head // 2]) * args.scaling
-                    weights[k] = math.exp(args.softcap * math.tanh(score / args.softcap) if args.softcap else score)
-            total = sum(weights.values()) + (math.exp(float(args.sinks[head])) if args.sinks is not None else 0.0)
-            expected = sum((weight / total * value[k, head // 2] for k, weight in weights.items()), torch.zeros(DIM))
+                    weights[k] = math.exp(
+                        args.softcap * math.tanh(score / args.softcap) if args.softcap else score
+                    )
+            total = sum(weights.values()) + (
+                math.exp(float(args.sinks[head])) if args.sinks is not None else 0.0
+            )
+            expected = sum(
+                (weight / total * value[k, head // 2] for k, weight in weights.items()), torch.zeros(DIM)
+            )
             torch.testing.assert_close(ours[row, head], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -51,17 +72,25 @@ def test_the_reference_is_the_definition(kind: str, window: int | None) -> None:
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ragged_spans_over_scattered_slots(variant: str, kv_heads: int, kind: str, window: int | None, dtype: torch.dtype) -> None:
+def test_ragged_spans_over_scattered_slots(
+    variant: str, kv_heads: int, kind: str, window: int | None, dtype: torch.dtype
+) -> None:
     if variant in NATIVE:
-        Bench(variant, contexts_of(LONG_STORY), kv_heads, dtype, dim=16, chunk=32).check(LONG_STORY, args_of(kind, window))
-    Bench(variant, CONTEXTS, kv_heads, dtype, dim=16 if variant in NATIVE else DIM).check(STORY, args_of(kind, window))
+        Bench(variant, contexts_of(LONG_STORY), kv_heads, dtype, dim=16, chunk=32).check(
+            LONG_STORY, args_of(kind, window)
+        )
+    Bench(variant, CONTEXTS, kv_heads, dtype, dim=16 if variant in NATIVE else DIM).check(
+        STORY, args_of(kind, window)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("variant", NATIVE)
-def test_the_kernel_serves_every_head_size_and_group(variant: str, dim: int, group: int, dtype: torch.dtype) -> None:
+def test_the_kernel_serves_every_head_size_and_group(
+    variant: str, dim: int, group: int, dtype: torch.dtype
+) -> None:
     bench = Bench(variant, contexts_of(LONG_STORY), 2, dtype, heads=2 * group, dim=dim, chunk=32)
     bench.check(LONG_STORY, AttentionArgs(dim**-0.5, 50, 20.0, torch.linspace(-2, 2, 2 * group)))
 
@@ -106,9 +135,18 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([8, 32]), st.sampled_from([16, 64]),
 )  # fmt: skip
 def test_any_step_on_the_kernel(
-    variant: str, spans: tuple[Span, ...], kind: str, window: int | None, kv_heads: int, dtype: torch.dtype, chunk: int, dim: int
+    variant: str,
+    spans: tuple[Span, ...],
+    kind: str,
+    window: int | None,
+    kv_heads: int,
+    dtype: torch.dtype,
+    chunk: int,
+    dim: int,
 ) -> None:
-    Bench(variant, contexts_of(spans), kv_heads, dtype, dim=dim, chunk=chunk).check(spans, args_of(kind, window))
+    Bench(variant, contexts_of(spans), kv_heads, dtype, dim=dim, chunk=chunk).check(
+        spans, args_of(kind, window)
+    )
 
 
 def parts_of(bench: Bench, prepared: Any) -> int:
@@ -121,7 +159,9 @@ def parts_of(bench: Bench, prepared: Any) -> int:
 @pytest.mark.parametrize("window", [None, 1000])
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
 @pytest.mark.parametrize("variant", NATIVE)
-def test_a_long_context_is_divided_between_threads(variant: str, kind: str, window: int | None, dtype: torch.dtype) -> None:
+def test_a_long_context_is_divided_between_threads(
+    variant: str, kind: str, window: int | None, dtype: torch.dtype
+) -> None:
     spans = (ids("long", 2003, 2004), ids("short", 40, 41), ids("some", 900, 905))
     bench = Bench(variant, contexts_of(spans), 2, dtype, dim=64, chunk=32)
     bench.check(spans, args_of(kind, window))
@@ -140,7 +180,9 @@ def test_undivided_a_token_gets_the_same_bits_in_any_company(variant: str, dtype
     for span in LONG_STORY:
         for position in range(span.start, span.stop):
             alone = bench.backend.prepare(bench.batch(ids(span.request_id, position, position + 1)))
-            assert torch.equal(bench.backend.attend(alone, 1, query[row : row + 1], args_of("sinks"))[0], together[row])
+            assert torch.equal(
+                bench.backend.attend(alone, 1, query[row : row + 1], args_of("sinks"))[0], together[row]
+            )
             row += 1
 
 
@@ -217,7 +259,12 @@ def test_where_there_is_a_compiler_the_kernel_is_built() -> None:
         (KVGeometry(1, 1, 16, torch.float32), 32, "cuda", "it runs on a CPU, not on cuda"),
         (KVGeometry(1, 1, 16, torch.float16), 32, "cpu", "torch.float16 is neither bfloat16 nor float32"),
         (KVGeometry(1, 1, 24, torch.float32), 32, "cpu", "heads of 24 numbers are no multiple of 16"),
-        (KVGeometry(1, 1, 16, torch.float32), 64, "cpu", "chunks of 64 tokens are no even number from 4 to 32"),
+        (
+            KVGeometry(1, 1, 16, torch.float32),
+            64,
+            "cpu",
+            "chunks of 64 tokens are no even number from 4 to 32",
+        ),
         (KVGeometry(1, 1, 16, torch.float32), 5, "cpu", "chunks of 5 tokens are no even number from 4 to 32"),
     ],
 )
@@ -246,7 +293,9 @@ def test_without_a_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not NATIVE, reason="the kernel is not built")
 @pytest.mark.usefixtures("fresh_library")
 def test_a_kernel_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_Call", type("_Call", (ctypes.Structure,), {"_fields_": native._Call._fields_[1:]}))
+    monkeypatch.setattr(
+        native, "_Call", type("_Call", (ctypes.Structure,), {"_fields_": native._Call._fields_[1:]})
+    )
     reason = NativeAttention.why_not(KVGeometry(1, 1, 64, torch.bfloat16), 32, CPU)
     assert reason is not None and "built from other sources" in reason
 
@@ -287,7 +336,9 @@ def test_a_planted_bug_in_the_call_is_caught(
         (None, "_causal_mask", lambda num, like: torch.zeros(num, num, dtype=like.dtype)),  # looks ahead
     ],
 )
-def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch, window: int | None, function: str, replacement: Any) -> None:
+def test_a_planted_bug_is_caught(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, function: str, replacement: Any
+) -> None:
     monkeypatch.setattr(cpu, function, replacement)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         Bench("cpu", CONTEXTS, 2, torch.float32).check(STORY, args_of("softcap", window))
@@ -301,7 +352,10 @@ def test_what_another_request_left_in_a_slot_is_never_used(monkeypatch: pytest.M
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="'auto' or one of 'native', 'triton', 'flashinfer', 'cpu', 'reference', got 'flash'"):
+    with pytest.raises(
+        ConfigError,
+        match="'auto' or one of 'native', 'triton', 'flashinfer', 'cpu', 'reference', got 'flash'",
+    ):
         make_backend("flash", KVGeometry(1, 1, 8, torch.float32), CHUNK, CPU)
 
 

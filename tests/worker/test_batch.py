@@ -25,7 +25,8 @@ def builder(**tables: tuple[int, ...]) -> BatchBuilder:
 
 def test_a_prompt_a_hole_and_a_decode_in_one_batch() -> None:
     batch = builder(a=(7, 2, 5), b=(3,)).build(
-        (Span("a", 2, 5, (10, 11, 12), False), Span("a", 8, 10, (13, 14), True), Span("b", 3, 4, None, True)), lambda span: 99
+        (Span("a", 2, 5, (10, 11, 12), False), Span("a", 8, 10, (13, 14), True), Span("b", 3, 4, None, True)),
+        lambda span: 99,
     )
     assert batch.input_ids.tolist() == [[10, 11, 12, 13, 14, 99]]
     assert batch.position_ids.tolist() == [[2, 3, 4, 8, 9, 3]]
@@ -93,8 +94,18 @@ def numbers(batch: Batch) -> list[list[int]]:
 
 
 def test_a_decode_alone_takes_the_short_way_to_the_same_numbers() -> None:
-    batch = builder(a=(7, 2, 5), b=(3,)).build((Span("b", 3, 4, (8,), True), Span("a", 8, 9, None, False)), lambda span: 99)
-    assert numbers(batch) == [[[8, 99]], [[3, 8]], [3 * 4 + 3, 5 * 4], [0, 1, 2], [4, 9], [[3, 0, 0], [7, 2, 5]], [0]]
+    batch = builder(a=(7, 2, 5), b=(3,)).build(
+        (Span("b", 3, 4, (8,), True), Span("a", 8, 9, None, False)), lambda span: 99
+    )
+    assert numbers(batch) == [
+        [[8, 99]],
+        [[3, 8]],
+        [3 * 4 + 3, 5 * 4],
+        [0, 1, 2],
+        [4, 9],
+        [[3, 0, 0], [7, 2, 5]],
+        [0],
+    ]
     assert [span.request_id for span in batch.emitting] == ["b"]
 
 
@@ -105,7 +116,13 @@ def test_a_batch_that_waits_to_be_run_is_out_of_reach_of_later_plans() -> None:
     waiting = made.build(spans, never)
     before = numbers(waiting)
     made.forget(["c"])
-    made.update([BlockTableUpdate("a", 0, (9, 9, 9)), BlockTableUpdate("b", 1, (8,)), BlockTableUpdate("d", 0, (7,) * 200)])
+    made.update(
+        [
+            BlockTableUpdate("a", 0, (9, 9, 9)),
+            BlockTableUpdate("b", 1, (8,)),
+            BlockTableUpdate("d", 0, (7,) * 200),
+        ]
+    )
     following = made.build((Span("d", 0, 2, (5, 6), True), Span("a", 8, 9, None, True)), lambda span: 10)
     assert numbers(waiting) == before
     following.block_tables.fill_(0)
@@ -142,11 +159,19 @@ def test_tables_follow_every_history_of_updates(data: st.DataObject) -> None:
         batch = made.build(tuple(spans), never)
         positions = [position for span in spans for position in range(span.start, span.stop)]
         assert batch.position_ids.tolist() == batch.input_ids.tolist() == [positions]
-        slots = [truth[span.request_id][position // 4] * 4 + position % 4 for span in spans for position in range(span.start, span.stop)]
+        slots = [
+            truth[span.request_id][position // 4] * 4 + position % 4
+            for span in spans
+            for position in range(span.start, span.stop)
+        ]
         assert batch.slot_mapping.tolist() == slots
         contexts = [truth[span.request_id][: -(-span.stop // 4)] for span in spans]
         width = max(map(len, contexts))
         assert batch.block_tables.tolist() == [context + [0] * (width - len(context)) for context in contexts]
         ends = [sum(other.stop - other.start for other in spans[: index + 1]) for index in range(len(spans))]
-        assert batch.cu_seqlens_q.tolist() == [0, *ends] and batch.context_lens.tolist() == [span.stop for span in spans]
-        assert batch.logit_rows.tolist() == [end - 1 for end, span in zip(ends, spans, strict=True) if span.emits_token]
+        assert batch.cu_seqlens_q.tolist() == [0, *ends] and batch.context_lens.tolist() == [
+            span.stop for span in spans
+        ]
+        assert batch.logit_rows.tolist() == [
+            end - 1 for end, span in zip(ends, spans, strict=True) if span.emits_token
+        ]

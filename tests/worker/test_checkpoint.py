@@ -22,11 +22,15 @@ IDS = torch.tensor([[1, 40, 90, 7, 150, 3]])
 State = dict[str, torch.Tensor]
 
 
-def write(folder: Path, model: PreTrainedModel, change: Callable[[State], State] = lambda state: state) -> Path:
+def write(
+    folder: Path, model: PreTrainedModel, change: Callable[[State], State] = lambda state: state
+) -> Path:
     """A folder of a model, its tensors changed."""
     model.save_pretrained(folder)
     state = change(load_file(folder / "model.safetensors"))
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "model.safetensors"
+    )
     return folder
 
 
@@ -47,7 +51,10 @@ def without(*names: str) -> Callable[[State], State]:
 
 
 def renamed(old: str, new: str) -> Callable[[State], State]:
-    return lambda state: {new + name.removeprefix(old) if name.startswith(old) else name: tensor for name, tensor in state.items()}
+    return lambda state: {
+        new + name.removeprefix(old) if name.startswith(old) else name: tensor
+        for name, tensor in state.items()
+    }
 
 
 def extended(**more: torch.Tensor) -> Callable[[State], State]:
@@ -71,14 +78,31 @@ def test_a_whole_model_loads(architecture: str, tmp_path: Path) -> None:
         ("mixtral", {**CONFIGS["llama"], "num_local_experts": 4}),
         (
             "qwen2_moe",
-            {**CONFIGS["llama"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+            {
+                **CONFIGS["llama"],
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "decoder_sparse_step": 1,
+            },
         ),
-        ("qwen3_moe", {**CONFIGS["llama"], "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+        (
+            "qwen3_moe",
+            {
+                **CONFIGS["llama"],
+                "head_dim": 16,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+            },
+        ),
         ("phi3", CONFIGS["llama"]),
         ("gpt_neox", CONFIGS["llama"]),
     ],
 )
-def test_models_whose_tensors_are_stacked_or_cut_load_too(architecture: str, config: dict[str, object], tmp_path: Path) -> None:
+def test_models_whose_tensors_are_stacked_or_cut_load_too(
+    architecture: str, config: dict[str, object], tmp_path: Path
+) -> None:
     model = build(architecture, **config)
     same(write(tmp_path, model), model)
 
@@ -108,7 +132,9 @@ def build(architecture: str, **config: object) -> PreTrainedModel:
         (lambda state: {}, "no file"),
     ],
 )  # fmt: skip
-def test_files_that_differ_from_the_config_are_refused(change: Callable[[State], State], words: str, tmp_path: Path) -> None:
+def test_files_that_differ_from_the_config_are_refused(
+    change: Callable[[State], State], words: str, tmp_path: Path
+) -> None:
     import re
 
     said = refusal(write(tmp_path, tiny("llama", tie_word_embeddings=False), change))
@@ -125,7 +151,12 @@ def test_another_number_of_layers_is_said_in_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen2_moe"])
 def test_experts_of_another_width_are_said_by_tensor_and_shape(architecture: str, tmp_path: Path) -> None:
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "moe_intermediate_size": 32}
+    sizes = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 32,
+    }
     write(tmp_path, build(architecture, **{**CONFIGS["llama"], **sizes}))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 40}))
@@ -156,12 +187,20 @@ def test_a_tied_head_need_not_be_stored_and_may_be_stored_as_it_is(tmp_path: Pat
     model = tiny("llama", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(write(tmp_path / "a", model) / "model.safetensors")
     same(tmp_path / "a", model)
-    same(write(tmp_path / "b", model, lambda s: s | {"lm_head.weight": s["model.embed_tokens.weight"]}), model)
+    same(
+        write(tmp_path / "b", model, lambda s: s | {"lm_head.weight": s["model.embed_tokens.weight"]}), model
+    )
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
-    said = refusal(write(tmp_path, tiny("llama", tie_word_embeddings=True), extended(lm_head__weight=torch.ones(199, 48))))
-    assert "lm_head.weight that differs from model.embed_tokens.weight" in said and "tie_word_embeddings" in said
+    said = refusal(
+        write(
+            tmp_path, tiny("llama", tie_word_embeddings=True), extended(lm_head__weight=torch.ones(199, 48))
+        )
+    )
+    assert (
+        "lm_head.weight that differs from model.embed_tokens.weight" in said and "tie_word_embeddings" in said
+    )
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -169,12 +208,24 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
 
 @pytest.mark.parametrize(
     "prefix",
-    ["_orig_mod.", "module.", "base_model.model.", "language_model.", "model.language_model.", "module._orig_mod.", "student.net."],
+    [
+        "_orig_mod.",
+        "module.",
+        "base_model.model.",
+        "language_model.",
+        "model.language_model.",
+        "module._orig_mod.",
+        "student.net.",
+    ],
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_beginning_that_all_names_share_is_understood(prefix: str, architecture: str, tmp_path: Path) -> None:
+def test_a_beginning_that_all_names_share_is_understood(
+    prefix: str, architecture: str, tmp_path: Path
+) -> None:
     model = tiny(architecture)
-    same(write(tmp_path, model, lambda state: {prefix + name: tensor for name, tensor in state.items()}), model)
+    same(
+        write(tmp_path, model, lambda state: {prefix + name: tensor for name, tensor in state.items()}), model
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +250,10 @@ def test_compiled_layers_are_understood(tmp_path: Path) -> None:
         write(
             tmp_path,
             model,
-            lambda s: {n.replace("layers.0.", "layers.0._orig_mod.").replace("layers.1.", "layers.1._orig_mod."): t for n, t in s.items()},
+            lambda s: {
+                n.replace("layers.0.", "layers.0._orig_mod.").replace("layers.1.", "layers.1._orig_mod."): t
+                for n, t in s.items()
+            },
         ),
         model,
     )
@@ -211,19 +265,35 @@ def test_two_sets_of_weights_are_refused(prefix: str, tmp_path: Path) -> None:
         write(
             tmp_path,
             tiny("llama"),
-            lambda s: s | {prefix + name.removeprefix("model.") if "language" in prefix else prefix + name: t + 1 for name, t in s.items()},
+            lambda s: (
+                s
+                | {
+                    prefix + name.removeprefix("model.") if "language" in prefix else prefix + name: t + 1
+                    for name, t in s.items()
+                }
+            ),
         )
     )
     assert "two sets of weights" in said
 
 
 def test_two_sets_of_weights_under_two_beginnings_are_refused(tmp_path: Path) -> None:
-    said = refusal(write(tmp_path, tiny("llama"), lambda s: {p + name: t for p in ("teacher.", "student.") for name, t in s.items()}))
+    said = refusal(
+        write(
+            tmp_path,
+            tiny("llama"),
+            lambda s: {p + name: t for p in ("teacher.", "student.") for name, t in s.items()},
+        )
+    )
     assert "two sets of weights" in said and "teacher." in said and "student." in said
 
 
 @pytest.mark.parametrize(
-    "name", ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.0.self_attn.q_proj.base_layer.weight"]
+    "name",
+    [
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "model.layers.0.self_attn.q_proj.base_layer.weight",
+    ],
 )
 def test_an_adapter_is_refused_with_the_way(name: str, tmp_path: Path) -> None:
     said = refusal(write(tmp_path, tiny("llama"), lambda s: s | {name: torch.ones(4, 48)}))
@@ -234,25 +304,44 @@ def test_an_adapter_is_refused_with_the_way(name: str, tmp_path: Path) -> None:
     ("architecture", "more"),
     [
         ("llama", {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(6)}),
-        ("gpt2", {"transformer__h__0__attn__bias": torch.ones(1, 1, 512, 512), "transformer__h__0__attn__masked_bias": torch.tensor(-1e4)}),
+        (
+            "gpt2",
+            {
+                "transformer__h__0__attn__bias": torch.ones(1, 1, 512, 512),
+                "transformer__h__0__attn__masked_bias": torch.tensor(-1e4),
+            },
+        ),
         ("llama", {"model__mtp__0__norm__weight": torch.ones(3)}),
-        ("llama", {"model__visual__blocks__0__attn__qkv__weight": torch.ones(3, 3), "multi_modal_projector__weight": torch.ones(3)}),
+        (
+            "llama",
+            {
+                "model__visual__blocks__0__attn__qkv__weight": torch.ones(3, 3),
+                "multi_modal_projector__weight": torch.ones(3),
+            },
+        ),
     ],
 )
-def test_what_is_known_to_be_harmless_may_be_left_over(architecture: str, more: State, tmp_path: Path) -> None:
+def test_what_is_known_to_be_harmless_may_be_left_over(
+    architecture: str, more: State, tmp_path: Path
+) -> None:
     model = tiny(architecture)
     same(write(tmp_path, model, extended(**more)), model)
 
 
 def test_a_bias_is_no_mask_because_of_its_name(tmp_path: Path) -> None:
-    assert "attn.bias" in refusal(write(tmp_path, tiny("gpt2"), extended(transformer__h__0__attn__bias=torch.ones(48))))
+    assert "attn.bias" in refusal(
+        write(tmp_path, tiny("gpt2"), extended(transformer__h__0__attn__bias=torch.ones(48)))
+    )
 
 
 def test_a_part_that_sees_is_left_out_with_a_note(tmp_path: Path) -> None:
     write(
         tmp_path,
         tiny("llama"),
-        lambda s: renamed("", "language_model.")(s) | {"vision_tower.encoder.layers.0.mlp.fc1.weight": torch.ones(3)},
+        lambda s: (
+            renamed("", "language_model.")(s)
+            | {"vision_tower.encoder.layers.0.mlp.fc1.weight": torch.ones(3)}
+        ),
     )
     found = resolve(str(tmp_path))
     assert found.note is not None and "left out" in found.note
@@ -290,7 +379,12 @@ def fp8(folder: Path, change: Callable[[State], State] = lambda state: state) ->
     sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
     write(folder, tiny("qwen3", dtype=torch.bfloat16, **sizes), narrow)
     config = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    quantization = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+    }
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
 
 
@@ -334,9 +428,17 @@ print(max(seen) - before, private() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_takes_little_more_memory_than_the_model(dtype: str, tmp_path: Path) -> None:
-    sizes = {"vocab_size": 16_000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8}
+    sizes = {
+        "vocab_size": 16_000,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+    }
     tiny("llama", dtype=torch.bfloat16, tie_word_embeddings=True, **sizes).save_pretrained(tmp_path)
-    run = subprocess.run([sys.executable, "-c", _MEASURE, str(tmp_path), dtype], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(tmp_path), dtype], capture_output=True, text=True, check=True
+    )
     peak, stays = map(int, run.stdout.split())
     assert peak <= 1.2 * stays + (40 << 20)  # beside: stacks of threads, the library's own
 

@@ -14,12 +14,17 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).resolve().parent.parent / "compile_kernels.py"
 SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10}  # that a program can have: A100; H100, H200
 
-SPILLED_BYTES = {"80": 128, "90": 0}  # of a thread: an A100 runs out of a few where heads are filled up, and products go one warp at a time
+SPILLED_BYTES = {
+    "80": 128,
+    "90": 0,
+}  # of a thread: an A100 runs out of a few where heads are filled up, and products go one warp at a time
 
 
 def compiled(arch: str, *options: str) -> dict[str, dict[str, int]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(SCRIPT), arch, *options], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), arch, *options], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -38,7 +38,9 @@ def made(folder: Path, name: str, size: int) -> None:
 
 
 def test_all_that_was_converted_is_listed_with_its_size(place: Path) -> None:
-    found = {(one.name, one.sha256[:3], one.state, one.format): one.num_bytes for one in conversions.converted()}
+    found = {
+        (one.name, one.sha256[:3], one.state, one.format): one.num_bytes for one in conversions.converted()
+    }
     assert found[("one.gguf", "aaa", "ready", FORMAT)] == 1000
     assert found[("one.gguf", "aaa", "old format", FORMAT - 1)] == 500
     assert found[("one.gguf", "aaa", "unfinished", None)] > 0
@@ -50,7 +52,12 @@ def test_all_that_was_converted_is_listed_with_its_size(place: Path) -> None:
 
 def test_the_command_lists_and_prints_json(place: Path) -> None:
     shown = CliRunner().invoke(models, ["--cached"]).output
-    assert "one.gguf" in shown and "smollm2" in shown and "old format: not used any more" in shown and "GB together" in shown
+    assert (
+        "one.gguf" in shown
+        and "smollm2" in shown
+        and "old format: not used any more" in shown
+        and "GB together" in shown
+    )
     rows = json.loads(CliRunner().invoke(models, ["--cached", "--json"]).output)
     assert {row["state"] for row in rows} == {"ready", "old format", "damaged", "unfinished"}
     assert all(row["changed"] and Path(row["path"]).exists() for row in rows)
@@ -64,7 +71,10 @@ def test_one_is_removed_by_its_hash_with_all_that_is_left_of_it(place: Path) -> 
 
 
 def test_a_name_of_several_files_must_be_told_apart(place: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'one\.gguf' stands for 2 conversions: name one by its hash \(aaaaaaaaaaaa, abcccccccccc\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'one\.gguf' stands for 2 conversions: name one by its hash \(aaaaaaaaaaaa, abcccccccccc\)",
+    ):
         conversions.remove("one.gguf")
     conversions.remove("abcc")
     assert len(conversions.remove("one.gguf")) == 3

@@ -60,18 +60,43 @@ def test_a_step_of_decodes_waits_for_nothing() -> None:
     tiers = (TierConfig("gpu", 40),)
     worker = ModelWorker(model(), tiers, 8, graph_rows=4)
     names = ("a", "b", "c")
-    samplings = (SamplingParams(), SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=0.7, top_p=0.9, seed=2, logprobs=3))
+    samplings = (
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=0.7, top_p=0.9, seed=2, logprobs=3),
+    )
     prompts = tuple(Span(name, 0, 20, tuple(range(20)), True) for name in names)
-    started = tuple(RequestStart(name, sampling, tuple(range(20))) for name, sampling in zip(names, samplings, strict=True))
-    tables = tuple(BlockTableUpdate(name, 0, tuple(range(10 * index, 10 * index + 5))) for index, name in enumerate(names))
+    started = tuple(
+        RequestStart(name, sampling, tuple(range(20)))
+        for name, sampling in zip(names, samplings, strict=True)
+    )
+    tables = tuple(
+        BlockTableUpdate(name, 0, tuple(range(10 * index, 10 * index + 5)))
+        for index, name in enumerate(names)
+    )
     worker.run(StepPlan(0, prompts, (), (), started, tables, (), ()))
     for step in range(1, 4):  # compiled and captured by now
-        worker.run(StepPlan(step, tuple(Span(name, 19 + step, 20 + step, None, True) for name in names), (), (), (), (), (), ()))
+        worker.run(
+            StepPlan(
+                step,
+                tuple(Span(name, 19 + step, 20 + step, None, True) for name in names),
+                (),
+                (),
+                (),
+                (),
+                (),
+                (),
+            )
+        )
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        worker.begin(StepPlan(4, tuple(Span(name, 23, 24, None, True) for name in names), (), (), (), (), (), ()))
-        worker.begin(StepPlan(5, tuple(Span(name, 24, 25, None, True) for name in names), (), (), (), (), (), ()))
+        worker.begin(
+            StepPlan(4, tuple(Span(name, 23, 24, None, True) for name in names), (), (), (), (), (), ())
+        )
+        worker.begin(
+            StepPlan(5, tuple(Span(name, 24, 25, None, True) for name in names), (), (), (), (), (), ())
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [len(worker.finish().tokens) for _ in range(2)] == [3, 3]

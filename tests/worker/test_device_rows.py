@@ -17,7 +17,11 @@ pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Triton's interpreter cuts bfloat16 off where a GPU rounds: a unit more, for each time a number is stored.
-UNIT = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7 if DEVICE.type == "cuda" else 2.0**-5, torch.float16: 2.0**-10}
+UNIT = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2.0**-7 if DEVICE.type == "cuda" else 2.0**-5,
+    torch.float16: 2.0**-10,
+}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -57,7 +61,9 @@ def test_rotate(dtype: torch.dtype, head_dim: int, normalises: bool, turns: bool
     packed = random(count, (heads + 2 * kv_heads) * head_dim + spare, dtype=dtype)
     before = packed.clone()
     positions = torch.randint(0, 50, (count,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    planes = torch.arange(50.0, device=DEVICE)[:, None] * (10_000.0 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim))
+    planes = torch.arange(50.0, device=DEVICE)[:, None] * (
+        10_000.0 ** (-torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
+    )
     angles = torch.cat((planes.cos(), planes.sin()), 1) if turns else None
     norms = (random(head_dim, seed=4), random(head_dim, seed=5)) if normalises else None
     DeviceRows().rotate(packed, heads, kv_heads, head_dim, angles, positions, norms, 1e-6)
@@ -65,7 +71,9 @@ def test_rotate(dtype: torch.dtype, head_dim: int, normalises: bool, turns: bool
     assert torch.equal(packed[:, turned:], before[:, turned:]), "values stay as they are"
     expected = before[:, :turned].reshape(count, heads + kv_heads, head_dim).double()
     if norms is not None:
-        expected = normed(expected, torch.stack([norms[0]] * heads + [norms[1]] * kv_heads), 1e-6).to(dtype).double()
+        expected = (
+            normed(expected, torch.stack([norms[0]] * heads + [norms[1]] * kv_heads), 1e-6).to(dtype).double()
+        )
     if turns:
         cosines, sines = planes.cos()[positions][:, None].double(), planes.sin()[positions][:, None].double()
         x, y = expected.chunk(2, dim=-1)
@@ -89,16 +97,27 @@ def test_no_rows_at_all() -> None:
 
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama with biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    "llama, odd sizes": ("llama", {"hidden_size": 52, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 70}),
+    "llama with biases, tied": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama, odd sizes": (
+        "llama",
+        {"hidden_size": 52, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 70},
+    ),
     "mistral, windows": ("mistral", {}),
-    "qwen2, windows in some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2, windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
     "qwen3, normalised heads": ("qwen3", {}),
     "smollm3, a layer without positions": ("smollm3", {"no_rope_layers": [1, 0]}),
 }
 
 
-def dense(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+def dense(
+    layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
+) -> torch.Tensor:
     """Causal attention of one sequence, written out."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

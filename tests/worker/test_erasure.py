@@ -46,7 +46,10 @@ def count(lab: Lab, wanted: list[bytes]) -> int:
 
 def free_slots_are_zero(lab: Lab) -> bool:
     pools = lab.cache.places.pools
-    return all(not store.data[sorted(pool.free_slots())].any() for store, pool in zip(lab.worker._stores, pools, strict=True))
+    return all(
+        not store.data[sorted(pool.free_slots())].any()
+        for store, pool in zip(lab.worker._stores, pools, strict=True)
+    )
 
 
 def used(**settings: object) -> Lab:
@@ -118,7 +121,12 @@ def test_a_partial_chunk_has_nobody_elses_bytes_behind_it() -> None:
         lab.submit(f"s{number}", f"s{number}", [number, 1, 2], 1)
         lab.run()
         sequence = lab.cache.find("n", f"s{number}")
-        if sequence is not None and sequence.chunks and (chunk := sequence.chunks[0]) is not None and chunk.slots[0] is not None:
+        if (
+            sequence is not None
+            and sequence.chunks
+            and (chunk := sequence.chunks[0]) is not None
+            and chunk.slots[0] is not None
+        ):
             taken.add(chunk.slots[0])
             row = lab.worker._stores[0].data[chunk.slots[0]].numpy().tobytes()
             assert not any(pattern in row for pattern in set(secret))

@@ -44,7 +44,9 @@ class Wrapper:
             first, stop = told["qo_indptr"][index : index + 2].tolist()
             first_page, last_page = told["paged_kv_indptr"][index : index + 2].tolist()
             indices = told["paged_kv_indices"][first_page:last_page].long()
-            length = (last_page - first_page - 1) * told["page_size"] + int(told["paged_kv_last_page_len"][index])
+            length = (last_page - first_page - 1) * told["page_size"] + int(
+                told["paged_kv_last_page_len"][index]
+            )
             key, value = (
                 each[indices].transpose(1, 2).reshape(-1, told["num_kv_heads"], told["head_dim_qk"])[:length]
                 for each in (key_pages, value_pages)

@@ -50,7 +50,16 @@ def test_supported_architectures_pass(architecture: str, dtype: torch.dtype) -> 
         ("qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
         ("phi3", LLAMA),
         ("mixtral", {**LLAMA, "num_local_experts": 4}),
-        ("gemma3_text", {**LLAMA, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 6, "query_pre_attn_scalar": 16}),
+        (
+            "gemma3_text",
+            {
+                **LLAMA,
+                "head_dim": 16,
+                "sliding_window": 5,
+                "num_hidden_layers": 6,
+                "query_pre_attn_scalar": 16,
+            },
+        ),
         ("olmo2", LLAMA),
         ("cohere2", {**LLAMA, "sliding_window": 5}),
         ("gpt_neox", {**LLAMA}),
@@ -65,17 +74,33 @@ def test_further_architectures_pass(architecture: str, config: dict[str, Any]) -
     ("architecture", "config", "reason"),
     [
         ("bloom", {"vocab_size": 199, "hidden_size": 48, "n_layer": 2, "n_head": 4}, "attention interface"),
-        ("qwen3_5_text", {**LLAMA, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}, "attention interface|linear"),
+        (
+            "qwen3_5_text",
+            {**LLAMA, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+            "attention interface|linear",
+        ),
         ("lfm2", {**LLAMA, "layer_types": ["conv", "full_attention"]}, "layers of type conv"),
         (
             "llama4_text",
-            {**LLAMA, "head_dim": 12, "intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 8},
+            {
+                **LLAMA,
+                "head_dim": 12,
+                "intermediate_size_mlp": 64,
+                "num_local_experts": 2,
+                "attention_chunk_size": 8,
+            },
             "layers of type chunked_attention",
         ),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type dynamic",
+        ),
     ],
 )
-def test_models_that_would_answer_wrong_are_refused(architecture: str, config: dict[str, Any], reason: str) -> None:
+def test_models_that_would_answer_wrong_are_refused(
+    architecture: str, config: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ModelRefused, match=reason) as refusal:
         CausalModel(build(architecture, **config), "the-label")
     assert refusal.value.message.startswith("the-label cannot be served: ")
@@ -98,7 +123,9 @@ def test_a_layer_without_attention_is_refused() -> None:
 
 def test_a_window_other_than_the_config_promises_is_refused() -> None:
     model = tiny("gemma2")
-    layer = next(layer.self_attn for layer in model.model.layers if layer.self_attn.sliding_window is not None)
+    layer = next(
+        layer.self_attn for layer in model.model.layers if layer.self_attn.sliding_window is not None
+    )
     layer.sliding_window = WINDOW + 1
     with pytest.raises(ModelRefused, match=f"attends with window {WINDOW + 1}, its config says {WINDOW}"):
         CausalModel(model)
@@ -115,21 +142,35 @@ def test_a_refused_model_is_handed_back_as_it_came(monkeypatch: pytest.MonkeyPat
 
 
 def _scale(original: Any) -> Any:
-    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
-        return original(self, prepared, layer, query, AttentionArgs(args.scaling * 1.5, args.sliding_window, args.softcap, args.sinks))
+    def attend(
+        self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
+        return original(
+            self,
+            prepared,
+            layer,
+            query,
+            AttentionArgs(args.scaling * 1.5, args.sliding_window, args.softcap, args.sinks),
+        )
 
     return attend
 
 
 def _no_window(original: Any) -> Any:
-    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
-        return original(self, prepared, layer, query, AttentionArgs(args.scaling, None, args.softcap, args.sinks))
+    def attend(
+        self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
+        return original(
+            self, prepared, layer, query, AttentionArgs(args.scaling, None, args.softcap, args.sinks)
+        )
 
     return attend
 
 
 def _no_extras(original: Any) -> Any:
-    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         return original(self, prepared, layer, query, AttentionArgs(args.scaling, args.sliding_window))
 
     return attend
@@ -166,7 +207,12 @@ def _no_hole(original: Any) -> Any:
     ],
 )
 def test_the_self_test_sees_planted_bugs(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, owners: Iterable[type], method: str, bug: Any, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    owners: Iterable[type],
+    method: str,
+    bug: Any,
+    dtype: torch.dtype,
 ) -> None:
     for owner in owners:  # whichever of them serves such heads here
         monkeypatch.setattr(owner, method, bug(getattr(owner, method)))
@@ -175,23 +221,39 @@ def test_the_self_test_sees_planted_bugs(
 
 
 def _slightly(original: Any) -> Any:
-    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
-        return original(self, prepared, layer, query, AttentionArgs(args.scaling * 1.03, args.sliding_window, args.softcap, args.sinks))
+    def attend(
+        self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
+        return original(
+            self,
+            prepared,
+            layer,
+            query,
+            AttentionArgs(args.scaling * 1.03, args.sliding_window, args.softcap, args.sinks),
+        )
 
     return attend
 
 
 def _window_off_by_one(original: Any) -> Any:
-    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         window = None if args.sliding_window is None else args.sliding_window + 1
-        return original(self, prepared, layer, query, AttentionArgs(args.scaling, window, args.softcap, args.sinks))
+        return original(
+            self, prepared, layer, query, AttentionArgs(args.scaling, window, args.softcap, args.sinks)
+        )
 
     return attend
 
 
 def _no_sinks(original: Any) -> Any:
-    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
-        return original(self, prepared, layer, query, AttentionArgs(args.scaling, args.sliding_window, args.softcap))
+    def attend(
+        self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
+        return original(
+            self, prepared, layer, query, AttentionArgs(args.scaling, args.sliding_window, args.softcap)
+        )
 
     return attend
 
@@ -199,9 +261,13 @@ def _no_sinks(original: Any) -> Any:
 def _noise(original: Any) -> Any:
     """As an additive mask of small numbers would."""
 
-    def attend(self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         output = original(self, prepared, layer, query, args)
-        return output + 0.01 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        return output + 0.01 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(
+            output
+        )
 
     return attend
 
@@ -214,7 +280,9 @@ def _noise(original: Any) -> Any:
         ("gpt_oss", _no_sinks), ("qwen3", _noise), ("opt", _noise),
     ],
 )  # fmt: skip
-def test_small_bugs_are_seen_in_16_bits_as_in_32(monkeypatch: pytest.MonkeyPatch, architecture: str, bug: Any, dtype: torch.dtype) -> None:
+def test_small_bugs_are_seen_in_16_bits_as_in_32(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, bug: Any, dtype: torch.dtype
+) -> None:
     for owner in BACKENDS.values():
         monkeypatch.setattr(owner, "attend", bug(owner.attend))
     with pytest.raises(ModelRefused, match="its logits differ"):
@@ -222,13 +290,19 @@ def test_small_bugs_are_seen_in_16_bits_as_in_32(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
-def test_small_bugs_of_the_fused_forward_alone_are_seen_in_16_bits(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+def test_small_bugs_of_the_fused_forward_alone_are_seen_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
     take = llama._take_layer
     if architecture == "mistral":
         changed = {"sliding_window": WINDOW + 1}
     else:
         changed = {"scaling": 16**-0.5 * 1.05}
-    monkeypatch.setattr(llama, "_take_layer", lambda module, args, products: take(module, dataclasses.replace(args, **changed), products))
+    monkeypatch.setattr(
+        llama,
+        "_take_layer",
+        lambda module, args, products: take(module, dataclasses.replace(args, **changed), products),
+    )
     model = tiny(architecture, dtype=torch.bfloat16)
     if llama.LlamaForward.why_not(model) is not None:
         pytest.skip("no fused forward here")
@@ -236,7 +310,9 @@ def test_small_bugs_of_the_fused_forward_alone_are_seen_in_16_bits(monkeypatch: 
         CausalModel(model)
 
 
-def test_a_large_model_is_computed_in_float32_over_some_layers_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_computed_in_float32_over_some_layers_of_each_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(gate, "_FLOAT_BUDGET", 1)
     CausalModel(tiny("gemma2", dtype=torch.bfloat16))
     CausalModel(tiny("gpt2", dtype=torch.bfloat16))
@@ -250,10 +326,15 @@ def test_widening_leaves_a_model_as_it_was() -> None:
     model = tiny("gemma2", dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     CausalModel(model)
-    assert all(tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+        for name, tensor in model.state_dict().items()
+    )
     assert not any(module._forward_hooks for module in model.modules())
     own = [module.__dict__["forward"] for module in model.modules() if "forward" in module.__dict__]
-    assert own and all(forward.__module__ == "pensieve.worker.products" for forward in own)  # not of the test: row counts are filled up
+    assert own and all(
+        forward.__module__ == "pensieve.worker.products" for forward in own
+    )  # not of the test: row counts are filled up
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -274,7 +355,13 @@ def test_an_argument_that_is_not_known_is_refused_by_its_name(monkeypatch: pytes
 
 
 def test_an_encoder_is_said_to_be_one() -> None:
-    config = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     with pytest.raises(ModelRefused, match="attends in both directions, as an encoder does"):
         CausalModel(build("bert", **config))
 
@@ -326,7 +413,9 @@ MLA = {
 def test_a_config_alone_is_refused_in_words(architecture: str, config: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelRefused, match=words) as refused:
         gate.check_config(AutoConfig.for_model(architecture, **config), "the-label")
-    assert not re.search(r"Error|size of tensor|shapes? \(", refused.value.message.partition("transformers cannot build")[0])
+    assert not re.search(
+        r"Error|size of tensor|shapes? \(", refused.value.message.partition("transformers cannot build")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -344,7 +433,9 @@ def test_a_config_alone_is_refused_in_words(architecture: str, config: dict[str,
         ({"hidden_act": "nope"}, "cannot build"),
     ],
 )
-def test_numbers_that_make_no_model_are_refused_before_it_is_built(numbers: dict[str, Any], words: str) -> None:
+def test_numbers_that_make_no_model_are_refused_before_it_is_built(
+    numbers: dict[str, Any], words: str
+) -> None:
     config = AutoConfig.for_model("llama", **LLAMA)
     for name, value in numbers.items():
         setattr(config, name, value)
@@ -352,13 +443,23 @@ def test_numbers_that_make_no_model_are_refused_before_it_is_built(numbers: dict
         gate.check_config(config, "the-label")
 
 
-@pytest.mark.parametrize("numbers", [{"num_attention_heads": 3}, {"num_key_value_heads": 0}, {"num_attention_heads": 0}, {"head_dim": "x"}])
-def test_a_folder_whose_config_cannot_be_built_is_refused_at_once(tmp_path: Path, numbers: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "numbers",
+    [{"num_attention_heads": 3}, {"num_key_value_heads": 0}, {"num_attention_heads": 0}, {"head_dim": "x"}],
+)
+def test_a_folder_whose_config_cannot_be_built_is_refused_at_once(
+    tmp_path: Path, numbers: dict[str, Any]
+) -> None:
     """As an engine's process loads it: what is refused is not tried again."""
     config = AutoConfig.for_model("llama", **LLAMA).to_dict() | {"model_type": "llama"} | numbers
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelRefused):
-        load_model(Options(model=str(tmp_path), weights="random", dtype="float32"), must_talk=False, say=lambda what: None, with_text=False)
+        load_model(
+            Options(model=str(tmp_path), weights="random", dtype="float32"),
+            must_talk=False,
+            say=lambda what: None,
+            with_text=False,
+        )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

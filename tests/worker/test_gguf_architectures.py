@@ -129,7 +129,9 @@ def converted(path: Path, into: Path, dtype: torch.dtype = torch.float32) -> Pre
     into.mkdir()
     write(into / "model.safetensors", account(described))
     described.config.save_pretrained(into)
-    model, info = AutoModelForCausalLM.from_pretrained(into, dtype=dtype, output_loading_info=True, attn_implementation="eager")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        into, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+    )
     assert {name: list(found) for name, found in info.items() if found} == {}
     return model.eval()
 
@@ -138,7 +140,9 @@ def worst(ours: PreTrainedModel, theirs: PreTrainedModel, length: int) -> float:
     """The largest difference of a log-probability over random ids."""
     ids = torch.randint(VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        logits = [model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for model in (ours, theirs)]
+        logits = [
+            model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for model in (ours, theirs)
+        ]
     return float((logits[0] - logits[1]).abs().max())
 
 
@@ -187,14 +191,22 @@ def test_longrope_factors_of_older_files_need_no_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize("said", [{"rope.scale_linear": 4.0}, {"rope.scaling.factor": 4.0}])
 def test_a_factor_without_a_type_is_linear_scaling(said: dict[str, float], tmp_path: Path) -> None:
     model = tiny("llama", rope_parameters=LINEAR)
-    path = write_gguf(tmp_path / "m.gguf", model, keys={"rope.scaling.type": None, "rope.scaling.factor": None, **said})
+    path = write_gguf(
+        tmp_path / "m.gguf", model, keys={"rope.scaling.type": None, "rope.scaling.factor": None, **said}
+    )
     assert worst(converted(path, tmp_path / "out"), model, LONG) <= 1e-4
 
 
 @pytest.mark.parametrize("said", [{"rope.scaling.attn_factor": 1.0}, {"rope.scaling.attn_factor": 1.1386294}])
-def test_yarn_factors_that_repeat_the_usual_one_change_nothing(said: dict[str, float], tmp_path: Path) -> None:
+def test_yarn_factors_that_repeat_the_usual_one_change_nothing(
+    said: dict[str, float], tmp_path: Path
+) -> None:
     model = tiny("llama", rope_parameters=YARN)
-    path = write_gguf(tmp_path / "m.gguf", model, keys={"rope.scaling.finetuned": True, "rope.scaling.yarn_ext_factor": 1.0, **said})
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        model,
+        keys={"rope.scaling.finetuned": True, "rope.scaling.yarn_ext_factor": 1.0, **said},
+    )
     assert worst(converted(path, tmp_path / "out"), model, LONG) <= 1e-4
 
 
@@ -231,7 +243,9 @@ def test_llama_with_biases_of_queries_keys_and_values_only(tmp_path: Path) -> No
 
 
 def test_the_query_scale_of_gemma_27b_is_known_by_its_layers(tmp_path: Path) -> None:
-    model = tiny("gemma2", head_dim=16, query_pre_attn_scalar=8, num_hidden_layers=46, tie_word_embeddings=True)
+    model = tiny(
+        "gemma2", head_dim=16, query_pre_attn_scalar=8, num_hidden_layers=46, tie_word_embeddings=True
+    )
     assert describe(open_model(write_gguf(tmp_path / "m.gguf", model))).config.query_pre_attn_scalar == 8
     said = tiny("gemma2", head_dim=16, query_pre_attn_scalar=64, sliding_window=24, tie_word_embeddings=True)
     path = write_gguf(tmp_path / "said.gguf", said, keys={"attention.scale": 64**-0.5})
@@ -239,26 +253,42 @@ def test_the_query_scale_of_gemma_27b_is_known_by_its_layers(tmp_path: Path) -> 
 
 
 def test_an_image_encoder_in_the_file_is_left_out_and_said(tmp_path: Path) -> None:
-    model = tiny("gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=24, tie_word_embeddings=True)
-    held = {**tensors_of(model), "v.blk.0.attn_q.weight": np.ones((4, 4)), "mm.mm_input_projection.weight": np.ones((4, 4))}
-    path = write_gguf(tmp_path / "m.gguf", model, tensors=held, keys={"vision.block_count": 1, "mm.tokens_per_image": 4})
+    model = tiny(
+        "gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=24, tie_word_embeddings=True
+    )
+    held = {
+        **tensors_of(model),
+        "v.blk.0.attn_q.weight": np.ones((4, 4)),
+        "mm.mm_input_projection.weight": np.ones((4, 4)),
+    }
+    path = write_gguf(
+        tmp_path / "m.gguf", model, tensors=held, keys={"vision.block_count": 1, "mm.tokens_per_image": 4}
+    )
     assert "image encoder" in (describe(open_model(path)).meaning.note or "")
     assert worst(converted(path, tmp_path / "out"), model, 40) <= 1e-4
 
 
-@pytest.mark.parametrize(("number_type", "kept"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")])
+@pytest.mark.parametrize(
+    ("number_type", "kept"),
+    [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")],
+)
 def test_numbers_keep_the_type_of_the_file(number_type: str, kept: str, tmp_path: Path) -> None:
     model = tiny("llama", intermediate_size=64)
     path = write_gguf(tmp_path / "m.gguf", model, number_type=number_type)
     ours = converted(path, tmp_path / "out")
     dtype = getattr(torch, kept)
-    rounded = {n: t.to(dtype).float() if t.ndim > 1 and kept != "float32" else t for n, t in model.state_dict().items()}
+    rounded = {
+        n: t.to(dtype).float() if t.ndim > 1 and kept != "float32" else t
+        for n, t in model.state_dict().items()
+    }
     if number_type == "Q8_0":  # what llama.cpp's own quantization makes of each matrix, row by row
         whole = {n: quantize_and_back(t) if t.ndim > 1 else t for n, t in model.state_dict().items()}
         rounded = {n: t.to(dtype).float() if t.ndim > 1 else t for n, t in whole.items()}
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, rounded[name]), name
-    as_before, _ = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True)
+    as_before, _ = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True
+    )
     assert {t.dtype for t in as_before.state_dict().values()} == {torch.bfloat16}
     assert torch.equal(as_before.lm_head.weight, ours.lm_head.weight.to(torch.bfloat16))
 
@@ -271,7 +301,9 @@ def quantize_and_back(tensor: torch.Tensor) -> torch.Tensor:
 def test_a_model_is_written_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large a matrix or a stack of experts, no more than a piece of it is in memory."""
     monkeypatch.setattr(transforms, "_PIECE", 1 << 14)
-    model = tiny("mixtral", num_local_experts=64, num_experts_per_tok=2, intermediate_size=512, num_hidden_layers=1)
+    model = tiny(
+        "mixtral", num_local_experts=64, num_experts_per_tok=2, intermediate_size=512, num_hidden_layers=1
+    )
     path = write_gguf(tmp_path / "m.gguf", model, number_type="Q8_0")
     parameters = account(describe(open_model(path)))
     tracemalloc.start()

@@ -17,7 +17,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pensieve.errors import ModelRefused, ModelUnavailable
 from pensieve.worker import gguf_convert, random_weights
-from pensieve.worker.gguf_convert import converted_path, ensure_converted, file_hash, is_sound, read_manifest, sha256_of
+from pensieve.worker.gguf_convert import (
+    converted_path,
+    ensure_converted,
+    file_hash,
+    is_sound,
+    read_manifest,
+    sha256_of,
+)
 from pensieve.worker.weights import load, resolve
 from tiny_gguf import SPECIAL, tiny_llama, write_gguf
 
@@ -56,7 +63,9 @@ def never() -> Path:
     raise AssertionError("nothing needed converting")
 
 
-def test_the_converted_model_computes_what_the_original_did(made: tuple[LlamaForCausalLM, Path, Path], cache: Path) -> None:
+def test_the_converted_model_computes_what_the_original_did(
+    made: tuple[LlamaForCausalLM, Path, Path], cache: Path
+) -> None:
     model, gguf, _ = made
     found = resolve(str(gguf), allow_random=False)
     assert (found.source, found.weights, found.label, found.note) == ("gguf", "real", "tiny.gguf", None)
@@ -74,17 +83,30 @@ def test_the_files_own_stop_tokens_are_kept(made: tuple[LlamaForCausalLM, Path, 
     assert loaded.generation_config.bos_token_id == 1
 
 
-def test_the_converted_tokenizer_reads_and_writes_every_text(made: tuple[LlamaForCausalLM, Path, Path], cache: Path) -> None:
+def test_the_converted_tokenizer_reads_and_writes_every_text(
+    made: tuple[LlamaForCausalLM, Path, Path], cache: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve(str(made[1])).tokenizer_dir)
-    for text in ("hello 123", "😀 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n\n\n", "  lead", "日本語 naïve", "it's"):
+    for text in (
+        "hello 123",
+        "😀 👩‍👩‍👧",
+        "def f(x):\n\treturn x ** 2\n\n\n",
+        "  lead",
+        "日本語 naïve",
+        "it's",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert [tokenizer.encode(token) for token in SPECIAL] == [[0], [1], [2]]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False
+    )
     assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.model_max_length) == (2, 1, 256)
 
 
-def test_numbers_are_split_digit_by_digit_where_the_file_says_so(made: tuple[LlamaForCausalLM, Path, Path], cache: Path) -> None:
+def test_numbers_are_split_digit_by_digit_where_the_file_says_so(
+    made: tuple[LlamaForCausalLM, Path, Path], cache: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve(str(made[1])).tokenizer_dir)
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("\n\n  12"))
     assert tokens == ["ĊĊĠĠ", "1", "2"]  # GPT-2's own split gives "ĊĊ", "Ġ", "Ġ1", "2"
@@ -98,7 +120,9 @@ def test_an_unknown_way_to_split_text_is_told(tmp_path: Path, monkeypatch: pytes
     assert found.eos_token_ids == (2,)
 
 
-def test_a_second_start_converts_and_hashes_nothing(made: tuple[LlamaForCausalLM, Path, Path], cache: Path, monkeypatch) -> None:
+def test_a_second_start_converts_and_hashes_nothing(
+    made: tuple[LlamaForCausalLM, Path, Path], cache: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(gguf_convert, "sha256_of", lambda path: pytest.fail(f"hashed {path}"))
     monkeypatch.setattr(gguf_convert, "_convert", lambda *_: pytest.fail("converted again"))
     for name in (cache / "hashes").iterdir():  # the memo is keyed by path: the copy of the cache has the same
@@ -109,7 +133,9 @@ def test_a_second_start_converts_and_hashes_nothing(made: tuple[LlamaForCausalLM
     assert resolve(str(made[1])).folder == folder
 
 
-def test_a_changed_file_of_the_same_name_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_file_of_the_same_name_is_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "model.gguf"
     path.write_bytes(b"one")
@@ -124,7 +150,9 @@ def test_a_changed_file_of_the_same_name_is_another_model(tmp_path: Path, monkey
 DAMAGE = {
     "truncated weights": lambda f: os.truncate(f / "model.safetensors", 1000),
     "missing tokenizer": lambda f: (f / "tokenizer.json").unlink(),
-    "edited config": lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("llama", "lmama")),
+    "edited config": lambda f: (f / "config.json").write_text(
+        (f / "config.json").read_text().replace("llama", "lmama")
+    ),
     "missing manifest": lambda f: (f / "manifest.json").unlink(),
     "half a manifest": lambda f: os.truncate(f / "manifest.json", 50),
     "manifest of another format": lambda f: (f / "manifest.json").write_text('{"format": 0, "files": {}}'),
@@ -132,7 +160,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_conversion_is_built_again(made: tuple[LlamaForCausalLM, Path, Path], cache: Path, damage: str) -> None:
+def test_a_damaged_conversion_is_built_again(
+    made: tuple[LlamaForCausalLM, Path, Path], cache: Path, damage: str
+) -> None:
     gguf = made[1]
     folder = converted_path(sha256_of(gguf))
     assert is_sound(folder)
@@ -145,7 +175,9 @@ def test_a_damaged_conversion_is_built_again(made: tuple[LlamaForCausalLM, Path,
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
 
 
-def test_a_short_file_is_seen_by_its_size_alone(made: tuple[LlamaForCausalLM, Path, Path], cache: Path) -> None:
+def test_a_short_file_is_seen_by_its_size_alone(
+    made: tuple[LlamaForCausalLM, Path, Path], cache: Path
+) -> None:
     folder = converted_path(sha256_of(made[1]))
     entry = read_manifest(folder)["files"]["model.safetensors"]
     os.truncate(folder / "model.safetensors", entry["bytes"] - 1)
@@ -153,7 +185,9 @@ def test_a_short_file_is_seen_by_its_size_alone(made: tuple[LlamaForCausalLM, Pa
     assert not is_sound(folder)
 
 
-def test_damage_that_keeps_size_and_time_is_found_when_loading_fails(made: tuple[LlamaForCausalLM, Path, Path], cache: Path) -> None:
+def test_damage_that_keeps_size_and_time_is_found_when_loading_fails(
+    made: tuple[LlamaForCausalLM, Path, Path], cache: Path
+) -> None:
     found = resolve(str(made[1]))
     assert found.folder is not None
     weights = found.folder / "model.safetensors"
@@ -167,7 +201,9 @@ def test_damage_that_keeps_size_and_time_is_found_when_loading_fails(made: tuple
     assert torch.equal(load(found)(ids).logits, made[0](ids).logits)
 
 
-def test_a_conversion_that_breaks_off_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_breaks_off_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path))
 
     def breaks(path: Path, sha256: str, into: Path, *_: object) -> None:
@@ -186,7 +222,9 @@ def test_a_conversion_that_breaks_off_leaves_nothing_behind(tmp_path: Path, monk
 def test_two_processes_convert_once(made: tuple[LlamaForCausalLM, Path, Path], tmp_path: Path) -> None:
     environment = {**os.environ, "PENSIEVE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CONVERT_ONE, str(made[1])]
-    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     said = [process.communicate(timeout=120)[0].splitlines() for process in running]
     assert [process.returncode for process in running] == [0, 0]
     assert said[0][-1] == said[1][-1]
@@ -225,7 +263,9 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         resolve(str(whole))
 
 
-def test_missing_packages_are_named_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelUnavailable, match=r"the package gguf: pip install 'pensieve-serve\[gguf\]'"):

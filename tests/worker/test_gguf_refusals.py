@@ -51,7 +51,14 @@ def test_missing_tensors_are_counted_and_named(tmp_path: Path, cache: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["blk.0.attn_q_norm.weight", "blk.1.ffn_gate_shexp.weight", "output.bias", "rope_factors_long.weight", "x"]
+    "name",
+    [
+        "blk.0.attn_q_norm.weight",
+        "blk.1.ffn_gate_shexp.weight",
+        "output.bias",
+        "rope_factors_long.weight",
+        "x",
+    ],
 )
 def test_a_tensor_without_a_place_is_named(name: str, tmp_path: Path, cache: Path) -> None:
     model = tiny("llama")
@@ -72,7 +79,10 @@ def test_a_tensor_of_another_shape_is_named_with_both(tmp_path: Path, cache: Pat
     held = tensors_of(model)
     held["blk.0.ffn_up.weight"] = held["blk.0.ffn_up.weight"][:40]
     said = refusal(write_gguf(tmp_path / "m.gguf", model, tensors=held), cache)
-    assert "1 tensors are of another shape (model.layers.0.mlp.up_proj.weight (40, 32) instead of (48, 32))" in said
+    assert (
+        "1 tensors are of another shape (model.layers.0.mlp.up_proj.weight (40, 32) instead of (48, 32))"
+        in said
+    )
 
 
 @pytest.mark.parametrize(("said", "held"), [(1, 2), (3, 2)])
@@ -120,7 +130,11 @@ KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", KEYS)
 def test_a_key_that_cannot_be_carried_over_is_named(name: str, tmp_path: Path, cache: Path) -> None:
     model_type, keys, why = KEYS[name]
-    path = write_gguf(tmp_path / "m.gguf", tiny(model_type, **(EXPERTS if model_type in ("mixtral", "gpt_oss") else {})), keys=keys)
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        tiny(model_type, **(EXPERTS if model_type in ("mixtral", "gpt_oss") else {})),
+        keys=keys,
+    )
     said = refusal(path, cache)
     assert why in said and "folder with safetensors of the same model" in said
 
@@ -128,8 +142,18 @@ def test_a_key_that_cannot_be_carried_over_is_named(name: str, tmp_path: Path, c
 @pytest.mark.parametrize(
     "keys",
     [
-        {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.finetuned": False},
-        {"attention.scale": 8**-0.5, "attention.clamp_kqv": 0.0, "pooling_type": 0, "tensor_data_layout": "Meta AI original pth"},
+        {
+            "expert_count": 0,
+            "expert_used_count": 0,
+            "attention.causal": True,
+            "rope.scaling.finetuned": False,
+        },
+        {
+            "attention.scale": 8**-0.5,
+            "attention.clamp_kqv": 0.0,
+            "pooling_type": 0,
+            "tensor_data_layout": "Meta AI original pth",
+        },
         {"attention.head_count_kv": [2, 2], "feed_forward_length": [48, 48], "rope.scaling.type": "none"},
     ],
 )
@@ -151,7 +175,9 @@ def test_keys_that_say_nothing_are_no_reason(keys: dict[str, Any], tmp_path: Pat
         ("never-seen", "it is not known here"),
     ],
 )
-def test_an_architecture_that_cannot_be_read_is_refused_with_what_it_is(architecture: str, why: str, tmp_path: Path, cache: Path) -> None:
+def test_an_architecture_that_cannot_be_read_is_refused_with_what_it_is(
+    architecture: str, why: str, tmp_path: Path, cache: Path
+) -> None:
     said = refusal(write_gguf(tmp_path / "m.gguf", tiny("llama"), architecture=architecture), cache)
     assert f"is of the architecture {architecture!r}" in said and why in said and "llama" in said
 
@@ -169,22 +195,33 @@ def test_files_that_are_no_models(metadata: dict[str, Any], why: str, tmp_path: 
 
 
 def test_a_file_of_a_vocabulary_alone(tmp_path: Path, cache: Path) -> None:
-    assert "holds no tensors, only a vocabulary" in refusal(write_gguf(tmp_path / "m.gguf", tiny("llama"), tensors={}), cache)
+    assert "holds no tensors, only a vocabulary" in refusal(
+        write_gguf(tmp_path / "m.gguf", tiny("llama"), tensors={}), cache
+    )
 
 
 def test_a_clip_file(tmp_path: Path, cache: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), architecture="clip", tensors={"v.blk.0.attn_q.weight": np.ones((4, 4))})
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        tiny("llama"),
+        architecture="clip",
+        tensors={"v.blk.0.attn_q.weight": np.ones((4, 4))},
+    )
     assert "image or audio part of a model" in refusal(path, cache)
 
 
 @pytest.mark.parametrize("kind", ["bert", "rwkv", "no_vocab", None])
 def test_a_tokenizer_that_transformers_cannot_build(kind: str | None, tmp_path: Path, cache: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), tokenizer=kind)
-    assert ("holds no tokenizer" if kind is None else f"has a tokenizer (of the kind '{kind}')") in refusal(path, cache)
+    assert ("holds no tokenizer" if kind is None else f"has a tokenizer (of the kind '{kind}')") in refusal(
+        path, cache
+    )
 
 
 def test_files_beside_a_gguf_are_not_mixed_into_its_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "chat_template": "of another model"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "chat_template": "of another model"}'
+    )
     (tmp_path / "chat_template.jinja").write_text("of another model")
     found = resolve(str(write_gguf(tmp_path / "m.gguf", tiny("llama"))))
     assert found.folder is not None
@@ -192,7 +229,9 @@ def test_files_beside_a_gguf_are_not_mixed_into_its_tokenizer(tmp_path: Path) ->
 
 
 def test_the_notes_of_a_conversion_are_kept_for_every_start(tmp_path: Path) -> None:
-    model = tiny("gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=24, tie_word_embeddings=True)
+    model = tiny(
+        "gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=24, tie_word_embeddings=True
+    )
     held = {**tensors_of(model), "v.blk.0.attn_q.weight": np.ones((4, 4))}
     path = write_gguf(tmp_path / "m.gguf", model, tensors=held, pre="nobody-knows")
     for _ in range(2):
@@ -208,7 +247,9 @@ def test_a_file_that_is_cut_short_says_what_is_missing(tmp_path: Path, cache: Pa
     size = path.stat().st_size
     os.truncate(path, size - 5000)
     said = refusal(path, cache)
-    assert "is cut short: the data of" in said and f"({size - 5000:,} bytes" in said and "fetch it again" in said
+    assert (
+        "is cut short: the data of" in said and f"({size - 5000:,} bytes" in said and "fetch it again" in said
+    )
     for length in (size // 3, 5000, 100, 24, 10, 4, 3, 0):
         os.truncate(path, length)
         assert "m.gguf" in refusal(path, cache)
@@ -228,10 +269,16 @@ def test_damaged_headers_are_refused_with_words(tmp_path: Path, cache: Path) -> 
     assert "version 1, not 2 or 3" in refusal(patched(fresh(), b"GGUF\3\0\0\0", b"GGUF\1\0\0\0"), cache)
     assert "big-endian" in refusal(patched(fresh(), b"GGUF\3\0\0\0", b"GGUF\0\0\0\3"), cache)
     assert "does not begin as one" in refusal(patched(fresh(), b"GGUF", b"GGML"), cache)
-    twice = patched(patched(fresh(), b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), b"blk.1.attn_k.weight", b"blk.0.attn_k.weight")
+    twice = patched(
+        patched(fresh(), b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"),
+        b"blk.1.attn_k.weight",
+        b"blk.0.attn_k.weight",
+    )
     assert "holds 2 tensors twice (blk.0.attn_q.weight, blk.0.attn_k.weight)" in refusal(twice, cache)
     both = write_gguf(tmp_path / "m.gguf", tiny("llama"), keys={"block_coun2": 2})
-    assert "it says llama.block_count twice" in refusal(patched(both, b"llama.block_coun2", b"llama.block_count"), cache)
+    assert "it says llama.block_count twice" in refusal(
+        patched(both, b"llama.block_coun2", b"llama.block_count"), cache
+    )
     for count in (2**20, 2**62):
         said = refusal(patched(fresh(), struct.pack("<Q", 21), struct.pack("<Q", count)), cache)
         assert "m.gguf is not a readable GGUF file" in said
@@ -247,7 +294,9 @@ def test_an_unknown_number_type_says_what_to_do(tmp_path: Path, cache: Path) -> 
 
 
 def test_no_damage_of_a_header_gives_anything_but_a_refusal(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), metadata={"split.count": 1, "general.alignment": 32})
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny("llama"), metadata={"split.count": 1, "general.alignment": 32}
+    )
     whole = path.read_bytes()
     spots = [
         *range(whole.index(b"tokenizer.ggml.model")),
@@ -268,7 +317,12 @@ def test_no_damage_of_a_header_gives_anything_but_a_refusal(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"split.count": "two"}, {"tokenizer.ggml.bos_token_id": "<s>"}, {"tokenizer.ggml.padding_token_id": 1.5}]
+    "metadata",
+    [
+        {"split.count": "two"},
+        {"tokenizer.ggml.bos_token_id": "<s>"},
+        {"tokenizer.ggml.padding_token_id": 1.5},
+    ],
 )
 def test_values_of_another_kind(metadata: dict[str, Any], tmp_path: Path, cache: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), tokenizer=None, metadata=metadata)
@@ -332,7 +386,9 @@ def test_a_part_of_another_model_is_found_out(tmp_path: Path, cache: Path) -> No
 def test_a_first_part_that_does_not_say_so_is_not_taken_for_the_whole(tmp_path: Path, cache: Path) -> None:
     model = tiny("llama")
     held = dict(list(tensors_of(model).items())[:10])
-    assert "tensors it needs are missing" in refusal(write_gguf(tmp_path / "m-00001-of-00002.gguf", model, tensors=held), cache)
+    assert "tensors it needs are missing" in refusal(
+        write_gguf(tmp_path / "m-00001-of-00002.gguf", model, tensors=held), cache
+    )
 
 
 # Cheap answers first.
@@ -369,6 +425,8 @@ def test_a_conversion_found_is_checked_too(tmp_path: Path) -> None:
     assert seen == ["llama"]
 
 
-def test_a_model_that_cannot_be_loaded_is_not_converted(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_loaded_is_not_converted(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pensieve.worker.random_weights.available_bytes", lambda device="cpu": 1 << 20)
     assert "does not fit" in refusal(write_gguf(tmp_path / "m.gguf", tiny("llama")), cache)

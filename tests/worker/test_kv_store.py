@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 
 def filled(num_slots: int, seed: int) -> KVStore:
     store = KVStore(num_slots, 3, 40, CPU)
-    store.data.copy_(torch.randint(256, store.data.shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8))
+    store.data.copy_(
+        torch.randint(256, store.data.shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    )
     return store
 
 
@@ -35,7 +37,9 @@ def test_a_layer_is_a_view_across_slots() -> None:
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 120, 250, 1 << 20])
-def test_slots_copy_whole_or_by_layer_between_any_tiers(monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
+def test_slots_copy_whole_or_by_layer_between_any_tiers(
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
     monkeypatch.setattr(kv_store, "PIECE_BYTES", piece_bytes)
     source, target = filled(6, 1), filled(4, 2)
     kept = target.data.clone()
@@ -70,7 +74,12 @@ def test_wiping_makes_those_slots_zero_and_no_other() -> None:
 
 
 def test_neighbours_that_go_to_neighbours_are_one_copy() -> None:
-    assert list(runs([3, 4, 5, 9, 10, 2], [7, 8, 9, 0, 2, 3])) == [(3, 7, 3), (9, 0, 1), (10, 2, 1), (2, 3, 1)]
+    assert list(runs([3, 4, 5, 9, 10, 2], [7, 8, 9, 0, 2, 3])) == [
+        (3, 7, 3),
+        (9, 0, 1),
+        (10, 2, 1),
+        (2, 3, 1),
+    ]
     assert list(runs([], [])) == []
 
 
@@ -83,7 +92,9 @@ def test_runs_copy_what_slot_by_slot_would() -> None:
         target.data[[1, 2, 3, 7, 8]], kept[[1, 2, 3, 7, 8]]
     )
     SlotCopy(source, [5, 6], target, [1, 2])._copy_runs(2)
-    assert torch.equal(target.data[[1, 2], 2], source.data[[5, 6], 2]) and torch.equal(target.data[[1, 2], :2], kept[[1, 2], :2])
+    assert torch.equal(target.data[[1, 2], 2], source.data[[5, 6], 2]) and torch.equal(
+        target.data[[1, 2], :2], kept[[1, 2], :2]
+    )
 
 
 @pytest.mark.parametrize("layer_bytes", [8, 40, 24_000])
@@ -91,7 +102,9 @@ def test_the_gathering_kernel_copies_one_layer(layer_bytes: int) -> None:
     pytest.importorskip("triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, target = KVStore(7, 3, layer_bytes, device), KVStore(9, 3, layer_bytes, device)
-    source.data.copy_(torch.randint(256, source.data.shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8))
+    source.data.copy_(
+        torch.randint(256, source.data.shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    )
     assert gather.why_not(source, target) is None
     sources, targets = [6, 0, 3], [8, 1, 0]
     gather.copy_layer(source, target, torch.tensor([sources, targets], device=device), 1)
@@ -134,7 +147,9 @@ def test_a_tier_for_a_device_is_page_locked_for_as_long_as_it_lives(monkeypatch:
 
 def test_memory_that_cannot_be_locked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeRuntime(2))
-    with pytest.raises(ConfigError, match=r"0\.00 GB of main memory cannot be page-locked for the device \(CUDA error 2\)"):
+    with pytest.raises(
+        ConfigError, match=r"0\.00 GB of main memory cannot be page-locked for the device \(CUDA error 2\)"
+    ):
         KVStore(5, 3, 40, CPU, pinned=True)
 
 

@@ -112,8 +112,12 @@ def test_a_missing_wait_for_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     assert wrong_in_some(attend_what_comes_in, [103] * LAYERS)
 
 
-@pytest.mark.parametrize(("story", "right"), [(copy_what_was_computed, 77), (swap_in_where_somebody_reads, [0] * LAYERS)])
-def test_a_missing_wait_for_what_was_computed_is_seen(monkeypatch: pytest.MonkeyPatch, story: object, right: object) -> None:
+@pytest.mark.parametrize(
+    ("story", "right"), [(copy_what_was_computed, 77), (swap_in_where_somebody_reads, [0] * LAYERS)]
+)
+def test_a_missing_wait_for_what_was_computed_is_seen(
+    monkeypatch: pytest.MonkeyPatch, story: object, right: object
+) -> None:
     monkeypatch.setattr(LateLane, "wait", lambda lane, mark: None)
     assert wrong_in_some(story, right)
 
@@ -161,7 +165,9 @@ def copied_out(verify: bool) -> tuple[Transfer, list[KVStore]]:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_bit_that_flips_in_a_lower_tier_is_a_lost_source(verify: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bit_that_flips_in_a_lower_tier_is_a_lost_source(
+    verify: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     transfer, stores = copied_out(verify)
     stores[1].data[2, 1, 5] ^= 8
     ticket = transfer.start((Copy(3, 1, 2, 0, 3), Copy(4, 1, 3, 0, 2)), ())

@@ -25,17 +25,30 @@ _ROPE = {"rope_theta": 10_000.0, "original_max_position_embeddings": 64, "factor
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, heads of 64, one KV head": ("llama", {"head_dim": 64, "num_key_value_heads": 1}),
-    "llama, odd sizes": ("llama", {"hidden_size": 52, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 70}),
+    "llama, odd sizes": (
+        "llama",
+        {"hidden_size": 52, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 70},
+    ),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "llama 3's positions": (
         "llama",
-        {"rope_parameters": {**_ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        {
+            "rope_parameters": {
+                **_ROPE,
+                "rope_type": "llama3",
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
+        },
     ),
     "yarn's positions": ("llama", {"rope_parameters": {**_ROPE, "rope_type": "yarn"}}),
     "mistral, windows": ("mistral", {}),
     "qwen2": ("qwen2", {}),
-    "qwen2, windows in some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2, windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
     "qwen3, normalised heads": ("qwen3", {}),
     "smollm3, a layer without positions": ("smollm3", {"no_rope_layers": [1, 0]}),
 }
@@ -58,7 +71,9 @@ def make(member: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model
 
 
-def dense(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+def dense(
+    layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
+) -> torch.Tensor:
     """Causal attention of one sequence, written out."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -81,7 +96,9 @@ def test_same_logits_as_the_modules(member: str) -> None:
     ids, rows = torch.arange(3, 60)[None], torch.tensor([0, 13, 56])
     with fused.eager() as eager, torch.inference_mode():
         expected = eager(input_ids=ids, use_cache=False).logits[0, rows]
-    torch.testing.assert_close(logits_of(fused, ids, rows), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        logits_of(fused, ids, rows), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
 
 
 @every_member
@@ -110,7 +127,10 @@ def test_contexts_longer_than_the_angles_made_first(monkeypatch: pytest.MonkeyPa
 
 def test_no_token_asked_for() -> None:
     model = CausalModel(make("llama"), self_test=False)
-    assert logits_of(model, torch.arange(5)[None], torch.empty(0, dtype=torch.int64)).shape == (0, model.shape.vocab_size)
+    assert logits_of(model, torch.arange(5)[None], torch.empty(0, dtype=torch.int64)).shape == (
+        0,
+        model.shape.vocab_size,
+    )
 
 
 def test_emptied_modules_leave_the_fused_ones_whole() -> None:
@@ -119,10 +139,16 @@ def test_emptied_modules_leave_the_fused_ones_whole() -> None:
     model = CausalModel(make("llama, tied"), keep_modules=False)
     assert torch.equal(logits_of(model, ids, rows), expected)
     left = sum(parameter.numel() for parameter in model.model.parameters())
-    assert left == sum(p.numel() for n, p in make("llama, tied").named_parameters() if "embed" in n or n == "model.norm.weight")
+    assert left == sum(
+        p.numel()
+        for n, p in make("llama, tied").named_parameters()
+        if "embed" in n or n == "model.norm.weight"
+    )
 
 
-PANELS = bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16  # where whole layers can be one call
+PANELS = (
+    bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16
+)  # where whole layers can be one call
 
 
 @pytest.fixture
@@ -138,12 +164,17 @@ class Cached:
 
     def __init__(self, model: CausalModel, attention: str = "native") -> None:
         self.model, self.backend = model, make_backend(attention, model.geometry, 32, torch.device("cpu"))
-        self.backend.bind(KVStore(4, model.geometry.num_layers, self.backend.layer_bytes, torch.device("cpu")))
+        self.backend.bind(
+            KVStore(4, model.geometry.num_layers, self.backend.layer_bytes, torch.device("cpu"))
+        )
         self.builder = BatchBuilder(32, torch.device("cpu"))
         self.builder.update([BlockTableUpdate("a", 0, (2, 0, 3)), BlockTableUpdate("b", 0, (1,))])
 
     def run(self, *spans: tuple[str, int, int, bool], one_call: bool = True) -> torch.Tensor:
-        made = tuple(Span(name, start, stop, tuple(range(3 + start, 3 + stop)), emits) for name, start, stop, emits in spans)
+        made = tuple(
+            Span(name, start, stop, tuple(range(3 + start, 3 + stop)), emits)
+            for name, start, stop, emits in spans
+        )
         batch = self.builder.build(made, lambda span: 0)
         attend = PagedAttention(self.backend, batch)
         return self.model.forward(batch, attend if one_call else lambda *operands: attend(*operands))
@@ -158,7 +189,9 @@ def test_a_layer_as_one_call_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
     model = CausalModel(make(member, torch.bfloat16), member)
     calls = []
     seen = NativeAttention.run_layer
-    monkeypatch.setattr(NativeAttention, "run_layer", lambda self, *operands: calls.append(1) or seen(self, *operands))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        NativeAttention, "run_layer", lambda self, *operands: calls.append(1) or seen(self, *operands)
+    )  # type: ignore[func-returns-value]
     for spans in (
         [("a", 0, 40, True), ("b", 0, 7, True)],
         [("a", 40, 41, True), ("b", 7, 8, True)],
@@ -178,7 +211,10 @@ def test_a_layer_as_one_call_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
 def test_another_backend_attends_for_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILY, "llama", ("llama", {"head_dim": 16}))
     model = CausalModel(make("llama", torch.bfloat16))
-    outputs = [Cached(model, attention).run(("a", 0, 60, True)).float() for attention in ("native", "cpu", "reference")]
+    outputs = [
+        Cached(model, attention).run(("a", 0, 60, True)).float()
+        for attention in ("native", "cpu", "reference")
+    ]
     for other in outputs[1:]:
         assert (outputs[0] - other).square().mean().sqrt() < 0.05 * other.square().mean().sqrt()
 
@@ -236,11 +272,17 @@ def test_products_of_another_kind_are_left_to_the_modules() -> None:
 
 
 @pytest.mark.usefixtures("panels")
-@pytest.mark.parametrize("planted", [{"angles": None}, {"epsilon": 100.0}, {"num_rows": 1}, {"query_norm": None}])
-def test_a_planted_bug_in_a_layer_s_call_is_stopped_at_the_gate(monkeypatch: pytest.MonkeyPatch, planted: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "planted", [{"angles": None}, {"epsilon": 100.0}, {"num_rows": 1}, {"query_norm": None}]
+)
+def test_a_planted_bug_in_a_layer_s_call_is_stopped_at_the_gate(
+    monkeypatch: pytest.MonkeyPatch, planted: dict[str, Any]
+) -> None:
     run = NativeAttention.run_layer
 
-    def wrong(self: NativeAttention, prepared: Any, layer: int, num_heads: int, args: AttentionArgs, work: Any) -> None:
+    def wrong(
+        self: NativeAttention, prepared: Any, layer: int, num_heads: int, args: AttentionArgs, work: Any
+    ) -> None:
         for field, value in planted.items():
             setattr(work, field, value)
         run(self, prepared, layer, num_heads, args, work)
@@ -250,7 +292,9 @@ def test_a_planted_bug_in_a_layer_s_call_is_stopped_at_the_gate(monkeypatch: pyt
         CausalModel(make("qwen3, normalised heads", torch.bfloat16), "qwen3")
 
 
-@pytest.mark.skipif(not PANELS or PanelProduct.why_not(torch.bfloat16, 2, int8=True) is not None, reason="not on this CPU")
+@pytest.mark.skipif(
+    not PANELS or PanelProduct.why_not(torch.bfloat16, 2, int8=True) is not None, reason="not on this CPU"
+)
 @pytest.mark.parametrize("member", [name for name in FAMILY if "odd" not in name])
 def test_weights_of_8_bits_pass_the_gate(member: str) -> None:
     model = CausalModel(make(member, torch.bfloat16), member, int8=True)
@@ -266,6 +310,8 @@ def test_weights_of_8_bits_pass_the_gate(member: str) -> None:
     ],
 )
 def test_where_weights_cannot_be_of_8_bits(name: str, dtype: torch.dtype, forward: Any, reason: str) -> None:
-    with pytest.raises(ConfigError, match=r"cannot have weights of 8 bits .* choose --quantize none") as refused:
+    with pytest.raises(
+        ConfigError, match=r"cannot have weights of 8 bits .* choose --quantize none"
+    ) as refused:
         CausalModel(tiny(name, dtype=dtype), "it", forward=forward, int8=True, self_test=False)
     assert reason in refused.value.message

@@ -38,7 +38,14 @@ class FakeMeter:
 
 
 def find(meter: FakeMeter, tokens: int = 100, running: int = 7, graph_rows: int = 0) -> Room:
-    return find_room(model(), max_batch_tokens=tokens, max_running=running, chunk_tokens=8, graph_rows=graph_rows, meter=meter)
+    return find_room(
+        model(),
+        max_batch_tokens=tokens,
+        max_running=running,
+        chunk_tokens=8,
+        graph_rows=graph_rows,
+        meter=meter,
+    )
 
 
 def test_the_tier_gets_what_weights_step_and_graphs_leave() -> None:
@@ -71,7 +78,10 @@ def test_a_step_that_does_not_fit_is_said_too(monkeypatch: pytest.MonkeyPatch) -
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model(), "forward", fail)
-    with pytest.raises(ConfigError, match=r"a step of 100 tokens does not fit beside the weights: 2\.00 of 80\.00 GB are free"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a step of 100 tokens does not fit beside the weights: 2\.00 of 80\.00 GB are free",
+    ):
         find(FakeMeter(2 * GB, GB))
 
 

@@ -37,13 +37,17 @@ def test_a_folder_with_one_gguf_is_that_model(gguf: Path) -> None:
     (gguf.parent / "README.md").write_text("about it")
     (gguf.parent / "mmproj-tiny-f16.gguf").write_bytes(b"GGUF the part that sees")
     assert found(gguf.parent) == gguf.name
-    (gguf.parent / "config.json").write_text('{"model_type": "llama"}')  # as some repositories of GGUF files have it
+    (gguf.parent / "config.json").write_text(
+        '{"model_type": "llama"}'
+    )  # as some repositories of GGUF files have it
     assert found(gguf.parent) == gguf.name
 
 
 def test_a_folder_with_several_ggufs_lists_them(gguf: Path) -> None:
     (gguf.parent / "tiny-Q4_K_M.gguf").write_bytes(gguf.read_bytes())
-    with pytest.raises(ConfigError, match=r"holds 2 GGUF models: name one of them, .*tiny-Q4_K_M\.gguf, .*tiny-Q8_0\.gguf"):
+    with pytest.raises(
+        ConfigError, match=r"holds 2 GGUF models: name one of them, .*tiny-Q4_K_M\.gguf, .*tiny-Q8_0\.gguf"
+    ):
         resolve(str(gguf.parent))
 
 
@@ -60,7 +64,10 @@ def ollama(gguf: Path, *place: str, kinds: tuple[str, ...] = ("model", "template
     blob.write_bytes(gguf.read_bytes())
     manifest = root.joinpath("manifests", *place)
     manifest.parent.mkdir(parents=True)
-    layers = [{"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{'b' * 64}"} for kind in kinds]
+    layers = [
+        {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{'b' * 64}"}
+        for kind in kinds
+    ]
     manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
 
 
@@ -102,7 +109,10 @@ def test_what_ollama_has_not_is_refused_with_the_way(gguf: Path) -> None:
         ("https://huggingface.co/org/name/", HubName("org/name")),
         ("http://www.huggingface.co/org/name/tree/main", HubName("org/name")),
         ("https://huggingface.co/org/name/blob/main/x-Q8_0.gguf", HubName("org/name", file="x-Q8_0.gguf")),
-        ("https://huggingface.co/org/name/resolve/main/sub/x.gguf?download=true", HubName("org/name", file="sub/x.gguf")),
+        (
+            "https://huggingface.co/org/name/resolve/main/sub/x.gguf?download=true",
+            HubName("org/name", file="sub/x.gguf"),
+        ),
         ("hf://org/name", HubName("org/name")),
         ("name", None),
         ("./org/name", None),
@@ -115,7 +125,14 @@ def test_names_of_the_hub(spec: str, name: HubName | None) -> None:
     assert hub_name(spec) == name
 
 
-FILES = ["README.md", "x-Q4_K_M.gguf", "x-Q8_0.gguf", "x-BF16-00001-of-00002.gguf", "x-BF16-00002-of-00002.gguf", "mmproj-x-f16.gguf"]
+FILES = [
+    "README.md",
+    "x-Q4_K_M.gguf",
+    "x-Q8_0.gguf",
+    "x-BF16-00001-of-00002.gguf",
+    "x-BF16-00002-of-00002.gguf",
+    "mmproj-x-f16.gguf",
+]
 
 
 def test_a_gguf_of_a_repository_is_chosen_by_its_number_type() -> None:

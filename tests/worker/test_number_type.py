@@ -51,14 +51,40 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
 @pytest.mark.parametrize(
     ("narrow_s", "wide_s", "expected"),
     [
-        (4.2e-4, 1e-4, NumberType("float32", "computing in float32: bfloat16 takes 4.2 times as long on this CPU")),
-        (1e-4, 2.1e-4, NumberType("bfloat16", "computing in bfloat16: float32 takes 2.1 times as long on this CPU")),
-        (1.1e-4, 1e-4, NumberType("bfloat16", "computing in bfloat16: on this CPU as fast as float32, in half the memory")),
-        (0.9e-4, 1e-4, NumberType("bfloat16", "computing in bfloat16: on this CPU as fast as float32, in half the memory")),
-        (1.3e-4, 1e-4, NumberType("float32", "computing in float32: bfloat16 takes 1.3 times as long on this CPU")),
+        (
+            4.2e-4,
+            1e-4,
+            NumberType("float32", "computing in float32: bfloat16 takes 4.2 times as long on this CPU"),
+        ),
+        (
+            1e-4,
+            2.1e-4,
+            NumberType("bfloat16", "computing in bfloat16: float32 takes 2.1 times as long on this CPU"),
+        ),
+        (
+            1.1e-4,
+            1e-4,
+            NumberType(
+                "bfloat16", "computing in bfloat16: on this CPU as fast as float32, in half the memory"
+            ),
+        ),
+        (
+            0.9e-4,
+            1e-4,
+            NumberType(
+                "bfloat16", "computing in bfloat16: on this CPU as fast as float32, in half the memory"
+            ),
+        ),
+        (
+            1.3e-4,
+            1e-4,
+            NumberType("float32", "computing in float32: bfloat16 takes 1.3 times as long on this CPU"),
+        ),
     ],
 )
-def test_the_faster_type_is_chosen(speeds: dict[torch.dtype, float], narrow_s: float, wide_s: float, expected: NumberType) -> None:
+def test_the_faster_type_is_chosen(
+    speeds: dict[torch.dtype, float], narrow_s: float, wide_s: float, expected: NumberType
+) -> None:
     speeds.update({torch.bfloat16: narrow_s, torch.float32: wide_s})
     assert choose("auto", "cpu") == expected
 
@@ -75,12 +101,16 @@ def test_what_was_asked_for_stays_and_nothing_is_said(asked: str) -> None:
 
 def test_where_nothing_is_measured() -> None:
     assert choose("auto", "cuda") == choose("auto", "cuda:1") == NumberType("bfloat16")
-    assert choose("auto", "cpu", int8=True) == NumberType("bfloat16")  # (weights of 8 bits are multiplied with nothing else)
+    assert choose("auto", "cpu", int8=True) == NumberType(
+        "bfloat16"
+    )  # (weights of 8 bits are multiplied with nothing else)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_a_group_rank_0_chooses(speeds: dict[torch.dtype, float], rank: int) -> None:
-    speeds.update({torch.bfloat16: 2.0, torch.float32: 1.0} if rank == 0 else {})  # (the others do not even measure)
+    speeds.update(
+        {torch.bfloat16: 2.0, torch.float32: 1.0} if rank == 0 else {}
+    )  # (the others do not even measure)
 
     class Group:
         def __init__(self) -> None:
@@ -100,7 +130,12 @@ def test_measuring_leaves_the_threads_as_they_were() -> None:
 
 def test_a_cap_from_outside_is_seen() -> None:
     """Whatever this CPU could: under AVX2 alone, bfloat16 is emulated."""
-    capped = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "PENSIEVE_ISA": "avx2"}
+    capped = {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "PENSIEVE_ISA": "avx2",
+    }
     run = subprocess.run(
         [sys.executable, "-c", "from pensieve.worker.number_type import choose; print(choose('auto', 'cpu').reason)"],
         capture_output=True, text=True, timeout=120, check=True, env={**os.environ, **capped},
@@ -119,12 +154,18 @@ def test_everything_behind_the_options_sees_what_was_chosen(
     assert options.dtype == "auto"
     loaded = load_model(options, must_talk=False, say=told.append, with_text=False)
     assert loaded.dtype == expected and loaded.model.dtype == getattr(torch, expected)
-    assert [line for line in told if line.startswith("computing in")] == [line for line in loaded.remarks if "computing" in line] != []
+    assert (
+        [line for line in told if line.startswith("computing in")]
+        == [line for line in loaded.remarks if "computing" in line]
+        != []
+    )
     assert as_json(settled(options, loaded))["dtype"] == expected
     sizes = size_tiers(settled(options, loaded), loaded.shape, loaded.gpu_cache_gb)
     assert sizes.chunk_bytes == 32 * loaded.shape.kv_bytes_per_token(loaded.model.dtype.itemsize)
 
 
 def test_an_unknown_type_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--dtype must be auto or one of float32, bfloat16, float16, got 'int4'"):
+    with pytest.raises(
+        ConfigError, match="--dtype must be auto or one of float32, bfloat16, float16, got 'int4'"
+    ):
         Options(dtype="int4")

@@ -75,12 +75,22 @@ def test_what_is_drawn_is_drawn_on_both(pair: RankPair) -> None:
 
 
 @pytest.mark.parametrize("what", ["forward", "wipe"])
-def test_a_step_that_breaks_on_one_rank_is_void_on_both_and_poisons_nothing(pair: RankPair, what: str) -> None:
+def test_a_step_that_breaks_on_one_rank_is_void_on_both_and_poisons_nothing(
+    pair: RankPair, what: str
+) -> None:
     (results, tokens), _ = pair.run(jobs.run_broken, jobs.follow_broken, what)
     second = results[1]
-    assert second.tokens == () and second.forward_error is not None and "rank 1: MemoryError: " in second.forward_error
+    assert (
+        second.tokens == ()
+        and second.forward_error is not None
+        and "rank 1: MemoryError: " in second.forward_error
+    )
     assert (second.wipe_error is not None) is (what == "wipe")
-    copy_ids = second.copies_done if what == "forward" else tuple(failure.copy_id for failure in second.copies_failed)
+    copy_ids = (
+        second.copies_done
+        if what == "forward"
+        else tuple(failure.copy_id for failure in second.copies_failed)
+    )
     assert copy_ids == (0,), "what is copied does not depend on the forward, but on the wipes"
     assert tokens == alone(SamplingParams(max_new_tokens=4))
 
@@ -90,7 +100,10 @@ def test_a_copy_is_good_where_it_is_good_on_both(pair: RankPair) -> None:
     done = [copy_id for result in results for copy_id in result.copies_done]
     failed = [failure for result in results for failure in result.copies_failed]
     assert sorted(done) == [0, 2]
-    assert failed == [CopyFailure(1, False, "rank 1: OSError: full"), CopyFailure(3, True, "rank 1: SourceLost: unreadable")]
+    assert failed == [
+        CopyFailure(1, False, "rank 1: OSError: full"),
+        CopyFailure(3, True, "rank 1: SourceLost: unreadable"),
+    ]
     assert [token.request_id for token in results[-1].tokens] == ["o"]
 
 
@@ -102,8 +115,12 @@ def test_the_step_after_the_waker_waits_for_the_other_ranks_copy(pair: RankPair)
 # -- ranks that disagree
 
 
-@pytest.mark.parametrize(("what", "words"), [("plan", "would compute something else"), ("tokens", "sampled other tokens")])
-def test_in_debug_a_disagreement_ends_both_naming_step_and_rank(pair: RankPair, what: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "words"), [("plan", "would compute something else"), ("tokens", "sampled other tokens")]
+)
+def test_in_debug_a_disagreement_ends_both_naming_step_and_rank(
+    pair: RankPair, what: str, words: str
+) -> None:
     for result in pair.outcomes(jobs.two_steps, jobs.follow_another_plan, what):
         assert isinstance(result, WorkerLost)
         assert f"in step 1 rank 1 {words} than rank 0" in result.message
@@ -124,10 +141,16 @@ def test_shares_are_computed_by_modules_and_refusals_are_shared(pair: RankPair) 
     [
         ("gpt2", 2, "transformers has no tensor parallel plan for 'gpt2' models"),
         ("opt", 2, "without torchrun"),
-        ("llama", 3, r"llama has 2 key/value heads, .* 3 processes: start a number that divides them \(2\), or"),
+        (
+            "llama",
+            3,
+            r"llama has 2 key/value heads, .* 3 processes: start a number that divides them \(2\), or",
+        ),
     ],
 )
-def test_models_that_cannot_be_split_are_refused_with_the_way_out(architecture: str, num_ranks: int, words: str) -> None:
+def test_models_that_cannot_be_split_are_refused_with_the_way_out(
+    architecture: str, num_ranks: int, words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         sharding.require_divisible(tiny(architecture).config, architecture, num_ranks)
 
@@ -178,11 +201,17 @@ def test_who_is_left_alone_says_so_and_does_not_hang(pair: RankPair) -> None:
     assert isinstance(lost, WorkerLost) and "rank 1 lost the other processes" in lost.message
 
 
-def test_a_forward_that_breaks_midway_is_void_if_it_breaks_on_all_and_the_end_if_on_one(pair: RankPair) -> None:
+def test_a_forward_that_breaks_midway_is_void_if_it_breaks_on_all_and_the_end_if_on_one(
+    pair: RankPair,
+) -> None:
     results, _ = pair.run(jobs.break_in_forward, jobs.break_in_forward, (0, 1))
     assert (
-        results[1].forward_error is not None and "rank 0: MemoryError" in results[1].forward_error and "rank 1" in results[1].forward_error
+        results[1].forward_error is not None
+        and "rank 0: MemoryError" in results[1].forward_error
+        and "rank 1" in results[1].forward_error
     )
-    assert [token.token_id for result in (results[0], results[2]) for token in result.tokens] == alone(SamplingParams(max_new_tokens=2))
+    assert [token.token_id for result in (results[0], results[2]) for token in result.tokens] == alone(
+        SamplingParams(max_new_tokens=2)
+    )
     error, gone = pair.outcomes(jobs.break_in_forward, jobs.break_in_forward, (1,))
     assert isinstance(error, WorkerLost) and isinstance(gone, EOFError), (error, gone)

@@ -35,7 +35,11 @@ def test_a_preset_builds_with_its_published_size_and_its_stated_shape(name: str)
     assert config.num_attention_heads == shape.num_heads
     assert config.vocab_size == shape.vocab_size
     assert config.max_position_embeddings == shape.max_positions
-    widths = {path.rsplit(".", 1)[-1]: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    widths = {
+        path.rsplit(".", 1)[-1]: module
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     if preset.family != "gpt2":  # one fused projection, no grouped heads
         assert widths["q_proj"].out_features == shape.num_heads * shape.head_dim
         assert widths["k_proj"].out_features == shape.num_kv_heads * shape.head_dim
@@ -51,7 +55,13 @@ def test_every_published_architecture_asked_for_is_there() -> None:
 
 def test_the_papers_grouped_variant_keeps_a_quarter_of_the_kv() -> None:
     full, grouped = PRESETS["llama2-13b"].shape, PRESETS["llama2-13b-gqa"].shape
-    assert (grouped.num_layers, grouped.hidden_size, grouped.num_heads, grouped.num_kv_heads, grouped.head_dim) == (40, 5120, 40, 10, 128)
+    assert (
+        grouped.num_layers,
+        grouped.hidden_size,
+        grouped.num_heads,
+        grouped.num_kv_heads,
+        grouped.head_dim,
+    ) == (40, 5120, 40, 10, 128)
     assert full.kv_bytes_per_token(2) == 4 * grouped.kv_bytes_per_token(2) == 2 * 40 * 40 * 128 * 2
     assert PRESETS["llama2-13b-gqa"].hub_id is None
 
@@ -59,7 +69,11 @@ def test_the_papers_grouped_variant_keeps_a_quarter_of_the_kv() -> None:
 def test_windows_and_caps_are_those_of_the_published_models() -> None:
     assert PRESETS["mistral-7b"].config().sliding_window == 4096
     gemma = PRESETS["gemma2-2b"].config()
-    assert (gemma.sliding_window, gemma.attn_logit_softcapping, gemma.final_logit_softcapping) == (4096, 50.0, 30.0)
+    assert (gemma.sliding_window, gemma.attn_logit_softcapping, gemma.final_logit_softcapping) == (
+        4096,
+        50.0,
+        30.0,
+    )
     assert gemma.layer_types[:2] == ["sliding_attention", "full_attention"]
     oss = PRESETS["gpt-oss-20b"].config()
     assert (oss.sliding_window, oss.num_local_experts, oss.num_experts_per_tok) == (128, 32, 4)

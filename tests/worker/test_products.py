@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pensieve.worker import kernel, products
-from pensieve.worker.products import _ADDED, _FLOAT, _GATED, PANEL, OneDnnProduct, PanelKind, PanelProduct, fill_up_modules, grid_rows
+from pensieve.worker.products import (
+    _ADDED,
+    _FLOAT,
+    _GATED,
+    PANEL,
+    OneDnnProduct,
+    PanelKind,
+    PanelProduct,
+    fill_up_modules,
+    grid_rows,
+)
 from tiny_models import tiny
 
 BF16 = torch.bfloat16
@@ -20,10 +30,14 @@ any_shape = given(
     count=st.integers(1, 70), num_in=st.one_of(st.integers(1, 40).map(lambda n: 2 * n), st.integers(1, 5).map(lambda n: 32 * n)), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
     seed=st.integers(0, 5),
 )  # fmt: skip
-needs_panels = pytest.mark.skipif(not PANELS, reason="the kernels are not built, or this CPU has no AVX512-BF16")
+needs_panels = pytest.mark.skipif(
+    not PANELS, reason="the kernels are not built, or this CPU has no AVX512-BF16"
+)
 
 
-def linear(num_in: int, num_out: int, bias: bool = False, dtype: torch.dtype = BF16, seed: int = 0) -> nn.Linear:
+def linear(
+    num_in: int, num_out: int, bias: bool = False, dtype: torch.dtype = BF16, seed: int = 0
+) -> nn.Linear:
     torch.manual_seed(seed)
     return nn.Linear(num_in, num_out, bias=bias).to(dtype)
 
@@ -52,8 +66,14 @@ def test_any_number_of_rows(count: int, bias: bool) -> None:
 @needs_panels
 @any_shape
 @settings(max_examples=60, deadline=None)
-def test_any_shape_and_what_is_done_with_the_result(count: int, num_in: int, num_out: int, bias: bool, seed: int) -> None:
-    module, other, x = linear(num_in, num_out, bias, seed=seed), linear(num_in, num_out, bias, seed=seed + 9), rows(count, num_in, seed)
+def test_any_shape_and_what_is_done_with_the_result(
+    count: int, num_in: int, num_out: int, bias: bool, seed: int
+) -> None:
+    module, other, x = (
+        linear(num_in, num_out, bias, seed=seed),
+        linear(num_in, num_out, bias, seed=seed + 9),
+        rows(count, num_in, seed),
+    )
     close(PanelProduct([module])(x), exact(x, module))
     close(PanelProduct([module, other])(x), torch.cat((exact(x, module), exact(x, other)), 1))
     close(PanelProduct([module, other], _GATED)(x), nn.functional.silu(exact(x, module)) * exact(x, other))
@@ -67,15 +87,23 @@ def test_any_shape_and_what_is_done_with_the_result(count: int, num_in: int, num
 
 
 @needs_panels
-@pytest.mark.parametrize("level", [level for level in kernel.levels() if level >= kernel.Level.AVX512_BF16], ids=lambda level: level.name)
+@pytest.mark.parametrize(
+    "level",
+    [level for level in kernel.levels() if level >= kernel.Level.AVX512_BF16],
+    ids=lambda level: level.name,
+)
 @pytest.mark.parametrize("num_in", [32, 64, 96, 800])
-def test_a_row_has_the_same_bits_in_any_company(level: kernel.Level, num_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_has_the_same_bits_in_any_company(
+    level: kernel.Level, num_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(products, "levels", lambda: (level,))
     module, other, x = linear(num_in, 70, True), linear(num_in, 70, True, seed=1), rows(600, num_in)
     plain, gated = PanelProduct([module]), PanelProduct([module, other], _GATED)
     close(plain(x), exact(x, module))
     for count in (1, 2, 15, 16, 17, 31, 33, 95, 257, 599):
-        assert torch.equal(plain(x[:count]), plain(x)[:count]) and torch.equal(gated(x[:count]), gated(x)[:count])
+        assert torch.equal(plain(x[:count]), plain(x)[:count]) and torch.equal(
+            gated(x[:count]), gated(x)[:count]
+        )
 
 
 INT8 = PANELS and PanelProduct.why_not(BF16, 8, int8=True) is None
@@ -97,10 +125,17 @@ def rounded(module: nn.Linear) -> nn.Linear:
 @any_shape
 @settings(max_examples=60, deadline=None)
 def test_weights_of_8_bits(count: int, num_in: int, num_out: int, bias: bool, seed: int) -> None:
-    module, other, x = linear(num_in, num_out, bias, seed=seed), linear(num_in, num_out, bias, seed=seed + 9), rows(count, num_in, seed)
+    module, other, x = (
+        linear(num_in, num_out, bias, seed=seed),
+        linear(num_in, num_out, bias, seed=seed + 9),
+        rows(count, num_in, seed),
+    )
     module_8, other_8, kind = rounded(module), rounded(other), PanelKind(int8=True)
     close(PanelProduct([module, other], kind=kind)(x), torch.cat((exact(x, module_8), exact(x, other_8)), 1))
-    close(PanelProduct([module, other], _GATED, kind)(x), nn.functional.silu(exact(x, module_8)) * exact(x, other_8))
+    close(
+        PanelProduct([module, other], _GATED, kind)(x),
+        nn.functional.silu(exact(x, module_8)) * exact(x, other_8),
+    )
     before = rows(count, num_out, seed + 1)
     after = before.clone()
     PanelProduct([module], _ADDED, kind)(x, after)
@@ -115,7 +150,8 @@ def test_every_weight_of_8_bits_is_what_it_says() -> None:
         module.weight[:, 0] = torch.arange(-127, 128)
         module.weight[:, 1] = 127  # every output has the scale 1
     assert torch.equal(
-        PanelProduct([module], kind=PanelKind(int8=True))(torch.tensor([[1.0, 0.0]], dtype=BF16))[0], torch.arange(-127, 128).to(BF16)
+        PanelProduct([module], kind=PanelKind(int8=True))(torch.tensor([[1.0, 0.0]], dtype=BF16))[0],
+        torch.arange(-127, 128).to(BF16),
     )
 
 
@@ -168,7 +204,9 @@ def test_what_panels_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_panels
-def test_tiles_in_hardware_that_these_kernels_do_not_use_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_in_hardware_that_these_kernels_do_not_use_are_left_to_onednn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(products, "has_amx", lambda: True)
     monkeypatch.setattr(products, "levels", lambda: (kernel.Level.AVX512_BF16,))
     assert PanelProduct.why_not(BF16, 8) == "this CPU has AMX, which these kernels were built without"
@@ -187,9 +225,15 @@ def test_onednn(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, packs: bool
         monkeypatch.setattr(products, "_HAS_ONEDNN", False)
     for count in (0, 1, 9, 130):
         for bias in (True, False):
-            module, other, x = linear(24, 40, bias, dtype), linear(24, 8, bias, dtype, 3), rows(count, 24).to(dtype)
+            module, other, x = (
+                linear(24, 40, bias, dtype),
+                linear(24, 8, bias, dtype, 3),
+                rows(count, 24).to(dtype),
+            )
             ours = OneDnnProduct([module, other])(x)
-            torch.testing.assert_close(ours.double(), torch.cat((exact(x, module), exact(x, other)), 1), rtol=2.0**-7, atol=1e-2)
+            torch.testing.assert_close(
+                ours.double(), torch.cat((exact(x, module), exact(x, other)), 1), rtol=2.0**-7, atol=1e-2
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -209,7 +253,9 @@ def test_row_counts_are_a_short_list_that_wastes_little() -> None:
     sizes = [grid_rows(count) for count in range(1, 513)]
     assert sizes[:20] == [*range(1, 17), 18, 18, 20, 20] and sizes[-1] == 512
     assert len(set(sizes)) == 56
-    assert all(count <= size for count, size in enumerate(sizes, 1)) and all(grid_rows(size) == size for size in sizes)
+    assert all(count <= size for count, size in enumerate(sizes, 1)) and all(
+        grid_rows(size) == size for size in sizes
+    )
     assert max(size / count for count, size in enumerate(sizes, 1)) <= 1.125
     assert sum(sizes) / sum(range(1, 513)) < 1.05
 

@@ -10,7 +10,13 @@ from pensieve.errors import ModelRefused
 from pensieve.worker import random_weights
 from pensieve.worker.random_weights import available_bytes, build, count_parameters, require_room
 
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 211, "max_position_embeddings": 64}
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 211,
+    "max_position_embeddings": 64,
+}
 GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96}
 FAMILIES = {
     "gpt2": SMALL,
@@ -73,10 +79,14 @@ def test_tiling_covers_a_matrix_larger_than_the_block(monkeypatch: pytest.Monkey
     assert torch.unique(rows, dim=0).shape == rows.shape
 
 
-def test_a_model_that_does_not_fit_is_refused_with_both_sizes_and_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_is_refused_with_both_sizes_and_ways_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(random_weights, "available_bytes", lambda device: 8 << 30)
     require_room("fits", 3_000_000_000, torch.bfloat16, "cpu")
-    with pytest.raises(ModelRefused, match=r"12\.0 GB in float32, 8\.6 GB of memory are available.*--dtype bfloat16") as refused:
+    with pytest.raises(
+        ModelRefused, match=r"12\.0 GB in float32, 8\.6 GB of memory are available.*--dtype bfloat16"
+    ) as refused:
         require_room("big", 3_000_000_000, torch.float32, "cpu")
     assert refused.value.http_status == 400
     monkeypatch.setattr(random_weights, "available_bytes", lambda device: None)
@@ -105,7 +115,9 @@ def group(folder: Path, limit: str, used: int, cached: int) -> None:
     (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
 
 
-def test_memory_is_what_the_tightest_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_what_the_tightest_control_group_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = fake_system(tmp_path, monkeypatch, "0::/user/app\n")
     assert available_bytes() == 8000 * 1024
     group(root / "user/app", "max", 10, 0)
@@ -114,7 +126,9 @@ def test_memory_is_what_the_tightest_control_group_leaves(tmp_path: Path, monkey
     assert available_bytes() == 500_000
 
 
-def test_memory_in_a_container_that_sees_only_its_own_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_in_a_container_that_sees_only_its_own_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = fake_system(tmp_path, monkeypatch, "0::/of/the/host\n")
     group(root, "2000", 1500, 0)
     assert available_bytes() == 500

@@ -55,14 +55,20 @@ def test_norm(level: kernel.Level, dtype: torch.dtype, width: int, count: int, a
 @every_dtype
 @pytest.mark.parametrize("head_dim", [2, 12, 16, 64, 80, 128])
 @pytest.mark.parametrize(("normalises", "turns"), [(False, True), (True, True), (True, False)])
-def test_rotate(level: kernel.Level, dtype: torch.dtype, head_dim: int, normalises: bool, turns: bool) -> None:
+def test_rotate(
+    level: kernel.Level, dtype: torch.dtype, head_dim: int, normalises: bool, turns: bool
+) -> None:
     count, heads, kv_heads, spare = 37, 4, 2, 3
     packed = random(count, (heads + 2 * kv_heads) * head_dim + spare, dtype=dtype)
     before = packed.clone()
     positions = torch.randint(0, 50, (count,), generator=torch.Generator().manual_seed(3))
     planes = torch.arange(50.0)[:, None] * (10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
     angles = torch.cat((planes.cos(), planes.sin()), 1) if turns else None
-    norms = (random(head_dim, dtype=torch.float32, seed=4), random(head_dim, dtype=torch.float32, seed=5)) if normalises else None
+    norms = (
+        (random(head_dim, dtype=torch.float32, seed=4), random(head_dim, dtype=torch.float32, seed=5))
+        if normalises
+        else None
+    )
     Rows(dtype, level).rotate(packed, heads, kv_heads, head_dim, angles, positions, norms, 1e-6)
 
     turned = (heads + kv_heads) * head_dim
@@ -75,7 +81,9 @@ def test_rotate(level: kernel.Level, dtype: torch.dtype, head_dim: int, normalis
         x, y = expected.chunk(2, dim=-1)
         expected = torch.cat((x * cosines - y * sines, y * cosines + x * sines), -1)
     unit = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(packed[:, :turned].double(), expected.reshape(count, turned), rtol=unit, atol=unit)
+    torch.testing.assert_close(
+        packed[:, :turned].double(), expected.reshape(count, turned), rtol=unit, atol=unit
+    )
     assert torch.equal(packed[:, turned:], before[:, turned:])  # values, and what follows, stay
 
 
@@ -115,9 +123,15 @@ def test_what_is_no_number_stays_so(level: kernel.Level, dtype: torch.dtype) -> 
 @every_dtype
 @given(count=st.integers(1, 70), width=st.integers(1, 300), seed=st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
-def test_rows_do_not_depend_on_their_neighbours(level: kernel.Level, dtype: torch.dtype, count: int, width: int, seed: int) -> None:
+def test_rows_do_not_depend_on_their_neighbours(
+    level: kernel.Level, dtype: torch.dtype, count: int, width: int, seed: int
+) -> None:
     """However the work is cut between threads: bit by bit what each row gives alone."""
-    kernels, x, weight = Rows(dtype, level), random(count, width, dtype=dtype, seed=seed), random(width, dtype=torch.float32)
+    kernels, x, weight = (
+        Rows(dtype, level),
+        random(count, width, dtype=dtype, seed=seed),
+        random(width, dtype=torch.float32),
+    )
     together = kernels.norm(x.clone(), x, weight, 1e-5)
     alone = [kernels.norm(row[None].clone(), row[None], weight, 1e-5) for row in x]
     assert torch.equal(together, torch.cat(alone))

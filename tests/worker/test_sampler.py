@@ -28,10 +28,17 @@ def emitting(request: str, position: int) -> Span:
     return Span(request, position - 1, position, None, True)
 
 
-def one(sampling: SamplingParams, logits: torch.Tensor, prompt: tuple[int, ...] = (1, 2), position: int | None = None) -> Any:
+def one(
+    sampling: SamplingParams,
+    logits: torch.Tensor,
+    prompt: tuple[int, ...] = (1, 2),
+    position: int | None = None,
+) -> Any:
     sampler = Sampler()
     sampler.start([RequestStart("r", sampling, prompt)])
-    tokens, failures = sampler.sample([emitting("r", len(prompt) if position is None else position)], logits[None])
+    tokens, failures = sampler.sample(
+        [emitting("r", len(prompt) if position is None else position)], logits[None]
+    )
     assert failures == []
     return tokens[0]
 
@@ -104,7 +111,10 @@ def test_sampled_tokens_of_many_seeds_follow_the_distribution() -> None:
     count = 3000
     sampler = Sampler()
     sampler.start(
-        RequestStart(f"r{seed}", SamplingParams(temperature=1.2, top_k=5, top_p=0.85, min_p=0.2, seed=seed), (1,)) for seed in range(count)
+        RequestStart(
+            f"r{seed}", SamplingParams(temperature=1.2, top_k=5, top_p=0.85, min_p=0.2, seed=seed), (1,)
+        )
+        for seed in range(count)
     )
     tokens, _ = sampler.sample([emitting(f"r{seed}", 1) for seed in range(count)], LOGITS.expand(count, -1))
     counts = torch.tensor([token.token_id for token in tokens]).bincount(minlength=len(LOGITS)).double()
@@ -131,7 +141,10 @@ def test_top_p_looks_beyond_its_first_guess(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-6, 1e-3])
 def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
-    assert drawn(LOGITS, SamplingParams(temperature=temperature), *(number / 10 for number in range(10))) == [0] * 10
+    assert (
+        drawn(LOGITS, SamplingParams(temperature=temperature), *(number / 10 for number in range(10)))
+        == [0] * 10
+    )
 
 
 def test_greedy_takes_the_likeliest_of_every_row() -> None:
@@ -149,7 +162,9 @@ def test_a_seed_gives_the_same_tokens_whatever_the_neighbours_and_interruptions(
         sampler = Sampler()
         params = SamplingParams(temperature=1.5, seed=11)
         sampler.start([RequestStart("r", params, (1, 2, 3))])
-        sampler.start(RequestStart(f"n{i}", SamplingParams(temperature=1.0), (1, 2, 3)) for i in range(neighbours))
+        sampler.start(
+            RequestStart(f"n{i}", SamplingParams(temperature=1.0), (1, 2, 3)) for i in range(neighbours)
+        )
         found = []
         for step in range(12):
             spans = [*(emitting(f"n{i}", 3 + step) for i in range(neighbours)), emitting("r", 3 + step)]
@@ -191,9 +206,17 @@ def test_presence_and_frequency_penalties_cover_the_output_only() -> None:
     def answer(**penalty: float) -> list[int]:
         sampler = Sampler()
         sampler.start([RequestStart("r", SamplingParams(**penalty), (1, 1, 1))])  # type: ignore[arg-type]
-        return [sampler.sample([emitting("r", position)], logits[None])[0][0].token_id for position in range(3, 8)]
+        return [
+            sampler.sample([emitting("r", position)], logits[None])[0][0].token_id for position in range(3, 8)
+        ]
 
-    assert answer(presence_penalty=1.5) == [1, 2, 1, 1, 1]  # once: 3.0 -> 1.5 against 2.0, then both are 1.5 and 0.5
+    assert answer(presence_penalty=1.5) == [
+        1,
+        2,
+        1,
+        1,
+        1,
+    ]  # once: 3.0 -> 1.5 against 2.0, then both are 1.5 and 0.5
     assert answer(frequency_penalty=0.6) == [1, 1, 2, 1, 2]
     assert answer(presence_penalty=-1.0) == [1, 1, 1, 1, 1]
 
@@ -207,7 +230,9 @@ def test_a_void_token_leaves_no_trace_in_the_penalties() -> None:
     again, _ = sampler.sample([emitting("r", 1)], likes[3])
     assert again[0].token_id == 3
     occurrences = sampler._states["r"].occurrences
-    assert sampler._states["r"].tokens == [0, 3] and occurrences is not None and occurrences.counts() == {3: 1}
+    assert (
+        sampler._states["r"].tokens == [0, 3] and occurrences is not None and occurrences.counts() == {3: 1}
+    )
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
@@ -215,8 +240,13 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     token = one(SamplingParams(temperature=3.0, top_k=1, presence_penalty=2.0, logprobs=3), LOGITS)
     assert token.token_id == 0 and token.logprob == pytest.approx(float(expected[0]))
     assert [token_id for token_id, _ in token.top] == [0, 7, 2]
-    assert [value for _, value in token.top] == pytest.approx(expected.sort(descending=True).values[:3].tolist())
-    assert one(SamplingParams(logprobs=0), LOGITS).top == () and one(SamplingParams(logprobs=0), LOGITS).logprob is not None
+    assert [value for _, value in token.top] == pytest.approx(
+        expected.sort(descending=True).values[:3].tolist()
+    )
+    assert (
+        one(SamplingParams(logprobs=0), LOGITS).top == ()
+        and one(SamplingParams(logprobs=0), LOGITS).logprob is not None
+    )
     assert len(one(SamplingParams(logprobs=20), LOGITS).top) == len(LOGITS)
 
 
@@ -264,10 +294,14 @@ def test_nothing_to_sample() -> None:
     assert Sampler().sample([], torch.empty(0, 7)) == ([], [])
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 1}, {"repetition_penalty": 1.1}])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 1}, {"repetition_penalty": 1.1}]
+)
 def test_no_stop_token_before_the_least_length(how: dict[str, Any]) -> None:
     """Tokens 0 and 7 are the likeliest and end an answer; with two of four tokens to come, none of them is taken."""
-    sampling = SamplingParams(max_new_tokens=8, min_new_tokens=4, stop_token_ids=frozenset({0, 7, 999}), logprobs=2, seed=3, **how)
+    sampling = SamplingParams(
+        max_new_tokens=8, min_new_tokens=4, stop_token_ids=frozenset({0, 7, 999}), logprobs=2, seed=3, **how
+    )
     sure = LOGITS + torch.tensor([50.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
     sampler = Sampler()
     sampler.start([RequestStart("r", sampling, (1, 2))])
@@ -310,7 +344,9 @@ def sampling_params() -> st.SearchStrategy[SamplingParams]:
     every=st.lists(sampling_params(), min_size=1, max_size=9),
     size=st.sampled_from([5, 256, 257, 700, 3000]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    spread=st.sampled_from([0.3, 2.0, 6.0]),  # nearly flat, so that top_p needs a sort; a model's; nearly certain
+    spread=st.sampled_from(
+        [0.3, 2.0, 6.0]
+    ),  # nearly flat, so that top_p needs a sort; a model's; nearly certain
     seed=st.integers(0, 1 << 30),
 )
 def test_rows_together_give_what_each_gives_alone(
@@ -319,15 +355,24 @@ def test_rows_together_give_what_each_gives_alone(
     generator = torch.Generator().manual_seed(seed)
     prompts = [tuple(torch.randint(size, (6,), generator=generator).tolist()) for _ in every]
     sampler = Sampler()
-    sampler.start(RequestStart(f"r{row}", params, prompt) for row, (params, prompt) in enumerate(zip(every, prompts, strict=True)))
+    sampler.start(
+        RequestStart(f"r{row}", params, prompt)
+        for row, (params, prompt) in enumerate(zip(every, prompts, strict=True))
+    )
     outputs: list[list[int]] = [[] for _ in every]
     for step in range(4):
-        logits = (torch.randn(len(every), size, generator=generator) * spread - (step == 3) * 40.0).to(dtype)  # (in the end all negative)
-        tokens, failures = sampler.sample([emitting(f"r{row}", 6 + step) for row in range(len(every))], logits)
+        logits = (torch.randn(len(every), size, generator=generator) * spread - (step == 3) * 40.0).to(
+            dtype
+        )  # (in the end all negative)
+        tokens, failures = sampler.sample(
+            [emitting(f"r{row}", 6 + step) for row in range(len(every))], logits
+        )
         assert failures == []
         for row, (params, token) in enumerate(zip(every, tokens, strict=True)):
             number = uniform(params.seed or 0, 6 + step)
-            assert token.token_id == one_row.choose(logits[row], params, number, set(prompts[row]), Counter(outputs[row])), params
+            assert token.token_id == one_row.choose(
+                logits[row], params, number, set(prompts[row]), Counter(outputs[row])
+            ), params
             logprobs = torch.log_softmax(logits[row].float(), dim=-1)
             assert token.logprob == (None if params.logprobs is None else float(logprobs[token.token_id]))
             top = logprobs.topk(min(params.logprobs or 0, size))
@@ -345,11 +390,15 @@ def test_the_likeliest_is_torchs_whatever_the_signs(dtype: torch.dtype) -> None:
         [5e-8, 1e-7, 0.0, -1.0], [1.0, 2.0, 3.0, -inf], [1.0, nan, 2.0, 3.0],
     ]  # fmt: skip
     logits = torch.tensor(rows, dtype=dtype)
-    signed = torch.where(logits.isnan(), torch.copysign(logits, torch.tensor(-1.0)), logits)  # what x86 makes of 0 / 0
+    signed = torch.where(
+        logits.isnan(), torch.copysign(logits, torch.tensor(-1.0)), logits
+    )  # what x86 makes of 0 / 0
     for each in (logits, signed, logits.double(), logits.expand(3, -1, -1)[1]):
         best, ids = each.max(dim=-1)
         assert likeliest(each) == (torch.isfinite(best).tolist(), [int(row.argmax()) for row in each])
-        assert [likeliest(row[None]) for row in each] == [([bool(f)], [int(i)]) for f, i in zip(torch.isfinite(best), ids, strict=True)]
+        assert [likeliest(row[None]) for row in each] == [
+            ([bool(f)], [int(i)]) for f, i in zip(torch.isfinite(best), ids, strict=True)
+        ]
 
 
 def test_one_row_that_breaks_leaves_the_others_drawn_as_they_are_alone() -> None:
@@ -358,7 +407,9 @@ def test_one_row_that_breaks_leaves_the_others_drawn_as_they_are_alone() -> None
     sampler = Sampler()
     sampler.start(RequestStart(name, params, (99,) if name == "b" else (1,)) for name in "abc")
     tokens, failures = sampler.sample([emitting(name, 1) for name in "abc"], LOGITS.repeat(3, 1))
-    assert [token.request_id for token in tokens] == ["a", "c"] and len({token.token_id for token in tokens}) == 1
+    assert [token.request_id for token in tokens] == ["a", "c"] and len(
+        {token.token_id for token in tokens}
+    ) == 1
     assert tokens[0].token_id == one(params, LOGITS, (1,)).token_id
     assert [failure.request_id for failure in failures] == ["b"] and "IndexError" in failures[0].message
 
@@ -367,7 +418,9 @@ def test_penalties_remember_more_tokens_than_at_first() -> None:
     sampler, size = Sampler(), 300
     sampler.start([RequestStart("r", SamplingParams(presence_penalty=2.0), (0,))])
     flat = torch.zeros(1, size)
-    found = [sampler.sample([emitting("r", position)], flat)[0][0].token_id for position in range(1, size + 1)]
+    found = [
+        sampler.sample([emitting("r", position)], flat)[0][0].token_id for position in range(1, size + 1)
+    ]
     assert found == list(range(size))  # each once: the first that was not there yet
 
 
@@ -380,7 +433,9 @@ EXTREMES = {
     "presence_penalty": [-2.0, 0.0, 2.0],
     "frequency_penalty": [-2.0, 0.0, 2.0],
 }
-a_logit = st.sampled_from([0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0, 1e4, -1e4, 3e38, -3e38, -math.inf]) | st.floats(-20.0, 20.0, width=32)
+a_logit = st.sampled_from(
+    [0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0, 1e4, -1e4, 3e38, -3e38, -math.inf]
+) | st.floats(-20.0, 20.0, width=32)
 
 
 @settings(max_examples=300)
@@ -390,11 +445,22 @@ a_logit = st.sampled_from([0.0, -0.0, 1e-30, -1e-30, 30.0, -30.0, 1e4, -1e4, 3e3
     seed=st.sampled_from([None, 0, -1, 2**70]), on_device=st.booleans(), stops=st.sampled_from([(), (0,), tuple(range(6)), tuple(range(700))]),
 )  # fmt: skip
 def test_whatever_the_parameters_a_token_comes_out(
-    params: dict[str, Any], logits: list[list[float]], size: int, seed: int | None, on_device: bool, stops: tuple[int, ...]
+    params: dict[str, Any],
+    logits: list[list[float]],
+    size: int,
+    seed: int | None,
+    on_device: bool,
+    stops: tuple[int, ...],
 ) -> None:
     """Or, where all of a row is minus infinity, a reason; never an index out of range, never a token that was out of the question."""
     row = torch.nn.functional.pad(torch.tensor(logits), (0, size - 6), value=-5.0)
-    sampling = SamplingParams(**params, seed=seed, max_new_tokens=9, min_new_tokens=9 if stops else 0, stop_token_ids=frozenset(stops))
+    sampling = SamplingParams(
+        **params,
+        seed=seed,
+        max_new_tokens=9,
+        min_new_tokens=9 if stops else 0,
+        stop_token_ids=frozenset(stops),
+    )
     sampler = Sampler(on_device=on_device)
     names = [f"r{index}" for index in range(len(row))]
     sampler.start(RequestStart(name, sampling, (1, 2, 5)) for name in names)
@@ -406,7 +472,9 @@ def test_whatever_the_parameters_a_token_comes_out(
         for token in tokens:
             values = row[names.index(token.request_id)]
             assert 0 <= token.token_id < size
-            if any(index not in stops and math.isfinite(value) for index, value in enumerate(values.tolist())):
+            if any(
+                index not in stops and math.isfinite(value) for index, value in enumerate(values.tolist())
+            ):
                 assert math.isfinite(values[token.token_id]) and token.token_id not in stops
 
 

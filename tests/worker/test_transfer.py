@@ -87,8 +87,12 @@ def test_swap_ins_have_settled_after_wait(stores: list[KVStore], make: Callable[
     assert transfer.end_step() == ((1, 2), ())
 
 
-@pytest.mark.parametrize(("source", "target"), [pair for pair in itertools.product(range(3), repeat=2) if pair[0] != pair[1]])
-def test_copies_between_any_two_tiers(stores: list[KVStore], make: Callable[..., Transfer], source: int, target: int) -> None:
+@pytest.mark.parametrize(
+    ("source", "target"), [pair for pair in itertools.product(range(3), repeat=2) if pair[0] != pair[1]]
+)
+def test_copies_between_any_two_tiers(
+    stores: list[KVStore], make: Callable[..., Transfer], source: int, target: int
+) -> None:
     transfer = make()
     expected = stores[source].data[5].clone()
     transfer.start((), (Copy(9, source, 5, target, 2),))
@@ -114,7 +118,9 @@ def test_swap_ins_overtake_swap_outs_that_have_not_begun(
     assert gate.log == [("out", 0), ("in", 10), ("in", 11), ("out", 1), ("out", 2), ("out", 3), ("out", 12)]
 
 
-def test_each_layer_is_released_by_itself(monkeypatch: pytest.MonkeyPatch, stores: list[KVStore], make: Callable[..., Transfer]) -> None:
+def test_each_layer_is_released_by_itself(
+    monkeypatch: pytest.MonkeyPatch, stores: list[KVStore], make: Callable[..., Transfer]
+) -> None:
     copied = {layer: threading.Event() for layer in range(LAYERS)}
     may_copy = {layer: threading.Event() for layer in range(LAYERS)}
 
@@ -154,7 +160,9 @@ def test_one_copy_fails_and_the_others_go_on(stores: list[KVStore], make: Callab
             raise SourceLost("gone")
 
     transfer = make(refuse)
-    ticket = transfer.start(tuple(swap_in(index, index, index) for index in range(1, 5)), (swap_out(6, 5, 5), swap_out(7, 7, 7)))
+    ticket = transfer.start(
+        tuple(swap_in(index, index, index) for index in range(1, 5)), (swap_out(6, 5, 5), swap_out(7, 7, 7))
+    )
     for layer in range(LAYERS):
         ticket.wait_layer(layer)
     ticket.wait()
@@ -163,7 +171,9 @@ def test_one_copy_fails_and_the_others_go_on(stores: list[KVStore], make: Callab
     assert sorted(done) == [1, 4, 7]
     assert sorted((f.copy_id, f.source_lost) for f in failed) == [(2, False), (3, True), (6, False)]
     assert "bad sector" in failed[0].message
-    assert stores[0].data[4].eq(14).all() and stores[0].data[2].eq(102).all() and stores[1].data[5].eq(15).all()
+    assert (
+        stores[0].data[4].eq(14).all() and stores[0].data[2].eq(102).all() and stores[1].data[5].eq(15).all()
+    )
 
 
 @pytest.mark.parametrize("breaking_layer", [0, 2, None])
@@ -184,12 +194,18 @@ def test_a_batch_that_breaks_fails_alone_and_hangs_nobody(
     monkeypatch.setattr(SlotCopy, "whole", lambda move: (break_once(None), copy_whole(move)))
     transfer = make()
     bad = swap_out(1, 1, 1) if breaking_layer is None else swap_in(1, 1, 1)
-    ticket = transfer.start(() if breaking_layer is None else (bad,), (bad,) if breaking_layer is None else ())
+    ticket = transfer.start(
+        () if breaking_layer is None else (bad,), (bad,) if breaking_layer is None else ()
+    )
     for layer in range(LAYERS):
         ticket.wait_layer(layer)
     ticket.wait()
     done, failed = settle(transfer, 1)
-    assert done == [] and [(f.copy_id, f.source_lost) for f in failed] == [(1, False)] and "device lost" in failed[0].message
+    assert (
+        done == []
+        and [(f.copy_id, f.source_lost) for f in failed] == [(1, False)]
+        and "device lost" in failed[0].message
+    )
     transfer.start((swap_in(2, 2, 2),), (swap_out(3, 3, 3),)).wait()
     done, failed = settle(transfer, 2)
     assert sorted(done) == [2, 3] and failed == []
@@ -201,7 +217,9 @@ def test_the_waker_is_called_only_between_steps(make: Callable[..., Transfer]) -
     woken = threading.Event()
     transfer.set_waker(woken.set)
     transfer.start((), (swap_out(1, 1, 1),))
-    ticket = transfer.start((swap_in(2, 2, 2),), ())  # settles after the swap-out, both within the two steps under way
+    ticket = transfer.start(
+        (swap_in(2, 2, 2),), ()
+    )  # settles after the swap-out, both within the two steps under way
     ticket.wait()
     transfer.start((), ())
     transfer.wait()
@@ -220,7 +238,9 @@ def test_the_waker_is_called_only_between_steps(make: Callable[..., Transfer]) -
     assert transfer.end_step() == ((4,), ())
 
 
-def test_a_waker_that_raises_ends_nothing(make: Callable[..., Transfer], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_waker_that_raises_ends_nothing(
+    make: Callable[..., Transfer], caplog: pytest.LogCaptureFixture
+) -> None:
     gate = Gate()
     transfer = make(gate.pass_through)
     raised = threading.Event()
@@ -279,7 +299,9 @@ def test_a_step_without_copies_waits_for_nothing_and_leaves_the_thread_asleep(
     assert done == (0,)
 
 
-def test_wait_returns_when_everything_queued_has_settled(stores: list[KVStore], make: Callable[..., Transfer]) -> None:
+def test_wait_returns_when_everything_queued_has_settled(
+    stores: list[KVStore], make: Callable[..., Transfer]
+) -> None:
     gate = Gate()
     transfer = make(gate.pass_through)
     transfer.wait()  # nothing to wait for

@@ -27,8 +27,12 @@ def also(*arguments: Any) -> Any:
     return pytest.param(*arguments, marks=pytest.mark.kernels)
 
 
-def bench(spans: tuple[Span, ...], kv_heads: int, dtype: torch.dtype, *, programs: int | None = 2, **options: Any) -> Bench:
-    return Bench("triton", contexts_of(spans), kv_heads, dtype, device=DEVICE, num_programs=programs, **options)
+def bench(
+    spans: tuple[Span, ...], kv_heads: int, dtype: torch.dtype, *, programs: int | None = 2, **options: Any
+) -> Bench:
+    return Bench(
+        "triton", contexts_of(spans), kv_heads, dtype, device=DEVICE, num_programs=programs, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,17 +93,31 @@ any_step = given(
 
 
 def check_step(
-    spans: tuple[Span, ...], kind: str, window: int | None, kv_heads: int, dtype: torch.dtype, chunk: int, programs: int
+    spans: tuple[Span, ...],
+    kind: str,
+    window: int | None,
+    kv_heads: int,
+    dtype: torch.dtype,
+    chunk: int,
+    programs: int,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pensieve.worker.attention.triton._MIN_PART", 1)
-        bench(spans, kv_heads, dtype, programs=programs, dim=16, chunk=chunk).check(spans, args_of(kind, window))
+        bench(spans, kv_heads, dtype, programs=programs, dim=16, chunk=chunk).check(
+            spans, args_of(kind, window)
+        )
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @any_step
 def test_any_step(
-    spans: tuple[Span, ...], kind: str, window: int | None, kv_heads: int, dtype: torch.dtype, chunk: int, programs: int
+    spans: tuple[Span, ...],
+    kind: str,
+    window: int | None,
+    kv_heads: int,
+    dtype: torch.dtype,
+    chunk: int,
+    programs: int,
 ) -> None:
     check_step(spans, kind, window, kv_heads, dtype, chunk, programs)
 
@@ -108,7 +126,13 @@ def test_any_step(
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @any_step
 def test_many_steps(
-    spans: tuple[Span, ...], kind: str, window: int | None, kv_heads: int, dtype: torch.dtype, chunk: int, programs: int
+    spans: tuple[Span, ...],
+    kind: str,
+    window: int | None,
+    kv_heads: int,
+    dtype: torch.dtype,
+    chunk: int,
+    programs: int,
 ) -> None:
     check_step(spans, kind, window, kv_heads, dtype, chunk, programs)
 
@@ -141,7 +165,9 @@ def test_a_fixed_step_takes_other_spans() -> None:
     here.backend.attend(like, 0, query, args_of("sinks"))
     wide = torch.zeros((4, 22), dtype=torch.int64, device=DEVICE)
     step = here.backend.fixed(dataclasses.replace(first, block_tables=wide), like)
-    places = [tensor.data_ptr() for tensor in (step.work[2].items, step.work[2].reductions, step.work[2].partials)]
+    places = [
+        tensor.data_ptr() for tensor in (step.work[2].items, step.work[2].reductions, step.work[2].partials)
+    ]
     for spans in (
         (ids("a", 699, 700), ids("c", 0, 1)),
         (ids("b", 40, 41),),
@@ -155,7 +181,9 @@ def test_a_fixed_step_takes_other_spans() -> None:
         expected = here.backend.attend(alone, 0, query[: len(spans)], args_of("sinks"))
         torch.testing.assert_close(ours[: len(spans)], expected, rtol=1e-6, atol=1e-6)
         assert len(alone.work[2].items) <= len(step.work[2].items)
-    assert places == [tensor.data_ptr() for tensor in (step.work[2].items, step.work[2].reductions, step.work[2].partials)]
+    assert places == [
+        tensor.data_ptr() for tensor in (step.work[2].items, step.work[2].reductions, step.work[2].partials)
+    ]
 
 
 @pytest.mark.kernels
@@ -202,13 +230,24 @@ def test_a_long_context_is_cut_at_blocks() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(spans_of_a_step(200), st.integers(1, 2000), st.sampled_from([1, 4, 5]), st.sampled_from([Tiling(16, 32), Tiling(128, 64)]))
-def test_every_query_meets_its_whole_context_once(spans: tuple[Span, ...], programs: int, group: int, tiling: Tiling) -> None:
+@given(
+    spans_of_a_step(200),
+    st.integers(1, 2000),
+    st.sampled_from([1, 4, 5]),
+    st.sampled_from([Tiling(16, 32), Tiling(128, 64)]),
+)
+def test_every_query_meets_its_whole_context_once(
+    spans: tuple[Span, ...], programs: int, group: int, tiling: Tiling
+) -> None:
     backend = divider(programs)
     items, reductions = backend.divide(spans, tiling, group)
     seen: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for item in items:
-        assert item.num_queries * group <= tiling.rows and item.first < item.stop and item.first % tiling.block == 0
+        assert (
+            item.num_queries * group <= tiling.rows
+            and item.first < item.stop
+            and item.first % tiling.block == 0
+        )
         for query in range(item.num_queries):
             seen.setdefault((item.span, item.first_position + query), []).append((item.first, item.stop))
     row = 0

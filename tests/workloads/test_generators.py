@@ -24,10 +24,16 @@ def made(name: str, num: int, **options: object) -> list[Script]:
 def test_the_paper_s_means_hold_after_the_cut(name: str) -> None:
     scripts = made(name, 20_000, seed="means")
     turns = [turn for script in scripts for turn in script.turns]
-    means = len(turns) / len(scripts), fmean(turn.message_tokens for turn in turns), fmean(turn.output_tokens for turn in turns)
+    means = (
+        len(turns) / len(scripts),
+        fmean(turn.message_tokens for turn in turns),
+        fmean(turn.output_tokens for turn in turns),
+    )
     assert means == pytest.approx(TABLE_2[name], rel=0.02)
     for seed in range(3):
-        assert fmean(len(script.turns) for script in made(name, 3200, seed=seed)) == pytest.approx(TABLE_2[name][0], rel=0.02)
+        assert fmean(len(script.turns) for script in made(name, 3200, seed=seed)) == pytest.approx(
+            TABLE_2[name][0], rel=0.02
+        )
     assert generator(name).mean_turns == TABLE_2[name][0]
     assert all(fitting(script, MAX_CONTEXT) == script for script in scripts), "nothing is cut a second time"
 
@@ -44,7 +50,10 @@ def test_a_conversation_is_a_function_of_seed_and_number() -> None:
     forward = [one.script(index) for index in range(20)]
     assert [one.script(index) for index in reversed(range(20))] == forward[::-1]
     assert forward[0] == generator("sharegpt-like", ThinkTime(3.0, exponential=True), seed=7).script(0)
-    assert forward[0].turns != generator("sharegpt-like", ThinkTime(3.0, exponential=True), seed=8).script(0).turns
+    assert (
+        forward[0].turns
+        != generator("sharegpt-like", ThinkTime(3.0, exponential=True), seed=8).script(0).turns
+    )
     assert len({script.name for script in forward}) == 20
 
 
@@ -64,7 +73,9 @@ def test_mean_turns_follow_a_longer_beginning() -> None:
 
 
 def test_system_prompts_in_words() -> None:
-    assert SystemPrompts.parse("4:500") == SystemPrompts(4, 500) and SystemPrompts.parse("4:500:0.3") == SystemPrompts(4, 500, 0.3)
+    assert SystemPrompts.parse("4:500") == SystemPrompts(4, 500) and SystemPrompts.parse(
+        "4:500:0.3"
+    ) == SystemPrompts(4, 500, 0.3)
     assert str(SystemPrompts.parse("4:500:0.3")) == "4:500:0.3"
     for wrong in ("", "4", "4:x", "4:500:0.3:1", "0:5", "4:0", "4:500:0", "4:500:1.5", "4:500:nan", "4.5:10"):
         with pytest.raises(ConfigError, match="system prompts"):

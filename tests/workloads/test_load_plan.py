@@ -16,7 +16,11 @@ SHAREGPT = Path("sharegpt-like")
 
 def test_users_with_made_conversations() -> None:
     (run,) = LoadOptions(trace=SHAREGPT, users=3, conversations_per_user=2).plan()
-    assert [[script.name for script in player.scripts] for player in run.players] == [["0", "3"], ["1", "4"], ["2", "5"]]
+    assert [[script.name for script in player.scripts] for player in run.players] == [
+        ["0", "3"],
+        ["1", "4"],
+        ["2", "5"],
+    ]
 
 
 @pytest.mark.parametrize("limits", [{}, {"turns": 3}, {"max_context": 700}])

@@ -17,13 +17,22 @@ def test_a_text_has_the_words_asked_for_and_is_the_same_every_time() -> None:
 
 
 def test_no_two_texts_begin_alike() -> None:
-    texts = [writer.write(f"{c}/{turn}", 20) for writer in (PromptWriter(0), PromptWriter(1)) for c in range(100) for turn in range(3)]
+    texts = [
+        writer.write(f"{c}/{turn}", 20)
+        for writer in (PromptWriter(0), PromptWriter(1))
+        for c in range(100)
+        for turn in range(3)
+    ]
     assert len({" ".join(text.split()[:3]) for text in texts}) == len(texts)
 
 
 def test_the_vocabulary_is_of_common_words() -> None:
     words = PromptWriter(0).words
-    assert len(words) > 1000 and {"the", "what"} <= set(words) and all(word.isalpha() and word.islower() for word in words)
+    assert (
+        len(words) > 1000
+        and {"the", "what"} <= set(words)
+        and all(word.isalpha() and word.islower() for word in words)
+    )
 
 
 def test_a_text_of_no_words_is_refused() -> None:

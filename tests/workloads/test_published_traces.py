@@ -16,12 +16,16 @@ from pensieve.workloads.traces import load_trace
 BLOCK = 512
 
 
-def request(at_ms: object, tokens: object, blocks: object, output: object = 10, **more: object) -> dict[str, object]:
+def request(
+    at_ms: object, tokens: object, blocks: object, output: object = 10, **more: object
+) -> dict[str, object]:
     return {"timestamp": at_ms, "input_length": tokens, "output_length": output, "hash_ids": blocks} | more
 
 
 def write(path: Path, *records: object) -> Path:
-    path.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records))
+    path.write_text(
+        "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records)
+    )
     return path
 
 
@@ -70,7 +74,11 @@ def test_requests_become_turns_of_conversations(tmp_path: Path) -> None:
         request(1700, 1500, [0, 7, 8]),  # begins alike, and is somebody else's
         request(9000, 3000, [0, 1, 3, 4, 5, 9]),
     )
-    assert [(turn.due_s, turn.new_tokens, turn.output_tokens) for turn in first.turns] == [(0.0, 688, 10), (1.5, 1390, 1), (9.0, 399, 10)]
+    assert [(turn.due_s, turn.new_tokens, turn.output_tokens) for turn in first.turns] == [
+        (0.0, 688, 10),
+        (1.5, 1390, 1),
+        (9.0, 399, 10),
+    ]
     assert [(turn.due_s, turn.new_tokens) for turn in second.turns] == [(1.7, 988)]
     assert first.prefix == second.prefix and first.prefix_tokens == BLOCK
     assert (first.name, second.name) == ("line-1", "line-3") and str(second.where).endswith("m.jsonl, line 3")
@@ -78,17 +86,27 @@ def test_requests_become_turns_of_conversations(tmp_path: Path) -> None:
 
 def test_a_prompt_without_room_for_the_answer_before_is_another_conversation(tmp_path: Path) -> None:
     first, again = mooncake(tmp_path, request(0, 1100, [0, 1, 2]), request(5, 1100, [0, 1, 2]))
-    assert [len(first.turns), len(again.turns)] == [1, 1] and first.prefix == again.prefix and first.prefix_tokens == 2 * BLOCK
+    assert (
+        [len(first.turns), len(again.turns)] == [1, 1]
+        and first.prefix == again.prefix
+        and first.prefix_tokens == 2 * BLOCK
+    )
 
 
 def test_whose_a_prompt_is_that_all_began_nobody_knows(tmp_path: Path) -> None:
-    scripts = mooncake(tmp_path, request(0, 600, [0, 1]), request(1, 590, [0, 2]), request(2, 2000, [0, 3, 4, 5]))
-    assert [len(script.turns) for script in scripts] == [1, 1, 1] and all(script.prefix_tokens == BLOCK for script in scripts)
+    scripts = mooncake(
+        tmp_path, request(0, 600, [0, 1]), request(1, 590, [0, 2]), request(2, 2000, [0, 3, 4, 5])
+    )
+    assert [len(script.turns) for script in scripts] == [1, 1, 1] and all(
+        script.prefix_tokens == BLOCK for script in scripts
+    )
 
 
 def test_a_prompt_of_whole_blocks_keeps_a_message(tmp_path: Path) -> None:
     first, second = mooncake(tmp_path, request(0, 1024, [0, 1]), request(1, 1024, [0, 1]))
-    assert [(script.prefix_tokens, script.turns[0].new_tokens) for script in (first, second)] == [(BLOCK, BLOCK)] * 2
+    assert [(script.prefix_tokens, script.turns[0].new_tokens) for script in (first, second)] == [
+        (BLOCK, BLOCK)
+    ] * 2
 
 
 def busy_hour(num: int) -> list[dict[str, object]]:
@@ -160,15 +178,29 @@ HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
 
 def test_requests_of_lengths_alone(tmp_path: Path) -> None:
-    rows = ["2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.1805900,396,0\r", "", "2023-11-16 19:15:46.6805900,5,1"]
+    rows = [
+        "2023-11-16 18:15:46.6805900,374,44",
+        "2023-11-16 18:15:50.1805900,396,0\r",
+        "",
+        "2023-11-16 19:15:46.6805900,5,1",
+    ]
     trace = load_trace(write(tmp_path / "a.csv", HEADER + "\r", *rows))
     assert (trace.form, trace.timed) == ("azure", True)
-    assert [(s.name, s.turns[0].due_s, s.turns[0].new_tokens, s.turns[0].output_tokens) for s in trace.scripts] == [
+    assert [
+        (s.name, s.turns[0].due_s, s.turns[0].new_tokens, s.turns[0].output_tokens) for s in trace.scripts
+    ] == [
         ("line-2", 0.0, 374, 44),
         ("line-3", 3.5, 396, 1),
         ("line-5", 3600.0, 5, 1),
     ]
-    zoned = load_trace(write(tmp_path / "b.csv", HEADER, "2024-05-10 00:00:00.009930+00:00,2162,5", "2024-05-10 00:00:01+00:00,1,1"))
+    zoned = load_trace(
+        write(
+            tmp_path / "b.csv",
+            HEADER,
+            "2024-05-10 00:00:00.009930+00:00,2162,5",
+            "2024-05-10 00:00:01+00:00,1,1",
+        )
+    )
     assert zoned.scripts[1].turns[0].due_s == pytest.approx(0.99007)
 
 

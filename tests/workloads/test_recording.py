@@ -25,7 +25,12 @@ def test_turns_are_numbered_and_say_what_they_add() -> None:
         ("a", 1, 5),
         ("b", 1, 4),
     ]
-    assert lines[0]["blocks"] == ["1", "2"] and lines[0]["block_tokens"] == 4 and "blocks" not in lines[2] and "blocks" not in lines[1]
+    assert (
+        lines[0]["blocks"] == ["1", "2"]
+        and lines[0]["block_tokens"] == 4
+        and "blocks" not in lines[2]
+        and "blocks" not in lines[1]
+    )
     assert not any("keep_turns" in line for line in lines)
     assert (recording.num_turns, recording.num_conversations) == (4, 2)
 
@@ -53,5 +58,7 @@ def test_what_was_recorded_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(recording.line(*one)) + "\n" for one in told))
     a, b = load_trace(path).scripts
-    assert [turn.due_s for turn in a.turns] == [5.0, 5.0, 7.0] and a.prefix == b.prefix and a.prefix_tokens == 4
+    assert (
+        [turn.due_s for turn in a.turns] == [5.0, 5.0, 7.0] and a.prefix == b.prefix and a.prefix_tokens == 4
+    )
     assert list(contexts(a)) == [15, 25, 26], "prompts and answers are as long as they were"

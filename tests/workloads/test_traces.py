@@ -15,16 +15,26 @@ from pensieve.workloads.traces import load_trace
 
 
 def write(path: Path, *records: object) -> Path:
-    path.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records))
+    path.write_text(
+        "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records)
+    )
     return path
 
 
-def turn(conversation: object = "a", turn: object = 0, new: object = 10, out: object = 5, **when: object) -> dict[str, object]:
+def turn(
+    conversation: object = "a", turn: object = 0, new: object = 10, out: object = 5, **when: object
+) -> dict[str, object]:
     return {"conversation": conversation, "turn": turn, "new_tokens": new, "output_tokens": out} | when
 
 
 def test_turns_with_times(tmp_path: Path) -> None:
-    records = [turn(arrival_s=0), turn("b", arrival_s=1.5, new=7), "", turn(turn=1, gap_s=2), turn(turn=2, arrival_s=9.0)]
+    records = [
+        turn(arrival_s=0),
+        turn("b", arrival_s=1.5, new=7),
+        "",
+        turn(turn=1, gap_s=2),
+        turn(turn=2, arrival_s=9.0),
+    ]
     trace = load_trace(write(tmp_path / "t.jsonl", *records), 64)
     assert (trace.form, trace.timed) == ("turns", True)
     a, b = trace.scripts
@@ -45,10 +55,17 @@ def test_turns_that_begin_alike_share_a_beginning(tmp_path: Path) -> None:
         turn("c", 2, new=20, gap_s=1, keep_turns=0),
     ]
     a, b, c, d = load_trace(write(tmp_path / "t.jsonl", *records)).scripts
-    assert [[piece.tokens for piece in script.prefix] for script in (a, b, c, d)] == [[4], [4], [4], []]  # b's second block is all it says
+    assert [[piece.tokens for piece in script.prefix] for script in (a, b, c, d)] == [
+        [4],
+        [4],
+        [4],
+        [],
+    ]  # b's second block is all it says
     assert a.prefix == b.prefix == c.prefix and a.prefix[0].name
     assert [script.turns[0].new_tokens for script in (a, b, c, d)] == [6, 4, 6, 10]
-    assert [(t.new_tokens, t.keep_turns) for t in c.turns] == [(6, None), (30, None), (16, 0)], "a prompt made anew has the beginning too"
+    assert [(t.new_tokens, t.keep_turns) for t in c.turns] == [(6, None), (30, None), (16, 0)], (
+        "a prompt made anew has the beginning too"
+    )
     assert list(contexts(c)) == [15, 50, 25]
     assert c.where == f"{tmp_path / 't.jsonl'}, line 3"
 
@@ -74,7 +91,11 @@ def test_turns_that_begin_alike_share_a_beginning(tmp_path: Path) -> None:
         ([turn(arrival_s=0, new=-3)], 1, "at least 1, got -3"),
         ([turn(arrival_s=0, words="hi")], 1, "unknown field 'words'"),
         ([turn(arrival_s=0), turn(turn=1, gap_s=0, keep_turns=2)], 2, "at most 1"),
-        ([turn(arrival_s=0), turn(turn=1, gap_s=0, keep_turns=0), turn(turn=2, gap_s=0, keep_turns=2)], 3, "at most 1"),
+        (
+            [turn(arrival_s=0), turn(turn=1, gap_s=0, keep_turns=0), turn(turn=2, gap_s=0, keep_turns=2)],
+            3,
+            "at most 1",
+        ),
         ([turn(arrival_s=0, keep_turns=-1)], 1, '"keep_turns"'),
         ([turn(arrival_s=0, blocks="ab", block_tokens=4)], 1, "list of texts"),
         ([turn(arrival_s=0, blocks=[1.5], block_tokens=4)], 1, "list of texts"),
@@ -100,12 +121,23 @@ def test_sessions_of_agents(tmp_path: Path) -> None:
     assert [(t.new_tokens, t.output_tokens, t.think_s, t.keep_turns) for t in script.turns] == [
         (1000, 100, 0.0, None),
         (200, 50, 12.5, None),
-        (1, 1, 1.0, None),  # the answer before it was not all kept, and an answer that was cut off has a token at least
+        (
+            1,
+            1,
+            1.0,
+            None,
+        ),  # the answer before it was not all kept, and an answer that was cut off has a token at least
     ]
 
 
 def test_a_session_whose_history_was_rewritten_goes_on_from_what_is_shared(tmp_path: Path) -> None:
-    rows = [[1000, 100, 0, 0, 0], [2000, 100, 960, 1, 0], [3000, 100, 1984, 1, 0], [2500, 100, 1150, 1, 0], [2700, 100, 2496, 1, 0]]
+    rows = [
+        [1000, 100, 0, 0, 0],
+        [2000, 100, 960, 1, 0],
+        [3000, 100, 1984, 1, 0],
+        [2500, 100, 1150, 1, 0],
+        [2700, 100, 2496, 1, 0],
+    ]
     (script,) = load_trace(write(tmp_path / "s.jsonl", {"id": "s1", "turns": rows}), 64).scripts
     assert [t.keep_turns for t in script.turns] == [None, None, None, 1, None]
     assert [t.new_tokens for t in script.turns] == [1000, 900, 900, 1400, 100]
@@ -138,7 +170,9 @@ def test_chats_with_their_words(tmp_path: Path) -> None:
         {"from": "gpt", "value": "yo"},
         {"from": "human", "value": "bye"},
     ]
-    trace = load_trace(write(tmp_path / "c.json", json.dumps([{"id": "c1", "conversations": chat}])), 32, ThinkTime(3.0))
+    trace = load_trace(
+        write(tmp_path / "c.json", json.dumps([{"id": "c1", "conversations": chat}])), 32, ThinkTime(3.0)
+    )
     assert (trace.form, trace.timed) == ("texts", False)
     (script,) = trace.scripts
     assert (script.name, script.system, [t.text for t in script.turns]) == ("c1", "be brief", ["hi", "bye"])
@@ -153,7 +187,10 @@ def test_what_a_model_cannot_hold_is_named(tmp_path: Path) -> None:
     records = [turn(arrival_s=0), turn("b", arrival_s=0), turn("b", 1, gap_s=1)]
     scripts = load_trace(write(tmp_path / "t.jsonl", *records)).scripts
     check_contexts(scripts, 30)
-    with pytest.raises(ConfigError, match=r"t\.jsonl, line 2: turn 1 of conversation 'b' needs 30 tokens .* holds 29: --max-context 29"):
+    with pytest.raises(
+        ConfigError,
+        match=r"t\.jsonl, line 2: turn 1 of conversation 'b' needs 30 tokens .* holds 29: --max-context 29",
+    ):
         check_contexts(scripts, 29)
     with pytest.raises(ConfigError, match="turn 0 of conversation 'a' needs 17 tokens"):
         check_contexts(scripts, 15, template_tokens=1.5)
@@ -161,7 +198,12 @@ def test_what_a_model_cannot_hold_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("", "holds no entry"), ("\n \n", "holds no entry"), ("TIMESTAMP,Tokens\n1,2", "line 1: not JSON"), ('{"x": 1}', "line 1")],
+    [
+        ("", "holds no entry"),
+        ("\n \n", "holds no entry"),
+        ("TIMESTAMP,Tokens\n1,2", "line 1: not JSON"),
+        ('{"x": 1}', "line 1"),
+    ],
 )
 def test_files_of_no_form(tmp_path: Path, content: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):

@@ -18,7 +18,12 @@ from pensieve.bench.http_client import HttpClient
 
 Messages = list[dict[str, str]]
 
-LENGTH_FORMS: tuple[tuple[str, ...], ...] = (("ignore_eos", "min_tokens"), ("ignore_eos",), ("min_tokens",), ("generation_config",))
+LENGTH_FORMS: tuple[tuple[str, ...], ...] = (
+    ("ignore_eos", "min_tokens"),
+    ("ignore_eos",),
+    ("min_tokens",),
+    ("generation_config",),
+)
 USAGE_FIELD = "stream_options"
 
 
@@ -27,7 +32,9 @@ def length_fields(names: Sequence[str], num_tokens: int) -> dict[str, Any]:
     values: dict[str, Any] = {
         "ignore_eos": True,
         "min_tokens": num_tokens,
-        "generation_config": json.dumps({"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": -1}),
+        "generation_config": json.dumps(
+            {"do_sample": False, "max_new_tokens": num_tokens, "eos_token_id": -1}
+        ),
     }
     return {name: values[name] for name in names}
 
@@ -48,11 +55,15 @@ class ChatClient:
 
     http: HttpClient
     model: str
-    length_form: tuple[str, ...] = ()  # the fields by which it gives answers of a fixed length; () = it does not
+    length_form: tuple[
+        str, ...
+    ] = ()  # the fields by which it gives answers of a fixed length; () = it does not
     with_usage: bool = True  # ask for the counts of tokens at the stream's end
     extra: dict[str, Any] = field(default_factory=dict)  # more fields, for every request
 
-    async def ask(self, messages: Messages, num_tokens: int, *, length_form: tuple[str, ...] | None = None) -> Asked:
+    async def ask(
+        self, messages: Messages, num_tokens: int, *, length_form: tuple[str, ...] | None = None
+    ) -> Asked:
         """One greedy answer of at most `num_tokens` tokens (exactly so many, if the server can). Does not raise for what servers do.
 
         Args:
@@ -84,7 +95,13 @@ class ChatClient:
         return Asked(submitted_s, time.perf_counter(), answer, failure)
 
     def _body(self, messages: Messages, num_tokens: int, length_form: tuple[str, ...]) -> bytes:
-        body: dict[str, Any] = {"model": self.model, "messages": messages, "max_tokens": num_tokens, "temperature": 0, "stream": True}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
         if self.with_usage:
             body[USAGE_FIELD] = {"include_usage": True}
         return json.dumps(body | length_fields(length_form, num_tokens) | self.extra).encode()

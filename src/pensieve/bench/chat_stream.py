@@ -13,7 +13,9 @@ from typing import Any
 
 from pensieve.bench.systems import CONTEXT_FULL
 
-_TOO_LONG = re.compile(r"context[ _](length|size|window)|maximum context|too many tokens|exceeds? .*context", re.IGNORECASE)
+_TOO_LONG = re.compile(
+    r"context[ _](length|size|window)|maximum context|too many tokens|exceeds? .*context", re.IGNORECASE
+)
 _ERROR_CHARS = 500  # of a server's own words, in a message
 _MAX_EVENT_BYTES = 16 << 20
 
@@ -72,7 +74,9 @@ class StreamedAnswer:
     """What came so far. Times are of the caller's clock."""
 
     pieces: list[str] = field(default_factory=list)  # of the answer's text; reasoning is not part of it
-    piece_times_s: list[float] = field(default_factory=list)  # when each piece with something in it came, reasoning included
+    piece_times_s: list[float] = field(
+        default_factory=list
+    )  # when each piece with something in it came, reasoning included
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
     timings: dict[str, Any] | None = None  # llama.cpp's
@@ -142,7 +146,10 @@ class StreamedAnswer:
     def check_complete(self) -> None:
         """Raise if the stream ended in the middle."""
         if not self.done and self.finish_reason is None:
-            raise TurnFailed("stream_broken", f"the stream ended after {self.num_pieces} pieces without a finish_reason or [DONE]")
+            raise TurnFailed(
+                "stream_broken",
+                f"the stream ended after {self.num_pieces} pieces without a finish_reason or [DONE]",
+            )
 
 
 def refusal(status: int, body: bytes) -> TurnFailed:

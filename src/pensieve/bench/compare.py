@@ -128,7 +128,12 @@ class _Driver:
     """One run. Sole writer of the heap of due turns and of the records."""
 
     def __init__(
-        self, system: ChatSystem, conversations: Sequence[Conversation], settings: RunSettings, progress: RunListener, replay: Run | None
+        self,
+        system: ChatSystem,
+        conversations: Sequence[Conversation],
+        settings: RunSettings,
+        progress: RunListener,
+        replay: Run | None,
     ) -> None:
         self._system = system
         self._settings = settings
@@ -137,12 +142,16 @@ class _Driver:
         self._num_turns = {c.id: self._turns_to_send(c) for c in conversations}
         self._think = ThinkTimes(settings.request_interval_s, settings.jitter, settings.seed)
         num_users = min(settings.num_users or len(conversations), len(conversations))
-        self._waiting = [[c for c in conversations[user::num_users] if self._num_turns[c.id]] for user in range(num_users)]
+        self._waiting = [
+            [c for c in conversations[user::num_users] if self._num_turns[c.id]] for user in range(num_users)
+        ]
         for mine in self._waiting:
             mine.reverse()  # the next one is popped off the end
         self._order = {c.id: index for index, c in enumerate(conversations)}
         self._due: list[_Due] = []
-        self._flights: list[_Flight] = []  # in the order they were sent, so the first is the first to time out
+        self._flights: list[
+            _Flight
+        ] = []  # in the order they were sent, so the first is the first to time out
         self._answers: queue.SimpleQueue[tuple[_Flight, Future[TurnResult]]] = queue.SimpleQueue()
         self._records: list[TurnRecord] = []
         self._ends: list[EarlyEnd] = []
@@ -152,7 +161,9 @@ class _Driver:
     def run(self) -> Run:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         if not any(self._waiting):
-            raise ConfigError("the run to be replayed holds no turn of these conversations; replay a run of the same ones")
+            raise ConfigError(
+                "the run to be replayed holds no turn of these conversations; replay a run of the same ones"
+            )
         self._progress.begin(self._system.name, sum(self._num_turns.values()))
         try:
             self._start_s = time.monotonic()
@@ -216,13 +227,23 @@ class _Driver:
         while self._flights and self._now_s() - self._flights[0].sent_s >= self._settings.turn_timeout_s:
             late = self._flights[0]
             limit_s = self._settings.turn_timeout_s
-            self._settle(late, failed_turn(TIMEOUT, f"no answer within {limit_s:g} s (turn_timeout_s)", submitted_s=0.0, total_s=limit_s))
+            self._settle(
+                late,
+                failed_turn(
+                    TIMEOUT,
+                    f"no answer within {limit_s:g} s (turn_timeout_s)",
+                    submitted_s=0.0,
+                    total_s=limit_s,
+                ),
+            )
 
     def _settle(self, flight: _Flight, result: TurnResult) -> None:
         """Record a turn and decide what its user does next."""
         self._flights.remove(flight)
         due, now_s = flight.due, self._now_s()
-        record = TurnRecord(due.user, think_class(due.user), flight.request, result, due.due_s, flight.sent_s, now_s)
+        record = TurnRecord(
+            due.user, think_class(due.user), flight.request, result, due.due_s, flight.sent_s, now_s
+        )
         self._records.append(record)
         self._progress.answered(record, len(self._flights))
         next_turn = due.turn + 1
@@ -232,15 +253,26 @@ class _Driver:
             self._ends.append(end)
             self._progress.ended_early(end)
         if result.ok and left:
-            self._want(due.user, due.conversation, next_turn, now_s + self._think.think_s(due.user, next_turn))
+            self._want(
+                due.user, due.conversation, next_turn, now_s + self._think.think_s(due.user, next_turn)
+            )
         else:
             self._take_next(due.user, now_s + self._think.think_s(due.user, next_turn))
 
     def _request(self, due: _Due) -> TurnRequest:
         conversation, turn, settings = due.conversation, due.turn, self._settings
-        user_text, system_text, tokens = conversation.turns[turn], conversation.system if turn == 0 else None, None
+        user_text, system_text, tokens = (
+            conversation.turns[turn],
+            conversation.system if turn == 0 else None,
+            None,
+        )
         if settings.vocab_size is not None:
-            tokens = tuple(token for text in (system_text, user_text) if text for token in self._draw(text, settings.vocab_size))
+            tokens = tuple(
+                token
+                for text in (system_text, user_text)
+                if text
+                for token in self._draw(text, settings.vocab_size)
+            )
         before = self._before(conversation.id, turn)
         return TurnRequest(
             conversation.id,
@@ -252,7 +284,9 @@ class _Driver:
             fixed_length=settings.fixed_length,
             system_text=system_text if tokens is None else None,
             forced_answer=before.text if before is not None and turn and tokens is None else None,
-            forced_prompt=self._replayed[conversation.id, turn].result.prompt_path or None if self._replayed is not None else None,
+            forced_prompt=self._replayed[conversation.id, turn].result.prompt_path or None
+            if self._replayed is not None
+            else None,
         )
 
     def _draw(self, text: str, vocab_size: int) -> tuple[int, ...]:
@@ -278,8 +312,12 @@ def _result_of(future: Future[TurnResult], total_s: float) -> TurnResult:
     try:
         return future.result()
     except CancelledError:
-        return failed_turn("cancelled", "the system was closed before it answered", submitted_s=0.0, total_s=total_s)
+        return failed_turn(
+            "cancelled", "the system was closed before it answered", submitted_s=0.0, total_s=total_s
+        )
     except PensieveError as error:
         return failed_turn(error.code, error.message, submitted_s=0.0, total_s=total_s)
     except Exception as error:
-        return failed_turn("internal_error", f"{type(error).__name__}: {error}", submitted_s=0.0, total_s=total_s)
+        return failed_turn(
+            "internal_error", f"{type(error).__name__}: {error}", submitted_s=0.0, total_s=total_s
+        )

@@ -32,7 +32,11 @@ class Tolerance:
 
     def allows(self, a: float, b: float) -> bool:
         """The two are equal under this tolerance (not, if either is not a finite number)."""
-        return math.isfinite(a) and math.isfinite(b) and abs(a - b) <= self.absolute + self.relative * max(abs(a), abs(b))
+        return (
+            math.isfinite(a)
+            and math.isfinite(b)
+            and abs(a - b) <= self.absolute + self.relative * max(abs(a), abs(b))
+        )
 
     def __str__(self) -> str:
         return f"{self.absolute:g} nats + {self.relative:g} relative"
@@ -57,7 +61,9 @@ def default_tolerance(dtype: str) -> Tolerance:
     Raises:
         ConfigError: the type is none of these.
     """
-    name = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}.get(dtype.removeprefix("torch."), dtype)
+    name = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}.get(
+        dtype.removeprefix("torch."), dtype
+    )
     name = name.removeprefix("torch.")
     if name not in _TOLERANCES:
         raise ConfigError(f"no tolerance is known for {dtype!r}: give one, or use {', '.join(_TOLERANCES)}")
@@ -85,7 +91,9 @@ class TurnComparison:
     verdict: Verdict
     reason: str = ""  # for people; empty if identical
     position: int | None = None  # first output token that differs, or whose log-probability does
-    gap: float | None = None  # at a divergence: nats between the two candidates, the smaller of what the two runs saw
+    gap: float | None = (
+        None  # at a divergence: nats between the two candidates, the smaller of what the two runs saw
+    )
     max_delta: float = 0.0  # largest |difference| of a log-probability both runs gave to the same token in the same context, nats
     sum_delta: float = 0.0  # sum of these differences over the tokens that both answers begin with
     num_compared: int = 0  # how many tokens these are
@@ -152,7 +160,11 @@ class Equality:
         if self.equal is None:
             return f"{head}: {told}"
         differences = f"log-probabilities differ by {self.mean_delta:.2g} nats in the mean, {self.max_delta:.2g} at most"
-        drift = f"; the mean is more than rounding explains (above {self.tolerance.mean:g})" if self.drifts else ""
+        drift = (
+            f"; the mean is more than rounding explains (above {self.tolerance.mean:g})"
+            if self.drifts
+            else ""
+        )
         return f"{head} under the contract ({self.dtype}, tolerance {self.tolerance}): {told}; {differences}{drift}"
 
 
@@ -177,7 +189,12 @@ def compare_outputs(run_a: Run, run_b: Run, dtype: str, tolerance: Tolerance | N
     turns = []
     for (conversation_id, turn_index), a_record in run_a.by_key().items():
         b_record = b_records.pop((conversation_id, turn_index), None)
-        turn = TurnComparison(conversation_id, turn_index, Verdict.FAILED, f"{run_b.system} was not asked: its conversation had ended")
+        turn = TurnComparison(
+            conversation_id,
+            turn_index,
+            Verdict.FAILED,
+            f"{run_b.system} was not asked: its conversation had ended",
+        )
         turns.append(_compare(turn, a_record.result, b_record.result, allowed) if b_record else turn)
     for conversation_id, turn_index in b_records:
         reason = f"{run_a.system} was not asked: its conversation had ended"
@@ -190,13 +207,19 @@ def _compare(turn: TurnComparison, a: TurnResult, b: TurnResult, allowed: Tolera
     if not (a.ok and b.ok):
         if a.error_code == b.error_code:
             return replace(turn, verdict=Verdict.BOTH_FAILED, reason=str(a.error_code))
-        return replace(turn, verdict=Verdict.FAILED, reason=f"{a.error_code or 'answered'} against {b.error_code or 'answered'}")
+        return replace(
+            turn,
+            verdict=Verdict.FAILED,
+            reason=f"{a.error_code or 'answered'} against {b.error_code or 'answered'}",
+        )
     if not a.prompt_path or not b.prompt_path:
         return replace(turn, verdict=Verdict.UNTOLD, reason="a system does not tell its tokens")
     if a.prompt_path != b.prompt_path:
         where = _first_difference(a.prompt_path, b.prompt_path)
         sizes = f"{len(a.prompt_path)} and {len(b.prompt_path)} tokens"
-        return replace(turn, verdict=Verdict.CONTEXT, reason=f"the prompts ({sizes}) differ from token {where} on")
+        return replace(
+            turn, verdict=Verdict.CONTEXT, reason=f"the prompts ({sizes}) differ from token {where} on"
+        )
     end = _first_difference(a.output, b.output)
     pairs = list(zip(a.logprobs[:end], b.logprobs[:end], strict=False))
     deltas = [abs(x - y) for x, y in pairs]
@@ -209,27 +232,42 @@ def _compare(turn: TurnComparison, a: TurnResult, b: TurnResult, allowed: Tolera
         return replace(turn, verdict=Verdict.IDENTICAL, reason="")
     if end in (len(a.output), len(b.output)):
         ends = f"{len(a.output)} tokens ({a.finish_reason}) against {len(b.output)} ({b.finish_reason})"
-        return replace(turn, verdict=Verdict.DIFFERENT, position=end, reason=f"one answer goes on where the other ends: {ends}")
+        return replace(
+            turn,
+            verdict=Verdict.DIFFERENT,
+            position=end,
+            reason=f"one answer goes on where the other ends: {ends}",
+        )
     return _at_divergence(replace(turn, position=end), a, b, end, allowed)
 
 
-def _at_divergence(turn: TurnComparison, a: TurnResult, b: TurnResult, at: int, allowed: Tolerance) -> TurnComparison:
+def _at_divergence(
+    turn: TurnComparison, a: TurnResult, b: TurnResult, at: int, allowed: Tolerance
+) -> TurnComparison:
     """The two chose different tokens at `at` with the same context: a near tie, or a bug."""
     chosen = a.output[at], b.output[at]
     pair = f"token {at} of the answer: {chosen[0]} against {chosen[1]}"
     views = [_view(a, at), _view(b, at)]
     told = [(view[chosen[0]], view[chosen[1]]) for view in views if chosen[0] in view and chosen[1] in view]
     if not told:
-        return replace(turn, verdict=Verdict.DIFFERENT, reason=f"{pair}, and neither run has both among its likeliest")
+        return replace(
+            turn, verdict=Verdict.DIFFERENT, reason=f"{pair}, and neither run has both among its likeliest"
+        )
     gap = min(abs(x - y) for x, y in told)
-    moved = [(token, views[0][token], views[1][token]) for token in chosen if token in views[0] and token in views[1]]
+    moved = [
+        (token, views[0][token], views[1][token])
+        for token in chosen
+        if token in views[0] and token in views[1]
+    ]
     turn = replace(turn, gap=gap, max_delta=max([turn.max_delta, *(abs(x - y) for _, x, y in moved)]))
     for token, x, y in moved:
         if not allowed.allows(x, y):
             reason = f"{pair}, and the log-probability of {token} moved: {x:.6g} against {y:.6g}"
             return replace(turn, verdict=Verdict.DIFFERENT, reason=reason)
     tied = any(allowed.allows(x, y) for x, y in told)
-    return replace(turn, verdict=Verdict.NEAR_TIE if tied else Verdict.DIFFERENT, reason=f"{pair}, {gap:.2g} nats apart")
+    return replace(
+        turn, verdict=Verdict.NEAR_TIE if tied else Verdict.DIFFERENT, reason=f"{pair}, {gap:.2g} nats apart"
+    )
 
 
 def _view(result: TurnResult, at: int) -> dict[int, float]:
@@ -244,4 +282,6 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     """Index of the first difference (the shorter's length if it is a prefix); None if equal."""
     if a == b:
         return None
-    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -45,7 +45,12 @@ class ResponseReader:
     @property
     def reusable(self) -> bool:
         """The connection can carry another exchange."""
-        return self.complete and self._left is not None and "close" not in self.headers.get("connection", "").lower() and not self._buffer
+        return (
+            self.complete
+            and self._left is not None
+            and "close" not in self.headers.get("connection", "").lower()
+            and not self._buffer
+        )
 
     def feed(self, data: bytes) -> bytes:
         """The bytes of the body that are in it.
@@ -86,7 +91,11 @@ class ResponseReader:
         if self._place == "body" and self._left is None:
             self.complete = True
             return
-        raise HttpBroken("the connection ended in the middle of the answer" if self.status else "the connection ended before the answer")
+        raise HttpBroken(
+            "the connection ended in the middle of the answer"
+            if self.status
+            else "the connection ended before the answer"
+        )
 
     def _head(self) -> bool:
         head, end, rest = self._buffer.partition(b"\r\n\r\n")
@@ -295,7 +304,13 @@ class HttpClient:
             port = parts.port
         except ValueError as error:
             raise ConfigError(wrong) from error
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+            or "@" in parts.netloc
+        ):
             raise ConfigError(wrong)
         if not base_url.isascii() or any(mark.isspace() for mark in base_url.strip()):
             raise ConfigError(wrong)
@@ -315,7 +330,9 @@ class HttpClient:
 
     async def get(self, path: str) -> HttpAnswer:
         """A whole answer. Raises as `post`."""
-        return await self._exchange(f"GET {self._path}{path} HTTP/1.1\r\n{self._head}\r\n\r\n".encode("latin-1"), None)
+        return await self._exchange(
+            f"GET {self._path}{path} HTTP/1.1\r\n{self._head}\r\n\r\n".encode("latin-1"), None
+        )
 
     async def post(self, path: str, body: bytes, on_body: Callable[[bytes], None]) -> HttpAnswer:
         """Send JSON, and hand on the body of a 200 as it comes; any other status comes back with its body.
@@ -370,9 +387,13 @@ class HttpClient:
     async def _connect(self) -> _Connection:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port, ssl=self._ssl)
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    _Connection, self._host, self._port, ssl=self._ssl
+                )
         except TimeoutError as error:
-            raise TurnFailed("unreachable", f"{self.url}: no connection in {self._connect_timeout_s:g} s") from error
+            raise TurnFailed(
+                "unreachable", f"{self.url}: no connection in {self._connect_timeout_s:g} s"
+            ) from error
         except (OSError, UnicodeError) as error:
             raise TurnFailed("unreachable", f"{self.url}: {error}") from error
         return connection

@@ -105,14 +105,23 @@ class LoadListener(Protocol):
 class LoadDriver:
     """Plays players, one run after the other."""
 
-    def __init__(self, chat: ChatClient, target: Target, writer: PromptWriter, listener: LoadListener) -> None:
+    def __init__(
+        self, chat: ChatClient, target: Target, writer: PromptWriter, listener: LoadListener
+    ) -> None:
         """`target` is what was found out about the server behind `chat`; `writer` writes the texts of turns that have none."""
         self._chat = chat
         self._target = target
         self._writer = writer
         self._listener = listener
 
-    async def run(self, players: Sequence[Player], *, label: str, rate: float | None = None, arrivals_s: float | None = None) -> LoadRun:
+    async def run(
+        self,
+        players: Sequence[Player],
+        *,
+        label: str,
+        rate: float | None = None,
+        arrivals_s: float | None = None,
+    ) -> LoadRun:
         """Play everybody to the end.
 
         Args:
@@ -121,7 +130,13 @@ class LoadDriver:
             rate: kept in the result.
             arrivals_s: kept in the result.
         """
-        stage = _Stage(self._chat, self._target, self._writer, label, Progress(sum(player.num_turns for player in players)))
+        stage = _Stage(
+            self._chat,
+            self._target,
+            self._writer,
+            label,
+            Progress(sum(player.num_turns for player in players)),
+        )
         self._listener.begin(label, stage.progress)
         shown = asyncio.ensure_future(self._show(stage.progress))
         cpu_s = time.process_time()
@@ -137,7 +152,9 @@ class LoadDriver:
             self._listener.end(stage.progress)
         cpu_s = time.process_time() - cpu_s
         records = tuple(sorted(stage.records, key=lambda record: record.submitted_s))
-        wall_s = max((r.submitted_s + r.latency_s for r in records), default=0.0) - min((r.submitted_s for r in records), default=0.0)
+        wall_s = max((r.submitted_s + r.latency_s for r in records), default=0.0) - min(
+            (r.submitted_s for r in records), default=0.0
+        )
         return LoadRun(rate, records, wall_s, cpu_s, stage.progress.skipped, arrivals_s)
 
     async def _show(self, progress: Progress) -> None:
@@ -149,7 +166,9 @@ class LoadDriver:
 class _Stage:
     """One run under way."""
 
-    def __init__(self, chat: ChatClient, target: Target, writer: PromptWriter, label: str, progress: Progress) -> None:
+    def __init__(
+        self, chat: ChatClient, target: Target, writer: PromptWriter, label: str, progress: Progress
+    ) -> None:
         self.progress = progress
         self.records: list[RequestRecord] = []
         self._chat, self._target, self._writer, self._label = chat, target, writer, label
@@ -203,7 +222,9 @@ class _Stage:
         words = max(1, round(turn.message_tokens / self._target.tokens_per_word))
         return self._writer.write(f"{self._label}/{script.name}/{index}", words)
 
-    def _record(self, conversation: int, index: int, turn: ScriptTurn, due_s: float, asked: Asked) -> RequestRecord:
+    def _record(
+        self, conversation: int, index: int, turn: ScriptTurn, due_s: float, asked: Asked
+    ) -> RequestRecord:
         answer = asked.answer
         times_s = answer.piece_times_s
         error = None

@@ -42,11 +42,16 @@ def _by_turn(path: Path, found: RunFigures, subtitle: str) -> Path:
     turns = [turn.turn + 1 for turn in found.by_turn]
     with canvas(path, "Time to first token and normalized latency by turn", subtitle, panels=2) as panels:
         for axes, key, label in zip(
-            panels, ("ttft_ms", "normalized_ms"), ("time to first token, ms", "normalized latency, ms a token"), strict=True
+            panels,
+            ("ttft_ms", "normalized_ms"),
+            ("time to first token, ms", "normalized latency, ms a token"),
+            strict=True,
         ):
             for index, quantile in enumerate(_QUANTILES):
                 values = [getattr(getattr(turn, key), quantile) for turn in found.by_turn]
-                axes.plot(turns, values, color=COLOURS[index], marker=MARKERS[index], linewidth=2, label=quantile)
+                axes.plot(
+                    turns, values, color=COLOURS[index], marker=MARKERS[index], linewidth=2, label=quantile
+                )
             axes.set_ylim(bottom=0)
             whole_numbers(axes.xaxis)
             axes.set_xlabel("turn of the conversation")
@@ -61,10 +66,15 @@ def _sweep(path: Path, found: Sequence[RunFigures], subtitle: str) -> Path:
     with canvas(path, "Normalized latency over throughput", subtitle) as (axes,):
         for index, quantile in enumerate(_QUANTILES):
             values = [getattr(run.normalized_ms, quantile) for run in found]
-            axes.plot(throughputs, values, color=COLOURS[index], marker=MARKERS[index], linewidth=2, label=quantile)
+            axes.plot(
+                throughputs, values, color=COLOURS[index], marker=MARKERS[index], linewidth=2, label=quantile
+            )
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("answered requests a second" + (", while conversations arrive" if steady else ", to the last answer"))
+        axes.set_xlabel(
+            "answered requests a second"
+            + (", while conversations arrive" if steady else ", to the last answer")
+        )
         axes.set_ylabel("normalized latency, ms a token")
         axes.legend(frameon=False)
     return path

@@ -49,7 +49,9 @@ class _Bar:
         elapsed_s = max(1e-9, time.perf_counter() - self._begun_s)
         words = f"{progress.under_way} under way, {progress.output_tokens / elapsed_s:.0f} tokens/s"
         words += f", {progress.failed} failed" if progress.failed else ""
-        self._bar.update(self._task, total=progress.num_turns - progress.skipped, completed=progress.ended, words=words)
+        self._bar.update(
+            self._task, total=progress.num_turns - progress.skipped, completed=progress.ended, words=words
+        )
         self._bar.refresh()
 
     def end(self, progress: Counts) -> None:
@@ -76,7 +78,9 @@ class _Lines:
         if tenth > self._said:
             self._said = tenth
             failed = f", {progress.failed} failed" if progress.failed else ""
-            self._say(f"{progress.ended}/{progress.num_turns - progress.skipped} turns ended, {progress.under_way} under way{failed}")
+            self._say(
+                f"{progress.ended}/{progress.num_turns - progress.skipped} turns ended, {progress.under_way} under way{failed}"
+            )
 
     def end(self, progress: Counts) -> None:
         self.show(progress)

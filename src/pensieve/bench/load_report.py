@@ -33,7 +33,9 @@ class TurnFigures:
     normalized_ms: Spread
     cached_tokens: float | None  # mean; None = not told
     prompt_tokens: float | None  # mean; None = not told
-    new_tokens: float | None  # mean of what the prompt has beyond the prompt and answer before it, the template's tokens included
+    new_tokens: (
+        float | None
+    )  # mean of what the prompt has beyond the prompt and answer before it, the template's tokens included
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,11 @@ def figures(run: LoadRun) -> RunFigures:
 
 
 def build_json(
-    runs: Sequence[LoadRun], target: Target, config: Mapping[str, Any], command: Sequence[str], notes: Sequence[str] = ()
+    runs: Sequence[LoadRun],
+    target: Target,
+    config: Mapping[str, Any],
+    command: Sequence[str],
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything about a measurement, as JSON's own types.
 
@@ -135,7 +141,9 @@ def failure_lines(runs: Sequence[LoadRun]) -> list[str]:
     return lines
 
 
-def print_load_report(runs: Sequence[LoadRun], target: Target, console: Console, notes: Sequence[str] = ()) -> None:
+def print_load_report(
+    runs: Sequence[LoadRun], target: Target, console: Console, notes: Sequence[str] = ()
+) -> None:
     """Tables by turn and of totals, or one with a row for each rate, and what the reader must know."""
 
     def line(text: str) -> None:
@@ -189,7 +197,9 @@ def _added_tokens(answered: Sequence[RequestRecord]) -> dict[tuple[int, int], in
         if turn == 0:
             added[conversation, turn] = record.prompt_tokens
         elif before is not None and before.prompt_tokens is not None:
-            added[conversation, turn] = record.prompt_tokens - before.prompt_tokens - (before.output_tokens or 0)
+            added[conversation, turn] = (
+                record.prompt_tokens - before.prompt_tokens - (before.output_tokens or 0)
+            )
     return added
 
 
@@ -203,7 +213,10 @@ def _steady(run: LoadRun) -> float | None:
     begin_s = min(last_turn.values(), default=run.arrivals_s)
     if run.arrivals_s - begin_s < _LEAST_STEADY_SHARE * run.arrivals_s:
         return None
-    ended = sum(record.ok and begin_s < record.submitted_s + record.latency_s <= run.arrivals_s for record in run.records)
+    ended = sum(
+        record.ok and begin_s < record.submitted_s + record.latency_s <= run.arrivals_s
+        for record in run.records
+    )
     return ended / (run.arrivals_s - begin_s)
 
 
@@ -245,11 +258,26 @@ def _request(run: int, record: RequestRecord) -> dict[str, Any]:
 
 def _turn_table(found: RunFigures) -> Table:
     table = _table("By turn")
-    for name in ("turn", "n", "TTFT p50", "p90", "p99 ms", "ms/token p50", "p90", "prompt", "cached", "new tokens"):
+    for name in (
+        "turn",
+        "n",
+        "TTFT p50",
+        "p90",
+        "p99 ms",
+        "ms/token p50",
+        "p90",
+        "prompt",
+        "cached",
+        "new tokens",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for turn in found.by_turn:
         ttft, normalized = turn.ttft_ms, turn.normalized_ms
-        row = [str(turn.turn), str(turn.requests), *map(_shown_ms, (ttft.p50, ttft.p90, ttft.p99, normalized.p50, normalized.p90))]
+        row = [
+            str(turn.turn),
+            str(turn.requests),
+            *map(_shown_ms, (ttft.p50, ttft.p90, ttft.p99, normalized.p50, normalized.p90)),
+        ]
         table.add_row(*row, *map(_shown_count, (turn.prompt_tokens, turn.cached_tokens, turn.new_tokens)))
     return table
 
@@ -271,9 +299,14 @@ def _totals_table(found: RunFigures) -> Table:
         "latency": found.latency_ms,
     }
     for name, times in spreads.items():
-        table.add_row(f"{name}, p50 / p90 / p99 ms", " / ".join(map(_shown_ms, (times.p50, times.p90, times.p99))))
+        table.add_row(
+            f"{name}, p50 / p90 / p99 ms", " / ".join(map(_shown_ms, (times.p50, times.p90, times.p99)))
+        )
     cached = _share(found)
-    table.add_row("prompt tokens found cached", cached if found.cached_tokens is None else f"{found.cached_tokens:,} ({cached})")
+    table.add_row(
+        "prompt tokens found cached",
+        cached if found.cached_tokens is None else f"{found.cached_tokens:,} ({cached})",
+    )
     table.add_row("this client's CPU", f"{found.client_cpu_s:.2f} s ({found.client_cpu_share:.1%} of a core)")
     return table
 
@@ -292,7 +325,14 @@ def _sweep_table(all_figures: Sequence[RunFigures]) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
 
 
 def _share(found: RunFigures) -> str:

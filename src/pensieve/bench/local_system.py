@@ -32,7 +32,11 @@ class LocalSystem:
         """See `ChatSystem`. Greedy, so that two systems can be compared."""
         sampling = SamplingParams(max_new_tokens=turn.max_new_tokens, logprobs=NUM_TOPS)
         begun_s = time.perf_counter()
-        pending = self._send_text(turn, sampling) if turn.tokens is None else self._send_tokens(turn, turn.tokens, sampling)
+        pending = (
+            self._send_text(turn, sampling)
+            if turn.tokens is None
+            else self._send_tokens(turn, turn.tokens, sampling)
+        )
         answer: Future[TurnResult] = Future()
         pending.future.add_done_callback(lambda done: answer.set_result(self._result(turn, done, begun_s)))
         return answer
@@ -54,11 +58,22 @@ class LocalSystem:
         if turn.forced_prompt is not None:
             # its history is what both prompts begin with; a prompt that was shortened on the way begins differently
             pairs = zip(turn.forced_prompt, turn.forced_history or (), strict=False)
-            replay = (turn.forced_prompt, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return self._service.send(turn.conversation_id, new, sampling, ignore_eos=turn.fixed_length, replay=replay)
+            replay = (
+                turn.forced_prompt,
+                sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)),
+            )
+        return self._service.send(
+            turn.conversation_id, new, sampling, ignore_eos=turn.fixed_length, replay=replay
+        )
 
-    def _send_tokens(self, turn: TurnRequest, tokens: tuple[int, ...], sampling: SamplingParams) -> PendingTurn:
-        history = turn.forced_history if turn.forced_history is not None else self._logs.get(turn.conversation_id, ())
+    def _send_tokens(
+        self, turn: TurnRequest, tokens: tuple[int, ...], sampling: SamplingParams
+    ) -> PendingTurn:
+        history = (
+            turn.forced_history
+            if turn.forced_history is not None
+            else self._logs.get(turn.conversation_id, ())
+        )
         # (drawn tokens are never shortened, so history and new tokens are the prompt that was replayed)
         return self._service.complete(turn.conversation_id, (*history, *tokens), len(history), sampling)
 

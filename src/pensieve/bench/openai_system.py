@@ -68,7 +68,9 @@ class OpenAISystem:
             raise ConfigError("a baseline over HTTP needs the package httpx: pip install httpx") from error
         root = base_url.rstrip("/")
         if not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", root):
-            raise ConfigError(f"the baseline's URL must look like http://host:port or http://host:port/v1, got {base_url!r}")
+            raise ConfigError(
+                f"the baseline's URL must look like http://host:port or http://host:port/v1, got {base_url!r}"
+            )
         self._url = root if root.endswith("/v1") else f"{root}/v1"
         self._httpx = httpx
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -94,17 +96,24 @@ class OpenAISystem:
         if (text := turn.user_text) is None:
             return _settled(
                 failed_turn(
-                    "invalid_request", "a server of chat completions takes text, not token ids", submitted_s=submitted_s, total_s=0.0
+                    "invalid_request",
+                    "a server of chat completions takes text, not token ids",
+                    submitted_s=submitted_s,
+                    total_s=0.0,
                 )
             )
         future: Future[TurnResult] = Future()
         with self._lock:
             if self._closed:
-                return _settled(failed_turn("cancelled", "the system is closed", submitted_s=submitted_s, total_s=0.0))
+                return _settled(
+                    failed_turn("cancelled", "the system is closed", submitted_s=submitted_s, total_s=0.0)
+                )
             self._under_way[future] = submitted_s
         # Daemons: a read that hangs cannot be interrupted, and must not keep the program from ending.
         work = threading.Thread(
-            target=lambda: self._settle(future, self._answer(turn, text, submitted_s)), name=f"{self.name} turn", daemon=True
+            target=lambda: self._settle(future, self._answer(turn, text, submitted_s)),
+            name=f"{self.name} turn",
+            daemon=True,
         )
         work.start()
         return future
@@ -122,7 +131,13 @@ class OpenAISystem:
         for future, submitted_s in under_way:
             total_s = time.monotonic() - submitted_s
             self._settle(
-                future, failed_turn("cancelled", "closed before the server had answered", submitted_s=submitted_s, total_s=total_s)
+                future,
+                failed_turn(
+                    "cancelled",
+                    "closed before the server had answered",
+                    submitted_s=submitted_s,
+                    total_s=total_s,
+                ),
             )
         self._client.close()
 
@@ -138,7 +153,14 @@ class OpenAISystem:
             response = self._client.get(f"{self._url}/models")
             response.raise_for_status()
             return str(response.json()["data"][0]["id"])
-        except (self._httpx.HTTPError, self._httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+        except (
+            self._httpx.HTTPError,
+            self._httpx.InvalidURL,
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+        ) as error:
             raise ModelUnavailable(
                 f"{self._url}/models does not name a model ({type(error).__name__}: {error}): is the server up?"
             ) from error
@@ -149,7 +171,11 @@ class OpenAISystem:
             history = self._histories.setdefault(turn.conversation_id, _History())
         if turn.system_text is not None and not history.messages:
             history.messages.append({"role": "system", "content": turn.system_text})
-        if turn.forced_answer is not None and history.messages and history.messages[-1]["role"] == "assistant":
+        if (
+            turn.forced_answer is not None
+            and history.messages
+            and history.messages[-1]["role"] == "assistant"
+        ):
             history.messages[-1]["content"] = turn.forced_answer
         asked = {"role": "user", "content": user_text}
         answer = StreamedAnswer()
@@ -158,11 +184,21 @@ class OpenAISystem:
             answer.check_complete()
         except TurnFailed as failure:
             return failed_turn(
-                failure.code, failure.message, submitted_s=submitted_s, total_s=time.monotonic() - submitted_s, text=answer.text
+                failure.code,
+                failure.message,
+                submitted_s=submitted_s,
+                total_s=time.monotonic() - submitted_s,
+                text=answer.text,
             )
         except Exception as error:  # a server may send anything at all; the turn fails, the run goes on
             message = f"{type(error).__name__}: {error}"
-            return failed_turn("bad_answer", message, submitted_s=submitted_s, total_s=time.monotonic() - submitted_s, text=answer.text)
+            return failed_turn(
+                "bad_answer",
+                message,
+                submitted_s=submitted_s,
+                total_s=time.monotonic() - submitted_s,
+                text=answer.text,
+            )
         total_s = time.monotonic() - submitted_s
         history.messages += [asked, {"role": "assistant", "content": answer.text}]
         return _result(answer, history, submitted_s, total_s)
@@ -191,10 +227,16 @@ class OpenAISystem:
                 for event in events.finish():
                     answer.take(event, time.monotonic())
         except self._httpx.TimeoutException as error:
-            raise TurnFailed("timeout", f"{type(error).__name__}: the server was silent for too long") from error
+            raise TurnFailed(
+                "timeout", f"{type(error).__name__}: the server was silent for too long"
+            ) from error
         except self._httpx.ConnectError as error:
             raise TurnFailed("unreachable", f"{self._url}: {error}") from error
-        except (self._httpx.HTTPError, self._httpx.StreamError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
+        except (
+            self._httpx.HTTPError,
+            self._httpx.StreamError,
+            RuntimeError,
+        ) as error:  # RuntimeError: the client was closed meanwhile
             raise TurnFailed("stream_broken", f"{type(error).__name__}: {error}") from error
 
 
@@ -230,5 +272,16 @@ def _result(answer: StreamedAnswer, history: _History, submitted_s: float, total
     reason = answer.finish_reason or "stop"
     counted = output_tokens if output_tokens is not None else answer.num_pieces
     return TurnResult(
-        (), (), answer.text, (), (), submitted_s, None, first_token_s, total_s, receipt, reason, reported_output_tokens=counted
+        (),
+        (),
+        answer.text,
+        (),
+        (),
+        submitted_s,
+        None,
+        first_token_s,
+        total_s,
+        receipt,
+        reason,
+        reported_output_tokens=counted,
     )

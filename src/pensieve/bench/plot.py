@@ -33,7 +33,9 @@ def plot_first_token(path: str | Path, runs: Sequence[Run], subject: Subject) ->
     with canvas(path, "Time to first token by turn", subtitle) as (axes,):
         for index, (run, points) in enumerate(curves):
             turns = [turn + 1 for turn in points]
-            low, middle, high = (list(column) for column in zip(*points.values(), strict=True)) if points else ([], [], [])
+            low, middle, high = (
+                (list(column) for column in zip(*points.values(), strict=True)) if points else ([], [], [])
+            )
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             axes.fill_between(turns, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(turns, middle, color=colour, marker=marker, linewidth=2, label=run.system)
@@ -42,7 +44,10 @@ def plot_first_token(path: str | Path, runs: Sequence[Run], subject: Subject) ->
         axes.set_xlabel("turn of the conversation")
         axes.set_ylabel("time to first token, ms")
         axes.figure.legend(
-            loc="outside lower left", frameon=False, title="median; the middle half of the users is shaded", alignment="left"
+            loc="outside lower left",
+            frameon=False,
+            title="median; the middle half of the users is shaded",
+            alignment="left",
         )
     return Path(path)
 
@@ -53,4 +58,7 @@ def _quartiles_ms(run: Run) -> dict[int, tuple[float, float, float]]:
     for record in run.answered():
         if record.result.first_token_s is not None:
             by_turn.setdefault(record.request.turn_index, []).append(record.result.first_token_s * 1000)
-    return {turn: (quantile(times, 0.25), quantile(times, 0.5), quantile(times, 0.75)) for turn, times in sorted(by_turn.items())}
+    return {
+        turn: (quantile(times, 0.25), quantile(times, 0.5), quantile(times, 0.75))
+        for turn, times in sorted(by_turn.items())
+    }

@@ -16,7 +16,11 @@ from pensieve.bench.systems import CONTEXT_FULL
 from pensieve.errors import ModelUnavailable
 from pensieve.workloads.prompts import PromptWriter
 
-SHORT_ANSWERS = ("What colour is the sky? Answer with one word.", "Say hello.", "Is water wet? Answer yes or no.")
+SHORT_ANSWERS = (
+    "What colour is the sky? Answer with one word.",
+    "Say hello.",
+    "Is water wet? Answer yes or no.",
+)
 PROBE_TOKENS = 48  # more than a model says to these by itself
 CALIBRATION_WORDS = (20, 320)
 SMALL_CALIBRATION_WORDS = 80  # instead of the longer one, where the context is small
@@ -51,7 +55,9 @@ async def find_model(http: HttpClient, model: str | None) -> tuple[str, str | No
         header = listed.headers.get("server")
         if model is None:
             if listed.status != 200:
-                raise ValueError(f"HTTP {listed.status}: {listed.body[:_SHOWN_CHARS].decode(errors='replace')}")
+                raise ValueError(
+                    f"HTTP {listed.status}: {listed.body[:_SHOWN_CHARS].decode(errors='replace')}"
+                )
             model = str(json.loads(listed.body)["data"][0]["id"])
     except (TurnFailed, ValueError, KeyError, IndexError, TypeError) as error:
         raise ModelUnavailable(
@@ -71,7 +77,9 @@ async def server_version(http: HttpClient, header: str | None) -> str | None:
     return json.dumps(said)[:_SHOWN_CHARS] if isinstance(said, dict) and "version" in said else header
 
 
-async def probe(chat: ChatClient, version: str | None, writer: PromptWriter, *, natural: bool = False) -> Target:
+async def probe(
+    chat: ChatClient, version: str | None, writer: PromptWriter, *, natural: bool = False
+) -> Target:
     """Find out which fields the server takes and how many tokens its words are; sets the client's form for that.
 
     Args:
@@ -87,25 +95,44 @@ async def probe(chat: ChatClient, version: str | None, writer: PromptWriter, *, 
     plain = await _plain(chat)
     counts = plain.answer.output_tokens is not None and plain.answer.prompt_tokens is not None
     if not counts:
-        notes.append("the server reports no token counts: pieces of the stream are counted instead, and lengths cannot be verified")
+        notes.append(
+            "the server reports no token counts: pieces of the stream are counted instead, and lengths cannot be verified"
+        )
     fixed = False
     if not natural:
         chat.length_form = await _find_length_form(chat) if counts else ()
         fixed = bool(chat.length_form)
         if not fixed:
-            notes.append("the server does not fix the length of answers: they end where the model ends them, so output lengths vary")
+            notes.append(
+                "the server does not fix the length of answers: they end where the model ends them, so output lengths vary"
+            )
     tokens_per_word, template_tokens = await _calibrate(chat, writer) if counts else (TOKENS_PER_WORD, None)
-    return Target(chat.http.url, chat.model, version, chat.length_form, fixed, counts, tokens_per_word, template_tokens, tuple(notes))
+    return Target(
+        chat.http.url,
+        chat.model,
+        version,
+        chat.length_form,
+        fixed,
+        counts,
+        tokens_per_word,
+        template_tokens,
+        tuple(notes),
+    )
 
 
-async def warm_up(chat: ChatClient, writer: PromptWriter, num_requests: int, num_words: int, num_tokens: int) -> None:
+async def warm_up(
+    chat: ChatClient, writer: PromptWriter, num_requests: int, num_words: int, num_tokens: int
+) -> None:
     """Requests like the run's, at once, whose answers are not counted.
 
     Raises:
         ModelUnavailable: one fails.
     """
     asked = await asyncio.gather(
-        *(chat.ask(_user(writer.write(f"warm-up/{index}", num_words)), num_tokens) for index in range(num_requests))
+        *(
+            chat.ask(_user(writer.write(f"warm-up/{index}", num_words)), num_tokens)
+            for index in range(num_requests)
+        )
     )
     for one in asked:
         _check(chat, one, "a warm-up request")

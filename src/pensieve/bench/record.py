@@ -143,7 +143,8 @@ def _request(turn: TurnRecord) -> dict[str, Any]:
         "due_s": turn.due_s,
         "sent_s": turn.sent_s,
         "done_s": turn.done_s,
-        "prompt_tokens": len(result.prompt_path) or (result.receipt.prompt_tokens if result.receipt else None),
+        "prompt_tokens": len(result.prompt_path)
+        or (result.receipt.prompt_tokens if result.receipt else None),
         "output_tokens": result.num_output,
         "output": list(result.output),
         "text": result.text,
@@ -177,7 +178,9 @@ def _plain(value: object) -> object:
 def _git(folder: Path, *arguments: str) -> str | None:
     """Output of a git command; None if it failed or there is no git."""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
@@ -189,5 +192,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    named = next((line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")), "")
+    named = next(
+        (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")), ""
+    )
     return named or platform.processor() or platform.machine()

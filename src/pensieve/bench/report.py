@@ -82,9 +82,17 @@ def summarize(run: Run) -> RunSummary:
     """The numbers of one run."""
     answered = list(run.answered())
     turns = sorted({record.request.turn_index for record in answered})
-    by_turn = tuple(_group(str(turn + 1), [r for r in answered if r.request.turn_index == turn]) for turn in turns)
+    by_turn = tuple(
+        _group(str(turn + 1), [r for r in answered if r.request.turn_index == turn]) for turn in turns
+    )
     by_class = tuple(_group(think.value, [r for r in answered if r.think is think]) for think in ThinkClass)
-    return RunSummary(run.system, by_turn, tuple(group for group in by_class if group.answers), _totals(run, answered), run.early_ends)
+    return RunSummary(
+        run.system,
+        by_turn,
+        tuple(group for group in by_class if group.answers),
+        _totals(run, answered),
+        run.early_ends,
+    )
 
 
 def speedups(first: Totals, second: Totals) -> Speedups:
@@ -123,10 +131,16 @@ def print_report(
     line(str(subject))
     if any(_is_long(summary.system) for summary in summaries):
         line(" against ".join(summary.system for summary in summaries))
-    line("n answers; medians of time to first token and of normalized latency; mean tokens a turn by where they came from\n")
+    line(
+        "n answers; medians of time to first token and of normalized latency; mean tokens a turn by where they came from\n"
+    )
     console.print(_group_table("By turn", "turn", [s.by_turn for s in summaries], summaries))
     line("")
-    console.print(_group_table("By user (hot ones come back soonest)", "user", [s.by_class for s in summaries], summaries))
+    console.print(
+        _group_table(
+            "By user (hot ones come back soonest)", "user", [s.by_class for s in summaries], summaries
+        )
+    )
     line("")
     console.print(_totals_table(summaries))
     line("")
@@ -174,7 +188,9 @@ def _totals(run: Run, answered: Sequence[TurnRecord]) -> Totals:
         output_tokens=output_tokens,
         output_tokens_per_s=_ratio(output_tokens, run.duration_s),
         first_token_median_s=_median(record.result.first_token_s for record in answered),
-        later_first_token_median_s=_median(record.result.first_token_s for record in answered if record.request.turn_index),
+        later_first_token_median_s=_median(
+            record.result.first_token_s for record in answered if record.request.turn_index
+        ),
         normalized_median_s=_median(_normalized_s(record) for record in answered),
         gpu_share=_ratio(gpu, findable),
         cpu_share=_ratio(cpu, findable),
@@ -202,13 +218,29 @@ def _mean(values: Iterable[float]) -> float | None:
     return fmean(told) if told else None
 
 
-def _group_table(title: str, what: str, sides: Sequence[Sequence[Group]], summaries: Sequence[RunSummary]) -> Table:
+def _group_table(
+    title: str, what: str, sides: Sequence[Sequence[Group]], summaries: Sequence[RunSummary]
+) -> Table:
     table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )  # fits 80 columns
     table.add_column(what, no_wrap=True)
     table.add_column("system", max_width=_NAME_CHARS, overflow="ellipsis", no_wrap=True)
-    for name in ("n", "TTFT ms", "ms/token", "gpu", "cpu", "recomp.", "new", *(["TTFT ×"] if len(sides) == 2 else [])):
+    for name in (
+        "n",
+        "TTFT ms",
+        "ms/token",
+        "gpu",
+        "cpu",
+        "recomp.",
+        "new",
+        *(["TTFT ×"] if len(sides) == 2 else []),
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     labels = list(dict.fromkeys(group.label for side in sides for group in side))
     for label in labels:
@@ -216,12 +248,21 @@ def _group_table(title: str, what: str, sides: Sequence[Sequence[Group]], summar
         for index, group in enumerate(found):
             if group is None:
                 continue
-            row = [label if index == 0 or found[0] is None else "", short_name(summaries[index].system), str(group.answers)]
+            row = [
+                label if index == 0 or found[0] is None else "",
+                short_name(summaries[index].system),
+                str(group.answers),
+            ]
             row += [_ms(group.first_token_median_s), _ms(group.normalized_median_s)]
-            row += [_tokens(n) for n in (group.gpu_tokens, group.cpu_tokens, group.recomputed_tokens, group.new_tokens)]
+            row += [
+                _tokens(n)
+                for n in (group.gpu_tokens, group.cpu_tokens, group.recomputed_tokens, group.new_tokens)
+            ]
             if len(sides) == 2:
                 other = found[1] if index == 0 else None
-                row.append(_times(_ratio(other.first_token_median_s, group.first_token_median_s)) if other else "")
+                row.append(
+                    _times(_ratio(other.first_token_median_s, group.first_token_median_s)) if other else ""
+                )
             table.add_row(*row)
         if len(sides) == 2:
             table.add_section()
@@ -245,7 +286,14 @@ _TOTAL_ROWS: tuple[tuple[str, Callable[[Totals], str]], ...] = (
 
 
 def _totals_table(summaries: Sequence[RunSummary]) -> Table:
-    table = Table(title="Totals", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(
+        title="Totals",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     table.add_column("")
     for summary in summaries:
         table.add_column(short_name(summary.system), justify="right")
@@ -278,7 +326,9 @@ def _end_lines(summaries: Sequence[RunSummary]) -> list[str]:
             lines.append(f"{name}: ended: context full: {names}")
         lines += [f"{name}: {end}" for end in summary.early_ends if not end.context_full]
         if summary.totals.truncated_tokens:
-            lines.append(f"{name}: {summary.totals.truncated_tokens} tokens of history were left out to fit the context")
+            lines.append(
+                f"{name}: {summary.totals.truncated_tokens} tokens of history were left out to fit the context"
+            )
     return lines
 
 

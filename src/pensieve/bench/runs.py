@@ -17,7 +17,9 @@ class RunSettings:
 
     request_interval_s: float  # a warm user's think time; hot 0.3 of it, cold 2.5
     max_new_tokens: int
-    num_users: int | None = None  # users at once; each takes its conversations one after the other. None: one conversation each
+    num_users: int | None = (
+        None  # users at once; each takes its conversations one after the other. None: one conversation each
+    )
     fixed_length: bool = False  # every answer has max_new_tokens (a model of random weights never stops well)
     vocab_size: int | None = None  # draw token ids below it at the texts' lengths; None: send the texts
     jitter: bool = False  # think times exponential around their means
@@ -26,7 +28,9 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.request_interval_s) and self.request_interval_s >= 0):
-            raise ConfigError(f"the request interval must be at least 0 seconds, got {self.request_interval_s}")
+            raise ConfigError(
+                f"the request interval must be at least 0 seconds, got {self.request_interval_s}"
+            )
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.num_users is not None and self.num_users < 1:

@@ -25,25 +25,35 @@ class TurnRequest:
     turn_index: int  # 0, 1, 2, ...
     user_text: str | None  # what the user says, for a system that has a chat template
     tokens: tuple[int, ...] | None  # this turn's own new token ids, for a model of random weights
-    forced_history: tuple[int, ...] | None  # in a replay: every token before this turn; None: the system's own history
+    forced_history: (
+        tuple[int, ...] | None
+    )  # in a replay: every token before this turn; None: the system's own history
     max_new_tokens: int
     fixed_length: bool  # answer with exactly max_new_tokens, whatever the model thinks of stopping
     system_text: str | None = None  # the conversation's system prompt; turn 0 only, and only with `user_text`
     forced_answer: str | None = None  # in a replay: the text that was answered to the turn before this one
-    forced_prompt: tuple[int, ...] | None = None  # in a replay: every token of the prompt, history and this turn's; None: not known
+    forced_prompt: tuple[int, ...] | None = (
+        None  # in a replay: every token of the prompt, history and this turn's; None: not known
+    )
 
     def __post_init__(self) -> None:
-        assert (self.user_text is None) != (self.tokens is None), "a turn is text or tokens, not both and not neither"
+        assert (self.user_text is None) != (self.tokens is None), (
+            "a turn is text or tokens, not both and not neither"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class TurnResult:
     """What came of one turn. A failed one has `error_code` and `error`, and what was known until then."""
 
-    prompt_path: tuple[int, ...]  # all tokens the model was given, history included; () = the system does not tell
+    prompt_path: tuple[
+        int, ...
+    ]  # all tokens the model was given, history included; () = the system does not tell
     output: tuple[int, ...]  # the answer's token ids; () = none, or the system does not tell
     text: str
-    tops: tuple[tuple[tuple[int, float], ...], ...]  # per output token the likeliest (id, logprob), likeliest first; () = not told
+    tops: tuple[
+        tuple[tuple[int, float], ...], ...
+    ]  # per output token the likeliest (id, logprob), likeliest first; () = not told
     logprobs: tuple[float, ...]  # per output token, natural log; () = not told
     submitted_s: float  # the system's own clock, seconds
     queue_s: float | None  # from submission to the start of work; None = not told
@@ -68,7 +78,9 @@ class TurnResult:
 
 def failed_turn(code: str, message: str, *, submitted_s: float, total_s: float, text: str = "") -> TurnResult:
     """The result of a turn that went wrong before anything but perhaps some text was known."""
-    return TurnResult((), (), text, (), (), submitted_s, None, None, total_s, None, None, error_code=code, error=message)
+    return TurnResult(
+        (), (), text, (), (), submitted_s, None, None, total_s, None, None, error_code=code, error=message
+    )
 
 
 class ChatSystem(Protocol):

@@ -12,7 +12,9 @@ from pensieve.worker.rank import Rank
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    from pensieve.cli.commands import cli  # here, because an engine's own process comes by this file and needs none of them
+    from pensieve.cli.commands import (
+        cli,
+    )  # here, because an engine's own process comes by this file and needs none of them
 
     run_command(cli, "pensieve", arguments)
 

@@ -54,26 +54,73 @@ def _option(name: str, *more: str, **keywords: Any) -> Callable[[Any], Any]:
 
 
 @click.command()
-@_option("--url", envvar="PENSIEVE_URL", default="http://127.0.0.1:8000", help="The server, with or without /v1.")
-@_option("--model", default=None, help="What to ask for.  [default: the first that the server lists]")
-@_option("--api-key", envvar="PENSIEVE_API_KEY", default=None, help="A key, if the server wants one (or PENSIEVE_API_KEY).")
-@_option("--users", type=click.IntRange(min=1), default=None, help="Closed loop: conversations at once.  [default: 8]")
-@_option("--conversations-per-user", type=click.IntRange(min=1), default=None, help="One after the other.  [default: 1; all of a trace]")
-@_option("--starts", "starts_s", type=click.FloatRange(min=0), default=0.0, help="Spread the users' first turns over so many seconds.")
 @_option(
-    "--rate", "rates", default=None, help="Open loop: requests a second, as Poisson arrivals of conversations: 2 | 0.5,1,2 | 0.5:4:0.5."
+    "--url", envvar="PENSIEVE_URL", default="http://127.0.0.1:8000", help="The server, with or without /v1."
 )
-@_option("--duration", "duration_s", type=click.FloatRange(min=0, min_open=True), default=None, help="Seconds of arrivals.  [default: 60]")
-@_option("--turns", type=click.IntRange(min=1), default=None, help="Turns of a conversation.  [default: 6; all of a trace's]")
+@_option("--model", default=None, help="What to ask for.  [default: the first that the server lists]")
+@_option(
+    "--api-key",
+    envvar="PENSIEVE_API_KEY",
+    default=None,
+    help="A key, if the server wants one (or PENSIEVE_API_KEY).",
+)
+@_option(
+    "--users",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Closed loop: conversations at once.  [default: 8]",
+)
+@_option(
+    "--conversations-per-user",
+    type=click.IntRange(min=1),
+    default=None,
+    help="One after the other.  [default: 1; all of a trace]",
+)
+@_option(
+    "--starts",
+    "starts_s",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Spread the users' first turns over so many seconds.",
+)
+@_option(
+    "--rate",
+    "rates",
+    default=None,
+    help="Open loop: requests a second, as Poisson arrivals of conversations: 2 | 0.5,1,2 | 0.5:4:0.5.",
+)
+@_option(
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="Seconds of arrivals.  [default: 60]",
+)
+@_option(
+    "--turns",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Turns of a conversation.  [default: 6; all of a trace's]",
+)
 @_option("--new-tokens", type=click.IntRange(min=1), default=100, help="Tokens of a user's message, about.")
-@_option("--first-tokens", type=click.IntRange(min=1), default=None, help="Tokens of the first message.  [default: as the others]")
+@_option(
+    "--first-tokens",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Tokens of the first message.  [default: as the others]",
+)
 @_option(
     "--output-tokens",
     type=click.IntRange(min=1),
     default=None,
     help=f"Tokens of an answer, exactly so many where the server can.  [default: {DEFAULT_OUTPUT_TOKENS}; as a trace has them]",
 )
-@_option("--natural", is_flag=True, show_default=False, help="Answers end where the model ends them; --output-tokens is the most.")
+@_option(
+    "--natural",
+    is_flag=True,
+    show_default=False,
+    help="Answers end where the model ends them; --output-tokens is the most.",
+)
 @_option(
     "--think",
     default="0",
@@ -85,17 +132,59 @@ def _option(name: str, *more: str, **keywords: Any) -> Callable[[Any], Any]:
     default=None,
     help=f"Play recorded conversations (docs/bench.md has the forms), or some like those of a dataset: {' | '.join(LIKENESSES)}.",
 )
-@_option("--system-prompts", default=None, help="Made conversations begin with one of COUNT prompts of TOKENS: COUNT:TOKENS[:SHARE].")
-@_option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster.")
-@_option("--max-context", type=click.IntRange(min=1), default=None, help="Leave out turns that would not fit in so many tokens, about.")
-@_option("--warm-up", "warm_up_requests", type=click.IntRange(min=0), default=4, help="Requests before the run that do not count.")
-@_option("--fresh-connections", is_flag=True, show_default=False, help="A connection for each request (better with llama.cpp).")
-@_option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), default=600.0, help="Seconds that a server may be silent.")
-@_option("--seed", type=click.IntRange(min=0), default=None, help="Of words, think times and arrivals.  [default: another one each time]")
 @_option(
-    "--out", "out_dir", type=click.Path(path_type=Path), default=None, help=f"Folder for {JSON_NAME} and {PLOT_NAME}.  [default: none]"
+    "--system-prompts",
+    default=None,
+    help="Made conversations begin with one of COUNT prompts of TOKENS: COUNT:TOKENS[:SHARE].",
 )
-@_option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the JSON to this file.")
+@_option(
+    "--speed",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    help="Play a trace's times so many times faster.",
+)
+@_option(
+    "--max-context",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Leave out turns that would not fit in so many tokens, about.",
+)
+@_option(
+    "--warm-up",
+    "warm_up_requests",
+    type=click.IntRange(min=0),
+    default=4,
+    help="Requests before the run that do not count.",
+)
+@_option(
+    "--fresh-connections",
+    is_flag=True,
+    show_default=False,
+    help="A connection for each request (better with llama.cpp).",
+)
+@_option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    help="Seconds that a server may be silent.",
+)
+@_option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Of words, think times and arrivals.  [default: another one each time]",
+)
+@_option(
+    "--out",
+    "out_dir",
+    type=click.Path(path_type=Path),
+    default=None,
+    help=f"Folder for {JSON_NAME} and {PLOT_NAME}.  [default: none]",
+)
+@_option(
+    "--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the JSON to this file."
+)
 def bench(
     url: str,
     model: str | None,
@@ -147,7 +236,9 @@ def bench(
         sys.exit(1)
 
 
-async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target, Sequence[PlannedRun], list[LoadRun]]:
+async def _measure(
+    server: ServerOptions, options: LoadOptions
+) -> tuple[Target, Sequence[PlannedRun], list[LoadRun]]:
     root = server.url.strip().rstrip("/").removesuffix("/v1")
     keep = not server.fresh_connections
     apart = HttpClient(root, server.api_key, keep_connections=False, read_timeout_s=server.timeout_s)
@@ -157,21 +248,34 @@ async def _measure(server: ServerOptions, options: LoadOptions) -> tuple[Target,
         chat = ChatClient(http, model)
         writer = PromptWriter(options.seed)
         target = await probe(chat, await server_version(apart, header), writer, natural=server.natural)
-        _say(f"{model} at {http.url}: answers {'have a fixed length' if target.fixed_lengths else 'end where the model ends them'}")
+        _say(
+            f"{model} at {http.url}: answers {'have a fixed length' if target.fixed_lengths else 'end where the model ends them'}"
+        )
         planned = options.plan(target.template_tokens or 0.0)
         words = max(1, round(options.new_tokens / target.tokens_per_word))
-        await warm_up(chat, writer, server.warm_up_requests, words, min(WARM_UP_TOKENS, options.output_tokens or DEFAULT_OUTPUT_TOKENS))
+        await warm_up(
+            chat,
+            writer,
+            server.warm_up_requests,
+            words,
+            min(WARM_UP_TOKENS, options.output_tokens or DEFAULT_OUTPUT_TOKENS),
+        )
         driver = LoadDriver(chat, target, writer, open_load_progress())
         gc.collect()
         gc.freeze()  # what is there now is looked at no more: no long pauses in the middle of a run
-        runs = [await driver.run(run.players, label=run.label, rate=run.rate, arrivals_s=run.arrivals_s) for run in planned]
+        runs = [
+            await driver.run(run.players, label=run.label, rate=run.rate, arrivals_s=run.arrivals_s)
+            for run in planned
+        ]
     finally:
         http.close()
     return target, planned, runs
 
 
 def _config(server: ServerOptions, options: LoadOptions, planned: Sequence[PlannedRun]) -> dict[str, Any]:
-    asked = {one.name: getattr(options, one.name) for one in fields(options)}  # (not asdict: a think time may be a file of gaps)
+    asked = {
+        one.name: getattr(options, one.name) for one in fields(options)
+    }  # (not asdict: a think time may be a file of gaps)
     asked |= {
         "think": str(options.think),
         "rates": list(options.rates) or None,
@@ -184,7 +288,9 @@ def _config(server: ServerOptions, options: LoadOptions, planned: Sequence[Plann
         asked["turns"] = options.turns or DEFAULT_TURNS
         asked["output_tokens"] = options.output_tokens or DEFAULT_OUTPUT_TOKENS
     told = asdict(server)
-    return asked | {name: told[name] for name in ("natural", "warm_up_requests", "fresh_connections", "timeout_s")}
+    return asked | {
+        name: told[name] for name in ("natural", "warm_up_requests", "fresh_connections", "timeout_s")
+    }
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
@@ -203,7 +309,11 @@ def _command(arguments: Sequence[str]) -> list[str]:
 
 def _words(options: LoadOptions, planned: Sequence[PlannedRun]) -> str:
     """What was asked for, for a picture's title."""
-    who = "conversations by their arrival times" if planned[0].arrivals_s is not None else f"{len(planned[0].players)} users at once"
+    who = (
+        "conversations by their arrival times"
+        if planned[0].arrivals_s is not None
+        else f"{len(planned[0].players)} users at once"
+    )
     if options.trace is not None:
         return f"{options.trace.name}, {who}"
     first = f" (the first {options.first_tokens})" if options.first_tokens else ""

@@ -26,7 +26,10 @@ HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an 
 
 @click.command()
 @click.option(
-    "--conversation", "conversation_id", default=None, help="Go on with (or begin) the conversation of this id; it is kept on disk."
+    "--conversation",
+    "conversation_id",
+    default=None,
+    help="Go on with (or begin) the conversation of this id; it is kept on disk.",
 )
 @click.option("--system", default=None, help="System prompt of a new conversation.")
 @click.option(
@@ -103,7 +106,9 @@ def run_chat(
 class _Chat:
     """One terminal."""
 
-    def __init__(self, runtime: Runtime, store: ConversationStore, sampling: SamplingParams, system: str | None) -> None:
+    def __init__(
+        self, runtime: Runtime, store: ConversationStore, sampling: SamplingParams, system: str | None
+    ) -> None:
         self.runtime, self.store, self.sampling, self.system = runtime, store, sampling, system
 
     def talk(self, conversation_id: str | None) -> None:
@@ -148,7 +153,9 @@ class _Chat:
         stats = self.runtime.service.stats().result()
         assert isinstance(stats, Stats)
         for tier in stats.tiers:
-            click.echo(f"{tier.name}: {tier.used} of {tier.num_slots} chunks used, {tier.reclaimable} of them reclaimable at no cost")
+            click.echo(
+                f"{tier.name}: {tier.used} of {tier.num_slots} chunks used, {tier.reclaimable} of them reclaimable at no cost"
+            )
         click.echo(
             f"since the start: gpu {stats.gpu_tokens}, cpu {stats.cpu_tokens}, recomputed {stats.recomputed_tokens}, new {stats.new_tokens}, "
             f"out {stats.output_tokens} tokens; {_bytes(stats.bytes_in)} swapped in, {_bytes(stats.bytes_out)} out; "

@@ -49,7 +49,12 @@ class Workload:
 
     def conversations(self) -> Selection:
         """The conversations, cut to the turns asked for."""
-        return select(load_dataset(self.dataset), self.num_conversations or self.num_users, self.min_turns, self.max_turns)
+        return select(
+            load_dataset(self.dataset),
+            self.num_conversations or self.num_users,
+            self.min_turns,
+            self.max_turns,
+        )
 
     def settings(self, loaded: LoadedModel) -> RunSettings:
         """How the driver runs them: as text, or as drawn token ids of the texts' lengths for a model that does not talk."""
@@ -64,7 +69,14 @@ class Workload:
 
 @click.command()
 @click.option("--users", "num_users", type=click.IntRange(min=1), default=6, show_default=True)
-@click.option("--turns", "max_turns", type=click.IntRange(min=1), default=8, show_default=True, help="Turns of a conversation, at most.")
+@click.option(
+    "--turns",
+    "max_turns",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Turns of a conversation, at most.",
+)
 @click.option("--min-turns", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--num-conversations", type=click.IntRange(min=1), default=None, help="Default: one a user.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
@@ -76,8 +88,16 @@ class Workload:
     show_default=True,
     help="Seconds between an answer and its user's next turn (hot 0.3x, warm 1x, cold 2.5x).",
 )
-@click.option("--dataset", default=None, help="ShareGPT-style JSON or JSONL of conversations (default: the shipped ones).")
-@click.option("--baseline-url", default=None, help="A real vLLM or other OpenAI-compatible server as the baseline instead.")
+@click.option(
+    "--dataset",
+    default=None,
+    help="ShareGPT-style JSON or JSONL of conversations (default: the shipped ones).",
+)
+@click.option(
+    "--baseline-url",
+    default=None,
+    help="A real vLLM or other OpenAI-compatible server as the baseline instead.",
+)
 @click.option("--out", "out_dir", default=None, help="Folder for the plot and the JSON (default: out/).")
 @template_options
 @model_options
@@ -88,7 +108,9 @@ def compare(baseline_url: str | None, out_dir: str | None, **arguments: Any) -> 
     run_compare(options, Workload(**arguments), baseline_url=baseline_url, out_dir=out_dir)
 
 
-def run_compare(options: Options, workload: Workload, *, baseline_url: str | None = None, out_dir: str | None = None) -> Equality | None:
+def run_compare(
+    options: Options, workload: Workload, *, baseline_url: str | None = None, out_dir: str | None = None
+) -> Equality | None:
     """Both systems, the report, the plot and the JSON. Returns the verdict on their outputs (None against another server)."""
     selection = workload.conversations()
     loaded = _load(options)
@@ -96,12 +118,19 @@ def run_compare(options: Options, workload: Workload, *, baseline_url: str | Non
     listener = open_progress()
     with _system(options, loaded, retain=True) as (stateful, runtime):
         first = run_users(stateful, selection.conversations, settings, listener)
-        stats, sizes = runtime.service.stats().result(), runtime.sizes.as_json() | {"cost": runtime.cost_source}
+        stats, sizes = (
+            runtime.service.stats().result(),
+            runtime.sizes.as_json() | {"cost": runtime.cost_source},
+        )
     if baseline_url is not None:
         other = OpenAISystem(baseline_url, name=f"server at {baseline_url}")
         try:
             second = run_users(
-                other, selection.conversations, replace(settings, vocab_size=None), listener, replay=first if loaded.talks else None
+                other,
+                selection.conversations,
+                replace(settings, vocab_size=None),
+                listener,
+                replay=first if loaded.talks else None,
             )
         finally:
             other.close()
@@ -120,7 +149,10 @@ def run_one(options: Options, workload: Workload, *, retain: bool, out_dir: str 
     loaded = _load(options)
     with _system(options, loaded, retain=retain) as (system, runtime):
         run = run_users(system, selection.conversations, workload.settings(loaded), open_progress())
-        stats, sizes = runtime.service.stats().result(), runtime.sizes.as_json() | {"cost": runtime.cost_source}
+        stats, sizes = (
+            runtime.service.stats().result(),
+            runtime.sizes.as_json() | {"cost": runtime.cost_source},
+        )
     _report(options, loaded, workload, [run], selection, sizes, stats, None, out_dir)
     return run
 
@@ -159,14 +191,20 @@ def _warm_up(runtime: Runtime, loaded: LoadedModel) -> None:
 
 def _load(options: Options) -> LoadedModel:
     follow_unless_first(options)
-    loaded = load_model(options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True))
+    loaded = load_model(
+        options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True)
+    )
     subject = _subject(options, loaded)
     computing = f" ({loaded.instructions})" if loaded.instructions else ""
-    click.secho(f"{subject}{computing}" + (f": {loaded.resolved.note}" if loaded.resolved.note else ""), fg="cyan")
+    click.secho(
+        f"{subject}{computing}" + (f": {loaded.resolved.note}" if loaded.resolved.note else ""), fg="cyan"
+    )
     for note in notes_of(loaded.text.note if loaded.text is not None else None):
         click.secho(f"note: {note}", fg="yellow", err=True)
     if not loaded.talks:
-        click.echo("token ids are drawn at the texts' lengths and answers have a fixed length: this times, it does not talk")
+        click.echo(
+            "token ids are drawn at the texts' lengths and answers have a fixed length: this times, it does not talk"
+        )
     return loaded
 
 
@@ -198,7 +236,12 @@ def _report(
     print_report([summarize(run) for run in runs], subject, Console(), equality=equality, notes=notes)
     folder = Path(out_dir or "out")
     stem = f"{'compare' if len(runs) == 2 else 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = {"options": as_json(settled(options, loaded)), "workload": asdict(workload), "sizes": sizes, "stats": asdict(stats)}
+    config = {
+        "options": as_json(settled(options, loaded)),
+        "workload": asdict(workload),
+        "sizes": sizes,
+        "stats": asdict(stats),
+    }
     record = build_record(runs, subject, config, equality=equality, notes=notes)
     json_path = write_record(folder / f"{stem}.json", record)
     if any(True for run in runs for _ in run.answered()):

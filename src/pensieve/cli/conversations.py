@@ -12,7 +12,15 @@ import click
 from pensieve.errors import ConfigError, ConversationNotFound, PensieveError
 
 MIN_WIDTH = 150
-_PLACES = {"g": "gpu", "b": "gpu+cpu", "c": "cpu", "d": "disk", ".": "dropped", "*": "computing", ">": "coming in"}
+_PLACES = {
+    "g": "gpu",
+    "b": "gpu+cpu",
+    "c": "cpu",
+    "d": "disk",
+    ".": "dropped",
+    "*": "computing",
+    ">": "coming in",
+}
 
 
 class Client:
@@ -22,7 +30,9 @@ class Client:
         try:
             import httpx
         except ImportError as error:
-            raise ConfigError("`pensieve conversations` needs httpx: pip install 'pensieve-serve[server]'") from error
+            raise ConfigError(
+                "`pensieve conversations` needs httpx: pip install 'pensieve-serve[server]'"
+            ) from error
         self._httpx = httpx
         self._url = url.rstrip("/")
         self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=120.0)
@@ -38,7 +48,9 @@ class Client:
         try:
             body: dict[str, Any] = response.json()
         except ValueError:
-            raise PensieveError(f"{self._url} answered {response.status_code} and no JSON: is it a Pensieve server?") from None
+            raise PensieveError(
+                f"{self._url} answered {response.status_code} and no JSON: is it a Pensieve server?"
+            ) from None
         if response.is_success:
             return body
         error_body = body.get("error", {}) if isinstance(body, dict) else {}
@@ -47,8 +59,15 @@ class Client:
 
 
 @click.group()
-@click.option("--url", envvar="PENSIEVE_URL", default="http://127.0.0.1:8000", show_default=True, help="The server.")
-@click.option("--api-key", envvar="PENSIEVE_API_KEY", default=None, help="A key, if the server wants one (or PENSIEVE_API_KEY).")
+@click.option(
+    "--url", envvar="PENSIEVE_URL", default="http://127.0.0.1:8000", show_default=True, help="The server."
+)
+@click.option(
+    "--api-key",
+    envvar="PENSIEVE_API_KEY",
+    default=None,
+    help="A key, if the server wants one (or PENSIEVE_API_KEY).",
+)
 @click.pass_context
 def conversations(context: click.Context, url: str, api_key: str | None) -> None:
     """Look at and act on the conversations of a running server."""
@@ -71,13 +90,24 @@ def list_command(make: Any, limit: int, as_json: bool) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("id", "title", "used", "pinned", "chunks", "resume"):
-        table.add_column(name, no_wrap=name in ("id", "used"), justify="right" if name in ("resume",) else "left")
+        table.add_column(
+            name, no_wrap=name in ("id", "used"), justify="right" if name in ("resume",) else "left"
+        )
     for one in answer["data"]:
         resume = "" if one["resume_ms"] is None else f"{one['resume_ms']:.0f} ms"
-        table.add_row(one["id"], one["title"], _ago(one["updated_at"]), "pinned" if one["pinned"] else "", _places(one["cells"]), resume)
+        table.add_row(
+            one["id"],
+            one["title"],
+            _ago(one["updated_at"]),
+            "pinned" if one["pinned"] else "",
+            _places(one["cells"]),
+            resume,
+        )
     console = Console()
     if console.width < MIN_WIDTH:
-        console = Console(width=MIN_WIDTH)  # a line that the terminal wraps reads better than a column of syllables
+        console = Console(
+            width=MIN_WIDTH
+        )  # a line that the terminal wraps reads better than a column of syllables
     console.print(table)
     click.echo(f"{len(answer['data'])} of {answer['total']}")
 
@@ -92,7 +122,10 @@ def show(make: Any, conversation_id: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(one, indent=1))
         return
-    click.secho(f"{one['id']}, last used {_ago(one['updated_at'])} ago; {_places(one['cells']) or 'nothing cached'}", fg="cyan")
+    click.secho(
+        f"{one['id']}, last used {_ago(one['updated_at'])} ago; {_places(one['cells']) or 'nothing cached'}",
+        fg="cyan",
+    )
     for message in one["messages"]:
         click.echo(click.style(f"{message['role']}: ", bold=True) + message["content"])
 
@@ -112,7 +145,10 @@ def export(make: Any, conversation_id: str) -> None:
 def pin(make: Any, conversation_id: str) -> None:
     """Never drop a conversation's cache."""
     answer = make().call("POST", _path(conversation_id, "pin"))
-    click.echo(f"{conversation_id} is pinned" + (f": {answer['note']}" if answer.get("note") else f", {answer['chunks']} chunks"))
+    click.echo(
+        f"{conversation_id} is pinned"
+        + (f": {answer['note']}" if answer.get("note") else f", {answer['chunks']} chunks")
+    )
 
 
 @conversations.command()
@@ -126,7 +162,9 @@ def unpin(make: Any, conversation_id: str) -> None:
 
 @conversations.command()
 @click.argument("conversation_id")
-@click.option("--at", default=None, help="The turn or response after which the fork begins (default: the end).")
+@click.option(
+    "--at", default=None, help="The turn or response after which the fork begins (default: the end)."
+)
 @click.pass_obj
 def fork(make: Any, conversation_id: str, at: str | None) -> None:
     """Begin a conversation that shares this one's turns; prints its id."""

@@ -62,15 +62,23 @@ def front_options(function: Function) -> Function:
                 multiple=True,
                 help="Another server whose pages may call this one, as https://host; repeatable.",
             ),
-            click.option("--private", is_flag=True, help="Answer only /health and /ready without a key; no page, no /metrics."),
+            click.option(
+                "--private",
+                is_flag=True,
+                help="Answer only /health and /ready without a key; no page, no /metrics.",
+            ),
             click.option(
                 "--metrics-port",
                 type=click.IntRange(0, 65535),
                 default=None,
                 help="Show /metrics at this port, without a key, and not at --port. 0: any free one, printed.",
             ),
-            click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address of --metrics-port."),
-            click.option("--access-log", is_flag=True, help="Log a line a request: never its content nor its query."),
+            click.option(
+                "--metrics-host", default="127.0.0.1", show_default=True, help="Address of --metrics-port."
+            ),
+            click.option(
+                "--access-log", is_flag=True, help="Log a line a request: never its content nor its query."
+            ),
         )
     ):
         function = option(function)
@@ -113,10 +121,14 @@ class Front:
         if private and not has_keys:
             raise ConfigError("--private needs --api-key-file: without keys no request could pass")
         if metrics_port and metrics_port == port:
-            raise ConfigError(f"--metrics-port {metrics_port} must not be --port: /metrics is at --port if it is not given")
+            raise ConfigError(
+                f"--metrics-port {metrics_port} must not be --port: /metrics is at --port if it is not given"
+            )
         self._header_timeout_s, self._stall_timeout_s = header_timeout_s, stall_timeout_s
         origins_taken = frozenset(map(parse_origin, origins))
-        self.sockets = [_listen(host, port)]  # first: a port that is taken should not cost the loading of a model
+        self.sockets = [
+            _listen(host, port)
+        ]  # first: a port that is taken should not cost the loading of a model
         try:
             if metrics_port is not None:
                 self.sockets.append(_listen(metrics_host, metrics_port))
@@ -136,7 +148,9 @@ class Front:
             self.close()
             raise
         self.url = _url(host, self.sockets[0])
-        self.metrics_url = f"{self.url if metrics_port is None else _url(metrics_host, self.sockets[1])}/metrics"
+        self.metrics_url = (
+            f"{self.url if metrics_port is None else _url(metrics_host, self.sockets[1])}/metrics"
+        )
         self.notes = [] if not has_keys or private else [self._open_note(is_apart=metrics_port is not None)]
 
     def close(self) -> None:
@@ -148,7 +162,9 @@ class Front:
         """Limits of connections, by the files that may be open beside those that are."""
         from pensieve.server.connections import ConnectionLimits
 
-        limits = ConnectionLimits(header_timeout_s=self._header_timeout_s, stall_timeout_s=self._stall_timeout_s)
+        limits = ConnectionLimits(
+            header_timeout_s=self._header_timeout_s, stall_timeout_s=self._stall_timeout_s
+        )
         num_files = raise_file_limit()
         if num_files is None:
             return limits
@@ -161,7 +177,11 @@ class Front:
 
     @staticmethod
     def _open_note(*, is_apart: bool) -> str:
-        metrics = "" if is_apart else "/metrics (it counts every tenant's tokens: --metrics-port puts it elsewhere), "
+        metrics = (
+            ""
+            if is_apart
+            else "/metrics (it counts every tenant's tokens: --metrics-port puts it elsewhere), "
+        )
         return f"open without a key: {metrics}the page, /openapi.json, /version, /health, /ready; --private closes all but the last two"
 
 
@@ -176,7 +196,11 @@ def log_to_stderr() -> None:
 
 def password_note(store_url: str | None) -> str | None:
     """A warning where the store's password was typed on the command line, where every user of the machine can read it."""
-    if store_url is None or not re.search(r"://[^/@]*:[^/]+@|[?&]password=", store_url) or not any(store_url in word for word in sys.argv):
+    if (
+        store_url is None
+        or not re.search(r"://[^/@]*:[^/]+@|[?&]password=", store_url)
+        or not any(store_url in word for word in sys.argv)
+    ):
         return None
     return (
         "the store's password stands on the command line, where other users of this machine can read it: give the URL in PENSIEVE_STORE, "
@@ -231,7 +255,9 @@ def _url(host: str, listener: socket.socket) -> str:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -241,5 +267,7 @@ def _listen(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --port or --host") from error
+        raise ConfigError(
+            f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --port or --host"
+        ) from error
     return listener

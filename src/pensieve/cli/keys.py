@@ -17,7 +17,13 @@ def keys() -> None:
 
 @keys.command()
 @click.argument("tenant")
-@click.option("--file", "path", type=click.Path(path_type=Path), required=True, help="The key file; made if it is not there.")
+@click.option(
+    "--file",
+    "path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The key file; made if it is not there.",
+)
 @click.option("--remark", default="", help="What the key is for.")
 def add(tenant: str, path: Path, remark: str) -> None:
     """Make a key for TENANT and print it, once: the file holds only its hash.
@@ -38,7 +44,9 @@ def add(tenant: str, path: Path, remark: str) -> None:
                 ("\n" if text and not text.endswith("\n") else "") + line + "\n"
             )  # (a last line without an end would swallow the key)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the key file {path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(
+            f"the key file {path} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
     click.echo(key)
 
 
@@ -49,8 +57,11 @@ def _close_to_others(path: Path, fd: int) -> None:
         return
     try:
         os.fchmod(fd, 0o600)
-        click.echo(f"{path} could be read or written by other users (mode {mode:03o}): it is mode 600 now", err=True)
+        click.echo(
+            f"{path} could be read or written by other users (mode {mode:03o}): it is mode 600 now", err=True
+        )
     except OSError as error:
         click.echo(
-            f"{path} can be read or written by other users (mode {mode:03o}), and that cannot be changed: {error.strerror}", err=True
+            f"{path} can be read or written by other users (mode {mode:03o}), and that cannot be changed: {error.strerror}",
+            err=True,
         )

@@ -20,7 +20,11 @@ _SHORT_HASH = 12  # digits that name a conversion well enough
 
 @click.command()
 @click.option("--cached", is_flag=True, help="List what was converted from GGUF files and lies in the cache.")
-@click.option("--remove", metavar="NAME|HASH|all", help="Remove conversions from the cache; what is used again is converted again.")
+@click.option(
+    "--remove",
+    metavar="NAME|HASH|all",
+    help="Remove conversions from the cache; what is used again is converted again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def models(cached: bool, remove: str | None, as_json: bool) -> None:
     """List what --model takes: the embedded default, named architectures, hub ids, folders, GGUF files."""
@@ -80,10 +84,20 @@ def _show_cached(as_json: bool) -> None:
     table.add_column("on disk", justify="right", no_wrap=True)
     table.add_column("made", no_wrap=True)
     table.add_column("")
-    notes = {"old format": "old format: not used any more", "damaged": "damaged: converted again when used", "unfinished": "unfinished"}
+    notes = {
+        "old format": "old format: not used any more",
+        "damaged": "damaged: converted again when used",
+        "unfinished": "unfinished",
+    }
     for one in found:
         note = notes.get(one.state, one.state)
-        table.add_row(one.name, one.sha256[:_SHORT_HASH], f"{one.num_bytes / 1e9:.2f} GB", one.changed[:16].replace("T", " "), note)
+        table.add_row(
+            one.name,
+            one.sha256[:_SHORT_HASH],
+            f"{one.num_bytes / 1e9:.2f} GB",
+            one.changed[:16].replace("T", " "),
+            note,
+        )
     _console().print(table, highlight=False)
     total = sum(one.num_bytes for one in found)
     click.echo(f"{total / 1e9:.2f} GB together. `pensieve models --remove NAME`, HASH or all frees it.")
@@ -95,7 +109,9 @@ def _show_removed(which: str, as_json: bool) -> None:
         _echo_json(removed)
         return
     for one in removed:
-        click.echo(f"removed {one.name} ({one.sha256[:_SHORT_HASH]}, {one.state}): {one.num_bytes / 1e9:.2f} GB")
+        click.echo(
+            f"removed {one.name} ({one.sha256[:_SHORT_HASH]}, {one.state}): {one.num_bytes / 1e9:.2f} GB"
+        )
     if not removed:
         click.echo("Nothing to remove.")
 

@@ -17,7 +17,10 @@ _DEFAULTS = Options()
 
 _MODEL = (
     click.option(
-        "--model", default=_DEFAULTS.model, show_default=True, help="smollm2, a hub id, a folder, a .gguf file or a named architecture."
+        "--model",
+        default=_DEFAULTS.model,
+        show_default=True,
+        help="smollm2, a hub id, a folder, a .gguf file or a named architecture.",
     ),
     click.option(
         "--weights",
@@ -34,7 +37,12 @@ _MODEL = (
         help="Number type. auto: bfloat16 where this CPU multiplies it fast (measured at the start) and on a GPU, else float32.",
     ),
     click.option("--device", default=_DEFAULTS.device, show_default=True, help="cpu or cuda."),
-    click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads of the model (default: PyTorch's choice)."),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=None,
+        help="CPU threads of the model (default: PyTorch's choice).",
+    ),
     click.option(
         "--forward",
         type=click.Choice(["auto", "fused", "modules"]),
@@ -67,7 +75,12 @@ _CACHE = (
         help=f"Second tier, GB; under torchrun of each process (default: {HOST_CACHE_GB:g} beside a GPU; on a CPU none, since both would "
         "be the same memory and a request has to fit in the first).",
     ),
-    click.option("--max-context", type=int, default=None, help="Tokens of prompt and answer (default: what model and first tier hold)."),
+    click.option(
+        "--max-context",
+        type=int,
+        default=None,
+        help="Tokens of prompt and answer (default: what model and first tier hold).",
+    ),
     click.option(
         "--overflow",
         type=click.Choice(["refuse", "truncate"]),
@@ -83,7 +96,12 @@ _CACHE = (
         help="What is evicted first. retention: least recompute cost / idle time; lru: longest idle; sharers: retention weighed by how many "
         "share a chunk; hazard: retention with a learned rate of return in place of 1 / idle time.",
     ),
-    click.option("--max-batch-tokens", type=int, default=None, help="Token budget of a step (default: 512 on a CPU, 4096 on CUDA)."),
+    click.option(
+        "--max-batch-tokens",
+        type=int,
+        default=None,
+        help="Token budget of a step (default: 512 on a CPU, 4096 on CUDA).",
+    ),
     click.option(
         "--step-ms",
         type=float,
@@ -110,7 +128,12 @@ _CACHE = (
         is_flag=True,
         help="Compare checksums of chunks that come back from a lower tier; what differs is computed again.",
     ),
-    click.option("--graphs/--no-graphs", default=_DEFAULTS.graphs, show_default=True, help="On a GPU, decode by captured CUDA graphs."),
+    click.option(
+        "--graphs/--no-graphs",
+        default=_DEFAULTS.graphs,
+        show_default=True,
+        help="On a GPU, decode by captured CUDA graphs.",
+    ),
     click.option("--debug", is_flag=True, help="Verify every cache invariant after every step (slow)."),
 )
 

@@ -55,12 +55,23 @@ _USEFUL = 1.5  # times everything that is said: with the scheduler's reserve and
 
 @click.command()
 @machine_options
-@option("--max-devices", type=click.IntRange(min=1), default=1, help="Consider 1, 2, 4, ... up to so many devices that share every layer.")
 @option(
-    "--max-cpu-gb", type=click.FloatRange(min=0), default=None, help="The largest CPU tier, GB a device.  [default: whatever can be used]"
+    "--max-devices",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Consider 1, 2, 4, ... up to so many devices that share every layer.",
 )
 @option(
-    "--max-disk-gb", type=click.FloatRange(min=0), default=None, help="The largest disk tier, GB; 0: none.  [default: whatever can be used]"
+    "--max-cpu-gb",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="The largest CPU tier, GB a device.  [default: whatever can be used]",
+)
+@option(
+    "--max-disk-gb",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="The largest disk tier, GB; 0: none.  [default: whatever can be used]",
 )
 @option(
     "--memory-share",
@@ -69,11 +80,22 @@ _USEFUL = 1.5  # times everything that is said: with the scheduler's reserve and
     help="Of the device's memory, for weights and first tier together.",
 )
 @option(
-    "--p90-latency-ms", type=click.FloatRange(min=0, min_open=True), default=None, help="The target; the same as --latency-ms with p90."
+    "--p90-latency-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="The target; the same as --latency-ms with p90.",
 )
-@option("--latency-ms", type=click.FloatRange(min=0, min_open=True), default=None, help="The target, for --quantile and --metric.")
 @option(
-    "--quantile", type=click.Choice(["p50", "p90", "p99"]), default="p90", help="Of the requests, who must be served within the target."
+    "--latency-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="The target, for --quantile and --metric.",
+)
+@option(
+    "--quantile",
+    type=click.Choice(["p50", "p90", "p99"]),
+    default="p90",
+    help="Of the requests, who must be served within the target.",
 )
 @option(
     "--metric",
@@ -81,7 +103,12 @@ _USEFUL = 1.5  # times everything that is said: with the scheduler's reserve and
     default="normalized",
     help="normalized: end-to-end latency over output tokens; ttft: time to first token.",
 )
-@option("--price-gpu-gb", type=click.FloatRange(min=0), default=PRICE_GPU_GB, help="A GB of first tier, a month. Only ratios matter.")
+@option(
+    "--price-gpu-gb",
+    type=click.FloatRange(min=0),
+    default=PRICE_GPU_GB,
+    help="A GB of first tier, a month. Only ratios matter.",
+)
 @option("--price-cpu-gb", type=click.FloatRange(min=0), default=PRICE_CPU_GB, help="A GB of CPU tier.")
 @option("--price-disk-gb", type=click.FloatRange(min=0), default=PRICE_DISK_GB, help="A GB of disk tier.")
 @option("--price-device", type=click.FloatRange(min=0), default=PRICE_DEVICE, help="A device.")
@@ -138,7 +165,11 @@ def plan(
         speed=speed, seed=seed,
     )  # fmt: skip
     machine = Machine(model, hardware)
-    largest = replace(machine, devices=max_devices, gpu_cache_gb=replace(machine, devices=max_devices).largest_gpu_cache_gb())
+    largest = replace(
+        machine,
+        devices=max_devices,
+        gpu_cache_gb=replace(machine, devices=max_devices).largest_gpu_cache_gb(),
+    )
     extent = extent_of(load, largest.first_tier_tokens(), max_context, limits.pop("chunk_tokens"))
     for remark in extent.remarks:
         click.secho(remark, dim=True, err=True)
@@ -158,7 +189,10 @@ def plan(
     answer = make_plan(book, spaces)
     took_s = time.perf_counter() - begun_s
     console = table_console()
-    console.print(f"[bold]{model}[/bold] on {hardware}, {trace}: {len(book.trials)} simulations in {took_s:.0f} s\n", highlight=False)
+    console.print(
+        f"[bold]{model}[/bold] on {hardware}, {trace}: {len(book.trials)} simulations in {took_s:.0f} s\n",
+        highlight=False,
+    )
     print_trials(book, console, answer.best)
     if answer.margins:
         console.print()
@@ -171,7 +205,10 @@ def plan(
         click.echo(f"json: {write_json(path, record)}", err=True)
     if out_dir is not None:
         subtitle = f"{trace}" + (f" at {rate:g} requests/s" if rate is not None else "")
-        click.echo(f"plot: {plot(out_dir / PLOT_NAME, book, answer, f'{model} on {hardware}, simulated', subtitle)}", err=True)
+        click.echo(
+            f"plot: {plot(out_dir / PLOT_NAME, book, answer, f'{model} on {hardware}, simulated', subtitle)}",
+            err=True,
+        )
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
     if answer.best is None:
@@ -182,7 +219,9 @@ def _goal(p90_latency_ms: float | None, latency_ms: float | None, quantile: Quan
     if (p90_latency_ms is None) == (latency_ms is None):
         raise ConfigError("a plan needs one target: --p90-latency-ms 120, or --latency-ms with --quantile")
     if p90_latency_ms is not None and quantile != "p90":
-        raise ConfigError(f"--p90-latency-ms is about p90, --quantile says {quantile}: give --latency-ms {p90_latency_ms:g} instead")
+        raise ConfigError(
+            f"--p90-latency-ms is about p90, --quantile says {quantile}: give --latency-ms {p90_latency_ms:g} instead"
+        )
     return Goal((p90_latency_ms or latency_ms or 0.0) / 1e3, quantile, metric)
 
 
@@ -206,7 +245,9 @@ def _spaces(
     for devices in counts:
         one = on_devices(case, devices)
         machine = one.machine
-        alone_s = goal.quantile_of(getattr(alone(one, demand), "normalized_s" if goal.metric == "normalized" else "ttft_s"))
+        alone_s = goal.quantile_of(
+            getattr(alone(one, demand), "normalized_s" if goal.metric == "normalized" else "ttft_s")
+        )
         room, each_gb = room_gb(machine, memory_share), demand.longest_gb / devices
         least_gb = each_gb * 1.02  # (and the last sampled tokens)
         if room < least_gb:
@@ -229,7 +270,16 @@ def _spaces(
         kept_gb = rounded(_USEFUL * useful_gb)
         cpu_gb = kept_gb if max_cpu_gb is None else min(max_cpu_gb, kept_gb)
         disk_gb = rounded(_USEFUL * demand.kept_gb)
-        spaces.append(Space(devices, least_gb, gpu_gb, cpu_gb, disk_gb if max_disk_gb is None else min(max_disk_gb, disk_gb), kept_gb))
+        spaces.append(
+            Space(
+                devices,
+                least_gb,
+                gpu_gb,
+                cpu_gb,
+                disk_gb if max_disk_gb is None else min(max_disk_gb, disk_gb),
+                kept_gb,
+            )
+        )
     if not spaces:
         raise ConfigError(why)
     return spaces

@@ -16,7 +16,10 @@ from pensieve.worker.rank import Rank
 
 @click.command()
 @click.option(
-    "--max-context", type=click.IntRange(min=32), default=None, help="Longest context measured (default: the model's, at most 8192)."
+    "--max-context",
+    type=click.IntRange(min=32),
+    default=None,
+    help="Longest context measured (default: the model's, at most 8192).",
 )
 @click.option("--fresh", is_flag=True, help="Measure again even if a profile is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -28,10 +31,14 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
     if Rank.from_environment() is not None:
         raise ConfigError("`pensieve profile` measures one process: start it without torchrun")
     options = pick(shared)
-    loaded = load_model(options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True))
+    loaded = load_model(
+        options, must_talk=False, say=lambda message: click.secho(message, dim=True, err=True)
+    )
     note = f": {loaded.resolved.note}" if loaded.resolved.note else ""
     click.secho(
-        f"{loaded.resolved.label}, {loaded.resolved.weights} weights, {loaded.dtype} on {options.device}{note}", fg="cyan", err=as_json
+        f"{loaded.resolved.label}, {loaded.resolved.weights} weights, {loaded.dtype} on {options.device}{note}",
+        fg="cyan",
+        err=as_json,
     )
     longest = max_context or min(loaded.shape.max_positions, 8192)
     measured = load_or_measure(
@@ -42,7 +49,15 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
         progress=lambda what, share: click.secho(f"{share:4.0%} {what}", dim=True, err=True),
     )
     if as_json:
-        click.echo(json.dumps({**document(measured, loaded.model), "model": loaded.resolved.label, "weights": loaded.resolved.weights}))
+        click.echo(
+            json.dumps(
+                {
+                    **document(measured, loaded.model),
+                    "model": loaded.resolved.label,
+                    "weights": loaded.resolved.weights,
+                }
+            )
+        )
         return
     click.echo(f"\n{'context':>8}  {'ms a chunk':>10}  {'of it attention':>15}")
     for context, seconds in measured.points:
@@ -58,6 +73,8 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
         f"planning {1e3 * measured.plan_step_s:.2f} ms a step and {1e6 * measured.plan_request_s:.0f} us a request in it, committing "
         f"{1e3 * measured.commit_step_s:.2f} ms, {1e6 * measured.commit_request_s:.0f} us, and {1e6 * measured.commit_end_s:.0f} us an answer's end"
     )
-    click.echo(f"prefill {measured.prefill_tokens_per_s:,.0f} tokens/s, decode step {1e3 * measured.decode_step_s:.1f} ms")
+    click.echo(
+        f"prefill {measured.prefill_tokens_per_s:,.0f} tokens/s, decode step {1e3 * measured.decode_step_s:.1f} ms"
+    )
     for direction, speed in measured.copy_bytes_per_s.items():
         click.echo(f"copy {direction} {speed / 1e9:.1f} GB/s")

@@ -14,15 +14,37 @@ import click
 from pensieve.errors import ConfigError, PensieveError
 from pensieve.workloads.recording import Recording
 
-SILENT_S = 60.0  # a server that writes nothing for so long is gone: with nothing to tell it says so every 15 s
+SILENT_S = (
+    60.0  # a server that writes nothing for so long is gone: with nothing to tell it says so every 15 s
+)
 
 
 @click.command()
-@click.option("--url", envvar="PENSIEVE_URL", default="http://127.0.0.1:8000", show_default=True, help="The server, with or without /v1.")
-@click.option("--api-key", envvar="PENSIEVE_API_KEY", default=None, help="A key, if the server wants one (or PENSIEVE_API_KEY).")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="The file, which must not be there yet.  [default: stdout]")
 @click.option(
-    "--duration", "duration_s", type=click.FloatRange(min=0, min_open=True), default=None, help="Seconds.  [default: until Ctrl-C]"
+    "--url",
+    envvar="PENSIEVE_URL",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="The server, with or without /v1.",
+)
+@click.option(
+    "--api-key",
+    envvar="PENSIEVE_API_KEY",
+    default=None,
+    help="A key, if the server wants one (or PENSIEVE_API_KEY).",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The file, which must not be there yet.  [default: stdout]",
+)
+@click.option(
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="Seconds.  [default: until Ctrl-C]",
 )
 def record(url: str, api_key: str | None, out: Path | None, duration_s: float | None) -> None:
     """Write a trace of a running server: lengths, times and salted hashes of each finished turn, no text.
@@ -58,7 +80,11 @@ class _Progress:
         self.lost = 0
 
     def words(self) -> str:
-        turns, conversations = (self.recording.num_turns, self.recording.num_conversations) if self.recording is not None else (0, 0)
+        turns, conversations = (
+            (self.recording.num_turns, self.recording.num_conversations)
+            if self.recording is not None
+            else (0, 0)
+        )
         lost = f"; {self.lost} turns were lost: they came faster than they were taken" if self.lost else ""
         return f"recorded {turns} turns of {conversations} conversations{lost}"
 

@@ -43,8 +43,19 @@ CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end af
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; beyond this machine only with --api-key-file.")
-@click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0: any free one, printed.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; beyond this machine only with --api-key-file.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=DEFAULT_PORT,
+    show_default=True,
+    help="0: any free one, printed.",
+)
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
@@ -59,9 +70,15 @@ CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end af
     default=None,
     help="A file's path, sqlite:///FILE or postgresql://…, also in PENSIEVE_STORE.  [default: a SQLite file in your data directory]",
 )
-@click.option("--name", "model_name", default=None, help="What clients call the model.  [default: what --model says]")
 @click.option(
-    "--max-open", type=click.IntRange(min=1), default=256, show_default=True, help="Requests running and waiting; beyond it: 429."
+    "--name", "model_name", default=None, help="What clients call the model.  [default: what --model says]"
+)
+@click.option(
+    "--max-open",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Requests running and waiting; beyond it: 429.",
 )
 @click.option(
     "--max-open-per-key",
@@ -71,9 +88,21 @@ CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end af
 )
 @front_options
 @click.option(
-    "--queue-timeout", "queue_timeout_s", type=float, default=120.0, show_default=True, help="Seconds to a request's first token."
+    "--queue-timeout",
+    "queue_timeout_s",
+    type=float,
+    default=120.0,
+    show_default=True,
+    help="Seconds to a request's first token.",
 )
-@click.option("--request-timeout", "request_timeout_s", type=float, default=900.0, show_default=True, help="Seconds of a whole request.")
+@click.option(
+    "--request-timeout",
+    "request_timeout_s",
+    type=float,
+    default=900.0,
+    show_default=True,
+    help="Seconds of a whole request.",
+)
 @click.option(
     "--prompt-timeout",
     "prompt_timeout_s",
@@ -83,10 +112,20 @@ CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end af
     help="Seconds of processor time to render and tokenize a request's prompt.",
 )
 @click.option(
-    "--stall-timeout", "stall_timeout_s", type=float, default=60.0, show_default=True, help="Seconds that a client may read nothing."
+    "--stall-timeout",
+    "stall_timeout_s",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Seconds that a client may read nothing.",
 )
 @click.option(
-    "--drain-timeout", "drain_timeout_s", type=float, default=30.0, show_default=True, help="Seconds that open answers get at SIGTERM."
+    "--drain-timeout",
+    "drain_timeout_s",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Seconds that open answers get at SIGTERM.",
 )
 @click.option(
     "--operation-timeout",
@@ -110,7 +149,11 @@ CLOSE_S, GAVE_UP_CLOSE_S = 30.0, 3.0  # that the engine's process gets to end af
     default=None,
     help="Seconds that one step of the engine may take before it is replaced.  [default: ten times --engine-timeout]",
 )
-@click.option("--stateless", is_flag=True, help="Keep no KV between turns, as a baseline: one tier of both tiers' bytes.")
+@click.option(
+    "--stateless",
+    is_flag=True,
+    help="Keep no KV between turns, as a baseline: one tier of both tiers' bytes.",
+)
 @template_options
 @model_options
 @cache_options
@@ -155,7 +198,9 @@ def run_server(
         import uvicorn
         from prometheus_client import CollectorRegistry  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"`pensieve serve` needs the server packages ({error.name}): pip install 'pensieve-serve[server]'") from error
+        raise ConfigError(
+            f"`pensieve serve` needs the server packages ({error.name}): pip install 'pensieve-serve[server]'"
+        ) from error
     from pensieve.server.context import ServerConfig
     from pensieve.server.keys import KeyFile
 
@@ -168,17 +213,23 @@ def run_server(
         request_timeout_s=request_timeout_s,
         stall_timeout_s=stall_timeout_s,
         drain_timeout_s=drain_timeout_s,
-        operation_timeout_s=min(30.0, queue_timeout_s) if operation_timeout_s is None else operation_timeout_s,
+        operation_timeout_s=min(30.0, queue_timeout_s)
+        if operation_timeout_s is None
+        else operation_timeout_s,
         debug=options.debug,
     )
-    patience = Patience(engine_timeout_s, STEPS_TO_SILENCE * engine_timeout_s if step_timeout_s is None else step_timeout_s)
+    patience = Patience(
+        engine_timeout_s, STEPS_TO_SILENCE * engine_timeout_s if step_timeout_s is None else step_timeout_s
+    )
     log_to_stderr()
     keys = None if api_key_file is None else KeyFile(api_key_file)
     servers: list[uvicorn.Server] = []
     failed = threading.Event()
 
     def on_state(state: State) -> None:
-        if state == "failed" and rank is not None:  # it is not started again, and neither are the other processes
+        if (
+            state == "failed" and rank is not None
+        ):  # it is not started again, and neither are the other processes
             failed.set()
             for server in servers:
                 server.should_exit = True
@@ -194,7 +245,14 @@ def run_server(
         **front_arguments,
     )
     try:
-        parts = _start(options, store_url, retain=not stateless, on_state=on_state, patience=patience, prompt_timeout_s=prompt_timeout_s)
+        parts = _start(
+            options,
+            store_url,
+            retain=not stateless,
+            on_state=on_state,
+            patience=patience,
+            prompt_timeout_s=prompt_timeout_s,
+        )
     except BaseException:
         front.close()
         raise
@@ -218,15 +276,25 @@ def run_server(
                     f"context {info.max_context} tokens; ready in {time.perf_counter() - begun_s:.1f} s",
                     fg="cyan",
                 )
-                for note in (*notes_of(info.note, parts.text.note), *front.notes, *filter(None, (password_note(store_url),))):
+                for note in (
+                    *notes_of(info.note, parts.text.note),
+                    *front.notes,
+                    *filter(None, (password_note(store_url),)),
+                ):
                     click.secho(f"note: {note}", fg="yellow")
                 metrics = f", metrics: {front.metrics_url}" if len(front.sockets) > 1 else ""
-                click.secho(f"listening at {url}  (API: {url}/v1, page: {url}/{metrics})" + ("" if keys else "  without keys"), bold=True)
+                click.secho(
+                    f"listening at {url}  (API: {url}/v1, page: {url}/{metrics})"
+                    + ("" if keys else "  without keys"),
+                    bold=True,
+                )
                 sys.stdout.flush()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             drained = asyncio.ensure_future(parts.drain(config.drain_timeout_s))
-            while not (drained.done() or self.force_exit):  # still listening: who asks now is told to ask somebody else
+            while not (
+                drained.done() or self.force_exit
+            ):  # still listening: who asks now is told to ask somebody else
                 await asyncio.wait({drained}, timeout=0.1)
             drained.cancel()
             await super().shutdown(sockets)
@@ -256,18 +324,35 @@ def run_server(
         parts.close()
     if failed.is_set():
         reason = parts.runtime.process.last_error or "the engine ended"
-        raise WorkerLost(f"{reason}. The model is split over several processes, and they end together: start all of them again")
+        raise WorkerLost(
+            f"{reason}. The model is split over several processes, and they end together: start all of them again"
+        )
 
 
 class _Parts:
     """What stands behind the HTTP server."""
 
-    def __init__(self, runtime: ApartRuntime, text: ChatText, store: ConversationStore, ephemeral: ConversationStore, lease: Lease) -> None:
-        self.runtime, self.text, self.store, self.ephemeral, self.lease = runtime, text, store, ephemeral, lease
+    def __init__(
+        self,
+        runtime: ApartRuntime,
+        text: ChatText,
+        store: ConversationStore,
+        ephemeral: ConversationStore,
+        lease: Lease,
+    ) -> None:
+        self.runtime, self.text, self.store, self.ephemeral, self.lease = (
+            runtime,
+            text,
+            store,
+            ephemeral,
+            lease,
+        )
         self.context: Context | None = None
         self._closed = False
 
-    def application(self, config: ServerConfig, keys: KeyFile | None, front: Front) -> tuple[Any, Connections]:
+    def application(
+        self, config: ServerConfig, keys: KeyFile | None, front: Front
+    ) -> tuple[Any, Connections]:
         """The ASGI application, whose context is made when it starts, and its connections."""
         from pensieve.server.app import create_app
         from pensieve.server.connections import Connections
@@ -321,7 +406,9 @@ class _Parts:
         """The engine first, whose turns then fail, then the service that says so, then the lease under which they were made, then the stores."""
         if not self._closed:
             self._closed = True
-            gave_up = self.context is not None and bool(self.context.turns.open)  # what the engine still does was told to end, and did not
+            gave_up = self.context is not None and bool(
+                self.context.turns.open
+            )  # what the engine still does was told to end, and did not
             self.runtime.close(GAVE_UP_CLOSE_S if gave_up else CLOSE_S)
             self.lease.close()
             self.store.close()
@@ -347,7 +434,10 @@ def _start(
     try:
         lease = Lease(store)
         if lease.num_recovered:
-            log.info("%d answers had been under way when a server stopped: what was stored of them is kept", lease.num_recovered)
+            log.info(
+                "%d answers had been under way when a server stopped: what was stored of them is kept",
+                lease.num_recovered,
+            )
         ephemeral = SqliteStore(MEMORY)
         runtime = start_apart(
             options,
@@ -361,7 +451,9 @@ def _start(
         )
         if runtime.text is None:
             runtime.close()
-            raise ModelUnavailable(f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one")
+            raise ModelUnavailable(
+                f"{runtime.info.model} has no tokenizer here, and a server answers text: name a model that has one"
+            )
     except BaseException:
         if lease is not None:
             lease.close()

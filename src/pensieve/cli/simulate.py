@@ -55,7 +55,9 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        raise ConfigError(f"no {what} is called {unknown!r}: take {', '.join(known)} (several with commas) or all")
+        raise ConfigError(
+            f"no {what} is called {unknown!r}: take {', '.join(known)} (several with commas) or all"
+        )
     return names
 
 
@@ -74,7 +76,12 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
     default=None,
     help="Instead of both: a model on a machine as `pensieve profile --json > FILE` measured it.",
 )
-@option("--devices", type=click.IntRange(min=1), default=1, help="Devices that share every layer (tensor parallel).")
+@option(
+    "--devices",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Devices that share every layer (tensor parallel).",
+)
 @option(
     "--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=None,
     help="First tier, GB a device.  [default: what the weights leave of its memory; 1 with --profile of a CPU]",
@@ -87,13 +94,28 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
     help="Second tier, GB a device.  [default: 220; none with --profile of a CPU]",
 )
 @option("--disk-cache", "disk_cache_gb", type=click.FloatRange(min=0), default=0.0, help="Third tier, GB.")
-@option("--system", "systems", default="pensieve", help=f"{' | '.join(SYSTEMS)}, several with commas, or all.")
 @option(
-    "--policy", "policies", default="retention", help=f"What is evicted first: {' | '.join(POLICY_NAMES)}, several with commas, or all."
+    "--system", "systems", default="pensieve", help=f"{' | '.join(SYSTEMS)}, several with commas, or all."
+)
+@option(
+    "--policy",
+    "policies",
+    default="retention",
+    help=f"What is evicted first: {' | '.join(POLICY_NAMES)}, several with commas, or all.",
 )
 @trace_option
-@option("--rate", "rates", default=None, help="Requests a second, as Poisson arrivals of conversations: 2 | 1,2,4 | 1:10 | 0.5:4:0.5.")
-@option("--users", type=click.IntRange(min=1), default=None, help="Closed loop: conversations at once, instead of --rate.")
+@option(
+    "--rate",
+    "rates",
+    default=None,
+    help="Requests a second, as Poisson arrivals of conversations: 2 | 1,2,4 | 1:10 | 0.5:4:0.5.",
+)
+@option(
+    "--users",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Closed loop: conversations at once, instead of --rate.",
+)
 @load_options
 @step_options
 @run_options
@@ -139,7 +161,9 @@ def simulate(
     if cpu_cache_gb is None and not machine.copies_first:
         machine = replace(machine, cpu_cache_gb=Machine().cpu_cache_gb)
     if gpu_cache_gb is None:
-        machine = replace(machine, gpu_cache_gb=CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb())
+        machine = replace(
+            machine, gpu_cache_gb=CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb()
+        )
     asked = parse_rates(rates) if rates is not None else ()
     load = LoadOptions(
         users=users, rates=asked[:1], duration_s=duration_s or (DEFAULT_DURATION_S if asked else None), turns=turns,
@@ -166,14 +190,20 @@ def simulate(
         outcomes = run_cases(cases, jobs=jobs, tell=tell)
     took_s = time.perf_counter() - begun_s
     console = table_console()
-    console.print(f"[bold]{model}[/bold] on {devices} × {hardware}, {trace}: {_simulated(outcomes, took_s)}\n", highlight=False)
+    console.print(
+        f"[bold]{model}[/bold] on {devices} × {hardware}, {trace}: {_simulated(outcomes, took_s)}\n",
+        highlight=False,
+    )
     print_table(outcomes, console)
     record = to_json(outcomes)
     for path in paths:
         click.echo(f"json: {write_json(path, record)}", err=True)
     if out_dir is not None:
         subtitle = f"{trace}, {machine.gpu_cache_gb:.3g} GB gpu + {machine.cpu_cache_gb:g} GB cpu a device"
-        click.echo(f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}", err=True)
+        click.echo(
+            f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}",
+            err=True,
+        )
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
@@ -187,13 +217,18 @@ def _measured(path: Path, asked: Machine, limits: dict[str, Any]) -> Machine:
 
     for name in ("model", "hardware", "devices"):
         if is_told(name):
-            raise ConfigError(f"--{name} does not go with --profile: the profile is of one model on one machine")
+            raise ConfigError(
+                f"--{name} does not go with --profile: the profile is of one model on one machine"
+            )
     measured = load_machine(path)
     if measured.tiers_in_ram:
         for name, usual in (("max_batch_tokens", CPU_BATCH_TOKENS), ("max_running", Options().max_running)):
             if not is_told(name):
                 limits[name] = usual
-    return replace(Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb), disk_cache_gb=asked.disk_cache_gb)
+    return replace(
+        Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb),
+        disk_cache_gb=asked.disk_cache_gb,
+    )
 
 
 def _simulated(outcomes: list[Outcome], took_s: float) -> str:

@@ -16,7 +16,10 @@ from pensieve.simulator.hardware import HARDWARE
 from pensieve.simulator.policies import COMPARED
 
 POLICY_NAMES = sorted((*POLICIES, *COMPARED))
-DEFAULT_DURATION_S, DEFAULT_WARM_UP = 1200.0, 0.25  # (a run of the paper's figures is shorter: docs/simulator.md)
+DEFAULT_DURATION_S, DEFAULT_WARM_UP = (
+    1200.0,
+    0.25,
+)  # (a run of the paper's figures is shorter: docs/simulator.md)
 DEFAULT_THINK = "exp:60"  # (paper, evaluation)
 
 Decorator = Callable[[Any], Any]
@@ -67,8 +70,15 @@ load_options = together(
         default=None,
         help="Seconds between an answer and the next turn where a trace does not say: 2.5 | exp:60 | chats.  [default: exp:60]",
     ),
-    option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Play a trace's times so many times faster."),
-    option("--turns", type=click.IntRange(min=1), default=None, help="At most so many turns of a conversation."),
+    option(
+        "--speed",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        help="Play a trace's times so many times faster.",
+    ),
+    option(
+        "--turns", type=click.IntRange(min=1), default=None, help="At most so many turns of a conversation."
+    ),
     option(
         "--max-context",
         type=click.IntRange(min=32),
@@ -116,8 +126,19 @@ def output_options(json_name: str, plot_name: str) -> Decorator:
             default=None,
             help=f"Folder for {json_name} and {plot_name}.  [default: none]",
         ),
-        option("--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the JSON to this file."),
-        option("--debug", is_flag=True, show_default=False, help="Verify every invariant of the cache after every step."),
+        option(
+            "--json",
+            "json_path",
+            type=click.Path(path_type=Path),
+            default=None,
+            help="Write the JSON to this file.",
+        ),
+        option(
+            "--debug",
+            is_flag=True,
+            show_default=False,
+            help="Verify every invariant of the cache after every step.",
+        ),
     )
 
 

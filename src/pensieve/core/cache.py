@@ -101,7 +101,9 @@ class TieredCache:
         """Let go of every chunk of a sequence that nobody leases; a keep on it ends too. Returns how many slots it had for itself."""
         assert not sequence.leased, f"{sequence!r} forgotten while leased"
         own = [chunk for chunk in sequence.chunks if chunk is not None and chunk.owner is sequence]
-        num_slots = sum(sum(slot is not None for slot in chunk.slots) + (chunk.copy is not None) for chunk in own)
+        num_slots = sum(
+            sum(slot is not None for slot in chunk.slots) + (chunk.copy is not None) for chunk in own
+        )
         self.set_keep(sequence, False)
         for chunk in sequence.chunks:
             if chunk is not None:
@@ -167,7 +169,9 @@ class TieredCache:
                 continue
             num_chunks -= 1
             missing -= chunk.num_tokens
-            if chunk.computing or (chunk.copy is not None and chunk.copy.src_tier > 0 and chunk.copy.dst_tier > 0):
+            if chunk.computing or (
+                chunk.copy is not None and chunk.copy.src_tier > 0 and chunk.copy.dst_tier > 0
+            ):
                 blocked = True
             elif chunk.slots[0] is not None:
                 own_clean += bool(chunk.queues & clean)
@@ -180,7 +184,9 @@ class TieredCache:
     def protected(self, sequence: Sequence) -> Iterator[None]:
         """While room is made for a sequence: its own chunks are leased, for they are not room for itself."""
         chunks = [chunk for chunk in sequence.chunks if chunk is not None and not chunk.computing]
-        for chunk in reversed(chunks):  # so that the leading one, which a victim queue offers, leaves last: no other is offered meanwhile
+        for chunk in reversed(
+            chunks
+        ):  # so that the leading one, which a victim queue offers, leaves last: no other is offered meanwhile
             self.places.lease(chunk, +1)
         try:
             yield
@@ -206,7 +212,9 @@ class TieredCache:
                 sequence.chunks.append(None)
             chunk = sequence.chunks[position]
             if chunk is None:
-                self._begin_compute(sequence, position, digests[position] if position < len(digests) else None, now_s)
+                self._begin_compute(
+                    sequence, position, digests[position] if position < len(digests) else None, now_s
+                )
                 valid.append(0)
                 continue
             valid.append(chunk.num_tokens)
@@ -218,7 +226,13 @@ class TieredCache:
                 if chunk.copy is None:
                     self._begin_swap_in(chunk, now_s)
                     num_swapped_in += 1
-        return Admission(gpu_tokens, cpu_tokens, tuple(lower), tuple(missing_ranges(valid, num_tokens, size)), num_swapped_in)
+        return Admission(
+            gpu_tokens,
+            cpu_tokens,
+            tuple(lower),
+            tuple(missing_ranges(valid, num_tokens, size)),
+            num_swapped_in,
+        )
 
     def grow(self, sequence: Sequence, now_s: float) -> int | None:
         """A first-tier slot for the next chunk of a leased sequence, or None, with nothing changed, when there is none."""
@@ -230,11 +244,15 @@ class TieredCache:
     def commit(self, sequence: Sequence, start: int, stop: int, digests: Tokens[bytes]) -> None:
         """Tokens [start, stop) of a leased sequence have their KV; full chunks can be found from now on."""
         size = self.chunk_tokens
-        if stop - start == 1 and (valid := stop % size) > 1:  # nearly every decoded token: one more in a chunk that is neither new nor full
+        if (
+            stop - start == 1 and (valid := stop % size) > 1
+        ):  # nearly every decoded token: one more in a chunk that is neither new nor full
             chunk = sequence.chunks[start // size]
             assert chunk is not None
             if not chunk.computing:
-                assert chunk.owner is sequence and chunk.digest is None, f"{chunk!r} is shared or full: no append"
+                assert chunk.owner is sequence and chunk.digest is None, (
+                    f"{chunk!r} is shared or full: no append"
+                )
                 self.places.append(chunk, valid)
                 return
         for position in range(start // size, -(-stop // size)):
@@ -244,14 +262,18 @@ class TieredCache:
             if chunk.computing:
                 self.places.finish_compute(chunk, valid)
             else:
-                assert chunk.owner is sequence and chunk.digest is None, f"{chunk!r} is shared or full: no append"
+                assert chunk.owner is sequence and chunk.digest is None, (
+                    f"{chunk!r} is shared or full: no append"
+                )
                 self.places.append(chunk, valid)
             if valid == size and position < len(digests):
                 chunk.digest = digests[position]
                 self.index.setdefault(chunk.digest, chunk)
                 self.history.found_again(chunk.digest)
 
-    def release(self, sequence: Sequence, tokens: Tokens[int], digests: Tokens[bytes], failed_s: float | None = None) -> None:
+    def release(
+        self, sequence: Sequence, tokens: Tokens[int], digests: Tokens[bytes], failed_s: float | None = None
+    ) -> None:
         """Give the leases of a sequence back; what of it is not computed yet, will not be (because of a failure, at `failed_s`, if any).
 
         `tokens` is its path, `digests` the chain hashes of its full chunks. A sequence longer than that (the answer was cut at a stop
@@ -292,7 +314,12 @@ class TieredCache:
         At most `most`, and `reserve` slots of the first tier stay available. Returns how many were begun, and how many are left below.
         """
         below = [
-            c for c in sequence.chunks if c is not None and not c.computing and c.slots[0] is None and (c.copy is None or c.copy.dst_tier)
+            c
+            for c in sequence.chunks
+            if c is not None
+            and not c.computing
+            and c.slots[0] is None
+            and (c.copy is None or c.copy.dst_tier)
         ]
         ready = [chunk for chunk in below if chunk.copy is None]
         places, begun = self.places, 0
@@ -322,7 +349,11 @@ class TieredCache:
         sequence.last_active_s = IDLE_S
         self._offer(sequence)
         for chunk in sequence.chunks:
-            if chunk is not None and isinstance(chunk.owner, Sharers) and all(m.last_active_s == IDLE_S for m in chunk.owner.members):
+            if (
+                chunk is not None
+                and isinstance(chunk.owner, Sharers)
+                and all(m.last_active_s == IDLE_S for m in chunk.owner.members)
+            ):
                 self.places.leave_queues(chunk)
                 chunk.owner.last_active_s = IDLE_S
                 self.places.reindex(chunk)
@@ -338,7 +369,9 @@ class TieredCache:
         """A copy raised. Returns the leased sequences that counted on it: what they computed over it is void."""
         record = self.places.copies[copy_id]
         chunk, upward = record.chunk, record.dst_tier < record.src_tier
-        counting = tuple(s for s in chunk.owner.sequences() if s.leased) if upward and not record.orphan else ()
+        counting = (
+            tuple(s for s in chunk.owner.sequences() if s.leased) if upward and not record.orphan else ()
+        )
         if upward and source_lost and not record.orphan:
             self.history.note(chunk, "failed", now_s)
         self.places.fail_copy(copy_id, source_lost)
@@ -349,7 +382,9 @@ class TieredCache:
         for chunk in list(sequence.chunks):
             if chunk is None or chunk.place in (None, 0) or chunk.leases or chunk.copy:
                 continue
-            for held in self._kept.values():  # a keep is a wish about eviction; what cannot be read cannot be kept
+            for (
+                held
+            ) in self._kept.values():  # a keep is a wish about eviction; what cannot be read cannot be kept
                 if chunk in held:
                     held.remove(chunk)
                     self._change_keeps(chunk, -1)
@@ -362,7 +397,9 @@ class TieredCache:
     def collect_moves(self) -> Moves:
         """The copies begun and slots reclaimed since the last call, and slots to wipe."""
         places = self.places
-        moves = Moves(tuple(places.begun_in), tuple(places.begun_out), tuple(places.reclaimed), places.wipes.collect())
+        moves = Moves(
+            tuple(places.begun_in), tuple(places.begun_out), tuple(places.reclaimed), places.wipes.collect()
+        )
         places.begun_in.clear()
         places.begun_out.clear()
         places.reclaimed.clear()
@@ -450,7 +487,9 @@ class TieredCache:
         limit = min(len(sequence.tail), len(tokens) - 1 - start)
         if limit <= 0:
             return None
-        if sequence.tail_parent != (digests[chunk.index - 1] if chunk.index else root_digest(sequence.key[0])):
+        if sequence.tail_parent != (
+            digests[chunk.index - 1] if chunk.index else root_digest(sequence.key[0])
+        ):
             return None  # the same tokens after another prefix have other KV
         agree = 0
         while agree < limit and sequence.tail[agree] == tokens[start + agree]:

@@ -22,12 +22,20 @@ def check_cache(cache: TieredCache, kept: dict[Sequence, set[Chunk]]) -> None:
 
 
 def _reachable(cache: TieredCache) -> set[Chunk]:
-    chunks = {chunk for sequence in cache.sequences.values() for chunk in sequence.chunks if chunk is not None}
+    chunks = {
+        chunk for sequence in cache.sequences.values() for chunk in sequence.chunks if chunk is not None
+    }
     for copy_id, record in cache.places.copies.items():
-        assert record.copy_id == copy_id and record.chunk.copy is record, f"copy {copy_id} and its chunk disagree"
-        assert record.orphan == (record.chunk not in chunks), f"copy {copy_id}: orphan is {record.orphan}, {record.chunk!r}"
+        assert record.copy_id == copy_id and record.chunk.copy is record, (
+            f"copy {copy_id} and its chunk disagree"
+        )
+        assert record.orphan == (record.chunk not in chunks), (
+            f"copy {copy_id}: orphan is {record.orphan}, {record.chunk!r}"
+        )
         chunks.add(record.chunk)
-    assert cache.places.num_chunks == len(chunks), f"{cache.places.num_chunks} chunks counted, {len(chunks)} found"
+    assert cache.places.num_chunks == len(chunks), (
+        f"{cache.places.num_chunks} chunks counted, {len(chunks)} found"
+    )
     return chunks
 
 
@@ -42,7 +50,9 @@ def _check_slots(cache: TieredCache, chunks: set[Chunk]) -> None:
         both = free & taken.keys()
         assert not both, f"tier {tier}: slots {sorted(both)} are free and taken"
         assert len(free) == pool.num_free, f"tier {tier}: {len(free)} free slots, {pool.num_free} counted"
-        assert len(free) + len(taken) == pool.num_slots, f"tier {tier}: {pool.num_slots - len(free) - len(taken)} slots leaked"
+        assert len(free) + len(taken) == pool.num_slots, (
+            f"tier {tier}: {pool.num_slots - len(free) - len(taken)} slots leaked"
+        )
         places.wipes.check(tier, free)
     places.wipes.check_erasures(places.copies)
     assert places.marked <= chunks, f"marked chunks {places.marked - chunks} are gone"
@@ -59,7 +69,9 @@ def _check_sequences(cache: TieredCache, chunks: set[Chunk]) -> None:
     for key, sequence in cache.sequences.items():
         assert sequence.key == key
         assert sequence.chunks or sequence.num_active, f"{sequence!r} is empty and idle but still known"
-        assert sequence.leased or not sequence.chunks or sequence.chunks[-1] is not None, f"{sequence!r} ends in a hole"
+        assert sequence.leased or not sequence.chunks or sequence.chunks[-1] is not None, (
+            f"{sequence!r} ends in a hole"
+        )
         for position, chunk in enumerate(sequence.chunks):
             if chunk is None:
                 continue
@@ -68,11 +80,17 @@ def _check_sequences(cache: TieredCache, chunks: set[Chunk]) -> None:
             assert chunk.index == position, f"{chunk!r} lies at position {position} of {sequence!r}"
             if not chunk.computing and chunk.num_tokens < size:
                 later = sequence.chunks[position + 1 :]
-                assert all(c is not None and c.computing for c in later), f"{chunk!r} is partial and not the last of {sequence!r}"
+                assert all(c is not None and c.computing for c in later), (
+                    f"{chunk!r} is partial and not the last of {sequence!r}"
+                )
     for chunk in chunks:
-        assert 0 <= chunk.num_tokens <= size and (chunk.computing or chunk.num_tokens), f"{chunk!r}: tokens out of range"
+        assert 0 <= chunk.num_tokens <= size and (chunk.computing or chunk.num_tokens), (
+            f"{chunk!r}: tokens out of range"
+        )
         assert chunk.computing or any(slot is not None for slot in chunk.slots), f"{chunk!r} has no copy"
-        assert not chunk.computing or (chunk.leases and chunk.copy is None), f"{chunk!r} computes without a lease or with a copy"
+        assert not chunk.computing or (chunk.leases and chunk.copy is None), (
+            f"{chunk!r} computes without a lease or with a copy"
+        )
         assert chunk.leases == leases[chunk], f"{chunk!r}: {leases[chunk]} leased sequences"
         if chunk.leases and not chunk.computing:
             on_its_way = chunk.copy is not None and chunk.copy.dst_tier == 0
@@ -86,12 +104,20 @@ def _check_sequences(cache: TieredCache, chunks: set[Chunk]) -> None:
             assert len(members) > 1, f"{chunk!r} is shared by one"
             assert chunk.digest is not None, f"{chunk!r} is shared but has no hash"
             assert chunk.computing or chunk.num_tokens == size, f"{chunk!r} is shared and partial"
-            assert chunk.owner.num_active == sum(m.num_active for m in members), f"{chunk!r}: sharers' activity"
-            assert chunk.owner.last_active_s >= max(m.last_active_s for m in members), f"{chunk!r}: sharers' last activity"
+            assert chunk.owner.num_active == sum(m.num_active for m in members), (
+                f"{chunk!r}: sharers' activity"
+            )
+            assert chunk.owner.last_active_s >= max(m.last_active_s for m in members), (
+                f"{chunk!r}: sharers' last activity"
+            )
     namespaces = Counter(namespace for namespace, _ in cache.sequences)
-    assert cache.namespaces.counts() == namespaces, f"namespaces {cache.namespaces.counts()} counted, {dict(namespaces)} found"
+    assert cache.namespaces.counts() == namespaces, (
+        f"namespaces {cache.namespaces.counts()} counted, {dict(namespaces)} found"
+    )
     for digest, chunk in cache.index.items():
-        assert chunk in chunks and chunk.digest == digest, f"the index finds {chunk!r} by a hash that is not its own"
+        assert chunk in chunks and chunk.digest == digest, (
+            f"the index finds {chunk!r} by a hash that is not its own"
+        )
         assert chunk.computing or chunk.num_tokens == size, f"the index finds partial {chunk!r}"
 
 
@@ -104,20 +130,28 @@ def _check_queues(cache: TieredCache, chunks: set[Chunk]) -> None:
     for tier in range(places.num_tiers):
         for queue in (places.clean[tier], places.sole[tier]):
             members = [chunk for chunk in chunks if chunk.queues & queue.bit]
-            assert queue.count == len(members), f"queue {queue.bit:b}: {queue.count} counted, {len(members)} found"
+            assert queue.count == len(members), (
+                f"queue {queue.bit:b}: {queue.count} counted, {len(members)} found"
+            )
             for chunk in members:
                 queue.check(chunk)
-        assert places.duplicates[tier].count == sum(1 for c in chunks if c.queues & places.duplicates[tier].bit)
+        assert places.duplicates[tier].count == sum(
+            1 for c in chunks if c.queues & places.duplicates[tier].bit
+        )
 
 
 def _check_keeps(cache: TieredCache, chunks: set[Chunk], kept: dict[Sequence, set[Chunk]]) -> None:
     counts: Counter[Chunk] = Counter()
     for sequence, held in kept.items():
-        assert sequence.kept and cache.sequences.get(sequence.key) is sequence, f"a keep on the forgotten {sequence!r}"
+        assert sequence.kept and cache.sequences.get(sequence.key) is sequence, (
+            f"a keep on the forgotten {sequence!r}"
+        )
         for chunk in held:
             assert chunk in sequence.chunks, f"{chunk!r} is kept for {sequence!r} but not of it"
             counts[chunk] += 1
     for chunk in chunks:
         assert chunk.keeps == counts[chunk], f"{chunk!r}: {counts[chunk]} keeps"
     assert cache.num_kept == len(counts), f"{cache.num_kept} kept chunks counted, {len(counts)} found"
-    assert cache.num_kept <= cache.keep_limit, f"{cache.num_kept} chunks kept, at most {cache.keep_limit} may be"
+    assert cache.num_kept <= cache.keep_limit, (
+        f"{cache.num_kept} chunks kept, at most {cache.keep_limit} may be"
+    )

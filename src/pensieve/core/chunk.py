@@ -24,7 +24,9 @@ class State(enum.Enum):
     LOWER = "lower"
     LOWER_COPYING = "lower, copying up"
 
-    __hash__ = object.__hash__  # (an enum's own is a Python function, and a table of moves is looked up several times a chunk)
+    __hash__ = (
+        object.__hash__
+    )  # (an enum's own is a Python function, and a table of moves is looked up several times a chunk)
 
 
 class Event(enum.Enum):
@@ -94,7 +96,18 @@ class CopyRecord:
 class Chunk:
     """One record: where a chunk's bytes are and who holds on to them. Written by `TieredCache` only."""
 
-    __slots__ = ("computing", "copy", "digest", "index", "keeps", "leases", "num_tokens", "owner", "queues", "slots")
+    __slots__ = (
+        "computing",
+        "copy",
+        "digest",
+        "index",
+        "keeps",
+        "leases",
+        "num_tokens",
+        "owner",
+        "queues",
+        "slots",
+    )
 
     def __init__(self, index: int, num_tiers: int, owner: Owner, digest: bytes | None) -> None:
         self.index = index  # covers tokens [index * chunk_tokens, ...) of its sequences
@@ -146,12 +159,18 @@ class Chunk:
         state = self.state(upper, lower)
         target = MOVES.get((state, event))
         if target is None:
-            raise IllegalMove(f"{self!r}: {event.value} is not a legal move from {state.value!r} between tiers {upper} and {lower}")
+            raise IllegalMove(
+                f"{self!r}: {event.value} is not a legal move from {state.value!r} between tiers {upper} and {lower}"
+            )
         if self.leases and event in _FORBIDDEN_WHILE_LEASED and (upper == 0 or event is Event.DROP):
             raise IllegalMove(f"{self!r}: {event.value} of a leased chunk")
         if self.keeps and event is Event.DROP:
             raise IllegalMove(f"{self!r}: {event.value} of a kept chunk")
-        if self.copy is not None and event in _WANTS_STILL and not (event is Event.APPEND and self.copy.src_tier == 0):
+        if (
+            self.copy is not None
+            and event in _WANTS_STILL
+            and not (event is Event.APPEND and self.copy.src_tier == 0)
+        ):
             raise IllegalMove(f"{self!r}: {event.value} while a copy is under way")
         return target
 
@@ -160,4 +179,6 @@ class Chunk:
 
 
 # Moves that begin something or give a slot away wait until a copy under way has settled.
-_WANTS_STILL = frozenset({Event.BEGIN_SWAP_OUT, Event.BEGIN_SWAP_IN, Event.RECLAIM, Event.RELEASE_LOWER, Event.DROP, Event.APPEND})
+_WANTS_STILL = frozenset(
+    {Event.BEGIN_SWAP_OUT, Event.BEGIN_SWAP_IN, Event.RECLAIM, Event.RELEASE_LOWER, Event.DROP, Event.APPEND}
+)

@@ -25,7 +25,9 @@ class CostProfile:
             raise ConfigError("a cost profile needs at least one point, got none")
         for context, seconds in ordered:
             if context < 1 or not (math.isfinite(seconds) and seconds > 0.0):
-                raise ConfigError(f"a cost profile point must be (context >= 1, seconds > 0), got ({context}, {seconds})")
+                raise ConfigError(
+                    f"a cost profile point must be (context >= 1, seconds > 0), got ({context}, {seconds})"
+                )
         self.chunk_tokens = chunk_tokens
         self._contexts: list[int] = []
         self._seconds: list[float] = []
@@ -51,7 +53,9 @@ class CostProfile:
         points = []
         context = chunk_tokens
         while context <= max(max_context, chunk_tokens):
-            points.append((context, chunk_tokens * (linear + 4 * shape.num_layers * attended * context) / 1e12))
+            points.append(
+                (context, chunk_tokens * (linear + 4 * shape.num_layers * attended * context) / 1e12)
+            )
             context *= 2
         return cls(points, chunk_tokens)
 

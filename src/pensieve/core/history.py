@@ -27,13 +27,17 @@ class History:
 
     def __init__(self, limit: int = MAX_LOSSES) -> None:
         self._limit = limit
-        self._losses: OrderedDict[bytes | tuple[Key, int], Loss] = OrderedDict()  # (a dict is slow at giving its first entry up)
+        self._losses: OrderedDict[bytes | tuple[Key, int], Loss] = (
+            OrderedDict()
+        )  # (a dict is slow at giving its first entry up)
         self.num_failed = 0  # chunks lost to a failed copy or forward
 
     def __len__(self) -> int:
         return len(self._losses)
 
-    def note(self, chunk: Chunk, why: Literal["dropped", "failed"], now_s: float, by: Key | None = None) -> None:
+    def note(
+        self, chunk: Chunk, why: Literal["dropped", "failed"], now_s: float, by: Key | None = None
+    ) -> None:
         """A chunk, still as it was, is about to be lost."""
         self.num_failed += why == "failed"
         key: bytes | tuple[Key, int]

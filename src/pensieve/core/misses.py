@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 MAX_NAMESPACES = 64  # of the same tenant, looked into for one request
 MAX_HASHES = 2048  # computed for that
 
-Why = Literal["new", "never_seen", "on_cpu", "dropped", "failed", "unfinished", "other_namespace", "template_changed"]
+Why = Literal[
+    "new", "never_seen", "on_cpu", "dropped", "failed", "unfinished", "other_namespace", "template_changed"
+]
 SOMEBODY_ELSE = "another key's conversation"
 
 
@@ -37,7 +39,12 @@ class Miss:
 
 
 def explain(
-    cache: TieredCache, key: Key, tokens: Tokens[int], history_tokens: int, digests: Tokens[bytes], admission: Admission
+    cache: TieredCache,
+    key: Key,
+    tokens: Tokens[int],
+    history_tokens: int,
+    digests: Tokens[bytes],
+    admission: Admission,
 ) -> tuple[Miss, ...]:
     """The misses of an admission, ascending; they cover exactly what was not found in the first tier.
 
@@ -53,15 +60,25 @@ def explain(
 
 
 class _Explanation:
-    def __init__(self, cache: TieredCache, key: Key, tokens: Tokens[int], history_tokens: int, digests: Tokens[bytes]) -> None:
-        self._cache, self._key, self._tokens, self._history, self._digests = cache, key, tokens, history_tokens, digests
+    def __init__(
+        self, cache: TieredCache, key: Key, tokens: Tokens[int], history_tokens: int, digests: Tokens[bytes]
+    ) -> None:
+        self._cache, self._key, self._tokens, self._history, self._digests = (
+            cache,
+            key,
+            tokens,
+            history_tokens,
+            digests,
+        )
         self._misses: list[Miss] = []
         self._elsewhere: int | None = None  # leading chunks found in another namespace, once looked up
         self._untraced = -1  # the last chunk of which there was no trace
 
     def of(self, admission: Admission) -> tuple[Miss, ...]:
         size = self._cache.chunk_tokens
-        ranges = [(start, stop, True) for start, stop in admission.lower] + [(start, stop, False) for start, stop in admission.missing]
+        ranges = [(start, stop, True) for start, stop in admission.lower] + [
+            (start, stop, False) for start, stop in admission.missing
+        ]
         for start, stop, is_lower in sorted(ranges):
             if is_lower:
                 self._add(start, stop, "on_cpu")
@@ -82,7 +99,9 @@ class _Explanation:
             self._add_loss(start, stop, loss)
             return
         parent = digests[position - 1] if position else root_digest(self._key[0])
-        if (loss := cache.history.of_partial(self._key, position, parent, self._tokens[start:stop])) is not None:
+        if (
+            loss := cache.history.of_partial(self._key, position, parent, self._tokens[start:stop])
+        ) is not None:
             self._add_loss(start, start + loss.num_tokens, loss)
             self._split(start + loss.num_tokens, stop, "unfinished")
             return

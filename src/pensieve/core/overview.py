@@ -29,10 +29,14 @@ class MapRow:
     active: bool
     kept: bool
     tokens: int  # with KV, in whatever tier
-    resume_s: float | None  # to have all of it in the first tier again; None: what recomputing costs was not measured in seconds
+    resume_s: (
+        float | None
+    )  # to have all of it in the first tier again; None: what recomputing costs was not measured in seconds
 
 
-def latest_first(cache: TieredCache, namespaces: Iterable[str] | None = None, tenant: str | None = None) -> list[Sequence]:
+def latest_first(
+    cache: TieredCache, namespaces: Iterable[str] | None = None, tenant: str | None = None
+) -> list[Sequence]:
     """The conversations of these namespaces and this tenant (None: of all), latest active first."""
     chosen: Iterable[Sequence] = cache.sequences.values()
     if namespaces is not None or tenant is not None:

@@ -15,8 +15,12 @@ _CLIP = 3.0  # a step that took more than so many times what was predicted, or l
 _TRUSTING = 16  # a busy neighbour must not become the rule. But the first so many steps count as they are
 _PRIOR = 0.01  # what the proportions that a profile gives count for
 _NEAR, _FAR = 1024, 8192  # contexts between which a profile says what attention costs
-_FIXED_TOKENS = 32  # before any step was measured: the weights are read in the time that so many tokens of a prefill take
-_READ_PAIRS = 4  # likewise: a decode reads a cached token in the time in which a prefill attends it with so many
+_FIXED_TOKENS = (
+    32  # before any step was measured: the weights are read in the time that so many tokens of a prefill take
+)
+_READ_PAIRS = (
+    4  # likewise: a decode reads a cached token in the time in which a prefill attends it with so many
+)
 LONE_STEPS = 2.0  # a step in which no request decodes may take so many times `step_s`,
 LONE_FIXED = 4.0  # or so many times what it takes whatever it computes, if that is more: smaller steps would waste too much of the machine
 COMPUTING = 0.92  # of a step's time; the rest goes to deciding and telling between steps, and to what the prediction fell short of
@@ -120,7 +124,10 @@ class Pace:
     def _begin(self) -> None:
         """As if the weights had been seen to be right, a little."""
         count = len(self._weights)
-        self._products = [[_PRIOR / weight**2 * (row == column) for column in range(count)] for row, weight in enumerate(self._weights)]
+        self._products = [
+            [_PRIOR / weight**2 * (row == column) for column in range(count)]
+            for row, weight in enumerate(self._weights)
+        ]
         self._sums = [_PRIOR / weight for weight in self._weights]
 
 

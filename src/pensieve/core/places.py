@@ -20,15 +20,23 @@ from pensieve.core.wipes import Wipes
 class Places:
     """The table of moves, carried out on slots. Every move is checked before anything changes."""
 
-    def __init__(self, config: CacheConfig, policy: PolicyFactory, on_vanish: Callable[[Chunk], None]) -> None:
+    def __init__(
+        self, config: CacheConfig, policy: PolicyFactory, on_vanish: Callable[[Chunk], None]
+    ) -> None:
         """`on_vanish(chunk)` is told when a chunk's last copy is gone for another reason than its owners' own wish."""
         tiers = range(len(config.tiers))
         self.num_tiers = len(config.tiers)
         self.pools = [SlotPool(tier.num_slots) for tier in config.tiers]
-        self.clean = [VictimQueue(1 << (3 * tier), policy()) for tier in tiers]  # a lower copy exists: reclaimed at no cost
-        self.sole = [VictimQueue(2 << (3 * tier), policy()) for tier in tiers]  # no lower copy: copied down, released or dropped
+        self.clean = [
+            VictimQueue(1 << (3 * tier), policy()) for tier in tiers
+        ]  # a lower copy exists: reclaimed at no cost
+        self.sole = [
+            VictimQueue(2 << (3 * tier), policy()) for tier in tiers
+        ]  # no lower copy: copied down, released or dropped
         self.duplicates = [Duplicates(4 << (3 * tier)) for tier in tiers]  # lower copies of leased chunks
-        queues = (queue for tier in tiers for queue in (self.clean[tier], self.sole[tier], self.duplicates[tier]))
+        queues = (
+            queue for tier in tiers for queue in (self.clean[tier], self.sole[tier], self.duplicates[tier])
+        )
         self._queue_of: dict[int, VictimQueue | Duplicates] = {queue.bit: queue for queue in queues}
         combinations = range(1 << self.num_tiers)
         self._bits_idle = [self._bits_of(lies_in) for lies_in in combinations]
@@ -41,7 +49,9 @@ class Places:
         self.begun_out: list[Copy] = []
         self.reclaimed: list[tuple[int, int]] = []
         self.wipes = Wipes(tier.num_slots for tier in config.tiers)
-        self.marked: set[Chunk] = set()  # an erased conversation ran through them: their slots are wiped when given back
+        self.marked: set[Chunk] = (
+            set()
+        )  # an erased conversation ran through them: their slots are wiped when given back
         self.num_reclaimed = 0
         self.num_dropped = 0
         self.num_copied_down = 0
@@ -74,7 +84,12 @@ class Places:
     def append(self, chunk: Chunk, num_tokens: int) -> None:
         """More tokens became valid in the first tier; lower copies are stale and freed in the same move."""
         slots = chunk.slots
-        if chunk.copy is None and not chunk.computing and slots[0] is not None and slots.count(None) == self.num_tiers - 1:
+        if (
+            chunk.copy is None
+            and not chunk.computing
+            and slots[0] is not None
+            and slots.count(None) == self.num_tiers - 1
+        ):
             chunk.num_tokens = num_tokens  # first tier -> first tier, nothing to free, no queue to change: nearly every decoded token
             return
         chunk.require(Event.APPEND, 0, self._next_copy_below(chunk, 0))
@@ -223,7 +238,9 @@ class Places:
             if slot is not None:
                 lies_in |= tier_bit
             tier_bit += tier_bit
-        return (self._bits_leased if chunk.leases else self._bits_kept if chunk.keeps else self._bits_idle)[lies_in]
+        return (self._bits_leased if chunk.leases else self._bits_kept if chunk.keeps else self._bits_idle)[
+            lies_in
+        ]
 
     def _bits_of(self, lies_in: int, *, leased: bool = False, kept: bool = False) -> int:
         """The bits of the queues for a chunk that lies in some tiers, one bit each: a table has the answers."""

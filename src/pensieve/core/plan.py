@@ -62,11 +62,17 @@ class StepPlan:
     step_id: int  # 0, 1, 2, ...: plans run in this order
     spans: tuple[Span, ...]
     swap_in: tuple[Copy, ...]  # into the first tier; spans of this plan may attend them, so they go first
-    swap_out: tuple[Copy, ...]  # away from the first tier, or further down; may still run when the step has ended
+    swap_out: tuple[
+        Copy, ...
+    ]  # away from the first tier, or further down; may still run when the step has ended
     started: tuple[RequestStart, ...]
     tables: tuple[BlockTableUpdate, ...]
-    ended: tuple[str, ...]  # requests whose worker-side state may go (their last span lies in an earlier plan)
-    reclaimed: tuple[tuple[int, int], ...]  # (tier, slot) taken from a cached chunk and given to another in this plan
+    ended: tuple[
+        str, ...
+    ]  # requests whose worker-side state may go (their last span lies in an earlier plan)
+    reclaimed: tuple[
+        tuple[int, int], ...
+    ]  # (tier, slot) taken from a cached chunk and given to another in this plan
     wiped: tuple[tuple[int, int], ...] = ()  # (tier, slot) to be zeroed before this plan's copies and spans
     settles: bool = False  # it only copies, and its step should end when the swap-outs have settled: somebody waits for the room they make
 
@@ -93,7 +99,9 @@ class SteadySteps:
         """That of the step at `index`, whose tokens are those sampled in the step before it."""
         spans = self.spans
         if index:
-            spans = tuple([Span(name, start + index, stop + index, None, True) for name, start, stop, _, _ in spans])
+            spans = tuple(
+                [Span(name, start + index, stop + index, None, True) for name, start, stop, _, _ in spans]
+            )
         return StepPlan(self.step_id + index, spans, (), (), (), (), (), ())
 
 
@@ -138,7 +146,9 @@ class StepResult:
     copies_failed: tuple[CopyFailure, ...] = ()
     requests_failed: tuple[RequestFailure, ...] = ()
     forward_error: str | None = None  # the forward raised: nothing this plan computed is valid
-    wipe_error: str | None = None  # a wipe raised: none of them counts, no copy was begun and nothing was computed
+    wipe_error: str | None = (
+        None  # a wipe raised: none of them counts, no copy was begun and nothing was computed
+    )
     seconds: float | None = (
         None  # that computing the spans took; None if it says nothing of the spans (copies, a first run) or was not measured
     )

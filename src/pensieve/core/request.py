@@ -39,15 +39,27 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} must be {limit}, got {getattr(self, name)}")
 
         check(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
-        check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"in [0, max_new_tokens = {self.max_new_tokens}]")
-        check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "in [0, 100]")
+        check(
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "min_new_tokens",
+            f"in [0, max_new_tokens = {self.max_new_tokens}]",
+        )
+        check(
+            math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "in [0, 100]"
+        )
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         check(self.top_k >= 0, "top_k", "0 (all) or positive")
         check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
-        check(math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0, "repetition_penalty", "positive")
+        check(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0,
+            "repetition_penalty",
+            "positive",
+        )
         check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
         check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
-        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"in [0, {MAX_LOGPROBS}]")
+        check(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"in [0, {MAX_LOGPROBS}]"
+        )
 
 
 class RequestState(enum.Enum):
@@ -98,10 +110,14 @@ class Request:
 
     work: int = 0  # tokens to compute until its first, as far as is known: exact since it was last looked at while it waited
     num_overtaken: int = 0  # requests that came later and were admitted while it waited
-    refusal: Verdict | None = None  # why it could not be admitted when it was last looked at, the room being in the state `seen`
+    refusal: Verdict | None = (
+        None  # why it could not be admitted when it was last looked at, the room being in the state `seen`
+    )
     seen: tuple[int, int, int, int] | None = None
     due: float = 0.0  # when its missing tokens should be computed: seconds where steps are timed, else steps
-    missing: list[tuple[int, int]] = field(default_factory=list)  # token ranges admitted and not scheduled yet
+    missing: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # token ranges admitted and not scheduled yet
     num_pending: int = 0  # tokens being sampled by plans not committed yet
     in_flight: int = 0  # plans not committed yet that name this request
     started: bool = False  # the worker knows it
@@ -151,7 +167,13 @@ class Request:
         return (
             self.plannable
             and self.first_token_s is not None
-            and not (self.missing or self.in_flight or self.suspect or self.num_failures or self.sampling.stop_token_ids)
+            and not (
+                self.missing
+                or self.in_flight
+                or self.suspect
+                or self.num_failures
+                or self.sampling.stop_token_ids
+            )
         )
 
     @property

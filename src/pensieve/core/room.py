@@ -37,7 +37,8 @@ class Room:
     def retries_due(self, now_s: float) -> int:
         """Tiers left alone because copies into them failed, and which may be tried again now."""
         return sum(
-            count >= FAILED_TIER and now_s >= retry_s for count, retry_s in zip(self._places.failed_down, self._retry_s, strict=True)
+            count >= FAILED_TIER and now_s >= retry_s
+            for count, retry_s in zip(self._places.failed_down, self._retry_s, strict=True)
         )
 
     def take(self, tier: int, now_s: float) -> int:
@@ -89,7 +90,10 @@ class Room:
         for tier in range(places.num_tiers - 1):
             share_slots = self._share_slots(tier, share)
             target = max(share_slots, asked_for if tier == 0 else 0)
-            while len(places.copies) < max_in_flight and (ready := self.available(tier) + self.coming(tier)) < target:
+            while (
+                len(places.copies) < max_in_flight
+                and (ready := self.available(tier) + self.coming(tier)) < target
+            ):
                 if ready >= share_slots and not places.pools[tier + 1].num_free:
                     break
                 victim = places.sole[tier].worst(now_s)
@@ -116,7 +120,9 @@ class Room:
 
     def _evict_one(self, victim: Chunk, tier: int, now_s: float, for_whom: Key | None) -> bool:
         places = self._places
-        if victim.place != tier and not victim.keeps:  # a faster tier has it too (a kept one would only come back)
+        if (
+            victim.place != tier and not victim.keeps
+        ):  # a faster tier has it too (a kept one would only come back)
             places.release_lower(victim, tier)
             return True
         if tier + 1 < places.num_tiers and self._takes_copies(tier + 1, now_s):
@@ -140,7 +146,9 @@ class Room:
         self._retry_s[tier] = now_s + FAILED_TIER_RETRY_S
         return True
 
-    def _obtain_below(self, tier: int, incoming: Chunk, now_s: float, for_whom: Key | None, *, at_any_price: bool) -> int | None:
+    def _obtain_below(
+        self, tier: int, incoming: Chunk, now_s: float, for_whom: Key | None, *, at_any_price: bool
+    ) -> int | None:
         """A slot of a lower tier for `incoming`, at the cost only of what is worth less than it (unless at any price)."""
         places = self._places
         slot = places.pools[tier].take()

@@ -19,7 +19,15 @@ from pensieve.config import ContextLimit, SchedulerConfig
 from pensieve.core.cache import Admission, TieredCache
 from pensieve.core.misses import explain
 from pensieve.core.pace import Load, Pace, StepTime
-from pensieve.core.plan import BlockTableUpdate, RequestStart, SampledToken, Span, SteadySteps, StepPlan, StepResult
+from pensieve.core.plan import (
+    BlockTableUpdate,
+    RequestStart,
+    SampledToken,
+    Span,
+    SteadySteps,
+    StepPlan,
+    StepResult,
+)
 from pensieve.core.recovery import cut
 from pensieve.core.request import FinishReason, Request, RequestState, SamplingParams, Verdict
 from pensieve.core.sequence import Sequence, extend_digests
@@ -38,7 +46,9 @@ from pensieve.errors import (
 )
 
 MAX_FAILURES = 4  # in a row, without a token computed between them, before a request is given up
-BACKLOG_STEPS = 8  # a request is not admitted while so many steps' worth of tokens are to be computed before its own
+BACKLOG_STEPS = (
+    8  # a request is not admitted while so many steps' worth of tokens are to be computed before its own
+)
 # Of several admitted requests the one with the least to compute goes first, unless it came later by more than the other takes times this:
 # behind a dropped history a short turn would wait as long as it, and a long one is put off by a bounded time. A long one whose time has
 # come takes turns with short ones, a step each.
@@ -60,7 +70,9 @@ class _Step:
     """A plan being filled."""
 
     budget: int  # tokens left
-    prefill_s: float = math.inf  # seconds left for spans other than decodes; 0: only what ends within one step
+    prefill_s: float = (
+        math.inf
+    )  # seconds left for spans other than decodes; 0: only what ends within one step
     num_prefill: int = 0  # tokens of such spans
     spans: list[Span] = field(default_factory=list)
     tables: list[BlockTableUpdate] = field(default_factory=list)
@@ -103,9 +115,13 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []  # in arrival order
         self._waiting = WaitingQueue(config.max_batch_tokens, fcfs=config.admission == "fcfs")
-        self._behind: dict[tuple[str, str], deque[Request]] = {}  # turns that wait for an earlier turn of their conversation
+        self._behind: dict[
+            tuple[str, str], deque[Request]
+        ] = {}  # turns that wait for an earlier turn of their conversation
         self._ended: list[str] = []  # for the worker to forget
-        self._finished: list[Request] = []  # ended outside of a commit, reported by the next `schedule` or `commit`
+        self._finished: list[
+            Request
+        ] = []  # ended outside of a commit, reported by the next `schedule` or `commit`
         self._reserve = math.ceil(config.reserve_share * cache.places.pools[0].num_slots)
         self._warming = Warming(cache, self._reserve)
         self._num_arrived = 0
@@ -115,7 +131,9 @@ class Scheduler:
             if pace is None:
                 raise ConfigError("step_s bounds steps in time, which takes a pace: what steps take")
             self._time = StepTime(config.step_s, pace)
-        self._first: Request | None = None  # whose missing tokens went first in the last step that computed such
+        self._first: Request | None = (
+            None  # whose missing tokens went first in the last step that computed such
+        )
         self._copied_first = False  # the last step only copied
         self.num_forwards_failed = 0
         self.num_copies_failed = 0
@@ -136,7 +154,13 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """A step may have something to do: a request is not finished, a hint not carried out, or the worker has something to forget."""
-        return bool(self.requests or self._ended or self._finished or self._warming or self.cache.places.wipes.has_work)
+        return bool(
+            self.requests
+            or self._ended
+            or self._finished
+            or self._warming
+            or self.cache.places.wipes.has_work
+        )
 
     def submit(
         self,
@@ -159,13 +183,17 @@ class Scheduler:
         if not tokens:
             raise InvalidRequest("a prompt needs at least one token, got none")
         if (wrong := _first_wrong_id(tokens, self.vocab_size)) is not None:
-            raise InvalidRequest(f"token ids must be integers in [0, {self.vocab_size}) (the vocabulary), got {tokens[wrong]!r}")
+            raise InvalidRequest(
+                f"token ids must be integers in [0, {self.vocab_size}) (the vocabulary), got {tokens[wrong]!r}"
+            )
         try:
             namespace.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the namespace {namespace!r} is not valid text: {error}") from error
         if not 0 <= history_tokens <= len(tokens):
-            raise InvalidRequest(f"history_tokens must lie in [0, {len(tokens)}] (the prompt's length), got {history_tokens}")
+            raise InvalidRequest(
+                f"history_tokens must lie in [0, {len(tokens)}] (the prompt's length), got {history_tokens}"
+            )
         if request_id in self.requests:
             raise InvalidRequest(f"request id {request_id!r} is in use")
         if len(tokens) >= self.max_context:
@@ -187,9 +215,21 @@ class Scheduler:
                 f"shorten it{self._way_out(len(tokens), sampling.max_new_tokens, others=self.cache.places.pools[0].num_slots - capacity)}"
             )
         if self.num_waiting >= self.config.max_waiting:
-            raise Overloaded(f"{self.num_waiting} requests wait already, at most {self.config.max_waiting} may: try again later")
+            raise Overloaded(
+                f"{self.num_waiting} requests wait already, at most {self.config.max_waiting} may: try again later"
+            )
         most_tokens = min(len(tokens) + sampling.max_new_tokens, self.max_context)
-        request = Request(request_id, namespace, sequence_id, list(tokens), history_tokens, sampling, self._num_arrived, now_s, most_tokens)
+        request = Request(
+            request_id,
+            namespace,
+            sequence_id,
+            list(tokens),
+            history_tokens,
+            sampling,
+            self._num_arrived,
+            now_s,
+            most_tokens,
+        )
         request.salt, request.digests = salt, digests
         self._num_arrived += 1
         self.requests[request_id] = request
@@ -226,7 +266,9 @@ class Scheduler:
         else:
             request.ending = FinishReason.STOP
 
-    def forget(self, namespace: str, sequence_id: str, now_s: float, *, erase: bool = False) -> Erasure | None:
+    def forget(
+        self, namespace: str, sequence_id: str, now_s: float, *, erase: bool = False
+    ) -> Erasure | None:
         """Abort every turn of a conversation and free its cache. None: turns are still in flight, ask again after the next commit.
 
         With `erase` the erasure is done when every byte that the conversation left in any tier is zero, a few steps later; without, at once.
@@ -267,7 +309,9 @@ class Scheduler:
     def _cached(self, namespace: str, sequence_id: str) -> Sequence:
         sequence = self.cache.find(namespace, sequence_id)
         if sequence is None or not sequence.chunks:
-            raise ConversationNotFound(f"nothing is cached for conversation {sequence_id!r}: hints help from its next turn on")
+            raise ConversationNotFound(
+                f"nothing is cached for conversation {sequence_id!r}: hints help from its next turn on"
+            )
         return sequence
 
     def set_keep(self, namespace: str, sequence_id: str, keep: bool) -> None:
@@ -279,11 +323,16 @@ class Scheduler:
         """
         sequence = self.cache.find(namespace, sequence_id)
         if sequence is None:
-            raise ConversationNotFound(f"nothing is cached for conversation {sequence_id!r}: it can be kept after its next turn")
+            raise ConversationNotFound(
+                f"nothing is cached for conversation {sequence_id!r}: it can be kept after its next turn"
+            )
         self.cache.set_keep(sequence, keep)
         size = self.cache.chunk_tokens
         for request in self.requests.values() if keep else ():
-            need, limit = -(-len(request.tokens) // size), self._first_tier_limit(request.sequence, request.digests)
+            need, limit = (
+                -(-len(request.tokens) // size),
+                self._first_tier_limit(request.sequence, request.digests),
+            )
             if need > limit:
                 self.cache.set_keep(sequence, False)
                 raise KeepRefused(
@@ -303,7 +352,9 @@ class Scheduler:
         copies_alone = self._copies_come_first(step, now_s)
         if not copies_alone:
             self._fill(step, now_s)
-        self.cache.room.copy_ahead(self.config.copy_ahead_share, self.config.max_copies_in_flight, now_s, self._slots_asked_for())
+        self.cache.room.copy_ahead(
+            self.config.copy_ahead_share, self.config.max_copies_in_flight, now_s, self._slots_asked_for()
+        )
         moves = self.cache.collect_moves()
         for request in step.named:
             request.in_flight += 1
@@ -329,9 +380,13 @@ class Scheduler:
         Raises:
             WorkerFailed: slots could not be zeroed several times in a row. What was to be erased cannot be: the engine must stop.
         """
-        assert plan.step_id == result.step_id, f"plan {plan.step_id} committed with the result of {result.step_id}"
+        assert plan.step_id == result.step_id, (
+            f"plan {plan.step_id} committed with the result of {result.step_id}"
+        )
         events = StepEvents()
-        cannot_wipe = self.cache.places.wipes.settle(plan.wiped, result.wipe_error)  # before copies release slots anew
+        cannot_wipe = self.cache.places.wipes.settle(
+            plan.wiped, result.wipe_error
+        )  # before copies release slots anew
         if cannot_wipe is not None:
             raise WorkerFailed(cannot_wipe)
         self._settle_copies(result, now_s)
@@ -381,7 +436,9 @@ class Scheduler:
         if self._waiting or self._ended or not self.running:
             return None
         size = count = self.cache.chunk_tokens
-        for request in self.running:  # (most of the time it is one of these, and whoever asks does so every step)
+        for (
+            request
+        ) in self.running:  # (most of the time it is one of these, and whoever asks does so every step)
             if request.missing or not (len(request.tokens) - 1) % size:
                 return None
         cache, config = self.cache, self.config
@@ -400,12 +457,16 @@ class Scheduler:
 
     def commit_steady(self, steps: SteadySteps, results: Tokens[StepResult], now_s: float) -> None:
         """Take in what came of the first of these steps, none of which may have failed; those after them have not run."""
-        assert steps.step_id == self._next_step, f"steady steps from {steps.step_id} on committed after step {self._next_step - 1}"
+        assert steps.step_id == self._next_step, (
+            f"steady steps from {steps.step_id} on committed after step {self._next_step - 1}"
+        )
         assert len(results) <= steps.count, f"{len(results)} steps ran of {steps.count} steady ones"
         self._next_step += len(results)
         self._copied_first = False
         for index, result in enumerate(results):
-            assert not (result.forward_error or result.requests_failed or result.wipe_error), f"steady step {result.step_id} failed"
+            assert not (result.forward_error or result.requests_failed or result.wipe_error), (
+                f"steady step {result.step_id} failed"
+            )
             for token in result.tokens:
                 self.requests[token.request_id].tokens.append(token.token_id)
             self._settle_copies(result, now_s)
@@ -423,7 +484,9 @@ class Scheduler:
     def _fill(self, step: _Step, now_s: float) -> None:
         """Spans for running requests and for those that can be admitted."""
         suspect = self._next_suspect(step, now_s)
-        if suspect is not None:  # alone, so that a request which breaks the forward breaks nobody else's again
+        if (
+            suspect is not None
+        ):  # alone, so that a request which breaks the forward breaks nobody else's again
             self._plan_decode(step, suspect, now_s)
             self._plan_missing(step, suspect)
         else:
@@ -471,7 +534,9 @@ class Scheduler:
             if room.coming(0) or any(r.suspending or r.ending for r in self.running):
                 return None  # room is on its way
             latest = next(r for r in reversed(self.running) if r.plannable)
-            if latest is not request:  # it comes later in this step's order too: nothing is planned for it yet
+            if (
+                latest is not request
+            ):  # it comes later in this step's order too: nothing is planned for it yet
                 self._suspend(latest, now_s)
             elif len(self.running) > 1:
                 self._suspend(request, now_s)
@@ -494,8 +559,14 @@ class Scheduler:
             if short is not None:
                 requests.remove(short)
                 requests.insert(0, short)
-        if self._time is not None and self._time.pace.known and self._is_short(requests[0].num_missing, requests[0].missing):
-            step.prefill_s = min(step.prefill_s, self._time.step_s)  # its first token comes with this step: no reason to fill it up
+        if (
+            self._time is not None
+            and self._time.pace.known
+            and self._is_short(requests[0].num_missing, requests[0].missing)
+        ):
+            step.prefill_s = min(
+                step.prefill_s, self._time.step_s
+            )  # its first token comes with this step: no reason to fill it up
         for request in requests:
             before = step.num_prefill
             self._plan_missing(step, request)
@@ -506,16 +577,24 @@ class Scheduler:
         """Whether so many tokens, of these ranges, are computed within one step."""
         if num_tokens > self.config.max_batch_tokens:
             return False
-        return self._time is None or not self._time.pace.known or self._time.pace.prefill_s(ranges) <= self._time.step_s
+        return (
+            self._time is None
+            or not self._time.pace.known
+            or self._time.pace.prefill_s(ranges) <= self._time.step_s
+        )
 
     def _plan_missing(self, step: _Step, request: Request) -> None:
         """Spans for what an admitted request still lacks, as far as the budget goes."""
         if not (request.missing and request.plannable):
             return
-        taken, request.missing = cut(request.missing, self._prefill_budget(step, request), self.cache.chunk_tokens)
+        taken, request.missing = cut(
+            request.missing, self._prefill_budget(step, request), self.cache.chunk_tokens
+        )
         for start, stop in taken:
             emits = not request.missing and (start, stop) == taken[-1]
-            self._add_span(step, request, Span(request.request_id, start, stop, tuple(request.tokens[start:stop]), emits))
+            self._add_span(
+                step, request, Span(request.request_id, start, stop, tuple(request.tokens[start:stop]), emits)
+            )
             step.num_prefill += stop - start
         if self._time is not None and taken and step.prefill_s > 0.0:
             seconds = self._time.pace.prefill_s(taken)
@@ -579,7 +658,11 @@ class Scheduler:
         due, short = self._due(ranges, now_s), self._is_short(request.work, ranges)
         before = 0
         for other in self.running:
-            if other.missing and other.due <= due and not (short and other.num_missing > self.config.max_batch_tokens):
+            if (
+                other.missing
+                and other.due <= due
+                and not (short and other.num_missing > self.config.max_batch_tokens)
+            ):
                 before += other.num_missing
         return before >= most
 
@@ -587,7 +670,10 @@ class Scheduler:
         """When these ranges, admitted now, should be computed at the latest."""
         if self._time is not None:
             return now_s + PATIENCE * self._time.pace.prefill_s(ranges)
-        return self._next_step + PATIENCE * sum(stop - start for start, stop in ranges) / self.config.max_batch_tokens
+        return (
+            self._next_step
+            + PATIENCE * sum(stop - start for start, stop in ranges) / self.config.max_batch_tokens
+        )
 
     def _slots_asked_for(self) -> int:
         """First-tier slots that the next requests of the queue will take, at most, and the reserve they leave.
@@ -598,7 +684,9 @@ class Scheduler:
         if not self._waiting:
             return 0
         size = self.cache.chunk_tokens
-        return self._reserve + sum(-(-len(request.tokens) // size) for request in islice(self._waiting, LOOK_AHEAD))
+        return self._reserve + sum(
+            -(-len(request.tokens) // size) for request in islice(self._waiting, LOOK_AHEAD)
+        )
 
     def _next_suspect(self, step: _Step, now_s: float) -> Request | None:
         """The request that has this step for itself because a forward failed with it, admitted if it is the queue's head."""
@@ -617,7 +705,9 @@ class Scheduler:
     def _copies_come_first(self, step: _Step, now_s: float) -> bool:
         """Whether this step only copies, because running requests or the head of the queue wait for nothing else; never twice in a row."""
         self._copied_first = (
-            self.config.copies_first and not self._copied_first and (self._growth_waits(now_s) or self._queue_waits(step, now_s))
+            self.config.copies_first
+            and not self._copied_first
+            and (self._growth_waits(now_s) or self._queue_waits(step, now_s))
         )
         return self._copied_first
 
@@ -628,7 +718,9 @@ class Scheduler:
             return False
         lengths = ((request, self._next_length(request)) for request in self.running)
         num_growing = sum(
-            length is not None and request.sequence is not None and (length - 1) // size == len(request.sequence.chunks)
+            length is not None
+            and request.sequence is not None
+            and (length - 1) // size == len(request.sequence.chunks)
             for request, length in lengths
         )
         room.make(0, num_growing, now_s)
@@ -676,7 +768,9 @@ class Scheduler:
                 # Kept chunks fill what its own lower copies leave: some of those must be recomputed after all.
                 version = cache.places.version
                 room.make(0, ready, now_s, sequence.key)
-                if cache.places.version != version:  # (perhaps it was its own that went: look again, nothing else would make us)
+                if (
+                    cache.places.version != version
+                ):  # (perhaps it was its own that went: look again, nothing else would make us)
                     return self._look(step, request, now_s)
         if at_once >= ready:
             return Verdict.NOW
@@ -684,7 +778,12 @@ class Scheduler:
 
     def _room_state(self, step: _Step, now_s: float) -> tuple[int, int, int, int]:
         """Equal to an earlier value only if no chunk has become available or found since, and no tier can be tried again."""
-        return self.cache.places.version, len(self.running), step.num_unmet, self.cache.room.retries_due(now_s)
+        return (
+            self.cache.places.version,
+            len(self.running),
+            step.num_unmet,
+            self.cache.room.retries_due(now_s),
+        )
 
     def _start(self, step: _Step, request: Request, now_s: float) -> None:
         sequence = request.sequence
@@ -699,7 +798,11 @@ class Scheduler:
         insort(self.running, request, key=lambda r: r.arrival)
         if not request.started:
             request.started = True
-            step.started.append(RequestStart(request.request_id, request.sampling, tuple(request.tokens[: request.num_prompt])))
+            step.started.append(
+                RequestStart(
+                    request.request_id, request.sampling, tuple(request.tokens[: request.num_prompt])
+                )
+            )
         step.tables.append(BlockTableUpdate(request.request_id, 0, self.cache.slots_of(sequence)))
 
     def _account(self, request: Request, admission: Admission, now_s: float) -> None:
@@ -710,16 +813,22 @@ class Scheduler:
         request.admitted_s = now_s
         request.gpu_tokens, request.cpu_tokens = admission.gpu_tokens, admission.cpu_tokens
         history = request.history_tokens
-        request.recomputed_tokens = sum(max(0, min(stop, history) - start) for start, stop in admission.missing)
+        request.recomputed_tokens = sum(
+            max(0, min(stop, history) - start) for start, stop in admission.missing
+        )
         request.new_tokens = sum(max(0, stop - max(start, history)) for start, stop in admission.missing)
         assert request.sequence is not None
-        request.misses = explain(self.cache, request.sequence.key, request.tokens, history, request.digests, admission)
+        request.misses = explain(
+            self.cache, request.sequence.key, request.tokens, history, request.digests, admission
+        )
 
     def _first_tier_limit(self, sequence: Sequence | None, digests: Tokens[bytes]) -> int:
         """First-tier slots that one request of `sequence` can have, its path having these chain hashes: all but those that others' keeps hold for good."""
         others = 0
         if self.cache.keep_takes_first_tier:
-            others = self.cache.num_kept - (self.cache.num_own_kept(sequence, digests) if sequence is not None else 0)
+            others = self.cache.num_kept - (
+                self.cache.num_own_kept(sequence, digests) if sequence is not None else 0
+            )
         return self.cache.places.pools[0].num_slots - others
 
     # -- endings
@@ -756,9 +865,9 @@ class Scheduler:
             self.cache.release(sequence, request.tokens, request.digests, now_s if request.failed else None)
             if request.failed:
                 self.cache.drop_unread(sequence, now_s)
-        if request.ending is None and -(-len(request.tokens) // self.cache.chunk_tokens) > self._first_tier_limit(
-            sequence, request.digests
-        ):
+        if request.ending is None and -(
+            -len(request.tokens) // self.cache.chunk_tokens
+        ) > self._first_tier_limit(sequence, request.digests):
             request.ending = FinishReason.LENGTH  # it had grown to the whole tier: it could not come back
         if request.ending is not None:
             self._finish(request, now_s)
@@ -847,4 +956,7 @@ def _first_wrong_id(tokens: Tokens[int], vocab_size: int) -> int | None:
             return None
     except (TypeError, OverflowError):
         pass
-    return next((at for at, token in enumerate(tokens) if not (isinstance(token, int) and 0 <= token < vocab_size)), None)
+    return next(
+        (at for at, token in enumerate(tokens) if not (isinstance(token, int) and 0 <= token < vocab_size)),
+        None,
+    )

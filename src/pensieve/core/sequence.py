@@ -32,12 +32,25 @@ class Owner(Protocol):
 class Sequence:
     """One conversation's chunks, left to right; None where a chunk was dropped. Written by `TieredCache` only."""
 
-    __slots__ = ("chunks", "kept", "key", "last_active_s", "leased", "num_active", "num_copied_out", "seen_s", "tail", "tail_parent")
+    __slots__ = (
+        "chunks",
+        "kept",
+        "key",
+        "last_active_s",
+        "leased",
+        "num_active",
+        "num_copied_out",
+        "seen_s",
+        "tail",
+        "tail_parent",
+    )
 
     def __init__(self, key: Key, now_s: float) -> None:
         self.key = key
         self.chunks: list[Chunk | None] = []
-        self.tail: tuple[int, ...] = ()  # token ids of the last chunk while it is partial and nobody leases it
+        self.tail: tuple[
+            int, ...
+        ] = ()  # token ids of the last chunk while it is partial and nobody leases it
         self.tail_parent = b""  # chain hash of what comes before the tail
         self.last_active_s = now_s  # as eviction sees it: IDLE_S after an `Idle`
         self.seen_s = now_s  # as it was
@@ -110,7 +123,9 @@ class Namespaces:
 
     def counts(self) -> dict[str, int]:
         """Sequences by namespace (for `check`)."""
-        return {namespace: count for counts in self._of_tenant.values() for namespace, count in counts.items()}
+        return {
+            namespace: count for counts in self._of_tenant.values() for namespace, count in counts.items()
+        }
 
 
 def tenant_of(namespace: str) -> str:

@@ -31,7 +31,9 @@ class VictimQueue:
             self._policy.add(chunk)
             return
         offered = self._offered.get(owner)
-        if offered is None or (chunk.index > offered.index if self._trailing else chunk.index < offered.index):
+        if offered is None or (
+            chunk.index > offered.index if self._trailing else chunk.index < offered.index
+        ):
             if offered is not None:
                 self._policy.remove(offered)
             self._offered[owner] = chunk
@@ -62,7 +64,11 @@ class VictimQueue:
         owner = chunk.owner
         if not (self._policy.whole and isinstance(owner, Sequence)):
             return []
-        return [other for other in owner.chunks if other is not None and other is not chunk and self._is_private(other, owner)]
+        return [
+            other
+            for other in owner.chunks
+            if other is not None and other is not chunk and self._is_private(other, owner)
+        ]
 
     def worth(self, chunk: Chunk, now_s: float) -> float:
         """What the policy says a chunk is worth."""
@@ -81,12 +87,16 @@ class VictimQueue:
     def check(self, chunk: Chunk) -> None:
         """That a private member is the one offered for its sequence, or comes after it."""
         offered = self._offered.get(chunk.owner) if isinstance(chunk.owner, Sequence) else chunk
-        ahead = offered is not None and (offered.index >= chunk.index if self._trailing else offered.index <= chunk.index)
+        ahead = offered is not None and (
+            offered.index >= chunk.index if self._trailing else offered.index <= chunk.index
+        )
         assert ahead, f"{chunk!r} is queued behind nobody"
 
     def _next_of(self, owner: Sequence, index: int) -> Chunk | None:
         chunks = owner.chunks
-        for position in range(min(index, len(chunks)) - 1, -1, -1) if self._trailing else range(index + 1, len(chunks)):
+        for position in (
+            range(min(index, len(chunks)) - 1, -1, -1) if self._trailing else range(index + 1, len(chunks))
+        ):
             chunk = chunks[position]
             if chunk is not None and self._is_private(chunk, owner):
                 return chunk

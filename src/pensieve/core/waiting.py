@@ -63,7 +63,9 @@ class WaitingQueue:
         line.by_arrival.remove(request)
         line.by_work.remove((request.work, request.arrival, request))
         if not line.by_arrival:
-            del self._lines[tenant]  # and its deficit with it: a tenant saves nothing up while it asks for nothing
+            del self._lines[
+                tenant
+            ]  # and its deficit with it: a tenant saves nothing up while it asks for nothing
 
     def set_work(self, request: Request, work: int) -> None:
         """A look at the cache showed what a waiting request has to compute, in tokens."""

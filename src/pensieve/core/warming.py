@@ -25,7 +25,9 @@ class Warming:
 
     def add(self, sequence: Sequence, now_s: float) -> int:
         """Take a hint. Returns how many chunks lie below the first tier."""
-        below = sum(chunk is not None and not chunk.computing and chunk.slots[0] is None for chunk in sequence.chunks)
+        below = sum(
+            chunk is not None and not chunk.computing and chunk.slots[0] is None for chunk in sequence.chunks
+        )
         if below:
             self._until_s.setdefault(sequence.key, now_s + PATIENCE_S)
         return below

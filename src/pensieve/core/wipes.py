@@ -13,7 +13,9 @@ from itertools import islice
 Slot = tuple[int, int]  # (tier, slot)
 
 MAX_WIPES = 64  # free slots wiped in one plan, so that no step takes much longer for an erasure
-MAX_FAILURES = 3  # plans in a row whose wipes failed, before the engine stops: a promise to erase cannot be kept
+MAX_FAILURES = (
+    3  # plans in a row whose wipes failed, before the engine stops: a promise to erase cannot be kept
+)
 
 _DIRTY, _TAKEN = 1, 2  # bits of a slot's state
 
@@ -157,7 +159,9 @@ class Wipes:
         """What an erasure waits for is on its way."""
         under_way = set(copies)
         for erasure in self._erasures:
-            assert erasure.copies <= under_way, f"an erasure waits for copies {erasure.copies - under_way}, which have settled"
+            assert erasure.copies <= under_way, (
+                f"an erasure waits for copies {erasure.copies - under_way}, which have settled"
+            )
             stuck = [
                 (tier, slot)
                 for tier, slot in erasure.slots

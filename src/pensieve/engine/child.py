@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0  # between two heartbeats
 ORPHAN_GRACE_S = 1.5  # how long a child whose parent is gone may take to close its engine
 _PING = "\0heartbeat"  # tag of the heartbeat's own question; no caller's tag begins so
-_AT_ONCE_BYTES = select.PIPE_BUF - 4  # a pipe that polls as ready takes so much without waiting; 4 say the length
+_AT_ONCE_BYTES = (
+    select.PIPE_BUF - 4
+)  # a pipe that polls as ready takes so much without waiting; 4 say the length
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
@@ -51,7 +53,9 @@ Emit = Callable[[list[Event]], None]
 Say = Callable[[str], None]
 
 
-def serve_engine(connection: Connection, build: Callable[[Emit, Say], tuple[ServedEngine, EngineInfo]]) -> None:
+def serve_engine(
+    connection: Connection, build: Callable[[Emit, Say], tuple[ServedEngine, EngineInfo]]
+) -> None:
     """Build an engine and serve it until the parent asks to close, or is gone.
 
     Args:
@@ -68,7 +72,10 @@ def serve_engine(connection: Connection, build: Callable[[Emit, Say], tuple[Serv
         while True:
             try:
                 message = receive(connection)
-            except (EOFError, OSError):  # the parent is gone: nobody would read what a long step still computes
+            except (
+                EOFError,
+                OSError,
+            ):  # the parent is gone: nobody would read what a long step still computes
                 threading.Thread(target=_exit_after, args=(ORPHAN_GRACE_S,), daemon=True).start()
                 break
             if isinstance(message, Close):
@@ -91,7 +98,9 @@ class Outbox:
         self._poll = select.poll()
         self._poll.register(connection, select.POLLOUT)
         self._lock = threading.Lock()  # for `_num_left`, and held while something is sent at once
-        self._num_left = 0  # messages that are left to the thread and not sent yet: whatever comes now goes behind them
+        self._num_left = (
+            0  # messages that are left to the thread and not sent yet: whatever comes now goes behind them
+        )
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pensieve-outbox", daemon=True)
         self._thread.start()
@@ -124,7 +133,9 @@ class Outbox:
         while message is not None:
             following: object = _NOTHING
             num_sent = 1
-            while isinstance(message, list) and not self._queue.empty():  # the parent is behind: let it catch up in fewer pieces
+            while (
+                isinstance(message, list) and not self._queue.empty()
+            ):  # the parent is behind: let it catch up in fewer pieces
                 following = self._queue.get()
                 if not isinstance(following, list):
                     break
@@ -155,7 +166,9 @@ class _Pulse:
         self._thread: threading.Thread | None = None
 
     def start(self, post: Callable[[Command], None]) -> None:
-        self._thread = threading.Thread(target=self._beat, args=(post,), name="pensieve-heartbeat", daemon=True)
+        self._thread = threading.Thread(
+            target=self._beat, args=(post,), name="pensieve-heartbeat", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
@@ -179,7 +192,9 @@ class _Pulse:
             self._outbox.put(others)
 
     def _beat(self, post: Callable[[Command], None]) -> None:
-        lived = LivedTime(2 * BEAT_S)  # (a process that was stopped and goes on must not take the pause for a long step)
+        lived = LivedTime(
+            2 * BEAT_S
+        )  # (a process that was stopped and goes on must not take the pause for a long step)
         moved_s, num_steps = 0.0, 0  # when the loop was last known to turn, and its steps by then
         while not self._stopped.wait(BEAT_S):
             now_s, told = lived.now(), self._told
@@ -222,7 +237,9 @@ def run_child(
             log.error("nobody is there to be told: %s", broken.message)
         sys.exit(1)
     sys.stderr.flush()
-    os._exit(0)  # everything is closed and sent; taking a deep-learning library's modules apart would keep the parent waiting
+    os._exit(
+        0
+    )  # everything is closed and sent; taking a deep-learning library's modules apart would keep the parent waiting
 
 
 def _settle_in(stderr: Connection, parent_pid: int, log_level: int, environment: Mapping[str, str]) -> None:

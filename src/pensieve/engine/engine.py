@@ -102,7 +102,9 @@ class Engine:
         self.num_steps = 0
         self._ahead = ahead
         self._max_failed_steps, self._num_failed_steps = max_failed_steps, 0  # (in a row)
-        self._begun: deque[tuple[StepPlan, StepResult | None]] = deque()  # with its result where it could not even be begun
+        self._begun: deque[tuple[StepPlan, StepResult | None]] = (
+            deque()
+        )  # with its result where it could not even be begun
         self._totals: Counter[str] = Counter()
         worker.set_waker(self._wake.set)
 
@@ -135,16 +137,32 @@ class Engine:
             while not self._closing:
                 self._wake.clear()
                 if not self.step():
-                    self._wake.wait(COPY_POLL_S if self._scheduler.cache.places.copies or self._scheduler.requests else None)
+                    self._wake.wait(
+                        COPY_POLL_S
+                        if self._scheduler.cache.places.copies or self._scheduler.requests
+                        else None
+                    )
         except WorkerLost as error:
             log.error("the engine stopped: %s", error.message)
             why = f"the engine stopped: {error.message}"
-        except Exception as error:  # our own bug: say so to everybody who waits rather than leave them waiting
+        except (
+            Exception
+        ) as error:  # our own bug: say so to everybody who waits rather than leave them waiting
             log.exception("the engine stopped")
             why = f"the engine stopped on an error of its own: {type(error).__name__}: {error}"
-        self._emit([Failed(request_id, EngineClosed.code, why) for request_id in (*self._scheduler.requests, NO_REQUEST)])
+        self._emit(
+            [
+                Failed(request_id, EngineClosed.code, why)
+                for request_id in (*self._scheduler.requests, NO_REQUEST)
+            ]
+        )
         self._emit([Forgotten(command.tag, 0, 0, why) for command, _ in self._to_forget if command.tag])
-        self._emit([CacheMap(tag, total, self._cache.chunk_tokens, self._tiers(), ()) for tag, total, _ in self._maps])
+        self._emit(
+            [
+                CacheMap(tag, total, self._cache.chunk_tokens, self._tiers(), ())
+                for tag, total, _ in self._maps
+            ]
+        )
         while not self._closing:  # (only after an error) whoever comes now is told at once
             self._emit(self._refusal(self._inbox.get(), why))
 
@@ -166,7 +184,11 @@ class Engine:
         # A plan with nothing in it waits for what is under way.
         while len(self._begun) > (1 if self._ahead and not plan.is_empty else 0):
             has_result |= self._finish(events)
-        self._to_forget = [left for command, erasure in self._to_forget if (left := self._forget(command, erasure, events)) is not None]
+        self._to_forget = [
+            left
+            for command, erasure in self._to_forget
+            if (left := self._forget(command, erasure, events)) is not None
+        ]
         self._build_map(events)
         if plan.spans:
             self.num_steps += 1
@@ -197,7 +219,9 @@ class Engine:
     def _count_failures(self, error: str | None) -> None:
         self._num_failed_steps = 0 if error is None else self._num_failed_steps + 1
         if self._max_failed_steps is not None and self._num_failed_steps >= self._max_failed_steps:
-            raise WorkerLost(f"{self._num_failed_steps} steps failed in a row, and none went well between them; the last: {error}")
+            raise WorkerLost(
+                f"{self._num_failed_steps} steps failed in a row, and none went well between them; the last: {error}"
+            )
 
     def _attempt(self, plan: StepPlan, work: Callable[[], StepResult | None]) -> StepResult | None:
         """A worker reports failures in its result; one that raises all the same loses only this step."""
@@ -208,8 +232,15 @@ class Engine:
         except Exception as error:
             log.exception("the worker raised in step %d", plan.step_id)
             message = f"{type(error).__name__}: {error}"
-            lost = tuple(CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out))
-            return StepResult(plan.step_id, copies_failed=lost, forward_error=message, wipe_error=message if plan.wiped else None)
+            lost = tuple(
+                CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out)
+            )
+            return StepResult(
+                plan.step_id,
+                copies_failed=lost,
+                forward_error=message,
+                wipe_error=message if plan.wiped else None,
+            )
 
     def _drain_inbox(self, events: list[Event]) -> None:
         while True:
@@ -267,10 +298,14 @@ class Engine:
     def _cache(self) -> TieredCache:
         return self._scheduler.cache
 
-    def _forget(self, command: Forget, erasure: Erasure | None, events: list[Event]) -> tuple[Forget, Erasure | None] | None:
+    def _forget(
+        self, command: Forget, erasure: Erasure | None, events: list[Event]
+    ) -> tuple[Forget, Erasure | None] | None:
         """Go on forgetting. Returns what is left to do, None if it is done."""
         if erasure is None:
-            erasure = self._scheduler.forget(command.namespace, command.sequence_id, self._clock(), erase=command.erase)
+            erasure = self._scheduler.forget(
+                command.namespace, command.sequence_id, self._clock(), erase=command.erase
+            )
         if erasure is None or not erasure.done:
             return command, erasure
         if command.tag:
@@ -280,7 +315,9 @@ class Engine:
     def _hint(self, command: Warm | Idle, now_s: float) -> HintAnswer:
         try:
             if isinstance(command, Warm):
-                return HintAnswer(command.tag, self._scheduler.warm(command.namespace, command.sequence_id, now_s))
+                return HintAnswer(
+                    command.tag, self._scheduler.warm(command.namespace, command.sequence_id, now_s)
+                )
             return HintAnswer(command.tag, self._scheduler.idle(command.namespace, command.sequence_id))
         except PensieveError as error:
             return HintAnswer(command.tag, 0, error.message)
@@ -311,7 +348,12 @@ class Engine:
             self._cache.check()
         except AssertionError as broken:
             error = str(broken)
-        leases = sum(chunk is not None for sequence in self._cache.sequences.values() if sequence.leased for chunk in sequence.chunks)
+        leases = sum(
+            chunk is not None
+            for sequence in self._cache.sequences.values()
+            if sequence.leased
+            for chunk in sequence.chunks
+        )
         return Checked(tag, error, leases, tuple(pool.num_used for pool in self._cache.places.pools))
 
     # -- what to say
@@ -339,7 +381,15 @@ class Engine:
     def _ending(self, request: Request) -> Event:
         assert request.ending is not None
         receipt = self._receipt(request)
-        for name in ("gpu_tokens", "cpu_tokens", "recomputed_tokens", "new_tokens", "output_tokens", "bytes_in", "bytes_out"):
+        for name in (
+            "gpu_tokens",
+            "cpu_tokens",
+            "recomputed_tokens",
+            "new_tokens",
+            "output_tokens",
+            "bytes_in",
+            "bytes_out",
+        ):
             self._totals[name] += getattr(receipt, name)
         if request.ending is FinishReason.ERROR:
             return Failed(request.request_id, request.error_code, request.error or "the request failed")

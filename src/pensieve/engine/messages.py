@@ -142,7 +142,9 @@ class Receipt:
     first_token_s: float | None  # from submission to the first token; None if there was none
     total_s: float  # from submission to the end
     truncated_tokens: int = 0  # history left out by --overflow truncate
-    misses: tuple[Miss, ...] = ()  # ascending; of the prompt, exactly what was not found in the first tier, and why
+    misses: tuple[
+        Miss, ...
+    ] = ()  # ascending; of the prompt, exactly what was not found in the first tier, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,9 @@ class HintAnswer:
     """What came of a `Warm` or an `Idle`; `error` says why nothing."""
 
     tag: str
-    chunks: int  # below the first tier, to come up as far as there is room; or cached, and now the first to go
+    chunks: (
+        int  # below the first tier, to come up as far as there is room; or cached, and now the first to go
+    )
     error: str | None = None
 
 
@@ -247,7 +251,9 @@ class Stats:
     suspensions: int = 0
     copies_failed: int = 0
     forwards_failed: int = 0
-    evictions: tuple[tuple[str, int], ...] = ()  # chunks by what happened to them: copied_down, reclaimed, dropped, failed (lost)
+    evictions: tuple[
+        tuple[str, int], ...
+    ] = ()  # chunks by what happened to them: copied_down, reclaimed, dropped, failed (lost)
     kept_chunks: int = 0
     keep_limit: int = 0  # most chunks that keeps may hold
 

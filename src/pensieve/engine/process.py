@@ -101,7 +101,9 @@ class _InFlight:
 
     def take(self, error: PensieveError) -> list[Event]:
         """An answer for everybody; nobody waits any more."""
-        events: list[Event] = [Failed(request_id, error.code, error.message) for request_id in sorted(self._requests)]
+        events: list[Event] = [
+            Failed(request_id, error.code, error.message) for request_id in sorted(self._requests)
+        ]
         events += [Lost(tag, error.message, error.code) for tag in sorted(self._tags)]
         self._requests.clear()
         self._tags.clear()
@@ -111,7 +113,9 @@ class _InFlight:
 class _Child:
     """One child process, its pipe, and what it says on standard error."""
 
-    def __init__(self, main: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, main: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str]
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         reader, writer = context.Pipe(duplex=False)
@@ -131,7 +135,9 @@ class _Child:
         theirs.close()
         writer.close()
         self.last_words: deque[str] = deque(maxlen=LAST_WORDS)
-        self._listener = threading.Thread(target=self._listen, args=(reader,), name="pensieve-engine-stderr", daemon=True)
+        self._listener = threading.Thread(
+            target=self._listen, args=(reader,), name="pensieve-engine-stderr", daemon=True
+        )
         self._listener.start()
 
     def end(self, leave_s: float) -> int:
@@ -145,7 +151,11 @@ class _Child:
         try:
             self.process.close()
         except ValueError:
-            log.error("the engine process %s was killed %g s ago and still has not ended: a driver may hang", self.process.pid, _KILLED_S)
+            log.error(
+                "the engine process %s was killed %g s ago and still has not ended: a driver may hang",
+                self.process.pid,
+                _KILLED_S,
+            )
         return code
 
     def _exit_code(self) -> int:
@@ -161,7 +171,9 @@ class _Child:
         with reader, open(os.dup(reader.fileno()), encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 self.last_words.append(line.rstrip())
-                with contextlib.suppress(ValueError, OSError):  # ours may be closed; the child's must be read all the same
+                with contextlib.suppress(
+                    ValueError, OSError
+                ):  # ours may be closed; the child's must be read all the same
                     print(f"engine[{pid}] {line.rstrip()}", file=sys.stderr, flush=True)
 
 
@@ -227,10 +239,14 @@ class EngineProcess:
 
         self._emitting = threading.Lock()  # held while `emit` runs
         self._sending = threading.Lock()  # held while a connection is written to: it must not be closed then
-        self._queue: queue.SimpleQueue[tuple[float, Command | Close] | None] = queue.SimpleQueue()  # (when it was posted, what)
+        self._queue: queue.SimpleQueue[tuple[float, Command | Close] | None] = (
+            queue.SimpleQueue()
+        )  # (when it was posted, what)
         self._wake, self._waker = multiprocessing.get_context("spawn").Pipe(duplex=False)
         # The thread that starts children lives as long as they do: Linux ties a child to the thread that made it.
-        self._supervisor = threading.Thread(target=self._supervise, name="pensieve-engine-process", daemon=True)
+        self._supervisor = threading.Thread(
+            target=self._supervise, name="pensieve-engine-process", daemon=True
+        )
         self._writer = threading.Thread(target=self._write, name="pensieve-engine-writer", daemon=True)
         self._supervisor.start()
         self._writer.start()
@@ -277,11 +293,16 @@ class EngineProcess:
                 self._queue.put((time.monotonic(), Close()))
                 self._waker.send_bytes(b"close")
             self._lock.notify_all()
-        if threading.current_thread() not in (self._supervisor, self._writer):  # from within `emit` or `on_state` it can only be asked for
+        if threading.current_thread() not in (
+            self._supervisor,
+            self._writer,
+        ):  # from within `emit` or `on_state` it can only be asked for
             self._supervisor.join(timeout + _LEAVE_S)
             with self._lock:
                 stuck = self._process
-            if self._supervisor.is_alive() and stuck is not None:  # in the middle of a message that does not end
+            if (
+                self._supervisor.is_alive() and stuck is not None
+            ):  # in the middle of a message that does not end
                 with contextlib.suppress(ValueError):  # it ended after all
                     stuck.kill()
             self._supervisor.join()
@@ -322,7 +343,11 @@ class EngineProcess:
         """Why a command posted now may not be answered soon though the engine counts as ready, a sentence; None: nothing is known."""
         with self._lock:
             silent_s = 0.0 if self._connection is None else time.monotonic() - self._beat_s
-        return f"the engine has sent no heartbeat for {silent_s:.0f} s" if silent_s > 2 * SILENT_BEATS_S else None
+        return (
+            f"the engine has sent no heartbeat for {silent_s:.0f} s"
+            if silent_s > 2 * SILENT_BEATS_S
+            else None
+        )
 
     @property
     def stalled_s(self) -> float:
@@ -331,16 +356,22 @@ class EngineProcess:
             if self._connection is None:
                 return 0.0
             age_s = time.monotonic() - self._beat_s
-            return self._beat.stalled_s + age_s if self._beat.stalled_s > 0.0 or age_s > SILENT_BEATS_S else 0.0
+            return (
+                self._beat.stalled_s + age_s if self._beat.stalled_s > 0.0 or age_s > SILENT_BEATS_S else 0.0
+            )
 
     # -- the thread that starts children and reads
 
     def _supervise(self) -> None:
         try:
             self._keep_one_alive()
-        except Exception as error:  # our own bug: say so to everybody who waits rather than leave them waiting
+        except (
+            Exception
+        ) as error:  # our own bug: say so to everybody who waits rather than leave them waiting
             log.exception("the supervisor of the engine process stopped")
-            reason = PensieveError(f"the supervisor of the engine process stopped on an error of its own: {type(error).__name__}: {error}")
+            reason = PensieveError(
+                f"the supervisor of the engine process stopped on an error of its own: {type(error).__name__}: {error}"
+            )
             with self._lock:
                 left, self._error, self._process, self._connection = self._process, reason, None, None
             if left is not None:
@@ -367,18 +398,25 @@ class EngineProcess:
             with self._lock:
                 closing = self._close_by_s is not None
                 was_ready = self._info is not None  # this one or one before it
-                hopeless = not was_ready and (end.reason.code in _USER_ERRORS or failures >= MAX_START_FAILURES)
+                hopeless = not was_ready and (
+                    end.reason.code in _USER_ERRORS or failures >= MAX_START_FAILURES
+                )
                 if not closing:
                     self._error = end.reason
                     if failures > 1:
                         self._error = error_from(
-                            end.reason.code, f"the engine failed to start {failures} times in a row: {end.reason.message}"
+                            end.reason.code,
+                            f"the engine failed to start {failures} times in a row: {end.reason.message}",
                         )
                     error = self._error
                 going_on = self._restart and not closing and not hopeless
             state: State = "closed" if closing else "restarting" if going_on else "failed"
             if not closing:
-                log.error("the engine process ended: %s%s", error.message, f" (it is started again in {pause_s:g} s)" if going_on else "")
+                log.error(
+                    "the engine process ended: %s%s",
+                    error.message,
+                    f" (it is started again in {pause_s:g} s)" if going_on else "",
+                )
             self._enter(state)
             self._answer_everybody(self._epitaph(end, state))
             if not going_on:
@@ -400,7 +438,11 @@ class EngineProcess:
         try:
             child = _Child(self._main, self._arguments, self._environment)
         except Exception as error:
-            return _End("no process", PensieveError(f"no process could be started: {type(error).__name__}: {error}"), None)
+            return _End(
+                "no process",
+                PensieveError(f"no process could be started: {type(error).__name__}: {error}"),
+                None,
+            )
         with self._lock:
             self._process = child.process
         broken, ready_at_s = self._read_until_gone(child)
@@ -409,7 +451,9 @@ class EngineProcess:
             self._process = self._connection = None
         leave_s = _LEAVE_S
         if closing:
-            leave_s = 0.0 if ready_at_s is None else max(0.0, cast(float, self._close_by_s) - time.monotonic())
+            leave_s = (
+                0.0 if ready_at_s is None else max(0.0, cast(float, self._close_by_s) - time.monotonic())
+            )
         elif broken is None:
             leave_s = 1.0  # it closed its pipe or is dead already, and if neither it must not go on
         code = child.end(leave_s)
@@ -424,7 +468,9 @@ class EngineProcess:
                 how = broken.message.removeprefix("the engine process was killed: ")
             return _End(how, error_from(broken.code, broken.message), ready_s)
         said = " | ".join(line for line in list(child.last_words)[-5:] if line)
-        message = f"the engine process died: {_signal_name(how, code)}" + (f"; it said: {said}" if said else "")
+        message = f"the engine process died: {_signal_name(how, code)}" + (
+            f"; it said: {said}" if said else ""
+        )
         return _End(how, PensieveError(message), ready_s)
 
     def _read_until_gone(self, child: _Child) -> tuple[Broken | None, float | None]:
@@ -441,7 +487,10 @@ class EngineProcess:
             watched: list[Any] = [child.connection, child.process.sentinel]
             if close_by_s is None:
                 watched.append(self._wake)
-            heard = wait(watched, LOOK_S if close_by_s is None else min(LOOK_S, max(0.0, close_by_s - time.monotonic())))
+            heard = wait(
+                watched,
+                LOOK_S if close_by_s is None else min(LOOK_S, max(0.0, close_by_s - time.monotonic())),
+            )
             now_s = lived.now()
             if child.connection in heard:
                 try:
@@ -450,7 +499,9 @@ class EngineProcess:
                     return broken, ready_at_s
                 except Exception as error:  # not something that a child of this version says
                     child.process.kill()
-                    return Broken(PensieveError.code, f"the engine spoke nonsense: {type(error).__name__}: {error}"), ready_at_s
+                    return Broken(
+                        PensieveError.code, f"the engine spoke nonsense: {type(error).__name__}: {error}"
+                    ), ready_at_s
                 if vitals is not None:
                     vitals.heard(now_s)
                 for message in messages:
@@ -540,7 +591,9 @@ class EngineProcess:
                 held = self._state == "restarting"
                 self._lock.wait(posted_s + self._hold_s - time.monotonic() if held else None)
             if (connection := self._connection) is not None and not isinstance(command, Close):
-                self._in_flight.add(command)  # in one breath with the look at the connection: who takes it away answers for this one
+                self._in_flight.add(
+                    command
+                )  # in one breath with the look at the connection: who takes it away answers for this one
         if connection is None:
             assert error is not None
             self._refuse(command, error)
@@ -554,7 +607,10 @@ class EngineProcess:
                 log.exception("%s cannot be sent", type(command).__name__)
                 with self._lock:
                     self._in_flight.discard(command)
-                self._refuse(command, PensieveError(f"the command cannot be sent: {type(unsendable).__name__}: {unsendable}"))
+                self._refuse(
+                    command,
+                    PensieveError(f"the command cannot be sent: {type(unsendable).__name__}: {unsendable}"),
+                )
 
     def _why_not(self, posted_s: float) -> PensieveError | None:
         """Why a command should wait no longer for an engine."""
@@ -562,13 +618,25 @@ class EngineProcess:
             return EngineClosed("the engine was closed before this request began")
         if self._state == "failed":
             if self._info is not None:  # (how it died is for those who run it: it may name files)
-                return EngineClosed("there is no engine: it ended and is not started again; the server's log says why")
+                return EngineClosed(
+                    "there is no engine: it ended and is not started again; the server's log says why"
+                )
             assert self._error is not None
-            return self._error if self._error.code in _USER_ERRORS else EngineClosed(f"there is no engine: {self._error.message}")
-        if self._state == "restarting" and self._failed_starts and self._info is not None:  # (a first start is waited for)
-            return EngineRestarted("the engine died and could not be started again yet; that is tried until it works: ask again later")
+            return (
+                self._error
+                if self._error.code in _USER_ERRORS
+                else EngineClosed(f"there is no engine: {self._error.message}")
+            )
+        if (
+            self._state == "restarting" and self._failed_starts and self._info is not None
+        ):  # (a first start is waited for)
+            return EngineRestarted(
+                "the engine died and could not be started again yet; that is tried until it works: ask again later"
+            )
         if self._state == "restarting" and time.monotonic() >= posted_s + self._hold_s:
-            return EngineRestarted(f"the engine died and was not ready again within {self._hold_s:g} s; ask again")
+            return EngineRestarted(
+                f"the engine died and was not ready again within {self._hold_s:g} s; ask again"
+            )
         return None
 
     # -- both

@@ -20,7 +20,9 @@ _LONGEST_LOOK_S = 2.0  # of the time between two looks, at most so much was live
 class LivedTime:
     """Seconds in which this process ran, as far as regular looks at it show."""
 
-    def __init__(self, longest_look_s: float = _LONGEST_LOOK_S, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, longest_look_s: float = _LONGEST_LOOK_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`longest_look_s`: of a longer time between two looks only so much counts."""
         self._longest_look_s, self._clock = longest_look_s, clock
         self._looked_s = clock()
@@ -39,7 +41,9 @@ class Patience:
     """How long an engine that is ready may show no sign of life, and of progress."""
 
     silent_s: float = SILENT_S  # without any message; heartbeats come once a second, also during a long step
-    step_s: float = STEPS_TO_SILENCE * SILENT_S  # without an end of the step under way, or with work and no step
+    step_s: float = (
+        STEPS_TO_SILENCE * SILENT_S
+    )  # without an end of the step under way, or with work and no step
 
     def __post_init__(self) -> None:
         if not self.silent_s > 2 * LOOK_S:  # (heartbeats are a second apart)

@@ -71,9 +71,13 @@ def start_apart(
     from pensieve.text.workers import TextWorkers, memory_for
 
     template = read_chat_template(options)  # before an engine is started
-    nursery = None if prompt_timeout_s is None else new_nursery(text_main.prepare)  # (imports while the engine loads)
+    nursery = (
+        None if prompt_timeout_s is None else new_nursery(text_main.prepare)
+    )  # (imports while the engine loads)
     workers: TextWorkers | None = None
-    late: list[ConversationService] = []  # the engine speaks only when spoken to, and by then its service is there
+    late: list[
+        ConversationService
+    ] = []  # the engine speaks only when spoken to, and by then its service is there
     process = EngineProcess(
         engine_main.run,
         (options, must_talk, retain),
@@ -88,7 +92,9 @@ def start_apart(
         process.restart_with(as_started(options, info, retain), must_talk, retain)
         folder = None if info.tokenizer_dir is None or info.weights == "random" else Path(info.tokenizer_dir)
         if nursery is not None and folder is not None:
-            nursery.load(text_main.Loading(folder, template, info.max_context))  # first: what hangs or fails there is not tried here
+            nursery.load(
+                text_main.Loading(folder, template, info.max_context)
+            )  # first: what hangs or fails there is not tried here
         with memory_limited(LOAD_BYTES) if nursery is not None else nullcontext():
             text = load_text(folder, info.weights, template)
             if text is not None:
@@ -96,8 +102,12 @@ def start_apart(
         if nursery is not None and text is not None and folder is not None:
             assert prompt_timeout_s is not None
             loading = text_main.Loading(folder, template, info.max_context)
-            memory_bytes = memory_for(text.most_chars(2 * info.max_context))  # (/tokenize counts two contexts)
-            workers = TextWorkers(text_main.Nurseries(loading, nursery), job_s=prompt_timeout_s, memory_bytes=memory_bytes)
+            memory_bytes = memory_for(
+                text.most_chars(2 * info.max_context)
+            )  # (/tokenize counts two contexts)
+            workers = TextWorkers(
+                text_main.Nurseries(loading, nursery), job_s=prompt_timeout_s, memory_bytes=memory_bytes
+            )
         elif nursery is not None:
             nursery.close()
     except BaseException:

@@ -17,7 +17,9 @@ from pensieve.runtime.options import Options
 if TYPE_CHECKING:
     from pensieve.worker.group import Group
 
-MAX_FAILED_STEPS = 8  # in a row. One request whose forward always fails is given up after two (see `Scheduler`)
+MAX_FAILED_STEPS = (
+    8  # in a row. One request whose forward always fails is given up after two (see `Scheduler`)
+)
 
 
 def run(connection: Connection, options: Options, must_talk: bool = True, retain: bool = True) -> None:

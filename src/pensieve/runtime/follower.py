@@ -32,7 +32,10 @@ def _follow(options: Options, rank: Rank) -> NoReturn:
     """Compute what rank 0 says until it ends, then exit: 0, or 1 where it ended without a word."""
     from pensieve.worker.parallel import follow
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach rank 0 as well: whether to drain, and for how long, is its decision
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # they reach rank 0 as well: whether to drain, and for how long, is its decision
         signal.signal(number, signal.SIG_IGN)
     code = 0
     try:
@@ -46,4 +49,6 @@ def _follow(options: Options, rank: Rank) -> NoReturn:
         pass  # rank 0 says it, and its exit status is the one that counts
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # nothing is left to close, and libraries that take themselves apart would only keep rank 0's starter waiting
+    os._exit(
+        code
+    )  # nothing is left to close, and libraries that take themselves apart would only keep rank 0's starter waiting

@@ -81,7 +81,9 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.is_on_gpu and not torch.cuda.is_available():
-        raise ConfigError(f"--device {options.device}: this machine (or this PyTorch) has no CUDA device; use --device cpu")
+        raise ConfigError(
+            f"--device {options.device}: this machine (or this PyTorch) has no CUDA device; use --device cpu"
+        )
 
     def progress(what: str, share: float | None) -> None:
         say(what if share is None else f"{what} {share:4.0%}")
@@ -100,7 +102,12 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
     def find() -> ResolvedModel:
         with _refusing(options.model):
             return resolve(
-                options.model, options.weights, dtype=number.name, device=options.device, allow_random=not must_talk, progress=progress
+                options.model,
+                options.weights,
+                dtype=number.name,
+                device=options.device,
+                allow_random=not must_talk,
+                progress=progress,
             )
 
     def text_of(resolved: ResolvedModel) -> ChatText | None:
@@ -127,7 +134,13 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
 
 
 def load_together(
-    group: Group, find: Callable[[], ResolvedModel], dtype: str, forward: Forward, *, int8: bool, say: Callable[[str], None]
+    group: Group,
+    find: Callable[[], ResolvedModel],
+    dtype: str,
+    forward: Forward,
+    *,
+    int8: bool,
+    say: Callable[[str], None],
 ) -> tuple[ResolvedModel, CausalModel]:
     """Find, load and gate a model on all ranks at once; what fails on one fails on all.
 
@@ -151,10 +164,14 @@ def load_together(
             if turn:
                 found.append(find())
     resolved = found[0]
-    names = group.exchange(f"{resolved.label} ({resolved.weights} weights, {resolved.num_parameters} parameters)")
+    names = group.exchange(
+        f"{resolved.label} ({resolved.weights} weights, {resolved.num_parameters} parameters)"
+    )
     if len(set(names)) > 1:
         listed = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
-        raise ConfigError(f"the processes found different models under one name ({listed}): give every machine the same files")
+        raise ConfigError(
+            f"the processes found different models under one name ({listed}): give every machine the same files"
+        )
     say(f"loading {resolved.label} over {group.size} processes")
     with group.agreeing():
         model = load(resolved, dtype, group=group)
@@ -163,7 +180,9 @@ def load_together(
     return resolved, causal
 
 
-def _first_tier_gb(options: Options, shape: ModelShape, model: CausalModel, group: Group | None) -> tuple[float, str]:
+def _first_tier_gb(
+    options: Options, shape: ModelShape, model: CausalModel, group: Group | None
+) -> tuple[float, str]:
     """As told; else a share of the free memory, or on a GPU what is left there. And what to say of it."""
     if options.gpu_cache_gb is not None:
         return options.gpu_cache_gb, ""
@@ -171,8 +190,17 @@ def _first_tier_gb(options: Options, shape: ModelShape, model: CausalModel, grou
 
     if not options.is_on_gpu:
         context = min(shape.max_positions, options.max_context or shape.max_positions)
-        most = options.max_running * (context + options.chunk_tokens) * shape.kv_bytes_per_token(model.dtype.itemsize)
-        share = host_share(most, int(options.second_tier_gb * GB), int(CPU_CACHE_GB * GB), sharers=1 if group is None else group.local_size)
+        most = (
+            options.max_running
+            * (context + options.chunk_tokens)
+            * shape.kv_bytes_per_token(model.dtype.itemsize)
+        )
+        share = host_share(
+            most,
+            int(options.second_tier_gb * GB),
+            int(CPU_CACHE_GB * GB),
+            sharers=1 if group is None else group.local_size,
+        )
         if group is not None:  # every rank has the same slots
             share = min(group.exchange(share), key=lambda each: each.tier)
         if share.tier < (least := 2 * options.chunk_tokens * shape.kv_bytes_per_token(model.dtype.itemsize)):
@@ -196,7 +224,9 @@ def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Sa
     def make(forward: Forward) -> CausalModel:
         with _refusing(resolved.label):
             model = load(resolved, dtype, options.device)
-            return CausalModel(model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False)
+            return CausalModel(
+                model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False
+            )
 
     try:
         return make(options.forward)
@@ -237,7 +267,9 @@ def read_chat_template(options: Options) -> str | None:
     return read_template(Path(options.chat_template))
 
 
-def load_text(tokenizer_dir: Path | None, weights: Literal["real", "random"], template: str | None = None) -> ChatText | None:
+def load_text(
+    tokenizer_dir: Path | None, weights: Literal["real", "random"], template: str | None = None
+) -> ChatText | None:
     """The tokenizer of a model that talks, with a chat template in place of its own if one is given; None for one that does not talk.
 
     Raises:
@@ -257,4 +289,6 @@ def notes_of(*notes: str | None) -> list[str]:
 
 def settled(options: Options, loaded: LoadedModel) -> Options:
     """The options with what loading found in place of what they left open."""
-    return replace(options, dtype=loaded.dtype, gpu_cache_gb=loaded.gpu_cache_gb, cpu_cache_gb=options.second_tier_gb)
+    return replace(
+        options, dtype=loaded.dtype, gpu_cache_gb=loaded.gpu_cache_gb, cpu_cache_gb=options.second_tier_gb
+    )

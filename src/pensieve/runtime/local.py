@@ -7,7 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pensieve.config import CacheConfig, ContextLimit, ModelShape, SchedulerConfig, TierConfig, gigabytes, slots_for_bytes
+from pensieve.config import (
+    CacheConfig,
+    ContextLimit,
+    ModelShape,
+    SchedulerConfig,
+    TierConfig,
+    gigabytes,
+    slots_for_bytes,
+)
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import POLICIES
@@ -41,7 +49,11 @@ class Sizes:
 
     def as_json(self) -> dict[str, Any]:
         """For a report."""
-        return {"chunk_bytes": self.chunk_bytes, "max_context": self.max_context, "slots": {t.name: t.num_slots for t in self.tiers}}
+        return {
+            "chunk_bytes": self.chunk_bytes,
+            "max_context": self.max_context,
+            "slots": {t.name: t.num_slots for t in self.tiers},
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +82,9 @@ class Runtime:
         self.service.close()
 
 
-def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, total_as_one: bool = False) -> Sizes:
+def size_tiers(
+    options: Options, shape: ModelShape, gpu_cache_gb: float, *, total_as_one: bool = False
+) -> Sizes:
     """Slots of each tier, and the context that fits.
 
     Args:
@@ -102,14 +116,23 @@ def size_tiers(options: Options, shape: ModelShape, gpu_cache_gb: float, *, tota
         is_told=options.max_context is not None,
     )  # fmt: skip
     if limit.tokens > longest:
-        what = "the model was built for" if shape.max_positions <= holds else f"the first tier holds: {limit.way_out(limit.tokens)}"
+        what = (
+            "the model was built for"
+            if shape.max_positions <= holds
+            else f"the first tier holds: {limit.way_out(limit.tokens)}"
+        )
         raise ConfigError(f"--max-context {options.max_context} is more than the {longest} tokens {what}")
     return Sizes(chunk_bytes, tuple(tiers), limit)
 
 
 def _sizes_of(options: Options, loaded: LoadedModel, retain: bool) -> Sizes:
     """The stateless baseline gets both tiers' bytes as one where both are RAM: it has no use for a second."""
-    return size_tiers(settled(options, loaded), loaded.shape, loaded.gpu_cache_gb, total_as_one=not retain and not options.is_on_gpu)
+    return size_tiers(
+        settled(options, loaded),
+        loaded.shape,
+        loaded.gpu_cache_gb,
+        total_as_one=not retain and not options.is_on_gpu,
+    )
 
 
 def start(
@@ -123,7 +146,9 @@ def start(
     from pensieve.service import ConversationService
 
     limit = _sizes_of(options, loaded, retain).limit
-    service = ConversationService(loaded.text, store, max_context=limit.tokens, overflow=options.overflow, limit=limit)
+    service = ConversationService(
+        loaded.text, store, max_context=limit.tokens, overflow=options.overflow, limit=limit
+    )
     try:
         started = start_engine(options, loaded, emit=service.handle, retain=retain)
     except BaseException:
@@ -160,16 +185,24 @@ def make_engine(
     sizes = _sizes_of(options, loaded, retain)
     cost, cost_source, copy_bytes_per_s = cost_profile(options, loaded)
     worker = _make_worker(options, loaded, sizes)
-    assert worker.chunk_bytes == sizes.chunk_bytes, f"a chunk has {worker.chunk_bytes} bytes, {sizes.chunk_bytes} were reckoned"
-    cache = TieredCache(CacheConfig(sizes.tiers, options.chunk_tokens), POLICIES[options.policy](cost.of_chunk))
+    assert worker.chunk_bytes == sizes.chunk_bytes, (
+        f"a chunk has {worker.chunk_bytes} bytes, {sizes.chunk_bytes} were reckoned"
+    )
+    cache = TieredCache(
+        CacheConfig(sizes.tiers, options.chunk_tokens), POLICIES[options.policy](cost.of_chunk)
+    )
     config = SchedulerConfig(
         max_batch_tokens=options.batch_tokens, max_running=options.max_running, retain=retain, admission=options.admission,
         step_s=options.step_s if options.admission == "work" else None,
     )  # fmt: skip
     pace = Pace(cost, measured=copy_bytes_per_s is not None)
-    if loaded.model.device.type == "cpu":  # all tiers in RAM: a chunk is copied in a fraction of a millisecond, nothing need be ready early
+    if (
+        loaded.model.device.type == "cpu"
+    ):  # all tiers in RAM: a chunk is copied in a fraction of a millisecond, nothing need be ready early
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
-    scheduler = Scheduler(config, cache, sizes.max_context, loaded.shape.vocab_size, pace=pace, limit=sizes.limit)
+    scheduler = Scheduler(
+        config, cache, sizes.max_context, loaded.shape.vocab_size, pace=pace, limit=sizes.limit
+    )
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(
         scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, clock=clock, debug=options.debug, quote=quote,
@@ -198,8 +231,14 @@ def cost_profile(options: Options, loaded: LoadedModel) -> tuple[CostProfile, st
     """Cost(l) as measured on this machine by `pensieve profile`, or else from arithmetic; which of the two; and, measured, bytes a second upwards."""
     from pensieve.runtime import profiling
 
-    measured = None if loaded.group is not None else profiling.find(loaded.model, options.chunk_tokens)  # (measured in one process)
+    measured = (
+        None if loaded.group is not None else profiling.find(loaded.model, options.chunk_tokens)
+    )  # (measured in one process)
     if measured is not None:
         cost = CostProfile(measured.points, options.chunk_tokens)
         return cost, "measurement (pensieve profile)", measured.copy_bytes_per_s.get("cpu->gpu")
-    return CostProfile.from_shape(loaded.shape, options.chunk_tokens), "arithmetic (`pensieve profile` measures it)", None
+    return (
+        CostProfile.from_shape(loaded.shape, options.chunk_tokens),
+        "arithmetic (`pensieve profile` measures it)",
+        None,
+    )

@@ -12,10 +12,17 @@ from pensieve.errors import ConfigError
 
 GB = 1_000_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_CACHE_GB = 1.0  # of the first tier on a CPU that does not say how much memory is free, and of one that is simulated
-HOST_CACHE_GB = 2.0  # of the second tier beside a GPU, unless told otherwise; on a CPU both would be the same memory
+CPU_CACHE_GB = (
+    1.0  # of the first tier on a CPU that does not say how much memory is free, and of one that is simulated
+)
+HOST_CACHE_GB = (
+    2.0  # of the second tier beside a GPU, unless told otherwise; on a CPU both would be the same memory
+)
 MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
-CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
+CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = (
+    512,
+    4096,
+)  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
 
 
 Say = Callable[[str], None]
@@ -27,7 +34,9 @@ class Options:
 
     model: str = "smollm2"
     weights: Literal["auto", "random"] = "auto"
-    dtype: str = "auto"  # of `DTYPE_BYTES`, or auto: what this CPU multiplies fast, as measured; bfloat16 on a GPU
+    dtype: str = (
+        "auto"  # of `DTYPE_BYTES`, or auto: what this CPU multiplies fast, as measured; bfloat16 on a GPU
+    )
     device: str = "cpu"
     gpu_cache_gb: float | None = (
         None  # None: on a CPU a share of the free memory, on a GPU what is left beside the weights and the largest step
@@ -83,11 +92,15 @@ class Options:
             raise ConfigError(f"--dtype must be auto or one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         for name in ("gpu_cache_gb", "cpu_cache_gb"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}"
+                )
         if self.step_ms is not None and not self.step_ms > 0:
             raise ConfigError(f"--step-ms must be positive, got {self.step_ms:g}")
         if self.device != "cpu" and not self.is_on_gpu:
-            raise ConfigError(f"--device must be cpu or cuda (or one of several: cuda:0, cuda:1, ...), got {self.device!r}")
+            raise ConfigError(
+                f"--device must be cpu or cuda (or one of several: cuda:0, cuda:1, ...), got {self.device!r}"
+            )
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"--max-context must be at least 2 tokens, got {self.max_context}")
 

@@ -50,7 +50,12 @@ _BATCHES = (1, 2, 4, 8, 16, 32)  # answers in a step
 _FAR_BATCH, _FAR_CONTEXT = 8, 2048  # where attention shows
 _PLANNED = (1, 16)  # requests of the steps whose planning is timed
 _PLANNED_STEPS = 24
-_ENDED_CONTEXT, _ENDED_NEW, _ENDED_ANSWER, _ENDED_TURNS = 512, 100, 4, 5  # tokens, and turns, of the conversation whose ends are timed
+_ENDED_CONTEXT, _ENDED_NEW, _ENDED_ANSWER, _ENDED_TURNS = (
+    512,
+    100,
+    4,
+    5,
+)  # tokens, and turns, of the conversation whose ends are timed
 
 
 def load_or_measure(
@@ -88,11 +93,15 @@ def load_or_measure(
     try:
         save(profile, path, model)
     except OSError as error:
-        logger.warning("the profile could not be kept in %s: %s; it will be measured again next time", path, error)
+        logger.warning(
+            "the profile could not be kept in %s: %s; it will be measured again next time", path, error
+        )
     return profile
 
 
-def find(model: CausalModel, chunk_tokens: int = 32, *, attention: str = "auto", folder: Path | None = None) -> Profile | None:
+def find(
+    model: CausalModel, chunk_tokens: int = 32, *, attention: str = "auto", folder: Path | None = None
+) -> Profile | None:
     """The profile of this model on this machine if one was kept, of whatever longest context; nothing is measured."""
     return load((folder or _default_folder()) / f"{_key(model, chunk_tokens, attention)}.json")
 
@@ -124,7 +133,14 @@ def measure(
         raise ConfigError(
             f"max_context must lie between one chunk ({chunk_tokens}) and the model's {model.shape.max_positions} tokens, got {max_context}"
         )
-    chunk_bytes = model.shape.num_layers * 2 * chunk_tokens * model.geometry.num_kv_heads * model.geometry.head_dim * model.dtype.itemsize
+    chunk_bytes = (
+        model.shape.num_layers
+        * 2
+        * chunk_tokens
+        * model.geometry.num_kv_heads
+        * model.geometry.head_dim
+        * model.dtype.itemsize
+    )
     far = min(_FAR_CONTEXT, max_context)
     wanted = max(-(-max_context // chunk_tokens), _FAR_BATCH * -(-far // chunk_tokens))
     num_slots = min(wanted, max(_COPIED_CHUNKS, _STORE_BYTES // chunk_bytes))
@@ -168,9 +184,15 @@ def measure(
         rest_s=constant_of(points),
         prefill_tokens_per_s=prompt / bench.seconds("prompt"),
         decode_step_s=bench.seconds("decode"),
-        copy_bytes_per_s={direction: bytes_copied / bench.seconds(direction) for direction in ("gpu->cpu", "cpu->gpu")},
+        copy_bytes_per_s={
+            direction: bytes_copied / bench.seconds(direction) for direction in ("gpu->cpu", "cpu->gpu")
+        },
         step_points=tuple(
-            (tokens, max(_LEAST_S, bench.seconds(f"step {tokens}") - attention_s(read_s, pair_s, tokens, tokens))) for tokens in steps
+            (
+                tokens,
+                max(_LEAST_S, bench.seconds(f"step {tokens}") - attention_s(read_s, pair_s, tokens, tokens)),
+            )
+            for tokens in steps
         ),
         answer_points=tuple((rows, bench.more(f"silent {rows}", f"answered {rows}")) for rows in _BATCHES),
         decode_token_s=decode_token_s,
@@ -241,7 +263,10 @@ class _Bench:
         self._num_steps = self._num_copies = 0
         apart = num_slots // _FAR_BATCH + 1  # so that no two of a small batch read the same slots
         chunks = -(-max_context // chunk_tokens)
-        tables = [tuple((row * apart + index) % num_slots for index in range(chunks)) for row in range(max(_BATCHES))]
+        tables = [
+            tuple((row * apart + index) % num_slots for index in range(chunks))
+            for row in range(max(_BATCHES))
+        ]
         self._run(
             (),
             started=tuple(RequestStart(_name(row), SamplingParams(), ()) for row in range(len(tables))),
@@ -262,7 +287,10 @@ class _Bench:
         """Everything once to warm up, and then so many times, in turn."""
         self._seconds = {name: [] for name in self.works}
         for round_ in range(-1, repeats):
-            tell("warm-up" if round_ < 0 else f"round {round_ + 1} of {repeats}", max(0, round_) / (repeats + 1))
+            tell(
+                "warm-up" if round_ < 0 else f"round {round_ + 1} of {repeats}",
+                max(0, round_) / (repeats + 1),
+            )
             for name, work in self.works.items():
                 before = self._clock()
                 work()
@@ -275,15 +303,25 @@ class _Bench:
 
     def more(self, less: str, more: str) -> float:
         """Seconds that one work takes beyond another, at least 0: the median over the rounds."""
-        return max(0.0, statistics.median(b - a for a, b in zip(self._seconds[less], self._seconds[more], strict=True)))
+        return max(
+            0.0,
+            statistics.median(b - a for a, b in zip(self._seconds[less], self._seconds[more], strict=True)),
+        )
 
     def planning(self, max_context: int) -> tuple[tuple[float, float], tuple[float, float], float]:
         """Of the engine: planning, and from a result to the next plan, each a step and more for each request in it; and more for an answer's end.
 
         A real worker computes between: what Python needs is cold then.
         """
-        few, many = (self._planning(count, min(max_context, self._num_slots * self._chunk_tokens // count)) for count in _PLANNED)
-        return _line(few[0], many[0]), _line(few[1], many[1]), self._ending(min(max_context, self._num_slots * self._chunk_tokens))
+        few, many = (
+            self._planning(count, min(max_context, self._num_slots * self._chunk_tokens // count))
+            for count in _PLANNED
+        )
+        return (
+            _line(few[0], many[0]),
+            _line(few[1], many[1]),
+            self._ending(min(max_context, self._num_slots * self._chunk_tokens)),
+        )
 
     def _planning(self, count: int, max_context: int) -> tuple[float, float]:
         """Seconds to plan a step of so many decodes, and to commit it."""
@@ -294,11 +332,21 @@ class _Bench:
         for row in range(count):
             # (ids of its own for each: nothing is shared)
             scheduler.submit(
-                f"planned {count} {row}", "profile", str(row), (row, row), 0, SamplingParams(max_new_tokens=answer), self._clock()
+                f"planned {count} {row}",
+                "profile",
+                str(row),
+                (row, row),
+                0,
+                SamplingParams(max_new_tokens=answer),
+                self._clock(),
             )
         self._play(scheduler)
         plans = [seconds for seconds, num_spans in scheduler.plans if num_spans == count][_WARM_UPS:]
-        gaps = [seconds for seconds, num_spans, num_ended in scheduler.gaps if num_spans == count and not num_ended][_WARM_UPS:]
+        gaps = [
+            seconds
+            for seconds, num_spans, num_ended in scheduler.gaps
+            if num_spans == count and not num_ended
+        ][_WARM_UPS:]
         return statistics.median(plans or [0.0]), statistics.median(gaps or [0.0])
 
     def _ending(self, max_context: int) -> float:
@@ -313,9 +361,14 @@ class _Bench:
             length = first + turn * new
             tokens = tuple(position * 7919 % vocabulary for position in range(length))
             sampling = SamplingParams(max_new_tokens=_ENDED_ANSWER)
-            scheduler.submit(f"ended {turn}", "profile", "ended", tokens, max(0, length - new), sampling, self._clock())
+            scheduler.submit(
+                f"ended {turn}", "profile", "ended", tokens, max(0, length - new), sampling, self._clock()
+            )
             self._play(scheduler)
-        ends, others = ([seconds for seconds, _, ended in scheduler.gaps if bool(ended) == asked] for asked in (True, False))
+        ends, others = (
+            [seconds for seconds, _, ended in scheduler.gaps if bool(ended) == asked]
+            for asked in (True, False)
+        )
         return max(0.0, statistics.median(ends) - statistics.median(others))
 
     def _scheduler(self, count: int, max_context: int) -> _TimedScheduler:
@@ -323,7 +376,9 @@ class _Bench:
         cost = CostProfile([(self._chunk_tokens, 1.0)], self._chunk_tokens)
         tiers = (TierConfig("gpu", self._num_slots),)
         cache = TieredCache(CacheConfig(tiers, self._chunk_tokens), POLICIES["retention"](cost.of_chunk))
-        config = SchedulerConfig(max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0)
+        config = SchedulerConfig(
+            max_batch_tokens=self._chunk_tokens + 2 * count, max_running=count, reserve_share=0.0
+        )
         scheduler = _TimedScheduler(config, cache, max_context)
         scheduler.watch(self._clock)
         return scheduler
@@ -331,14 +386,18 @@ class _Bench:
     def _play(self, scheduler: Scheduler) -> None:
         """Steps until every request has ended and the worker has forgotten it."""
         chunk_bytes = self._worker.chunk_bytes
-        engine = Engine(scheduler, self._worker, chunk_bytes=chunk_bytes, emit=lambda events: None, clock=self._clock)
+        engine = Engine(
+            scheduler, self._worker, chunk_bytes=chunk_bytes, emit=lambda events: None, clock=self._clock
+        )
         while scheduler.requests:
             engine.step()
         engine.step()
 
     def copy(self, source: int, target: int) -> None:
         """A few chunks from one tier to the other."""
-        copies = tuple(Copy(self._num_copies + slot, source, slot, target, slot) for slot in range(self.num_copied))
+        copies = tuple(
+            Copy(self._num_copies + slot, source, slot, target, slot) for slot in range(self.num_copied)
+        )
         self._num_copies += self.num_copied
         waiting = {copy.copy_id for copy in copies}
         result = self._run((), swap_in=copies) if target == 0 else self._run((), swap_out=copies)
@@ -356,7 +415,9 @@ class _Bench:
         started: tuple[RequestStart, ...] = (),
         tables: tuple[BlockTableUpdate, ...] = (),
     ) -> StepResult:
-        result = self._worker.run(StepPlan(self._num_steps, spans, swap_in, swap_out, started, tables, (), ()))
+        result = self._worker.run(
+            StepPlan(self._num_steps, spans, swap_in, swap_out, started, tables, (), ())
+        )
         self._num_steps += 1
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
@@ -397,7 +458,9 @@ def document(profile: Profile, model: CausalModel) -> dict[str, Any]:
 def save(profile: Profile, path: Path, model: CausalModel) -> None:
     """Write a profile whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False
+    ) as file:
         try:
             json.dump(document(profile, model), file, indent=1)
             file.close()
@@ -423,13 +486,17 @@ def load(path: Path) -> Profile | None:
             return None
         return parse(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("the profile %s is damaged (%s: %s); measuring again", path, type(error).__name__, error)
+        logger.warning(
+            "the profile %s is damaged (%s: %s); measuring again", path, type(error).__name__, error
+        )
         return None
 
 
 def _default_folder() -> Path:
     override = os.environ.get("PENSIEVE_CACHE")
-    return (Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("pensieve"))) / "profiles"
+    return (
+        Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("pensieve"))
+    ) / "profiles"
 
 
 def _key(model: CausalModel, chunk_tokens: int, attention: str) -> str:
@@ -439,7 +506,9 @@ def _key(model: CausalModel, chunk_tokens: int, attention: str) -> str:
         FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, backend,
         model.forward_name, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
-    readable = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in Path(model.label).name)[:40]
+    readable = "".join(
+        letter if letter.isalnum() or letter in "-." else "-" for letter in Path(model.label).name
+    )[:40]
     return f"{readable}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 

@@ -35,12 +35,18 @@ class Completed:
     logprobs: Sequence[SampledToken] = ()
 
 
-def composer(spec: TurnSpec, text: ChatText, form: OutputForm, created: int, meta: Mapping[str, object]) -> TurnSpec:
+def composer(
+    spec: TurnSpec, text: ChatText, form: OutputForm, created: int, meta: Mapping[str, object]
+) -> TurnSpec:
     """A turn whose answer is stored as what `form` reads in it, with what its client is told."""
 
     def compose(done: TurnDone) -> Composed:
         output = read_whole(text, form, spec.turn_id, spec.prefix + done.text)
-        told = {"created": created, "usage": usage_of(done), "receipt": receipt_json(done.receipt, done.warning)}
+        told = {
+            "created": created,
+            "usage": usage_of(done),
+            "receipt": receipt_json(done.receipt, done.warning),
+        }
         return Composed(output.message(), {**meta, ANSWER: told})
 
     watch = None
@@ -49,7 +55,9 @@ def composer(spec: TurnSpec, text: ChatText, form: OutputForm, created: int, met
     return replace(spec, compose=compose, watch=watch)
 
 
-def completed_now(answer: Answer, done: TurnDone, form: OutputForm, text: ChatText, meta: Mapping[str, object]) -> Completed:
+def completed_now(
+    answer: Answer, done: TurnDone, form: OutputForm, text: ChatText, meta: Mapping[str, object]
+) -> Completed:
     """An answer that has just ended."""
     message = done.message or read_whole(text, form, answer.id, answer.turn.spec.prefix + done.text).message()
     return Completed(
@@ -61,7 +69,9 @@ def completed_now(answer: Answer, done: TurnDone, form: OutputForm, text: ChatTe
         usage_of(done),
         receipt_json(done.receipt, done.warning),
         meta,
-        tuple(answer.turn.sampled[: len(done.output)]) if answer.turn.spec.sampling.logprobs is not None else (),
+        tuple(answer.turn.sampled[: len(done.output)])
+        if answer.turn.spec.sampling.logprobs is not None
+        else (),
     )
 
 
@@ -69,7 +79,11 @@ def completed_before(turn: Turn, conversation_id: str | None) -> Completed:
     """An answer from the store."""
     told = turn.meta.get(ANSWER)
     told = told if isinstance(told, dict) else {}
-    message = turn.messages[-1] if turn.messages and turn.messages[-1].role == "assistant" else Message("assistant", "")
+    message = (
+        turn.messages[-1]
+        if turn.messages and turn.messages[-1].role == "assistant"
+        else Message("assistant", "")
+    )
     return Completed(
         turn.id,
         conversation_id,
@@ -117,7 +131,9 @@ def finish_reason(reason: str, message: Message) -> str:
     """Why an answer ended, in OpenAI's words for completions."""
     if message.tool_calls and reason == FinishReason.STOP.value:
         return "tool_calls"
-    return "stop" if reason == FinishReason.STOP.value else "length"  # (one that was cut short is never taken for whole)
+    return (
+        "stop" if reason == FinishReason.STOP.value else "length"
+    )  # (one that was cut short is never taken for whole)
 
 
 def logprob_items(tokens: Sequence[SampledToken], text: ChatText) -> list[dict[str, Any]]:
@@ -125,16 +141,25 @@ def logprob_items(tokens: Sequence[SampledToken], text: ChatText) -> list[dict[s
 
     def item(token_id: int, logprob: float | None) -> dict[str, Any]:
         written = text.token_text(token_id)
-        return {"token": written, "logprob": -9999.0 if logprob is None else logprob, "bytes": list(written.encode("utf-8", "replace"))}
+        return {
+            "token": written,
+            "logprob": -9999.0 if logprob is None else logprob,
+            "bytes": list(written.encode("utf-8", "replace")),
+        }
 
     return [
-        {**item(token.token_id, token.logprob), "top_logprobs": [item(token_id, logprob) for token_id, logprob in token.top]}
+        {
+            **item(token.token_id, token.logprob),
+            "top_logprobs": [item(token_id, logprob) for token_id, logprob in token.top],
+        }
         for token in tokens
     ]
 
 
 def _miss_json(miss: Miss) -> dict[str, Any]:
-    at = None if miss.at_s is None else round(time.time() - (time.monotonic() - miss.at_s), 3)  # the engine's clock is this machine's
+    at = (
+        None if miss.at_s is None else round(time.time() - (time.monotonic() - miss.at_s), 3)
+    )  # the engine's clock is this machine's
     return {"start": miss.start, "stop": miss.stop, "why": miss.why, "at": at, "by": miss.by}
 
 

@@ -44,7 +44,10 @@ class ErrorBody(BaseModel):
 
 
 _FAILURES: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The request is wrong; the message says what and how to mend it"},
+    400: {
+        "model": ErrorBody,
+        "description": "The request is wrong; the message says what and how to mend it",
+    },
     401: {"model": ErrorBody, "description": "An API key is needed"},
     403: {"model": ErrorBody, "description": "Not allowed on this server"},
     404: {"model": ErrorBody, "description": "Not there, or not this key's"},
@@ -58,7 +61,9 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(make_context: MakeContext, metrics: Metrics, rules: DoorRules, on_end: Ended = lambda: None) -> FastAPI:
+def create_app(
+    make_context: MakeContext, metrics: Metrics, rules: DoorRules, on_end: Ended = lambda: None
+) -> FastAPI:
     """The ASGI application."""
 
     @contextlib.asynccontextmanager
@@ -69,7 +74,9 @@ def create_app(make_context: MakeContext, metrics: Metrics, rules: DoorRules, on
         tasks = [asyncio.ensure_future(Sweeper(context).run())]
         if context.keys is not None:
             context.checks["keys"] = context.keys.trouble
-            metrics.key_file_error.set_function(lambda: context.keys is not None and context.keys.trouble() is not None)
+            metrics.key_file_error.set_function(
+                lambda: context.keys is not None and context.keys.trouble() is not None
+            )
             tasks.append(asyncio.ensure_future(context.keys.watch()))
         context.turns.watchers.append(context.totals.add)
         try:
@@ -97,6 +104,10 @@ def create_app(make_context: MakeContext, metrics: Metrics, rules: DoorRules, on
     app.add_middleware(Door, metrics=metrics, rules=rules)
     if rules.origins:  # before the door: a browser asks without a key whether a page may ask
         app.add_middleware(
-            CORSMiddleware, allow_origins=sorted(rules.origins), allow_methods=["*"], allow_headers=["*"], expose_headers=["X-Request-Id"]
+            CORSMiddleware,
+            allow_origins=sorted(rules.origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
         )
     return app

@@ -46,7 +46,11 @@ class BoundedRoute(APIRoute):
         async def bounded(request: Request) -> Response:
             body = await request.body()
             if body and _is_json(request.headers.get("content-type", "")):
-                request._json = read_json(body) if len(body) < LARGE_BYTES else await _read_large(body, request.app.state.context.reading)
+                request._json = (
+                    read_json(body)
+                    if len(body) < LARGE_BYTES
+                    else await _read_large(body, request.app.state.context.reading)
+                )
             return await handle(request)
 
         return bounded
@@ -113,11 +117,15 @@ class _Count:
             raise _too_many("values", MAX_VALUES)
         self._take_containers(outside)
         if b"9" * (MAX_DIGITS + 1) in outside.translate(_AS_NINES):
-            raise _wrong(f"a number in the body has more than {MAX_DIGITS} digits in a row: write it with an exponent, or as text")
+            raise _wrong(
+                f"a number in the body has more than {MAX_DIGITS} digits in a row: write it with an exponent, or as text"
+            )
         words = outside.count(b"true") + outside.count(
             b"false"
         )  # (one that a piece's end cuts through counts as a number: checked, no more)
-        self.not_json |= outside.count(b"e") + outside.count(b"E") != words or b"N" in outside or b"I" in outside
+        self.not_json |= (
+            outside.count(b"e") + outside.count(b"E") != words or b"N" in outside or b"I" in outside
+        )
 
     def _take_containers(self, outside: bytes) -> None:
         begun = outside.count(b"{") + outside.count(b"[")
@@ -125,7 +133,10 @@ class _Count:
         if self._containers > MAX_CONTAINERS:
             raise _too_many("objects and lists", MAX_CONTAINERS)
         steps = list(map(_STEPS.__getitem__, outside.translate(None, _NO_BRACKETS)))
-        if self._depth + begun > MAX_DEPTH and max(itertools.accumulate(steps, initial=self._depth)) > MAX_DEPTH:
+        if (
+            self._depth + begun > MAX_DEPTH
+            and max(itertools.accumulate(steps, initial=self._depth)) > MAX_DEPTH
+        ):
             raise _wrong(f"objects and lists in the body are nested more than {MAX_DEPTH} deep: flatten them")
         self._depth += sum(steps)
 
@@ -135,7 +146,9 @@ def _parse(body: bytes, count: _Count) -> Any:
         value = from_json(body, cache_strings="keys")
     except ValueError as error:
         if "hex escape" in str(error) and _SURROGATE.search(body):
-            raise _wrong("a text in the body is not valid Unicode: it holds half of a surrogate pair") from None
+            raise _wrong(
+                "a text in the body is not valid Unicode: it holds half of a surrogate pair"
+            ) from None
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if count.not_json:
         _check_numbers(value)
@@ -149,7 +162,11 @@ def _check_numbers(value: Any) -> None:
         items = stack.pop()
         kinds = set(map(type, items))
         if kinds & {dict, list}:
-            stack += [list(item.values()) if isinstance(item, dict) else item for item in items if isinstance(item, (dict, list))]
+            stack += [
+                list(item.values()) if isinstance(item, dict) else item
+                for item in items
+                if isinstance(item, (dict, list))
+            ]
         numbers = items if kinds <= {float, int} else [item for item in items if isinstance(item, float)]
         if float in kinds and not all(map(math.isfinite, numbers)):
             wrong = next(number for number in numbers if not math.isfinite(number))
@@ -166,4 +183,6 @@ def _wrong(message: str) -> ApiError:
 
 
 def _too_many(what: str, limit: int) -> ApiError:
-    return ApiError(400, f"the body holds more than {limit} {what}: send less at a time", code="body_too_complex")
+    return ApiError(
+        400, f"the body holds more than {limit} {what}: send less at a time", code="body_too_complex"
+    )

@@ -11,7 +11,14 @@ from starlette.responses import JSONResponse, Response
 
 from pensieve import __version__
 from pensieve.server import idempotency
-from pensieve.server.answers import Completed, completed_before, completed_now, composer, finish_reason, logprob_items
+from pensieve.server.answers import (
+    Completed,
+    completed_before,
+    completed_now,
+    composer,
+    finish_reason,
+    logprob_items,
+)
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server
 from pensieve.server.errors import ApiError
@@ -28,7 +35,11 @@ router = APIRouter(route_class=BoundedRoute)
 EARLY_S = 5.0  # an error that comes so soon gets a status of its own; later, a stream has begun
 
 
-@router.post("/v1/chat/completions", summary="Answer a chat; its history is recognised and not computed again", responses=STREAMED)
+@router.post(
+    "/v1/chat/completions",
+    summary="Answer a chat; its history is recognised and not computed again",
+    responses=STREAMED,
+)
 async def chat_completions(
     request: Request,
     body: ChatRequest,
@@ -72,7 +83,9 @@ async def chat_completions(
     done = await unless_gone(request, answer.result(), gone)
     completed = completed_now(answer, done, form, context.text, {})
     return await context.writing.reply(
-        lambda: completion_json(context, completed), is_long(spec.sampling, len(done.output)), _headers(completed.conversation_id)
+        lambda: completion_json(context, completed),
+        is_long(spec.sampling, len(done.output)),
+        _headers(completed.conversation_id),
     )
 
 
@@ -84,10 +97,14 @@ def form_of(body: ChatRequest, text: ChatText) -> OutputForm:
     """
     choice = body.tool_choice
     named = choice.function.name if isinstance(choice, ChosenTool) else None
-    return form_for(tools_of(body.tools), named or choice, named is not None, body.parallel_tool_calls is not False, text)
+    return form_for(
+        tools_of(body.tools), named or choice, named is not None, body.parallel_tool_calls is not False, text
+    )
 
 
-def _spec(body: ChatRequest, context: Context, caller: Caller, hint: str | None) -> tuple[TurnSpec, OutputForm]:
+def _spec(
+    body: ChatRequest, context: Context, caller: Caller, hint: str | None
+) -> tuple[TurnSpec, OutputForm]:
     if len(body.messages) > context.config.max_messages:
         raise ApiError(
             400,
@@ -131,7 +148,9 @@ def completion_json(context: Context, completed: Completed) -> dict[str, Any]:
     choice = {
         "index": 0,
         "message": message,
-        "logprobs": {"content": logprob_items(completed.logprobs, context.text), "refusal": None} if completed.logprobs else None,
+        "logprobs": {"content": logprob_items(completed.logprobs, context.text), "refusal": None}
+        if completed.logprobs
+        else None,
         "finish_reason": finish_reason(completed.reason, completed.message),
     }
     return _head(context, completed.turn_id, completed.created, "chat.completion") | {
@@ -153,7 +172,10 @@ def usage_json(usage: Mapping[str, int]) -> dict[str, Any]:
 
 def cache_json(usage: Mapping[str, int]) -> dict[str, int]:
     """Which tokens of a prompt were cached; the others are from now on."""
-    return {"cached_tokens": usage["cached_tokens"], "cache_write_tokens": usage["prompt_tokens"] - usage["cached_tokens"]}
+    return {
+        "cached_tokens": usage["cached_tokens"],
+        "cache_write_tokens": usage["prompt_tokens"] - usage["cached_tokens"],
+    }
 
 
 def pensieve_json(completed: Completed) -> dict[str, Any]:
@@ -189,11 +211,16 @@ def _again(body: ChatRequest, context: Context, completed: Completed) -> Respons
             yield piece
 
     return EventStream(
-        events(), on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s, headers=_headers(completed.conversation_id)
+        events(),
+        on_gone=lambda: None,
+        stall_timeout_s=context.config.stall_timeout_s,
+        headers=_headers(completed.conversation_id),
     )
 
 
-async def _stream(context: Context, answer: Answer, form: OutputForm, include_usage: bool) -> AsyncIterator[bytes]:
+async def _stream(
+    context: Context, answer: Answer, form: OutputForm, include_usage: bool
+) -> AsyncIterator[bytes]:
     chunks = _Chunks(context, answer.id, answer.created)
     output = Output(context.text, form, answer.id)
     yield chunks.delta({"role": "assistant", "content": ""})
@@ -202,7 +229,9 @@ async def _stream(context: Context, answer: Answer, form: OutputForm, include_us
             yield chunks.delta(delta)
     with_logprobs = answer.turn.spec.sampling.logprobs is not None
     async for piece in answer.read():
-        logprobs = {"content": logprob_items(piece.tokens, context.text), "refusal": None} if with_logprobs else None
+        logprobs = (
+            {"content": logprob_items(piece.tokens, context.text), "refusal": None} if with_logprobs else None
+        )
         for event in output.feed(piece.text):
             if logprobs is None and isinstance(event, ContentDelta):
                 yield chunks.words(event.text)
@@ -233,7 +262,12 @@ def _delta(event: OutputEvent) -> dict[str, Any] | None:
 
 
 def _call_json(index: int, call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    return {"index": index, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "index": index,
+        "id": call_id,
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 class _Chunks:
@@ -249,7 +283,10 @@ class _Chunks:
         return self._before + json.dumps(text, ensure_ascii=False).encode() + self._behind
 
     def delta(self, delta: dict[str, Any], logprobs: Any = None) -> bytes:
-        return data(self._head | {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}]})
+        return data(
+            self._head
+            | {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}]}
+        )
 
     def end(self, completed: Completed, include_usage: bool) -> list[bytes]:
         reason = finish_reason(completed.reason, completed.message)

@@ -53,7 +53,12 @@ async def completions(request: Request, body: CompletionRequest, context: Server
             raise answer.error
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = _stream(context, answer, echo, include_usage)
-        return EventStream(events, on_gone=gone, stall_timeout_s=context.config.stall_timeout_s, on_open=context.metrics.streams.inc)
+        return EventStream(
+            events,
+            on_gone=gone,
+            stall_timeout_s=context.config.stall_timeout_s,
+            on_open=context.metrics.streams.inc,
+        )
     done = await unless_gone(request, answer.result(), gone)
 
     def whole() -> dict[str, Any]:
@@ -61,16 +66,24 @@ async def completions(request: Request, body: CompletionRequest, context: Server
         if spec.sampling.logprobs is not None:
             logprobs = _logprobs(context, answer.turn.sampled[: len(done.output)], len(echo))
         choice = {"index": 0, "text": echo + done.text, "logprobs": logprobs, "finish_reason": _reason(done)}
-        told = {"choices": [choice], "usage": usage_json(usage_of(done)), "pensieve": receipt_json(done.receipt, done.warning)}
+        told = {
+            "choices": [choice],
+            "usage": usage_json(usage_of(done)),
+            "pensieve": receipt_json(done.receipt, done.warning),
+        }
         return _head(context, answer) | told
 
     return await context.writing.reply(whole, is_long(spec.sampling, len(done.output)))
 
 
-async def _read(context: Context, prompt: str | list[int], wants_text: bool, tenant: str) -> tuple[tuple[int, ...], str]:
+async def _read(
+    context: Context, prompt: str | list[int], wants_text: bool, tenant: str
+) -> tuple[tuple[int, ...], str]:
     """A prompt as token ids, and as text if that is wanted."""
     limit = context.info.max_context
-    way_out = "that the context holds: shorten it" + ("" if context.info.limit is None else f", or {context.info.limit.way_out()}")
+    way_out = "that the context holds: shorten it" + (
+        "" if context.info.limit is None else f", or {context.info.limit.way_out()}"
+    )
     if isinstance(prompt, str):
         return await context.written(EncodeText(prompt, limit, way_out=way_out), tenant), prompt
     if len(prompt) > limit:
@@ -85,12 +98,19 @@ async def _stream(context: Context, answer: Answer, echo: str, include_usage: bo
     offset = len(echo)
 
     def chunk(text: str, logprobs: Any = None, reason: str | None = None, **more: Any) -> bytes:
-        return data(head | {"choices": [{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}], **more})
+        return data(
+            head
+            | {"choices": [{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}], **more}
+        )
 
     if echo:
         yield chunk(echo)
     async for piece in answer.read():
-        logprobs = _logprobs(context, piece.tokens, offset) if answer.turn.spec.sampling.logprobs is not None else None
+        logprobs = (
+            _logprobs(context, piece.tokens, offset)
+            if answer.turn.spec.sampling.logprobs is not None
+            else None
+        )
         offset += len(piece.text)
         yield chunk(piece.text, logprobs)
     done = await answer.result()
@@ -101,7 +121,12 @@ async def _stream(context: Context, answer: Answer, echo: str, include_usage: bo
 
 
 def _head(context: Context, answer: Answer) -> dict[str, Any]:
-    return {"id": f"cmpl-{answer.id}", "object": "text_completion", "created": answer.created, "model": context.config.model}
+    return {
+        "id": f"cmpl-{answer.id}",
+        "object": "text_completion",
+        "created": answer.created,
+        "model": context.config.model,
+    }
 
 
 def _reason(done: TurnDone) -> str:
@@ -118,6 +143,9 @@ def _logprobs(context: Context, tokens: tuple[Token, ...] | list[Token], offset:
     return {
         "tokens": written,
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{context.text.token_text(token_id): logprob for token_id, logprob in token.top} for token in tokens],
+        "top_logprobs": [
+            {context.text.token_text(token_id): logprob for token_id, logprob in token.top}
+            for token in tokens
+        ],
         "text_offset": offsets,
     }

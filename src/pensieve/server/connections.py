@@ -58,8 +58,12 @@ class Connections:
     """All connections of one server. Used by the event loop alone."""
 
     limits: ConnectionLimits
-    on_refused: Callable[[str], None] = lambda reason: None  # called for each connection that was refused or closed, with a word for why
-    waiting: dict[LimitedProtocol, None] = field(default_factory=dict)  # without a complete head, the longest waiting first
+    on_refused: Callable[[str], None] = lambda reason: (
+        None
+    )  # called for each connection that was refused or closed, with a word for why
+    waiting: dict[LimitedProtocol, None] = field(
+        default_factory=dict
+    )  # without a complete head, the longest waiting first
     _refused: Counter[str] = field(default_factory=Counter)
     _logged_s: float = -LOG_EVERY_S
 
@@ -84,7 +88,10 @@ class Connections:
         now_s = time.monotonic()
         if now_s - self._logged_s >= LOG_EVERY_S:
             told = ", ".join(f"{count} for {reason}" for reason, count in self._refused.items())
-            log.warning("connections were refused or closed before their requests were complete: %s (at most one such line a minute)", told)
+            log.warning(
+                "connections were refused or closed before their requests were complete: %s (at most one such line a minute)",
+                told,
+            )
             self._refused.clear()
             self._logged_s = now_s
 
@@ -128,7 +135,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cycles: list[Any] = []  # requests that are not answered yet, the newest last
         self._why: _Refused | None = None  # what ended the parsing
         self._head_bytes = self._num_headers = self._body_bytes = self._discarded_bytes = 0
-        self._patient = True  # a client that sends more than is thrown away may still read, as for a body that is refused
+        self._patient = (
+            True  # a client that sends more than is thrown away may still read, as for a body that is refused
+        )
         self._loose_bytes = 0  # received since the parser last had a head or a part of a body complete
         self._deadline_s: float | None = None  # loop time by which the newest request must have gone on
         self._window_bytes = 0  # of the body, when its time began
@@ -175,7 +184,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._loose_bytes += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:  # Upgrade is ignored, as a server may (RFC 9110, 7.8); the parser stops there
+        except (
+            httptools.HttpParserUpgrade
+        ):  # Upgrade is ignored, as a server may (RFC 9110, 7.8); the parser stops there
             self._stop_after(self.cycle)
         except httptools.HttpParserError:
             self._refuse(self._why or _Refused(400, "not HTTP", "this is not a valid HTTP request"))
@@ -217,11 +228,23 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """A request's head is complete: it is answered from here on."""
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._fail(_Refused(429, "too many pipelined requests", f"at most {MAX_PIPELINED} requests may wait for the one before them"))
+            self._fail(
+                _Refused(
+                    429,
+                    "too many pipelined requests",
+                    f"at most {MAX_PIPELINED} requests may wait for the one before them",
+                )
+            )
         if self.parser.should_upgrade() and any(
             name == b"upgrade" and value.strip().lower() == b"websocket" for name, value in self.headers
         ):
-            self._fail(_Refused(400, "a WebSocket", "there are no WebSockets here: answers are streamed as server-sent events"))
+            self._fail(
+                _Refused(
+                    400,
+                    "a WebSocket",
+                    "there are no WebSockets here: answers are streamed as server-sent events",
+                )
+            )
         self._take_host_of_target()
         super().on_headers_complete()
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
@@ -237,10 +260,14 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         target = httptools.parse_url(self.url)
         if target.host is None or target.path is None:
-            self._fail(_Refused(400, "not HTTP", "a request's target must be a path, as /v1/models, or a whole URL"))
+            self._fail(
+                _Refused(400, "not HTTP", "a request's target must be a path, as /v1/models, or a whole URL")
+            )
         host = target.host if b":" not in target.host else b"[" + target.host + b"]"
         host += b":%d" % target.port if target.port else b""
-        self.headers[:] = [(name, value) for name, value in self.headers if name != b"host"] + [(b"host", host)]
+        self.headers[:] = [(name, value) for name, value in self.headers if name != b"host"] + [
+            (b"host", host)
+        ]
 
     def on_body(self, body: bytes) -> None:
         """A part of a request's body."""
@@ -256,7 +283,9 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
         if self.cycle.response_complete:  # it was answered before its body had come
             self._rest()
-            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         """A request has been answered."""
@@ -275,7 +304,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def _look(self) -> None:
         """See whether the time of what the client is doing is up; look again later."""
         now_s = self.loop.time()
-        if self._unread_since_s is not None and now_s - self._unread_since_s >= self.all.limits.stall_timeout_s:
+        if (
+            self._unread_since_s is not None
+            and now_s - self._unread_since_s >= self.all.limits.stall_timeout_s
+        ):
             self.all.refused("an answer that was not read")
             self._raw.abort()
             return
@@ -293,7 +325,11 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._deadline_s, self._window_bytes = now_s + limit_s, self._body_bytes
                 return
             self._refuse(
-                _Refused(408, "a body that did not come", f"less than {BODY_BYTES_PER_S} bytes a second came of the request's body")
+                _Refused(
+                    408,
+                    "a body that did not come",
+                    f"less than {BODY_BYTES_PER_S} bytes a second came of the request's body",
+                )
             )
         elif self._phase is not Phase.HEAD and not self._answering():
             self.all.refused("silence", quietly=True)
@@ -405,7 +441,13 @@ class LimitedProtocol(HttpToolsProtocol):
             self._raw.abort()
 
     def _write_error(self, status: int, message: str) -> None:
-        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        kind = (
+            "server_error"
+            if status >= 500
+            else "rate_limit_error"
+            if status == 429
+            else "invalid_request_error"
+        )
         code = HTTPStatus(status).phrase.lower().replace(" ", "_")
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
         retry = b"retry-after: 1\r\n" if status in (429, 503) else b""
@@ -416,10 +458,16 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 def _too_large_head() -> _Refused:
-    return _Refused(431, "headers that are too large", f"a request's target and headers may have {MAX_HEAD_BYTES} bytes together")
+    return _Refused(
+        431,
+        "headers that are too large",
+        f"a request's target and headers may have {MAX_HEAD_BYTES} bytes together",
+    )
 
 
 def _too_large_framing() -> _Refused:
     return _Refused(
-        431, "headers that are too large", f"extensions and trailers of a chunked body may have {MAX_HEAD_BYTES} bytes together"
+        431,
+        "headers that are too large",
+        f"extensions and trailers of a chunked body may have {MAX_HEAD_BYTES} bytes together",
     )

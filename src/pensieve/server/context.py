@@ -42,7 +42,9 @@ class ServerConfig:
     request_timeout_s: float = 900.0
     stall_timeout_s: float = 60.0  # a client that reads nothing for so long is cut off
     drain_timeout_s: float = 30.0
-    operation_timeout_s: float = 30.0  # that the engine may take to answer what is no turn (a map, a hint, a pin, an erasure)
+    operation_timeout_s: float = (
+        30.0  # that the engine may take to answer what is no turn (a map, a hint, a pin, an erasure)
+    )
     debug: bool = False  # the cache may be verified on demand, which stops every answer meanwhile
 
     def __post_init__(self) -> None:
@@ -57,9 +59,13 @@ class ServerConfig:
             "operation_timeout_s",
         ):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name.removesuffix('_s').replace('_', '-')} must be positive, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"--{name.removesuffix('_s').replace('_', '-')} must be positive, got {getattr(self, name)}"
+                )
         if self.max_open_per_key is not None and not 0 < self.max_open_per_key <= self.max_open:
-            raise ConfigError(f"--max-open-per-key must lie in [1, {self.max_open}] (--max-open), got {self.max_open_per_key}")
+            raise ConfigError(
+                f"--max-open-per-key must lie in [1, {self.max_open}] (--max-open), got {self.max_open_per_key}"
+            )
 
 
 class EngineState(Protocol):
@@ -91,13 +97,17 @@ class Context:
     metrics: Metrics
     started_s: float = field(default_factory=time.time)
     names: frozenset[str] = frozenset()  # other names of the model that are taken
-    checks: dict[str, Callable[[], str | None]] = field(default_factory=dict)  # of what /ready looks at: a sentence if turns would fail
+    checks: dict[str, Callable[[], str | None]] = field(
+        default_factory=dict
+    )  # of what /ready looks at: a sentence if turns would fail
     recorders: Shares = field(default_factory=lambda: Shares(MAX_RECORDERS, MAX_RECORDERS_PER_TENANT))
     totals: Totals = field(default_factory=Totals)
     runner: TextRunner | None = None  # who renders and tokenizes; None: a thread of this process
     writing: Writing = field(default_factory=Writing)
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a large body's JSON is read
-    claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(default_factory=WeakValueDictionary)  # by namespace and key
+    claiming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = field(
+        default_factory=WeakValueDictionary
+    )  # by namespace and key
 
     async def written(self, job: TextJob[T], tenant: str) -> T:
         """What the text room answers to a job.
@@ -137,14 +147,22 @@ class Context:
         """Refuse a model that is not served here; None is the one that is."""
         if name is not None and name != self.config.model and name not in self.names:
             raise ApiError(
-                404, f"the model {name!r} is not served here; this server has {self.config.model!r}", code="model_not_found", param="model"
+                404,
+                f"the model {name!r} is not served here; this server has {self.config.model!r}",
+                code="model_not_found",
+                param="model",
             )
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Refuse what is no token id of the model."""
         wrong = min(tokens) if tokens and min(tokens) < 0 else max(tokens, default=0)
         if not 0 <= wrong < self.info.vocab_size:
-            raise ApiError(400, f"token ids lie in [0, {self.info.vocab_size}), got {wrong}", code="invalid_value", param=param)
+            raise ApiError(
+                400,
+                f"token ids lie in [0, {self.info.vocab_size}), got {wrong}",
+                code="invalid_value",
+                param=param,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +192,9 @@ def tenant_by_key(keys: KeyFile | None, authorization: str) -> str:
     if found is None:
         raise ApiError(
             401,
-            "this server needs an API key: send it as `Authorization: Bearer KEY`" if not key else "this API key is not valid here",
+            "this server needs an API key: send it as `Authorization: Bearer KEY`"
+            if not key
+            else "this API key is not valid here",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -182,7 +202,9 @@ def tenant_by_key(keys: KeyFile | None, authorization: str) -> str:
 
 
 async def _context(request: Request) -> Context:
-    return context_of(request)  # (what is not a coroutine would be run in a thread: two switches a request, beside a model on all cores)
+    return context_of(
+        request
+    )  # (what is not a coroutine would be run in a thread: two switches a request, beside a model on all cores)
 
 
 async def authenticate(request: Request) -> Caller:
@@ -194,7 +216,9 @@ async def authenticate(request: Request) -> Caller:
     tenant = tenant_by_key(context_of(request).keys, request.headers.get("authorization", ""))
     salt = request.headers.get("x-cache-salt", "")
     if len(salt) > 128 or SALT_MARK in salt:
-        raise ApiError(400, "X-Cache-Salt must have at most 128 characters", code="invalid_value", param="X-Cache-Salt")
+        raise ApiError(
+            400, "X-Cache-Salt must have at most 128 characters", code="invalid_value", param="X-Cache-Salt"
+        )
     return Caller(tenant, tenant + SALT_MARK + salt if salt else tenant)
 
 

@@ -13,7 +13,16 @@ from pensieve.message import Message, chars_of
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found
-from pensieve.server.items import InputItem, Items, Order, items_of, locate_item, messages_of, page, path_items
+from pensieve.server.items import (
+    InputItem,
+    Items,
+    Order,
+    items_of,
+    locate_item,
+    messages_of,
+    page,
+    path_items,
+)
 from pensieve.server.schemas import Body, Metadata
 from pensieve.service.prompt import CHARS, check_stored, stored_chars
 from pensieve.store.base import Conversation, Turn
@@ -47,7 +56,9 @@ async def create(context: Server, caller: Asking, body: CreateConversation | Non
     """Begin a conversation, with items if there are some already."""
     body = body or CreateConversation()
     messages = _messages(body.items or [])
-    conversation = await in_thread(context.store.create, caller.namespace, f"conv_{uuid.uuid4().hex}", metadata=body.metadata or {})
+    conversation = await in_thread(
+        context.store.create, caller.namespace, f"conv_{uuid.uuid4().hex}", metadata=body.metadata or {}
+    )
     if messages:
         await _append(context, caller, conversation, messages)
     return conversation_json(conversation)
@@ -60,11 +71,17 @@ async def retrieve(conversation_id: str, context: Server, caller: Asking) -> dic
 
 
 @router.post("/v1/conversations/{conversation_id}", summary="Change a conversation's metadata")
-async def update(conversation_id: str, body: UpdateConversation, context: Server, caller: Asking) -> dict[str, Any]:
+async def update(
+    conversation_id: str, body: UpdateConversation, context: Server, caller: Asking
+) -> dict[str, Any]:
     """Replace a conversation's metadata."""
     conversation = await get(context, caller, conversation_id)
     changed = await in_thread(
-        context.store.describe, caller.namespace, conversation.id, title=conversation.title, metadata=body.metadata or {}
+        context.store.describe,
+        caller.namespace,
+        conversation.id,
+        title=conversation.title,
+        metadata=body.metadata or {},
     )
     return conversation_json(changed)
 
@@ -92,7 +109,11 @@ async def list_items(
 
 @router.post("/v1/conversations/{conversation_id}/items", summary="Add items to a conversation")
 async def create_items(
-    conversation_id: str, body: CreateItems, context: Server, caller: Asking, include: Annotated[list[str] | None, Query()] = None
+    conversation_id: str,
+    body: CreateItems,
+    context: Server,
+    caller: Asking,
+    include: Annotated[list[str] | None, Query()] = None,
 ) -> dict[str, Any]:
     """Add items without having them answered; the next turn puts them before the model."""
     messages = _messages(body.items)
@@ -105,7 +126,11 @@ async def create_items(
 
 @router.get("/v1/conversations/{conversation_id}/items/{item_id}", summary="An item of a conversation")
 async def retrieve_item(
-    conversation_id: str, item_id: str, context: Server, caller: Asking, include: Annotated[list[str] | None, Query()] = None
+    conversation_id: str,
+    item_id: str,
+    context: Server,
+    caller: Asking,
+    include: Annotated[list[str] | None, Query()] = None,
 ) -> dict[str, Any]:
     """One item."""
     for item in path_items(await _turns(context, caller, conversation_id)):
@@ -114,7 +139,9 @@ async def retrieve_item(
     raise not_found(f"there is no item {item_id!r} in conversation {conversation_id!r}", "item_id")
 
 
-@router.delete("/v1/conversations/{conversation_id}/items/{item_id}", summary="Delete an item of a conversation")
+@router.delete(
+    "/v1/conversations/{conversation_id}/items/{item_id}", summary="Delete an item of a conversation"
+)
 async def delete_item(conversation_id: str, item_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Go on without an item: from its turn on the conversation becomes a branch that does not have it, computed again at its next turn."""
     conversation = await get(context, caller, conversation_id)
@@ -158,7 +185,9 @@ async def erase(context: Context, caller: Caller, conversation_id: str) -> dict[
         ApiError: there is none of this id.
     """
     try:
-        erasing = context.service.erase(conversation_id, namespace=caller.namespace, within_s=context.config.operation_timeout_s)
+        erasing = context.service.erase(
+            conversation_id, namespace=caller.namespace, within_s=context.config.operation_timeout_s
+        )
         erasure = await asyncio.wrap_future(erasing)
     except ConversationNotFound as error:
         raise not_found(error.message, "conversation_id", error.code) from error
@@ -184,15 +213,26 @@ def conversation_json(conversation: Conversation) -> dict[str, Any]:
 
 def _messages(items: list[InputItem]) -> tuple[Message, ...]:
     if len(items) > MAX_NEW_ITEMS:
-        raise ApiError(400, f"at most {MAX_NEW_ITEMS} items can be added at a time, got {len(items)}", code="invalid_value", param="items")
+        raise ApiError(
+            400,
+            f"at most {MAX_NEW_ITEMS} items can be added at a time, got {len(items)}",
+            code="invalid_value",
+            param="items",
+        )
     return messages_of(items, "items")
 
 
-async def _append(context: Context, caller: Caller, conversation: Conversation, messages: tuple[Message, ...]) -> Turn:
-    before = 0 if conversation.leaf is None else await in_thread(_stored_chars, context, caller, conversation.leaf)
+async def _append(
+    context: Context, caller: Caller, conversation: Conversation, messages: tuple[Message, ...]
+) -> Turn:
+    before = (
+        0 if conversation.leaf is None else await in_thread(_stored_chars, context, caller, conversation.leaf)
+    )
     check_stored(num_chars := before + chars_of(messages))
     meta = {CHARS: num_chars}
-    appended = context.store.append(caller.namespace, conversation.id, conversation.leaf, messages, (), only_if_leaf=True, meta=meta)
+    appended = context.store.append(
+        caller.namespace, conversation.id, conversation.leaf, messages, (), only_if_leaf=True, meta=meta
+    )
     turn: Turn = await in_thread(appended.result)
     return turn
 

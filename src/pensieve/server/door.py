@@ -18,7 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pensieve.errors import ConfigError, PensieveError
 from pensieve.server.context import Context, tenant_by_key
 from pensieve.server.errors import ApiError, error_response
-from pensieve.server.memory import JSON_BYTES_PER_S, LARGE_BYTES, PART_BYTES, PARTS_BYTES_PER_S, Spacing, Trimmer
+from pensieve.server.memory import (
+    JSON_BYTES_PER_S,
+    LARGE_BYTES,
+    PART_BYTES,
+    PARTS_BYTES_PER_S,
+    Spacing,
+    Trimmer,
+)
 from pensieve.server.metrics import Metrics
 from pensieve.server.origins import host_fault, is_foreign, name_of, values_of
 from pensieve.server.redaction import redacted
@@ -44,13 +51,17 @@ class DoorRules:
     """
 
     max_body_bytes: int = 16 << 20
-    max_bodies_bytes: int | None = None  # of all requests under way together. None: `NUM_BODIES` of the largest
+    max_bodies_bytes: int | None = (
+        None  # of all requests under way together. None: `NUM_BODIES` of the largest
+    )
     max_requests: int = 1024  # under way at once that need a key
     shared: bool = False  # there are tenants, of which each gets a share of both
     hosts: frozenset[str] | None = None  # names by which the server may be called. None: any
     origins: frozenset[str] = frozenset()  # of other servers' pages that may call this one
     private: bool = False  # all but `ALWAYS_OPEN` needs a key
-    metrics_port: int | None = None  # the port at which /metrics is, and nothing but that and `ALWAYS_OPEN`. None: with all else
+    metrics_port: int | None = (
+        None  # the port at which /metrics is, and nothing but that and `ALWAYS_OPEN`. None: with all else
+    )
     metrics_hosts: frozenset[str] | None = None  # names by which that port may be called. None: any
     access_log: bool = False
 
@@ -105,7 +116,10 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-request-id", request_id.encode())],
+                }
             await send(message)
 
         body = _Body(self, receive, scope)
@@ -151,7 +165,9 @@ class Door:
         hosts = values_of(headers, b"host")
         if (fault := host_fault(hosts, scope["http_version"])) is not None:
             raise ApiError(400, fault, code="invalid_host")
-        for_metrics = rules.metrics_port is not None and (scope.get("server") or (None, None))[1] == rules.metrics_port
+        for_metrics = (
+            rules.metrics_port is not None and (scope.get("server") or (None, None))[1] == rules.metrics_port
+        )
         names = rules.metrics_hosts if for_metrics else rules.hosts
         if names is not None and name_of(hosts[0] if hosts else "") not in names:
             host = hosts[0] if hosts else ""
@@ -162,7 +178,11 @@ class Door:
                 code="host_not_allowed",
             )
         if for_metrics and path not in ("/metrics", *ALWAYS_OPEN):
-            raise ApiError(404, f"there is nothing but /metrics, /health and /ready at this port, not {path}", code="not_found")
+            raise ApiError(
+                404,
+                f"there is nothing but /metrics, /health and /ready at this port, not {path}",
+                code="not_found",
+            )
         if (method not in READING or path in CHANGING) and is_foreign(headers, rules.origins):
             raise ApiError(
                 403,
@@ -174,7 +194,11 @@ class Door:
         if path in ALWAYS_OPEN or for_metrics:
             return None
         if path == "/metrics" and (rules.private or rules.metrics_port is not None):
-            where = f"port {rules.metrics_port}" if rules.metrics_port is not None else "no port: give --metrics-port"
+            where = (
+                f"port {rules.metrics_port}"
+                if rules.metrics_port is not None
+                else "no port: give --metrics-port"
+            )
             raise ApiError(403, f"metrics are not shown here, but at {where}", code="not_allowed")
         if method == "OPTIONS" or ((path in OPEN or path.startswith("/static/")) and not rules.private):
             return None
@@ -200,7 +224,9 @@ class Door:
             message = "the body must be a JSON object, sent with the header Content-Type: application/json"
             raise ApiError(400, message, code="invalid_json")
         is_turn = scope["method"] == "POST" and scope["path"] in TURNS
-        if is_turn and not values_of(scope["headers"], b"idempotency-key"):  # (the answer to a retry needs no place)
+        if is_turn and not values_of(
+            scope["headers"], b"idempotency-key"
+        ):  # (the answer to a retry needs no place)
             context.turns.check_room(tenant)
         if not body.take(body.declared):
             raise body.no_room()
@@ -209,7 +235,9 @@ class Door:
         """A line without the query: keys are sent there by mistake."""
         client = ":".join(map(str, scope.get("client") or "-"))
         ms = 1e3 * (time.perf_counter() - begun_s)
-        access.info('%s "%s %s" %d %.1f ms %s', client, scope["method"], _shown(scope["path"]), status, ms, request_id)
+        access.info(
+            '%s "%s %s" %d %.1f ms %s', client, scope["method"], _shown(scope["path"]), status, ms, request_id
+        )
 
 
 class _Body:
@@ -218,7 +246,9 @@ class _Body:
     def __init__(self, door: Door, receive: Receive, scope: Scope) -> None:
         self._door, self._receive = door, receive
         length = next(iter(values_of(scope["headers"], b"content-length")), "0")
-        self.declared = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0  # bytes
+        self.declared = (
+            int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
+        )  # bytes
         self.expected = self.declared > 0 or bool(values_of(scope["headers"], b"transfer-encoding"))
         self.tenant = ""
         self._taken = self._received = self._part_bytes = 0
@@ -241,7 +271,9 @@ class _Body:
     async def receive(self) -> Message:
         """The next part."""
         last_bytes, self._part_bytes = self._part_bytes, 0
-        await self._door.parts.wait(last_bytes)  # (nothing more is read from the connection until it is asked for)
+        await self._door.parts.wait(
+            last_bytes
+        )  # (nothing more is read from the connection until it is asked for)
         message = await self._receive()
         if part := message.get("body"):
             self._part_bytes = len(part)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 MAX_ENDED = 512  # ended answers together
 MAX_ENDED_BYTES = 64 << 20  # of them
-MAX_OPEN_BYTES = 256 << 20  # of what is kept of answers under way, before another begins; they are ended at twice as much
+MAX_OPEN_BYTES = (
+    256 << 20
+)  # of what is kept of answers under way, before another begins; they are ended at twice as much
 _PIECE_BYTES = 160  # beside its text and tokens
 _TOKEN_BYTES = 320
 _TOP_BYTES = 128  # of one log-probability of another token
@@ -29,7 +31,12 @@ _MOST_VALUES = 100_000
 def bytes_of_piece(piece: Piece) -> int:
     """About what a piece takes of memory."""
     num_tops = sum(len(token.top) for token in piece.tokens)
-    return _PIECE_BYTES + _CHAR_BYTES * len(piece.text) + _TOKEN_BYTES * len(piece.tokens) + _TOP_BYTES * num_tops
+    return (
+        _PIECE_BYTES
+        + _CHAR_BYTES * len(piece.text)
+        + _TOKEN_BYTES * len(piece.tokens)
+        + _TOP_BYTES * num_tops
+    )
 
 
 def bytes_of(value: object) -> int:
@@ -56,11 +63,15 @@ def bytes_of(value: object) -> int:
 class EndedAnswers:
     """The latest ended answers, by turn id. Used by the event loop alone."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, keep_s: float, max_bytes: int = MAX_ENDED_BYTES) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, keep_s: float, max_bytes: int = MAX_ENDED_BYTES
+    ) -> None:
         """Each is kept for `keep_s` seconds at most, and all together take about `max_bytes` at most."""
         self._loop = loop
         self._keep_s, self._max_bytes = keep_s, max_bytes
-        self._answers: OrderedDict[str, tuple[Answer, int]] = OrderedDict()  # the first ended first, each with its weight
+        self._answers: OrderedDict[str, tuple[Answer, int]] = (
+            OrderedDict()
+        )  # the first ended first, each with its weight
         self._num_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -112,7 +123,11 @@ class EndedAnswers:
         while self._answers:
             oldest, _ = next(iter(self._answers.values()))
             assert oldest.ended_s is not None
-            if len(self) <= MAX_ENDED and self._num_bytes <= self._max_bytes and now_s - oldest.ended_s < self._keep_s:
+            if (
+                len(self) <= MAX_ENDED
+                and self._num_bytes <= self._max_bytes
+                and now_s - oldest.ended_s < self._keep_s
+            ):
                 break
             self._drop(oldest.id)
         if self._answers and self._timer is None:

@@ -18,9 +18,20 @@ from pensieve.server.redaction import redacted
 
 log = logging.getLogger(__name__)
 
-API = ("chat", "completions", "conversations", "models", "responses")  # what clients ask for whose base URL lacks the /v1
-UNKNOWN_FIELD = "unknown_field"  # pydantic's type of an error that `Strict` raises; its context has the field's name
-MAX_MESSAGE, MAX_PARAM = 2000, 200  # characters of an error's words: what a client sent is not sent back whole
+API = (
+    "chat",
+    "completions",
+    "conversations",
+    "models",
+    "responses",
+)  # what clients ask for whose base URL lacks the /v1
+UNKNOWN_FIELD = (
+    "unknown_field"  # pydantic's type of an error that `Strict` raises; its context has the field's name
+)
+MAX_MESSAGE, MAX_PARAM = (
+    2000,
+    200,
+)  # characters of an error's words: what a client sent is not sent back whole
 RETRY_AFTER_S = 2  # what a client is told where nothing better is known
 
 
@@ -28,7 +39,13 @@ class ApiError(PensieveError):
     """A request that is refused at the door."""
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -62,7 +79,11 @@ def error_body(error: BaseException) -> dict[str, Any]:
     elif isinstance(error, PensieveError):
         message, code, param = error.message, error.code, None
     else:
-        message, code, param = "the server failed on an error of its own; it is in its log", "internal_error", None
+        message, code, param = (
+            "the server failed on an error of its own; it is in its log",
+            "internal_error",
+            None,
+        )
     message, param = _shortened(message, MAX_MESSAGE), None if param is None else _shortened(param, MAX_PARAM)
     return {"error": {"message": message, "type": _type_of(status), "param": param, "code": code}}
 
@@ -86,8 +107,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(PensieveError)
     async def ours(request: Request, error: PensieveError) -> JSONResponse:
         if status_of(error) == 500:
-            log.error("%s %s failed: %s", request.method, redacted(quote(request.url.path)), redacted(error.message))
-        error.__traceback__ = error.__context__ = None  # whose frames hold the request's body, for as long as the error is remembered
+            log.error(
+                "%s %s failed: %s", request.method, redacted(quote(request.url.path)), redacted(error.message)
+            )
+        error.__traceback__ = error.__context__ = (
+            None  # whose frames hold the request's body, for as long as the error is remembered
+        )
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
@@ -98,9 +123,14 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         path = request.url.path
         hint = f": OpenAI's API is below /v1, as in /v1{path}" if path.split("/")[1] in API else ""
-        known = {404: f"there is nothing at {request.method} {path}{hint}", 405: f"{path} does not take {request.method}"}
+        known = {
+            404: f"there is nothing at {request.method} {path}{hint}",
+            405: f"{path} does not take {request.method}",
+        }
         message = known.get(error.status_code, str(error.detail))
-        return error_response(ApiError(error.status_code, message, code=_code_of(error.status_code), headers=error.headers))
+        return error_response(
+            ApiError(error.status_code, message, code=_code_of(error.status_code), headers=error.headers)
+        )
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
@@ -114,14 +144,30 @@ def from_validation(error: RequestValidationError) -> ApiError:
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
     if first.get("type") in ("extra_forbidden", UNKNOWN_FIELD):
-        return ApiError(400, f"unknown parameter {where!r}: this server does not know it", code="unknown_parameter", param=where)
+        return ApiError(
+            400,
+            f"unknown parameter {where!r}: this server does not know it",
+            code="unknown_parameter",
+            param=where,
+        )
     if first.get("type") == "model_attributes_type" and where is None:
-        return ApiError(400, "the body must be a JSON object, sent with the header Content-Type: application/json", code="invalid_json")
+        return ApiError(
+            400,
+            "the body must be a JSON object, sent with the header Content-Type: application/json",
+            code="invalid_json",
+        )
     if first.get("type") == "missing":
-        return ApiError(400, f"{where or 'the body'} is required", code="missing_required_parameter", param=where)
+        return ApiError(
+            400, f"{where or 'the body'} is required", code="missing_required_parameter", param=where
+        )
     if first.get("type") == "too_long" and where == "messages":
         limit = first.get("ctx", {}).get("max_length")
-        return ApiError(400, f"messages has more than {limit} entries: send less at a time", code="too_many_messages", param=where)
+        return ApiError(
+            400,
+            f"messages has more than {limit} entries: send less at a time",
+            code="too_many_messages",
+            param=where,
+        )
     message = str(first.get("msg", "is not valid")).removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, code="invalid_value", param=where)
 

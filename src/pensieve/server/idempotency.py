@@ -48,7 +48,9 @@ class Claimed:
     key: str
 
 
-async def claim(context: Context, caller: Caller, key: str | None, endpoint: str, body: BaseModel, turn_id: str) -> Claimed | Retry | None:
+async def claim(
+    context: Context, caller: Caller, key: str | None, endpoint: str, body: BaseModel, turn_id: str
+) -> Claimed | Retry | None:
     """Take a key for a turn. None: the client sent no key.
 
     Raises:
@@ -58,7 +60,10 @@ async def claim(context: Context, caller: Caller, key: str | None, endpoint: str
         return None
     if not 1 <= len(key) <= MAX_KEY:
         raise ApiError(
-            400, f"Idempotency-Key must have 1 to {MAX_KEY} characters, got {len(key)}", code="invalid_value", param="Idempotency-Key"
+            400,
+            f"Idempotency-Key must have 1 to {MAX_KEY} characters, got {len(key)}",
+            code="invalid_value",
+            param="Idempotency-Key",
         )
     fingerprint = _fingerprint(endpoint, body)
     began_s = time.monotonic()
@@ -69,16 +74,24 @@ async def claim(context: Context, caller: Caller, key: str | None, endpoint: str
         if not isinstance(found, float):
             return found
         if time.monotonic() - began_s >= found:
-            message = f"the request with Idempotency-Key {key!r} is still being answered: try again in a moment"
-            raise ApiError(409, message, code="conflict", param="Idempotency-Key", headers={"Retry-After": "2"})
+            message = (
+                f"the request with Idempotency-Key {key!r} is still being answered: try again in a moment"
+            )
+            raise ApiError(
+                409, message, code="conflict", param="Idempotency-Key", headers={"Retry-After": "2"}
+            )
         await asyncio.sleep(POLL_S)
 
 
-async def _claim(context: Context, caller: Caller, key: str, fingerprint: bytes, turn_id: str) -> Claimed | Retry | float:
+async def _claim(
+    context: Context, caller: Caller, key: str, fingerprint: bytes, turn_id: str
+) -> Claimed | Retry | float:
     """A number: the answer is being made by another server, or is just being given up here; so many seconds are to be waited."""
     service = context.service
     for _ in range(2):
-        held = await in_thread(context.store.claim, caller.namespace, key, fingerprint, turn_id, owner=service.owner)
+        held = await in_thread(
+            context.store.claim, caller.namespace, key, fingerprint, turn_id, owner=service.owner
+        )
         if held.fresh:
             return Claimed(caller.namespace, key)
         if held.fingerprint != fingerprint:

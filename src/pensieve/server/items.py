@@ -48,7 +48,11 @@ def messages_of(items: str | Sequence[InputItem], where: str = "input") -> tuple
         if kind == "message":
             messages.append(_message(item, at))
         elif kind == "function_call":
-            call = ToolCall(_need(item.call_id, at, "call_id"), _need(item.name, at, "name"), _need(item.arguments, at, "arguments"))
+            call = ToolCall(
+                _need(item.call_id, at, "call_id"),
+                _need(item.name, at, "name"),
+                _need(item.arguments, at, "arguments"),
+            )
             names[call.id] = call.name
             last = messages[-1] if messages else None
             if last is not None and last.role == "assistant":
@@ -58,13 +62,18 @@ def messages_of(items: str | Sequence[InputItem], where: str = "input") -> tuple
         elif kind == "function_call_output":
             call_id = _need(item.call_id, at, "call_id")
             if item.output is None:
-                raise ApiError(400, f"{at}.output is required", code="missing_required_parameter", param=f"{at}.output")
-            messages.append(Message("tool", text_of(item.output, f"{at}.output"), (), call_id, names.get(call_id)))
+                raise ApiError(
+                    400, f"{at}.output is required", code="missing_required_parameter", param=f"{at}.output"
+                )
+            messages.append(
+                Message("tool", text_of(item.output, f"{at}.output"), (), call_id, names.get(call_id))
+            )
         elif kind == "reasoning":
             continue  # what the model thought on the way is not put before it again, as OpenAI does it
         else:
             raise unsupported(
-                at, f"{at}: items of type {kind!r} are not supported: this server takes messages, function calls and their outputs"
+                at,
+                f"{at}: items of type {kind!r} are not supported: this server takes messages, function calls and their outputs",
             )
     return tuple(messages)
 
@@ -74,7 +83,9 @@ def items_of(turn_id: str, messages: Sequence[Message], first: int = 0) -> list[
     items: list[dict[str, Any]] = []
     for index, message in enumerate(messages, start=first):
         items += (
-            output_items(f"{turn_id}_{index}", message) if message.role == "assistant" else [_input_item(f"{turn_id}_{index}", message)]
+            output_items(f"{turn_id}_{index}", message)
+            if message.role == "assistant"
+            else [_input_item(f"{turn_id}_{index}", message)]
         )
     return items
 
@@ -121,9 +132,15 @@ def locate_item(turns: Sequence[Turn], item_id: str) -> tuple[Turn, int, int | N
     for turn in turns:
         for index, message in enumerate(turn.messages):
             name = f"{turn.id}_{index}"
-            for item in output_items(name, message) if message.role == "assistant" else [_input_item(name, message)]:
+            for item in (
+                output_items(name, message) if message.role == "assistant" else [_input_item(name, message)]
+            ):
                 if item["id"] == item_id:
-                    return turn, index, int(item_id.rpartition("_")[2]) if item["type"] == "function_call" else None
+                    return (
+                        turn,
+                        index,
+                        int(item_id.rpartition("_")[2]) if item["type"] == "function_call" else None,
+                    )
     return None
 
 
@@ -131,10 +148,15 @@ def _message(item: InputItem, at: str) -> Message:
     role = {"developer": "system"}.get(item.role or "", item.role)
     if role not in ("system", "user", "assistant"):
         raise ApiError(
-            400, f"{at}.role must be user, assistant, system or developer, got {item.role!r}", code="invalid_value", param=f"{at}.role"
+            400,
+            f"{at}.role must be user, assistant, system or developer, got {item.role!r}",
+            code="invalid_value",
+            param=f"{at}.role",
         )
     if item.content is None:
-        raise ApiError(400, f"{at}.content is required", code="missing_required_parameter", param=f"{at}.content")
+        raise ApiError(
+            400, f"{at}.content is required", code="missing_required_parameter", param=f"{at}.content"
+        )
     return Message(role, text_of(item.content, f"{at}.content"))
 
 
@@ -148,12 +170,20 @@ def _input_item(name: str, message: Message) -> dict[str, Any]:
             "status": "completed",
         }
     content = [{"type": "input_text", "text": message.content}]
-    return {"id": f"msg_{name}", "type": "message", "role": message.role, "status": "completed", "content": content}
+    return {
+        "id": f"msg_{name}",
+        "type": "message",
+        "role": message.role,
+        "status": "completed",
+        "content": content,
+    }
 
 
 def _need(value: str | None, at: str, field: str) -> str:
     if value is None:
-        raise ApiError(400, f"{at}.{field} is required", code="missing_required_parameter", param=f"{at}.{field}")
+        raise ApiError(
+            400, f"{at}.{field} is required", code="missing_required_parameter", param=f"{at}.{field}"
+        )
     return value
 
 

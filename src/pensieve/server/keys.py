@@ -52,7 +52,9 @@ def key_line(tenant: str, key: str, remark: str = "") -> str:
     """
     line = f"{tenant} sha256:{digest_of(key)}" + (f" {remark}" if remark else "")
     if "\n" in line or _LINE.fullmatch(line) is None:
-        raise ConfigError(f"a tenant's name must be 1 to 64 letters, digits and ._@- beginning with a letter or digit, got {tenant!r}")
+        raise ConfigError(
+            f"a tenant's name must be 1 to 64 letters, digits and ._@- beginning with a letter or digit, got {tenant!r}"
+        )
     return line
 
 
@@ -71,7 +73,9 @@ class KeyFile:
         self._state = self._look()
         self._tenants = self._read()
         if not self._tenants:
-            raise ConfigError(f"the key file {path} holds no key: make one with `pensieve keys add NAME --file {path}`")
+            raise ConfigError(
+                f"the key file {path} holds no key: make one with `pensieve keys add NAME --file {path}`"
+            )
         self.error: str | None = None  # what is wrong with the file as it is now
         self._empty_since_s: float | None = None
         self._told_s: float | None = None
@@ -112,7 +116,11 @@ class KeyFile:
         with self._lock:
             if state != self._state:
                 self._take(state)
-            if self._empty_since_s is not None and self._tenants and self._clock() - self._empty_since_s >= SETTLE_S:
+            if (
+                self._empty_since_s is not None
+                and self._tenants
+                and self._clock() - self._empty_since_s >= SETTLE_S
+            ):
                 self._tenants = {}
                 self._told_s = None
             self._tell()
@@ -143,20 +151,33 @@ class KeyFile:
         if self.error is None or (self._told_s is not None and now_s - self._told_s < TELL_S):
             return
         self._told_s = now_s
-        log.error("%s; %s", self.error, "the keys of before are still valid" if self._tenants else "every key is refused")
+        log.error(
+            "%s; %s",
+            self.error,
+            "the keys of before are still valid" if self._tenants else "every key is refused",
+        )
 
     def _warn_of_mode(self) -> None:
         with contextlib.suppress(OSError):
             mode = os.stat(self._path).st_mode
             if os.name == "posix" and mode & 0o077:
-                log.warning("the key file %s can be read or written by other users (mode %03o): chmod 600 it", self._path, mode & 0o777)
+                log.warning(
+                    "the key file %s can be read or written by other users (mode %03o): chmod 600 it",
+                    self._path,
+                    mode & 0o777,
+                )
 
     def _look(self) -> tuple[int, int, int, int] | None:
         try:
             stat = os.stat(self._path)
         except OSError:
             return None
-        return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino  # (ctime: its mode may have changed)
+        return (
+            stat.st_mtime_ns,
+            stat.st_ctime_ns,
+            stat.st_size,
+            stat.st_ino,
+        )  # (ctime: its mode may have changed)
 
     def _read(self) -> dict[str, str]:
         try:
@@ -170,6 +191,8 @@ class KeyFile:
                 continue
             match = _LINE.fullmatch(line)
             if match is None:  # the line itself is not quoted: it may hold a key in clear
-                raise ConfigError(f"{self._path}, line {number}: expected `TENANT sha256:HEX [remark]` (see `pensieve keys add`)")
+                raise ConfigError(
+                    f"{self._path}, line {number}: expected `TENANT sha256:HEX [remark]` (see `pensieve keys add`)"
+                )
             tenants[match["digest"]] = match["tenant"]
         return tenants

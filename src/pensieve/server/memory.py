@@ -10,9 +10,7 @@ from collections.abc import Callable
 LARGE_BYTES = 1 << 20  # what is less does not count
 JSON_BYTES_PER_S = 64e6  # less than what JSON is read at, so that other requests come between
 PART_BYTES = 1 << 16  # of a body's parts, what is less does not count
-PARTS_BYTES_PER_S = (
-    128e6  # a turn of the event loop accepts one connection: with sixty bodies coming, the sixtieth waited for 60 x 60 parts
-)
+PARTS_BYTES_PER_S = 128e6  # a turn of the event loop accepts one connection: with sixty bodies coming, the sixtieth waited for 60 x 60 parts
 WAIT_S = 1.0  # requests that end together are followed by one call
 
 

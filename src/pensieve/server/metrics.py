@@ -22,7 +22,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
-            "pensieve_requests", "Requests answered, by endpoint and HTTP status", ["endpoint", "status"], registry=self.registry
+            "pensieve_requests",
+            "Requests answered, by endpoint and HTTP status",
+            ["endpoint", "status"],
+            registry=self.registry,
         )
         self.first_token = Histogram(
             "pensieve_time_to_first_token_seconds",
@@ -31,10 +34,16 @@ class Metrics:
             registry=self.registry,
         )
         self.per_token = Histogram(
-            "pensieve_time_per_output_token_seconds", "Between an answer's tokens, on average", buckets=PER_TOKEN_S, registry=self.registry
+            "pensieve_time_per_output_token_seconds",
+            "Between an answer's tokens, on average",
+            buckets=PER_TOKEN_S,
+            registry=self.registry,
         )
         self.queue = Histogram(
-            "pensieve_queue_seconds", "From a turn's arrival to its admission", buckets=FIRST_TOKEN_S, registry=self.registry
+            "pensieve_queue_seconds",
+            "From a turn's arrival to its admission",
+            buckets=FIRST_TOKEN_S,
+            registry=self.registry,
         )
         self.streams = Gauge("pensieve_streams", "Streams open now", registry=self.registry)
         self.refused = Counter(
@@ -44,10 +53,14 @@ class Metrics:
             registry=self.registry,
         )
         self.key_file_error = Gauge(
-            "pensieve_key_file_error", "1 while the API key file cannot be read, is not in order or holds no key", registry=self.registry
+            "pensieve_key_file_error",
+            "1 while the API key file cannot be read, is not in order or holds no key",
+            registry=self.registry,
         )
         self.erasures = Gauge(
-            "pensieve_erasures_pending", "Deleted conversations whose bytes may still be in the store's files", registry=self.registry
+            "pensieve_erasures_pending",
+            "Deleted conversations whose bytes may still be in the store's files",
+            registry=self.registry,
         )
         self._stats = _EngineCollector()
         self.registry.register(self._stats)
@@ -58,7 +71,9 @@ class Metrics:
         if receipt.first_token_s is not None:
             self.first_token.observe(receipt.first_token_s)
             if receipt.output_tokens > 1:
-                self.per_token.observe((receipt.total_s - receipt.first_token_s) / (receipt.output_tokens - 1))
+                self.per_token.observe(
+                    (receipt.total_s - receipt.first_token_s) / (receipt.output_tokens - 1)
+                )
 
     def render(self, stats: Stats | None, restarts: int) -> bytes:
         """The text that Prometheus reads. `stats` is None while the engine cannot say."""
@@ -74,12 +89,16 @@ class _EngineCollector:
 
     def collect(self) -> Iterable[Metric]:
         stats, restarts = self.now
-        restarted = CounterMetricFamily("pensieve_engine_restarts", "How often the engine process was started again")
+        restarted = CounterMetricFamily(
+            "pensieve_engine_restarts", "How often the engine process was started again"
+        )
         restarted.add_metric([], restarts)
         yield restarted
         if stats is None:
             return
-        tokens = CounterMetricFamily("pensieve_tokens", "Prompt tokens by where they came from, and output tokens", labels=["source"])
+        tokens = CounterMetricFamily(
+            "pensieve_tokens", "Prompt tokens by where they came from, and output tokens", labels=["source"]
+        )
         for source in ("gpu", "cpu", "recomputed", "new", "output"):
             tokens.add_metric([source], getattr(stats, f"{source}_tokens"))
         yield tokens
@@ -87,21 +106,31 @@ class _EngineCollector:
         moved.add_metric(["in"], stats.bytes_in)
         moved.add_metric(["out"], stats.bytes_out)
         yield moved
-        slots = GaugeMetricFamily("pensieve_tier_slots", "Slots of each tier by state", labels=["tier", "state"])
+        slots = GaugeMetricFamily(
+            "pensieve_tier_slots", "Slots of each tier by state", labels=["tier", "state"]
+        )
         for tier in stats.tiers:
             slots.add_metric([tier.name, "used"], tier.used - tier.reclaimable)
             slots.add_metric([tier.name, "reclaimable"], tier.reclaimable)
             slots.add_metric([tier.name, "free"], tier.num_slots - tier.used)
         yield slots
-        evictions = CounterMetricFamily("pensieve_evictions", "Chunks that left a tier, by reason", labels=["reason"])
+        evictions = CounterMetricFamily(
+            "pensieve_evictions", "Chunks that left a tier, by reason", labels=["reason"]
+        )
         for reason, count in stats.evictions:
             evictions.add_metric([reason], count)
         yield evictions
-        requests = GaugeMetricFamily("pensieve_engine_requests", "Requests in the engine by state", labels=["state"])
+        requests = GaugeMetricFamily(
+            "pensieve_engine_requests", "Requests in the engine by state", labels=["state"]
+        )
         requests.add_metric(["waiting"], stats.waiting)
         requests.add_metric(["running"], stats.running)
         yield requests
-        suspensions = CounterMetricFamily("pensieve_suspensions", "Requests that lost their room and went back to the queue")
+        suspensions = CounterMetricFamily(
+            "pensieve_suspensions", "Requests that lost their room and went back to the queue"
+        )
         suspensions.add_metric([], stats.suspensions)
         yield suspensions
-        yield GaugeMetricFamily("pensieve_conversations", "Conversations with anything cached", value=stats.sequences)
+        yield GaugeMetricFamily(
+            "pensieve_conversations", "Conversations with anything cached", value=stats.sequences
+        )

@@ -36,7 +36,11 @@ MEDIA_TYPES = {
     ".png": "image/png",
 }
 # Looked up, never joined to a path: a name from outside may hold anything.
-ASSETS = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.suffix in MEDIA_TYPES and path.is_file()}
+ASSETS = {
+    path.relative_to(STATIC).as_posix(): path
+    for path in STATIC.rglob("*")
+    if path.suffix in MEDIA_TYPES and path.is_file()
+}
 STATS_TIMEOUT_S = 2.0
 
 
@@ -61,10 +65,14 @@ async def tokenize(body: TokenizeRequest, context: Server, caller: Asking) -> Re
     limit, way_out = 2 * context.info.max_context, "that are counted at a time, two contexts: send less"
     if body.messages is not None:
         messages = tuple(message.message(f"messages.{index}") for index, message in enumerate(body.messages))
-        tokens = await context.written(EncodeChat(messages, limit, body.add_generation_prompt, way_out), caller.tenant)
+        tokens = await context.written(
+            EncodeChat(messages, limit, body.add_generation_prompt, way_out), caller.tenant
+        )
     else:
         assert body.prompt is not None
-        tokens = await context.written(EncodeText(body.prompt, limit, body.add_special_tokens, way_out), caller.tenant)
+        tokens = await context.written(
+            EncodeText(body.prompt, limit, body.add_special_tokens, way_out), caller.tenant
+        )
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": context.info.max_context})
 
 
@@ -87,7 +95,9 @@ async def ready(context: Server) -> Response:
     state, troubles = "draining" if context.turns.draining else context.engine.state, context.troubles()
     if state == "ready" and troubles:
         state = "troubled"
-    body = {"status": state, "engine_restarts": context.engine.restarts} | ({"troubles": troubles} if troubles else {})
+    body = {"status": state, "engine_restarts": context.engine.restarts} | (
+        {"troubles": troubles} if troubles else {}
+    )
     return JSONResponse(body, 200 if state == "ready" else 503)
 
 

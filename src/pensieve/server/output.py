@@ -57,13 +57,20 @@ def form_for(tools: Tools, choice: object, named: bool, parallel: bool, text: Ch
     if not tools and (named or choice not in (None, "none", "auto")):
         raise ApiError(400, "tool_choice needs tools", code="invalid_value", param="tool_choice")
     if choice == "none" and not named:
-        return OutputForm(tools, calls=False, reasoning=text.has_reasoning)  # (without them the prompt, and its cache, would be another)
+        return OutputForm(
+            tools, calls=False, reasoning=text.has_reasoning
+        )  # (without them the prompt, and its cache, would be another)
     if not tools:
         return OutputForm(reasoning=text.has_reasoning)
     names = tool_names(tools)
     if named:
         if choice not in names:
-            raise ApiError(400, f"tool_choice names {choice!r}, which is none of the tools", code="invalid_value", param="tool_choice")
+            raise ApiError(
+                400,
+                f"tool_choice names {choice!r}, which is none of the tools",
+                code="invalid_value",
+                param="tool_choice",
+            )
         return OutputForm(
             tools, parallel=False, forced=True, named=str(choice)
         )  # who names a function wants this call and nothing behind it
@@ -106,7 +113,9 @@ class Output:
 
     def feed(self, text: str) -> list[OutputEvent]:
         """Take the next piece."""
-        return self._take(self._splitter.feed(text) if self._splitter is not None else [ContentDelta(text)], last=False)
+        return self._take(
+            self._splitter.feed(text) if self._splitter is not None else [ContentDelta(text)], last=False
+        )
 
     def finish(self) -> list[OutputEvent]:
         """The answer ended."""

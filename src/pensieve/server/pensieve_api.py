@@ -28,12 +28,17 @@ from pensieve.store.base import Conversation, Turn
 router = APIRouter(prefix="/v1/pensieve", route_class=BoundedRoute)
 
 MAX_ROWS = 500
-EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "Events, until the time is up"}}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "Events, until the time is up"}
+}
 
 
 @router.get("/map", summary="Where every conversation's chunks lie")
 async def cache_map(
-    context: Server, caller: Asking, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=0, le=MAX_ROWS)] = 200
+    context: Server,
+    caller: Asking,
+    offset: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=0, le=MAX_ROWS)] = 200,
 ) -> dict[str, Any]:
     """Tiers, counters, and a row a conversation, the latest active first; only the caller's own rows.
 
@@ -56,11 +61,15 @@ async def cache_map(
 
 @router.get("/conversations", summary="The caller's conversations, and what resuming each would cost")
 async def list_conversations(
-    context: Server, caller: Asking, limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50, offset: Annotated[int, Query(ge=0)] = 0
+    context: Server,
+    caller: Asking,
+    limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50,
+    offset: Annotated[int, Query(ge=0)] = 0,
 ) -> dict[str, Any]:
     """The latest used first."""
     conversations, total = await asyncio.gather(
-        in_thread(context.store.list, caller.namespace, limit, offset), in_thread(context.store.count, caller.namespace)
+        in_thread(context.store.list, caller.namespace, limit, offset),
+        in_thread(context.store.count, caller.namespace),
     )
     rows = await _rows(context, caller, [conversation.id for conversation in conversations])
     return {
@@ -80,7 +89,15 @@ async def show_conversation(conversation_id: str, context: Server, caller: Askin
     messages = [_message_json(turn, message) for turn in turns for message in turn.messages]
     return _conversation_json(conversation, rows.get(conversation.id)) | {
         "messages": messages,
-        "turns": [{"id": turn.id, "reply_reason": turn.reply_reason, "tokens": turn.stop, "created_at": turn.created_s} for turn in turns],
+        "turns": [
+            {
+                "id": turn.id,
+                "reply_reason": turn.reply_reason,
+                "tokens": turn.stop,
+                "created_at": turn.created_s,
+            }
+            for turn in turns
+        ],
     }
 
 
@@ -88,14 +105,22 @@ async def show_conversation(conversation_id: str, context: Server, caller: Askin
 async def warm(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Bring a conversation's chunks up to the first tier, if there is room that nobody needs more."""
     await get(context, caller, conversation_id)
-    return _hint_json(conversation_id, await context.answer_to(context.service.warm(conversation_id, namespace=caller.namespace)))
+    return _hint_json(
+        conversation_id,
+        await context.answer_to(context.service.warm(conversation_id, namespace=caller.namespace)),
+    )
 
 
-@router.post("/conversations/{conversation_id}/idle", summary="The user is done for now: its cache may go first")
+@router.post(
+    "/conversations/{conversation_id}/idle", summary="The user is done for now: its cache may go first"
+)
 async def idle(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
     """Let a conversation's chunks be the first to leave when room is needed."""
     await get(context, caller, conversation_id)
-    return _hint_json(conversation_id, await context.answer_to(context.service.idle(conversation_id, namespace=caller.namespace)))
+    return _hint_json(
+        conversation_id,
+        await context.answer_to(context.service.idle(conversation_id, namespace=caller.namespace)),
+    )
 
 
 @router.post("/conversations/{conversation_id}/pin", summary="Never drop a conversation's cache")
@@ -109,7 +134,12 @@ async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str
     await in_thread(context.store.set_pinned, caller.namespace, conversation.id, True)
     row = (await _rows(context, caller, [conversation_id])).get(conversation_id)
     note = None if answer.error is None else "nothing is cached of it now: it is pinned from its next turn on"
-    return {"id": conversation_id, "pinned": True, "chunks": 0 if row is None else len(row.cells), "note": note}
+    return {
+        "id": conversation_id,
+        "pinned": True,
+        "chunks": 0 if row is None else len(row.cells),
+        "note": note,
+    }
 
 
 @router.post("/conversations/{conversation_id}/unpin", summary="Lift a pin")
@@ -121,8 +151,12 @@ async def unpin(conversation_id: str, context: Server, caller: Asking) -> dict[s
     return {"id": conversation_id, "pinned": False, "chunks": 0, "note": None}
 
 
-@router.post("/conversations/{conversation_id}/fork", summary="Begin a conversation that shares another's turns")
-async def fork(conversation_id: str, context: Server, caller: Asking, body: ForkRequest | None = None) -> dict[str, Any]:
+@router.post(
+    "/conversations/{conversation_id}/fork", summary="Begin a conversation that shares another's turns"
+)
+async def fork(
+    conversation_id: str, context: Server, caller: Asking, body: ForkRequest | None = None
+) -> dict[str, Any]:
     """The fork shares turns and cache up to `at`."""
     at = body.at if body is not None else None
     if at is not None and at.startswith("resp_"):
@@ -135,7 +169,10 @@ async def fork(conversation_id: str, context: Server, caller: Asking, body: Fork
     return _conversation_json(forked, None)
 
 
-@router.post("/conversations/{conversation_id}/ttl", summary="Delete a conversation when it has been left alone for so long")
+@router.post(
+    "/conversations/{conversation_id}/ttl",
+    summary="Delete a conversation when it has been left alone for so long",
+)
 async def ttl(conversation_id: str, body: TtlRequest, context: Server, caller: Asking) -> dict[str, Any]:
     """Set for how long a conversation is kept, from now and from each turn that begins or ends; then it is deleted, with erasure. null: for ever."""
     await get(context, caller, conversation_id)
@@ -153,13 +190,26 @@ async def delete(conversation_id: str, context: Server, caller: Asking) -> dict[
 async def check(context: Server, caller: Asking) -> dict[str, Any]:
     """With --debug only: with very many chunks it takes seconds, and nobody is answered meanwhile."""
     if not context.config.debug:
-        raise ApiError(403, "the cache is verified on demand only where the server was started with --debug", code="not_allowed")
+        raise ApiError(
+            403,
+            "the cache is verified on demand only where the server was started with --debug",
+            code="not_allowed",
+        )
     checked: Any = await context.answer_to(context.service.check())
-    return {"ok": checked.error is None, "error": checked.error, "leases": checked.leases, "used": list(checked.used)}
+    return {
+        "ok": checked.error is None,
+        "error": checked.error,
+        "leases": checked.leases,
+        "used": list(checked.used),
+    }
 
 
 @router.get("/record", summary="Finished turns as they come, for `pensieve record`", responses=EVENTS)
-async def record(context: Server, caller: Asking, duration_s: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None) -> Response:
+async def record(
+    context: Server,
+    caller: Asking,
+    duration_s: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
+) -> Response:
     """Lengths, times and salted hashes of the caller's own turns, from now on: no text, no token ids. At most a few recorders of one tenant at once."""
     turns, recorders = context.turns, context.recorders
     if not recorders.has_room(caller.tenant):
@@ -182,7 +232,9 @@ async def record(context: Server, caller: Asking, duration_s: Annotated[float | 
         context.metrics.streams.inc(change)
 
     events = recorder.events(turns, duration_s)
-    return EventStream(events, on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s, on_open=on_open)
+    return EventStream(
+        events, on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s, on_open=on_open
+    )
 
 
 # -- inside
@@ -191,7 +243,9 @@ async def record(context: Server, caller: Asking, duration_s: Annotated[float | 
 async def _rows(context: Context, caller: Caller, ids: list[str]) -> dict[str, MapRow]:
     if not ids:
         return {}
-    rows = await context.answer_to(context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids]))
+    rows = await context.answer_to(
+        context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids])
+    )
     assert isinstance(rows, CacheMap)
     return {row.sequence_id: row for row in rows.rows}
 
@@ -200,7 +254,9 @@ def _message_json(turn: Turn, message: Message) -> dict[str, Any]:
     told = turn.meta.get(ANSWER) if message.role == "assistant" else None
     shown: dict[str, Any] = {"role": message.role, "content": message.content, "turn": turn.id}
     if message.tool_calls:
-        shown["tool_calls"] = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+        shown["tool_calls"] = [
+            {"id": call.id, "name": call.name, "arguments": call.arguments} for call in message.tool_calls
+        ]
     if isinstance(told, dict):
         shown["pensieve"] = told.get("receipt")
     return shown

@@ -33,7 +33,9 @@ class Recorder:
         """Record the turns of `tenant` that begin from now on."""
         self._tenant = tenant
         self._block_tokens = block_tokens
-        self._salt = secrets.token_bytes(32)  # of this recording alone, and nowhere kept: nobody can try out what a hash might stand for
+        self._salt = secrets.token_bytes(
+            32
+        )  # of this recording alone, and nowhere kept: nobody can try out what a hash might stand for
         self._begun_s = time.monotonic()
         self._waiting: deque[Answer] = deque()
         self._came = asyncio.Event()
@@ -86,7 +88,9 @@ class Recorder:
         for start in range(0, len(tokens) - width + 1, width):
             before = self._hash(before + tokens[start : start + width])
             blocks.append(before.hex())
-        name = answer.turn.conversation_id or answer.id  # (what is asked by tokens alone is nobody's conversation)
+        name = (
+            answer.turn.conversation_id or answer.id
+        )  # (what is asked by tokens alone is nobody's conversation)
         return {
             "conversation": self._hash(root + name.encode("utf-8", "surrogatepass")).hex(),
             "arrival_s": round(answer.turn.submitted_s - self._begun_s, 6),

@@ -17,7 +17,9 @@ _SECRETS = (
 def redacted(text: str) -> str:
     """The text with `[hidden]` in place of every key and password in it."""
     for pattern in _SECRETS:
-        text = pattern.sub(lambda match: f"{match['user']}:{SECRET}" if "user" in match.groupdict() else SECRET, text)
+        text = pattern.sub(
+            lambda match: f"{match['user']}:{SECRET}" if "user" in match.groupdict() else SECRET, text
+        )
     return text
 
 

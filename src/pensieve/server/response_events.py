@@ -49,11 +49,19 @@ def response_json(context: Context, completed: Completed) -> dict[str, Any]:
     status, incomplete = _status(completed.reason)
     params = completed.meta.get(PARAMS)
     params = params if isinstance(params, dict) else {}
-    output = output_items(f"{completed.turn_id}_out", completed.message, "completed" if status == "completed" else "incomplete")
+    output = output_items(
+        f"{completed.turn_id}_out", completed.message, "completed" if status == "completed" else "incomplete"
+    )
     if completed.logprobs and output and output[0]["type"] == "message":
         output[0]["content"][0]["logprobs"] = logprob_items(completed.logprobs, context.text)
     usage = completed.usage
-    head = _head(context, completed.turn_id, completed.created, params, completed.conversation_id if completed.meta.get("named") else None)
+    head = _head(
+        context,
+        completed.turn_id,
+        completed.created,
+        params,
+        completed.conversation_id if completed.meta.get("named") else None,
+    )
     return head | {
         "status": status,
         "incomplete_details": incomplete,
@@ -73,7 +81,9 @@ def live_json(context: Context, answer: Answer) -> dict[str, Any]:
     """A response that is under way, or just ended."""
     record: Record = answer.record
     if answer.done is not None and answer.given_up is None:
-        completed = completed_now(answer, answer.done, record.form, context.text, {PARAMS: record.params, "named": record.named})
+        completed = completed_now(
+            answer, answer.done, record.form, context.text, {PARAMS: record.params, "named": record.named}
+        )
         return response_json(context, completed)
     named = answer.turn.conversation_id if record.named else None
     head = _head(context, answer.id, answer.created, record.params, named or None)
@@ -88,10 +98,16 @@ def _failed(head: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
     """A response that failed. OpenAI's types know a few codes only; ours stands beside."""
     status, body = status_of(error), error_body(error)["error"]
     code = "rate_limit_exceeded" if status == 429 else "server_error" if status >= 500 else "invalid_prompt"
-    return {**head, "status": "failed", "error": {"code": code, "message": body["message"], "type": body["code"], "param": body["param"]}}
+    return {
+        **head,
+        "status": "failed",
+        "error": {"code": code, "message": body["message"], "type": body["code"], "param": body["param"]},
+    }
 
 
-def _head(context: Context, turn_id: str, created: int, params: Mapping[str, Any], conversation_id: str | None) -> dict[str, Any]:
+def _head(
+    context: Context, turn_id: str, created: int, params: Mapping[str, Any], conversation_id: str | None
+) -> dict[str, Any]:
     return {
         "id": PREFIX + turn_id,
         "object": "response",
@@ -144,9 +160,15 @@ async def live_events(context: Context, answer: Answer) -> AsyncIterator[tuple[s
     except PensieveError as error:
         yield "response.failed", {"response": _failed(begun, error)}
         return
-    completed = completed_now(answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named})
+    completed = completed_now(
+        answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named}
+    )
     long = is_long(answer.turn.spec.sampling, len(done.output))
-    response = await context.writing.made(lambda: response_json(context, completed)) if long else response_json(context, completed)
+    response = (
+        await context.writing.made(lambda: response_json(context, completed))
+        if long
+        else response_json(context, completed)
+    )
     for item_event in items.close(response["status"]):
         yield item_event
     yield _last(response), {"response": response}
@@ -182,7 +204,9 @@ class _Items:
         self._logprobs: list[Any] = []
         self._call: tuple[CallBegin, list[str]] | None = None
 
-    def take(self, events: Sequence[OutputEvent], logprobs: Sequence[Any] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    def take(
+        self, events: Sequence[OutputEvent], logprobs: Sequence[Any] = ()
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         for output_event in events:
             match output_event:
                 case ContentDelta():
@@ -191,8 +215,15 @@ class _Items:
                     assert self._text is not None
                     self._text.append(output_event.text)
                     self._logprobs += logprobs
-                    place = {"item_id": f"msg_{self._name}", "output_index": self._count - 1, "content_index": 0}
-                    yield "response.output_text.delta", {**place, "delta": output_event.text, "logprobs": list(logprobs)}
+                    place = {
+                        "item_id": f"msg_{self._name}",
+                        "output_index": self._count - 1,
+                        "content_index": 0,
+                    }
+                    yield (
+                        "response.output_text.delta",
+                        {**place, "delta": output_event.text, "logprobs": list(logprobs)},
+                    )
                     logprobs = ()
                 case CallBegin():
                     yield from self._close_message("completed")
@@ -203,7 +234,10 @@ class _Items:
                 case CallDelta():
                     assert self._call is not None
                     self._call[1].append(output_event.arguments)
-                    place = {"item_id": f"fc_{self._name}_{output_event.index}", "output_index": self._count - 1}
+                    place = {
+                        "item_id": f"fc_{self._name}_{output_event.index}",
+                        "output_index": self._count - 1,
+                    }
                     yield "response.function_call_arguments.delta", {**place, "delta": output_event.arguments}
                 case CallEnd():
                     yield from self._close_call("completed")
@@ -218,7 +252,10 @@ class _Items:
     def _open_message(self) -> Iterator[tuple[str, dict[str, Any]]]:
         self._text, self._logprobs = [], []
         self._count += 1
-        yield "response.output_item.added", {"output_index": self._count - 1, "item": message_item(self._name, None, "in_progress")}
+        yield (
+            "response.output_item.added",
+            {"output_index": self._count - 1, "item": message_item(self._name, None, "in_progress")},
+        )
         place = {"item_id": f"msg_{self._name}", "output_index": self._count - 1, "content_index": 0}
         yield "response.content_part.added", {**place, "part": text_part("")}
 

@@ -117,10 +117,17 @@ class ResponseRequest(Body):
     def refuse(self) -> None:
         """Refuse what this server has not."""
         if self.text is not None and self.text.format is not None and self.text.format.type != "text":
-            raise unsupported("text.format", f"text.format {self.text.format.type!r} is not supported: answers are not constrained here")
+            raise unsupported(
+                "text.format",
+                f"text.format {self.text.format.type!r} is not supported: answers are not constrained here",
+            )
         reasoning = self.reasoning
-        if reasoning is not None and (reasoning.summary is not None or reasoning.generate_summary is not None):
-            raise unsupported("reasoning.summary", "reasoning summaries are not supported: leave reasoning.summary out")
+        if reasoning is not None and (
+            reasoning.summary is not None or reasoning.generate_summary is not None
+        ):
+            raise unsupported(
+                "reasoning.summary", "reasoning summaries are not supported: leave reasoning.summary out"
+            )
         refuse_tuning(
             reasoning.effort if reasoning is not None else None,
             self.text.verbosity if self.text is not None else None,
@@ -132,7 +139,9 @@ class ResponseRequest(Body):
                 raise unsupported(field, f"{field} is not supported: leave it out")
         for wanted in self.include or ():
             if wanted not in ("message.output_text.logprobs", "reasoning.encrypted_content"):
-                raise unsupported("include", f"include {wanted!r} is not supported: this server has no such output")
+                raise unsupported(
+                    "include", f"include {wanted!r} is not supported: this server has no such output"
+                )
         if self.previous_response_id is not None and self.conversation is not None:
             raise ApiError(
                 400,
@@ -141,7 +150,12 @@ class ResponseRequest(Body):
                 param="conversation",
             )
         if self.background and self.store is False:
-            raise ApiError(400, "background needs store: the answer is fetched later", code="invalid_value", param="background")
+            raise ApiError(
+                400,
+                "background needs store: the answer is fetched later",
+                code="invalid_value",
+                param="background",
+            )
 
     @property
     def num_logprobs(self) -> int | None:
@@ -158,8 +172,12 @@ class ResponseRequest(Body):
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_logprobs": self.top_logprobs or 0,
-            "tools": [tool.model_dump() | {"strict": False} for tool in self.tools or ()],  # whatever was asked for: no schema is enforced
-            "tool_choice": choice.model_dump() if isinstance(choice, ResponseToolChoice) else choice or "auto",
+            "tools": [
+                tool.model_dump() | {"strict": False} for tool in self.tools or ()
+            ],  # whatever was asked for: no schema is enforced
+            "tool_choice": choice.model_dump()
+            if isinstance(choice, ResponseToolChoice)
+            else choice or "auto",
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "truncation": self.truncation or "disabled",
             "previous_response_id": self.previous_response_id,

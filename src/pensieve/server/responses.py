@@ -17,7 +17,15 @@ from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found, unsupported
 from pensieve.server.items import Order, items_of, messages_of, page, path_items
 from pensieve.server.output import OutputForm, form_for
-from pensieve.server.response_events import PARAMS, PREFIX, Record, live_events, live_json, response_json, whole_events
+from pensieve.server.response_events import (
+    PARAMS,
+    PREFIX,
+    Record,
+    live_events,
+    live_json,
+    response_json,
+    whole_events,
+)
 from pensieve.server.response_schema import ConversationRef, ResponseRequest, ResponseToolChoice
 from pensieve.server.schemas import FunctionSpec, check_schemas, sampling_params
 from pensieve.server.sse import STREAMED, EventStream, event, event_of, unless_gone
@@ -30,10 +38,18 @@ from pensieve.text import ChatText
 router = APIRouter(route_class=BoundedRoute)
 
 WHOLE = frozenset(  # events that hold the log-probabilities of all tokens
-    {"response.output_text.done", "response.content_part.done", "response.output_item.done", "response.completed", "response.incomplete"}
+    {
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+        "response.incomplete",
+    }
 )
 
-BACKGROUND_S = 0.5  # an error that comes so soon is told at once; who asks for the background does not wait longer
+BACKGROUND_S = (
+    0.5  # an error that comes so soon is told at once; who asks for the background does not wait longer
+)
 
 DELETED = "deleted"  # a turn's meta: its response was deleted, but later turns stand on it
 
@@ -41,9 +57,15 @@ DELETED = "deleted"  # a turn's meta: its response was deleted, but later turns 
 # -- endpoints
 
 
-@router.post("/v1/responses", summary="Answer input, going on from a response or a conversation", responses=STREAMED)
+@router.post(
+    "/v1/responses", summary="Answer input, going on from a response or a conversation", responses=STREAMED
+)
 async def create_response(
-    request: Request, body: ResponseRequest, context: Server, caller: Asking, idempotency_key: Annotated[str | None, Header()] = None
+    request: Request,
+    body: ResponseRequest,
+    context: Server,
+    caller: Asking,
+    idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
     """OpenAI's responses, streaming, in the background, and neither."""
     body.refuse()
@@ -58,10 +80,14 @@ async def create_response(
     else:
         created = Answer.now()
         meta: dict[str, object] = {"api": "responses", PARAMS: record.params, "named": record.named}
-        answer = idempotency.start(context, held, composer(spec, context.text, record.form, created, meta), created, record)
+        answer = idempotency.start(
+            context, held, composer(spec, context.text, record.form, created, meta), created, record
+        )
 
     def gone() -> None:
-        if idempotency_key is None and not body.background:  # who sent a key, or asked for the background, will come back
+        if (
+            idempotency_key is None and not body.background
+        ):  # who sent a key, or asked for the background, will come back
             context.turns.abort(answer)
 
     if body.background and not body.stream:
@@ -73,11 +99,19 @@ async def create_response(
             raise answer.error
         return _stream_response(context, answer, 0, gone)
     done = await unless_gone(request, answer.result(), gone)
-    completed = completed_now(answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named})
-    return await context.writing.reply(lambda: response_json(context, completed), is_long(spec.sampling, len(done.output)))
+    completed = completed_now(
+        answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named}
+    )
+    return await context.writing.reply(
+        lambda: response_json(context, completed), is_long(spec.sampling, len(done.output))
+    )
 
 
-@router.get("/v1/responses/{response_id}", summary="A response, as an object or as the rest of its stream", responses=STREAMED)
+@router.get(
+    "/v1/responses/{response_id}",
+    summary="A response, as an object or as the rest of its stream",
+    responses=STREAMED,
+)
 async def get_response(
     response_id: str,
     context: Server,
@@ -119,7 +153,10 @@ async def cancel_response(response_id: str, context: Server, caller: Asking) -> 
     if answer is None or not isinstance(answer.record, Record):
         await _stored(context, caller, response_id)
         raise ApiError(
-            400, f"the response {response_id!r} has ended: there is nothing to cancel", code="invalid_value", param="response_id"
+            400,
+            f"the response {response_id!r} has ended: there is nothing to cancel",
+            code="invalid_value",
+            param="response_id",
         )
     if answer.stored:
         await _stored(context, caller, response_id)  # (it may have been deleted since)
@@ -167,7 +204,9 @@ async def _spec(body: ResponseRequest, context: Context, caller: Caller) -> tupl
             param="input",
         )
     form = _form(body, context.text)
-    conversation_id = body.conversation.id if isinstance(body.conversation, ConversationRef) else body.conversation
+    conversation_id = (
+        body.conversation.id if isinstance(body.conversation, ConversationRef) else body.conversation
+    )
     after: Any = LEAF
     if conversation_id is not None:
         try:
@@ -206,13 +245,24 @@ def _form(body: ResponseRequest, text: ChatText) -> OutputForm:
     check_schemas([tool.parameters for tool in body.tools or ()])
     for index, tool in enumerate(body.tools or ()):
         if tool.type != "function" or tool.name is None:
-            raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")
+            raise unsupported(
+                f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}"
+            )
         if tool.name in tools:
-            raise ApiError(400, f"tools.{index}: two functions are called {tool.name!r}", code="invalid_value", param=f"tools.{index}")
-        tools[tool.name] = FunctionSpec(name=tool.name, description=tool.description, parameters=tool.parameters).tool()
+            raise ApiError(
+                400,
+                f"tools.{index}: two functions are called {tool.name!r}",
+                code="invalid_value",
+                param=f"tools.{index}",
+            )
+        tools[tool.name] = FunctionSpec(
+            name=tool.name, description=tool.description, parameters=tool.parameters
+        ).tool()
     choice = body.tool_choice
     named = choice.name if isinstance(choice, ResponseToolChoice) else None
-    return form_for(tuple(tools.values()), named or choice, named is not None, body.parallel_tool_calls is not False, text)
+    return form_for(
+        tuple(tools.values()), named or choice, named is not None, body.parallel_tool_calls is not False, text
+    )
 
 
 async def _stored(context: Context, caller: Caller, response_id: str, param: str = "response_id") -> Turn:
@@ -258,7 +308,9 @@ def _replay(context: Context, completed: Completed, first: int) -> EventStream:
 
     async def events() -> AsyncIterator[bytes]:
         numbered = list(whole_events(context, completed))
-        behind = first >= len(numbered)  # the live stream had more events than this one: its text came in many pieces
+        behind = first >= len(
+            numbered
+        )  # the live stream had more events than this one: its text came in many pieces
         start = next(i for i, (name, _) in enumerate(numbered) if name.endswith(".done")) if behind else 0
         for number, (name, value) in enumerate(numbered[start:], start=first if behind else 0):
             if number >= first:

@@ -61,7 +61,9 @@ class Body(Strict):
 def _check_metadata(value: dict[str, str] | None) -> dict[str, str] | None:
     for key, text in (value or {}).items():
         if len(key) > MAX_METADATA_KEY or len(text) > MAX_METADATA_VALUE:
-            raise ValueError(f"keys have at most {MAX_METADATA_KEY} characters and values {MAX_METADATA_VALUE}, got {key[:80]!r}")
+            raise ValueError(
+                f"keys have at most {MAX_METADATA_KEY} characters and values {MAX_METADATA_VALUE}, got {key[:80]!r}"
+            )
     return value
 
 
@@ -76,7 +78,9 @@ def at_most(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-Metadata = Annotated[dict[StrictStr, StrictStr] | None, at_most(MAX_METADATA), AfterValidator(_check_metadata)]
+Metadata = Annotated[
+    dict[StrictStr, StrictStr] | None, at_most(MAX_METADATA), AfterValidator(_check_metadata)
+]
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
@@ -118,15 +122,15 @@ class Sampling(Body):
         if self.logit_bias:
             raise unsupported("logit_bias", "logit_bias is not supported: leave it out")
         if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options needs stream: true", code="invalid_value", param="stream_options")
+            raise ApiError(
+                400, "stream_options needs stream: true", code="invalid_value", param="stream_options"
+            )
 
     def sampling(self, max_new_tokens: int | None, logprobs: int | None = None) -> SamplingParams:
         """How the answer's tokens are chosen."""
         limit = max_new_tokens or DEFAULT_NEW_TOKENS
         if self.min_tokens is not None and self.min_tokens > limit:
-            message = (
-                f"min_tokens must be at most the limit of the answer's tokens, {limit}, got {self.min_tokens}: lower it or raise the limit"
-            )
+            message = f"min_tokens must be at most the limit of the answer's tokens, {limit}, got {self.min_tokens}: lower it or raise the limit"
             raise ApiError(400, message, code="invalid_value", param="min_tokens")
         return sampling_params(
             max_new_tokens=limit,
@@ -152,7 +156,9 @@ class StreamOptions(Strict):
     """`stream_options`."""
 
     include_usage: StrictBool | None = None
-    include_obfuscation: StrictBool | None = None  # padding against guessing by length: never added, false is what happens
+    include_obfuscation: StrictBool | None = (
+        None  # padding against guessing by length: never added, false is what happens
+    )
 
 
 def sampling_params(
@@ -247,22 +253,47 @@ class ChatMessage(Strict):
                 param=f"{where}.role",
             )
         if self.function_call is not None:
-            raise unsupported(f"{where}.function_call", "function_call is the old form of tool_calls: send tool_calls")
+            raise unsupported(
+                f"{where}.function_call", "function_call is the old form of tool_calls: send tool_calls"
+            )
         if self.audio is not None:
             raise unsupported(f"{where}.audio", "audio is not supported: this server reads and writes text")
-        text = self.refusal if self.content is None and self.refusal else text_of(self.content, f"{where}.content")
+        text = (
+            self.refusal
+            if self.content is None and self.refusal
+            else text_of(self.content, f"{where}.content")
+        )
         if self.content is None and role != "assistant":
             raise ApiError(
-                400, f"{where}.content is required for role {self.role!r}", code="missing_required_parameter", param=f"{where}.content"
+                400,
+                f"{where}.content is required for role {self.role!r}",
+                code="missing_required_parameter",
+                param=f"{where}.content",
             )
-        calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
+        calls = tuple(
+            ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()
+        )
         if calls and role != "assistant":
-            raise ApiError(400, f"{where}.tool_calls belongs to an assistant's message", code="invalid_value", param=f"{where}.tool_calls")
+            raise ApiError(
+                400,
+                f"{where}.tool_calls belongs to an assistant's message",
+                code="invalid_value",
+                param=f"{where}.tool_calls",
+            )
         if role == "tool" and self.tool_call_id is None:
             raise ApiError(
-                400, f"{where}.tool_call_id is required for role 'tool'", code="missing_required_parameter", param=f"{where}.tool_call_id"
+                400,
+                f"{where}.tool_call_id is required for role 'tool'",
+                code="missing_required_parameter",
+                param=f"{where}.tool_call_id",
             )
-        return Message(role, text, calls, self.tool_call_id if role == "tool" else None, self.name if role == "tool" else None)
+        return Message(
+            role,
+            text,
+            calls,
+            self.tool_call_id if role == "tool" else None,
+            self.name if role == "tool" else None,
+        )
 
 
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
@@ -285,10 +316,18 @@ def text_of(content: str | list[ContentPart] | None, where: str) -> str:
         elif part.type == "refusal" and part.refusal is not None:
             texts.append(part.refusal)
         else:
-            what = {"image_url": "images", "input_image": "images", "input_audio": "audio", "file": "files", "input_file": "files"}.get(
-                part.type
+            what = {
+                "image_url": "images",
+                "input_image": "images",
+                "input_audio": "audio",
+                "file": "files",
+                "input_file": "files",
+            }.get(part.type)
+            message = (
+                f"{what} are not supported"
+                if what
+                else f"a content part of type {part.type!r} without text is not supported"
             )
-            message = f"{what} are not supported" if what else f"a content part of type {part.type!r} without text is not supported"
             raise unsupported(f"{where}.{index}", f"{where}.{index}: {message}: this server reads text")
     return "".join(texts)
 
@@ -304,7 +343,9 @@ class FunctionSpec(Strict):
     def tool(self) -> dict[str, object]:
         """As chat templates expect it."""
         function: dict[str, object] = {"name": self.name, "description": self.description or ""}
-        function["parameters"] = self.parameters if self.parameters is not None else {"type": "object", "properties": {}}
+        function["parameters"] = (
+            self.parameters if self.parameters is not None else {"type": "object", "properties": {}}
+        )
         return {"type": "function", "function": function}
 
 
@@ -374,7 +415,10 @@ class ChatRequest(Sampling):
                 f"response_format {self.response_format.type!r} is not supported: answers are not constrained here; ask for JSON in the prompt",
             )
         if self.modalities not in (None, ["text"]):
-            raise unsupported("modalities", f"modalities must be ['text'], got {self.modalities}: this server reads and writes text")
+            raise unsupported(
+                "modalities",
+                f"modalities must be ['text'], got {self.modalities}: this server reads and writes text",
+            )
         gone = {"functions": "send tools", "function_call": "send tool_choice"}
         for field, way_out in gone.items():
             if getattr(self, field) is not None:
@@ -384,7 +428,9 @@ class ChatRequest(Sampling):
                 raise unsupported(field, f"{field} is not supported: leave it out")
         refuse_tuning(self.reasoning_effort, self.verbosity, self.service_tier, self.prompt_cache_retention)
         if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+            raise ApiError(
+                400, "top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs"
+            )
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -397,7 +443,9 @@ class ChatRequest(Sampling):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def refuse_tuning(effort: str | None, verbosity: str | None, service_tier: str | None, retention: str | None) -> None:
+def refuse_tuning(
+    effort: str | None, verbosity: str | None, service_tier: str | None, retention: str | None
+) -> None:
     """Fields that tune OpenAI's own service: taken where they ask for what happens anyway."""
     if effort not in (None, "none"):
         raise unsupported("reasoning_effort", f"reasoning_effort {effort!r} is not supported: leave it out")
@@ -407,7 +455,8 @@ def refuse_tuning(effort: str | None, verbosity: str | None, service_tier: str |
         raise unsupported("service_tier", f"service_tier must be 'auto' or 'default', got {service_tier!r}")
     if retention not in (None, "in_memory", "in-memory"):
         raise unsupported(
-            "prompt_cache_retention", f"prompt_cache_retention {retention!r} is not supported: pin the conversation or set its ttl"
+            "prompt_cache_retention",
+            f"prompt_cache_retention {retention!r} is not supported: pin the conversation or set its ttl",
         )
 
 
@@ -423,7 +472,11 @@ def check_schemas(schemas: list[dict[str, Any] | None]) -> None:
         num_values += 1
         if isinstance(item, (dict, list)):
             num_values += len(item)
-            stack += [inner for inner in (item.values() if isinstance(item, dict) else item) if isinstance(inner, (dict, list))]
+            stack += [
+                inner
+                for inner in (item.values() if isinstance(item, dict) else item)
+                if isinstance(inner, (dict, list))
+            ]
         if num_values > MAX_TOOL_VALUES:
             raise ApiError(
                 400, f"the tools' parameters hold more than {MAX_TOOL_VALUES} values: send fewer tools, or smaller schemas",
@@ -441,10 +494,15 @@ def tools_of(tools: list[Tool] | None) -> tuple[dict[str, object], ...]:
     check_schemas([tool.function.parameters for tool in tools or () if tool.function is not None])
     for index, tool in enumerate(tools or ()):
         if tool.type != "function" or tool.function is None:
-            raise unsupported(f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}")
+            raise unsupported(
+                f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}"
+            )
         if tool.function.name in found:
             raise ApiError(
-                400, f"tools.{index}: two functions are called {tool.function.name!r}", code="invalid_value", param=f"tools.{index}"
+                400,
+                f"tools.{index}: two functions are called {tool.function.name!r}",
+                code="invalid_value",
+                param=f"tools.{index}",
             )
         found[tool.function.name] = tool.function.tool()
     return tuple(found.values())
@@ -461,7 +519,8 @@ class CompletionRequest(Sampling):
         | Annotated[list[StrictInt], Field(fail_fast=True, max_length=MAX_IDS)]
         | Annotated[list[StrictStr], Field(fail_fast=True, max_length=MAX_PROMPTS)]
         | Annotated[
-            list[Annotated[list[StrictInt], Field(fail_fast=True, max_length=MAX_IDS)]], Field(fail_fast=True, max_length=MAX_PROMPTS)
+            list[Annotated[list[StrictInt], Field(fail_fast=True, max_length=MAX_IDS)]],
+            Field(fail_fast=True, max_length=MAX_PROMPTS),
         ]
     )
     echo: StrictBool | None = None
@@ -474,7 +533,9 @@ class CompletionRequest(Sampling):
         """Refuse what this server has not."""
         self.refuse_common()
         if self.best_of not in (None, 1):
-            raise unsupported("best_of", f"best_of must be 1: this server gives one answer a request, got {self.best_of}")
+            raise unsupported(
+                "best_of", f"best_of must be 1: this server gives one answer a request, got {self.best_of}"
+            )
         if self.suffix:
             raise unsupported("suffix", "suffix is not supported: leave it out")
 
@@ -509,7 +570,9 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: StrictStr | None = None
-    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 32)]], Field(fail_fast=True, max_length=MAX_DECODED)]
+    tokens: Annotated[
+        list[Annotated[StrictInt, Field(ge=0, lt=1 << 32)]], Field(fail_fast=True, max_length=MAX_DECODED)
+    ]
 
 
 # -- conversations

@@ -42,7 +42,9 @@ class Shares:
             return False
         if held == 0:
             return True
-        if (held + amount) * len(self._held) <= self.total:  # an even share among the tenants that have something
+        if (held + amount) * len(
+            self._held
+        ) <= self.total:  # an even share among the tenants that have something
             return free - amount >= self._reserved
         return free - amount >= max(self._reserved, self._uneven)
 

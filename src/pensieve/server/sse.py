@@ -114,7 +114,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": piece, "more_body": more})
         self._sending_since_s = None
         self._num_sent += 1
-        if self._num_sent % TURN_EVENTS == 0:  # a stream that is read again from its start has all its events at once
+        if (
+            self._num_sent % TURN_EVENTS == 0
+        ):  # a stream that is read again from its start has all its events at once
             await asyncio.sleep(0)
 
     async def _mind(self, send: Send, sender: asyncio.Future[None]) -> None:

@@ -64,14 +64,18 @@ class Sweeper:
 
     async def _delete(self, conversation: Conversation) -> None:
         try:
-            erasing = self._context.service.erase(conversation.id, namespace=conversation.namespace, overwrite=False)
+            erasing = self._context.service.erase(
+                conversation.id, namespace=conversation.namespace, overwrite=False
+            )
             await asyncio.wrap_future(erasing)
             self._context.turns.forget(conversation.namespace, conversation.id)
             log.info("conversation %s is deleted: its time was up", conversation.id)
         except ConversationNotFound:  # another server that shares the store was faster
             log.debug("conversation %s, whose time is up, is deleted already", conversation.id)
         except PensieveError as error:  # it is tried again next time
-            log.warning("conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message)
+            log.warning(
+                "conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message
+            )
         finally:
             del self._deleting[conversation.key]
 
@@ -89,7 +93,10 @@ class Sweeper:
         left = await asyncio.to_thread(store.erasures)
         self._context.metrics.erasures.set(left)
         if left:
-            log.warning("%d deleted conversations may still be in the store's files: they could not be overwritten yet", left)
+            log.warning(
+                "%d deleted conversations may still be in the store's files: they could not be overwritten yet",
+                left,
+            )
             self._pause_s = min(2 * self._pause_s, OVERWRITE_S)
             self._overwrite_s = time.monotonic() + self._pause_s
         else:

@@ -119,7 +119,9 @@ class Answer:
         while not self.ended:
             await self.changed()
         if self.error is not None:
-            raise copy.copy(self.error)  # (one that is raised gathers frames, and what is kept must not hold theirs)
+            raise copy.copy(
+                self.error
+            )  # (one that is raised gathers frames, and what is kept must not hold theirs)
         assert self.done is not None
         return self.done
 
@@ -161,7 +163,17 @@ class Answer:
         """An ended answer without what only its making took: the prompt, the history, what its error's raising gathered."""
         spec = self.turn.spec
         turn = PendingTurn(
-            replace(spec, messages=(), instructions=None, tools=(), meta={}, watch=None, compose=None, forced=None, raw=None),
+            replace(
+                spec,
+                messages=(),
+                instructions=None,
+                tools=(),
+                meta={},
+                watch=None,
+                compose=None,
+                forced=None,
+                raw=None,
+            ),
             self.turn.submitted_s,
             conversation_id=self.turn.conversation_id,
             sampled=self.turn.sampled if spec.sampling.logprobs is not None else [],
@@ -257,7 +269,9 @@ class Turns:
         if self.places.has_room(tenant):
             return
         if len(self.open) >= self.places.total:
-            raise Overloaded(f"{len(self.open)} requests are running or waiting, at most {self.places.total} may: try again later")
+            raise Overloaded(
+                f"{len(self.open)} requests are running or waiting, at most {self.places.total} may: try again later"
+            )
         held = self.places.held(tenant)
         if held >= self.places.per_tenant:
             raise Overloaded(
@@ -357,9 +371,13 @@ class Turns:
         if answer.ended or (waiting and answer.first_piece_s is not None):
             return
         if waiting:
-            error: PensieveError = QueueTimeout(f"no first token after {self._queue_timeout_s:g} s: the server is busy, try again later")
+            error: PensieveError = QueueTimeout(
+                f"no first token after {self._queue_timeout_s:g} s: the server is busy, try again later"
+            )
         else:
-            error = RequestTimeout(f"the answer took longer than the {self._request_timeout_s:g} s that a request may take")
+            error = RequestTimeout(
+                f"the answer took longer than the {self._request_timeout_s:g} s that a request may take"
+            )
         self._give_up(answer, error)
 
     def _give_up(self, answer: Answer, error: PensieveError) -> None:

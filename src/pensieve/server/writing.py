@@ -29,7 +29,9 @@ class Writing:
     def __init__(self) -> None:
         self._one = asyncio.Lock()
 
-    async def reply(self, make: Callable[[], Mapping[str, Any]], long: bool, headers: Mapping[str, str] | None = None) -> Response:
+    async def reply(
+        self, make: Callable[[], Mapping[str, Any]], long: bool, headers: Mapping[str, str] | None = None
+    ) -> Response:
         """A response with the JSON of what `make` returns."""
         if not long:
             return JSONResponse(make(), headers=headers)
@@ -48,4 +50,6 @@ class Writing:
 
 def _written(value: Any) -> bytes:
     # Piece by piece, in Python: the encoder in C is faster, but lets no other thread run before it is done.
-    return "".join(json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).iterencode(value)).encode()
+    return "".join(
+        json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).iterencode(value)
+    ).encode()

@@ -70,12 +70,16 @@ class AnswerText:
     def _show(self, turn: PendingTurn, text: str) -> None:
         assert turn.stops is not None
         if len(turn.sampled) < turn.spec.sampling.min_new_tokens:
-            self._say(turn, text)  # nothing in it ends the answer, nor is the beginning of something that does
+            self._say(
+                turn, text
+            )  # nothing in it ends the answer, nor is the beginning of something that does
             return
         text, hit = turn.stops.feed(text)
         self._say(turn, text)
         if hit is not None or (text and turn.spec.watch is not None and turn.spec.watch(text)):
-            turn.cut = keep_tokens(self._detokenizer(turn.spec), [token.token_id for token in turn.sampled], "".join(turn.shown))
+            turn.cut = keep_tokens(
+                self._detokenizer(turn.spec), [token.token_id for token in turn.sampled], "".join(turn.shown)
+            )
 
     def _say(self, turn: PendingTurn, text: str) -> None:
         if text:
@@ -104,8 +108,12 @@ def _receipt(turn: PendingTurn, receipt: Receipt, num_output: int) -> Receipt:
     """The engine's receipt with what only the text knows: what was truncated, and where a template's rewriting is to blame."""
     misses, at = receipt.misses, turn.prompt.rewritten_at
     if at is not None:
-        misses = tuple(part for miss in misses for part in _blame_template(miss, at, turn.prompt.history_tokens))
-    return replace(receipt, truncated_tokens=turn.prompt.truncated_tokens, output_tokens=num_output, misses=misses)
+        misses = tuple(
+            part for miss in misses for part in _blame_template(miss, at, turn.prompt.history_tokens)
+        )
+    return replace(
+        receipt, truncated_tokens=turn.prompt.truncated_tokens, output_tokens=num_output, misses=misses
+    )
 
 
 def _blame_template(miss: Miss, at: int, history_tokens: int) -> list[Miss]:

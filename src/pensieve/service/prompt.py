@@ -19,9 +19,13 @@ ANSWER_SHARE = 0.25  # of the context, at most, that truncating makes free for t
 MAX_REMEMBERED = 512  # paths kept in memory, so that a turn need not read its whole history from the store
 MAX_REMEMBERED_TOKENS = 1 << 20  # of all of them together
 MAX_REMEMBERED_CHARS = 1 << 25
-MAX_STORED_CHARS = 1 << 24  # of a conversation's messages: reading, sending and resending more at every turn would hold up others
+MAX_STORED_CHARS = (
+    1 << 24
+)  # of a conversation's messages: reading, sending and resending more at every turn would hold up others
 CHARS = "chars"  # a turn's meta: characters of all messages on its path
-LEFT_OUT = "left_out"  # a turn's meta: how many messages of its path an overflow had left out when it was answered
+LEFT_OUT = (
+    "left_out"  # a turn's meta: how many messages of its path an overflow had left out when it was answered
+)
 INSTRUCTIONS = "instructions"  # a turn's meta: the system's words that were for this turn alone
 TOOLS = "tools"  # a turn's meta: the tools that the model was told of
 
@@ -48,7 +52,9 @@ class Prompts:
 
     # -- which conversation
 
-    def recognise(self, spec: TurnSpec, store: ConversationStore, busy: Callable[[str], bool], new_id: str) -> Place:
+    def recognise(
+        self, spec: TurnSpec, store: ConversationStore, busy: Callable[[str], bool], new_id: str
+    ) -> Place:
         """The place of a turn whose conversation nobody named: behind `after`, or of a resent history behind the longest part that is stored.
 
         It goes on in the conversation that ends there; if none does, or that one is `busy` with another turn, in a fork of its own.
@@ -64,7 +70,11 @@ class Prompts:
             if found is None:
                 return Place(new_id, None, spec.messages)
             turn, new = found[1], spec.messages[found[0] + 1 :]
-        leaves = [conversation for conversation in store.leaves(spec.namespace, turn.id) if not busy(conversation.id)]
+        leaves = [
+            conversation
+            for conversation in store.leaves(spec.namespace, turn.id)
+            if not busy(conversation.id)
+        ]
         leaves.sort(key=lambda conversation: conversation.id != spec.hint)  # (stable: the latest used first)
         if leaves:
             return Place(leaves[0].id, turn.id, new, leaves[0])
@@ -86,7 +96,9 @@ class Prompts:
                     raise
                 if spec.after is not LEAF and spec.after is not None:
                     store.turn(spec.namespace, spec.after)  # (raises where that is not to be had either)
-        parent = (conversation.leaf if conversation is not None else None) if spec.after is LEAF else spec.after
+        parent = (
+            (conversation.leaf if conversation is not None else None) if spec.after is LEAF else spec.after
+        )
         return Place(conversation_id, parent, spec.messages, conversation)
 
     # -- which tokens
@@ -99,7 +111,11 @@ class Prompts:
             ContextLengthExceeded: not even the newest turn can fit.
         """
         assert self._text is not None
-        path = spec.forced if spec.forced is not None else self.path(spec.namespace, place.conversation_id, place.parent)
+        path = (
+            spec.forced
+            if spec.forced is not None
+            else self.path(spec.namespace, place.conversation_id, place.parent)
+        )
         check_stored(path.stored_chars)
         head = _head(spec)
         logged = len(path.messages) - path.unlogged
@@ -202,7 +218,12 @@ def _without_oldest(path: Path, head: Sequence[Message], new: Sequence[Message],
     messages = [*head, *path.messages, *new]
     start = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
     del messages[start : start + dropped]
-    return replace(path, messages=tuple(messages[len(head) : len(messages) - len(new)]), left_out=path.left_out + dropped, unlogged=0)
+    return replace(
+        path,
+        messages=tuple(messages[len(head) : len(messages) - len(new)]),
+        left_out=path.left_out + dropped,
+        unlogged=0,
+    )
 
 
 def check_stored(num_chars: int) -> None:

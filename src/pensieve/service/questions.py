@@ -6,7 +6,17 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from pensieve.engine.messages import CacheMap, Checked, Command, Event, Forgotten, HintAnswer, KeepAnswer, Lost, Stats
+from pensieve.engine.messages import (
+    CacheMap,
+    Checked,
+    Command,
+    Event,
+    Forgotten,
+    HintAnswer,
+    KeepAnswer,
+    Lost,
+    Stats,
+)
 from pensieve.errors import PensieveError, error_from
 from pensieve.service.turn import settle
 
@@ -19,7 +29,9 @@ class Questions:
     def __init__(self) -> None:
         self._waiting: dict[str, Future[object]] = {}
 
-    def ask(self, answer: Future[object], command: Callable[[str], Command], post: Callable[[Command], None]) -> None:
+    def ask(
+        self, answer: Future[object], command: Callable[[str], Command], post: Callable[[Command], None]
+    ) -> None:
         """Post a command under a fresh tag; `answer` gets the event that comes back with it."""
         tag = uuid.uuid4().hex
         self._waiting[tag] = answer

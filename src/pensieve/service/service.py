@@ -55,7 +55,18 @@ from pensieve.message import Message, chars_of
 from pensieve.service.answer import AnswerText
 from pensieve.service.prompt import CHARS, INSTRUCTIONS, LEFT_OUT, TOOLS, Prompts
 from pensieve.service.questions import Questions
-from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, Place, Prompt, TurnDone, TurnSpec, settle
+from pensieve.service.turn import (
+    LEAF,
+    Composed,
+    Path,
+    PendingTurn,
+    Piece,
+    Place,
+    Prompt,
+    TurnDone,
+    TurnSpec,
+    settle,
+)
 from pensieve.store.base import Conversation, ConversationStore, Erased, Turn
 from pensieve.text import ChatText, EncodeRest, InlineRunner, TextJob, TextRunner, WrittenChat
 
@@ -120,8 +131,12 @@ class ConversationService:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._turns: dict[str, PendingTurn] = {}  # given to the engine
         self._writing: dict[str, PendingTurn] = {}  # whose prompts are being made
-        self._lines: dict[tuple[str, str], deque[PendingTurn]] = {}  # conversations with a turn under way, and who waits behind it
-        self._going: Counter[tuple[str, str]] = Counter()  # conversations that are being erased: nothing begins there any more
+        self._lines: dict[
+            tuple[str, str], deque[PendingTurn]
+        ] = {}  # conversations with a turn under way, and who waits behind it
+        self._going: Counter[tuple[str, str]] = (
+            Counter()
+        )  # conversations that are being erased: nothing begins there any more
         self._answers = AnswerText(text)
         self._questions = Questions()
         self._closed = False
@@ -182,15 +197,35 @@ class ConversationService:
         whatever the messages say. Nothing is stored then.
         """
         spec = TurnSpec(
-            namespace, conversation_id, tuple(messages), sampling, tuple(stop), ignore_eos, forced=forced, raw=replay, raw_text=True
+            namespace,
+            conversation_id,
+            tuple(messages),
+            sampling,
+            tuple(stop),
+            ignore_eos,
+            forced=forced,
+            raw=replay,
+            raw_text=True,
         )
-        return self.start(spec, None if on_text is None else lambda piece: on_text(piece.text) if piece.text else None)
+        return self.start(
+            spec, None if on_text is None else lambda piece: on_text(piece.text) if piece.text else None
+        )
 
     def complete(
-        self, sequence_id: str, tokens: Sequence[int], history_tokens: int, sampling: SamplingParams, *, namespace: str = DEFAULT_NAMESPACE
+        self,
+        sequence_id: str,
+        tokens: Sequence[int],
+        history_tokens: int,
+        sampling: SamplingParams,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
     ) -> PendingTurn:
         """Answer a path of token ids, of which `history_tokens` were put before the model by an earlier turn. No text, nothing stored."""
-        return self.start(TurnSpec(namespace, sequence_id, (), sampling, ignore_eos=True, raw=(tuple(tokens), history_tokens)))
+        return self.start(
+            TurnSpec(
+                namespace, sequence_id, (), sampling, ignore_eos=True, raw=(tuple(tokens), history_tokens)
+            )
+        )
 
     def abort(self, turn: PendingTurn, *, keep: bool = True) -> None:
         """End a turn early; what was said of the answer is stored, or without `keep` nothing is unless the answer is whole by then."""
@@ -205,7 +240,12 @@ class ConversationService:
         return done
 
     def erase(
-        self, conversation_id: str, *, namespace: str = DEFAULT_NAMESPACE, overwrite: bool = True, within_s: float | None = None
+        self,
+        conversation_id: str,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        overwrite: bool = True,
+        within_s: float | None = None,
     ) -> Future[Erasure]:
         """Delete a conversation and overwrite what it left: its rows, and its KV in every tier (shared KV with its last reference).
 
@@ -215,7 +255,10 @@ class ConversationService:
         """
         done: Future[Erasure] = Future()
         self._ask_thread(
-            done, lambda: self._erase(namespace, conversation_id, overwrite, ERASE_WAIT_S if within_s is None else within_s, done)
+            done,
+            lambda: self._erase(
+                namespace, conversation_id, overwrite, ERASE_WAIT_S if within_s is None else within_s, done
+            ),
         )
         return done
 
@@ -226,7 +269,11 @@ class ConversationService:
         """
         stores = [store for store in (self._ephemeral, self._durable) if store is not None]
         found = [conversation for store in stores for conversation in store.expired(now_s, limit)]
-        return [conversation for conversation in found if (conversation.namespace, conversation.id) not in self._lines]
+        return [
+            conversation
+            for conversation in found
+            if (conversation.namespace, conversation.id) not in self._lines
+        ]
 
     def stored_turn(self, namespace: str, turn_id: str) -> Turn | None:
         """A turn of either store; None if it is in none. Waits for the stores."""
@@ -273,7 +320,9 @@ class ConversationService:
         """The engine's `Stats`."""
         return self._ask(GetStats)
 
-    def map(self, offset: int, limit: int, *, namespaces: tuple[str, ...] | None = None, tenant: str | None = None) -> Future[object]:
+    def map(
+        self, offset: int, limit: int, *, namespaces: tuple[str, ...] | None = None, tenant: str | None = None
+    ) -> Future[object]:
         """Where chunks lie, a row a conversation, the latest active first: a `CacheMap`."""
         return self._ask(lambda tag: GetMap(tag, offset, limit, namespaces, tenant))
 
@@ -302,7 +351,9 @@ class ConversationService:
             except Exception:  # one turn's trouble must not end the others'
                 log.exception("a job of the conversation service raised")
         error = EngineClosed("the engine was closed before this turn ended")
-        for turn in [*self._turns.values(), *self._writing.values()] + [turn for line in self._lines.values() for turn in line]:
+        for turn in [*self._turns.values(), *self._writing.values()] + [
+            turn for line in self._lines.values() for turn in line
+        ]:
             settle(turn.future, error=error)
         self._questions.give_up(error)
 
@@ -313,7 +364,9 @@ class ConversationService:
                 self._jobs.put(job)
             return not self._closed
 
-    def _ask_thread(self, done: Future[object] | Future[None] | Future[Erasure], job: Callable[[], None]) -> None:
+    def _ask_thread(
+        self, done: Future[object] | Future[None] | Future[Erasure], job: Callable[[], None]
+    ) -> None:
         if not self._enqueue(job):
             settle(done, error=EngineClosed("the service is closed"))
 
@@ -323,7 +376,11 @@ class ConversationService:
         return answer
 
     def _store_of(self, conversation_id: str) -> ConversationStore | None:
-        return self._ephemeral if self._ephemeral is not None and conversation_id.startswith(EPHEMERAL) else self._durable
+        return (
+            self._ephemeral
+            if self._ephemeral is not None and conversation_id.startswith(EPHEMERAL)
+            else self._durable
+        )
 
     # -- turns begin
 
@@ -341,7 +398,10 @@ class ConversationService:
             settle(turn.future, error=_as_ours("the turn's history could not be looked up", error))
             return
         if turn.key in self._going:
-            settle(turn.future, error=ConversationNotFound(f"conversation {turn.conversation_id!r} is being deleted"))
+            settle(
+                turn.future,
+                error=ConversationNotFound(f"conversation {turn.conversation_id!r} is being deleted"),
+            )
         elif turn.key in self._lines:
             self._lines[turn.key].append(turn)
         else:
@@ -370,7 +430,10 @@ class ConversationService:
 
     def _touch(self, turn: PendingTurn) -> None:
         """A turn that begins is a use of its conversation."""
-        store, conversation = self._store_of(turn.conversation_id), None if turn.place is None else turn.place.conversation
+        store, conversation = (
+            self._store_of(turn.conversation_id),
+            None if turn.place is None else turn.place.conversation,
+        )
         if store is not None and conversation is not None and conversation.ttl_s is not None:
             store.touch(turn.namespace, turn.conversation_id)
 
@@ -396,7 +459,9 @@ class ConversationService:
         future = self._runner.submit(job, tenant_of(turn.namespace))
         turn.writing = future
 
-        def go_on(done: Future[T]) -> None:  # (it does not name `future`, which keeps its callbacks and would keep the turn)
+        def go_on(
+            done: Future[T],
+        ) -> None:  # (it does not name `future`, which keeps its callbacks and would keep the turn)
             if turn.writing is not done:
                 return
             turn.writing = None
@@ -422,7 +487,15 @@ class ConversationService:
         self._turns[turn.request_id] = turn
         self._touch(turn)
         self._post(
-            Submit(turn.request_id, turn.conversation_id, turn.namespace, prompt.tokens, prompt.history_tokens, sampling, turn.submitted_s)
+            Submit(
+                turn.request_id,
+                turn.conversation_id,
+                turn.namespace,
+                prompt.tokens,
+                prompt.history_tokens,
+                sampling,
+                turn.submitted_s,
+            )
         )
 
     def _open(self, turn: PendingTurn) -> None:
@@ -437,7 +510,9 @@ class ConversationService:
             made.add_done_callback(lambda future: self._jobs.put(lambda: self._opened(turn, future)))
             turn.created = True
         elif place.conversation.title is None and place.conversation.leaf is None:
-            store.describe(turn.namespace, turn.conversation_id, title=title, metadata=place.conversation.metadata)
+            store.describe(
+                turn.namespace, turn.conversation_id, title=title, metadata=place.conversation.metadata
+            )
         if store is self._ephemeral:
             store.set_ttl(turn.namespace, turn.conversation_id, EPHEMERAL_S)
         elif self._drafts is not None:
@@ -463,7 +538,10 @@ class ConversationService:
 
     def _meta(self, turn: PendingTurn) -> dict[str, object]:
         """What is stored with a turn: the caller's words, and what a later turn's prompt needs to know."""
-        meta: dict[str, object] = {**turn.spec.meta, CHARS: turn.prompt.path.stored_chars + chars_of(turn.prompt.new)}
+        meta: dict[str, object] = {
+            **turn.spec.meta,
+            CHARS: turn.prompt.path.stored_chars + chars_of(turn.prompt.new),
+        }
         if turn.prompt.path.left_out:
             meta[LEFT_OUT] = turn.prompt.path.left_out
         if turn.spec.instructions is not None:
@@ -525,7 +603,9 @@ class ConversationService:
 
     def _take_end(self, turn: PendingTurn, event: Finished) -> None:
         if rest := self._answers.end(turn):
-            self._have_written(turn, EncodeRest(rest), lambda ids: self._end(turn, self._answers.finish(turn, event, ids)))
+            self._have_written(
+                turn, EncodeRest(rest), lambda ids: self._end(turn, self._answers.finish(turn, event, ids))
+            )
         else:
             self._end(turn, self._answers.finish(turn, event, ()))
 
@@ -544,7 +624,11 @@ class ConversationService:
             return
         if not turn.opened:
             self._open(turn)
-        composed = Composed(Message("assistant", turn.spec.prefix + done.text)) if turn.spec.compose is None else turn.spec.compose(done)
+        composed = (
+            Composed(Message("assistant", turn.spec.prefix + done.text))
+            if turn.spec.compose is None
+            else turn.spec.compose(done)
+        )
         done = replace(done, message=composed.message)
         turn.ending = True
         appended = store.append(
@@ -557,16 +641,26 @@ class ConversationService:
             reply_reason=done.reason.value,
             only_if_leaf=turn.spec.after is LEAF and turn.spec.conversation_id is not None,
             turn_id=turn.request_id,
-            meta=self._meta(turn) | {CHARS: prompt.path.stored_chars + chars_of((*prompt.new, composed.message))} | dict(composed.meta),
-            claimed=turn.spec.claimed and store is self._durable,  # (claims are kept in the durable store alone)
+            meta=self._meta(turn)
+            | {CHARS: prompt.path.stored_chars + chars_of((*prompt.new, composed.message))}
+            | dict(composed.meta),
+            claimed=turn.spec.claimed
+            and store is self._durable,  # (claims are kept in the durable store alone)
         )
-        appended.add_done_callback(lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future)))
+        appended.add_done_callback(
+            lambda future: self._jobs.put(lambda: self._acknowledge(turn, done, future))
+        )
 
     def _acknowledge(self, turn: PendingTurn, done: TurnDone, appended: Future[Turn]) -> None:
         """The turn is durable, or could not be made so."""
         error = appended.exception()
         if error is not None:
-            self._fail(turn, error if isinstance(error, PensieveError) else StoreError(f"the turn was not stored: {error}"))
+            self._fail(
+                turn,
+                error
+                if isinstance(error, PensieveError)
+                else StoreError(f"the turn was not stored: {error}"),
+            )
             return
         turn.drafted = turn.created = False  # (the store dropped the draft in the same transaction)
         assert done.message is not None
@@ -576,7 +670,13 @@ class ConversationService:
         self._prompts.remember(
             turn.namespace,
             turn.request_id,
-            Path((*path.messages, *own), log, path.left_out, instructions=turn.spec.instructions, stored_chars=num_chars),
+            Path(
+                (*path.messages, *own),
+                log,
+                path.left_out,
+                instructions=turn.spec.instructions,
+                stored_chars=num_chars,
+            ),
         )
         if turn.place is not None and turn.place.conversation is not None and turn.place.conversation.pinned:
             self._post(Keep(turn.conversation_id, turn.namespace, True))
@@ -610,7 +710,9 @@ class ConversationService:
         del self._lines[turn.key]
         if turn.created:  # nothing was said in it: nobody would know what it is
             assert store is not None
-            store.delete_unused(turn.namespace, turn.conversation_id).add_done_callback(lambda gone: self._forget_unused(turn, gone))
+            store.delete_unused(turn.namespace, turn.conversation_id).add_done_callback(
+                lambda gone: self._forget_unused(turn, gone)
+            )
 
     def _forget_unused(self, turn: PendingTurn, gone: Future[bool]) -> None:
         if gone.exception() is None and gone.result():
@@ -626,7 +728,9 @@ class ConversationService:
             self._fail(turn, EngineClosed("the turn was aborted while its prompt was being made"))
         elif line is not None and turn in line:
             line.remove(turn)
-            settle(turn.future, error=EngineClosed("the turn was aborted while it waited for the one before it"))
+            settle(
+                turn.future, error=EngineClosed("the turn was aborted while it waited for the one before it")
+            )
 
     # -- conversations end
 
@@ -635,7 +739,10 @@ class ConversationService:
 
         Returns whether a turn that would have made the conversation is ended by this: then it was there, though the store does not know it.
         """
-        key, deleted = (namespace, conversation_id), ConversationNotFound(f"conversation {conversation_id!r} was deleted")
+        key, deleted = (
+            (namespace, conversation_id),
+            ConversationNotFound(f"conversation {conversation_id!r} was deleted"),
+        )
         line = self._lines.get(key, deque())
         while line:
             settle(line.popleft().future, error=deleted)
@@ -661,7 +768,9 @@ class ConversationService:
         else:
             settle(done, None)
 
-    def _erase(self, namespace: str, conversation_id: str, overwrite: bool, within_s: float, done: Future[Erasure]) -> None:
+    def _erase(
+        self, namespace: str, conversation_id: str, overwrite: bool, within_s: float, done: Future[Erasure]
+    ) -> None:
         """First the turn under way, whose end would otherwise write again; then, off this thread, the rows; then the KV.
 
         What is cached without being stored, a completed text for one, has KV alone.
@@ -697,16 +806,22 @@ class ConversationService:
                     raise unknown
                 erased = Erased(0, 0, complete=True)
                 if store is not None:
-                    erased = store.erase(namespace, conversation_id, overwrite=overwrite or store is self._ephemeral)
+                    erased = store.erase(
+                        namespace, conversation_id, overwrite=overwrite or store is self._ephemeral
+                    )
                 kv, forgot = Forgotten("", 0, 0), True
                 asked = self._ask(lambda tag: Forget(conversation_id, namespace, True, tag))
                 try:
-                    kv = cast(Forgotten, asked.result(max(within_s / 4, began_s + within_s - time.monotonic())))
+                    kv = cast(
+                        Forgotten, asked.result(max(within_s / 4, began_s + within_s - time.monotonic()))
+                    )
                 except TimeoutError:  # it has been told, and forgets once it is back
                     forgot = False
                 except PensieveError:  # the engine died meanwhile, and its memory with it
                     pass
-                settle(done, Erasure(erased.turns, erased.bytes, kv.slots, kv.bytes, erased.complete and forgot))
+                settle(
+                    done, Erasure(erased.turns, erased.bytes, kv.slots, kv.bytes, erased.complete and forgot)
+                )
             except BaseException as error:
                 settle(done, error=_as_ours("the conversation could not be erased", error))
             finally:

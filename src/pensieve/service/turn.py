@@ -106,12 +106,16 @@ class TurnSpec:
     """A turn as a caller asks for it."""
 
     namespace: str
-    conversation_id: str | None  # None: found by `after`, or else by `messages`, which are a whole history then
+    conversation_id: (
+        str | None
+    )  # None: found by `after`, or else by `messages`, which are a whole history then
     messages: tuple[Message, ...]  # to append and answer
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    after: str | Leaf | None = LEAF  # id of the turn that it follows; not the leaf: a branch. None: a new beginning
+    after: str | Leaf | None = (
+        LEAF  # id of the turn that it follows; not the leaf: a branch. None: a new beginning
+    )
     hint: str | None = None  # of a resent history: the conversation that it probably is
     instructions: str | None = None  # the system's words for this turn alone
     tools: Tools = ()
@@ -125,7 +129,9 @@ class TurnSpec:
     watch: Callable[[str], bool] | None = None  # is shown the answer piece by piece; says when it is enough
     compose: Callable[[TurnDone], Composed] | None = None  # None: the answer's text as an assistant's message
     forced: Path | None = None  # go on from here instead of what is stored, and store nothing
-    raw: tuple[tuple[int, ...], int] | None = None  # (tokens, history tokens): the prompt as it is, nothing stored
+    raw: tuple[tuple[int, ...], int] | None = (
+        None  # (tokens, history tokens): the prompt as it is, nothing stored
+    )
     raw_text: bool = False  # with `raw`: the answer is wanted as text too
 
 

@@ -46,8 +46,17 @@ SYSTEMS = {
     system.name: system
     for system in (
         System("pensieve", "keeps each conversation's KV in tiers, one batch for everything"),
-        System("gpu-only", "as pensieve, but what leaves the GPU is dropped (the paper's variant 'GPU cache')", lower_tiers=False),
-        System("stateless", "keeps nothing between turns, one batch for prompts and decodes", retain=False, lower_tiers=False),
+        System(
+            "gpu-only",
+            "as pensieve, but what leaves the GPU is dropped (the paper's variant 'GPU cache')",
+            lower_tiers=False,
+        ),
+        System(
+            "stateless",
+            "keeps nothing between turns, one batch for prompts and decodes",
+            retain=False,
+            lower_tiers=False,
+        ),
         System(
             "baseline",
             "keeps nothing, prompts and decodes in separate steps: the servers the paper compares with",
@@ -56,7 +65,11 @@ SYSTEMS = {
             phases=True,
             reserve_share=0.01,  # vLLM's watermark
         ),
-        System("pensieve-phased", "as pensieve, but prompts and decodes in separate steps (paper, Fig. 13)", phases=True),
+        System(
+            "pensieve-phased",
+            "as pensieve, but prompts and decodes in separate steps (paper, Fig. 13)",
+            phases=True,
+        ),
     )
 }
 
@@ -72,7 +85,9 @@ class Machine:
     cpu_cache_gb: float = 220.0  # host memory of each device
     disk_cache_gb: float = 0.0
     overheads: Overheads = FITTED  # of a machine of the table; a measured one has its own
-    measured: MeasuredMachine | None = None  # a profile: model, hardware and devices are its, whatever stands above
+    measured: MeasuredMachine | None = (
+        None  # a profile: model, hardware and devices are its, whatever stands above
+    )
 
     @classmethod
     def of_profile(cls, measured: MeasuredMachine, gpu_cache_gb: float, cpu_cache_gb: float) -> Machine:
@@ -82,7 +97,9 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb"):
             if not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name.removesuffix('_gb').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"--{name.removesuffix('_gb').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}"
+                )
         if self.measured is not None and self.disk_cache_gb:
             raise ConfigError("a profile measures no disk: leave --disk-cache out with --profile")
 
@@ -98,11 +115,19 @@ class Machine:
 
     def chunk_bytes(self, chunk_tokens: int) -> int:
         """One chunk over all layers and devices."""
-        return self.numbers().chunk_bytes(chunk_tokens) if self.measured is None else self.measured.chunk_bytes(chunk_tokens)
+        return (
+            self.numbers().chunk_bytes(chunk_tokens)
+            if self.measured is None
+            else self.measured.chunk_bytes(chunk_tokens)
+        )
 
     def chunk_costs(self, cost: CostModel, chunk_tokens: int, max_context: int) -> CostProfile:
         """Cost(l), by which chunks are evicted: as it was measured, or as the cost model has it."""
-        return chunk_costs(cost, chunk_tokens, max_context) if self.measured is None else self.measured.chunk_costs(chunk_tokens)
+        return (
+            chunk_costs(cost, chunk_tokens, max_context)
+            if self.measured is None
+            else self.measured.chunk_costs(chunk_tokens)
+        )
 
     def host_overheads(self) -> Overheads:
         """What a step costs beside the device's work."""
@@ -118,10 +143,14 @@ class Machine:
         if preset is None:
             raise ConfigError(f"no architecture is called {self.model!r}: take one of {', '.join(PRESETS)}")
         if "num_local_experts" in preset.config_kwargs:
-            raise ConfigError(f"{self.model} is a mixture of experts, whose steps read weights by what is asked: it cannot be simulated")
+            raise ConfigError(
+                f"{self.model} is a mixture of experts, whose steps read weights by what is asked: it cannot be simulated"
+            )
         shape = preset.shape
         tied = preset.config_kwargs.get("tie_word_embeddings", preset.family in ("gpt2", "opt"))
-        return ModelNumbers(shape, preset.num_parameters - (0 if tied else shape.vocab_size * shape.hidden_size))
+        return ModelNumbers(
+            shape, preset.num_parameters - (0 if tied else shape.vocab_size * shape.hidden_size)
+        )
 
     def device(self) -> Hardware:
         """One of its devices."""
@@ -149,7 +178,17 @@ class Machine:
     def largest_gpu_cache_gb(self) -> float:
         """What the device's memory leaves beside the weights, but for a little: the largest first tier, GB a device."""
         numbers = self.numbers()
-        return max(0.0, TIER_SHARE * (self.device().memory_bytes - numbers.matrix_parameters * numbers.bytes_per_value / self.devices)) / GB
+        return (
+            max(
+                0.0,
+                TIER_SHARE
+                * (
+                    self.device().memory_bytes
+                    - numbers.matrix_parameters * numbers.bytes_per_value / self.devices
+                ),
+            )
+            / GB
+        )
 
     def first_tier_tokens(self) -> int:
         """What the first tier holds."""
@@ -200,15 +239,23 @@ class Case:
     max_context: int = 16_384  # tokens of prompt and answer (paper, evaluation)
     max_batch_tokens: int = 2048
     max_running: int = 512
-    admission: Literal["work", "fcfs"] = "fcfs"  # as the paper has it; "work": as `pensieve serve` does by default
-    step_ms: float | None = None  # of a step in which a request decodes, with admission by work. None: `Machine.step_ms`
+    admission: Literal["work", "fcfs"] = (
+        "fcfs"  # as the paper has it; "work": as `pensieve serve` does by default
+    )
+    step_ms: float | None = (
+        None  # of a step in which a request decodes, with admission by work. None: `Machine.step_ms`
+    )
     debug: bool = False
     give_up: Goal | None = None  # stop when it is certain that this is missed
 
     @property
     def label(self) -> str:
         """Its line in a picture."""
-        return self.system if self.policy == "retention" or not SYSTEMS[self.system].retain else f"{self.system}, {self.policy}"
+        return (
+            self.system
+            if self.policy == "retention" or not SYSTEMS[self.system].retain
+            else f"{self.system}, {self.policy}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +277,9 @@ class Outcome:
     records: tuple[RequestRecord, ...] = ()
 
 
-def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, keep_records: bool = False) -> Outcome:
+def run_case(
+    case: Case, *, tell: Callable[[float, int], None] | None = None, keep_records: bool = False
+) -> Outcome:
     """Simulate one case; a function of the case alone.
 
     Raises:
@@ -243,8 +292,15 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
     num_tokens = max(case.max_context, case.chunk_tokens)
     profile = machine.chunk_costs(cost, case.chunk_tokens, num_tokens)
     tiers = machine.tiers(system, case.chunk_tokens)
-    playing: list[Simulation] = []  # (the one below, which needs the cache, whose policy may ask it for the future)
-    setting = Setting(profile.of_chunk, case.chunk_tokens, tiers[0].num_slots, lambda key, now_s: playing[0].next_use_s(key[1], now_s))
+    playing: list[
+        Simulation
+    ] = []  # (the one below, which needs the cache, whose policy may ask it for the future)
+    setting = Setting(
+        profile.of_chunk,
+        case.chunk_tokens,
+        tiers[0].num_slots,
+        lambda key, now_s: playing[0].next_use_s(key[1], now_s),
+    )
     cache = TieredCache(CacheConfig(tiers, case.chunk_tokens), make_policy(case.policy, setting))
     config = SchedulerConfig(
         max_batch_tokens=max(case.max_batch_tokens, case.chunk_tokens + case.max_running),
@@ -253,7 +309,9 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
         reserve_share=system.reserve_share,
         retain=system.retain,
         admission="fcfs" if system.phases else case.admission,
-        step_s=(case.step_ms or machine.step_ms) / 1e3 if case.admission == "work" and not system.phases else None,
+        step_s=(case.step_ms or machine.step_ms) / 1e3
+        if case.admission == "work" and not system.phases
+        else None,
     )
     if machine.copies_first:
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
@@ -267,11 +325,16 @@ def run_case(case: Case, *, tell: Callable[[float, int], None] | None = None, ke
     if planned.rate is not None:  # (a trace with times of its own is played to its end)
         assert planned.arrivals_s is not None
         if case.warm_up_s >= planned.arrivals_s:
-            raise ConfigError(f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got {case.warm_up_s:g}")
+            raise ConfigError(
+                f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got {case.warm_up_s:g}"
+            )
         window_s = (case.warm_up_s, planned.arrivals_s)
     lateness = Lateness(case.give_up, planned.players, window_s) if case.give_up is not None else None
     gave_up = not simulation.play(planned.players, window_s=window_s, tell=tell, lateness=lateness)
-    begin_s, end_s = window_s or (case.warm_up_s, max((record.finished_s for record in simulation.records), default=0.0) + 1e-9)
+    begin_s, end_s = window_s or (
+        case.warm_up_s,
+        max((record.finished_s for record in simulation.records), default=0.0) + 1e-9,
+    )
     elapsed_s = clock.now_s or 1.0
     places = cache.places
     return Outcome(

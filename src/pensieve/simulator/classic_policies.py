@@ -104,7 +104,9 @@ class AdaptiveFamily(PolicyFamily):
         self._set_gone(listed, max(listed.forgotten, listed.length - there))
         if hits := listed.ghosts:
             change = hits * max(1.0, self._ghosts[3 - listed.where] / self._ghosts[listed.where])
-            self.target = min(self._num_slots, max(0.0, self.target + (change if listed.where == 1 else -change)))
+            self.target = min(
+                self._num_slots, max(0.0, self.target + (change if listed.where == 1 else -change))
+            )
         self._count(listed, -1)
         listed.idle = False
         listed.where = 2 if there or hits else 1
@@ -124,13 +126,22 @@ class AdaptiveFamily(PolicyFamily):
 
     def where(self, chunk: Chunk) -> int:
         """The list a chunk is in: the better one of its conversations'."""
-        return max((listed.where for s in chunk.owner.sequences() if (listed := self._listed.get(s.key)) is not None), default=1)
+        return max(
+            (
+                listed.where
+                for s in chunk.owner.sequences()
+                if (listed := self._listed.get(s.key)) is not None
+            ),
+            default=1,
+        )
 
     def leads(self, chunk: Chunk, *, comes: bool) -> None:
         """A private chunk of an idle conversation becomes next to go of it, and what was before it is gone; or it is so no more."""
         listed = self._listed.get(chunk.owner.sequences()[0].key)
         if listed is not None and listed.idle:
-            self._set_gone(listed, max(listed.forgotten, min(chunk.index, listed.length) if comes else listed.length))
+            self._set_gone(
+                listed, max(listed.forgotten, min(chunk.index, listed.length) if comes else listed.length)
+            )
 
     def _set_gone(self, listed: _Listed, gone: int) -> None:
         self._count(listed, -1)
@@ -178,7 +189,9 @@ class Adaptive:
     def worth(self, chunk: Chunk, now_s: float) -> float:
         """The time it was last active, later for the list that is spared."""
         home = self._home.get(chunk) or (3 if chunk.owner.num_active else self._family.where(chunk))
-        return math.inf if home == 3 else chunk.owner.last_active_s + (0.0 if home == self._first() else _LATER)
+        return (
+            math.inf if home == 3 else chunk.owner.last_active_s + (0.0 if home == self._first() else _LATER)
+        )
 
     def _first(self) -> int:
         return 1 if self._family.resident[1] > self._family.target else 2

@@ -77,11 +77,15 @@ class Roofline:
         if num_devices < 1:
             raise ConfigError(f"the number of devices must be at least 1, got {num_devices}")
         if num_devices > 1 and not hardware.peer_bytes_per_s:
-            raise ConfigError(f"{hardware.name} has no links between devices: it computes alone, got {num_devices} devices")
+            raise ConfigError(
+                f"{hardware.name} has no links between devices: it computes alone, got {num_devices} devices"
+            )
         shape = model.shape
         self.num_layers = shape.num_layers
         weights = model.matrix_parameters
-        self._linear_token_s = 2.0 * weights / (hardware.matrix_flops_per_s * hardware.matrix_efficiency) / num_devices
+        self._linear_token_s = (
+            2.0 * weights / (hardware.matrix_flops_per_s * hardware.matrix_efficiency) / num_devices
+        )
         bytes_per_s = hardware.memory_bytes_per_s * hardware.memory_efficiency * num_devices
         self._weights_s = weights * model.bytes_per_value / bytes_per_s
         self._kv_token_s = model.kv_bytes_per_token / bytes_per_s
@@ -95,7 +99,9 @@ class Roofline:
             reduces = 2 * shape.num_layers
             self._reduce_s = reduces * hardware.peer_latency_s
             ring = 2.0 * (num_devices - 1) / num_devices
-            self._reduce_token_s = reduces * ring * shape.hidden_size * model.bytes_per_value / hardware.peer_bytes_per_s
+            self._reduce_token_s = (
+                reduces * ring * shape.hidden_size * model.bytes_per_value / hardware.peer_bytes_per_s
+            )
         self._decode_pair_s = self._pair_flops / self._attention_rate(1)
         self._decode_token_s = max(self._kv_token_s, self._decode_pair_s)
 
@@ -112,7 +118,11 @@ class Roofline:
 
     def linear_s(self, num_tokens: int) -> float:
         """Seconds of everything but attention for so many tokens."""
-        return max(num_tokens * self._linear_token_s, self._weights_s) + self._reduce_s + num_tokens * self._reduce_token_s
+        return (
+            max(num_tokens * self._linear_token_s, self._weights_s)
+            + self._reduce_s
+            + num_tokens * self._reduce_token_s
+        )
 
     def step_s(self, spans: Iterable[Span]) -> float:
         """See `CostModel`."""
@@ -156,8 +166,12 @@ class Measured:
             chunk: how many queries that was.
         """
         for what, points, least in (("steps", steps, 2), ("answers", answers, 1)):
-            if len(points) < least or [count for count, _ in points] != sorted({count for count, _ in points}):
-                raise ConfigError(f"a measured cost needs at least {least} ascending (count, seconds) for {what}, got {list(points)}")
+            if len(points) < least or [count for count, _ in points] != sorted(
+                {count for count, _ in points}
+            ):
+                raise ConfigError(
+                    f"a measured cost needs at least {least} ascending (count, seconds) for {what}, got {list(points)}"
+                )
         self.num_layers = num_layers
         self._steps = tuple(steps)
         self._answers = ((0, 0.0), *answers)
@@ -195,7 +209,9 @@ def chunk_costs(model: CostModel, chunk_tokens: int, max_context: int) -> CostPr
     points = []
     context = chunk_tokens
     while True:
-        points.append((context, model.step_s([Span("", context - chunk_tokens, context, None, emits_token=False)])))
+        points.append(
+            (context, model.step_s([Span("", context - chunk_tokens, context, None, emits_token=False)]))
+        )
         if context >= max_context:
             return CostProfile(points, chunk_tokens)
         context *= 2

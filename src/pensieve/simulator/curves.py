@@ -18,7 +18,10 @@ def mean_curve(outcomes: Iterable[Outcome]) -> list[tuple[float, float]]:
         assert outcome.rate is not None
         by_rate.setdefault(outcome.rate, []).append(outcome)
     return [
-        (fmean(one.summary.finished_per_s for one in same), fmean(one.summary.normalized_s.p90 for one in same))
+        (
+            fmean(one.summary.finished_per_s for one in same),
+            fmean(one.summary.normalized_s.p90 for one in same),
+        )
         for _, same in sorted(by_rate.items())
         if all(one.summary.sent > one.summary.failed for one in same)
     ]

@@ -63,7 +63,10 @@ def room_gb(machine: Machine, share: float) -> float:
         share: of the device's memory that weights and first tier may have; the rest is work space.
     """
     numbers = machine.numbers()
-    return (machine.device().memory_bytes * share - numbers.matrix_parameters * numbers.bytes_per_value / machine.devices) / GB
+    return (
+        machine.device().memory_bytes * share
+        - numbers.matrix_parameters * numbers.bytes_per_value / machine.devices
+    ) / GB
 
 
 def alone(case: Case, demand: Demand) -> Alone:
@@ -80,13 +83,17 @@ def alone(case: Case, demand: Demand) -> Alone:
     for script in demand.scripts:
         for index, (turn, context) in enumerate(zip(script.turns, contexts(script), strict=True)):
             prompt = max(1, int(context) - turn.output_tokens)
-            at = max(0, prompt - turn.message_tokens - 1) if index else 0  # (the last sampled token has no KV yet)
+            at = (
+                max(0, prompt - turn.message_tokens - 1) if index else 0
+            )  # (the last sampled token has no KV yet)
             ttft_s = -between_s
             while at < prompt:
                 stop = min(prompt, at + case.max_batch_tokens)
                 ttft_s += span_s(at, stop) + host_s + between_s
                 at = stop
-            middle = prompt + turn.output_tokens // 2 + 1  # a decode costs more as its context grows, in a straight line
+            middle = (
+                prompt + turn.output_tokens // 2 + 1
+            )  # a decode costs more as its context grows, in a straight line
             decodes_s = (turn.output_tokens - 1) * (span_s(middle - 1, middle) + host_s + between_s)
             first.append(ttft_s)
             normalized.append((ttft_s + decodes_s) / turn.output_tokens)

@@ -10,7 +10,11 @@ from pensieve.workloads.load_plan import LoadOptions
 from pensieve.workloads.scripts import check_contexts, contexts
 from pensieve.workloads.traces import load_trace
 
-CHUNK, LONG_CHUNK, LONG_CONTEXT = 32, 1024, 65_536  # (of a long context a chunk is a small share, and what a turn costs to simulate)
+CHUNK, LONG_CHUNK, LONG_CONTEXT = (
+    32,
+    1024,
+    65_536,
+)  # (of a long context a chunk is a small share, and what a turn costs to simulate)
 USERS = 32  # at once, of a trace that does not say when its conversations begin
 
 
@@ -24,7 +28,9 @@ class Extent:
     remarks: tuple[str, ...] = ()  # what was chosen that the user may want to know
 
 
-def extent_of(load: LoadOptions, first_tier_tokens: int, max_context: int | None, chunk_tokens: int | None) -> Extent:
+def extent_of(
+    load: LoadOptions, first_tier_tokens: int, max_context: int | None, chunk_tokens: int | None
+) -> Extent:
     """Choose what was not asked for.
 
     Args:
@@ -45,7 +51,9 @@ def extent_of(load: LoadOptions, first_tier_tokens: int, max_context: int | None
             longest = 1 + max(length for script in trace.scripts for length in contexts(script))
         if not (trace.timed or load.rates or load.users):
             load = replace(load, users=min(USERS, len(trace.scripts)))
-            remarks.append(f"the trace does not say when its conversations begin: {load.users} at once (--users, --rate)")
+            remarks.append(
+                f"the trace does not say when its conversations begin: {load.users} at once (--users, --rate)"
+            )
     limit = math.ceil(longest)
     if chunk_tokens is None:
         chunk_tokens = LONG_CHUNK if limit > LONG_CONTEXT else CHUNK

@@ -63,12 +63,18 @@ class CurveFigure:
 
     def cases(self, series: Series, rate: float) -> list[Case]:
         """One point: a case a seed."""
-        run_s = RUN_S * (series.think_s / 60.0) ** 0.5  # (who thinks longer comes back later: histories need longer to grow)
+        run_s = (
+            RUN_S * (series.think_s / 60.0) ** 0.5
+        )  # (who thinks longer comes back later: histories need longer to grow)
         return [
             Case(
                 self.machine,
                 LoadOptions(
-                    trace=Path(self.trace), rates=(rate,), duration_s=run_s, think=ThinkTime(series.think_s, exponential=True), seed=seed
+                    trace=Path(self.trace),
+                    rates=(rate,),
+                    duration_s=run_s,
+                    think=ThinkTime(series.think_s, exponential=True),
+                    seed=seed,
                 ),
                 series.system,
                 series.policy,
@@ -177,7 +183,11 @@ def simulate_figures(figures: Sequence[CurveFigure], run: Run) -> list[Result]:
     """
     known: dict[Case, Outcome] = {}
     results = [Result(figure) for figure in figures]
-    wanted = {(result.figure.name, series.label): result.figure.rates(series) for result in results for series in result.figure.series}
+    wanted = {
+        (result.figure.name, series.label): result.figure.rates(series)
+        for result in results
+        for series in result.figure.series
+    }
     for _ in range(1 + _MOST_STEPS):
         new = dict.fromkeys(
             case
@@ -193,7 +203,9 @@ def simulate_figures(figures: Sequence[CurveFigure], run: Run) -> list[Result]:
         for result in results:
             for series in result.figure.series:
                 rates = wanted[result.figure.name, series.label]
-                result.outcomes[series.label] = [known[case] for rate in rates for case in result.figure.cases(series, rate)]
+                result.outcomes[series.label] = [
+                    known[case] for rate in rates for case in result.figure.cases(series, rate)
+                ]
                 if max(latency for _, latency in result.curve(series.label)) < 1.25 * result.figure.read_at_s:
                     rates.append(round(rates[-1] * _FURTHER, 3))
     return results
@@ -219,7 +231,13 @@ def _ratios(result: Result) -> list[Comparison]:
     figure = result.figure
     at = f"at {1e3 * figure.read_at_s:.0f} ms a token"
     found = [
-        _over(result, "Pensieve", _VLLM.label, f"Pensieve's throughput over the baseline's {at}", RATIOS[figure.name][1]),
+        _over(
+            result,
+            "Pensieve",
+            _VLLM.label,
+            f"Pensieve's throughput over the baseline's {at}",
+            RATIOS[figure.name][1],
+        ),
         _over(result, "Pensieve", _TODAY.label, f"over a stateless server with unified batches {at}", None),
     ]
     if _GPU in figure.series:
@@ -256,9 +274,15 @@ def _policies(result: Result) -> list[Comparison]:
     pairs = [(value, lru) for value, lru in same if lru is not None]
     more = max(100 * (value.summary.cpu_share - lru.summary.cpu_share) for value, lru in pairs)
     fewer = max(
-        1.0 - value.summary.recomputed_tokens / lru.summary.recomputed_tokens for value, lru in pairs if lru.summary.recomputed_tokens
+        1.0 - value.summary.recomputed_tokens / lru.summary.recomputed_tokens
+        for value, lru in pairs
+        if lru.summary.recomputed_tokens
     )
-    pressed = [(v.summary.recomputed_tokens, u.summary.recomputed_tokens) for v, u in pairs if u.summary.recomputed_share > 0.02]
+    pressed = [
+        (v.summary.recomputed_tokens, u.summary.recomputed_tokens)
+        for v, u in pairs
+        if u.summary.recomputed_share > 0.02
+    ]
     fewer_on_average = fmean(1.0 - value / lru for value, lru in pressed) if pressed else None
     return [
         Comparison(
@@ -287,5 +311,13 @@ def _think_times(result: Result) -> list[Comparison]:
         before = ours
     paper = _quotient(result.published_throughput("600 s"), result.published_throughput("vLLM, 600 s"))
     ours = _quotient(result.throughput("600 s"), result.throughput("vLLM, 600 s"))
-    found.append(Comparison("over the baseline with 600 s of thinking", paper, ours, "×", reached=ours is not None and ours > 1.0))
+    found.append(
+        Comparison(
+            "over the baseline with 600 s of thinking",
+            paper,
+            ours,
+            "×",
+            reached=ours is not None and ours > 1.0,
+        )
+    )
     return found

@@ -67,7 +67,9 @@ class Lateness:
     def __init__(self, goal: Goal, players: Iterable[Player], window_s: tuple[float, float] | None) -> None:
         """Requests sent outside of the window do not count; without a window, all do."""
         self._goal, self._window_s = goal, window_s or (0.0, math.inf)
-        self._most_late = goal.most_late(sum(_num_turns_before(player, self._window_s[1]) for player in players))
+        self._most_late = goal.most_late(
+            sum(_num_turns_before(player, self._window_s[1]) for player in players)
+        )
         self._num_seen = self._num_late = 0
         self._failed = False
 
@@ -87,12 +89,16 @@ class Lateness:
         return self._window_s[0] <= sent_s < self._window_s[1]
 
     def _is_late(self, record: RequestRecord) -> bool:
-        return (record.normalized_s if self._goal.metric == "normalized" else record.ttft_s) > self._goal.latency_s
+        return (
+            record.normalized_s if self._goal.metric == "normalized" else record.ttft_s
+        ) > self._goal.latency_s
 
     def _is_late_already(self, one: Waiting, now_s: float) -> bool:
         if self._goal.metric == "normalized":
             return (now_s - one.sent_s) / one.output_tokens > self._goal.latency_s
-        return (one.first_token_s if one.first_token_s is not None else now_s) - one.sent_s > self._goal.latency_s
+        return (
+            one.first_token_s if one.first_token_s is not None else now_s
+        ) - one.sent_s > self._goal.latency_s
 
 
 def _num_turns_before(player: Player, end_s: float) -> int:

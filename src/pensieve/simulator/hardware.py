@@ -33,15 +33,27 @@ class Hardware:
     disk_write_bytes_per_s: float
     peer_bytes_per_s: float  # between devices, each way; 0: there are no others
     peer_latency_s: float  # of one all-reduce, however small
-    launch_s: float  # the host's time to launch one layer's kernels: a step cannot be shorter than all of them
+    launch_s: (
+        float  # the host's time to launch one layer's kernels: a step cannot be shorter than all of them
+    )
 
     def __post_init__(self) -> None:
-        for name in ("matrix_flops_per_s", "attention_flops_per_s", "memory_bytes_per_s", "memory_bytes", "link_bytes_per_s"):
+        for name in (
+            "matrix_flops_per_s",
+            "attention_flops_per_s",
+            "memory_bytes_per_s",
+            "memory_bytes",
+            "link_bytes_per_s",
+        ):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} of hardware {self.name!r} must be positive, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"{name} of hardware {self.name!r} must be positive, got {getattr(self, name)}"
+                )
         for name in ("matrix_efficiency", "memory_efficiency", "duplex_share"):
             if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} of hardware {self.name!r} must lie in (0, 1], got {getattr(self, name)}")
+                raise ConfigError(
+                    f"{name} of hardware {self.name!r} must lie in (0, 1], got {getattr(self, name)}"
+                )
 
 
 # Fig. 3 of the paper, 13B on an A100, batch of 32:
@@ -69,7 +81,8 @@ _ALL = (
         duplex_share=_DUPLEX,
         disk_read_bytes_per_s=6e9,  # one data-centre NVMe drive, PCIe 4.0
         disk_write_bytes_per_s=3e9,
-        peer_bytes_per_s=300e9 * 0.75,  # ring all-reduce reaches about three quarters of a direction (NCCL tests' bus bandwidth)
+        peer_bytes_per_s=300e9
+        * 0.75,  # ring all-reduce reaches about three quarters of a direction (NCCL tests' bus bandwidth)
         peer_latency_s=20e-6,
         launch_s=60e-6,  # about 12 kernels of 5 us
     ),
@@ -142,5 +155,7 @@ def find_hardware(name: str) -> Hardware:
         ConfigError: there is none of that name.
     """
     if name not in HARDWARE:
-        raise ConfigError(f"no hardware is called {name!r}: take one of {', '.join(HARDWARE)}, or a measured one (--profile FILE)")
+        raise ConfigError(
+            f"no hardware is called {name!r}: take one of {', '.join(HARDWARE)}, or a measured one (--profile FILE)"
+        )
     return HARDWARE[name]

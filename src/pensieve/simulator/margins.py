@@ -42,7 +42,9 @@ class Margin:
 def held_loads(book: Book, machines: Sequence[Machine]) -> list[Held]:
     """Up to which load machines hold, all searched at once."""
     brackets = [_Bracket() for _ in machines]
-    while asked := [(index, load) for index, bracket in enumerate(brackets) if (load := bracket.next_load()) is not None]:
+    while asked := [
+        (index, load) for index, bracket in enumerate(brackets) if (load := bracket.next_load()) is not None
+    ]:
         trials = book.try_all((machines[index], load) for index, load in asked)
         for (index, _), trial in zip(asked, trials, strict=True):
             brackets[index].learn(trial, book.holds(trial))
@@ -83,13 +85,20 @@ class _Bracket:
         low, high = self.low, self.high
         rise_s = high.latency_s - low.latency_s
         share = (latency_s - low.latency_s) / rise_s if math.isfinite(rise_s) and rise_s > 0 else 0.0
-        return Held(low.load + share * (high.load - low.load), rate_of(low) + share * (rate_of(high) - rate_of(low)), bounded=True)
+        return Held(
+            low.load + share * (high.load - low.load),
+            rate_of(low) + share * (rate_of(high) - rate_of(low)),
+            bounded=True,
+        )
 
 
 def margins(book: Book, space: Space, best: Trial) -> tuple[Held, list[Margin]]:
     """The load that a machine holds, and what more of each tier would bring. A tier that can have no more is left out."""
     more = {tier: gigabytes for tier in TIERS if (gigabytes := _more_gb(space, best.machine, tier))}
-    machines = [replace(best.machine, **{tier: getattr(best.machine, tier) + gigabytes}) for tier, gigabytes in more.items()]
+    machines = [
+        replace(best.machine, **{tier: getattr(best.machine, tier) + gigabytes})
+        for tier, gigabytes in more.items()
+    ]
     trials = book.try_all([*((machine, 1.0) for machine in machines), (best.machine, HEADROOM)])[:-1]
     base, *others = held_loads(book, [best.machine, *machines])
     found = []

@@ -65,7 +65,13 @@ class MeasuredMachine:
     def overheads(self) -> Overheads:
         """What the scheduler takes."""
         found = self.profile
-        return Overheads(found.plan_step_s, found.plan_request_s, found.commit_step_s, found.commit_request_s, found.commit_end_s)
+        return Overheads(
+            found.plan_step_s,
+            found.plan_request_s,
+            found.commit_step_s,
+            found.commit_request_s,
+            found.commit_end_s,
+        )
 
     def links(self, chunk_tokens: int) -> Links:
         """What its copies take. There is no disk: none was measured."""
@@ -86,9 +92,13 @@ def load_machine(path: Path) -> MeasuredMachine:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the profile {path} cannot be read: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"the profile {path} is no JSON: {error}; `pensieve profile --json > {path.name}` writes one") from error
+        raise ConfigError(
+            f"the profile {path} is no JSON: {error}; `pensieve profile --json > {path.name}` writes one"
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"the profile {path} is no JSON object; `pensieve profile --json > {path.name}` writes one")
+        raise ConfigError(
+            f"the profile {path} is no JSON object; `pensieve profile --json > {path.name}` writes one"
+        )
     try:
         return read_machine(content)
     except ValueError as error:
@@ -106,7 +116,13 @@ def read_machine(content: Mapping[str, Any]) -> MeasuredMachine:
         if direction not in profile.copy_bytes_per_s:
             raise ValueError(f"copy_bytes_per_s has no {direction!r}")
     values: dict[str, Any] = {}
-    for name, kind in (("model", str), ("device", str), ("device_type", str), ("bytes_per_value", int), ("shape", dict)):
+    for name, kind in (
+        ("model", str),
+        ("device", str),
+        ("device_type", str),
+        ("bytes_per_value", int),
+        ("shape", dict),
+    ):
         if name not in content:
             raise ValueError(f"{name} is missing")
         if not isinstance(content[name], kind) or isinstance(content[name], bool):

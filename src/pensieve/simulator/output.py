@@ -19,7 +19,12 @@ from pensieve.simulator.case import Outcome
 
 def to_json(outcomes: Sequence[Outcome], **more: Any) -> dict[str, Any]:
     """Everything of some outcomes, as plain values. Nothing in it depends on where or when they were simulated."""
-    return {"benchmark": "simulate", "version": __version__, **more, "outcomes": [plain(asdict(outcome)) for outcome in outcomes]}
+    return {
+        "benchmark": "simulate",
+        "version": __version__,
+        **more,
+        "outcomes": [plain(asdict(outcome)) for outcome in outcomes],
+    }
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> Path:
@@ -49,7 +54,9 @@ def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
         "system", "policy", "asked\n1/s", "done\n1/s", "norm.\nmean", "norm.\np90 ms", "TTFT\np50 ms", "TTFT\np90 ms", "history\ngpu", "\ncpu",
         "recom-\nputed", "device\nbusy", "failed",
     ):  # fmt: skip
-        table.add_column(heading, justify="left" if heading in ("system", "policy") else "right", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading in ("system", "policy") else "right", no_wrap=True
+        )
     for outcome in outcomes:
         found = outcome.summary
         table.add_row(
@@ -98,7 +105,12 @@ def plot(path: Path, outcomes: Sequence[Outcome], title: str, subtitle: str) -> 
             for part, colour in zip(parts, COLOURS, strict=False):
                 found = [by_label[label][0].summary for label in labels]
                 widths = [
-                    100 * {"first tier": one.gpu_share, "swapped in": one.cpu_share, "recomputed": one.recomputed_share}[part]
+                    100
+                    * {
+                        "first tier": one.gpu_share,
+                        "swapped in": one.cpu_share,
+                        "recomputed": one.recomputed_share,
+                    }[part]
                     for one in found
                 ]
                 axes.barh(labels, widths, left=lefts, color=colour, label=part)

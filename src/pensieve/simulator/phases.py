@@ -13,7 +13,10 @@ class PhasedScheduler(Scheduler):
 
     def _fill(self, step: _Step, now_s: float) -> None:
         self._admit(step, now_s)
-        prompts = sorted((request for request in self.running if request.missing), key=lambda request: (request.due, request.arrival))
+        prompts = sorted(
+            (request for request in self.running if request.missing),
+            key=lambda request: (request.due, request.arrival),
+        )
         for request in prompts:
             self._plan_missing(step, request)
         if not step.spans:

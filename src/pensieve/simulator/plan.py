@@ -11,7 +11,13 @@ from pensieve.simulator.margins import HEADROOM, Held, Margin, held_loads, margi
 from pensieve.simulator.planner import Book, Found, Space, Trial, rounded, search
 
 Limit = Literal["memory", "link", "first tier", "computing"]
-_CURVE = (0.0, 1 / 64, 1 / 16, 1 / 4, 1.0)  # of the largest CPU tier: how latency falls with it, for the picture
+_CURVE = (
+    0.0,
+    1 / 64,
+    1 / 16,
+    1 / 4,
+    1.0,
+)  # of the largest CPU tier: how latency falls with it, for the picture
 _LINK_SHARE = 0.25  # of the time: waiting for swap-ins is what is wrong
 _SUSPENDED_SHARE = 0.05  # of the requests: those that run at once do not fit
 
@@ -35,7 +41,10 @@ def make_plan(book: Book, spaces: Sequence[Space]) -> Answer:
     found: list[Found] = []
     best: Trial | None = None
     for space in spaces:
-        if best is not None and book.prices.of(book.machine(space.devices, space.least_gpu_gb, 0.0, 0.0)) >= best.price:
+        if (
+            best is not None
+            and book.prices.of(book.machine(space.devices, space.least_gpu_gb, 0.0, 0.0)) >= best.price
+        ):
             continue  # its devices alone are dearer
         found.append(search(book, space))
         here = found[-1].best
@@ -52,7 +61,11 @@ def make_plan(book: Book, spaces: Sequence[Space]) -> Answer:
 def _curve(space: Space, trial: Trial) -> list[tuple[Machine, float]]:
     """A machine with CPU tiers of a few sizes."""
     sizes = [rounded(space.cpu_gb * share) for share in _CURVE]
-    return [(replace(trial.machine, cpu_cache_gb=size), 1.0) for size in sizes if size or not trial.machine.disk_cache_gb]
+    return [
+        (replace(trial.machine, cpu_cache_gb=size), 1.0)
+        for size in sizes
+        if size or not trial.machine.disk_cache_gb
+    ]
 
 
 def _nothing(book: Book, found: Sequence[Found]) -> Answer:

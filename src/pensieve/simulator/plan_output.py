@@ -45,7 +45,9 @@ def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
         late_s = answer.headroom.latency_s - goal.latency_s
         share = f"With {HEADROOM - 1:.0%} more load it takes "
         if math.isinf(late_s):
-            words.append(f"With {HEADROOM - 1:.0%} more load requests fail; it holds {_held_words(answer.held)}.")
+            words.append(
+                f"With {HEADROOM - 1:.0%} more load requests fail; it holds {_held_words(answer.held)}."
+            )
         else:
             where = "over" if late_s > 0 else "below"
             words.append(
@@ -71,7 +73,9 @@ def _missed(book: Book, answer: Answer) -> list[str]:
         by = f"fails {found.summary.failed} of {found.summary.sent} requests"
     else:
         by = f"takes {_ms(goal, closest.latency_s)}, {closest.latency_s / goal.latency_s:.2g} times the target of {_ms(goal, goal.latency_s)}"
-    words = [f"Nothing that was allowed holds {goal.words} at {rate_of(closest):.3g} requests/s: the best, {everything} {by}."]
+    words = [
+        f"Nothing that was allowed holds {goal.words} at {rate_of(closest):.3g} requests/s: the best, {everything} {by}."
+    ]
     devices = "add devices (--max-devices)"
     if answer.unlimited is not None:
         words.append(
@@ -97,7 +101,9 @@ def _missed(book: Book, answer: Answer) -> list[str]:
 def _machine_words(machine: Machine) -> str:
     each = " each" if machine.devices > 1 else ""
     tiers = [f"{machine.gpu_cache_gb:.3g} GB of first tier{each}"]
-    tiers.append(f"{machine.cpu_cache_gb:.3g} GB of CPU memory{each}" if machine.cpu_cache_gb else "no CPU tier")
+    tiers.append(
+        f"{machine.cpu_cache_gb:.3g} GB of CPU memory{each}" if machine.cpu_cache_gb else "no CPU tier"
+    )
     tiers.append(f"{machine.disk_cache_gb:.3g} GB of disk" if machine.disk_cache_gb else "no disk")
     return f"{machine.devices} × {machine.hardware} with {tiers[0]}, {tiers[1]} and {tiers[2]}"
 
@@ -105,7 +111,11 @@ def _machine_words(machine: Machine) -> str:
 def _held_words(held: Held) -> str:
     if held.bounded:
         return f"up to {held.per_s:.3g} requests/s, {held.load:.0%} of the load"
-    return f"{held.per_s:.3g} requests/s and more" if held.load >= 1.0 else f"not even {held.per_s:.3g} requests/s"
+    return (
+        f"{held.per_s:.3g} requests/s and more"
+        if held.load >= 1.0
+        else f"not even {held.per_s:.3g} requests/s"
+    )
 
 
 def _latency_words(goal: Goal, trial: Trial) -> str:
@@ -121,7 +131,17 @@ def _ms(goal: Goal, seconds: float) -> str:
 def print_trials(book: Book, console: Console, best: Trial | None) -> None:
     """A line for each machine that was tried under the load itself."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("devices", "first tier GB", "CPU GB", "disk GB", "a month", f"{book.goal.quantile} ms", "recomputed", "swap wait", ""):
+    for heading in (
+        "devices",
+        "first tier GB",
+        "CPU GB",
+        "disk GB",
+        "a month",
+        f"{book.goal.quantile} ms",
+        "recomputed",
+        "swap wait",
+        "",
+    ):
         table.add_column(heading, justify="right")
     trials = [trial for trial in book.trials.values() if trial.load == 1.0]
     for trial in sorted(trials, key=lambda trial: _order(trial.machine)):
@@ -132,7 +152,11 @@ def print_trials(book: Book, console: Console, best: Trial | None) -> None:
             *(f"{size:.3g}" for size in (machine.gpu_cache_gb, machine.cpu_cache_gb, machine.disk_cache_gb)),
             f"{trial.price:,.0f}",
             _latency_words(book.goal, trial),
-            *(("", "") if found.gave_up else (f"{found.summary.recomputed_share:.1%}", f"{found.swap_wait_share:.1%}")),
+            *(
+                ("", "")
+                if found.gave_up
+                else (f"{found.summary.recomputed_share:.1%}", f"{found.swap_wait_share:.1%}")
+            ),
             "taken" if chosen else "holds" if book.holds(trial) else "misses",
             style="bold" if chosen else None,
         )
@@ -181,7 +205,10 @@ def to_json(book: Book, answer: Answer) -> dict[str, Any]:
         "closest": _trial(book, answer.closest),
         "limit": answer.limit,
         "spaces": [asdict(found.space) for found in answer.found],
-        "trials": [_trial(book, trial) for trial in sorted(book.trials.values(), key=lambda trial: (trial.load, _order(trial.machine)))],
+        "trials": [
+            _trial(book, trial)
+            for trial in sorted(book.trials.values(), key=lambda trial: (trial.load, _order(trial.machine)))
+        ],
     }
     return dict(plain(record))
 
@@ -215,9 +242,18 @@ def plot(path: Path, book: Book, answer: Answer, title: str, subtitle: str) -> P
     for trial in book.trials.values():
         machine = trial.machine
         if trial.load == 1.0 and machine.devices == devices and math.isfinite(trial.latency_s):
-            lines.setdefault((machine.disk_cache_gb, machine.gpu_cache_gb), []).append((machine.cpu_cache_gb, 1e3 * trial.latency_s))
+            lines.setdefault((machine.disk_cache_gb, machine.gpu_cache_gb), []).append(
+                (machine.cpu_cache_gb, 1e3 * trial.latency_s)
+            )
     taken = answer.best.machine if answer.best is not None else None
-    ordered = sorted(lines, key=lambda key: (taken is None or key != (taken.disk_cache_gb, taken.gpu_cache_gb), -len(lines[key]), key))
+    ordered = sorted(
+        lines,
+        key=lambda key: (
+            taken is None or key != (taken.disk_cache_gb, taken.gpu_cache_gb),
+            -len(lines[key]),
+            key,
+        ),
+    )
     highest = 4.0 * book.goal.latency_s * 1e3
     with canvas(path, title, subtitle) as (axes,):
         for index, key in enumerate(ordered[:_MOST_LINES]):
@@ -231,7 +267,12 @@ def plot(path: Path, book: Book, answer: Answer, title: str, subtitle: str) -> P
                 marker=MARKERS[index // len(COLOURS) % len(MARKERS)],
                 label=label,
             )
-        axes.axhline(1e3 * book.goal.latency_s, color="#444444", linestyle="--", label=f"target: {_ms(book.goal, book.goal.latency_s)}")
+        axes.axhline(
+            1e3 * book.goal.latency_s,
+            color="#444444",
+            linestyle="--",
+            label=f"target: {_ms(book.goal, book.goal.latency_s)}",
+        )
         if taken is not None and answer.best is not None:
             axes.plot(
                 [taken.cpu_cache_gb],

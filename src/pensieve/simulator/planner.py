@@ -36,7 +36,9 @@ class Prices:
     def __post_init__(self) -> None:
         for name in ("gpu_gb", "cpu_gb", "disk_gb", "device"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ConfigError(f"--price-{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"--price-{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}"
+                )
 
     def of(self, machine: Machine) -> float:
         """A machine's."""
@@ -65,7 +67,9 @@ class Space:
         if not self.cpu_gb:
             return [0.0]
         below = range(_CPU_OCTAVES * STEPS_PER_OCTAVE, 0, -1)
-        return sorted({0.0, self.cpu_gb, *(rounded(self.cpu_gb / 2 ** (step / STEPS_PER_OCTAVE)) for step in below)})
+        return sorted(
+            {0.0, self.cpu_gb, *(rounded(self.cpu_gb / 2 ** (step / STEPS_PER_OCTAVE)) for step in below)}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,8 @@ class Trial:
         """Whether it had at least what a machine has, of every tier, and as many devices."""
         ours = self.machine
         return ours.devices == machine.devices and all(
-            getattr(ours, tier) >= getattr(machine, tier) for tier in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb")
+            getattr(ours, tier) >= getattr(machine, tier)
+            for tier in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb")
         )
 
     def needs(self, machine: Machine) -> bool:
@@ -111,10 +116,16 @@ class Book:
         Not `to_the_end`: only whether they hold is wanted, so a simulation is given up once that is certain.
         """
         cases = [(at_load(replace(self.base, machine=machine), load), load) for machine, load in wanted]
-        new = {case: load for case, load in cases if case not in self.trials or (to_the_end and self.trials[case].outcome.gave_up)}
+        new = {
+            case: load
+            for case, load in cases
+            if case not in self.trials or (to_the_end and self.trials[case].outcome.gave_up)
+        }
         if new:
             give_up = None if to_the_end else self.goal
-            for (case, load), outcome in zip(new.items(), self.run([replace(case, give_up=give_up) for case in new]), strict=True):
+            for (case, load), outcome in zip(
+                new.items(), self.run([replace(case, give_up=give_up) for case in new]), strict=True
+            ):
                 latency_s = math.inf if outcome.gave_up else self.goal.of(outcome.summary)
                 self.trials[case] = Trial(case, outcome, load, latency_s, self.prices.of(case.machine))
         return [self.trials[case] for case, _ in cases]
@@ -125,7 +136,13 @@ class Book:
 
     def machine(self, devices: int, gpu_gb: float, cpu_gb: float, disk_gb: float) -> Machine:
         """The base's machine with other tiers."""
-        return replace(self.base.machine, devices=devices, gpu_cache_gb=gpu_gb, cpu_cache_gb=cpu_gb, disk_cache_gb=disk_gb)
+        return replace(
+            self.base.machine,
+            devices=devices,
+            gpu_cache_gb=gpu_gb,
+            cpu_cache_gb=cpu_gb,
+            disk_cache_gb=disk_gb,
+        )
 
 
 @dataclass(slots=True)
@@ -174,7 +191,11 @@ def search(book: Book, space: Space) -> Found:
     lucky: set[Case] = set()
     best = _narrow(book, columns, everything, lucky)
     at = best.machine
-    finer = [_column(book, space, at.gpu_cache_gb, rounded(at.disk_cache_gb * share)) for share in _DISK_SHARES if at.disk_cache_gb]
+    finer = [
+        _column(book, space, at.gpu_cache_gb, rounded(at.disk_cache_gb * share))
+        for share in _DISK_SHARES
+        if at.disk_cache_gb
+    ]
     for factor in (2**-0.25, 2**-0.5, 2**-0.75):
         if (smaller := rounded(at.gpu_cache_gb * factor)) >= space.least_gpu_gb:
             finer.append(_column(book, space, smaller, at.disk_cache_gb))
@@ -212,11 +233,23 @@ def _narrow(book: Book, columns: Sequence[_Column], everything: Trial, lucky: se
 def _best(book: Book, everything: Trial, lucky: set[Case]) -> Trial:
     """The cheapest that holds; of equal ones that with the smallest tiers."""
     held = [trial for trial in _known(book, everything) if book.holds(trial) and trial.case not in lucky]
-    return min(held, key=lambda trial: (trial.price, trial.machine.gpu_cache_gb, trial.machine.cpu_cache_gb, trial.machine.disk_cache_gb))
+    return min(
+        held,
+        key=lambda trial: (
+            trial.price,
+            trial.machine.gpu_cache_gb,
+            trial.machine.cpu_cache_gb,
+            trial.machine.disk_cache_gb,
+        ),
+    )
 
 
 def _known(book: Book, everything: Trial) -> list[Trial]:
-    return [trial for trial in book.trials.values() if trial.load == 1.0 and trial.machine.devices == everything.machine.devices]
+    return [
+        trial
+        for trial in book.trials.values()
+        if trial.load == 1.0 and trial.machine.devices == everything.machine.devices
+    ]
 
 
 def _bound(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
@@ -229,7 +262,11 @@ def _bound(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
     indices = range(len(column.sizes))
     column.low = max((i for i in indices if any(trial.has(column.at(i)) for trial in missed)), default=-1)
     column.high = next(
-        (i for i in indices if any(trial.needs(column.at(i)) for trial in held) or book.prices.of(column.at(i)) >= dear),
+        (
+            i
+            for i in indices
+            if any(trial.needs(column.at(i)) for trial in held) or book.prices.of(column.at(i)) >= dear
+        ),
         len(column.sizes),
     )
 
@@ -237,7 +274,10 @@ def _bound(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
 def _above(columns: Sequence[_Column], best: Trial) -> Machine | None:
     """The next larger CPU tier beside the same others; None: there is none."""
     for column in columns:
-        if replace(best.machine, cpu_cache_gb=0.0) == column.machine and best.machine.cpu_cache_gb in column.sizes:
+        if (
+            replace(best.machine, cpu_cache_gb=0.0) == column.machine
+            and best.machine.cpu_cache_gb in column.sizes
+        ):
             index = column.sizes.index(best.machine.cpu_cache_gb) + 1
             return column.at(index) if index < len(column.sizes) else None
     return None
@@ -254,7 +294,11 @@ def at_load(case: Case, factor: float) -> Case:
     if load.rates:
         return replace(case, load=replace(load, rates=tuple(rate * factor for rate in load.rates)))
     seconds = None if load.duration_s is None else load.duration_s / factor
-    return replace(case, load=replace(load, speed=load.speed * factor, duration_s=seconds), warm_up_s=case.warm_up_s / factor)
+    return replace(
+        case,
+        load=replace(load, speed=load.speed * factor, duration_s=seconds),
+        warm_up_s=case.warm_up_s / factor,
+    )
 
 
 def rate_of(trial: Trial) -> float:

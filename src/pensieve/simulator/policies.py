@@ -17,12 +17,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pensieve.core.chunk import Chunk
-from pensieve.core.eviction import LRU, MIN_IDLE_S, POLICIES, ByLines, CostOfChunk, PolicyFactory, PolicyFamily
+from pensieve.core.eviction import (
+    LRU,
+    MIN_IDLE_S,
+    POLICIES,
+    ByLines,
+    CostOfChunk,
+    PolicyFactory,
+    PolicyFamily,
+)
 from pensieve.core.sequence import Key, Sequence
 from pensieve.errors import ConfigError
 from pensieve.simulator.classic_policies import AdaptiveFamily, FrequencyFamily
 
-NextUse = Callable[[Key, float], float]  # (sequence key, the time it went idle) -> when it comes back, infinity for never
+NextUse = Callable[
+    [Key, float], float
+]  # (sequence key, the time it went idle) -> when it comes back, infinity for never
 NEVER = 1e300  # 1/worth of what is never used again: above every line
 
 
@@ -34,7 +44,9 @@ class Setting:
     chunk_tokens: int = 32
     num_slots: int = 1024  # of the first tier
     next_use_s: NextUse | None = None  # asked once whenever a sequence goes idle; None: nobody knows
-    uncached_tokens: int = 2048  # t-lru: a turn may compute so many tokens that are not cached, its prompt included
+    uncached_tokens: int = (
+        2048  # t-lru: a turn may compute so many tokens that are not cached, its prompt included
+    )
     prompt_tokens: int = 128  # t-lru: what a turn is expected to add
 
 
@@ -75,7 +87,9 @@ class _Lengths(PolicyFamily):
     def __init__(self, uncached_tokens: int, prompt_tokens: int, chunk_tokens: int) -> None:
         spare_chunks = max(0, uncached_tokens - prompt_tokens) // chunk_tokens
         super().__init__(lambda: TailOptimizedLRU(self, spare_chunks))
-        self.lengths: dict[Key, int] = {}  # chunks; one entry a conversation, for as long as the simulation lasts
+        self.lengths: dict[
+            Key, int
+        ] = {}  # chunks; one entry a conversation, for as long as the simulation lasts
 
     def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
         """See `PolicyFamily`."""
@@ -118,7 +132,11 @@ class Clairvoyant(ByLines[tuple[int, bool]]):
         if chunk.owner.num_active:
             return (chunk.index, True), 0.0
         next_s = self._foresight.next_s(chunk)
-        return ((-1, False), chunk.owner.last_active_s) if next_s == math.inf else ((chunk.index, False), -next_s)
+        return (
+            ((-1, False), chunk.owner.last_active_s)
+            if next_s == math.inf
+            else ((chunk.index, False), -next_s)
+        )
 
     def _line(self, kind: tuple[int, bool], key: float, now_s: float) -> tuple[float, float, float]:
         index, active = kind
@@ -143,7 +161,9 @@ class Belady(LRU):
 
 def _foresight(setting: Setting, make: Callable[[Foresight], Clairvoyant | Belady]) -> Foresight:
     if setting.next_use_s is None:
-        raise ConfigError("a clairvoyant policy must be told when conversations come back, which only a simulation can")
+        raise ConfigError(
+            "a clairvoyant policy must be told when conversations come back, which only a simulation can"
+        )
     return Foresight(setting.next_use_s, make)
 
 
@@ -154,7 +174,9 @@ COMPARED: dict[str, Callable[[Setting], PolicyFactory]] = {
     "t-lru": lambda setting: _Lengths(setting.uncached_tokens, setting.prompt_tokens, setting.chunk_tokens),
     "lfu": lambda setting: FrequencyFamily(),
     "arc": lambda setting: AdaptiveFamily(setting.num_slots),
-    "clairvoyant": lambda setting: _foresight(setting, lambda family: Clairvoyant(setting.cost_of_chunk, family)),
+    "clairvoyant": lambda setting: _foresight(
+        setting, lambda family: Clairvoyant(setting.cost_of_chunk, family)
+    ),
     "belady": lambda setting: _foresight(setting, Belady),
 }
 
@@ -168,5 +190,7 @@ def make_policy(name: str, setting: Setting) -> PolicyFactory:
     if name in POLICIES:
         return POLICIES[name](setting.cost_of_chunk)
     if name not in COMPARED:
-        raise ConfigError(f"no policy is called {name!r}: take one of {', '.join(sorted((*POLICIES, *COMPARED)))}")
+        raise ConfigError(
+            f"no policy is called {name!r}: take one of {', '.join(sorted((*POLICIES, *COMPARED)))}"
+        )
     return COMPARED[name](setting)

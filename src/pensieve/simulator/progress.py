@@ -23,11 +23,16 @@ def progress(cases: Sequence[Case], console: Console | None = None) -> Iterator[
         def line(tick: Tick) -> None:
             if tick.done:
                 finished[tick.index] = 1
-                console.print(f"{sum(finished)} of {len(cases)} simulations done: {_words(cases[tick.index])}", highlight=False)
+                console.print(
+                    f"{sum(finished)} of {len(cases)} simulations done: {_words(cases[tick.index])}",
+                    highlight=False,
+                )
 
         yield line
         return
-    lengths = [case.load.duration_s or 0.0 for case in cases]  # (a trace's own length is known when it is over)
+    lengths = [
+        case.load.duration_s or 0.0 for case in cases
+    ]  # (a trace's own length is known when it is over)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,7 +48,11 @@ def progress(cases: Sequence[Case], console: Console | None = None) -> Iterator[
             times[tick.index] = (length or 1.0) if tick.done else min(tick.now_s, length)
             finished[tick.index] = tick.finished
             done = sum(length <= at for length, at in zip(lengths, times, strict=True) if at)
-            bar.update(task, completed=sum(times), words=f"{done}/{len(cases)}, at {_clock(tick.now_s)}, {sum(finished):,} requests")
+            bar.update(
+                task,
+                completed=sum(times),
+                words=f"{done}/{len(cases)}, at {_clock(tick.now_s)}, {sum(finished):,} requests",
+            )
 
         yield show
 

@@ -63,7 +63,10 @@ class Spread:
             return cls(math.nan, math.nan, math.nan, math.nan)
         ordered = sorted(values)
         last = len(ordered) - 1
-        return cls(fmean(ordered), *(ordered[min(last, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99)))
+        return cls(
+            fmean(ordered),
+            *(ordered[min(last, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

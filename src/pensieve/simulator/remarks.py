@@ -24,7 +24,9 @@ REMARKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "decode step over short contexts is the weights alone, 16 ms of reading; the paper measured 24.5, of which some 5 are its program's and not "
             "the device's. Long histories, where products and KV decide, agree.",
         ),
-        "4": ("The shortest contexts lie within the error of reading the plot (0.03 on an axis that ends at 1.52).",),
+        "4": (
+            "The shortest contexts lie within the error of reading the plot (0.03 on an axis that ends at 1.52).",
+        ),
         "12": (
             "The figure's shape is not published. With 32 heads of 128 the paper's kernel reads 1.95 TB/s, 95 % of the A100's peak, where the model lets everything "
             "reach 80 %; that is the fifth by which whatever reads K and V is slower here. Copying out is slower in the paper where there is little to copy: a "
@@ -40,7 +42,9 @@ REMARKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "of a conversation falls into a run, so that histories are as long as they get, while the fitted length of a run was found with ShareGPT's long "
             "tail. Shorter histories help the baseline more, which computes them.",
         ),
-        "10d": ("As in 10c: the baseline reaches 15 % less than in the paper, with histories as long as they get, and Pensieve 4 %.",),
+        "10d": (
+            "As in 10c: the baseline reaches 15 % less than in the paper, with histories as long as they get, and Pensieve 4 %.",
+        ),
         "11a": (
             "The ratio is a quarter below the paper's, because overheads fitted on one GPU do not hold for servers of four processes: at 0.5 requests a second, with two or "
             "three requests at once, the paper's vLLM takes 70 ms a token, of which reading a quarter of the weights is 20; Pensieve takes 45. An experiment "

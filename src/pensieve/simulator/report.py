@@ -24,13 +24,19 @@ _DIFFERENT = 0.10  # from here on a difference is said
 def draw(folder: Path, result: Result) -> Path:
     """A figure of curves, ours in full and the paper's dashed, as PNG."""
     figure = result.figure
-    with canvas(folder / f"figure-{figure.name}.png", f"Figure {figure.name}, simulated", figure.title) as (axes,):
+    with canvas(folder / f"figure-{figure.name}.png", f"Figure {figure.name}, simulated", figure.title) as (
+        axes,
+    ):
         highest = 0.0
         for index, series in enumerate(figure.series):
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             points = result.curve(series.label)
             axes.plot(
-                [per_s for per_s, _ in points], [1e3 * latency for _, latency in points], color=colour, marker=marker, label=series.label
+                [per_s for per_s, _ in points],
+                [1e3 * latency for _, latency in points],
+                color=colour,
+                marker=marker,
+                label=series.label,
             )
             published = figure.published(series)
             if published is not None:
@@ -56,7 +62,14 @@ def draw_small(folder: Path, figure: SmallFigure) -> Path:
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             axes.plot(line.at, line.ours, color=colour, marker=marker, label=line.label)
             axes.plot(
-                line.at, line.paper, color=colour, marker=marker, markersize=4, linestyle="--", alpha=0.55, label=f"{line.label} (paper)"
+                line.at,
+                line.paper,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linestyle="--",
+                alpha=0.55,
+                label=f"{line.label} (paper)",
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks(figure.lines[0].at, [f"{at:,}" for at in figure.lines[0].at])
@@ -70,7 +83,12 @@ def draw_small(folder: Path, figure: SmallFigure) -> Path:
 def small_comparisons(figure: SmallFigure) -> list[Comparison]:
     """The first and the last point of each line."""
     return [
-        Comparison(f"{line.label}, at {line.at[place]:,}", line.paper[place], line.ours[place], slack=READING * max(line.paper))
+        Comparison(
+            f"{line.label}, at {line.at[place]:,}",
+            line.paper[place],
+            line.ours[place],
+            slack=READING * max(line.paper),
+        )
         for line in figure.lines
         for place in (0, -1)
     ]
@@ -82,7 +100,15 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> list[tuple[str, str, s
     for one in comparisons:
         verdict = {None: "", True: "yes", False: "no"}[one.good]
         difference = "" if one.difference is None else f"{one.difference:+.0%}"
-        rows.append((one.what, _shown(one.paper, one.unit), _shown(one.ours, one.unit, "not reached"), difference, verdict))
+        rows.append(
+            (
+                one.what,
+                _shown(one.paper, one.unit),
+                _shown(one.ours, one.unit, "not reached"),
+                difference,
+                verdict,
+            )
+        )
     return rows
 
 
@@ -100,7 +126,10 @@ def to_json(results: Sequence[Result], small: Sequence[SmallFigure]) -> dict[str
             {
                 "figure": result.figure.name,
                 "curves": {
-                    series.label: {"simulated": result.curve(series.label), "paper": result.figure.published(series)}
+                    series.label: {
+                        "simulated": result.curve(series.label),
+                        "paper": result.figure.published(series),
+                    }
                     for series in result.figure.series
                 },
                 "comparisons": [_plain(one) for one in compare(result)],
@@ -110,7 +139,10 @@ def to_json(results: Sequence[Result], small: Sequence[SmallFigure]) -> dict[str
         "small": [
             {
                 "figure": figure.name,
-                "lines": {line.label: {"at": line.at, "simulated": line.ours, "paper": line.paper} for line in figure.lines},
+                "lines": {
+                    line.label: {"at": line.at, "simulated": line.ours, "paper": line.paper}
+                    for line in figure.lines
+                },
                 "comparisons": [_plain(one) for one in small_comparisons(figure)],
             }
             for figure in small
@@ -131,8 +163,14 @@ def _plain(one: Comparison) -> dict[str, Any]:
 
 def write_page(folder: Path, results: Sequence[Result], small: Sequence[SmallFigure]) -> Path:
     """One page with every figure, its table and, where it differs by more than 10 %, a paragraph that says why. Pictures are inside."""
-    sections = [_section(figure.name, figure.title, draw_small(folder, figure), small_comparisons(figure)) for figure in small]
-    sections += [_section(result.figure.name, result.figure.title, draw(folder, result), compare(result)) for result in results]
+    sections = [
+        _section(figure.name, figure.title, draw_small(folder, figure), small_comparisons(figure))
+        for figure in small
+    ]
+    sections += [
+        _section(result.figure.name, result.figure.title, draw(folder, result), compare(result))
+        for result in results
+    ]
     sections.sort(key=lambda section: _order(section[0]))
     how = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in HOW)
     toc = " · ".join(f'<a href="#figure-{name}">{name}</a>' for name, _ in sections)
@@ -151,11 +189,15 @@ def _order(name: str) -> tuple[int, str]:
 def _section(name: str, title: str, picture: Path, comparisons: Sequence[Comparison]) -> tuple[str, str]:
     data = base64.b64encode(picture.read_bytes()).decode()
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[:-1]) + f'<td class="{row[-1]}">{row[-1]}</td></tr>'
+        "<tr>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[:-1])
+        + f'<td class="{row[-1]}">{row[-1]}</td></tr>'
         for row in comparison_rows(comparisons)
     )
     differs = any(one.difference is not None and abs(one.difference) > _DIFFERENT for one in comparisons)
-    remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in (REMARKS.get(name, ()) if differs else ()))
+    remarks = "".join(
+        f"<p>{html.escape(remark)}</p>" for remark in (REMARKS.get(name, ()) if differs else ())
+    )
     return name, (
         f'<section id="figure-{name}"><h2>Figure {name}: {html.escape(title)}</h2>'
         f'<img alt="Figure {name}" src="data:image/png;base64,{data}">'

@@ -33,7 +33,9 @@ class _Conversation:
     name: str  # unique within the simulation
     player: Iterator[Script]  # its user's next conversations
     token_id: int
-    runs: list[tuple[int, int]] = field(default_factory=list)  # (token id, tokens) of each turn of the history
+    runs: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (token id, tokens) of each turn of the history
     turn: int = 0  # the next to be sent, or the one under way
 
 
@@ -46,7 +48,9 @@ class _InFlight:
 class Simulation:
     """One run. `play` once; then `records`."""
 
-    def __init__(self, scheduler: Scheduler, worker: CostWorker, clock: VirtualClock, *, debug: bool = False) -> None:
+    def __init__(
+        self, scheduler: Scheduler, worker: CostWorker, clock: VirtualClock, *, debug: bool = False
+    ) -> None:
         """`debug`: verify every cache invariant after every step."""
         self.records: list[RequestRecord] = []
         self.num_in_system_s = 0.0  # integral over time of the requests sent and not finished (Little's law)
@@ -88,7 +92,11 @@ class Simulation:
                 self._send(conversation, due_s)
             if window_s is not None and clock.now_s >= window_s[1] and not self._owes(window_s):
                 return True
-            ran = 0 if self._debug else self._run_steadily(_STEPS_A_LOOK - steps % _STEPS_A_LOOK, upcoming, window_s)
+            ran = (
+                0
+                if self._debug
+                else self._run_steadily(_STEPS_A_LOOK - steps % _STEPS_A_LOOK, upcoming, window_s)
+            )
             if not ran and not self._run_step(upcoming):
                 return True
             steps += ran or 1
@@ -132,7 +140,10 @@ class Simulation:
         if steady is None:
             return 0
         worker, clock = self._worker, self._clock
-        dues = [self._due[0][0] if self._due else math.inf, upcoming.start_s if upcoming is not None else math.inf]
+        dues = [
+            self._due[0][0] if self._due else math.inf,
+            upcoming.start_s if upcoming is not None else math.inf,
+        ]
         if window_s is not None and clock.now_s < window_s[1]:
             dues.append(window_s[1])
         until_s = min(dues)
@@ -155,7 +166,11 @@ class Simulation:
 
     def _next_s(self, upcoming: Player | None) -> float | None:
         """When something happens next, if no step is planned before."""
-        times = [self._worker.next_settled_s, self._due[0][0] if self._due else None, upcoming.start_s if upcoming is not None else None]
+        times = [
+            self._worker.next_settled_s,
+            self._due[0][0] if self._due else None,
+            upcoming.start_s if upcoming is not None else None,
+        ]
         return min((at for at in times if at is not None), default=None)
 
     def _move_on(self, to_s: float) -> None:
@@ -168,7 +183,9 @@ class Simulation:
     def _waiting(self) -> Iterator[Waiting]:
         for request_id, flight in self._in_flight.items():
             turn = flight.conversation.script.turns[flight.conversation.turn]
-            yield Waiting(flight.sent_s, turn.output_tokens, self._scheduler.requests[request_id].first_token_s)
+            yield Waiting(
+                flight.sent_s, turn.output_tokens, self._scheduler.requests[request_id].first_token_s
+            )
 
     # -- users
 
@@ -204,7 +221,9 @@ class Simulation:
         self._in_flight[request_id] = _InFlight(conversation, now_s)
         self.num_in_system_s += self._clock.now_s - now_s  # (sent while a step was under way)
         try:
-            self._scheduler.submit(request_id, NAMESPACE, conversation.name, tuple(tokens), history, sampling, now_s)
+            self._scheduler.submit(
+                request_id, NAMESPACE, conversation.name, tuple(tokens), history, sampling, now_s
+            )
         except PensieveError as error:
             self._refused(request_id, len(tokens), history, error.message)
 
@@ -246,7 +265,23 @@ class Simulation:
         conversation = flight.conversation
         self.records.append(
             RequestRecord(
-                conversation.name, conversation.turn, flight.sent_s, None, None, now_s, prompt, history, 0, 0, 0, 0, 0, 0, 0, 0, why
+                conversation.name,
+                conversation.turn,
+                flight.sent_s,
+                None,
+                None,
+                now_s,
+                prompt,
+                history,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                why,
             )
         )
         del self._playing[conversation.name]

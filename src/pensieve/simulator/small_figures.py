@@ -61,14 +61,21 @@ def figure_3() -> SmallFigure:
     cost = machine.cost()
     prefill = tuple(cost.step_s([_span(0, past + _NEW)] * _BATCH) for past in FIG3_HISTORY)
     generation = tuple(
-        sum(cost.step_s([_span(past + _NEW + step, past + _NEW + step + 1)] * _BATCH) for step in range(_DECODES)) for past in FIG3_HISTORY
+        sum(
+            cost.step_s([_span(past + _NEW + step, past + _NEW + step + 1)] * _BATCH)
+            for step in range(_DECODES)
+        )
+        for past in FIG3_HISTORY
     )
     return SmallFigure(
         "3",
         "A history costs more to prefill than an answer to generate (13B, A100, batch of 32)",
         "tokens of history",
         "seconds",
-        (Line("prefill", FIG3_HISTORY, FIG3_PREFILL_S, prefill), Line("200 decode steps", FIG3_HISTORY, FIG3_GENERATION_S, generation)),
+        (
+            Line("prefill", FIG3_HISTORY, FIG3_PREFILL_S, prefill),
+            Line("200 decode steps", FIG3_HISTORY, FIG3_GENERATION_S, generation),
+        ),
     )
 
 
@@ -99,16 +106,23 @@ def figure_12() -> SmallFigure:
     for past in FIG12_PAST:
         together = _BATCH * cost.attention_s(_QUERIES, past + _QUERIES) / layers
         ours["Pensieve"].append(together)
-        ours["contiguous (ideal)"].append(together)  # the index arrays that paging adds are small beside K and V
+        ours["contiguous (ideal)"].append(
+            together
+        )  # the index arrays that paging adds are small beside K and V
         copied = 2 * _BATCH * past * numbers.kv_bytes_per_token / layers  # read and written
         ours["copy out, then attention"].append(together + copied / bytes_per_s)
-        ours["one token a round"].append(sum(_BATCH * cost.attention_s(1, past + query + 1) / layers for query in range(_QUERIES)))
+        ours["one token a round"].append(
+            sum(_BATCH * cost.attention_s(1, past + query + 1) / layers for query in range(_QUERIES))
+        )
     return SmallFigure(
         "12",
         "Attention of 8 new tokens each for 32 requests, one layer of 32 heads (A100)",
         "past tokens",
         "milliseconds",
-        tuple(Line(label, FIG12_PAST, FIG12_MS[label], tuple(1e3 * seconds for seconds in ours[label])) for label in FIG12_MS),
+        tuple(
+            Line(label, FIG12_PAST, FIG12_MS[label], tuple(1e3 * seconds for seconds in ours[label]))
+            for label in FIG12_MS
+        ),
     )
 
 

@@ -28,7 +28,9 @@ class Tick:
     done: bool = False
 
 
-def run_cases(cases: Sequence[Case], *, jobs: int | None = None, tell: Tell | None = None, keep_records: bool = False) -> list[Outcome]:
+def run_cases(
+    cases: Sequence[Case], *, jobs: int | None = None, tell: Tell | None = None, keep_records: bool = False
+) -> list[Outcome]:
     """Simulate every case, as many at a time as there are cores.
 
     Args:
@@ -51,10 +53,19 @@ def run_cases(cases: Sequence[Case], *, jobs: int | None = None, tell: Tell | No
     with ProcessPoolExecutor(jobs, context, _prepare, (ticks,)) as pool:
         # the longest first, so that no core is left with one at the end
         order = sorted(range(len(cases)), key=lambda index: -_weight(cases[index]))
-        futures: dict[int, Future[Outcome]] = {index: pool.submit(_there, index, cases[index], keep_records) for index in order}
+        futures: dict[int, Future[Outcome]] = {
+            index: pool.submit(_there, index, cases[index], keep_records) for index in order
+        }
         try:
             while not all(future.done() for future in futures.values()):
-                failed = next((f for f in futures.values() if f.done() and not f.cancelled() and f.exception() is not None), None)
+                failed = next(
+                    (
+                        f
+                        for f in futures.values()
+                        if f.done() and not f.cancelled() and f.exception() is not None
+                    ),
+                    None,
+                )
                 if failed is not None:
                     failed.result()
                 try:
@@ -75,7 +86,9 @@ def _weight(case: Case) -> float:
 
 
 def _here(index: int, case: Case, tell: Tell, keep_records: bool) -> Outcome:
-    outcome = run_case(case, tell=lambda now_s, finished: tell(Tick(index, now_s, finished)), keep_records=keep_records)
+    outcome = run_case(
+        case, tell=lambda now_s, finished: tell(Tick(index, now_s, finished)), keep_records=keep_records
+    )
     tell(Tick(index, outcome.simulated_s, outcome.summary.sent, done=True))
     return outcome
 

@@ -42,7 +42,9 @@ class Links:
 
     def up_s(self, tier: int) -> float:
         """Seconds for one chunk from `tier` to the first."""
-        return self.chunk_bytes / (self.host_bytes_per_s if tier == 1 else min(self.host_bytes_per_s, self.disk_read_bytes_per_s))
+        return self.chunk_bytes / (
+            self.host_bytes_per_s if tier == 1 else min(self.host_bytes_per_s, self.disk_read_bytes_per_s)
+        )
 
     def down_s(self, tier: int) -> float:
         """Seconds for one chunk from `tier` to the next."""
@@ -94,7 +96,14 @@ class _Lane:
 class CostWorker:
     """A `Worker` in virtual time. Each request's tokens are its prompt's last id over and over."""
 
-    def __init__(self, cost: CostModel, links: Links, num_tiers: int, clock: VirtualClock, overheads: Overheads | None = None) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        links: Links,
+        num_tiers: int,
+        clock: VirtualClock,
+        overheads: Overheads | None = None,
+    ) -> None:
         self._cost, self._links, self._clock = cost, links, clock
         self._overheads = overheads or Overheads()
         self._lanes = [_Lane(deque()) for _ in range(max(0, num_tiers - 1))]
@@ -118,7 +127,9 @@ class CostWorker:
         copied_s = self._swap_in(plan.swap_in, begin_s)
         end_s = begin_s + self._computed_s(plan, copied_s)
         for copy in plan.swap_out:
-            self._lanes[copy.src_tier].waiting.append((copy.copy_id, begin_s, self._links.down_s(copy.src_tier)))
+            self._lanes[copy.src_tier].waiting.append(
+                (copy.copy_id, begin_s, self._links.down_s(copy.src_tier))
+            )
             self.chunks_down[copy.src_tier] += 1
         if plan.settles:
             last = {copy.src_tier for copy in plan.swap_out}
@@ -136,12 +147,18 @@ class CostWorker:
         if not plan.spans:
             return 0.0
         overheads = self._overheads
-        return overheads.commit_step_s + overheads.commit_request_s * self._num_requests + overheads.commit_end_s * num_ended
+        return (
+            overheads.commit_step_s
+            + overheads.commit_request_s * self._num_requests
+            + overheads.commit_end_s * num_ended
+        )
 
     @property
     def next_settled_s(self) -> float | None:
         """When the next swap-out is done; None: none is under way."""
-        return min((at for lane in self._lanes if (at := lane.next_s(self._free_from_s)) is not None), default=None)
+        return min(
+            (at for lane in self._lanes if (at := lane.next_s(self._free_from_s)) is not None), default=None
+        )
 
     def set_waker(self, wake: Callable[[], None]) -> None:
         """See `Worker`. Nobody sleeps in virtual time: the driver asks `next_settled_s`."""

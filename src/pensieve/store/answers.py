@@ -32,7 +32,12 @@ def check_free(connection: Connection, turn_id: str, conversation: int) -> None:
 
 def check_claimed(connection: Connection, namespace: str, turn_id: str) -> None:
     """Refuse a turn whose key stands for another turn by now: two answers to one key."""
-    if connection.execute("SELECT 1 FROM claims WHERE turn_id = ? AND namespace = ?", (turn_id, namespace)).fetchone() is None:
+    if (
+        connection.execute(
+            "SELECT 1 FROM claims WHERE turn_id = ? AND namespace = ?", (turn_id, namespace)
+        ).fetchone()
+        is None
+    ):
         raise _lost()
 
 
@@ -54,20 +59,36 @@ def begin_draft(
     """Keep the prompt side of a turn; what an earlier draft of this id had goes."""
     stop = at.start + len(content.token_ids)
     if not at.start <= output_start <= stop:
-        raise InvalidRequest(f"a draft's output_start must lie in [{at.start}, {stop}], as its token ids do, got {output_start}")
+        raise InvalidRequest(
+            f"a draft's output_start must lie in [{at.start}, {stop}], as its token ids do, got {output_start}"
+        )
     check_free(connection, turn_id, at.conversation)
     discard_draft(connection, turn_id)
     connection.execute(
         "INSERT INTO drafts (turn_id, owner, conversation, parent, start, token_ids, messages, meta, created_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (turn_id, owner, at.conversation, at.parent, at.start, content.blob, content.messages_text, content.meta_text, now_s),
+        (
+            turn_id,
+            owner,
+            at.conversation,
+            at.parent,
+            at.start,
+            content.blob,
+            content.messages_text,
+            content.meta_text,
+            now_s,
+        ),
     )
 
 
 def extend_draft(connection: Connection, turn_id: str, ids: bytes, text: str) -> None:
     """Keep more of an answer, behind what is there."""
     if connection.execute("SELECT 1 FROM drafts WHERE turn_id = ?", (turn_id,)).fetchone() is None:
-        raise ConversationNotFound(f"there is no answer {turn_id!r} under way: it ended, or its conversation was deleted")
-    (last,) = connection.execute("SELECT max(position) FROM draft_tokens WHERE turn_id = ?", (turn_id,)).fetchone()
+        raise ConversationNotFound(
+            f"there is no answer {turn_id!r} under way: it ended, or its conversation was deleted"
+        )
+    (last,) = connection.execute(
+        "SELECT max(position) FROM draft_tokens WHERE turn_id = ?", (turn_id,)
+    ).fetchone()
     connection.execute(
         "INSERT INTO draft_tokens (turn_id, position, ids, text) VALUES (?, ?, ?, ?)",
         (turn_id, 0 if last is None else last + 1, ids, json.dumps(text)),
@@ -82,19 +103,28 @@ def discard_draft(connection: Connection, turn_id: str) -> None:
 
 def recover_drafts(connection: Connection, owner: str | None) -> int:
     """Make turns of an owner's drafts (None: of all that have no lease), and free the keys that stood for them: how many drafts."""
-    whose, values = ("NOT EXISTS (SELECT 1 FROM owners WHERE owners.id = {0}.owner)", ()) if owner is None else ("{0}.owner = ?", (owner,))
+    whose, values = (
+        ("NOT EXISTS (SELECT 1 FROM owners WHERE owners.id = {0}.owner)", ())
+        if owner is None
+        else ("{0}.owner = ?", (owner,))
+    )
     found = connection.execute(
         "SELECT turn_id, conversation, namespace, parent, start, token_ids, messages, meta, drafts.created_s"
         f" FROM drafts JOIN conversations ON conversations.key = drafts.conversation WHERE {whose.format('drafts')}",
         values,
     ).fetchall()
     for turn_id, conversation, namespace, parent, start, prompt, messages, meta, created_s in found:
-        pieces = connection.execute("SELECT ids, text FROM draft_tokens WHERE turn_id = ? ORDER BY position", (turn_id,)).fetchall()
+        pieces = connection.execute(
+            "SELECT ids, text FROM draft_tokens WHERE turn_id = ? ORDER BY position", (turn_id,)
+        ).fetchall()
         try:
             token_ids = rows.unpack(bytes(prompt) + b"".join(bytes(ids) for ids, _ in pieces))
             answer = Message("assistant", "".join(json.loads(text) for _, text in pieces))
             content = rows.Content.of((*rows.messages_from(messages), answer), token_ids, json.loads(meta))
-        except (ValueError, TypeError) as error:  # damaged on the disk: it must not keep the others from being recovered
+        except (
+            ValueError,
+            TypeError,
+        ) as error:  # damaged on the disk: it must not keep the others from being recovered
             log.error("what was stored of the answer %s cannot be read, and is dropped: %s", turn_id, error)
         else:
             at = trees.place(connection, namespace, conversation, parent, start, turn_id)
@@ -106,7 +136,15 @@ def recover_drafts(connection: Connection, owner: str | None) -> int:
     return len(found)
 
 
-def claim(connection: Connection, namespace: str, key: str, fingerprint: bytes, turn_id: str, owner: str, now_s: float) -> Claim:
+def claim(
+    connection: Connection,
+    namespace: str,
+    key: str,
+    fingerprint: bytes,
+    turn_id: str,
+    owner: str,
+    now_s: float,
+) -> Claim:
     """Claim a key, or learn which turn it stands for."""
     row = connection.execute(
         f"""
@@ -136,7 +174,9 @@ def release(connection: Connection, namespace: str, key: str, turn_id: str | Non
     if turn_id is None:
         connection.execute("DELETE FROM claims WHERE namespace = ? AND key = ?", (namespace, key))
     else:
-        connection.execute("DELETE FROM claims WHERE namespace = ? AND key = ? AND turn_id = ?", (namespace, key, turn_id))
+        connection.execute(
+            "DELETE FROM claims WHERE namespace = ? AND key = ? AND turn_id = ?", (namespace, key, turn_id)
+        )
 
 
 def purge(connection: Connection, before_s: float) -> int:

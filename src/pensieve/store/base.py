@@ -56,7 +56,12 @@ class ConversationStore(Protocol):
     """
 
     def create(
-        self, namespace: str, id: str | None = None, *, title: str | None = None, metadata: Mapping[str, object] | None = None
+        self,
+        namespace: str,
+        id: str | None = None,
+        *,
+        title: str | None = None,
+        metadata: Mapping[str, object] | None = None,
     ) -> Conversation:
         """Begin a conversation; without an id it gets a random one.
 
@@ -241,7 +246,16 @@ class ConversationStore(Protocol):
         """
         ...
 
-    def claim(self, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float | None = None, *, owner: str = "") -> Claim:
+    def claim(
+        self,
+        namespace: str,
+        key: str,
+        fingerprint: bytes,
+        turn_id: str,
+        now_s: float | None = None,
+        *,
+        owner: str = "",
+    ) -> Claim:
         """Say which turn an idempotency key stands for, unless it stands for another one: claimed within the last `CLAIM_S`, and either stored
         whole or under way at an owner that was not recovered. Durable on return.
 
@@ -276,7 +290,9 @@ class ConversationStore(Protocol):
         """Remove the claims made before this time whose answers are not under way; how many there were."""
         ...
 
-    def fork(self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None) -> Conversation:
+    def fork(
+        self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None
+    ) -> Conversation:
         """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title, its metadata and its time to live.
 
         Raises:
@@ -293,7 +309,9 @@ class ConversationStore(Protocol):
         """
         ...
 
-    def describe(self, namespace: str, id: str, *, title: str | None, metadata: Mapping[str, object]) -> Conversation:
+    def describe(
+        self, namespace: str, id: str, *, title: str | None, metadata: Mapping[str, object]
+    ) -> Conversation:
         """Replace a conversation's title and metadata.
 
         Raises:

@@ -36,8 +36,14 @@ class StoreFiles:
             found = _identity(name)
             if found != identity:
                 what = "was deleted or moved away" if found is None else "was replaced by another file"
-                kind = "file" if name == self._opened[0][0] else f"file beside it ({name.name.rpartition('-')[2]})"
-                raise FileGone(f"its {kind} {what} while it was open: move it back, or start the server again")
+                kind = (
+                    "file"
+                    if name == self._opened[0][0]
+                    else f"file beside it ({name.name.rpartition('-')[2]})"
+                )
+                raise FileGone(
+                    f"its {kind} {what} while it was open: move it back, or start the server again"
+                )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -37,7 +37,9 @@ class Lease:
         self._store = store
         self._place = place.here()
         self._renew_s = renew_s
-        self._lapsed: dict[str, float] = {}  # owners whose lease was found lapsed the last time, and when it ended
+        self._lapsed: dict[
+            str, float
+        ] = {}  # owners whose lease was found lapsed the last time, and when it ended
         store.join(self.owner, self._place)
         self.num_recovered = store.recover_drafts() + self._recover_dead()  # drafts, at the start
         self._ended = threading.Event()
@@ -75,6 +77,10 @@ class Lease:
     def _recover_dead(self) -> int:
         """Recover the drafts of servers that are dead: how many."""
         others = [owner for owner in self._store.owners() if owner.id != self.owner]
-        dead = [owner for owner in others if place.is_gone(owner.place) or (owner.lapsed and self._lapsed.get(owner.id) == owner.expires_s)]
+        dead = [
+            owner
+            for owner in others
+            if place.is_gone(owner.place) or (owner.lapsed and self._lapsed.get(owner.id) == owner.expires_s)
+        ]
         self._lapsed = {owner.id: owner.expires_s for owner in others if owner.lapsed}
         return sum(self._store.recover_drafts(owner.id, owner.expires_s) for owner in dead)

@@ -14,7 +14,9 @@ FORMS = "sqlite:///relative.db, sqlite:////absolute.db, sqlite://:memory:, postg
 _SCHEMES = ("sqlite:", "postgresql:", "postgres:", "file:")  # what URLs begin with, whatever follows
 
 
-def open_store(url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time) -> ConversationStore:
+def open_store(
+    url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time
+) -> ConversationStore:
     """Open the conversation store that a URL names; SQLite's is made if it is not there, PostgreSQL's tables are.
 
     Args:
@@ -31,7 +33,9 @@ def open_store(url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], flo
     try:
         from pensieve.store.postgres import PostgresStore
     except ImportError as error:
-        raise ConfigError(f"PostgreSQL needs the extra postgres: pip install 'pensieve-serve[postgres]' ({error})") from error
+        raise ConfigError(
+            f"PostgreSQL needs the extra postgres: pip install 'pensieve-serve[postgres]' ({error})"
+        ) from error
     return PostgresStore(url, busy_timeout_s=busy_timeout_s, clock=clock)
 
 
@@ -64,4 +68,6 @@ def sqlite_path(url: str) -> str | None:
     if scheme in ("postgresql", "postgres"):
         return None
     # not the URL itself: it may hold a password
-    raise ConfigError(f"a conversation store's URL must be one of {FORMS}, got one that begins with {scheme}://")
+    raise ConfigError(
+        f"a conversation store's URL must be one of {FORMS}, got one that begins with {scheme}://"
+    )

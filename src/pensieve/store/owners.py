@@ -14,7 +14,9 @@ from pensieve.store.writer import Connection
 def join(connection: Connection, owner: str, place: str, now_s: float) -> None:
     """Give a server a lease; one that it has is renewed."""
     if not renew(connection, owner, now_s):
-        connection.execute("INSERT INTO owners (id, place, expires_s) VALUES (?, ?, ?)", (owner, place, now_s + LEASE_S))
+        connection.execute(
+            "INSERT INTO owners (id, place, expires_s) VALUES (?, ?, ?)", (owner, place, now_s + LEASE_S)
+        )
 
 
 def renew(connection: Connection, owner: str, now_s: float) -> bool:

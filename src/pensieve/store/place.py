@@ -37,7 +37,9 @@ def is_gone(place: str) -> bool:
 
 def _scope() -> str:
     try:
-        return f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()} {os.readlink(PROC / 'self/ns/pid')}"
+        return (
+            f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()} {os.readlink(PROC / 'self/ns/pid')}"
+        )
     except OSError:
         return ""
 

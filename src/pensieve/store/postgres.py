@@ -59,7 +59,9 @@ class PostgresConnection:
         deadlines: what ends a statement that takes longer than `statement_s` seconds, by closing the connection.
     """
 
-    def __init__(self, raw: psycopg.Connection[tuple[Any, ...]], deadlines: Deadlines, statement_s: float) -> None:
+    def __init__(
+        self, raw: psycopg.Connection[tuple[Any, ...]], deadlines: Deadlines, statement_s: float
+    ) -> None:
         self.raw = raw
         self._deadlines = deadlines
         self._statement_s = statement_s
@@ -100,7 +102,10 @@ class PostgresLink:
     @property
     def in_transaction(self) -> bool:
         """Whether one is open."""
-        return self.connection.raw.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+        return self.connection.raw.info.transaction_status in (
+            TransactionStatus.INTRANS,
+            TransactionStatus.INERROR,
+        )
 
     @property
     def lost(self) -> bool:
@@ -136,7 +141,9 @@ class PostgresLink:
             self.connection.execute("BEGIN")
             try:
                 self.connection.execute("SELECT pg_advisory_xact_lock(?)", (self._lock,))
-                row = self.connection.execute("SELECT transaction FROM writers WHERE id = ?", (self._id,)).fetchone()
+                row = self.connection.execute(
+                    "SELECT transaction FROM writers WHERE id = ?", (self._id,)
+                ).fetchone()
                 return row is not None and bool(row[0] == self._transaction)
             finally:
                 if not self.lost:
@@ -178,7 +185,11 @@ def kind_of(error: BaseException) -> Kind:
     """Whether a failure of PostgreSQL may pass, means damaged data, or is a mistake of ours."""
     if isinstance(error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted):
         return "broken"
-    return "passing" if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | Outage) else "mistake"
+    return (
+        "passing"
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | Outage)
+        else "mistake"
+    )
 
 
 def words_of(error: BaseException) -> str:
@@ -228,16 +239,24 @@ class PostgresStore(SqlStore[PostgresConnection]):
         migrations: Sequence[Migration] = MIGRATIONS,
     ) -> None:
         if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", schema):
-            raise ConfigError(f"a schema's name must be lower-case letters, digits and underscores, got {schema!r}")
+            raise ConfigError(
+                f"a schema's name must be lower-case letters, digits and underscores, got {schema!r}"
+            )
         try:
             self._parameters = {**CONNECTION_DEFAULTS, **conninfo_to_dict(url)}
         except psycopg.ProgrammingError as error:
             # not the URL itself: it may hold a password
-            raise ConfigError("the conversation store's URL must look like postgresql://user:password@host:port/database") from error
-        self._name = "postgresql://{}/{}".format(self._parameters.get("host") or "", self._parameters.get("dbname") or "")
+            raise ConfigError(
+                "the conversation store's URL must look like postgresql://user:password@host:port/database"
+            ) from error
+        self._name = "postgresql://{}/{}".format(
+            self._parameters.get("host") or "", self._parameters.get("dbname") or ""
+        )
         self._schema = schema
         self._busy_timeout_s = busy_timeout_s
-        self._statement_s = max(statement_s, 2 * busy_timeout_s)  # (the server gives up waiting for locks by itself)
+        self._statement_s = max(
+            statement_s, 2 * busy_timeout_s
+        )  # (the server gives up waiting for locks by itself)
         self._clock = clock
         self._deadlines = Deadlines()
         self._outages = Outages(self._reach)
@@ -245,7 +264,9 @@ class PostgresStore(SqlStore[PostgresConnection]):
             link = PostgresLink(self._connect, lock_key(schema), busy_timeout_s)
             try:
                 with contextlib.closing(self._connect(MIGRATION_S).raw) as raw:
-                    _migrate(PostgresConnection(raw, self._deadlines, MIGRATION_S), self._name, schema, migrations)
+                    _migrate(
+                        PostgresConnection(raw, self._deadlines, MIGRATION_S), self._name, schema, migrations
+                    )
             except BaseException:
                 link.close()
                 raise
@@ -254,7 +275,9 @@ class PostgresStore(SqlStore[PostgresConnection]):
             self._deadlines.close()
             if not isinstance(error, psycopg.Error | Outage):
                 raise
-            raise StoreError(f"cannot open the conversation store {self._name}: {str(error).strip()}") from error
+            raise StoreError(
+                f"cannot open the conversation store {self._name}: {str(error).strip()}"
+            ) from error
         self._writer = GroupWriter(link, self._name)
         self._idle: list[PostgresConnection] = []
         self._idle_lock = threading.Lock()
@@ -334,7 +357,9 @@ class PostgresStore(SqlStore[PostgresConnection]):
 
     def _read_with(self, connection: PostgresConnection, query: Job[Connection, T]) -> T:
         try:
-            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")  # all of a query's statements see one state
+            connection.execute(
+                "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+            )  # all of a query's statements see one state
             try:
                 return query(connection)
             finally:

@@ -49,7 +49,11 @@ class Outages:
     def trouble(self) -> str | None:
         """A sentence while the server is away."""
         since_s = self._since_s
-        return None if since_s is None else f"the conversation store's database has not been reached for {time.monotonic() - since_s:.0f} s"
+        return (
+            None
+            if since_s is None
+            else f"the conversation store's database has not been reached for {time.monotonic() - since_s:.0f} s"
+        )
 
     def begin(self) -> None:
         """The server could not be reached: look for it from now on."""

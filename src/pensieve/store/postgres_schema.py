@@ -108,29 +108,47 @@ def _create(connection: Connection) -> None:
 
 def _owners(connection: Connection) -> None:
     """Version 1 to 2, as SQLite's version 2 to 3."""
-    connection.execute("CREATE TABLE owners (id TEXT PRIMARY KEY, place TEXT NOT NULL, expires_s DOUBLE PRECISION NOT NULL)")
+    connection.execute(
+        "CREATE TABLE owners (id TEXT PRIMARY KEY, place TEXT NOT NULL, expires_s DOUBLE PRECISION NOT NULL)"
+    )
     connection.execute("ALTER TABLE claims ADD COLUMN owner TEXT NOT NULL DEFAULT 'before version 2'")
-    connection.execute("DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))")
+    connection.execute(
+        "DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))"
+    )
     connection.execute("CREATE INDEX claims_by_owner ON claims (owner)")
     connection.execute("ALTER TABLE conversations ADD COLUMN ttl_s DOUBLE PRECISION")
-    connection.execute("UPDATE conversations SET ttl_s = greatest(0, expires_s - updated_s) WHERE expires_s IS NOT NULL")
+    connection.execute(
+        "UPDATE conversations SET ttl_s = greatest(0, expires_s - updated_s) WHERE expires_s IS NOT NULL"
+    )
     connection.execute("UPDATE conversations SET ttl_s = greatest(0, expires_s - created_s) WHERE ttl_s = 0")
     connection.execute("ALTER TABLE turns ADD COLUMN checksum BYTEA")
-    connection.execute("CREATE TABLE erasures (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, requested_s DOUBLE PRECISION NOT NULL)")
+    connection.execute(
+        "CREATE TABLE erasures (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, requested_s DOUBLE PRECISION NOT NULL)"
+    )
     connection.execute("CREATE TABLE probe (filler BYTEA NOT NULL)")
     # What a process's last transaction wrote: by that it finds out whether a commit came through under which its connection was lost.
-    connection.execute("CREATE TABLE writers (id TEXT PRIMARY KEY, transaction TEXT NOT NULL, used_s DOUBLE PRECISION NOT NULL)")
+    connection.execute(
+        "CREATE TABLE writers (id TEXT PRIMARY KEY, transaction TEXT NOT NULL, used_s DOUBLE PRECISION NOT NULL)"
+    )
 
 
 WRITERS_S = 7 * 86400.0  # after which the mark of a process that was killed is forgotten
-TABLES = ("conversations", "turns", "drafts", "draft_tokens", "claims")  # those with users' words, and what stands for them
+TABLES = (
+    "conversations",
+    "turns",
+    "drafts",
+    "draft_tokens",
+    "claims",
+)  # those with users' words, and what stands for them
 Migration = Callable[[Connection], None]
 MIGRATIONS: tuple[Migration, ...] = (_create, _owners)  # the n-th brings version n to n + 1
 
 
 def lock_key(schema: str) -> int:
     """The number of the advisory lock that everybody who writes to this schema holds."""
-    return int.from_bytes(hashlib.blake2b(f"pensieve.{schema}".encode(), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(f"pensieve.{schema}".encode(), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def bring_up_to_date(connection: Connection, name: str, schema: str, migrations: Sequence[Migration]) -> None:
@@ -148,7 +166,10 @@ def bring_up_to_date(connection: Connection, name: str, schema: str, migrations:
     connection.execute("SELECT pg_advisory_xact_lock(?)", (lock_key(schema),))
     if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = ?", (schema,)).fetchone() is None:
         connection.execute(f"CREATE SCHEMA {schema}")
-    tables = {row[0] for row in connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (schema,))}
+    tables = {
+        row[0]
+        for row in connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = ?", (schema,))
+    }
     if "schema_version" in tables:
         (version,) = connection.execute("SELECT version FROM schema_version").fetchone()
     elif tables:

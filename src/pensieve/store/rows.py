@@ -35,10 +35,14 @@ class Content:
     meta_text: str
 
     @classmethod
-    def of(cls, messages: Sequence[Message], token_ids: Sequence[int], meta: Mapping[str, object] | None) -> Content:
+    def of(
+        cls, messages: Sequence[Message], token_ids: Sequence[int], meta: Mapping[str, object] | None
+    ) -> Content:
         """Copies: the caller's lists may change afterwards. Raises `InvalidRequest` for a token id that is none, or meta that JSON cannot hold."""
         messages, token_ids = tuple(messages), tuple(token_ids)
-        return cls(messages, token_ids, messages_text(messages), pack(token_ids), json_text(meta, "a turn's meta"))
+        return cls(
+            messages, token_ids, messages_text(messages), pack(token_ids), json_text(meta, "a turn's meta")
+        )
 
 
 def columns(names: str, table: str) -> str:
@@ -56,8 +60,12 @@ def conversation(row: Sequence[Any]) -> Conversation:
     try:
         title, metadata = None if title is None else title_from(title), json.loads(metadata)
     except ValueError as error:
-        raise StoreError(f"conversation {id!r} is damaged in the store ({error}): restore the store from a backup, or delete it") from error
-    return Conversation(id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, bool(pinned), ttl_s)
+        raise StoreError(
+            f"conversation {id!r} is damaged in the store ({error}): restore the store from a backup, or delete it"
+        ) from error
+    return Conversation(
+        id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, bool(pinned), ttl_s
+    )
 
 
 def turn(row: Sequence[Any]) -> Turn:
@@ -68,21 +76,46 @@ def turn(row: Sequence[Any]) -> Turn:
     """
     id, parent, messages, blob, start, reply_reason, created_s, digest, meta, stop, written = row
     blob, digest = bytes(blob), bytes(digest)
-    if written is not None and bytes(written) != checksum(id, parent, start, reply_reason, messages, blob, digest, meta):
+    if written is not None and bytes(written) != checksum(
+        id, parent, start, reply_reason, messages, blob, digest, meta
+    ):
         raise damaged(id, "its checksum is another one")
     if len(blob) != 4 * (stop - start):
         raise damaged(id, f"it has {len(blob)} bytes of token ids for {stop - start} tokens")
     try:
-        return Turn(id, parent, messages_from(messages), unpack(blob), start, reply_reason, created_s, digest, json.loads(meta))
-    except (ValueError, TypeError, InvalidRequest) as error:  # of a turn that was written before there were checksums
+        return Turn(
+            id,
+            parent,
+            messages_from(messages),
+            unpack(blob),
+            start,
+            reply_reason,
+            created_s,
+            digest,
+            json.loads(meta),
+        )
+    except (
+        ValueError,
+        TypeError,
+        InvalidRequest,
+    ) as error:  # of a turn that was written before there were checksums
         raise damaged(id, str(error)) from error
 
 
 def checksum(
-    id: str, parent: str | None, start: int, reply_reason: str | None, messages: str, blob: bytes, digest: bytes, meta: str
+    id: str,
+    parent: str | None,
+    start: int,
+    reply_reason: str | None,
+    messages: str,
+    blob: bytes,
+    digest: bytes,
+    meta: str,
 ) -> bytes:
     """The hash of a turn's columns, as they are written: what is read with another one is not served."""
-    hashed = hashlib.blake2b(json.dumps([id, parent, start, reply_reason]).encode(), digest_size=16, person=b"pensieve-turn")
+    hashed = hashlib.blake2b(
+        json.dumps([id, parent, start, reply_reason]).encode(), digest_size=16, person=b"pensieve-turn"
+    )
     for part in (messages.encode(), blob, digest, meta.encode()):
         hashed.update(len(part).to_bytes(8, "big"))
         hashed.update(part)
@@ -179,7 +212,9 @@ def check_names(**names: str | None) -> None:
         if text is not None and not is_name(text):
             raise InvalidRequest(f"{name.replace('_', ' ')} must be valid Unicode without NUL, got {text!r}")
         if text is not None and len(text.encode()) > MAX_NAME_BYTES:
-            raise InvalidRequest(f"{name.replace('_', ' ')} must be at most {MAX_NAME_BYTES} bytes long, got {len(text.encode())}")
+            raise InvalidRequest(
+                f"{name.replace('_', ' ')} must be at most {MAX_NAME_BYTES} bytes long, got {len(text.encode())}"
+            )
 
 
 def new_id() -> str:

@@ -42,7 +42,9 @@ def _create(connection: sqlite3.Connection) -> None:
     )
     connection.execute("CREATE INDEX turns_by_root ON turns (root)")
     connection.execute("CREATE INDEX turns_by_owner ON turns (owner)")
-    connection.execute("CREATE INDEX turns_by_parent ON turns (parent)")  # the foreign key is checked with it on deletion
+    connection.execute(
+        "CREATE INDEX turns_by_parent ON turns (parent)"
+    )  # the foreign key is checked with it on deletion
     connection.execute(
         """
         CREATE TABLE conversations (
@@ -64,7 +66,9 @@ def _create(connection: sqlite3.Connection) -> None:
 
 def _answers(connection: sqlite3.Connection) -> None:
     """Version 1 to 2: histories can be recognised, answers under way survive, retries are told, conversations expire."""
-    connection.execute("ALTER TABLE turns ADD COLUMN digest BLOB NOT NULL DEFAULT x''")  # chat.extend_digest over the path's messages
+    connection.execute(
+        "ALTER TABLE turns ADD COLUMN digest BLOB NOT NULL DEFAULT x''"
+    )  # chat.extend_digest over the path's messages
     connection.execute("ALTER TABLE turns ADD COLUMN meta TEXT NOT NULL DEFAULT '{}'")  # JSON object
     for (root,) in connection.execute("SELECT id FROM turns WHERE parent IS NULL").fetchall():
         _add_digests(connection, root)
@@ -72,9 +76,15 @@ def _answers(connection: sqlite3.Connection) -> None:
 
     connection.execute("ALTER TABLE conversations ADD COLUMN expires_s REAL")  # NULL = never
     connection.execute("ALTER TABLE conversations ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0")
-    for key, title in connection.execute("SELECT key, title FROM conversations WHERE title IS NOT NULL").fetchall():
-        connection.execute("UPDATE conversations SET title = ? WHERE key = ?", (json.dumps(title), key))  # from now on a JSON string
-    connection.execute("CREATE INDEX conversations_by_expiry ON conversations (expires_s) WHERE expires_s IS NOT NULL")
+    for key, title in connection.execute(
+        "SELECT key, title FROM conversations WHERE title IS NOT NULL"
+    ).fetchall():
+        connection.execute(
+            "UPDATE conversations SET title = ? WHERE key = ?", (json.dumps(title), key)
+        )  # from now on a JSON string
+    connection.execute(
+        "CREATE INDEX conversations_by_expiry ON conversations (expires_s) WHERE expires_s IS NOT NULL"
+    )
 
     connection.execute(
         """
@@ -130,7 +140,9 @@ def _add_digests(connection: sqlite3.Connection, root: str) -> None:
         SELECT id FROM down ORDER BY height
         """
     for (id,) in connection.execute(down, (root,)).fetchall():
-        parent, messages = connection.execute("SELECT parent, messages FROM turns WHERE id = ?", (id,)).fetchone()
+        parent, messages = connection.execute(
+            "SELECT parent, messages FROM turns WHERE id = ?", (id,)
+        ).fetchone()
         digest = ROOT_DIGEST
         if parent is not None:
             (digest,) = connection.execute("SELECT digest FROM turns WHERE id = ?", (parent,)).fetchone()
@@ -152,17 +164,27 @@ def _owners(connection: sqlite3.Connection) -> None:
     )
     # Claims of before have an owner that has no lease, as drafts of before have: what is not stored whole is recovered.
     connection.execute("ALTER TABLE claims ADD COLUMN owner TEXT NOT NULL DEFAULT 'before version 3'")
-    connection.execute("DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))")
+    connection.execute(
+        "DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))"
+    )
     connection.execute("CREATE INDEX claims_by_owner ON claims (owner)")
 
-    connection.execute("ALTER TABLE conversations ADD COLUMN ttl_s REAL")  # NULL = for ever; expires_s is that long after the last use
+    connection.execute(
+        "ALTER TABLE conversations ADD COLUMN ttl_s REAL"
+    )  # NULL = for ever; expires_s is that long after the last use
     # Version 2 did not keep how long was asked for, nor when. What was asked for ends when it would have ended, if no turn comes.
-    connection.execute("UPDATE conversations SET ttl_s = max(0, expires_s - updated_s) WHERE expires_s IS NOT NULL")
+    connection.execute(
+        "UPDATE conversations SET ttl_s = max(0, expires_s - updated_s) WHERE expires_s IS NOT NULL"
+    )
     connection.execute("UPDATE conversations SET ttl_s = max(0, expires_s - created_s) WHERE ttl_s = 0")
 
-    connection.execute("ALTER TABLE turns ADD COLUMN checksum BLOB")  # rows.checksum; NULL = written by version 2 or before
+    connection.execute(
+        "ALTER TABLE turns ADD COLUMN checksum BLOB"
+    )  # rows.checksum; NULL = written by version 2 or before
 
-    connection.execute("CREATE TABLE erasures (id INTEGER PRIMARY KEY, requested_s REAL NOT NULL)")  # of what, is not kept
+    connection.execute(
+        "CREATE TABLE erasures (id INTEGER PRIMARY KEY, requested_s REAL NOT NULL)"
+    )  # of what, is not kept
     connection.execute("CREATE TABLE probe (filler BLOB NOT NULL)")  # written to see whether writing works
 
 
@@ -179,7 +201,9 @@ def connect(path: Path | None, busy_timeout_s: float, *, read_only: bool = False
         read_only: refuse to write.
     """
     name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw"
-    connection = sqlite3.connect(name, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False, uri=path is not None)
+    connection = sqlite3.connect(
+        name, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False, uri=path is not None
+    )
     connection.execute(f"PRAGMA busy_timeout = {round(busy_timeout_s * 1000)}")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA synchronous = FULL")  # a commit returns when it would survive a power loss
@@ -190,7 +214,9 @@ def connect(path: Path | None, busy_timeout_s: float, *, read_only: bool = False
     return connection
 
 
-def open_for_writing(path: Path | None, busy_timeout_s: float, migrations: Sequence[Migration]) -> sqlite3.Connection:
+def open_for_writing(
+    path: Path | None, busy_timeout_s: float, migrations: Sequence[Migration]
+) -> sqlite3.Connection:
     """Open a database, made if it is not there, and bring it up to date.
 
     Raises:
@@ -203,7 +229,9 @@ def open_for_writing(path: Path | None, busy_timeout_s: float, migrations: Seque
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # conversations are their owner's to read
         connection = connect(path, busy_timeout_s)
-        connection.execute("BEGIN")  # one state for all that is looked at: another process may be making the tables right now
+        connection.execute(
+            "BEGIN"
+        )  # one state for all that is looked at: another process may be making the tables right now
         _check(connection, name, len(migrations))  # before anything is changed, the journal mode included
         connection.execute("ROLLBACK")
         _use_wal(connection, busy_timeout_s)
@@ -223,7 +251,9 @@ def _check(connection: sqlite3.Connection, name: str, newest: int) -> int:
     application_id = connection.execute("PRAGMA application_id").fetchone()[0]
     empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
     if application_id != APPLICATION_ID and not (empty and version == 0):
-        raise StoreError(f"{name} is a database of some other program: choose another path for the conversation store")
+        raise StoreError(
+            f"{name} is a database of some other program: choose another path for the conversation store"
+        )
     if version > newest:
         raise StoreError(
             f"the conversation store {name} has schema version {version}, this program knows versions up to {newest}:"

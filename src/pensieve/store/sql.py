@@ -50,7 +50,9 @@ class SqlStore(Generic[C]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -60,22 +62,33 @@ class SqlStore(Generic[C]):
     # -- conversations
 
     def create(
-        self, namespace: str, id: str | None = None, *, title: str | None = None, metadata: Mapping[str, object] | None = None
+        self,
+        namespace: str,
+        id: str | None = None,
+        *,
+        title: str | None = None,
+        metadata: Mapping[str, object] | None = None,
     ) -> Conversation:
         """See `ConversationStore.create`."""
-        return self._writer.call(self._creation(namespace, rows.new_id() if id is None else id, title, metadata))
+        return self._writer.call(
+            self._creation(namespace, rows.new_id() if id is None else id, title, metadata)
+        )
 
     def create_soon(self, namespace: str, id: str, *, title: str | None = None) -> Future[Conversation]:
         """See `ConversationStore.create_soon`."""
         return self._writer.submit(self._creation(namespace, id, title, None))
 
-    def _creation(self, namespace: str, id: str, title: str | None, metadata: Mapping[str, object] | None) -> Job[Connection, Conversation]:
+    def _creation(
+        self, namespace: str, id: str, title: str | None, metadata: Mapping[str, object] | None
+    ) -> Job[Connection, Conversation]:
         rows.check_names(namespace=namespace, conversation_id=id)
         rows.json_text(metadata, "a conversation's metadata")
 
         def job(connection: Connection) -> Conversation:
             now_s = self._clock()
-            return trees.insert_conversation(connection, Conversation(id, namespace, None, now_s, now_s, title, metadata or {}))
+            return trees.insert_conversation(
+                connection, Conversation(id, namespace, None, now_s, now_s, title, metadata or {})
+            )
 
         return job
 
@@ -86,7 +99,9 @@ class SqlStore(Generic[C]):
     def list(self, namespace: str, limit: int = 50, offset: int = 0) -> Sequence[Conversation]:
         """See `ConversationStore.list`."""
         if not (0 <= limit <= MAX_INT and 0 <= offset <= MAX_INT):
-            raise InvalidRequest(f"limit and offset must lie in [0, 2**63), got limit={limit}, offset={offset}")
+            raise InvalidRequest(
+                f"limit and offset must lie in [0, 2**63), got limit={limit}, offset={offset}"
+            )
         condition = "namespace = ? ORDER BY updated_s DESC, key DESC LIMIT ? OFFSET ?"
         return self._conversations(condition, (namespace, limit, offset)) if rows.is_name(namespace) else []
 
@@ -100,7 +115,10 @@ class SqlStore(Generic[C]):
                 some = wanted[start : start + MAX_IDS]
                 marks = ", ".join("?" * len(some))
                 sql = f"SELECT id, title FROM conversations WHERE namespace = ? AND title IS NOT NULL AND id IN ({marks})"
-                found |= {str(id): rows.title_from(title) for id, title in connection.execute(sql, (namespace, *some)).fetchall()}
+                found |= {
+                    str(id): rows.title_from(title)
+                    for id, title in connection.execute(sql, (namespace, *some)).fetchall()
+                }
             return found
 
         return self._read(query)
@@ -117,9 +135,14 @@ class SqlStore(Generic[C]):
         if limit < 0:
             raise InvalidRequest(f"limit must be at least 0, got {limit}")
         answered = "EXISTS (SELECT 1 FROM drafts WHERE drafts.conversation = conversations.key)"
-        return self._conversations(f"expires_s <= ? AND pinned = 0 AND NOT {answered} ORDER BY expires_s, key LIMIT ?", (now_s, limit))
+        return self._conversations(
+            f"expires_s <= ? AND pinned = 0 AND NOT {answered} ORDER BY expires_s, key LIMIT ?",
+            (now_s, limit),
+        )
 
-    def fork(self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None) -> Conversation:
+    def fork(
+        self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None
+    ) -> Conversation:
         """See `ConversationStore.fork`."""
         new_id = rows.new_id() if new_id is None else new_id
         rows.check_names(conversation_id=new_id)
@@ -130,7 +153,17 @@ class SqlStore(Generic[C]):
                 trees.check_turn(connection, namespace, at)
             now_s, leaf = self._clock(), origin.leaf if at is None else at
             expires_s = None if origin.ttl_s is None else now_s + origin.ttl_s
-            fork = Conversation(new_id, namespace, leaf, now_s, now_s, origin.title, origin.metadata, expires_s, ttl_s=origin.ttl_s)
+            fork = Conversation(
+                new_id,
+                namespace,
+                leaf,
+                now_s,
+                now_s,
+                origin.title,
+                origin.metadata,
+                expires_s,
+                ttl_s=origin.ttl_s,
+            )
             return trees.insert_conversation(connection, fork)
 
         return self._writer.call(job)
@@ -147,7 +180,9 @@ class SqlStore(Generic[C]):
 
         return self._writer.call(job)
 
-    def describe(self, namespace: str, id: str, *, title: str | None, metadata: Mapping[str, object]) -> Conversation:
+    def describe(
+        self, namespace: str, id: str, *, title: str | None, metadata: Mapping[str, object]
+    ) -> Conversation:
         """See `ConversationStore.describe`."""
         text = rows.json_text(metadata, "a conversation's metadata")
         return self._set(namespace, id, title=rows.title_text(title), metadata=text)
@@ -155,13 +190,17 @@ class SqlStore(Generic[C]):
     def set_ttl(self, namespace: str, id: str, ttl_s: float | None) -> Conversation:
         """See `ConversationStore.set_ttl`."""
         if ttl_s is not None and not (math.isfinite(ttl_s) and ttl_s >= 0):
-            raise InvalidRequest(f"ttl_s must be a time in seconds, at least 0, or None for ever, got {ttl_s}")
+            raise InvalidRequest(
+                f"ttl_s must be a time in seconds, at least 0, or None for ever, got {ttl_s}"
+            )
         expires_s = None if ttl_s is None else self._clock() + ttl_s
         return self._set(namespace, id, ttl_s=None if ttl_s is None else float(ttl_s), expires_s=expires_s)
 
     def touch(self, namespace: str, id: str) -> Future[None]:
         """See `ConversationStore.touch`."""
-        return self._writer.submit(lambda connection: trees.touch(connection, trees.key_of(connection, namespace, id), self._clock()))
+        return self._writer.submit(
+            lambda connection: trees.touch(connection, trees.key_of(connection, namespace, id), self._clock())
+        )
 
     def set_pinned(self, namespace: str, id: str, pinned: bool) -> Conversation:
         """See `ConversationStore.set_pinned`."""
@@ -187,14 +226,18 @@ class SqlStore(Generic[C]):
 
     def erasures(self) -> int:
         """See `ConversationStore.erasures`."""
-        return int(self._read(lambda connection: connection.execute("SELECT count(*) FROM erasures").fetchone()[0]))
+        return int(
+            self._read(lambda connection: connection.execute("SELECT count(*) FROM erasures").fetchone()[0])
+        )
 
     def overwrite(self) -> bool:
         """See `ConversationStore.overwrite`."""
         (last,) = self._read(lambda connection: connection.execute("SELECT max(id) FROM erasures").fetchone())
         done, complete = self._scrub()
         if done and last is not None:  # those that came meanwhile may have been missed
-            self._writer.call(lambda connection: connection.execute("DELETE FROM erasures WHERE id <= ?", (last,)))
+            self._writer.call(
+                lambda connection: connection.execute("DELETE FROM erasures WHERE id <= ?", (last,))
+            )
         return complete
 
     # -- the storage itself
@@ -216,7 +259,11 @@ class SqlStore(Generic[C]):
 
     def path(self, namespace: str, turn_id: str | None) -> Sequence[Turn]:
         """See `ConversationStore.path`."""
-        return [] if turn_id is None else self._read(lambda connection: trees.path(connection, namespace, turn_id))
+        return (
+            []
+            if turn_id is None
+            else self._read(lambda connection: trees.path(connection, namespace, turn_id))
+        )
 
     def turn(self, namespace: str, turn_id: str) -> Turn:
         """See `ConversationStore.turn`."""
@@ -279,7 +326,9 @@ class SqlStore(Generic[C]):
 
     def delete_turn(self, namespace: str, turn_id: str) -> bool:
         """See `ConversationStore.delete_turn`."""
-        return self._writer.call(lambda connection: trees.delete_turn(connection, namespace, turn_id, self._clock()))
+        return self._writer.call(
+            lambda connection: trees.delete_turn(connection, namespace, turn_id, self._clock())
+        )
 
     # -- answers under way
 
@@ -368,7 +417,16 @@ class SqlStore(Generic[C]):
 
         return self._writer.call(job)
 
-    def claim(self, namespace: str, key: str, fingerprint: bytes, turn_id: str, now_s: float | None = None, *, owner: str = "") -> Claim:
+    def claim(
+        self,
+        namespace: str,
+        key: str,
+        fingerprint: bytes,
+        turn_id: str,
+        now_s: float | None = None,
+        *,
+        owner: str = "",
+    ) -> Claim:
         """See `ConversationStore.claim`."""
         rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id, owner=owner)
         claimed_s = self._clock() if now_s is None else now_s

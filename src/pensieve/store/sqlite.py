@@ -87,7 +87,9 @@ def kind_of(error: BaseException) -> Kind:
     """Whether a failure of SQLite may pass, means a damaged file, or is a mistake of ours."""
     if isinstance(error, FileGone):
         return "passing"
-    if isinstance(error, sqlite3.OperationalError):  # no room, locked, input/output; and words that no UTF-8 decodes
+    if isinstance(
+        error, sqlite3.OperationalError
+    ):  # no room, locked, input/output; and words that no UTF-8 decodes
         return "broken" if "UTF-8" in str(error) else "passing"
     return "broken" if type(error) is sqlite3.DatabaseError else "mistake"
 

@@ -42,7 +42,9 @@ def key_of(connection: Connection, namespace: str, id: str) -> int:
     """A conversation's key, or `ConversationNotFound`."""
     row = None
     if rows.is_name(namespace) and rows.is_name(id):
-        row = connection.execute("SELECT key FROM conversations WHERE namespace = ? AND id = ?", (namespace, id)).fetchone()
+        row = connection.execute(
+            "SELECT key FROM conversations WHERE namespace = ? AND id = ?", (namespace, id)
+        ).fetchone()
     if row is None:
         raise ConversationNotFound(f"there is no conversation {id!r}")
     return int(row[0])
@@ -50,9 +52,13 @@ def key_of(connection: Connection, namespace: str, id: str) -> int:
 
 def insert_conversation(connection: Connection, made: Conversation) -> Conversation:
     """Add a conversation, or `InvalidRequest` if its id is taken."""
-    taken = connection.execute("SELECT 1 FROM conversations WHERE namespace = ? AND id = ?", (made.namespace, made.id)).fetchone()
+    taken = connection.execute(
+        "SELECT 1 FROM conversations WHERE namespace = ? AND id = ?", (made.namespace, made.id)
+    ).fetchone()
     if taken is not None:
-        raise InvalidRequest(f"there is a conversation {made.id!r} already: choose another id, or go on with that one")
+        raise InvalidRequest(
+            f"there is a conversation {made.id!r} already: choose another id, or go on with that one"
+        )
     connection.execute(
         f"INSERT INTO conversations ({rows.CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
@@ -75,7 +81,9 @@ def get_turn(connection: Connection, namespace: str, turn_id: str) -> Turn:
     """A turn, or `ConversationNotFound`."""
     row = None
     if rows.is_name(namespace) and rows.is_name(turn_id):
-        row = connection.execute(f"SELECT {rows.TURN} FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)).fetchone()
+        row = connection.execute(
+            f"SELECT {rows.TURN} FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)
+        ).fetchone()
     if row is None:
         raise ConversationNotFound(f"there is no turn {turn_id!r} in any conversation here")
     return rows.turn(row)
@@ -85,48 +93,101 @@ def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[st
     """The root of a turn's tree, and the number of tokens and the digest of its path; or `ConversationNotFound`."""
     row = None
     if rows.is_name(namespace) and rows.is_name(turn_id):
-        row = connection.execute("SELECT root, stop, digest FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)).fetchone()
+        row = connection.execute(
+            "SELECT root, stop, digest FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)
+        ).fetchone()
     if row is None:
         raise ConversationNotFound(f"there is no turn {turn_id!r} in any conversation here")
     return str(row[0]), int(row[1]), bytes(row[2])
 
 
-def place(connection: Connection, namespace: str, conversation: int, parent: str | None, start: int | None, turn_id: str) -> Place:
+def place(
+    connection: Connection,
+    namespace: str,
+    conversation: int,
+    parent: str | None,
+    start: int | None,
+    turn_id: str,
+) -> Place:
     """Where a turn behind `parent` goes; `ConversationNotFound` or `InvalidRequest` if it cannot."""
-    root, parent_stop, digest = (turn_id, 0, ROOT_DIGEST) if parent is None else check_turn(connection, namespace, parent)
+    root, parent_stop, digest = (
+        (turn_id, 0, ROOT_DIGEST) if parent is None else check_turn(connection, namespace, parent)
+    )
     begins = parent_stop if start is None else start
     if not 0 <= begins <= parent_stop:
-        raise InvalidRequest(f"a turn's start must lie in [0, {parent_stop}], the tokens of its parent's path, got {start}")
+        raise InvalidRequest(
+            f"a turn's start must lie in [0, {parent_stop}], the tokens of its parent's path, got {start}"
+        )
     return Place(conversation, parent, root, begins, digest)
 
 
 def insert_turn(
-    connection: Connection, namespace: str, at: Place, turn_id: str, content: rows.Content, reply_reason: str | None, created_s: float
+    connection: Connection,
+    namespace: str,
+    at: Place,
+    turn_id: str,
+    content: rows.Content,
+    reply_reason: str | None,
+    created_s: float,
 ) -> Turn:
     """Add a turn. No conversation's leaf moves."""
     digest = path_digests(content.messages, at.digest)[-1] if content.messages else at.digest
     stop = at.start + len(content.token_ids)
-    checksum = rows.checksum(turn_id, at.parent, at.start, reply_reason, content.messages_text, content.blob, digest, content.meta_text)
+    checksum = rows.checksum(
+        turn_id,
+        at.parent,
+        at.start,
+        reply_reason,
+        content.messages_text,
+        content.blob,
+        digest,
+        content.meta_text,
+    )
     connection.execute(
         f"INSERT INTO turns ({rows.TURN}, namespace, owner, root) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            *(turn_id, at.parent, content.messages_text, content.blob, at.start, reply_reason, created_s, digest, content.meta_text),
+            *(
+                turn_id,
+                at.parent,
+                content.messages_text,
+                content.blob,
+                at.start,
+                reply_reason,
+                created_s,
+                digest,
+                content.meta_text,
+            ),
             *(stop, checksum, namespace, at.conversation, at.root),
         ),
     )
     meta = json.loads(content.meta_text)
-    return Turn(turn_id, at.parent, content.messages, content.token_ids, at.start, reply_reason, created_s, digest, meta)
+    return Turn(
+        turn_id,
+        at.parent,
+        content.messages,
+        content.token_ids,
+        at.start,
+        reply_reason,
+        created_s,
+        digest,
+        meta,
+    )
 
 
 def set_leaf(connection: Connection, conversation: int, turn_id: str | None, now_s: float) -> None:
     """Let a conversation end with a turn, which is a use of it."""
-    connection.execute("UPDATE conversations SET leaf = ?, updated_s = ? WHERE key = ?", (turn_id, now_s, conversation))
+    connection.execute(
+        "UPDATE conversations SET leaf = ?, updated_s = ? WHERE key = ?", (turn_id, now_s, conversation)
+    )
     touch(connection, conversation, now_s)
 
 
 def touch(connection: Connection, conversation: int, now_s: float) -> None:
     """A conversation is used: its time to live, if it has one, begins anew."""
-    connection.execute("UPDATE conversations SET expires_s = ? + ttl_s WHERE key = ? AND ttl_s IS NOT NULL", (now_s, conversation))
+    connection.execute(
+        "UPDATE conversations SET expires_s = ? + ttl_s WHERE key = ? AND ttl_s IS NOT NULL",
+        (now_s, conversation),
+    )
 
 
 def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]:
@@ -179,7 +240,10 @@ def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tu
     if not rows.is_name(namespace):
         return None
     for stop in range(len(digests), 0, -MAX_ASKED):
-        asked = {digest: index for index, digest in enumerate(digests[max(0, stop - MAX_ASKED) : stop], max(0, stop - MAX_ASKED))}
+        asked = {
+            digest: index
+            for index, digest in enumerate(digests[max(0, stop - MAX_ASKED) : stop], max(0, stop - MAX_ASKED))
+        }
         values = ", ".join(["(?, ?)"] * len(asked))
         row = connection.execute(
             f"""
@@ -227,15 +291,27 @@ def delete_conversation(connection: Connection, namespace: str, id: str) -> tupl
     """Delete a conversation, its drafts and claims, and its turns that nobody else needs: how many, and their bytes with the drafts'."""
     key = key_of(connection, namespace, id)
     drafts = "SELECT turn_id FROM drafts WHERE conversation = ?"
-    size = _sum(connection, f"SELECT sum(length(ids) + length(text)) FROM draft_tokens WHERE turn_id IN ({drafts})", key)
-    size += _sum(connection, "SELECT sum(length(messages) + length(token_ids) + length(meta)) FROM drafts WHERE conversation = ?", key)
+    size = _sum(
+        connection,
+        f"SELECT sum(length(ids) + length(text)) FROM draft_tokens WHERE turn_id IN ({drafts})",
+        key,
+    )
+    size += _sum(
+        connection,
+        "SELECT sum(length(messages) + length(token_ids) + length(meta)) FROM drafts WHERE conversation = ?",
+        key,
+    )
     connection.execute(f"DELETE FROM claims WHERE turn_id IN ({drafts})", (key,))
     connection.execute(f"DELETE FROM draft_tokens WHERE turn_id IN ({drafts})", (key,))
     connection.execute("DELETE FROM drafts WHERE conversation = ?", (key,))
     for heir, turn_id in _heirs(connection, key):
         connection.execute("UPDATE turns SET owner = ? WHERE id = ?", (heir, turn_id))
     turns = _sum(connection, "SELECT count(*) FROM turns WHERE owner = ?", key)
-    size += _sum(connection, "SELECT sum(length(messages) + length(token_ids) + length(meta)) FROM turns WHERE owner = ?", key)
+    size += _sum(
+        connection,
+        "SELECT sum(length(messages) + length(token_ids) + length(meta)) FROM turns WHERE owner = ?",
+        key,
+    )
     connection.execute("UPDATE conversations SET leaf = NULL WHERE key = ?", (key,))
     connection.execute("DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE owner = ?)", (key,))
     connection.execute("DELETE FROM turns WHERE owner = ?", (key,))
@@ -277,7 +353,9 @@ def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: flo
     """Delete a turn that nothing but its own conversation depends on, or mark it: whether it went."""
     turn = get_turn(connection, namespace, turn_id)
     (owner,) = connection.execute("SELECT owner FROM turns WHERE id = ?", (turn_id,)).fetchone()
-    connection.execute("DELETE FROM claims WHERE turn_id = ?", (turn_id,))  # a key does not bring back what was deleted
+    connection.execute(
+        "DELETE FROM claims WHERE turn_id = ?", (turn_id,)
+    )  # a key does not bring back what was deleted
     needed = connection.execute(
         """
         SELECT 1 FROM turns WHERE parent = ?
@@ -298,6 +376,10 @@ def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: flo
 
 def _mark_deleted(connection: Connection, turn: Turn) -> None:
     meta = rows.json_text({**turn.meta, "deleted": True}, "a turn's meta")
-    messages, blob = connection.execute("SELECT messages, token_ids FROM turns WHERE id = ?", (turn.id,)).fetchone()
-    checksum = rows.checksum(turn.id, turn.parent, turn.start, turn.reply_reason, messages, bytes(blob), turn.digest, meta)
+    messages, blob = connection.execute(
+        "SELECT messages, token_ids FROM turns WHERE id = ?", (turn.id,)
+    ).fetchone()
+    checksum = rows.checksum(
+        turn.id, turn.parent, turn.start, turn.reply_reason, messages, bytes(blob), turn.digest, meta
+    )
     connection.execute("UPDATE turns SET meta = ?, checksum = ? WHERE id = ?", (meta, checksum, turn.id))

@@ -19,9 +19,13 @@ class Turn:
     id: str  # unique in the store; not a credential
     parent: str | None  # turn id; None = the first of its path
     messages: tuple[Message, ...]  # what this turn added to the chat
-    token_ids: tuple[int, ...]  # what this turn added to the token log: its prompt's new ids, then the sampled ones
+    token_ids: tuple[
+        int, ...
+    ]  # what this turn added to the token log: its prompt's new ids, then the sampled ones
     start: int  # position in the path's token log of the first of `token_ids`; what the parent's path has after it is void
-    reply_reason: str | None  # why the answer ended, such as "stop" or "length"; None = no answer in this turn
+    reply_reason: (
+        str | None
+    )  # why the answer ended, such as "stop" or "length"; None = no answer in this turn
     created_s: float  # seconds since the epoch
     digest: bytes  # `chat.extend_digest` over all messages of the path that ends with this turn
     meta: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
@@ -43,7 +47,9 @@ class Conversation:
     updated_s: float  # when the leaf last moved, seconds since the epoch
     title: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
-    expires_s: float | None = None  # when it may be erased, seconds since the epoch: `ttl_s` after its last use; None = never
+    expires_s: float | None = (
+        None  # when it may be erased, seconds since the epoch: `ttl_s` after its last use; None = never
+    )
     pinned: bool = False  # to be kept: does not expire while it is
     ttl_s: float | None = None  # how long it is kept without a turn that begins or ends; None = for ever
 

@@ -225,7 +225,9 @@ class GroupWriter(Generic[C]):
             return
         try:
             self._link.begin()
-        except self._link.errors as error:  # locked by another process, or no connection: no job is at fault, and waiting was done
+        except (
+            self._link.errors
+        ) as error:  # locked by another process, or no connection: no job is at fault, and waiting was done
             self._roll_back()
             self._fail(group, error)
             return
@@ -249,7 +251,9 @@ class GroupWriter(Generic[C]):
             else:
                 item.future.set_exception(failure)
 
-    def _after_failure(self, group: list[_Item], error: Exception, lost: bool, *, unknown: bool, again: bool) -> None:
+    def _after_failure(
+        self, group: list[_Item], error: Exception, lost: bool, *, unknown: bool, again: bool
+    ) -> None:
         """A transaction failed: try its jobs again, or fail them."""
         if lost and again and not unknown:
             self._run(group, again=False)
@@ -294,10 +298,14 @@ class GroupWriter(Generic[C]):
         told = self._link.words(error)
         kind = self._link.kind(error)
         if self._trouble is None or kind == "mistake":
-            log.error("the conversation store %s failed: %s", self._name, str(error).strip() or type(error).__name__)
+            log.error(
+                "the conversation store %s failed: %s", self._name, str(error).strip() or type(error).__name__
+            )
         if kind != "mistake":
             self._trouble = f"the conversation store failed: {told}"
-        failure = (StoreUnavailable if kind == "passing" else StoreError)(f"the conversation store failed: {told}; {outcome}")
+        failure = (StoreUnavailable if kind == "passing" else StoreError)(
+            f"the conversation store failed: {told}; {outcome}"
+        )
         failure.__cause__ = error
         return failure
 

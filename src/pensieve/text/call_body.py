@@ -65,7 +65,9 @@ class ObjectBody(CallBody):
         self._needs_arguments = needs_arguments
         self._scanner = MemberScanner()
         self._known: str | None = None
-        self._max_name = 2 + 12 * max(map(len, names), default=0)  # characters, when each is written as two escapes
+        self._max_name = 2 + 12 * max(
+            map(len, names), default=0
+        )  # characters, when each is written as two escapes
         self._in_arguments = False  # of the begun call
 
     def push(self, char: str) -> Verdict:
@@ -84,14 +86,18 @@ class ObjectBody(CallBody):
             if self._streams:
                 self._begin_early()
         if scanner.done:
-            return Verdict.DONE if self.name is not None or self._begin_whole(scanner.text) else Verdict.REFUSED
+            return (
+                Verdict.DONE if self.name is not None or self._begin_whole(scanner.text) else Verdict.REFUSED
+            )
         return Verdict.MORE
 
     def stop(self) -> Verdict:
         """The object goes no further. If only its last bracket is missing, it is a call nevertheless."""
         if self._in_arguments:
             return Verdict.BROKEN
-        if self.name is not None or (self._arguments() is not None and self._begin_whole(self._scanner.text + "}")):
+        if self.name is not None or (
+            self._arguments() is not None and self._begin_whole(self._scanner.text + "}")
+        ):
             return Verdict.DONE_BEFORE
         return Verdict.REFUSED
 

@@ -34,7 +34,9 @@ class Extension:
 
     tokens: list[int]  # the whole log, ready to be answered
     reused_tokens: int  # leading tokens that are those of the old log
-    rewritten: str | None  # None: only appended. Otherwise a sentence: where they part, and what has to be computed again
+    rewritten: (
+        str | None
+    )  # None: only appended. Otherwise a sentence: where they part, and what has to be computed again
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,9 @@ class ChatText:
     def __init__(self, tokenizer: Any, options: Mapping[str, object] | None = None) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise ModelUnavailable(f"{type(tokenizer).__name__} has no fast tokenizer: convert it to a tokenizer.json")
+            raise ModelUnavailable(
+                f"{type(tokenizer).__name__} has no fast tokenizer: convert it to a tokenizer.json"
+            )
         backend.no_truncation()  # once, here: `encode` is safe to call from several threads as long as nobody does this again
         backend.no_padding()
         if backend.decoder is not None and b'"Regex"' in backend.decoder.__getstate__():
@@ -83,7 +87,9 @@ class ChatText:
         self._tokenizer = tokenizer
         self._backend = backend
         self.max_chars: int | None = None
-        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._special_ids = frozenset(
+            i for i, token in backend.get_added_tokens_decoder().items() if token.special
+        )
         self._byte_ids = _byte_fallback_ids(backend)
         self._token_texts: dict[int, str] = {}  # by id, at most the vocabulary
         self._template = PromptTemplate(tokenizer, options or {}, _bos_text(tokenizer, backend))
@@ -98,12 +104,16 @@ class ChatText:
         elif self._template.trouble is not None:
             self.note = f"the model's chat template does not write {self._template.trouble}: --chat-template FILE gives it another"
         markup = self.tool_format.markers if self._template.writes_calls else PLAIN_MARKUP
-        self._guard = ControlGuard(backend, "\n".join([self._template.source, self._template.tools_source, *markup]))
+        self._guard = ControlGuard(
+            backend, "\n".join([self._template.source, self._template.tools_source, *markup])
+        )
         self._anchors = _anchors(backend)
         self.stop_token_ids = self._find_stop_token_ids()
 
     @classmethod
-    def load(cls, folder: Path, options: Mapping[str, object] | None = None, template: str | None = None) -> ChatText:
+    def load(
+        cls, folder: Path, options: Mapping[str, object] | None = None, template: str | None = None
+    ) -> ChatText:
         """The tokenizer and chat template that lie in a model's folder.
 
         Args:
@@ -121,7 +131,9 @@ class ChatText:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # from a dozen loaders
-            raise ModelUnavailable(f"no readable tokenizer in {folder}: {' '.join(str(error).split())[:400]}{_way_out(folder)}") from error
+            raise ModelUnavailable(
+                f"no readable tokenizer in {folder}: {' '.join(str(error).split())[:400]}{_way_out(folder)}"
+            ) from error
         if template is not None:
             tokenizer.chat_template = template
         return cls(tokenizer, options)
@@ -150,18 +162,31 @@ class ChatText:
     def marker_ids(self) -> frozenset[int]:
         """Special tokens that set calls and reasoning apart from words: what `detokenizer` has to keep for those who look for them."""
         markers = (*self.tool_format.markers, BEGIN_REASONING, END_REASONING)
-        return frozenset(i for marker in markers if (i := self._backend.token_to_id(marker)) in self._special_ids)
+        return frozenset(
+            i for marker in markers if (i := self._backend.token_to_id(marker)) in self._special_ids
+        )
 
-    def first(self, messages: Sequence[Message], add_generation_prompt: bool = True, *, tools: Tools | None = None) -> list[int]:
+    def first(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, *, tools: Tools | None = None
+    ) -> list[int]:
         """Token ids of a conversation's first turn.
 
         Raises:
             InvalidRequest: the template refuses these messages, or a tool is none.
         """
         prompt = self._prepare(messages, tools)
-        return self._guard.encode(self._render(prompt.turns, prompt.tools, add_generation_prompt), prompt.mark)
+        return self._guard.encode(
+            self._render(prompt.turns, prompt.tools, add_generation_prompt), prompt.mark
+        )
 
-    def extend(self, log: Sequence[int], history: Sequence[Message], new: Sequence[Message], *, tools: Tools | None = None) -> Extension:
+    def extend(
+        self,
+        log: Sequence[int],
+        history: Sequence[Message],
+        new: Sequence[Message],
+        *,
+        tools: Tools | None = None,
+    ) -> Extension:
         """Append a turn to a token log.
 
         Args:
@@ -184,7 +209,9 @@ class ChatText:
         told = len(history)
         if not self._wander(log, tools):
             after = (
-                self._after_calls(prompt, told, whole) if self._calls_natively(prompt, told) else self._after_answer(prompt, told, whole)
+                self._after_calls(prompt, told, whole)
+                if self._calls_natively(prompt, told)
+                else self._after_answer(prompt, told, whole)
             )
             if after is not None and self._begins_with(log, prompt, whole):
                 return Extension([*log, *self._closing(log, after, prompt.mark)], len(log), None)
@@ -211,7 +238,12 @@ class ChatText:
 
     def settle(self) -> None:
         """Find out now what is otherwise found out when it is first asked for, by trying the template: nothing of it is left for later."""
-        _ = self.marker_ids, self._tools_opening if self._template.moves_tools else None, self._begins_thinking, self.longest_token
+        _ = (
+            self.marker_ids,
+            self._tools_opening if self._template.moves_tools else None,
+            self._begins_thinking,
+            self.longest_token,
+        )
 
     def prepare_twin(self) -> None:
         """Make now what prompts need in which a message spells out a control token; takes about as long as loading the tokenizer."""
@@ -233,7 +265,9 @@ class ChatText:
         """
         texts = [message.content.rpartition(END_REASONING)[2].strip() for message in messages]
         texts += [json.dumps(tool, ensure_ascii=False) for tool in tools or ()]
-        return surely_exceed(texts, max_tokens, lambda text: len(self.encode_prompt(text, add_special_tokens=False)))
+        return surely_exceed(
+            texts, max_tokens, lambda text: len(self.encode_prompt(text, add_special_tokens=False))
+        )
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of text that goes on an answer: no control tokens come out of it, and no leading space goes in."""
@@ -272,7 +306,9 @@ class ChatText:
 
     def reasoning_splitter(self) -> ReasoningSplitter:
         """What sets an answer's reasoning apart from its content; passes all as content if the template knows no `</think>`."""
-        return ReasoningSplitter(enabled=self.has_reasoning, inside=self.has_reasoning and self._begins_thinking)
+        return ReasoningSplitter(
+            enabled=self.has_reasoning, inside=self.has_reasoning and self._begins_thinking
+        )
 
     def count(self, messages: Sequence[Message], *, tools: Tools | None = None) -> int:
         """How many tokens these messages have as a prompt of their own."""
@@ -308,9 +344,13 @@ class ChatText:
                         turn[key] = map_texts(turn[key], hide)
             return _Prompt(turns, map_texts(tools, hide) if tools else None, mark, hole)
         except RecursionError:
-            raise InvalidRequest("a tool or a call's arguments are nested too deeply to be written: flatten them") from None
+            raise InvalidRequest(
+                "a tool or a call's arguments are nested too deeply to be written: flatten them"
+            ) from None
         except UnicodeEncodeError as error:
-            raise InvalidRequest(f"a message or tool holds half a character (a lone surrogate, {error.object[error.start]!r})") from None
+            raise InvalidRequest(
+                f"a message or tool holds half a character (a lone surrogate, {error.object[error.start]!r})"
+            ) from None
 
     def _after_answer(self, prompt: _Prompt, told: int, whole: str) -> str | None:
         """The rendering's text behind the last answer; None if the log cannot go on with it.
@@ -342,7 +382,9 @@ class ChatText:
         answer = ended[len(asked) :]
         ends = (answer.rfind(token) for i in self.stop_token_ids if (token := self._backend.id_to_token(i)))
         answer = answer[: max((end for end in ends if end >= 0), default=len(answer))]
-        if not _in_order(answer, [last["content"], *(call["function"]["name"] for call in last["tool_calls"])]):
+        if not _in_order(
+            answer, [last["content"], *(call["function"]["name"] for call in last["tool_calls"])]
+        ):
             return None
         return whole[len(asked) + len(answer) :]
 
@@ -401,7 +443,9 @@ class ChatText:
     @cached_property
     def _tools_opening(self) -> int | None:
         """The control token that a list of tools begins with."""
-        bare, told = (self._backend.encode(text, add_special_tokens=False).ids for text in self._template.probe_tools())
+        bare, told = (
+            self._backend.encode(text, add_special_tokens=False).ids for text in self._template.probe_tools()
+        )
         opening = told[_common_prefix(bare, told)]
         return opening if opening in self._backend.get_added_tokens_decoder() else None
 
@@ -421,22 +465,24 @@ class ChatText:
         if closing is not None and closing[1] in self._special_ids:
             ids.add(closing[1])
         call = self._backend.encode(self._template.probe_call(), add_special_tokens=False).ids
-        ids.update([i for i in call if i in self._special_ids][-1:])  # calls may end with a token of their own
+        ids.update(
+            [i for i in call if i in self._special_ids][-1:]
+        )  # calls may end with a token of their own
         return frozenset(ids)
 
 
 def _way_out(folder: Path) -> str:
     """What helps where a tokenizer cannot be read."""
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        return (
-            ". It has tokenizer.model only: `pip install sentencepiece tiktoken` may read it, or put the model's tokenizer.json beside it"
-        )
+        return ". It has tokenizer.model only: `pip install sentencepiece tiktoken` may read it, or put the model's tokenizer.json beside it"
     return ". Fetch its tokenizer.json and tokenizer_config.json again"
 
 
 def _head(turns: Sequence[Turn]) -> Sequence[Turn]:
     """The messages before the first answer."""
-    return turns[: next((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))]
+    return turns[
+        : next((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
+    ]
 
 
 def _fills(whole: str, before: str, after: str, answer: str) -> bool:
@@ -472,10 +518,16 @@ def _anchors(backend: Any) -> list[tuple[str, list[int]]]:
     after a character from no script at all, which they spell in bytes.
     """
     added = sorted(backend.get_added_tokens_decoder().items())
-    special = next((str(token.content) for _, token in added if token.special and token.content and not token.rstrip), None)
+    special = next(
+        (str(token.content) for _, token in added if token.special and token.content and not token.rstrip),
+        None,
+    )
     if special is None:
         return []
-    puts_space = backend.decode(backend.encode(special + "x", add_special_tokens=False).ids, skip_special_tokens=False) != special + "x"
+    puts_space = (
+        backend.decode(backend.encode(special + "x", add_special_tokens=False).ids, skip_special_tokens=False)
+        != special + "x"
+    )
     texts = [special + "\ue000", special] if puts_space else [special]
     return [(text, list(backend.encode(text, add_special_tokens=False).ids)) for text in texts]
 
@@ -483,7 +535,11 @@ def _anchors(backend: Any) -> list[tuple[str, list[int]]]:
 def _bos_text(tokenizer: Any, backend: Any) -> str:
     """The beginning-of-sequence token's text, if the tokenizer begins plain text with it."""
     ids = backend.encode("a", add_special_tokens=True).ids
-    return str(tokenizer.bos_token) if tokenizer.bos_token is not None and ids[:1] == [tokenizer.bos_token_id] else ""
+    return (
+        str(tokenizer.bos_token)
+        if tokenizer.bos_token is not None and ids[:1] == [tokenizer.bos_token_id]
+        else ""
+    )
 
 
 def _byte_fallback_ids(backend: Any) -> frozenset[int]:

@@ -36,7 +36,9 @@ def unused_marks(texts: Iterable[str], count: int) -> list[str]:
     try:
         return [next(free) for _ in range(count)]
     except StopIteration:
-        raise InvalidRequest(f"the messages use all of the {LAST_MARK - FIRST_MARK + 1} private-use characters of plane 15") from None
+        raise InvalidRequest(
+            f"the messages use all of the {LAST_MARK - FIRST_MARK + 1} private-use characters of plane 15"
+        ) from None
 
 
 class ControlGuard:
@@ -54,7 +56,11 @@ class ControlGuard:
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         special = [token.content for token in added.values() if token.special]
-        markup = [t.content for t in added.values() if not t.special and not t.content.isspace() and t.content in template]
+        markup = [
+            t.content
+            for t in added.values()
+            if not t.special and not t.content.isspace() and t.content in template
+        ]
         self._controls = [text for text in dict.fromkeys([*special, *markup]) if text]
         self._index = {text: index for index, text in enumerate(self._controls)}
         self._trusted = _any_of(special)
@@ -70,7 +76,12 @@ class ControlGuard:
 
     def show(self, rendered: str, mark: str) -> str:
         """A rendering with the placeholders replaced by what they stand for."""
-        return re.sub(re.escape(mark) + "(.)", lambda match: self._controls[ord(match[1]) - FIRST_INDEX], rendered, flags=re.DOTALL)
+        return re.sub(
+            re.escape(mark) + "(.)",
+            lambda match: self._controls[ord(match[1]) - FIRST_INDEX],
+            rendered,
+            flags=re.DOTALL,
+        )
 
     def encode(self, rendered: str, mark: str) -> list[int]:
         """Token ids of a rendering whose messages went through `hide` with the same mark.
@@ -95,7 +106,9 @@ class ControlGuard:
         return None if match is None else (match[0], self._backend.token_to_id(match[0]))
 
     def _get_twin(self) -> Any:
-        with self._twin_lock:  # building takes about as long as loading the tokenizer did: once, and only if needed
+        with (
+            self._twin_lock
+        ):  # building takes about as long as loading the tokenizer did: once, and only if needed
             if self._twin is None:
                 self._aliases = [f"\U0010ff00{secrets.token_hex(8)}\U0010ff01" for _ in self._controls]
                 try:
@@ -135,4 +148,6 @@ class ControlGuard:
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the texts, the longest possible; matches nothing if there are none."""
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text) or r"(?!)")
+    return re.compile(
+        "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text) or r"(?!)"
+    )

@@ -82,4 +82,6 @@ class Detokenizer:
             if emitted > 0:
                 self._window, self._emitted, self._slide_at = self._window[start:], emitted, SLIDE_AT
                 return
-        self._slide_at = 2 * len(self._window)  # nothing but tokens without text: try again when the cost has been earned
+        self._slide_at = 2 * len(
+            self._window
+        )  # nothing but tokens without text: try again when the cost has been earned

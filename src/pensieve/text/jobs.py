@@ -86,7 +86,9 @@ class InlineRunner:
             future.set_exception(error)
         except Exception as error:
             log.exception("text could not be read")
-            future.set_exception(PensieveError(f"the text could not be read: {type(error).__name__}: {error}"))
+            future.set_exception(
+                PensieveError(f"the text could not be read: {type(error).__name__}: {error}")
+            )
         return future
 
 
@@ -112,8 +114,12 @@ class EncodeText(TextJob[tuple[int, ...]]):
         """
         if self.max_tokens is not None:
             many = len(self.text) > text.most_chars(self.max_tokens)
-            if many or surely_exceed([self.text], self.max_tokens, lambda piece: len(text.encode_prompt(piece, False))):
-                raise ContextLengthExceeded(f"the text has more than the {self.max_tokens} tokens {self.way_out}")
+            if many or surely_exceed(
+                [self.text], self.max_tokens, lambda piece: len(text.encode_prompt(piece, False))
+            ):
+                raise ContextLengthExceeded(
+                    f"the text has more than the {self.max_tokens} tokens {self.way_out}"
+                )
         return tuple(text.encode_prompt(self.text, self.add_special_tokens))
 
 
@@ -154,8 +160,12 @@ class EncodeChat(TextJob[tuple[int, ...]]):
             InvalidRequest: the template refuses these messages.
             ContextLengthExceeded: they surely have more than `max_tokens`.
         """
-        if chars_of(self.messages) > text.most_chars(self.max_tokens) or text.exceeds(self.messages, self.max_tokens):
-            raise ContextLengthExceeded(f"the messages have more than the {self.max_tokens} tokens {self.way_out}")
+        if chars_of(self.messages) > text.most_chars(self.max_tokens) or text.exceeds(
+            self.messages, self.max_tokens
+        ):
+            raise ContextLengthExceeded(
+                f"the messages have more than the {self.max_tokens} tokens {self.way_out}"
+            )
         return tuple(text.first(self.messages, self.add_generation_prompt))
 
 
@@ -209,7 +219,12 @@ class WriteChat(TextJob[WrittenChat]):
         """The new ones; what the log holds is rendered, but not tokenized."""
         history = chars_of(self.history)
         written = MESSAGE_CHARS * (len(self.history) + len(self.new))
-        return chars_of(self.new) + written + (history // 8 if self.log else history) + size_of(self.tools, SIZED_CHARS)
+        return (
+            chars_of(self.new)
+            + written
+            + (history // 8 if self.log else history)
+            + size_of(self.tools, SIZED_CHARS)
+        )
 
     def run(self, text: ChatText) -> WrittenChat:
         """The prompt.
@@ -228,7 +243,9 @@ class WriteChat(TextJob[WrittenChat]):
             written, num_tokens = None, None
         else:
             written, num_tokens = self._write(text)
-        if written is None or (self.truncating and num_tokens is not None and num_tokens + self.answer_tokens > self.max_context):
+        if written is None or (
+            self.truncating and num_tokens is not None and num_tokens + self.answer_tokens > self.max_context
+        ):
             written = self._truncate(text, num_tokens) or written
         assert written is not None
         if self.prefix:
@@ -246,7 +263,9 @@ class WriteChat(TextJob[WrittenChat]):
         extension = text.extend(self.log, self.history, self.new, **self._options())
         known = len(self.log) if extension.rewritten is None else self._count(text, self.history)
         reused, num_tokens = extension.reused_tokens, len(extension.tokens)
-        return WrittenChat(tuple(extension.tokens[reused:]), reused, min(known, num_tokens), extension.rewritten), num_tokens
+        return WrittenChat(
+            tuple(extension.tokens[reused:]), reused, min(known, num_tokens), extension.rewritten
+        ), num_tokens
 
     def _count(self, text: ChatText, messages: Sequence[Message]) -> int:
         return len(text.first(messages, add_generation_prompt=False, **self._options())) if messages else 0
@@ -285,7 +304,14 @@ class WriteChat(TextJob[WrittenChat]):
     def _num_gone(self, kept: Truncated, num_tokens: int) -> int:
         """About how many tokens were left out, where counting them would take too long: as many a character as what is kept has."""
         chars = max(1, chars_of(kept.messages))
-        return max(0, round(num_tokens * (self.left_out_chars + chars_of(self.history) + chars_of(self.new) - chars) / chars))
+        return max(
+            0,
+            round(
+                num_tokens
+                * (self.left_out_chars + chars_of(self.history) + chars_of(self.new) - chars)
+                / chars
+            ),
+        )
 
 
 _TURN_TOKENS = 5  # about what a template writes around a message
@@ -296,7 +322,9 @@ def _newest_turn(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[next((i for i in range(len(messages) - 1, -1, -1) if messages[i].role == "user"), 0) :]
 
 
-def check_length(messages: Sequence[Message], tools_chars: int, max_chars: int, max_context: int, way_out: str) -> None:
+def check_length(
+    messages: Sequence[Message], tools_chars: int, max_chars: int, max_context: int, way_out: str
+) -> None:
     """Refuse at once what cannot fit, by its characters alone.
 
     Raises:

@@ -131,7 +131,9 @@ class ForkingNursery:
                 how = f"takes more than {self._load_s:g} s of processor time"
             else:
                 how = f"ended the process that tried it (exit code {code}, as when memory runs out)"
-            raise ModelRefused(f"the model's tokenizer or chat template cannot be used: loading it {how}") from None
+            raise ModelRefused(
+                f"the model's tokenizer or chat template cannot be used: loading it {how}"
+            ) from None
         if outcome is not None:
             raise error_from(*outcome)
 
@@ -202,7 +204,9 @@ class SpawningNursery:
         assert self._load is not None
         ours, theirs = socket.socketpair()
         context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_run_spawned, args=(theirs, self._load, limits), name="pensieve-text", daemon=True)
+        process = context.Process(
+            target=_run_spawned, args=(theirs, self._load, limits), name="pensieve-text", daemon=True
+        )
         try:
             process.start()
         finally:
@@ -259,7 +263,10 @@ def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
             text.settle()
     except TimeLimit as error:
         control.send(
-            (ModelRefused.code, f"the model cannot be used: {error.what} takes more than {load_s:g} s of processor time to be tried")
+            (
+                ModelRefused.code,
+                f"the model cannot be used: {error.what} takes more than {load_s:g} s of processor time to be tried",
+            )
         )
         return None
     except PensieveError as error:
@@ -267,12 +274,17 @@ def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
         return None
     except MemoryError:
         control.send(
-            (ModelRefused.code, f"the model's tokenizer or chat template takes more than {LOAD_BYTES >> 20} MiB of memory to load")
+            (
+                ModelRefused.code,
+                f"the model's tokenizer or chat template takes more than {LOAD_BYTES >> 20} MiB of memory to load",
+            )
         )
         return None
     except Exception as error:
         log.exception("loading the tokenizer failed")
-        control.send((PensieveError.code, f"the tokenizer could not be loaded: {type(error).__name__}: {error}"))
+        control.send(
+            (PensieveError.code, f"the tokenizer could not be loaded: {type(error).__name__}: {error}")
+        )
         return None
     control.send(None)
     with alarms(load_s):
@@ -318,7 +330,9 @@ def _run_spawned(connection: socket.socket, load: Load, limits: WorkerLimits) ->
 def _settle_in(parent_pid: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads would not live through a fork
     os.environ["RUST_BACKTRACE"] = "0"  # a tokenizer that fails at a text fails again at the next
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; when to end is the parent's decision
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the whole group; when to end is the parent's decision
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -116,8 +116,14 @@ def truncate(
             f"the system prompt and the newest turn alone have {smallest} tokens, the context holds {max_tokens}:"
             f" shorten the message, or {way_out}"
         )
-    at = (low + high) // 2 if weigh is None else min(_guess(messages, head, cuts, max_tokens, weigh), max(high - 1, 0))
-    step = None if weigh is None else 1  # from the guess in growing steps, until the answer lies between two counts; then by halves
+    at = (
+        (low + high) // 2
+        if weigh is None
+        else min(_guess(messages, head, cuts, max_tokens, weigh), max(high - 1, 0))
+    )
+    step = (
+        None if weigh is None else 1
+    )  # from the guess in growing steps, until the answer lies between two counts; then by halves
     went_down: bool | None = None
     while low < high:
         fit = fits(at)
@@ -138,7 +144,13 @@ def _cuts(messages: Sequence[Message]) -> tuple[int, list[int]]:
     return head, [head, *(i for i in range(head + 1, len(messages)) if messages[i].role == "user")]
 
 
-def _guess(messages: Sequence[Message], head: int, cuts: Sequence[int], max_tokens: int, weigh: Callable[[Message], int]) -> int:
+def _guess(
+    messages: Sequence[Message],
+    head: int,
+    cuts: Sequence[int],
+    max_tokens: int,
+    weigh: Callable[[Message], int],
+) -> int:
     """About which cut is the first that fits."""
     weight, stop = sum(map(weigh, messages[:head])), len(messages)
     for at in range(len(cuts) - 1, -1, -1):

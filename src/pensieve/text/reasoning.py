@@ -78,6 +78,9 @@ class ReasoningSplitter:
 
 def _may_end(text: str) -> int:
     """Length of the end of reasoning that may belong to its end marker: the marker's beginning, and white space before it."""
-    marker = next((n for n in range(min(len(END_REASONING) - 1, len(text)), 0, -1) if text.endswith(END_REASONING[:n])), 0)
+    marker = next(
+        (n for n in range(min(len(END_REASONING) - 1, len(text)), 0, -1) if text.endswith(END_REASONING[:n])),
+        0,
+    )
     rest = text[: len(text) - marker]
     return marker + len(rest) - len(rest.rstrip())

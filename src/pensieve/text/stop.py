@@ -25,7 +25,9 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         for stop in stops:
             if not stop:
-                raise InvalidRequest(f"a stop string must have at least one character, got an empty one in {list(stops)!r}")
+                raise InvalidRequest(
+                    f"a stop string must have at least one character, got an empty one in {list(stops)!r}"
+                )
         self._searches = [_Search(stop) for stop in dict.fromkeys(stops)]
         self._held = ""
         self._hit: str | None = None

@@ -30,14 +30,19 @@ Turn = dict[str, Any]  # a message as templates take it
 
 _PROBE = "pensieve_probe"
 PROBE_TOOLS: list[dict[str, Any]] = [
-    {"type": "function", "function": {"name": _PROBE, "description": "?", "parameters": {"type": "object", "properties": {}}}}
+    {
+        "type": "function",
+        "function": {"name": _PROBE, "description": "?", "parameters": {"type": "object", "properties": {}}},
+    }
 ]
 _ASK: Turn = {"role": "user", "content": "?"}
 # Mistral's templates insist on ids of nine letters and digits.
 _CALL: Turn = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [{"id": "pensieve1", "type": "function", "function": {"name": _PROBE, "arguments": {"x": 1}}}],
+    "tool_calls": [
+        {"id": "pensieve1", "type": "function", "function": {"name": _PROBE, "arguments": {"x": 1}}}
+    ],
 }
 
 
@@ -45,9 +50,18 @@ _CALL: Turn = {
 _CHATS: dict[str, list[Turn]] = {
     "a user's message": [{"role": "user", "content": _PROBE}],
     "a system message": [{"role": "system", "content": "?"}, {"role": "user", "content": _PROBE}],
-    "a second question": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}, {"role": "user", "content": _PROBE}],
+    "a second question": [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "?"},
+        {"role": "user", "content": _PROBE},
+    ],
 }
-_OTHER_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}  # where no tokenizer is known yet
+_OTHER_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+}  # where no tokenizer is known yet
 
 
 def read_template(path: Path) -> str:
@@ -61,11 +75,17 @@ def read_template(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"--chat-template {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--chat-template {path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+        raise ConfigError(
+            f"--chat-template {path} is no text in UTF-8: {error.reason} at byte {error.start}"
+        ) from error
     if not source.strip():
-        raise ConfigError(f"--chat-template {path} is empty: it must be a Jinja template, as in a model's chat_template.jinja")
+        raise ConfigError(
+            f"--chat-template {path} is empty: it must be a Jinja template, as in a model's chat_template.jinja"
+        )
     if source.lstrip().startswith('{"'):
-        raise ConfigError(f"--chat-template {path} is JSON: it must be the Jinja template itself, as in a model's chat_template.jinja")
+        raise ConfigError(
+            f"--chat-template {path} is JSON: it must be the Jinja template itself, as in a model's chat_template.jinja"
+        )
     troubles = what_fails(source, _OTHER_TOKENS)
     for what in ("a user's message", "a second question"):
         if what in troubles:
@@ -82,7 +102,9 @@ def what_fails(source: str, variables: Mapping[str, object]) -> dict[str, tuple[
     troubles: dict[str, tuple[int | None, str]] = {}
     for name, turns in _CHATS.items():
         try:
-            (rendered,), _ = render_jinja_template([turns], chat_template=source, add_generation_prompt=True, **variables)
+            (rendered,), _ = render_jinja_template(
+                [turns], chat_template=source, add_generation_prompt=True, **variables
+            )
         except MemoryError:  # (a limit of the caller, not what the template has to say)
             raise
         except Exception as error:  # a template is foreign code and fails in any way it likes
@@ -137,15 +159,21 @@ class PromptTemplate:
         else:
             self.source = _source_of(tokenizer)
             several = isinstance(tokenizer.chat_template, dict)
-            self.tools_source = str(tokenizer.chat_template.get("tool_use", self.source)) if several else self.source
+            self.tools_source = (
+                str(tokenizer.chat_template.get("tool_use", self.source)) if several else self.source
+            )
         self.trouble = None if self.is_plain else self._find_trouble()
         self.supports_tools = _PROBE in self._try([_ASK], PROBE_TOOLS)
-        written = self._try([_ASK, _CALL], PROBE_TOOLS, add_generation_prompt=False) if self.supports_tools else ""
+        written = (
+            self._try([_ASK, _CALL], PROBE_TOOLS, add_generation_prompt=False) if self.supports_tools else ""
+        )
         native = format_of_call(written.rpartition("?")[2], _PROBE)
         self.writes_calls = native is not None
         self.tool_format = native or ToolFormat.HERMES
         asked_twice = [_ASK, {"role": "assistant", "content": "#"}, _ASK]
-        self.moves_tools = self.writes_calls and _PROBE in self._try(asked_twice, PROBE_TOOLS).rpartition("#")[2]
+        self.moves_tools = (
+            self.writes_calls and _PROBE in self._try(asked_twice, PROBE_TOOLS).rpartition("#")[2]
+        )
         self._takes_system = _PROBE in self._try([{"role": "system", "content": _PROBE}, _ASK], None)
 
     def variables(self, messages: Sequence[Message]) -> list[Turn]:
@@ -156,7 +184,11 @@ class PromptTemplate:
             turn: Turn = {"role": message.role, "content": message.content}
             if message.tool_calls:
                 turn["tool_calls"] = [
-                    {"id": self._id(call.id), "type": "function", "function": {"name": call.name, "arguments": parsed(call.arguments)}}
+                    {
+                        "id": self._id(call.id),
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": parsed(call.arguments)},
+                    }
                     for call in message.tool_calls
                 ]
             if message.tool_call_id is not None:
@@ -183,7 +215,9 @@ class PromptTemplate:
             raise
         except Exception as error:  # a template is foreign code and fails in any way it likes
             roles = ", ".join(turn["role"] for turn in turns[:8]) + (", …" if len(turns) > 8 else "")
-            raise InvalidRequest(f"the model's chat template refuses these messages ({roles}): {str(error)[:MAX_REASON]}") from error
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages ({roles}): {str(error)[:MAX_REASON]}"
+            ) from error
 
     def said(self, turn: Turn) -> str:
         """What an assistant's message has as content when it is rendered."""
@@ -191,7 +225,9 @@ class PromptTemplate:
 
     def probe_call(self) -> str:
         """A call of a function as the template ends it; empty if it does not write calls."""
-        written = self._try([_ASK, _CALL], PROBE_TOOLS, add_generation_prompt=False) if self.writes_calls else ""
+        written = (
+            self._try([_ASK, _CALL], PROBE_TOOLS, add_generation_prompt=False) if self.writes_calls else ""
+        )
         return written.rpartition(_PROBE)[2]
 
     def probe_tools(self) -> tuple[str, str]:
@@ -204,11 +240,17 @@ class PromptTemplate:
         return asked.rfind("<think>") > asked.rfind("</think>")
 
     def _find_trouble(self) -> str | None:
-        tokens = {name: str(value) for name, value in self._tokenizer.special_tokens_map.items() if not isinstance(value, list)}
+        tokens = {
+            name: str(value)
+            for name, value in self._tokenizer.special_tokens_map.items()
+            if not isinstance(value, list)
+        }
         troubles = what_fails(self.source, {**tokens, **self._options})
         if not troubles:
             return None
-        reasons = dict.fromkeys(f"line {line}: {reason}" if line is not None else reason for line, reason in troubles.values())
+        reasons = dict.fromkeys(
+            f"line {line}: {reason}" if line is not None else reason for line, reason in troubles.values()
+        )
         return f"{', '.join(troubles)} ({'; '.join(reasons)})"
 
     def _write(self, turns: Sequence[Turn], tools: Tools | None, add_generation_prompt: bool) -> str:
@@ -234,7 +276,9 @@ class PromptTemplate:
 
     def _id(self, call_id: str) -> str:
         """A call's id as the template takes it."""
-        if self.tool_format not in (ToolFormat.MISTRAL, ToolFormat.MISTRAL_ARGS) or re.fullmatch(r"[a-zA-Z0-9]{9}", call_id):
+        if self.tool_format not in (ToolFormat.MISTRAL, ToolFormat.MISTRAL_ARGS) or re.fullmatch(
+            r"[a-zA-Z0-9]{9}", call_id
+        ):
             return call_id
         return hashlib.blake2b(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
 

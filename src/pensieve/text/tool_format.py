@@ -23,9 +23,13 @@ class ToolFormat(enum.Enum):
     """A form in which models write calls."""
 
     HERMES = "hermes"  # <tool_call>{"name": "f", "arguments": {}}</tool_call>, one after another
-    LLAMA3 = "llama3"  # {"name": "f", "parameters": {}}, perhaps behind <|python_tag|>; several with ; between
+    LLAMA3 = (
+        "llama3"  # {"name": "f", "parameters": {}}, perhaps behind <|python_tag|>; several with ; between
+    )
     MISTRAL = "mistral"  # [TOOL_CALLS][{"name": "f", "arguments": {}}, ...]
-    MISTRAL_ARGS = "mistral-args"  # [TOOL_CALLS]f[ARGS]{}, one after another, perhaps with [CALL_ID]x before [ARGS]
+    MISTRAL_ARGS = (
+        "mistral-args"  # [TOOL_CALLS]f[ARGS]{}, one after another, perhaps with [CALL_ID]x before [ARGS]
+    )
 
     @property
     def begin(self) -> str:
@@ -35,7 +39,10 @@ class ToolFormat(enum.Enum):
     @property
     def markers(self) -> tuple[str, ...]:
         """The texts that set calls apart from words. A vocabulary may have them as tokens, special or not."""
-        return {"hermes": (self.begin, "</tool_call>"), "mistral-args": (self.begin, "[CALL_ID]", "[ARGS]")}.get(self.value, (self.begin,))
+        return {
+            "hermes": (self.begin, "</tool_call>"),
+            "mistral-args": (self.begin, "[CALL_ID]", "[ARGS]"),
+        }.get(self.value, (self.begin,))
 
 
 # What `write_plainly` puts around things: no user's text may hold these as tokens, if the vocabulary has them.
@@ -52,7 +59,9 @@ def tool_names(tools: Tools) -> tuple[str, ...]:
     for index, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
-            raise InvalidRequest(f'tools[{index}] must be {{"type": "function", "function": {{...}}}}, got {_shortened(tool)}')
+            raise InvalidRequest(
+                f'tools[{index}] must be {{"type": "function", "function": {{...}}}}, got {_shortened(tool)}'
+            )
         name = function.get("name")
         if not isinstance(name, str) or not name.strip():
             raise InvalidRequest(f"tools[{index}].function.name must be text, got {name!r}")
@@ -77,7 +86,11 @@ def force_prefix(format: ToolFormat, name: str | None) -> str:
         ToolFormat.LLAMA3: ("", "parameters"),
         ToolFormat.MISTRAL: ("[TOOL_CALLS][", "arguments"),
     }[format]
-    return opening + '{"name": "' + ("" if name is None else f'{json.dumps(name, ensure_ascii=False)[1:]}, "{key}":')
+    return (
+        opening
+        + '{"name": "'
+        + ("" if name is None else f'{json.dumps(name, ensure_ascii=False)[1:]}, "{key}":')
+    )
 
 
 def tools_prompt(tools: Tools, format: ToolFormat = ToolFormat.HERMES) -> str:
@@ -104,11 +117,16 @@ def write_calls(turn: Mapping[str, Any]) -> str:
     """An assistant's words with its calls behind them, in the form that `tools_prompt` asks for."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
     return "\n".join(
-        [*([turn["content"]] if turn["content"] or not calls else []), *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
+        [
+            *([turn["content"]] if turn["content"] or not calls else []),
+            *(f"<tool_call>\n{call}\n</tool_call>" for call in calls),
+        ]
     )
 
 
-def write_plainly(turns: Sequence[Mapping[str, Any]], tools: Tools | None, takes_system: bool) -> list[dict[str, Any]]:
+def write_plainly(
+    turns: Sequence[Mapping[str, Any]], tools: Tools | None, takes_system: bool
+) -> list[dict[str, Any]]:
     """The same chat in messages of system, user and assistant that hold only words.
 
     Args:
@@ -133,7 +151,9 @@ def write_plainly(turns: Sequence[Mapping[str, Any]], tools: Tools | None, takes
             at = 0
             plain.insert(0, {"role": role, "content": ""})
         said = [plain[at]["content"]] if plain[at]["content"] else []
-        plain[at]["content"] = "\n\n".join([*said, tools_prompt(tools)] if takes_system else [tools_prompt(tools), *said])
+        plain[at]["content"] = "\n\n".join(
+            [*said, tools_prompt(tools)] if takes_system else [tools_prompt(tools), *said]
+        )
     return plain
 
 

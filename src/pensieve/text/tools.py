@@ -72,19 +72,25 @@ class ToolCallParser:
         InvalidRequest: a tool is none.
     """
 
-    def __init__(self, format: ToolFormat, tools: Tools, *, max_calls: int | None = None, stream_arguments: bool = True) -> None:
+    def __init__(
+        self, format: ToolFormat, tools: Tools, *, max_calls: int | None = None, stream_arguments: bool = True
+    ) -> None:
         self._format = format
         self._names = frozenset(tool_names(tools))
         self._max_calls = max_calls
         self._streams = stream_arguments
-        self._marker = format.begin  # its first character occurs in it once: after a mismatch nothing before can begin another
+        self._marker = (
+            format.begin
+        )  # its first character occurs in it once: after a mismatch nothing before can begin another
         self._separator = {"llama3": ";", "mistral": ",", "mistral-args": ","}.get(format.value)
         self._words = re.compile(rf"[^\s{re.escape(self._marker[0])}]+")
         self._state: Callable[[str], bool] = self._in_content
         self._body: CallBody | None = None
         self._in_list = False
         self._held: list[str] = []  # content if it turns out to be no call
-        self._gap: list[str] = []  # white space that came last: content if content follows, dropped next to a call
+        self._gap: list[
+            str
+        ] = []  # white space that came last: content if content follows, dropped next to a call
         self._call_in_gap = False
         self._has_content = False
         self._num_calls = 0  # that have begun
@@ -121,7 +127,11 @@ class ToolCallParser:
         """Take the next piece of the answer; returns what is settled by it."""
         at = 0
         while at < len(text) and not self._done:
-            if self._state == self._in_content and self._has_content and (words := self._words.match(text, at)):
+            if (
+                self._state == self._in_content
+                and self._has_content
+                and (words := self._words.match(text, at))
+            ):
                 self._say(words[0])
                 self._position += len(words[0])
                 at = words.end()
@@ -140,7 +150,9 @@ class ToolCallParser:
         if self._state == self._in_broken:
             self._write(self._num_calls - 1, "".join(self._held))
             self._end_call()
-        elif self._state != self._in_opening or not self._num_calls or self._held[0] != self._separator:  # a lone separator is of no use
+        elif (
+            self._state != self._in_opening or not self._num_calls or self._held[0] != self._separator
+        ):  # a lone separator is of no use
             self._say("".join(self._held))
         if not self._call_in_gap:
             self._write(None, "".join(self._gap))
@@ -154,7 +166,12 @@ class ToolCallParser:
             pass
 
     def _in_content(self, char: str) -> bool:
-        if char == "{" and self._format is ToolFormat.LLAMA3 and not self._has_content and not self._num_calls:
+        if (
+            char == "{"
+            and self._format is ToolFormat.LLAMA3
+            and not self._has_content
+            and not self._num_calls
+        ):
             self._state = self._in_opening  # an answer may be nothing but a call, without a marker
             return False
         if char == self._marker[0]:
@@ -182,7 +199,9 @@ class ToolCallParser:
             self._in_list = True
             return True
         if char == "{":
-            self._body = ObjectBody(self._names, self._streams, needs_arguments=self._format is ToolFormat.LLAMA3)
+            self._body = ObjectBody(
+                self._names, self._streams, needs_arguments=self._format is ToolFormat.LLAMA3
+            )
         elif is_mistral and not self._in_list:
             self._body = NamedBody(self._names, self._streams)
         else:
@@ -306,7 +325,9 @@ class ToolCallParser:
     def _flush(self) -> None:
         if self._pieces:
             text = "".join(self._pieces)
-            self._events.append(ContentDelta(text) if self._pieces_of is None else CallDelta(self._pieces_of, text))
+            self._events.append(
+                ContentDelta(text) if self._pieces_of is None else CallDelta(self._pieces_of, text)
+            )
             self._pieces = []
 
     def _drain(self) -> list[ToolEvent]:

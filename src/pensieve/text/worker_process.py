@@ -24,7 +24,9 @@ from pensieve.text.chat import ChatText
 from pensieve.text.jobs import TextJob, run_job
 
 GRACE_S = 0.25  # between the two alarms
-GROWN_BYTES = 64 << 20  # a worker that keeps so much more memory than it began with is replaced by a fresh one
+GROWN_BYTES = (
+    64 << 20
+)  # a worker that keeps so much more memory than it began with is replaced by a fresh one
 HAS_ALARMS = hasattr(signal, "setitimer")  # not on Windows: there the parent's clock is the only one
 HARD_ALARM = getattr(signal, "SIGVTALRM", None)
 
@@ -96,7 +98,9 @@ def serve_jobs(connection: socket.socket, text: ChatText, memory_bytes: int, nic
         reply = _do(data, text)
         leaves = reply.kind in ("memory", "slow") or _memory_now() - begun_with > GROWN_BYTES
         try:
-            send_frame(connection, pickle.dumps(Reply(reply.kind, reply.value, leaves), pickle.HIGHEST_PROTOCOL))
+            send_frame(
+                connection, pickle.dumps(Reply(reply.kind, reply.value, leaves), pickle.HIGHEST_PROTOCOL)
+            )
         except OSError:
             return
         if leaves:

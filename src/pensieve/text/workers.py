@@ -18,7 +18,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from pensieve.errors import EngineClosed, Overloaded, PensieveError, PromptTooCostly, TextUnavailable, error_from
+from pensieve.errors import (
+    EngineClosed,
+    Overloaded,
+    PensieveError,
+    PromptTooCostly,
+    TextUnavailable,
+    error_from,
+)
 from pensieve.text.jobs import TextJob
 from pensieve.text.nursery import Nursery, NurseryLost, Worker, WorkerLimits
 from pensieve.text.worker_process import HARD_ALARM, Reply, receive_frame, send_frame
@@ -31,7 +38,9 @@ Kind = Literal["short", "long"]
 SHORT_CHARS = 1 << 15  # a job of no more characters is begun as a short one
 SHORT_S = 0.25  # of processor time, in a short lane
 SHORT_WALL_S = 20.0  # a worker that does not answer for so long is stopped, or its machine is
-LONG_WALL_FACTOR = 12.0  # the same for long jobs, in their limits of processor time: they come last on a busy machine
+LONG_WALL_FACTOR = (
+    12.0  # the same for long jobs, in their limits of processor time: they come last on a busy machine
+)
 NICENESS = 5  # of long jobs: the engine comes first
 MAX_WAITING = 4096  # jobs
 MAX_WAITING_CHARS = 1 << 26  # of all jobs that wait
@@ -81,14 +90,22 @@ class TextWorkers:
     """
 
     def __init__(
-        self, start_nursery: Callable[[], Nursery], *, job_s: float, memory_bytes: int, lanes: tuple[Kind, ...] | None = None
+        self,
+        start_nursery: Callable[[], Nursery],
+        *,
+        job_s: float,
+        memory_bytes: int,
+        lanes: tuple[Kind, ...] | None = None,
     ) -> None:
         self._start_nursery = start_nursery
         self._job_s, self._memory_bytes = job_s, memory_bytes
         self._nursery: Nursery | None = start_nursery()
         self._nursery_lock = threading.Lock()
         self._changed = threading.Condition()
-        self._waiting: dict[Kind, OrderedDict[str, deque[_Task]]] = {"short": OrderedDict(), "long": OrderedDict()}  # by tenant
+        self._waiting: dict[Kind, OrderedDict[str, deque[_Task]]] = {
+            "short": OrderedDict(),
+            "long": OrderedDict(),
+        }  # by tenant
         self._num_waiting = self._waiting_chars = 0
         self._closed = threading.Event()
         self.trouble: str | None = None  # why no worker can be had now
@@ -110,9 +127,13 @@ class TextWorkers:
         with self._changed:
             if self._closed.is_set():
                 future.set_exception(EngineClosed("the server is shutting down"))
-            elif self._num_waiting >= MAX_WAITING or (self._num_waiting and self._waiting_chars + chars > MAX_WAITING_CHARS):
+            elif self._num_waiting >= MAX_WAITING or (
+                self._num_waiting and self._waiting_chars + chars > MAX_WAITING_CHARS
+            ):
                 future.set_exception(
-                    Overloaded(f"{self._num_waiting} prompts of {self._waiting_chars} characters wait to be made: try again later")
+                    Overloaded(
+                        f"{self._num_waiting} prompts of {self._waiting_chars} characters wait to be made: try again later"
+                    )
                 )
             else:
                 self._put(task)
@@ -227,7 +248,9 @@ class TextWorkers:
                     self._nursery.close()
                     self._nursery = None
                     if attempt:
-                        raise TextUnavailable("the processes that make prompts end as soon as they are started: try again later") from None
+                        raise TextUnavailable(
+                            "the processes that make prompts end as soon as they are started: try again later"
+                        ) from None
                 else:
                     self.trouble = None
                     return worker
@@ -285,7 +308,9 @@ class _Lane:
             except Exception as error:
                 log.exception("a text job could not be handled")
                 self._replace()
-                _fail(task.future, PensieveError(f"the text could not be read: {type(error).__name__}: {error}"))
+                _fail(
+                    task.future, PensieveError(f"the text could not be read: {type(error).__name__}: {error}")
+                )
             finally:
                 self._pool.release(task)
                 del task
@@ -299,7 +324,11 @@ class _Lane:
         try:
             worker = self._pool.make(self._kind)
         except Exception as error:
-            reason = error if isinstance(error, PensieveError) else TextUnavailable(f"{type(error).__name__}: {error}")
+            reason = (
+                error
+                if isinstance(error, PensieveError)
+                else TextUnavailable(f"{type(error).__name__}: {error}")
+            )
             log.warning("no text worker can be started: %s", reason.message)
             self._pool.trouble = f"the processes that make prompts cannot be started: {reason.message}"
             self._pool.wait(PAUSES_S[min(self._failures, len(PAUSES_S) - 1)])
@@ -374,7 +403,12 @@ class _Lane:
             task.lost = True
             self._pool.again(task, self._kind)
         else:
-            _fail(task.future, TextUnavailable(f"the process that made the prompt ended twice (exit code {code}): try again later"))
+            _fail(
+                task.future,
+                TextUnavailable(
+                    f"the process that made the prompt ended twice (exit code {code}): try again later"
+                ),
+            )
 
     def _replace(self) -> int | None:
         """End the worker, and have another one; the exit code of the old one."""

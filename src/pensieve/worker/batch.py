@@ -37,10 +37,14 @@ class Batch:
     slot_mapping: torch.Tensor  # (T,), flat slot of each token: slot * C + offset
     cu_seqlens_q: torch.Tensor  # (S + 1,), where each span's tokens begin in T
     context_lens: torch.Tensor  # (S,), tokens a span's last token attends: span.stop
-    block_tables: torch.Tensor  # (S, B), slots of each span's chunks; cells beyond its context are 0 and never read
+    block_tables: (
+        torch.Tensor
+    )  # (S, B), slots of each span's chunks; cells beyond its context are 0 and never read
     logit_rows: torch.Tensor  # (E,), index in T of the last token of each emitting span
     emitting_rows: torch.Tensor  # (E,), each one's row among requests, see `BatchBuilder.num_rows`
-    unknown: torch.Tensor  # (U,), index in T of tokens that were sampled, but are not known here yet: their ids are 0
+    unknown: (
+        torch.Tensor
+    )  # (U,), index in T of tokens that were sampled, but are not known here yet: their ids are 0
     unknown_rows: torch.Tensor  # (U,), each one's row among requests
     emitting: tuple[Span, ...]  # the E spans, in the order of `logit_rows`
     chunk_tokens: int
@@ -71,10 +75,14 @@ class BatchBuilder:
         for update in updates:
             row = self._rows.get(update.request_id)
             before = 0 if row is None else int(self._num_chunks[row])
-            assert update.first <= before, f"table of {update.request_id!r} has {before} chunks, update begins at {update.first}"
+            assert update.first <= before, (
+                f"table of {update.request_id!r} has {before} chunks, update begins at {update.first}"
+            )
             end = update.first + len(update.slots)
             if row is None:
-                row = self._rows[update.request_id] = self._free_rows.pop() if self._free_rows else len(self._rows)
+                row = self._rows[update.request_id] = (
+                    self._free_rows.pop() if self._free_rows else len(self._rows)
+                )
             self._make_room(row, end)
             table = self._tables[row]
             table[update.first : end] = update.slots

@@ -23,7 +23,10 @@ from pensieve.errors import ModelRefused
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-WEIGHT_FILES = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+WEIGHT_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 _SHOWN = 4  # names of a list that a message gives
 _LONGEST_HEADER = 100 << 20  # bytes; the format allows no longer one
 
@@ -32,15 +35,22 @@ _HARMLESS = (
     (re.compile(r"(^|[._])(original_)?inv_freq$"), "rotary frequencies: computed from the config"),
     (re.compile(r"(^|\.)position_ids$"), "0, 1, 2, ...: counted instead"),
     (re.compile(r"(^|\.)(mtp|mtp_\w+|nextn)\."), "heads that guess several tokens ahead: never asked"),
-    (re.compile(r"(^|\.)(k|v)_scale$|\.(k|v)_proj\.output_scale$"), "scales of an 8-bit KV cache: keys and values are kept as computed"),
+    (
+        re.compile(r"(^|\.)(k|v)_scale$|\.(k|v)_proj\.output_scale$"),
+        "scales of an 8-bit KV cache: keys and values are kept as computed",
+    ),
 )
-_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|crossattention)\.(masked_)?bias$")  # a causal mask: applied by position instead
+_MASK = re.compile(
+    r"(^|\.)(attn|attention|self_attn|crossattention)\.(masked_)?bias$"
+)  # a causal mask: applied by position instead
 _OTHER_SENSES = re.compile(
     r"^(model\.|thinker\.|base_model\.)*"
     r"(visual|vision\w*|image\w*|audio\w*|video\w*|speech\w*|sound\w*|embed_vision|embed_audio|multi_modal_projector|mm_projector|"
     r"vit\w*|vpm|apm|resampler|talker|token2wav|code2wav)\."
 )
-_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")  # wherever in a name, they mean nothing
+_WRAPPERS = re.compile(
+    r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
+)  # wherever in a name, they mean nothing
 _ADAPTER = re.compile(r"(^|\.)lora_|\.base_layer\.")
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
@@ -60,8 +70,12 @@ class Differences:
 
     missing: set[str] = field(default_factory=set)
     left_over: set[str] = field(default_factory=set)
-    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # (in the files, by the config)
-    broken: dict[str, str] = field(default_factory=dict)  # why a tensor could not be made of those in the files
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=dict
+    )  # (in the files, by the config)
+    broken: dict[str, str] = field(
+        default_factory=dict
+    )  # why a tensor could not be made of those in the files
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.left_over or self.misshapen or self.broken)
@@ -83,7 +97,9 @@ def missing_shards(folder: Path) -> list[str]:
         if (folder / single).exists():
             return []
         if (folder / index).exists():
-            return sorted(name for name in set(_index(folder, index).values()) if not (folder / name).exists())
+            return sorted(
+                name for name in set(_index(folder, index).values()) if not (folder / name).exists()
+            )
     return []
 
 
@@ -98,7 +114,10 @@ def stored_tensors(folder: Path, label: str) -> dict[str, Stored]:
         shards = {p.name for p in folder.glob(pattern) if re.search(r"-\d+-of-\d+\.", p.name)}
         if (folder / single).exists():
             if shards:
-                raise refused(label, f"it holds two sets of weights, {single} and {_list(shards)}: move one of them away")
+                raise refused(
+                    label,
+                    f"it holds two sets of weights, {single} and {_list(shards)}: move one of them away",
+                )
             return _read(folder, {single}, label)
         if not (folder / index).exists():
             continue
@@ -109,7 +128,9 @@ def stored_tensors(folder: Path, label: str) -> dict[str, Stored]:
             raise refused(label, f"{len(strays)} weight files are not in {index} ({_list(strays)})")
         found = _read(folder, set(named.values()), label)
         if lost := {name for name, file in named.items() if name not in found or found[name].file != file}:
-            raise refused(label, f"{len(lost)} tensors are not in the files that {index} names for them ({_list(lost)})")
+            raise refused(
+                label, f"{len(lost)} tensors are not in the files that {index} names for them ({_list(lost)})"
+            )
         return found
     raise refused(label, f"there are no weight files in {folder}")
 
@@ -118,7 +139,9 @@ def _index(folder: Path, index: str) -> dict[str, str]:
     try:
         return dict(json.loads((folder / index).read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelRefused(f"{folder / index} is damaged ({type(error).__name__}: {error}): fetch the model again") from error
+        raise ModelRefused(
+            f"{folder / index} is damaged ({type(error).__name__}: {error}): fetch the model again"
+        ) from error
 
 
 def _read(folder: Path, files: set[str], label: str) -> dict[str, Stored]:
@@ -176,23 +199,33 @@ def key_mapping(stored: Mapping[str, Stored], model: PreTrainedModel, label: str
         )
     known = _Names.of(model)
     wrapped = {name for name in stored if _WRAPPERS.search(name)}
-    mapping = {re.escape(wrapper): "" for wrapper in sorted({w for name in wrapped for w in _WRAPPERS.findall(name)})}
+    mapping = {
+        re.escape(wrapper): "" for wrapper in sorted({w for name in wrapped for w in _WRAPPERS.findall(name)})
+    }
     names: dict[str, str] = {}  # as wrappers are taken away, in the files
     for name in stored:
         bare = _WRAPPERS.sub("", name)
         if bare in names:
-            raise refused(label, f"it holds two sets of weights: {names[bare]} and {name} are one tensor of it")
+            raise refused(
+                label, f"it holds two sets of weights: {names[bare]} and {name} are one tensor of it"
+            )
         names[bare] = name
     if known is None:
         return mapping
     target = known.target
     fitting = {found for name in names if (found := target(name)) is not None}
-    strays = [name for name in names if target(name) is None and why_harmless(name, stored[names[name]].shape, model.config) is None]
+    strays = [
+        name
+        for name in names
+        if target(name) is None and why_harmless(name, stored[names[name]].shape, model.config) is None
+    ]
     prefix = _common_prefix(strays, target, fitting, label)
     return mapping | ({"^" + re.escape(prefix): ""} if prefix else {})
 
 
-def _common_prefix(strays: list[str], target: Callable[[str], str | None], fitting: set[str], label: str) -> str | None:
+def _common_prefix(
+    strays: list[str], target: Callable[[str], str | None], fitting: set[str], label: str
+) -> str | None:
     """The one beginning without which stray names are the model's; None if there is none."""
     fits: dict[str, dict[str, str]] = {}  # by prefix, the model's names and those in the files
     for name in strays:
@@ -209,14 +242,22 @@ def _common_prefix(strays: list[str], target: Callable[[str], str | None], fitti
     if both is not None or direct is not None:
         one = fits[best][both or direct or ""]
         other = both and next(fits[prefix][both] for prefix in rivals if both in fits[prefix])
-        raise refused(label, f"it holds two sets of weights: {one} and {other or direct} would be one tensor of it")
+        raise refused(
+            label, f"it holds two sets of weights: {one} and {other or direct} would be one tensor of it"
+        )
     return best
 
 
 class _Names:
     """Which of a model's tensors one in the files becomes, as transformers renames them."""
 
-    def __init__(self, model: PreTrainedModel, renamings: list[Any], converters: list[Any], rename: Callable[..., tuple[str, str | None]]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        renamings: list[Any],
+        converters: list[Any],
+        rename: Callable[..., tuple[str, str | None]],
+    ):
         self._state, self._base = model.state_dict(), model.base_model_prefix
         self._renamings, self._converters, self._rename = renamings, converters, rename
 
@@ -231,7 +272,9 @@ class _Names:
         except (ImportError, TypeError, AttributeError):
             return None
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        return cls(model, renamings, [t for t in transforms if isinstance(t, WeightConverter)], rename_source_key)
+        return cls(
+            model, renamings, [t for t in transforms if isinstance(t, WeightConverter)], rename_source_key
+        )
 
     def target(self, name: str) -> str | None:
         """The model's name of a tensor of the files; None: it has no place for it."""
@@ -250,7 +293,11 @@ def why_harmless(name: str, shape: tuple[int, ...] | None, config: PretrainedCon
     for pattern, reason in _HARMLESS:
         if pattern.search(name):
             return reason
-    if _MASK.search(name) and shape is not None and (shape == () or shape == (1,) or (len(shape) == 4 and shape[-1] == shape[-2])):
+    if (
+        _MASK.search(name)
+        and shape is not None
+        and (shape == () or shape == (1,) or (len(shape) == 4 and shape[-1] == shape[-2]))
+    ):
         return "a causal mask: applied by position instead"
     text = config.get_text_config()
     guesses = getattr(text, "num_nextn_predict_layers", None) or 0
@@ -279,7 +326,12 @@ def require_experts(stored: Mapping[str, Stored], label: str) -> None:
     counts: dict[str, int] = {}
     for (prefix, _), found in numbers.items():
         counts[prefix] = max(counts.get(prefix, 0), max(found) + 1)
-    gone = [f"{prefix}.{n}.{rest}" for (prefix, rest), found in numbers.items() for n in range(counts[prefix]) if n not in found]
+    gone = [
+        f"{prefix}.{n}.{rest}"
+        for (prefix, rest), found in numbers.items()
+        for n in range(counts[prefix])
+        if n not in found
+    ]
     if gone:
         raise refused(label, f"{len(gone)} tensors of experts are in no file ({_list(gone)})")
 
@@ -306,11 +358,16 @@ def differences_of(report: Any) -> Differences:
     """transformers' report of a load, in our words."""
     shapes = {name: (tuple(stored), tuple(expected)) for name, stored, expected in report.mismatched_keys}
     return Differences(
-        set(report.missing_keys), set(report.unexpected_keys), shapes, dict(getattr(report, "conversion_errors", None) or {})
+        set(report.missing_keys),
+        set(report.unexpected_keys),
+        shapes,
+        dict(getattr(report, "conversion_errors", None) or {}),
     )
 
 
-def expected_differences(stored: Mapping[str, Stored], mapping: Mapping[str, str], model: PreTrainedModel) -> Differences | None:
+def expected_differences(
+    stored: Mapping[str, Stored], mapping: Mapping[str, str], model: PreTrainedModel
+) -> Differences | None:
     """The same before anything is loaded, from names and shapes alone; None where tensors are made of several, or quantised: loading tells."""
     names = _Names.of(model)
     if names is None or getattr(model.config, "quantization_config", None) is not None:
@@ -330,7 +387,10 @@ def expected_differences(stored: Mapping[str, Stored], mapping: Mapping[str, str
         if entry.shape != tuple(state[becomes].shape):
             differences.misshapen[becomes] = (entry.shape, tuple(state[becomes].shape))
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
-    groups = {source: {source, *(target for target, other in tied.items() if other == source)} for source in tied.values()}
+    groups = {
+        source: {source, *(target for target, other in tied.items() if other == source)}
+        for source in tied.values()
+    }
     for group in groups.values():
         if not group <= differences.missing:  # one of them is there, and is all of them
             differences.missing -= group
@@ -344,9 +404,17 @@ def judge(differences: Differences, stored: Mapping[str, Stored], model: PreTrai
         ModelRefused: how many tensors and which, in words.
     """
     shapes = {name: entry.shape for name, entry in stored.items()}
-    left = {name for name in differences.left_over if why_harmless(name, _shape_of(name, shapes), model.config) is None}
+    left = {
+        name
+        for name in differences.left_over
+        if why_harmless(name, _shape_of(name, shapes), model.config) is None
+    }
     buffers = {name for name, _ in model.named_buffers()}
-    missing = {name for name in differences.missing if not (name in buffers and why_harmless(name, None, model.config))}
+    missing = {
+        name
+        for name in differences.missing
+        if not (name in buffers and why_harmless(name, None, model.config))
+    }
     if not (left or missing or differences.misshapen or differences.broken):
         return
     reasons = []
@@ -354,7 +422,11 @@ def judge(differences: Differences, stored: Mapping[str, Stored], model: PreTrai
     if held and says and held != says and (left or missing):
         reasons.append(f"its files hold {held} layers, its config says {says}")
     if missing:
-        heads = " although the config does not tie it to the embedding (tie_word_embeddings)" if missing == {"lm_head.weight"} else ""
+        heads = (
+            " although the config does not tie it to the embedding (tie_word_embeddings)"
+            if missing == {"lm_head.weight"}
+            else ""
+        )
         reasons.append(f"{_count(missing)} in no file ({_list(missing)}){heads}")
     if left:
         reasons.append(f"{_count(left, 'has', 'have')} no place in the model ({_list(left)})")
@@ -363,7 +435,9 @@ def judge(differences: Differences, stored: Mapping[str, Stored], model: PreTrai
             f"{n} is {in_files} in the files, {by_config} by the config"
             for n, (in_files, by_config) in sorted(differences.misshapen.items())
         ]
-        reasons.append(f"{_count(listed)} of another shape: {'; '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}")
+        reasons.append(
+            f"{_count(listed)} of another shape: {'; '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}"
+        )
     if differences.broken:
         reasons.append(
             f"{_count(differences.broken)} made of several, and those in the files do not go together ({_list(differences.broken)})"
@@ -389,7 +463,11 @@ def require_ties(model: PreTrainedModel, label: str) -> None:
 def left_out(differences: Differences) -> str | None:
     """A note on the part of a model that is not served, if there is one."""
     senses = [name for name in differences.left_over if _OTHER_SENSES.search(name)]
-    return f"served for text: {len(senses)} tensors of the part that sees or hears are left out" if senses else None
+    return (
+        f"served for text: {len(senses)} tensors of the part that sees or hears are left out"
+        if senses
+        else None
+    )
 
 
 def require_finite(model: PreTrainedModel, label: str) -> None:
@@ -398,7 +476,11 @@ def require_finite(model: PreTrainedModel, label: str) -> None:
     Raises:
         ModelRefused: with the first of them.
     """
-    bad = [name for name, tensor in model.named_parameters() if tensor.is_floating_point() and not _is_finite(tensor)]
+    bad = [
+        name
+        for name, tensor in model.named_parameters()
+        if tensor.is_floating_point() and not _is_finite(tensor)
+    ]
     if bad:
         kind = str(model.dtype).removeprefix("torch.")
         way = "; float16 overflows above 65504: try --dtype bfloat16" if model.dtype is torch.float16 else ""
@@ -418,7 +500,14 @@ def _shape_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ..
     """Of a tensor by a name that may have lost or won a beginning."""
     if name in shapes:
         return shapes[name]
-    return next((shape for other, shape in shapes.items() if other.endswith("." + name) or name.endswith("." + other)), None)
+    return next(
+        (
+            shape
+            for other, shape in shapes.items()
+            if other.endswith("." + name) or name.endswith("." + other)
+        ),
+        None,
+    )
 
 
 def _layers_held(names: Iterable[str]) -> int | None:

@@ -60,14 +60,18 @@ def remove(which: str) -> list[Conversion]:
     if not wanted:
         if which == "all":
             return []
-        raise ConfigError(f"nothing converted is called {which!r}. `pensieve models --cached` lists what there is")
+        raise ConfigError(
+            f"nothing converted is called {which!r}. `pensieve models --cached` lists what there is"
+        )
     hashes = sorted({one.sha256[:16] for one in wanted})
     if which != "all" and len(hashes) > 1:
         short = ", ".join(sha256[:_SHORT_HASH] for sha256 in hashes)
         raise ConfigError(f"{which!r} stands for {len(hashes)} conversions: name one by its hash ({short})")
     removed = [one for one in wanted if _remove(one)]
     if not removed:
-        raise ConfigError(f"{which!r} is being converted by another process: wait until it is done, or end it")
+        raise ConfigError(
+            f"{which!r} is being converted by another process: wait until it is done, or end it"
+        )
     return removed
 
 
@@ -79,7 +83,11 @@ def _remove(one: Conversion) -> bool:
     """Whether it could be removed: not while the lock under which it is built is held."""
     path = Path(one.path)
     # Of an unfinished one only the beginning of the hash is known.
-    locks = [path.parent / f"{one.sha256}.lock"] if one.format is not None else sorted(path.parent.glob(f"{one.sha256}*.lock"))
+    locks = (
+        [path.parent / f"{one.sha256}.lock"]
+        if one.format is not None
+        else sorted(path.parent.glob(f"{one.sha256}*.lock"))
+    )
     with contextlib.ExitStack() as held:
         try:
             for lock in locks:
@@ -102,7 +110,9 @@ def _found() -> Iterator[Conversion]:
         elif (match := _UNFINISHED.fullmatch(path.name)) and path.is_dir():
             unfinished.append((path, match["sha256"]))
     for path, sha256 in unfinished:
-        yield Conversion(names.get(sha256, "?"), sha256, "unfinished", None, _size(path), _time(path), str(path))
+        yield Conversion(
+            names.get(sha256, "?"), sha256, "unfinished", None, _size(path), _time(path), str(path)
+        )
 
 
 def _finished(path: Path, sha256: str, number: int) -> Conversion:

@@ -33,13 +33,23 @@ class DeviceRows:
             return f"its kernels run on CUDA, not on {device}"
         return None
 
-    def norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def norm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
         """See `Rows.norm`."""
         rows, width = residual.shape
         output = torch.empty_like(residual)
         if rows:
             self._kernels.norm_kernel[(rows,)](
-                residual, delta, weight, output, width, epsilon, HAS_DELTA=delta is not None, BLOCK=_power(width), num_warps=_warps(width)
+                residual,
+                delta,
+                weight,
+                output,
+                width,
+                epsilon,
+                HAS_DELTA=delta is not None,
+                BLOCK=_power(width),
+                num_warps=_warps(width),
             )
         return output
 
@@ -61,7 +71,9 @@ class DeviceRows:
         output = gate_up.new_empty((rows, width // 2))
         if rows:
             block = min(_GATE_BLOCK, _power(width // 2))
-            self._kernels.gate_kernel[rows, -(-(width // 2) // block)](gate_up, output, width // 2, BLOCK=block)
+            self._kernels.gate_kernel[rows, -(-(width // 2) // block)](
+                gate_up, output, width // 2, BLOCK=block
+            )
         return output
 
 

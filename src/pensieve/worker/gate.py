@@ -75,7 +75,9 @@ def check_config(config: PretrainedConfig, label: str) -> None:
     check_class(model, label)
     try:
         CausalModel(model, label, self_test=False, forward="modules")
-    except ForwardFails as error:  # what depends on data cannot be computed there: the probe after loading tells
+    except (
+        ForwardFails
+    ) as error:  # what depends on data cannot be computed there: the probe after loading tells
         log.debug("%s on meta: %s", label, error)
 
 
@@ -104,8 +106,14 @@ def check_class(model: PreTrainedModel, label: str) -> None:
             f"{name} keeps recurrent or convolution state beside keys and values, not through the attention interface; it cannot be cached yet",
         )
     if not model._supports_attention_backend:
-        how = " (it biases scores by distance, ALiBi)" if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt") else ""
-        raise _refused(label, f"{name} does not compute its attention through transformers' attention interface{how}")
+        how = (
+            " (it biases scores by distance, ALiBi)"
+            if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt")
+            else ""
+        )
+        raise _refused(
+            label, f"{name} does not compute its attention through transformers' attention interface{how}"
+        )
 
 
 def _why_not(config: PretrainedConfig) -> str | None:
@@ -202,14 +210,18 @@ def probe(model: CausalModel) -> tuple[KVGeometry, tuple[AttentionArgs, ...]]:
     seen_args: dict[int, AttentionArgs] = {}
     num_layers, label = model.shape.num_layers, model.label
 
-    def watch(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def watch(
+        layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         if layer in seen:
             raise _refused(label, f"layer {layer} attends twice in one forward")
         if (reason := _why_not_shapes(query, key, value)) is not None:
             raise _refused(label, f"layer {layer} has {reason}")
         expected = _window_of(model.config, layer)
         if args.sliding_window != expected:
-            raise _refused(label, f"layer {layer} attends with window {args.sliding_window}, its config says {expected}")
+            raise _refused(
+                label, f"layer {layer} attends with window {args.sliding_window}, its config says {expected}"
+            )
         seen[layer] = KVGeometry(num_layers, key.shape[1], key.shape[2], key.dtype)
         seen_args[layer] = args
         return torch.zeros_like(query)
@@ -218,7 +230,10 @@ def probe(model: CausalModel) -> tuple[KVGeometry, tuple[AttentionArgs, ...]]:
     positions = torch.arange(2, device=model.device)[None]
     _call(label, lambda: model.logits(ids, positions, positions[0], watch))
     if set(seen) != set(range(num_layers)):
-        raise _refused(label, f"only {len(seen)} of its {num_layers} layers attend; the others keep state that cannot be cached")
+        raise _refused(
+            label,
+            f"only {len(seen)} of its {num_layers} layers attend; the others keep state that cannot be cached",
+        )
     if len(set(seen.values())) != 1:
         kinds = sorted({f"{kind.num_kv_heads} x {kind.head_dim}" for kind in seen.values()})
         raise _refused(label, f"its layers differ in KV heads or head size ({', '.join(kinds)})")
@@ -254,7 +269,9 @@ class Expected:
 
     ids: dict[str, list[int]]  # by name
     logits: dict[str, torch.Tensor]  # (n, V) in fp32, of a sequence of n tokens
-    wide: dict[str, torch.Tensor] | None  # the same, computed in float32; None: it could not be, or not over all layers
+    wide: (
+        dict[str, torch.Tensor] | None
+    )  # the same, computed in float32; None: it could not be, or not over all layers
 
 
 def expect(model: CausalModel, attention: str = "auto") -> Expected:
@@ -266,7 +283,10 @@ def expect(model: CausalModel, attention: str = "auto") -> Expected:
     longest = min(29, model.shape.max_positions)
     lengths = {"pieces": longest, "holes": max(1, longest - 2), "decode": max(1, longest - 18)}
     generator = torch.Generator().manual_seed(0)
-    ids = {name: torch.randint(model.shape.vocab_size, (length,), generator=generator).tolist() for name, length in lengths.items()}
+    ids = {
+        name: torch.randint(model.shape.vocab_size, (length,), generator=generator).tolist()
+        for name, length in lengths.items()
+    }
     with model.eager() as eager:
         logits = _call(model.label, lambda: _eager(eager, ids))
     if not all(bool(torch.isfinite(answer).all()) for answer in logits.values()):
@@ -281,13 +301,19 @@ def expect(model: CausalModel, attention: str = "auto") -> Expected:
     return Expected(ids, logits, wide)
 
 
-def _expect_wide(model: CausalModel, ids: dict[str, list[int]], attention: str) -> dict[str, torch.Tensor] | None:
+def _expect_wide(
+    model: CausalModel, ids: dict[str, list[int]], attention: str
+) -> dict[str, torch.Tensor] | None:
     """The answers in float32, after a comparison of both ways to attend; None where there are none, or not of the whole model."""
     layers = decoder_layers(model.model, model.shape.num_layers)
     if layers is None or (model.model.tp_size or 1) > 1:
         return None
     every = list(range(len(layers)))
-    budget = _FLOAT_BUDGET if model.device.type != "cpu" else min(_FLOAT_BUDGET, _FLOAT_BUDGET_A_THREAD * torch.get_num_threads())
+    budget = (
+        _FLOAT_BUDGET
+        if model.device.type != "cpu"
+        else min(_FLOAT_BUDGET, _FLOAT_BUDGET_A_THREAD * torch.get_num_threads())
+    )
     is_large = sum(p.numel() for p in model.model.parameters()) > budget
     computed = choose(layers, [_kind(args) for args in model.attention_args], budget) if is_large else every
     skipped: list[nn.Module] = [layers[index] for index in every if index not in computed]
@@ -298,7 +324,9 @@ def _expect_wide(model: CausalModel, ids: dict[str, list[int]], attention: str) 
             run = _paged(model, ids, attention, torch.float32)
     except ModelRefused:
         raise
-    except Exception as error:  # modules that insist on their own number type: then the looser test in 16 bits has to do
+    except (
+        Exception
+    ) as error:  # modules that insist on their own number type: then the looser test in 16 bits has to do
         log.info("%s is not computed in float32 (%s: %s)", model.label, type(error).__name__, error)
         return None
     _require_close(model.label, _largest(run, wide), _TOLERANCE)
@@ -324,9 +352,14 @@ def self_test(model: CausalModel, expected: Expected, attention: str = "auto") -
 
 def _require_close(label: str, error: float, limit: float) -> None:
     if error != error:
-        raise _refused(label, "over a paged cache its logits are not finite, by transformers' own attention they are")
+        raise _refused(
+            label, "over a paged cache its logits are not finite, by transformers' own attention they are"
+        )
     if error > limit:
-        raise _refused(label, f"over a paged cache its logits differ from transformers' own by {error:.2g}, {limit:.2g} would be rounding")
+        raise _refused(
+            label,
+            f"over a paged cache its logits differ from transformers' own by {error:.2g}, {limit:.2g} would be rounding",
+        )
 
 
 def _compare(model: CausalModel, expected: Expected, attention: str) -> tuple[float, float]:
@@ -338,7 +371,9 @@ def _compare(model: CausalModel, expected: Expected, attention: str) -> tuple[fl
         return _distance(run, expected.wide or expected.logits), _BYTE_TOLERANCE
     if expected.wide is None:
         return _distance(run, expected.logits), _HALF_TOLERANCE
-    if model.forward_name == "modules":  # proven in float32; here an expert that is chosen by a hair may be another one for some tokens
+    if (
+        model.forward_name == "modules"
+    ):  # proven in float32; here an expert that is chosen by a hair may be another one for some tokens
         return _typical(run, expected.logits), _HALF_TOLERANCE
     own = [(name, position, expected.logits[name][position]) for name, position, _ in run]
     return _distance(run, expected.wide), max(_HALF_FACTOR * _distance(own, expected.wide), _HALF_FLOOR)
@@ -367,7 +402,9 @@ def _typical(outputs: Outputs, truth: dict[str, torch.Tensor]) -> float:
 
 
 def _side_by_side(outputs: Outputs, truth: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.stack([logits for _, _, logits in outputs]), torch.stack([truth[name][position] for name, position, _ in outputs])
+    return torch.stack([logits for _, _, logits in outputs]), torch.stack(
+        [truth[name][position] for name, position, _ in outputs]
+    )
 
 
 def _paged(model: CausalModel, ids: dict[str, list[int]], attention: str, dtype: torch.dtype) -> Outputs:
@@ -380,7 +417,11 @@ def _paged(model: CausalModel, ids: dict[str, list[int]], attention: str, dtype:
     run.wipe("holes", 0, 3)
     run.wipe("holes", 4, 5)
     hole = (min(4 * _TEST_CHUNK, b - 1), min(5 * _TEST_CHUNK, b - 1))
-    parts = [cut, *(stop for stop in (9, 11, 14, 18, 23) if cut < stop < a), a]  # each answers: more to compare
+    parts = [
+        cut,
+        *(stop for stop in (9, 11, 14, 18, 23) if cut < stop < a),
+        a,
+    ]  # each answers: more to compare
     run.step(
         *(("pieces", start, stop) for start, stop in itertools.pairwise(parts)), ("holes", 0, min(3 * _TEST_CHUNK, b - 1)), ("holes", *hole), ("holes", b - 1, b), ("decode", c - 1, c)
     )  # fmt: skip
@@ -394,7 +435,9 @@ def _eager(model: PreTrainedModel, ids: dict[str, list[int]]) -> dict[str, torch
 def _eager_at_once(model: PreTrainedModel, ids: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     """The same in one forward: what follows a sequence's end changes nothing before it."""
     longest = max(map(len, ids.values()))
-    rows = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in ids.values()], device=model.device)
+    rows = torch.tensor(
+        [tokens + [0] * (longest - len(tokens)) for tokens in ids.values()], device=model.device
+    )
     with torch.inference_mode():
         logits = model(input_ids=rows, use_cache=False).logits.float()
     return {name: logits[row, : len(tokens)] for row, (name, tokens) in enumerate(ids.items())}
@@ -403,18 +446,26 @@ def _eager_at_once(model: PreTrainedModel, ids: dict[str, list[int]]) -> dict[st
 def _eager_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     """(n, V) of a sequence of n tokens, in fp32."""
     with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
+        logits: torch.Tensor = (
+            model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
+        )
     return logits
 
 
 class _TestRun:
     """Sequences computed through our attention, in forwards chosen by hand."""
 
-    def __init__(self, model: CausalModel, attention: str, ids: dict[str, list[int]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: CausalModel, attention: str, ids: dict[str, list[int]], dtype: torch.dtype
+    ) -> None:
         self.model, self.ids = model, ids
-        self.backend: Any = make_backend(attention, replace(model.geometry, dtype=dtype), _TEST_CHUNK, model.device)
+        self.backend: Any = make_backend(
+            attention, replace(model.geometry, dtype=dtype), _TEST_CHUNK, model.device
+        )
         counts = {name: -(-len(tokens) // _TEST_CHUNK) for name, tokens in ids.items()}
-        self.store = KVStore(sum(counts.values()), model.geometry.num_layers, self.backend.layer_bytes, model.device)
+        self.store = KVStore(
+            sum(counts.values()), model.geometry.num_layers, self.backend.layer_bytes, model.device
+        )
         self.backend.bind(self.store)
         self.builder = BatchBuilder(_TEST_CHUNK, model.device)
         free = torch.randperm(self.store.num_slots, generator=torch.Generator().manual_seed(1)).tolist()
@@ -424,9 +475,15 @@ class _TestRun:
 
     def step(self, *ranges: tuple[str, int, int]) -> None:
         """One forward over token ranges; empty ones are left out."""
-        spans = tuple(Span(name, start, stop, tuple(self.ids[name][start:stop]), True) for name, start, stop in ranges if start < stop)
+        spans = tuple(
+            Span(name, start, stop, tuple(self.ids[name][start:stop]), True)
+            for name, start, stop in ranges
+            if start < stop
+        )
         batch = self.builder.build(spans, lambda span: 0)
-        for span, row in zip(spans, self.model.forward(batch, PagedAttention(self.backend, batch)).float(), strict=True):
+        for span, row in zip(
+            spans, self.model.forward(batch, PagedAttention(self.backend, batch)).float(), strict=True
+        ):
             self.outputs.append((span.request_id, span.stop - 1, row))
 
     def wipe(self, name: str, first: int, stop: int) -> None:
@@ -444,11 +501,14 @@ def _call(label: str, forward: Callable[[], Any]) -> Any:
         raise _refused(label, str(error)) from error
     except PastUs as error:
         raise _refused(
-            label, "its layers do not hand what our attention needs on to it, as transformers' attention interface asks"
+            label,
+            "its layers do not hand what our attention needs on to it, as transformers' attention interface asks",
         ) from error
     except Exception as error:
         log.info("%s: its forward fails over a paged cache", label, exc_info=error)
-        reason = f"its own code fails over a paged cache ({type(error).__name__} in transformers' {_where(error)})"
+        reason = (
+            f"its own code fails over a paged cache ({type(error).__name__} in transformers' {_where(error)})"
+        )
         raise ForwardFails(_refused(label, reason).message) from error
 
 

@@ -88,7 +88,9 @@ def is_sound(folder: Path, *, full: bool = False) -> bool:
             stat = (folder / name).stat()
             if stat.st_size != entry["bytes"]:
                 return False
-            if (full or stat.st_mtime_ns != entry["mtime_ns"]) and sha256_of(folder / name) != entry["sha256"]:
+            if (full or stat.st_mtime_ns != entry["mtime_ns"]) and sha256_of(folder / name) != entry[
+                "sha256"
+            ]:
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -102,7 +104,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def ensure_file_converted(
-    path: Path, progress: Progress | None = None, *, full_check: bool = False, check: Check | None = None, room: Room | None = None
+    path: Path,
+    progress: Progress | None = None,
+    *,
+    full_check: bool = False,
+    check: Check | None = None,
+    room: Room | None = None,
 ) -> Path:
     """The folder converted from a GGUF file of the user's, or from all parts of a split one of which this is one.
 
@@ -137,7 +144,12 @@ def ensure_file_converted(
 
 
 def ensure_converted(
-    gguf: Callable[[], Path], sha256: str, progress: Progress | None = None, *, full_check: bool = False, check: Check | None = None
+    gguf: Callable[[], Path],
+    sha256: str,
+    progress: Progress | None = None,
+    *,
+    full_check: bool = False,
+    check: Check | None = None,
 ) -> Path:
     """The folder converted from the GGUF with this hash, converting it first if needed.
 
@@ -162,7 +174,9 @@ def ensure_converted(
         if folder.exists():
             log.warning("the converted model in %s is damaged; converting it again", folder)
         require_packages()  # before anything is fetched
-        for leftover in folder.parent.glob(f".{sha256[:16]}-*"):  # of a process that was killed: the lock is ours
+        for leftover in folder.parent.glob(
+            f".{sha256[:16]}-*"
+        ):  # of a process that was killed: the lock is ours
             shutil.rmtree(leftover, ignore_errors=True)
         path = gguf()
         with tempfile.TemporaryDirectory(prefix=f".{sha256[:16]}-", dir=folder.parent) as scratch:
@@ -275,7 +289,9 @@ def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None, che
 def require_packages() -> None:
     """Raise ModelUnavailable, saying what to install, if a package for converting is missing or too old."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModelUnavailable("converting a GGUF file needs the package gguf: pip install 'pensieve-serve[gguf]'")
+        raise ModelUnavailable(
+            "converting a GGUF file needs the package gguf: pip install 'pensieve-serve[gguf]'"
+        )
     version = importlib.metadata.version("transformers")
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRANSFORMERS:
         need = ".".join(map(str, _MIN_TRANSFORMERS))

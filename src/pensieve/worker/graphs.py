@@ -129,7 +129,12 @@ class DecodeGraphs:
         """Logits (E, V) of a batch of decodes, valid until the next call; None: it is something else, or no graph can be had."""
         num_rows = len(batch.spans)
         is_decode = batch.num_tokens == num_rows == len(batch.emitting)
-        if not is_decode or num_rows > self._sizes[-1] or batch.block_tables.shape[1] > self._max_chunks or self._why_not is not None:
+        if (
+            not is_decode
+            or num_rows > self._sizes[-1]
+            or batch.block_tables.shape[1] > self._max_chunks
+            or self._why_not is not None
+        ):
             return None
         size = self._sizes[bisect_left(self._sizes, num_rows)]
         captured = self._captured.get(size)
@@ -153,7 +158,9 @@ class DecodeGraphs:
             replay = self._recorder.record(lambda: self._model.forward(fixed, again))
         except Exception as error:  # a model that looks at its own numbers, say
             self._why_not = f"{type(error).__name__}: {error}"
-            logger.warning("decode steps of %s are not captured as graphs: %s", self._model.label, self._why_not)
+            logger.warning(
+                "decode steps of %s are not captured as graphs: %s", self._model.label, self._why_not
+            )
         else:
             self._captured[size] = _Captured(fixed, step, replay)
         return logits
@@ -185,5 +192,9 @@ class DecodeGraphs:
 
 def _sizes(most: int) -> list[int]:
     """Batch sizes that are captured: no batch computes more than a third more rows than it has, from 3 on."""
-    sizes = [size for size in (1, 2, 3, 4, 6, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 64)) if size < most]
+    sizes = [
+        size
+        for size in (1, 2, 3, 4, 6, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 64))
+        if size < most
+    ]
     return [*sizes, most]

@@ -22,7 +22,9 @@ from torch._C._distributed_c10d import AllgatherOptions, BroadcastOptions
 from pensieve.errors import ConfigError, PensieveError, WorkerLost, error_from
 from pensieve.worker.rank import Rank
 
-_IDLE = timedelta(days=365)  # a rank may wait so long for the next word; that another one died is noticed by its connection, at once
+_IDLE = timedelta(
+    days=365
+)  # a rank may wait so long for the next word; that another one died is noticed by its connection, at once
 _SHORT_BYTES = 2048  # what is usually said fits, and takes one collective; more takes two
 _LENGTH_BYTES = 4
 
@@ -51,11 +53,15 @@ class Group:
             if own.type == "cuda":
                 torch.cuda.set_device(own)
             if not dist.is_initialized():
-                dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank.index, world_size=rank.size)
+                dist.init_process_group(
+                    "nccl" if own.type == "cuda" else "gloo", rank=rank.index, world_size=rank.size
+                )
             control = dist.new_group(backend="gloo", timeout=_IDLE)
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise WorkerLost(f"rank {rank.index} cannot join the other processes at {where}: {error}") from error
+            raise WorkerLost(
+                f"rank {rank.index} cannot join the other processes at {where}: {error}"
+            ) from error
         assert control is not None
         group = cls(rank, own, control)
         if group.rank == 0:
@@ -145,10 +151,15 @@ class Group:
         own = _padded(data, num_bytes)
         rows = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(self.size)]
         options = AllgatherOptions()
-        options.timeout = patience or _IDLE  # the collective's own: a wait that ends before it would leave a thread in it for ever
+        options.timeout = (
+            patience or _IDLE
+        )  # the collective's own: a wait that ends before it would leave a thread in it for ever
         self._collect(lambda control: control.allgather([rows], [own], options))
         lengths = [int.from_bytes(row[:_LENGTH_BYTES].numpy().tobytes(), "little") for row in rows]
-        return [(length, row[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes()) for length, row in zip(lengths, rows, strict=True)]
+        return [
+            (length, row[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes())
+            for length, row in zip(lengths, rows, strict=True)
+        ]
 
     def _collect(self, begin: Callable[[dist.ProcessGroup], dist.Work]) -> None:
         if self._control is None:
@@ -157,7 +168,9 @@ class Group:
             begin(self._control).wait()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise WorkerLost(f"rank {self.rank} lost the other processes, one of them ended or is out of step: {reason[0]}") from error
+            raise WorkerLost(
+                f"rank {self.rank} lost the other processes, one of them ended or is out of step: {reason[0]}"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +183,9 @@ def _own_device(rank: Rank, device: str) -> torch.device:
     if kind.type == "cpu":
         return kind
     if kind.index is not None:
-        raise ConfigError(f"--device {device} names one device for {rank.size} processes: each takes its own, give --device {kind.type}")
+        raise ConfigError(
+            f"--device {device} names one device for {rank.size} processes: each takes its own, give --device {kind.type}"
+        )
     count = torch.cuda.device_count()
     if rank.local_rank >= count:
         raise ConfigError(

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
 _PROBE_S = 3.0  # how long the hub may take to answer at all
-_SIDE_FILES = ("config.json", "generation_config.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+_SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+)
 _SIDE_PREFIXES = ("tokenizer", "special_tokens_map", "chat_template", "spiece", "sentencepiece")
 
 
@@ -69,7 +76,9 @@ def has_weights(folder: Path) -> bool:
             try:
                 shards = set(json.loads((folder / index).read_text())["weight_map"].values())
             except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise ModelUnavailable(f"{folder / index} is damaged ({error}): fetch the model again") from error
+                raise ModelUnavailable(
+                    f"{folder / index} is damaged ({error}): fetch the model again"
+                ) from error
             return all((folder / shard).exists() for shard in shards)
     return False
 
@@ -104,11 +113,17 @@ def fetch(
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
     names = wanted_files(sizes, with_weights=with_weights)
     small = wanted_files(sizes, with_weights=False)
-    if names == small and with_weights and naming.first_parts(name for name in sizes if name.lower().endswith(".gguf")):
+    if (
+        names == small
+        and with_weights
+        and naming.first_parts(name for name in sizes if name.lower().endswith(".gguf"))
+    ):
         raise OnlyGguf(repo)
     size = sum(sizes[name] for name in names)
     if with_weights:
-        require_room(repo, info.safetensors.total if info.safetensors is not None else size // 2, dtype, device)
+        require_room(
+            repo, info.safetensors.total if info.safetensors is not None else size // 2, dtype, device
+        )
     _require_disk(repo, size)
     if progress:
         progress(f"fetching {repo} from the hub ({size / 1e9:.2f} GB)", None)
@@ -159,7 +174,11 @@ def _cached_ggufs(repo: str) -> dict[str, Path]:
     from huggingface_hub import constants
 
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    return {str(path.relative_to(snapshot)): path for snapshot in snapshots.glob("*") for path in snapshot.rglob("*.gguf")}
+    return {
+        str(path.relative_to(snapshot)): path
+        for snapshot in snapshots.glob("*")
+        for path in snapshot.rglob("*.gguf")
+    }
 
 
 def _require_disk(repo: str, size: int) -> None:
@@ -168,7 +187,9 @@ def _require_disk(repo: str, size: int) -> None:
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(cache).free) < size:
-        raise ModelUnavailable(f"{repo} is {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {cache}: make room, or set HF_HOME")
+        raise ModelUnavailable(
+            f"{repo} is {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {cache}: make room, or set HF_HOME"
+        )
 
 
 def _download(repo: str, names: list[str]) -> Path:
@@ -201,9 +222,13 @@ def _ask(repo: str) -> ModelInfo:
         raise HubOutOfReach(f"the hub did not answer within {3 * _PROBE_S:.0f} s") from None
     match answer:
         case GatedRepoError():
-            raise HubOutOfReach(f"{repo} is gated: accept its licence on its hub page, then `hf auth login`") from answer
+            raise HubOutOfReach(
+                f"{repo} is gated: accept its licence on its hub page, then `hf auth login`"
+            ) from answer
         case RepositoryNotFoundError():
-            raise HubUnknown(f"the hub has no model {repo!r}, or none that you may see (`hf auth login`)") from answer
+            raise HubUnknown(
+                f"the hub has no model {repo!r}, or none that you may see (`hf auth login`)"
+            ) from answer
         case OfflineModeIsEnabled():
             raise HubOutOfReach("HF_HUB_OFFLINE is set") from answer
         case Exception():
@@ -217,6 +242,14 @@ def wanted_files(names: Iterable[str], *, with_weights: bool = True) -> list[str
     side = [name for name in top if name in _SIDE_FILES or name.startswith(_SIDE_PREFIXES)]
     if not with_weights:
         return side
-    safetensors = [name for name in top if name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))]
-    pickled = [name for name in top if name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))]
+    safetensors = [
+        name
+        for name in top
+        if name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+    pickled = [
+        name
+        for name in top
+        if name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json"))
+    ]
     return side + (safetensors or pickled)

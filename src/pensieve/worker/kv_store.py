@@ -15,14 +15,18 @@ from pensieve.worker import gather
 from pensieve.worker.allocator import fresh_pages, lock_pages
 from pensieve.worker.pinned import to_device
 
-PIECE_BYTES = 32 << 20  # most that one copy call stages: bounds memory beyond the stores, and how long a swap-in waits
+PIECE_BYTES = (
+    32 << 20
+)  # most that one copy call stages: bounds memory beyond the stores, and how long a swap-in waits
 _GOLDEN = 0x9E3779B97F4A7C15 // 4  # (an odd number's bits well mixed; what overflows is meant to)
 
 
 class KVStore:
     """One tier's slots, zero at the start, so that a cell never written is a finite number in every dtype."""
 
-    def __init__(self, num_slots: int, num_layers: int, layer_bytes: int, device: torch.device, *, pinned: bool = False) -> None:
+    def __init__(
+        self, num_slots: int, num_layers: int, layer_bytes: int, device: torch.device, *, pinned: bool = False
+    ) -> None:
         """Allocate the tier.
 
         Args:
@@ -32,7 +36,12 @@ class KVStore:
             device: where the bytes lie.
             pinned: page-locked host memory, for fast copies to a CUDA device; needs one.
         """
-        self.num_slots, self.num_layers, self.layer_bytes, self.device = num_slots, num_layers, layer_bytes, device
+        self.num_slots, self.num_layers, self.layer_bytes, self.device = (
+            num_slots,
+            num_layers,
+            layer_bytes,
+            device,
+        )
         shape = (num_slots, num_layers, layer_bytes)
         if device.type == "cpu" and num_slots:
             pages = fresh_pages(num_slots * num_layers * layer_bytes)
@@ -80,7 +89,9 @@ class KVStore:
 class SlotCopy:
     """Slots of one tier that go to slots of another (or of the same), whole or layer by layer. CUDA work is queued on the current stream."""
 
-    def __init__(self, source: KVStore, source_slots: Sequence[int], target: KVStore, target_slots: Sequence[int]) -> None:
+    def __init__(
+        self, source: KVStore, source_slots: Sequence[int], target: KVStore, target_slots: Sequence[int]
+    ) -> None:
         """Nothing is copied yet.
 
         Args:
@@ -89,8 +100,12 @@ class SlotCopy:
             target: where they go; same `num_layers` and `layer_bytes`.
             target_slots: distinct.
         """
-        assert len(source_slots) == len(target_slots), f"{len(source_slots)} slots cannot go to {len(target_slots)}"
-        assert source.layer_bytes == target.layer_bytes and source.num_layers == target.num_layers, "tiers of different chunks"
+        assert len(source_slots) == len(target_slots), (
+            f"{len(source_slots)} slots cannot go to {len(target_slots)}"
+        )
+        assert source.layer_bytes == target.layer_bytes and source.num_layers == target.num_layers, (
+            "tiers of different chunks"
+        )
         self._source, self._target = source, target
         self._source_slots, self._target_slots = tuple(source_slots), tuple(target_slots)
         self._is_on_host = source.device.type == target.device.type == "cpu"
@@ -109,7 +124,9 @@ class SlotCopy:
             self._copy_on_host(layer)
         elif gather.why_not(self._source, self._target) is None:
             if self._slots is None:
-                self._slots = to_device(np.array((self._source_slots, self._target_slots), np.int64), self._target.device)
+                self._slots = to_device(
+                    np.array((self._source_slots, self._target_slots), np.int64), self._target.device
+                )
             gather.copy_layer(self._source, self._target, self._slots, layer)
         else:
             self._copy_runs(layer)
@@ -118,8 +135,12 @@ class SlotCopy:
         row_bytes = self._source.slot_bytes if layer is None else self._source.layer_bytes
         piece = max(1, PIECE_BYTES // row_bytes)
         for first in range(0, len(self._source_slots), piece):
-            rows = _rows(self._source, layer).index_select(0, _row_ids(self._source, self._source_slots[first : first + piece], layer))
-            _rows(self._target, layer).index_copy_(0, _row_ids(self._target, self._target_slots[first : first + piece], layer), rows)
+            rows = _rows(self._source, layer).index_select(
+                0, _row_ids(self._source, self._source_slots[first : first + piece], layer)
+            )
+            _rows(self._target, layer).index_copy_(
+                0, _row_ids(self._target, self._target_slots[first : first + piece], layer), rows
+            )
 
     def _copy_runs(self, layer: int | None) -> None:
         """One call for all neighbouring slots whose targets are neighbours, too."""
@@ -136,14 +157,22 @@ def runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, 
     """(first source, first target, count) of pairs that follow each other in both."""
     first = 0
     for index in range(1, len(sources) + 1):
-        if index == len(sources) or sources[index] != sources[index - 1] + 1 or targets[index] != targets[index - 1] + 1:
+        if (
+            index == len(sources)
+            or sources[index] != sources[index - 1] + 1
+            or targets[index] != targets[index - 1] + 1
+        ):
             yield sources[first], targets[first], index - first
             first = index
 
 
 def _rows(store: KVStore, layer: int | None) -> torch.Tensor:
     """The store as a matrix of contiguous rows: slots, or layers of slots. Whole contiguous rows are what copies fastest."""
-    shape = (store.num_slots, store.slot_bytes) if layer is None else (store.num_slots * store.num_layers, store.layer_bytes)
+    shape = (
+        (store.num_slots, store.slot_bytes)
+        if layer is None
+        else (store.num_slots * store.num_layers, store.layer_bytes)
+    )
     return store.data.view(shape)
 
 

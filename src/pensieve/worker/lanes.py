@@ -111,7 +111,9 @@ def lanes_for(device: torch.device) -> Lanes:
     """The lanes of a device that holds the first tier."""
     if device.type != "cuda":
         return Lanes(HostLane(), HostLane(), HostLane())
-    return Lanes(CudaLane(device, None), CudaLane(device, _COPY_IN_PRIORITY), CudaLane(device, _COPY_OUT_PRIORITY))
+    return Lanes(
+        CudaLane(device, None), CudaLane(device, _COPY_IN_PRIORITY), CudaLane(device, _COPY_OUT_PRIORITY)
+    )
 
 
 @contextmanager

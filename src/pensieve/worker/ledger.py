@@ -48,7 +48,9 @@ class CopyLedger:
             known = fate.failure
             own = CopyFailure(failure.copy_id, failure.source_lost, f"rank {rank}: {failure.message}")
             if known is not None:
-                own = CopyFailure(known.copy_id, known.source_lost or own.source_lost, f"{known.message}; {own.message}")
+                own = CopyFailure(
+                    known.copy_id, known.source_lost or own.source_lost, f"{known.message}; {own.message}"
+                )
             fate.failure = own
 
     def take(self) -> tuple[tuple[int, ...], tuple[CopyFailure, ...]]:

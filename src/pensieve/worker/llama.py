@@ -37,7 +37,13 @@ from pensieve.worker.products import (
 from pensieve.worker.rows import Rows, float_weight
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})  # of configs; their classes:
-_FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
+_FAMILY = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+}
 _FIRST_POSITIONS = 4096  # rows of angles made at once; more when a longer context comes
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, AttentionArgs], torch.Tensor]
@@ -95,7 +101,11 @@ class LlamaForward:
             _empty(model.lm_head)
         self._layers: list[_Layer] = []
         for index, module in enumerate(decoder.layers):
-            products = PanelLayer(module.self_attn, module.mlp, kind) if panels else plain_layer(module.self_attn, module.mlp)
+            products = (
+                PanelLayer(module.self_attn, module.mlp, kind)
+                if panels
+                else plain_layer(module.self_attn, module.mlp)
+            )
             self._layers.append(_take_layer(module, args[index], products))
             if not keep_modules:
                 _empty(module)
@@ -107,7 +117,9 @@ class LlamaForward:
         self._angle_scale = float(rotary.attention_scaling)
         # On a device all at once: to look how far a step's positions go would be to wait for it.
         self._angles = self._angles_to(
-            config.max_position_embeddings if self._on_device else min(_FIRST_POSITIONS, config.max_position_embeddings)
+            config.max_position_embeddings
+            if self._on_device
+            else min(_FIRST_POSITIONS, config.max_position_embeddings)
         )
         self._calls = [self._call_of(layer) for layer in self._layers] if panels else None
         self._room = torch.empty(0, dtype=model.dtype)
@@ -122,7 +134,9 @@ class LlamaForward:
             return f"{type(model).__name__} is not of the Llama family"
         if config.hidden_act != "silu":
             return f"its MLP has {config.hidden_act!r} for a gate, not 'silu'"
-        if strange := {type(module).__name__ for module in model.modules() if hasattr(module, "in_features")} - {"Linear"}:
+        if strange := {
+            type(module).__name__ for module in model.modules() if hasattr(module, "in_features")
+        } - {"Linear"}:
             return f"its products are of type {', '.join(sorted(strange))}"
         if 2 * len(model.model.rotary_emb.inv_freq) != model.model.layers[0].self_attn.head_dim:
             return "only a part of each head is rotated"
@@ -137,31 +151,51 @@ class LlamaForward:
         """Why this model's weights cannot be of 8 bits; None: they can."""
         return cls.why_not(model) or _why_no_panels(model, int8=True)
 
-    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def logits(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         """Logits of some tokens of a row; see `CausalModel.logits`."""
         ids, positions = input_ids[0], position_ids[0]
         if not self._on_device and (length := int(positions.max()) + 1) > len(self._angles):
             self._angles = self._angles_to(max(length, 2 * len(self._angles)))
         with torch.inference_mode():
             residual = nn.functional.embedding(ids, self._embedding)  # (T, h)
-            if self._calls is not None and isinstance(attend, PagedAttention) and isinstance(attend.backend, NativeAttention):
+            if (
+                self._calls is not None
+                and isinstance(attend, PagedAttention)
+                and isinstance(attend.backend, NativeAttention)
+            ):
                 self._run_calls(self._calls, residual, positions, rows, attend, attend.backend)
                 last = self._rows.norm(residual[: len(rows)], None, self._last_norm, self._epsilon)
             else:
                 last = self._run_layers(residual, positions, rows, attend)
             return self._head(last)  # (E, V)
 
-    def _run_layers(self, residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _run_layers(
+        self, residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         """All layers over (T, h), operation by operation: (E, h), normalised."""
-        kernel, heads, kv_heads, head_dim, epsilon = self._rows, self._num_heads, self._num_kv_heads, self._head_dim, self._epsilon
+        kernel, heads, kv_heads, head_dim, epsilon = (
+            self._rows,
+            self._num_heads,
+            self._num_kv_heads,
+            self._head_dim,
+            self._epsilon,
+        )
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
-            qkv = layer.products.qkv(kernel.norm(residual, delta, layer.attention_norm, epsilon))  # (T, (H + 2 Hkv) D)
+            qkv = layer.products.qkv(
+                kernel.norm(residual, delta, layer.attention_norm, epsilon)
+            )  # (T, (H + 2 Hkv) D)
             angles = self._angles if layer.rotates else None
             if angles is not None or layer.head_norms is not None:
                 kernel.rotate(qkv, heads, kv_heads, head_dim, angles, positions, layer.head_norms, epsilon)
             by_head = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
-            query, key, value = by_head[:, :heads], by_head[:, heads : heads + kv_heads], by_head[:, heads + kv_heads :]
+            query, key, value = (
+                by_head[:, :heads],
+                by_head[:, heads : heads + kv_heads],
+                by_head[:, heads + kv_heads :],
+            )
             attended = attend(index, query, key, value, layer.args)  # (T, H, D)
             if index == len(self._layers) - 1:  # what is not asked for needs only to be attended to
                 attended, residual = attended[rows], residual[rows]
@@ -177,15 +211,33 @@ class LlamaForward:
         """All layers over (T, h) in place, a call each. The rows asked for end up in front."""
         count, hidden_size = residual.shape
         heads_width = self._num_heads * self._head_dim
-        widths = (hidden_size, heads_width + 2 * self._num_kv_heads * self._head_dim, heads_width, self._intermediate_size)
-        if count * sum(widths) > len(self._room):
-            self._room = self._room.new_empty(count * sum(widths))  # kept: fresh memory would cost page faults in every step
-        normed, heads, attended, gated = (
-            self._room.data_ptr() + count * sum(widths[:index]) * self._room.itemsize for index in range(len(widths))
+        widths = (
+            hidden_size,
+            heads_width + 2 * self._num_kv_heads * self._head_dim,
+            heads_width,
+            self._intermediate_size,
         )
-        threads, residual_at, positions_at, angles_at = num_threads(), residual.data_ptr(), positions.data_ptr(), self._angles.data_ptr()
+        if count * sum(widths) > len(self._room):
+            self._room = self._room.new_empty(
+                count * sum(widths)
+            )  # kept: fresh memory would cost page faults in every step
+        normed, heads, attended, gated = (
+            self._room.data_ptr() + count * sum(widths[:index]) * self._room.itemsize
+            for index in range(len(widths))
+        )
+        threads, residual_at, positions_at, angles_at = (
+            num_threads(),
+            residual.data_ptr(),
+            positions.data_ptr(),
+            self._angles.data_ptr(),
+        )
         for index, (call, layer) in enumerate(zip(calls, self._layers, strict=True)):
-            call.num_threads, call.num_tokens, call.residual, call.positions = threads, count, residual_at, positions_at
+            call.num_threads, call.num_tokens, call.residual, call.positions = (
+                threads,
+                count,
+                residual_at,
+                positions_at,
+            )
             call.angles = angles_at if layer.rotates else None
             call.normed, call.heads, call.attended, call.gated = normed, heads, attended, gated
             if index == len(calls) - 1:
@@ -197,7 +249,9 @@ class LlamaForward:
         """What stays the same of a layer's call."""
         products = layer.products
         assert isinstance(products, PanelLayer)
-        query_norm, key_norm = (None, None) if layer.head_norms is None else (norm.data_ptr() for norm in layer.head_norms)
+        query_norm, key_norm = (
+            (None, None) if layer.head_norms is None else (norm.data_ptr() for norm in layer.head_norms)
+        )
         return LayerCall(
             attention_norm=layer.attention_norm.data_ptr(), mlp_norm=layer.mlp_norm.data_ptr(), query_norm=query_norm, key_norm=key_norm,
             epsilon=self._epsilon, qkv=products.qkv.weights, out=products.out_product.weights, gate_up=products.gated.weights,
@@ -206,7 +260,10 @@ class LlamaForward:
 
     def _angles_to(self, num_positions: int) -> torch.Tensor:
         """(positions, D): cosines of all planes, then sines, as transformers scales them."""
-        angles = torch.arange(num_positions, dtype=torch.float32, device=self._frequencies.device)[:, None] * self._frequencies
+        angles = (
+            torch.arange(num_positions, dtype=torch.float32, device=self._frequencies.device)[:, None]
+            * self._frequencies
+        )
         return torch.cat((angles.cos(), angles.sin()), dim=1) * self._angle_scale
 
 
@@ -215,12 +272,18 @@ def _why_no_panels(model: PreTrainedModel, *, int8: bool = False) -> str | None:
         return f"panels are for a CPU, not for {model.device}"
     config = model.config.get_text_config()
     heads_width = config.num_attention_heads * model.model.layers[0].self_attn.head_dim
-    return PanelProduct.why_not(model.dtype, config.hidden_size, heads_width, config.intermediate_size, int8=int8)
+    return PanelProduct.why_not(
+        model.dtype, config.hidden_size, heads_width, config.intermediate_size, int8=int8
+    )
 
 
 def _take_layer(module: Any, args: AttentionArgs, products: LayerProducts) -> _Layer:
     attention = module.self_attn
-    norms = (float_weight(attention.q_norm.weight), float_weight(attention.k_norm.weight)) if hasattr(attention, "q_norm") else None
+    norms = (
+        (float_weight(attention.q_norm.weight), float_weight(attention.k_norm.weight))
+        if hasattr(attention, "q_norm")
+        else None
+    )
     return _Layer(
         attention_norm=float_weight(module.input_layernorm.weight),
         head_norms=norms,

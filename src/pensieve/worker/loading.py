@@ -66,11 +66,17 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
         with quiet(), _silent(), checkpoint.watching() as reports:
             try:
                 model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                    folder, local_files_only=True, key_mapping=mapping or None, ignore_mismatched_sizes=True, **options
+                    folder,
+                    local_files_only=True,
+                    key_mapping=mapping or None,
+                    ignore_mismatched_sizes=True,
+                    **options,
                 )
             except Exception:
                 for report in reports:
-                    checkpoint.judge(checkpoint.differences_of(report), stored, outline(config), label)  # in words, if there are any
+                    checkpoint.judge(
+                        checkpoint.differences_of(report), stored, outline(config), label
+                    )  # in words, if there are any
                 raise
         for report in reports:
             checkpoint.judge(checkpoint.differences_of(report), stored, model, label)
@@ -81,7 +87,9 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
     except ModelRefused:
         raise
     except Exception as error:  # safetensors, pickle and transformers each have their own kinds
-        raise ModelRefused(f"{label} could not be loaded from {folder}: {type(error).__name__}: {error}") from error
+        raise ModelRefused(
+            f"{label} could not be loaded from {folder}: {type(error).__name__}: {error}"
+        ) from error
     return model.requires_grad_(False).eval()
 
 
@@ -94,10 +102,15 @@ def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) 
     plain = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     if narrow := [f"{name}.weight" for name, module in plain if module.weight.dtype.itemsize == 1]:
         raise checkpoint.refused(
-            label, f"the scales of {', '.join(narrow[:4])} are in no file ({len(narrow)} of its matrices stay in 8 bits)"
+            label,
+            f"the scales of {', '.join(narrow[:4])} are in no file ({len(narrow)} of its matrices stay in 8 bits)",
         )
     for parameter in model.parameters():
-        if dtype is not None and parameter.dtype in (torch.bfloat16, torch.float16) and parameter.dtype != dtype:
+        if (
+            dtype is not None
+            and parameter.dtype in (torch.bfloat16, torch.float16)
+            and parameter.dtype != dtype
+        ):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -23,12 +23,18 @@ class Profile:
     """
 
     chunk_tokens: int
-    points: tuple[tuple[int, float], ...]  # (context tokens, seconds to compute one chunk whose last token sees so many), ascending
-    rest_s: float  # of these seconds, what does not depend on the context: where their line meets a context of 0
+    points: tuple[
+        tuple[int, float], ...
+    ]  # (context tokens, seconds to compute one chunk whose last token sees so many), ascending
+    rest_s: (
+        float  # of these seconds, what does not depend on the context: where their line meets a context of 0
+    )
     prefill_tokens_per_s: float  # one prompt of up to 512 tokens
     decode_step_s: float  # one token of one request at a context of up to 1,024 tokens
     copy_bytes_per_s: dict[str, float]  # by direction, "gpu->cpu" and "cpu->gpu", a few chunks at a time
-    step_points: tuple[tuple[int, float], ...]  # (tokens of a step, seconds of it beside attention if nobody is answered), ascending
+    step_points: tuple[
+        tuple[int, float], ...
+    ]  # (tokens of a step, seconds of it beside attention if nobody is answered), ascending
     answer_points: tuple[
         tuple[int, float], ...
     ]  # (answers that get a token in a step, seconds more: the output layer, sampling), ascending
@@ -112,13 +118,23 @@ def _check(profile: Profile) -> None:
         found = getattr(profile, name)
         places = [place for place, _ in found]
         if len(found) < least or places != sorted(set(places)) or places[0] < 1:
-            raise ValueError(f"{name} must be at least {least} pairs (tokens, seconds), ascending, got {list(found)}")
+            raise ValueError(
+                f"{name} must be at least {least} pairs (tokens, seconds), ascending, got {list(found)}"
+            )
         _check_numbers(name, [seconds for _, seconds in found], zero=zero)
     _check_numbers("chunk_tokens", [profile.chunk_tokens], zero=False)
     _check_numbers("prefill_tokens_per_s", [profile.prefill_tokens_per_s], zero=False)
     _check_numbers("decode_step_s", [profile.decode_step_s], zero=False)
     _check_numbers("copy_bytes_per_s", list(profile.copy_bytes_per_s.values()), zero=False)
-    for name in ("decode_token_s", "chunk_token_s", "plan_step_s", "plan_request_s", "commit_step_s", "commit_request_s", "commit_end_s"):
+    for name in (
+        "decode_token_s",
+        "chunk_token_s",
+        "plan_step_s",
+        "plan_request_s",
+        "commit_step_s",
+        "commit_request_s",
+        "commit_end_s",
+    ):
         _check_numbers(name, [getattr(profile, name)], zero=True)
     if not 0.0 <= profile.rest_s <= min(seconds for _, seconds in profile.points):
         raise ValueError(f"rest_s of {profile.rest_s} s is no part of its points")

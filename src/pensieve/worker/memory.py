@@ -35,7 +35,9 @@ class HostShare:
     free: int | None  # None: the system does not say
 
     def __str__(self) -> str:
-        return f"{self.tier / 1e9:.3g} GB" + ("" if self.free is None else f" of {self.free / 1e9:.3g} GB free")
+        return f"{self.tier / 1e9:.3g} GB" + (
+            "" if self.free is None else f" of {self.free / 1e9:.3g} GB free"
+        )
 
 
 def host_share(most: int, second: int, unknown: int, *, sharers: int = 1) -> HostShare:
@@ -153,14 +155,25 @@ def find_room(
     free, total = meter.free_bytes()
     room = Room(total, free, step, _GRAPH_BYTES_A_ROW * graph_rows, int(_LEFT_SHARE * total))
     if room.tier <= 0:
-        raise ConfigError(f"no memory is left for the cache ({room}). Give --max-batch-tokens less, or take a smaller model")
+        raise ConfigError(
+            f"no memory is left for the cache ({room}). Give --max-batch-tokens less, or take a smaller model"
+        )
     return room
 
 
-def _peak(model: CausalModel, max_batch_tokens: int, max_running: int, chunk_tokens: int, attention: str, meter: Meter) -> int:
+def _peak(
+    model: CausalModel,
+    max_batch_tokens: int,
+    max_running: int,
+    chunk_tokens: int,
+    attention: str,
+    meter: Meter,
+) -> int:
     """Bytes of a step of so many tokens, shared by so many requests that all sample in the most expensive way."""
     requests = min(max_running, max_batch_tokens)
-    lengths = [max_batch_tokens // requests + (index < max_batch_tokens % requests) for index in range(requests)]
+    lengths = [
+        max_batch_tokens // requests + (index < max_batch_tokens % requests) for index in range(requests)
+    ]
     lengths = [min(length, model.shape.max_positions) for length in lengths]
     counts = [-(-length // chunk_tokens) for length in lengths]
     worker = ModelWorker(model, (TierConfig("gpu", sum(counts)),), chunk_tokens, attention=attention)
@@ -169,11 +182,16 @@ def _peak(model: CausalModel, max_batch_tokens: int, max_running: int, chunk_tok
     first = [sum(counts[:index]) for index in range(requests)]
     plan = StepPlan(
         0,
-        tuple(Span(name, 0, length, (0,) * length, True) for name, length in zip(names, lengths, strict=True)),
+        tuple(
+            Span(name, 0, length, (0,) * length, True) for name, length in zip(names, lengths, strict=True)
+        ),
         (),
         (),
         tuple(RequestStart(name, sampling, ()) for name in names),
-        tuple(BlockTableUpdate(name, 0, tuple(range(at, at + count))) for name, at, count in zip(names, first, counts, strict=True)),
+        tuple(
+            BlockTableUpdate(name, 0, tuple(range(at, at + count)))
+            for name, at, count in zip(names, first, counts, strict=True)
+        ),
         (),
         (),
     )
@@ -186,5 +204,7 @@ def _peak(model: CausalModel, max_batch_tokens: int, max_running: int, chunk_tok
     if result.forward_error is not None:
         if "OutOfMemoryError" in result.forward_error:
             raise torch.OutOfMemoryError(result.forward_error)
-        raise ConfigError(f"the largest step fails on this device: {result.forward_error}. Give --max-batch-tokens less")
+        raise ConfigError(
+            f"the largest step fails on this device: {result.forward_error}. Give --max-batch-tokens less"
+        )
     return peak

@@ -28,13 +28,17 @@ from pensieve.worker.products import ONEDNN_BYTES, fill_up_modules, lay_out_modu
 
 _INTERFACE = "pensieve"
 
-Forward = Literal["auto", "fused", "modules"]  # fused operations where they can serve a model; only them; the model's own modules
+Forward = Literal[
+    "auto", "fused", "modules"
+]  # fused operations where they can serve a model; only them; the model's own modules
 
 
 class Attending(Protocol):
     """What stands behind the attention function during one forward."""
 
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(T, H, D), (T, Hkv, D), (T, Hkv, D) -> (T, H, D)."""
         ...
 
@@ -75,7 +79,9 @@ class CausalModel:
         self.shape = shape_of(model.config)
         self._fused: LlamaForward | None = None
         # Asked whether padding was forgotten, transformers would compare all ids with this, a wait for the GPU in every step.
-        with contextlib.suppress(Exception):  # (a config of its own kind may insist on a number: then it is the wait)
+        with contextlib.suppress(
+            Exception
+        ):  # (a config of its own kind may insist on a number: then it is the wait)
             model.config.pad_token_id = None
         AttentionInterface.register(_INTERFACE, _attention)
         before = model.config._attn_implementation
@@ -97,20 +103,26 @@ class CausalModel:
         if int8:
             why_not = "--forward modules" if forward == "modules" else LlamaForward.why_not_int8(self.model)
             if why_not is not None:
-                raise ConfigError(f"{self.label} cannot have weights of 8 bits ({why_not}): choose --quantize none")
+                raise ConfigError(
+                    f"{self.label} cannot have weights of 8 bits ({why_not}): choose --quantize none"
+                )
         if forward != "modules":
             reason = LlamaForward.why_not(self.model)
             if reason is None:
                 self._fused = LlamaForward(self.model, args, keep_modules=keep_modules, int8=int8)
             elif forward == "fused":
-                raise ConfigError(f"{self.label} cannot be computed by fused operations ({reason}): choose --forward auto or modules")
+                raise ConfigError(
+                    f"{self.label} cannot be computed by fused operations ({reason}): choose --forward auto or modules"
+                )
         try:
             if expected is not None:
                 gate.self_test(self, expected)
         except ModelRefused as error:
             if self._fused is None:
                 raise
-            raise FusedDiffers(f"{error.message} (fused operations; --forward modules computes it by its own)") from error
+            raise FusedDiffers(
+                f"{error.message} (fused operations; --forward modules computes it by its own)"
+            ) from error
         if self._fused is None and (self.model.tp_size or 1) == 1:
             fill_up_modules(self.model)
 
@@ -131,7 +143,9 @@ class CausalModel:
         """Logits of the last token of each emitting span, (E, V), in the model's dtype."""
         return self.logits(batch.input_ids, batch.position_ids, batch.logit_rows, attending)
 
-    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, attending: Attending) -> torch.Tensor:
+    def logits(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, attending: Attending
+    ) -> torch.Tensor:
         """Logits of some tokens of a row.
 
         Args:
@@ -144,7 +158,11 @@ class CausalModel:
             return self._fused.logits(input_ids, position_ids, rows, attending)
         with torch.inference_mode():
             output = self.model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=rows, pensieve_attending=attending
+                input_ids=input_ids,
+                position_ids=position_ids,
+                use_cache=False,
+                logits_to_keep=rows,
+                pensieve_attending=attending,
             )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -176,17 +194,31 @@ def _attention(
     """The function transformers calls in each layer: q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, T, H, D)."""
     if pensieve_attending is None:
         raise gate.PastUs("this model is served by Pensieve: call it through CausalModel")
-    if attention_mask is not None or not _HARMLESS.issuperset(more) or not (module.is_causal if "is_causal" in module.__dict__ else True):
+    if (
+        attention_mask is not None
+        or not _HARMLESS.issuperset(more)
+        or not (module.is_causal if "is_causal" in module.__dict__ else True)
+    ):
         _refuse_arguments(module, attention_mask, more)
     layer: int = module.layer_idx  # type: ignore[assignment]
-    args = AttentionArgs(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    output = pensieve_attending(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), args)
+    args = AttentionArgs(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux
+    )
+    output = pensieve_attending(
+        layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), args
+    )
     return output[None], None
 
 
-_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # of MLPs: nothing is cached of them, they may differ between layers
+_WIDTHS = (
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+)  # of MLPs: nothing is cached of them, they may differ between layers
 # What transformers' modules pass to attention besides, and what attention over a cache need not know.
-_HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "logits_to_keep", "output_attentions", "output_router_logits"})
+_HARMLESS = frozenset(
+    {"dropout", "position_ids", "use_cache", "logits_to_keep", "output_attentions", "output_router_logits"}
+)
 
 
 def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
@@ -197,13 +229,21 @@ def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, more: 
     """
     name = type(module).__name__
     if not getattr(module, "is_causal", True) or more.get("is_causal") is False:
-        raise gate.NotHonoured(f"its {name} attends in both directions, as an encoder does: it is no causal decoder")
+        raise gate.NotHonoured(
+            f"its {name} attends in both directions, as an encoder does: it is no causal decoder"
+        )
     if mask is not None:
-        raise gate.NotHonoured(f"its {name} passes a mask of its own to attention, which a paged cache does not apply")
+        raise gate.NotHonoured(
+            f"its {name} passes a mask of its own to attention, which a paged cache does not apply"
+        )
     if unknown := sorted(
-        key for key, value in more.items() if key not in _HARMLESS and value is not None and not (key == "is_causal" and value is True)
+        key
+        for key, value in more.items()
+        if key not in _HARMLESS and value is not None and not (key == "is_causal" and value is True)
     ):
-        raise gate.NotHonoured(f"its {name} passes {', '.join(unknown)} to attention, which Pensieve does not know")
+        raise gate.NotHonoured(
+            f"its {name} passes {', '.join(unknown)} to attention, which Pensieve does not know"
+        )
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
@@ -219,7 +259,9 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
             try:
                 value = getattr(text, name, None)
             except Exception as error:  # transformers' own kind, for a number that differs between layers
-                raise ModelRefused(f"the layers of {text.model_type!r} differ in {name}; all layers of a cache have the same") from error
+                raise ModelRefused(
+                    f"the layers of {text.model_type!r} differ in {name}; all layers of a cache have the same"
+                ) from error
             if isinstance(value, (list, tuple)):  # one for each layer
                 if len(set(value)) > 1 and name not in _WIDTHS:
                     listed = ", ".join(map(str, sorted(set(value))))
@@ -234,7 +276,9 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
     def need(*names: str) -> int:
         value = first(*names)
         if value is None:
-            raise ModelRefused(f"the config of {text.model_type!r} has none of {', '.join(names)}: its shape is unknown")
+            raise ModelRefused(
+                f"the config of {text.model_type!r} has none of {', '.join(names)}: its shape is unknown"
+            )
         return value
 
     hidden, heads = need("hidden_size", "n_embd"), need("num_attention_heads", "n_head")

@@ -11,9 +11,13 @@ from pathlib import Path
 
 from pensieve.errors import ConfigError
 
-_HUB_HOST = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.+)$|^hf://(.+)$", re.IGNORECASE)
+_HUB_HOST = re.compile(
+    r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.+)$|^hf://(.+)$", re.IGNORECASE
+)
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
-_QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|BF16|F16|F32|FP16|FP32|MXFP4\w*|TQ\d\w*))\.gguf$", re.IGNORECASE)
+_QUANT = re.compile(
+    r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|BF16|F16|F32|FP16|FP32|MXFP4\w*|TQ\d\w*))\.gguf$", re.IGNORECASE
+)
 _PICTURES = "mmproj"  # begins the names of files that hold the part that sees
 _OTHER_FORMATS = {
     ".onnx": "an ONNX file, which holds a graph instead of a model's weights",
@@ -70,7 +74,9 @@ def gguf_in(spec: str, folder: Path) -> Path | None:
     Raises:
         ConfigError: there are several; the message lists them.
     """
-    sets = first_parts(path.name for path in folder.iterdir() if path.is_file() and path.name.lower().endswith(".gguf"))
+    sets = first_parts(
+        path.name for path in folder.iterdir() if path.is_file() and path.name.lower().endswith(".gguf")
+    )
     if len(sets) > 1:
         listed = ", ".join(str(Path(spec) / name) for name in sets)
         raise ConfigError(f"the folder {spec!r} holds {len(sets)} GGUF models: name one of them, {listed}")
@@ -130,12 +136,18 @@ def choose_gguf(repo: str, names: Sequence[str], wanted: HubName) -> str:
         if len(sets) == 1:
             return sets[0]
         raise ConfigError(f"{repo} holds {len(sets)} GGUF models: name one, {ways or _listed(sets)}")
-    fitting = by_quant.get(wanted.quant.upper(), []) or [name for name in sets if wanted.quant.lower() in name.lower()]
+    fitting = by_quant.get(wanted.quant.upper(), []) or [
+        name for name in sets if wanted.quant.lower() in name.lower()
+    ]
     if len(fitting) == 1:
         return fitting[0]
     if not sets:
-        raise ConfigError(f"{repo} holds no GGUF files, so :{wanted.quant} means nothing: name it without, --model {repo}")
-    raise ConfigError(f"{repo} holds {len(fitting) or 'no'} GGUF models {wanted.quant!r}: name one, {ways or _listed(sets)}")
+        raise ConfigError(
+            f"{repo} holds no GGUF files, so :{wanted.quant} means nothing: name it without, --model {repo}"
+        )
+    raise ConfigError(
+        f"{repo} holds {len(fitting) or 'no'} GGUF models {wanted.quant!r}: name one, {ways or _listed(sets)}"
+    )
 
 
 def quant_of(name: str) -> str:
@@ -162,12 +174,18 @@ def ollama_model(spec: str) -> Path | None:
         layers = json.loads(manifest.read_text())["layers"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    kinds = {str(layer.get("mediaType", "")).rpartition(".")[2]: str(layer.get("digest", "")) for layer in layers}
+    kinds = {
+        str(layer.get("mediaType", "")).rpartition(".")[2]: str(layer.get("digest", "")) for layer in layers
+    }
     if "adapter" in kinds:
-        raise ConfigError(f"Ollama's {spec!r} is a model with an adapter on it, which cannot be served: name its base model")
+        raise ConfigError(
+            f"Ollama's {spec!r} is a model with an adapter on it, which cannot be served: name its base model"
+        )
     blob = root / "blobs" / kinds.get("model", "none").replace(":", "-")
     if not is_gguf(blob):
-        raise ConfigError(f"Ollama's {spec!r} has no GGUF file in {root / 'blobs'}: `ollama pull {spec}` again")
+        raise ConfigError(
+            f"Ollama's {spec!r} has no GGUF file in {root / 'blobs'}: `ollama pull {spec}` again"
+        )
     return blob
 
 

@@ -38,7 +38,14 @@ class NumberType:
     reason: str = ""  # for people; empty where it was told
 
 
-def choose(asked: str, device: str, *, int8: bool = False, group: Group | None = None, clock: Clock = time.thread_time) -> NumberType:
+def choose(
+    asked: str,
+    device: str,
+    *,
+    int8: bool = False,
+    group: Group | None = None,
+    clock: Clock = time.thread_time,
+) -> NumberType:
     """The number type that was asked for, or with "auto" the one to compute in; of a group, what rank 0 finds.
 
     Args:
@@ -61,9 +68,13 @@ def choose(asked: str, device: str, *, int8: bool = False, group: Group | None =
 def _fastest(clock: Clock) -> NumberType:
     ratio = slowdown(clock)
     if ratio > _WORTH:
-        return NumberType("float32", f"computing in float32: bfloat16 takes {ratio:.1f} times as long on this CPU")
+        return NumberType(
+            "float32", f"computing in float32: bfloat16 takes {ratio:.1f} times as long on this CPU"
+        )
     if ratio * _WORTH < 1.0:
-        return NumberType("bfloat16", f"computing in bfloat16: float32 takes {1 / ratio:.1f} times as long on this CPU")
+        return NumberType(
+            "bfloat16", f"computing in bfloat16: float32 takes {1 / ratio:.1f} times as long on this CPU"
+        )
     return NumberType("bfloat16", "computing in bfloat16: on this CPU as fast as float32, in half the memory")
 
 
@@ -84,9 +95,13 @@ Product = Callable[[int], object]  # rows -> their product
 
 def _product(dtype: torch.dtype) -> Product:
     """As a model's layer would have it (`worker.products`)."""
-    module: nn.Linear = nn.utils.skip_init(nn.Linear, _INPUTS, _OUTPUTS, bias=False, device="cpu", dtype=dtype)  # type: ignore[no-untyped-call]
+    module: nn.Linear = nn.utils.skip_init(
+        nn.Linear, _INPUTS, _OUTPUTS, bias=False, device="cpu", dtype=dtype
+    )  # type: ignore[no-untyped-call]
     nn.init.constant_(module.requires_grad_(False).weight, 0.5)
-    multiply = PanelProduct([module]) if PanelProduct.why_not(dtype, _INPUTS) is None else OneDnnProduct([module])
+    multiply = (
+        PanelProduct([module]) if PanelProduct.why_not(dtype, _INPUTS) is None else OneDnnProduct([module])
+    )
     inputs = {rows: torch.full((rows, _INPUTS), 0.5, dtype=dtype) for rows in _ROWS}
 
     def product(rows: int) -> object:

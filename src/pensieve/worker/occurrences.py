@@ -27,7 +27,11 @@ class Occurrences:
 
     def counts(self) -> dict[int, int]:
         """Tokens of the output and how often each came."""
-        return {int(self._ids[index]): int(self._times[index]) for index in range(self._size) if self._times[index]}
+        return {
+            int(self._ids[index]): int(self._times[index])
+            for index in range(self._size)
+            if self._times[index]
+        }
 
     def add(self, token: int) -> None:
         """One more in the output."""
@@ -36,7 +40,8 @@ class Occurrences:
             place = self._place[token] = self._size
             if place == len(self._ids):
                 self._ids, self._times, self._in_prompt = (
-                    np.concatenate([array, np.zeros_like(array)]) for array in (self._ids, self._times, self._in_prompt)
+                    np.concatenate([array, np.zeros_like(array)])
+                    for array in (self._ids, self._times, self._in_prompt)
                 )
             self._ids[place] = token
             self._size += 1
@@ -50,14 +55,19 @@ class Occurrences:
     def penalise(self, logits: torch.Tensor, params: SamplingParams) -> None:
         """Change a row of logits (V,), float32, in place: repetition over everything, then presence and frequency over the output."""
         ids, times, in_prompt = (
-            torch.from_numpy(array[: self._size]).to(logits.device) for array in (self._ids, self._times, self._in_prompt)
+            torch.from_numpy(array[: self._size]).to(logits.device)
+            for array in (self._ids, self._times, self._in_prompt)
         )
         values = logits[ids]
         in_output = times > 0
         if params.repetition_penalty != 1.0:
             penalty = min(max(params.repetition_penalty, 1.0 / _MOST_PENALTY), _MOST_PENALTY)
-            pushed = torch.where(values > 0, values / penalty, values * penalty).clamp(max=torch.finfo(values.dtype).max)
+            pushed = torch.where(values > 0, values / penalty, values * penalty).clamp(
+                max=torch.finfo(values.dtype).max
+            )
             values = torch.where(in_output | in_prompt, pushed, values)
         if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-            values = torch.where(in_output, values - (params.presence_penalty + params.frequency_penalty * times), values)
+            values = torch.where(
+                in_output, values - (params.presence_penalty + params.frequency_penalty * times), values
+            )
         logits[ids] = values

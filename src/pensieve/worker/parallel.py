@@ -95,7 +95,9 @@ class RankWorker(ModelWorker):
         self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int, *, attention: str, hooks: Hooks,
         verify: bool, debug: bool,
     ) -> None:  # fmt: skip
-        super().__init__(model, tiers, chunk_tokens, attention=attention, hooks=hooks, verify=verify, on_device=False)
+        super().__init__(
+            model, tiers, chunk_tokens, attention=attention, hooks=hooks, verify=verify, on_device=False
+        )
         self._group = group
         self._debug = debug
         self._words_due = 0  # how often the others still wait in this step for a word of this rank
@@ -112,14 +114,23 @@ class RankWorker(ModelWorker):
         self._words_due = bool(plan.wiped) + 2 * bool(plan.spans)
         try:
             result = super().run(plan)
-        except Exception as error:  # our own bug, in what comes before all else: the others must hear of it where they wait
+        except (
+            Exception
+        ) as error:  # our own bug, in what comes before all else: the others must hear of it where they wait
             log.exception("rank %d raised in step %d", self._group.rank, plan.step_id)
             message = f"{type(error).__name__}: {error}"
             with contextlib.suppress(RankFailed, WorkerLost):
                 while self._words_due:
                     self._say(_Word(message))
-            lost = tuple(CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out))
-            result = StepResult(plan.step_id, copies_failed=lost, forward_error=message, wipe_error=message if plan.wiped else None)
+            lost = tuple(
+                CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out)
+            )
+            result = StepResult(
+                plan.step_id,
+                copies_failed=lost,
+                forward_error=message,
+                wipe_error=message if plan.wiped else None,
+            )
         if self._lost is not None:
             raise self._lost
         return result
@@ -159,7 +170,9 @@ class RankWorker(ModelWorker):
         try:
             computed = super()._forward(plan, swap_in)
             if self._model.device.type == "cuda":
-                torch.cuda.current_stream(self._model.device).synchronize()  # it has not gone well before it is done
+                torch.cuda.current_stream(
+                    self._model.device
+                ).synchronize()  # it has not gone well before it is done
         except (RankFailed, WorkerLost):
             raise  # all know
         except Exception as error:
@@ -209,7 +222,9 @@ class RankWorker(ModelWorker):
     def _compare(self, what: str, prints: list[bytes | None]) -> None:
         if others := [f"rank {rank}" for rank, each in enumerate(prints) if each != prints[0]]:
             raise self._give_up(
-                WorkerLost(f"in step {self._step_id} {', '.join(others)} {what} than rank 0: the processes must be started again")
+                WorkerLost(
+                    f"in step {self._step_id} {', '.join(others)} {what} than rank 0: the processes must be started again"
+                )
             )
 
     def _give_up(self, error: WorkerLost) -> WorkerLost:
@@ -273,7 +288,9 @@ class ParallelWorker:
         told = not idle and self._tell(plan)
         result = self._local.run(plan)
         self._ledger.settle(0, result.copies_done, result.copies_failed)
-        if idle and self._ledger.others_owe:  # they had time enough; and rank 0, with nothing to do, may as well wait for them
+        if (
+            idle and self._ledger.others_owe
+        ):  # they had time enough; and rank 0, with nothing to do, may as well wait for them
             told = self._tell(replace(plan, settles=True))
         if told:
             for rank, report in enumerate(self._local.report(result)):
@@ -281,7 +298,9 @@ class ParallelWorker:
                     self._ledger.settle(rank, report.done, report.failed)
         if plan.spans:
             stops = {span.request_id: span.stop for span in plan.spans if span.emits_token}
-            self._sampled += tuple((token.request_id, stops[token.request_id], token.token_id) for token in result.tokens)
+            self._sampled += tuple(
+                (token.request_id, stops[token.request_id], token.token_id) for token in result.tokens
+            )
         done, failed = self._ledger.take()
         return replace(result, copies_done=done, copies_failed=failed)
 
@@ -351,9 +370,18 @@ def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
 def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankWorker:
     """This rank's worker, once all ranks have theirs."""
     geometry = model.geometry
-    chunk_bytes = order.chunk_tokens * 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * geometry.dtype.itemsize
+    chunk_bytes = (
+        order.chunk_tokens
+        * 2
+        * geometry.num_layers
+        * geometry.num_kv_heads
+        * geometry.head_dim
+        * geometry.dtype.itemsize
+    )
     with group.agreeing():  # before anybody allocates: the ranks of a machine share its memory
-        require_room(order.tiers, chunk_bytes, model.device, sharers=group.local_size, beside=model.library_bytes)
+        require_room(
+            order.tiers, chunk_bytes, model.device, sharers=group.local_size, beside=model.library_bytes
+        )
     worker: RankWorker | None = None
     try:
         with group.agreeing():
@@ -378,7 +406,12 @@ def _with_seed(start: RequestStart) -> RequestStart:
 def _print_of(plan: StepPlan, batch: Batch) -> bytes:
     """A plan and what a rank makes of it. (Sets are sorted: those that came through a pipe may be in another order.)"""
     started = [
-        (start.request_id, start.prompt, replace(start.sampling, stop_token_ids=frozenset()), sorted(start.sampling.stop_token_ids))
+        (
+            start.request_id,
+            start.prompt,
+            replace(start.sampling, stop_token_ids=frozenset()),
+            sorted(start.sampling.stop_token_ids),
+        )
         for start in plan.started
     ]
     tensors = (batch.input_ids, batch.slot_mapping, batch.block_tables, batch.logit_rows)

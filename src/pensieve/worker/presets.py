@@ -36,7 +36,9 @@ class Preset:
         return AutoConfig.for_model(self.family, **dict(self.config_kwargs))
 
 
-def _preset(name: str, family: str, hub_id: str | None, num_parameters: int, shape: ModelShape, kwargs: dict[str, Any]) -> Preset:
+def _preset(
+    name: str, family: str, hub_id: str | None, num_parameters: int, shape: ModelShape, kwargs: dict[str, Any]
+) -> Preset:
     return Preset(name, family, hub_id, num_parameters, shape, MappingProxyType(kwargs))
 
 
@@ -119,7 +121,17 @@ def _llama2(
     )  # fmt: skip
 
 
-def _smollm2(name: str, num_parameters: int, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, rope_theta: float) -> Preset:
+def _smollm2(
+    name: str,
+    num_parameters: int,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    mlp: int,
+    rope_theta: float,
+) -> Preset:
     size = name.rsplit("-", 1)[1].upper()
     return _modern(
         name, "llama", f"HuggingFaceTB/SmolLM2-{size}-Instruct", num_parameters, layers=layers, hidden=hidden, heads=heads,
@@ -128,7 +140,17 @@ def _smollm2(name: str, num_parameters: int, *, layers: int, hidden: int, heads:
     )  # fmt: skip
 
 
-def _gemma2(name: str, hub_id: str, num_parameters: int, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int) -> Preset:
+def _gemma2(
+    name: str,
+    hub_id: str,
+    num_parameters: int,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    mlp: int,
+) -> Preset:
     return _modern(
         name, "gemma2", hub_id, num_parameters, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, mlp=mlp, head_dim=256,
         vocab=256_000, context=8192, rope_theta=10_000.0, tied=True, rms_norm_eps=1e-6, sliding_window=4096,
@@ -136,7 +158,13 @@ def _gemma2(name: str, hub_id: str, num_parameters: int, *, layers: int, hidden:
     )  # fmt: skip
 
 
-_QWEN3: dict[str, Any] = {"vocab": 151_936, "context": 40_960, "rope_theta": 1_000_000.0, "head_dim": 128, "rms_norm_eps": 1e-6}
+_QWEN3: dict[str, Any] = {
+    "vocab": 151_936,
+    "context": 40_960,
+    "rope_theta": 1_000_000.0,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+}
 _LLAMA3: dict[str, Any] = {
     "vocab": 128_256,
     "rope_theta": 500_000.0,
@@ -222,4 +250,6 @@ _ALL: tuple[Preset, ...] = (
 )  # fmt: skip
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
-BY_HUB_ID: Mapping[str, Preset] = MappingProxyType({preset.hub_id.lower(): preset for preset in _ALL if preset.hub_id})
+BY_HUB_ID: Mapping[str, Preset] = MappingProxyType(
+    {preset.hub_id.lower(): preset for preset in _ALL if preset.hub_id}
+)

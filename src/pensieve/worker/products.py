@@ -28,7 +28,9 @@ _USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights 
 # oneDNN meets so many row counts between a power of two and the next, evenly spaced, and all below that. It compiles and keeps a primitive for
 # each, about 3 MB for a layer's four products; for 512 counts (with the holes that they left in the heap) that was 1.9 GB.
 _SIZES_AN_OCTAVE = 8
-ONEDNN_BYTES = 192 << 20  # what those primitives come to take beside the weights, whatever the model's size: 157 MB for up to 512 rows
+ONEDNN_BYTES = (
+    192 << 20
+)  # what those primitives come to take beside the weights, whatever the model's size: 157 MB for up to 512 rows
 
 
 class LayerProducts(Protocol):
@@ -73,7 +75,9 @@ class OneDnnProduct:
         self._num_out = len(weight)
         self._bias = _bias_of(modules)
         self._packed = _can_pack(weight.dtype)
-        self._weight: torch.Tensor = _mkldnn._reorder_linear_weight(weight, _USUAL_ROWS) if self._packed else weight
+        self._weight: torch.Tensor = (
+            _mkldnn._reorder_linear_weight(weight, _USUAL_ROWS) if self._packed else weight
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in), contiguous -> (T, out)."""
@@ -120,7 +124,9 @@ class DeviceProduct:
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
         weights = [module.weight.detach() for module in modules]
-        self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # (out, in); what is alone stays where it is
+        self._weight = (
+            weights[0] if len(weights) == 1 else torch.cat(weights)
+        )  # (out, in); what is alone stays where it is
         self._bias = _bias_of(modules)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,7 +166,13 @@ class Weights(ctypes.Structure):
 
 
 class _Multiply(ctypes.Structure):
-    _fields_ = [("weights", POINTER), ("inputs", POINTER), ("results", POINTER), ("num_rows", INT), ("num_threads", INT)]
+    _fields_ = [
+        ("weights", POINTER),
+        ("inputs", POINTER),
+        ("results", POINTER),
+        ("num_rows", INT),
+        ("num_threads", INT),
+    ]
 
 
 _BYTES = ctypes.sizeof(Weights) + ctypes.sizeof(_Multiply)
@@ -177,7 +189,9 @@ class PanelKind:
 class PanelProduct:
     """x -> x W^T + b by our kernel, x in bfloat16. `weights` is what the kernel knows of it, for as long as this lives."""
 
-    def __init__(self, modules: Sequence[nn.Linear], store: int = _PLAIN, kind: PanelKind | None = None) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Linear], store: int = _PLAIN, kind: PanelKind | None = None
+    ) -> None:
         """Lay the weights out, one module's below the other's; for `_GATED` two modules', interleaved."""
         library = library_for("products", _BYTES)
         assert not isinstance(library, str), library
@@ -193,7 +207,10 @@ class PanelProduct:
         self._scales = None
         if kind.int8:
             scales = [part.float().abs().amax(dim=1).clamp(min=_LEAST_SCALE) / _INT8_MOST for part in parts]
-            parts = [(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in zip(parts, scales, strict=True)]
+            parts = [
+                (part.float() / scale[:, None]).round().to(torch.int8)
+                for part, scale in zip(parts, scales, strict=True)
+            ]
             self._scales = _by_panel(scales, width)
         pairs = _joined([_pairs(part, width) for part in parts], dim=2)  # (panels, in / 2, PANEL, 2)
         if kind.int8:
@@ -218,7 +235,11 @@ class PanelProduct:
             return "this CPU has no AVX512-BF16"
         if int8:
             return None if library.pensieve_has_bytes() else "this CPU has no AVX512-VBMI"
-        return "this CPU has AMX, which these kernels were built without" if has_amx() and levels()[-1] < Level.AMX else None
+        return (
+            "this CPU has AMX, which these kernels were built without"
+            if has_amx() and levels()[-1] < Level.AMX
+            else None
+        )
 
     def __call__(self, x: torch.Tensor, results: torch.Tensor | None = None) -> torch.Tensor:
         """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds. In fp32 where it was made so."""
@@ -263,14 +284,22 @@ def lay_out_modules(model: nn.Module) -> None:
     Where a CPU does not multiply bfloat16, torch takes ten times as long for them otherwise (docs/performance.md).
     """
     for module in model.modules():
-        if isinstance(module, Conv1D) and module.weight.device.type == "cpu" and module.weight.dtype.itemsize == 2:
+        if (
+            isinstance(module, Conv1D)
+            and module.weight.device.type == "cpu"
+            and module.weight.dtype.itemsize == 2
+        ):
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def fill_up_modules(model: nn.Module) -> None:
     """Have a model's own products in 16 bits on a CPU, which are oneDNN's, called with row counts of the grid only, see `grid_rows`."""
     for module in model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.device.type == "cpu" and module.weight.dtype.itemsize == 2:
+        if (
+            isinstance(module, (nn.Linear, Conv1D))
+            and module.weight.device.type == "cpu"
+            and module.weight.dtype.itemsize == 2
+        ):
             module.forward = _on_grid(module.forward)  # type: ignore[method-assign]
 
 
@@ -306,7 +335,11 @@ def _woven(pairs: torch.Tensor) -> torch.Tensor:
 
 def _by_panel(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
     """A number for each output, fp32, as the panels have their outputs, filled up."""
-    return torch.cat([_filled(part[:, None], width).view(-1, width) for part in parts], dim=1).flatten().contiguous()
+    return (
+        torch.cat([_filled(part[:, None], width).view(-1, width) for part in parts], dim=1)
+        .flatten()
+        .contiguous()
+    )
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

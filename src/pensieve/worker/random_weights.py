@@ -39,7 +39,11 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
             f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, such as Llama or Qwen"
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        code = " without code of its own (auto_map), which is never run" if getattr(config, "auto_map", None) else ""
+        code = (
+            " without code of its own (auto_map), which is never run"
+            if getattr(config, "auto_map", None)
+            else ""
+        )
         raise ModelRefused(
             f"transformers has no causal language model for model_type {config.model_type!r}{code}: it sees, hears, embeds or translates, or is newer "
             "than this transformers. Name a text model"
@@ -81,7 +85,10 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: in
     with no_init_weights(), torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         block = (torch.randn(_BLOCK_NUMBERS) * _STD).to(device=device, dtype=dtype)
         _fill(model, block)
@@ -96,7 +103,9 @@ def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(map(id, own))
         if not any(p.ndim >= 2 for p in own):
-            model._init_weights(module)  # norms, attention sinks, buffers: small, and only the model knows their start
+            model._init_weights(
+                module
+            )  # norms, attention sinks, buffers: small, and only the model knows their start
             continue
         for parameter in own:
             if parameter.ndim < 2:
@@ -108,7 +117,9 @@ def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
             offset = (offset + flat.numel()) % block.numel()
 
 
-def _pieces(flat: torch.Tensor, block: torch.Tensor, offset: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _pieces(
+    flat: torch.Tensor, block: torch.Tensor, offset: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs (part of `flat`, part of `block`) that cover `flat`, reading `block` round and round from `offset`."""
     start = 0
     while start < flat.numel():
@@ -127,12 +138,16 @@ def bytes_beside(config: PretrainedConfig, num_parameters: int, dtype: torch.dty
     text = config.get_text_config()
     head = (getattr(text, "vocab_size", None) or 0) * (getattr(text, "hidden_size", None) or 0)
     layers = getattr(text, "num_hidden_layers", None) or 1
-    copied = head * dtype.itemsize if text.model_type in MODEL_TYPES and torch.device(device).type == "cpu" else 0
+    copied = (
+        head * dtype.itemsize if text.model_type in MODEL_TYPES and torch.device(device).type == "cpu" else 0
+    )
     widened = max(0, num_parameters - head) // layers * 4 if dtype.itemsize == 2 else 0
     return copied + widened
 
 
-def require_room(label: str, num_parameters: int, dtype: torch.dtype, device: str, *, beside: int = 0) -> None:
+def require_room(
+    label: str, num_parameters: int, dtype: torch.dtype, device: str, *, beside: int = 0
+) -> None:
     """Refuse a model whose weights do not fit, before anything is allocated.
 
     Args:
@@ -194,7 +209,12 @@ def _cgroup_rooms() -> Iterator[int]:
         if controllers == "":
             root, limit, used, cache = _CGROUP, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            root, limit, used, cache = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            root, limit, used, cache = (
+                _CGROUP / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
         else:
             continue
         here = root / path.lstrip("/")
@@ -212,6 +232,8 @@ def _group_room(group: Path, limit: str, used: str, cache: str) -> int | None:
         if most == "max":
             return None
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(0, int(most) - int((group / used).read_text()) + int(stat.get(cache, 0)))  # cached files give way
+        return max(
+            0, int(most) - int((group / used).read_text()) + int(stat.get(cache, 0))
+        )  # cached files give way
     except (OSError, ValueError):
         return None

@@ -30,9 +30,14 @@ class Rank:
             return None
         try:
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            local_rank, local_size = (
+                int(os.environ.get("LOCAL_RANK", rank)),
+                int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+            )
         except ValueError as error:
-            raise ConfigError(f"RANK, WORLD_SIZE and their like must be numbers, as torchrun sets them: {error}") from error
+            raise ConfigError(
+                f"RANK, WORLD_SIZE and their like must be numbers, as torchrun sets them: {error}"
+            ) from error
         if not 0 <= rank < size:
             raise ConfigError(f"RANK must lie in [0, WORLD_SIZE = {size}), got {rank}")
         return None if size == 1 else cls(rank, size, local_rank, local_size)

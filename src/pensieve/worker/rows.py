@@ -61,7 +61,9 @@ class Rows:
         self._kernel = library
         self._call = {"kind": KINDS[dtype], "level": level}
 
-    def norm(self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def norm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
         """Add `delta` to `residual` in place, if there is one; the sum over its root mean square, times `weight` (h,). All (T, h)."""
         rows, width = residual.shape
         output = torch.empty_like(residual)
@@ -88,7 +90,9 @@ class Rows:
             norms: weights (D,) of queries and keys, where each head is normalised first.
             epsilon: of these norms.
         """
-        query_weight, key_weight = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+        query_weight, key_weight = (
+            (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+        )
         work = _Rotate(
             self._header(len(heads)), heads.data_ptr(), heads.stride(0), num_heads, num_kv_heads, head_dim,
             None if angles is None else angles.data_ptr(), positions.data_ptr(), query_weight, key_weight, epsilon,

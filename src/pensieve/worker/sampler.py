@@ -42,7 +42,11 @@ class _State:
         self.tokens = list(start.prompt)
         self.num_prompt = len(start.prompt)
         self.occurrences: Occurrences | None = None
-        if params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+        if (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        ):
             self.occurrences = Occurrences(start.prompt if params.repetition_penalty != 1.0 else ())
 
     @property
@@ -76,8 +80,12 @@ class Choice:
     spans: tuple[Span, ...]
     tokens: torch.Tensor  # (E,) int64
     failures: dict[int, Exception] = field(default_factory=dict)  # by row
-    words: list[tuple[int, int]] = field(default_factory=list)  # (row, how many of the likeliest) that want logprobs
-    told: dict[str, torch.Tensor] = field(default_factory=dict)  # what `collect` reads, in host memory once its mark was reached
+    words: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (row, how many of the likeliest) that want logprobs
+    told: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # what `collect` reads, in host memory once its mark was reached
 
 
 def nothing() -> Choice:
@@ -88,7 +96,9 @@ def nothing() -> Choice:
 class Sampler:
     """Sole owner of what is remembered of a request between its tokens; forgotten only when it has ended."""
 
-    def __init__(self, *, before_sample: Callable[[str], None] | None = None, on_device: bool = False) -> None:
+    def __init__(
+        self, *, before_sample: Callable[[str], None] | None = None, on_device: bool = False
+    ) -> None:
         """Remember nobody.
 
         Args:
@@ -116,7 +126,9 @@ class Sampler:
 
     def needs_history(self, spans: Sequence[Span]) -> bool:
         """Whether any of these can be sampled only when all earlier tokens are known here."""
-        return any(span.emits_token and self._states[span.request_id].occurrences is not None for span in spans)
+        return any(
+            span.emits_token and self._states[span.request_id].occurrences is not None for span in spans
+        )
 
     def accept(self, sampled: Iterable[Sampled]) -> None:
         """Tokens that somebody else sampled for these requests; what was known of their positions, and behind, is forgotten."""
@@ -125,7 +137,9 @@ class Sampler:
                 state.truncate(position)
                 state.append(position, token)
 
-    def sample(self, spans: Sequence[Span], logits: torch.Tensor) -> tuple[list[SampledToken], list[RequestFailure]]:
+    def sample(
+        self, spans: Sequence[Span], logits: torch.Tensor
+    ) -> tuple[list[SampledToken], list[RequestFailure]]:
         """Both halves at once."""
         choice = self.launch(spans, logits)
         return self.collect(choice)
@@ -196,14 +210,20 @@ class Sampler:
                     "the model's logits are not finite (NaN or infinity): its weights or dtype do not carry this prompt"
                 )
             if error is not None:
-                broken.append(RequestFailure(span.request_id, f"sampling failed: {type(error).__name__}: {error}"))
+                broken.append(
+                    RequestFailure(span.request_id, f"sampling failed: {type(error).__name__}: {error}")
+                )
                 continue
             token = chosen[row]
             state = self._states.get(span.request_id)
             if state is not None:
                 state.truncate(span.stop)
                 state.append(span.stop, token)
-            tokens.append(SampledToken(span.request_id, token, *said[row]) if row in said else SampledToken(span.request_id, token))
+            tokens.append(
+                SampledToken(span.request_id, token, *said[row])
+                if row in said
+                else SampledToken(span.request_id, token)
+            )
         return tokens, broken
 
     def _choose(self, choice: Choice, logits: torch.Tensor, rows: list[int]) -> None:
@@ -227,13 +247,21 @@ class Sampler:
                 state.truncate(span.stop)
                 state.occurrences.penalise(row, state.params)
             if state.must_go_on(span.stop):
-                row.index_fill_(0, _index([i for i in state.params.stop_token_ids if i < len(row)], row.device), _FORBIDDEN)
+                row.index_fill_(
+                    0,
+                    _index([i for i in state.params.stop_token_ids if i < len(row)], row.device),
+                    _FORBIDDEN,
+                )
         drawn = [index for index, state in enumerate(states) if state.params.temperature > 0.0]
         places = _index(drawn, values.device)
         if len(drawn) == len(states):
             tokens = torch.empty(len(states), dtype=torch.int64, device=values.device)
         else:
-            tokens = values.argmax(-1) if self._on_device or values.device.type != "cpu" else torch.tensor(likeliest(values)[1])
+            tokens = (
+                values.argmax(-1)
+                if self._on_device or values.device.type != "cpu"
+                else torch.tensor(likeliest(values)[1])
+            )
             values = values.index_select(0, places)
         if drawn:
             numbers = [uniform(states[index].seed, spans[index].stop) for index in drawn]
@@ -241,7 +269,9 @@ class Sampler:
         return tokens
 
 
-Said = tuple[float, tuple[tuple[int, float], ...]]  # the token's logprob, and the likeliest tokens with theirs
+Said = tuple[
+    float, tuple[tuple[int, float], ...]
+]  # the token's logprob, and the likeliest tokens with theirs
 
 
 def _logprobs(logits: torch.Tensor, choice: Choice) -> dict[str, torch.Tensor]:
@@ -253,14 +283,21 @@ def _logprobs(logits: torch.Tensor, choice: Choice) -> dict[str, torch.Tensor]:
         some = choice.words[first : first + _ROWS_TOGETHER]
         rows = [row for row, _ in some]
         logprobs = torch.log_softmax(_floats(logits, rows), dim=-1)
-        owns.append(logprobs.gather(1, choice.tokens.index_select(0, _index(rows, logits.device))[:, None])[:, 0])
+        owns.append(
+            logprobs.gather(1, choice.tokens.index_select(0, _index(rows, logits.device))[:, None])[:, 0]
+        )
         for count in {count for _, count in some}:
             here = [index for index, (_, each) in enumerate(some) if each == count]
-            own_rows = logprobs if len(here) == len(some) else logprobs.index_select(0, _index(here, logits.device))
+            own_rows = (
+                logprobs if len(here) == len(some) else logprobs.index_select(0, _index(here, logits.device))
+            )
             tops.setdefault(count, []).append(own_rows.topk(min(count, logprobs.shape[1])))
     told = {"own": torch.cat(owns)}
     for count, parts in tops.items():
-        told |= {f"values {count}": torch.cat([part.values for part in parts]), f"ids {count}": torch.cat([part.indices for part in parts])}
+        told |= {
+            f"values {count}": torch.cat([part.values for part in parts]),
+            f"ids {count}": torch.cat([part.indices for part in parts]),
+        }
     return {name: to_host(tensor) for name, tensor in told.items()}
 
 
@@ -284,7 +321,9 @@ def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
 
 def _floats(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """Some rows, ascending, in float32, to be written on."""
-    return (logits if len(rows) == len(logits) else logits.index_select(0, _index(rows, logits.device))).to(torch.float32, copy=True)
+    return (logits if len(rows) == len(logits) else logits.index_select(0, _index(rows, logits.device))).to(
+        torch.float32, copy=True
+    )
 
 
 @contextmanager

@@ -36,7 +36,11 @@ def require_divisible(config: PretrainedConfig, label: str, num_ranks: int) -> N
         )
     for what, count in (("key/value heads", shape.num_kv_heads), ("query heads", shape.num_heads)):
         if count % num_ranks:
-            fitting = ", ".join(str(n) for n in range(2, shape.num_kv_heads + 1) if shape.num_kv_heads % n == 0 == shape.num_heads % n)
+            fitting = ", ".join(
+                str(n)
+                for n in range(2, shape.num_kv_heads + 1)
+                if shape.num_kv_heads % n == 0 == shape.num_heads % n
+            )
             raise ConfigError(
                 f"{label} has {count} {what}, which cannot be dealt out evenly to {num_ranks} processes: "
                 + (f"start a number that divides them ({fitting}), or " if fitting else "")
@@ -44,7 +48,9 @@ def require_divisible(config: PretrainedConfig, label: str, num_ranks: int) -> N
             )
 
 
-def load_split(folder: Path, label: str, dtype: torch.dtype, device: torch.device, num_ranks: int) -> PreTrainedModel:
+def load_split(
+    folder: Path, label: str, dtype: torch.dtype, device: torch.device, num_ranks: int
+) -> PreTrainedModel:
     """This rank's share of the weights in a folder; only the share is read.
 
     Raises:
@@ -53,7 +59,9 @@ def load_split(folder: Path, label: str, dtype: torch.dtype, device: torch.devic
     from transformers.distributed import DistributedConfig
 
     with _meshes_on(device):
-        return load_folder(folder, label, dtype=dtype, distributed_config=DistributedConfig(tp_size=num_ranks))
+        return load_folder(
+            folder, label, dtype=dtype, distributed_config=DistributedConfig(tp_size=num_ranks)
+        )
 
 
 def split(model: PreTrainedModel, device: torch.device, num_ranks: int) -> PreTrainedModel:
@@ -64,7 +72,9 @@ def split(model: PreTrainedModel, device: torch.device, num_ranks: int) -> PreTr
         config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=num_ranks))
     head = model.get_output_embeddings()
     if is_tied := head is not None and head.weight is model.get_input_embeddings().weight:
-        head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)  # plans name both, and each once
+        head.weight = torch.nn.Parameter(
+            head.weight.detach(), requires_grad=False
+        )  # plans name both, and each once
     divided: PreTrainedModel = model.maybe_distribute_model(model, config, mesh)
     if is_tied:
         divided.tie_weights()

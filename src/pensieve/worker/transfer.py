@@ -105,7 +105,9 @@ class Transfer:
         self._wake: Callable[[], None] = lambda: None
         self._device = self._stores[0].device
         self._lanes = lanes_for(self._device) if lanes is None else lanes
-        self._sums: dict[tuple[int, int], int] | None = {} if verify else None  # of what was sent, by (tier, slot) below the first
+        self._sums: dict[tuple[int, int], int] | None = (
+            {} if verify else None
+        )  # of what was sent, by (tier, slot) below the first
         lock = threading.Lock()  # guards everything below
         self._work = threading.Condition(lock)  # there is something to do
         self._idle = threading.Condition(lock)  # there is nothing to do any more
@@ -126,7 +128,9 @@ class Transfer:
 
     def start(self, swap_in: tuple[Copy, ...], swap_out: tuple[Copy, ...]) -> SwapIn:
         """Queue a plan's copies; a step is under way from now on."""
-        if not (swap_in or swap_out):  # as in nearly every step: the thread is left asleep, it would only ask for the interpreter
+        if not (
+            swap_in or swap_out
+        ):  # as in nearly every step: the thread is left asleep, it would only ask for the interpreter
             with self._work:
                 assert not self._closing, "the worker is closed"
                 self._num_steps += 1
@@ -145,7 +149,9 @@ class Transfer:
     def wait(self) -> None:
         """Return when every copy queued so far has settled (or will not be begun any more: see `close`)."""
         with self._idle:
-            self._idle.wait_for(lambda: self._closing or not (self._copying or self._swap_ins or self._swap_outs))
+            self._idle.wait_for(
+                lambda: self._closing or not (self._copying or self._swap_ins or self._swap_outs)
+            )
 
     def end_step(self) -> tuple[tuple[int, ...], tuple[CopyFailure, ...]]:
         """What settled since the last call: ids of good copies, and failures. The oldest step under way is over."""
@@ -214,7 +220,9 @@ class Transfer:
             arrived = self._checksums(lane, [(copy.dst_tier, copy.dst_slot) for copy in good])
             lane.drain()
             good = self._verified(good, arrived, failures)
-        except Exception as error:  # whatever it was, it must not hang the forward or take other batches along
+        except (
+            Exception
+        ) as error:  # whatever it was, it must not hang the forward or take other batches along
             failures += [_failure(copy, error) for copy in good]
             good = []
         ticket.failures = failures
@@ -267,7 +275,12 @@ class Transfer:
         for copy in copies:
             by_pair.setdefault((copy.src_tier, copy.dst_tier), []).append(copy)
         return [
-            SlotCopy(self._stores[source], [copy.src_slot for copy in pair], self._stores[target], [copy.dst_slot for copy in pair])
+            SlotCopy(
+                self._stores[source],
+                [copy.src_slot for copy in pair],
+                self._stores[target],
+                [copy.dst_slot for copy in pair],
+            )
             for (source, target), pair in by_pair.items()
         ]
 
@@ -282,12 +295,16 @@ class Transfer:
         def reckon() -> None:
             for tier in {tier for tier, _ in places}:
                 slots = [slot for place, slot in places if place == tier]
-                sums.update(zip([(tier, slot) for slot in slots], self._stores[tier].checksums(slots), strict=True))
+                sums.update(
+                    zip([(tier, slot) for slot in slots], self._stores[tier].checksums(slots), strict=True)
+                )
 
         lane.do(reckon)
         return sums
 
-    def _verified(self, copies: list[Copy], found: dict[tuple[int, int], Any], failures: list[CopyFailure]) -> list[Copy]:
+    def _verified(
+        self, copies: list[Copy], found: dict[tuple[int, int], Any], failures: list[CopyFailure]
+    ) -> list[Copy]:
         """The copies whose bytes are those that were once sent to their source, as far as that is known. The others are failures."""
         if self._sums is None:
             return copies
@@ -298,9 +315,18 @@ class Transfer:
             if expected is None or copy.src_tier == 0 or expected == int(here):
                 good.append(copy)
                 continue
-            logger.warning("slot %d of tier %d does not hold what was sent there: it will be computed again", copy.src_slot, copy.src_tier)
+            logger.warning(
+                "slot %d of tier %d does not hold what was sent there: it will be computed again",
+                copy.src_slot,
+                copy.src_tier,
+            )
             failures.append(
-                _failure(copy, ChecksumDiffers(f"slot {copy.src_slot} of tier {copy.src_tier} does not hold what was sent there"))
+                _failure(
+                    copy,
+                    ChecksumDiffers(
+                        f"slot {copy.src_slot} of tier {copy.src_tier} does not hold what was sent there"
+                    ),
+                )
             )
         return good
 

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 Source = Literal["embedded", "folder", "hub", "gguf", "random"]
 DTYPES = ("float32", "bfloat16", "float16")
 _EMBEDDED_PRESET = "smollm2-135m"  # the architecture of the embedded default
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "spiece.model",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,9 @@ class ResolvedModel:
     folder: Path | None  # config.json + weights + tokenizer files; None for random weights
     config: PretrainedConfig
     tokenizer_dir: Path | None  # None: there is no tokenizer, token ids must be drawn
-    eos_token_ids: tuple[int, ...]  # sampled ones end an answer; empty for random weights, which never mean it
+    eos_token_ids: tuple[
+        int, ...
+    ]  # sampled ones end an answer; empty for random weights, which never mean it
     num_parameters: int
     note: str | None = None  # what the user should know, why the weights are random for instance
     gguf: Path | None = None  # the file it was converted from
@@ -97,7 +105,9 @@ def resolve(
     if weights == "random" and not allow_random:
         raise ConfigError("random weights cannot talk: use --weights auto here")
     if not spec.strip():
-        raise ConfigError(f"--model is empty. The default is {embedded.NAME!r}; `pensieve models` lists what can be loaded")
+        raise ConfigError(
+            f"--model is empty. The default is {embedded.NAME!r}; `pensieve models` lists what can be loaded"
+        )
     number_type = torch_dtype(dtype)
     if spec == embedded.NAME:
         if weights == "random":
@@ -127,13 +137,18 @@ def resolve(
     if preset is None and name is not None and (name.file is not None or name.quant is not None):
         from pensieve.worker.hub import fetch_gguf
 
-        return _from_gguf(spec, _reached(spec, lambda: fetch_gguf(name, progress)), weights, number_type, device, progress)
+        return _from_gguf(
+            spec, _reached(spec, lambda: fetch_gguf(name, progress)), weights, number_type, device, progress
+        )
     repo = preset.hub_id if preset is not None else name.repo if name is not None else None
     return _from_hub(spec, repo, preset, weights, number_type, device, allow_random, progress)
 
 
 def load(
-    resolved: ResolvedModel, dtype: str | torch.dtype = "bfloat16", device: str = "cpu", group: Group | None = None
+    resolved: ResolvedModel,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str = "cpu",
+    group: Group | None = None,
 ) -> PreTrainedModel:
     """The model itself, in evaluation mode, without gradients, on `device`; with a group, this rank's share of it, on the rank's device.
 
@@ -175,9 +190,18 @@ def fetch_default(progress: Progress | None = None) -> Path:
 
 def describe_models() -> list[ModelRow]:
     """What can be loaded, for `pensieve models`: the embedded default, the presets, and how to name other models."""
-    rows = [_preset_row(PRESETS[_EMBEDDED_PRESET], embedded.NAME, "embedded", f"SmolLM2-135M-Instruct, the default: {embedded.state()}")]
+    rows = [
+        _preset_row(
+            PRESETS[_EMBEDDED_PRESET],
+            embedded.NAME,
+            "embedded",
+            f"SmolLM2-135M-Instruct, the default: {embedded.state()}",
+        )
+    ]
     for preset in PRESETS.values():
-        detail = f"real weights: {preset.hub_id}" if preset.hub_id else "random weights only (never published)"
+        detail = (
+            f"real weights: {preset.hub_id}" if preset.hub_id else "random weights only (never published)"
+        )
         rows.append(_preset_row(preset, preset.name, "preset", detail))
     how_to = {
         "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline; ORG/NAME:Q4_K_M a GGUF file of it",
@@ -207,13 +231,17 @@ def _preset_row(preset: Preset, name: str, kind: Literal["embedded", "preset"], 
     return ModelRow(name, kind, count, 2 * count, shape.kv_bytes_per_token(2), shape.max_positions, detail)
 
 
-def _random(spec: str, config: PretrainedConfig, reason: str, tokenizer_dir: Path | None = None) -> ResolvedModel:
+def _random(
+    spec: str, config: PretrainedConfig, reason: str, tokenizer_dir: Path | None = None
+) -> ResolvedModel:
     from pensieve.worker.random_weights import count_parameters
 
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # random weights are plain
     note = f"random weights of this shape ({reason}): they time, they do not talk"
-    return ResolvedModel(spec, spec, "random", "random", None, config, tokenizer_dir, (), count_parameters(config), note)
+    return ResolvedModel(
+        spec, spec, "random", "random", None, config, tokenizer_dir, (), count_parameters(config), note
+    )
 
 
 def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
@@ -221,19 +249,38 @@ def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
     stop = tuple(manifest["eos_token_ids"])
     label = spec if source == "embedded" else Path(spec).name
     return ResolvedModel(
-        spec, label, source, "real", folder, _config_of(folder), folder, stop, manifest["num_parameters"], manifest["note"]
+        spec,
+        label,
+        source,
+        "real",
+        folder,
+        _config_of(folder),
+        folder,
+        stop,
+        manifest["num_parameters"],
+        manifest["note"],
     )
 
 
 def _from_gguf(
-    spec: str, path: Path, weights: str, dtype: torch.dtype, device: str, progress: Progress | None, *, label: str | None = None
+    spec: str,
+    path: Path,
+    weights: str,
+    dtype: torch.dtype,
+    device: str,
+    progress: Progress | None,
+    *,
+    label: str | None = None,
 ) -> ResolvedModel:
     from pensieve.worker import gate
     from pensieve.worker.random_weights import require_room
 
     name = label or path.name
     folder = ensure_file_converted(
-        path, progress, check=lambda config: gate.check_config(config, name), room=lambda count: require_room(name, count, dtype, device)
+        path,
+        progress,
+        check=lambda config: gate.check_config(config, name),
+        room=lambda count: require_room(name, count, dtype, device),
     )
     found = replace(_from_conversion(spec, "gguf", folder), label=name, gguf=path)
     return found if weights == "auto" else _random(spec, found.config, "asked for", found.tokenizer_dir)
@@ -253,7 +300,9 @@ def _unknown(spec: str) -> str:
             f"there is no model {spec!r}: it reads like an Ollama name, and none such is in {naming.ollama_root()}. Get it there "
             f"(`ollama pull {spec}`), or name a .gguf file, a folder or a hub id (ORG/NAME, ORG/NAME:Q4_K_M)"
         )
-    return f"there is no model {spec!r}: it is no preset, folder, .gguf file or hub id (ORG/NAME).{_near(spec)}"
+    return (
+        f"there is no model {spec!r}: it is no preset, folder, .gguf file or hub id (ORG/NAME).{_near(spec)}"
+    )
 
 
 def _reached(spec: str, fetch: Callable[[], Path]) -> Path:
@@ -283,7 +332,9 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
     if not has_weights(folder):
         gone = checkpoint.missing_shards(folder)
         lacking = (
-            ", ".join(gone[:4]) + (", ..." if len(gone) > 4 else "") if gone else "model.safetensors, its shards, or pytorch_model.bin"
+            ", ".join(gone[:4]) + (", ..." if len(gone) > 4 else "")
+            if gone
+            else "model.safetensors, its shards, or pytorch_model.bin"
         )
         reason = f"{folder} lacks weight files ({lacking})"
         if not allow_random:
@@ -295,7 +346,18 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
         )
     model = outline(config)
     _, note = loading.inspect(folder, model, spec)
-    return ResolvedModel(spec, spec, source, "real", folder, config, tokenizer_dir, _stop_ids(folder, config), num_weights(model), note)
+    return ResolvedModel(
+        spec,
+        spec,
+        source,
+        "real",
+        folder,
+        config,
+        tokenizer_dir,
+        _stop_ids(folder, config),
+        num_weights(model),
+        note,
+    )
 
 
 def _require_model_folder(spec: str, folder: Path) -> None:
@@ -328,7 +390,16 @@ def _from_hub(
     progress: Progress | None,
 ) -> ResolvedModel:
     """From the local cache, else the hub, else random weights of the shape that the preset or a cached config gives."""
-    from pensieve.worker.hub import HubOutOfReach, HubUnknown, OnlyGguf, cached_folder, cached_gguf, fetch, fetch_gguf, has_weights
+    from pensieve.worker.hub import (
+        HubOutOfReach,
+        HubUnknown,
+        OnlyGguf,
+        cached_folder,
+        cached_gguf,
+        fetch,
+        fetch_gguf,
+        has_weights,
+    )
 
     folder = cached_folder(repo) if repo is not None else None
     if folder is not None and (weights == "random" or has_weights(folder)):
@@ -338,7 +409,14 @@ def _from_hub(
     reason = "weights of this shape were never published"
     if repo is not None:
         try:
-            folder = fetch(repo, dtype, device, progress, with_weights=weights == "auto", check=lambda folder: _check_folder(spec, folder))
+            folder = fetch(
+                repo,
+                dtype,
+                device,
+                progress,
+                with_weights=weights == "auto",
+                check=lambda folder: _check_folder(spec, folder),
+            )
             return _from_folder(spec, folder, "hub", weights, allow_random)
         except OnlyGguf as error:
             path = _reached(spec, lambda: fetch_gguf(naming.HubName(repo), progress))
@@ -370,9 +448,13 @@ def _config_of(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # each config class checks in its own way, and raises its own kinds
-        raise ModelRefused(f"transformers cannot read {folder / 'config.json'}: {' '.join(str(error).split())}") from error
+        raise ModelRefused(
+            f"transformers cannot read {folder / 'config.json'}: {' '.join(str(error).split())}"
+        ) from error
     return config
 
 
@@ -417,7 +499,9 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
         try:
             return sharding.split(whole, group.device, group.size)
         except ValueError as error:  # a matrix that this version of transformers cannot cut
-            raise ModelRefused(f"{resolved.label} cannot be split over {group.size} processes: {error}") from error
+            raise ModelRefused(
+                f"{resolved.label} cannot be split over {group.size} processes: {error}"
+            ) from error
     sharers = group.local_size if group.device.type == "cpu" else 1
     require_room(resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device))
     assert resolved.folder is not None
@@ -444,7 +528,9 @@ def _near(spec: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m pensieve.worker.weights fetch`: get the default model ready, with progress on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m pensieve.worker.weights", description="Get the default model ready.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pensieve.worker.weights", description="Get the default model ready."
+    )
     parser.add_argument("action", choices=["fetch"], help="fetch and convert the embedded default model")
     parser.parse_args(arguments)
     shown: dict[str, int] = {}

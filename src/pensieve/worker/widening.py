@@ -19,7 +19,9 @@ _HEAD_ROWS = 8192  # rows of an output layer that are widened at once
 
 
 @contextlib.contextmanager
-def widened(model: PreTrainedModel, layers: Sequence[nn.Module], skipped: Sequence[nn.Module] = ()) -> Iterator[None]:
+def widened(
+    model: PreTrainedModel, layers: Sequence[nn.Module], skipped: Sequence[nn.Module] = ()
+) -> Iterator[None]:
     """Within, the model's forward computes in float32 from its 16-bit weights.
 
     Args:
@@ -37,7 +39,9 @@ def widened(model: PreTrainedModel, layers: Sequence[nn.Module], skipped: Sequen
         for module in model.modules():
             if id(module) in inside:
                 continue
-            if isinstance(module, nn.Embedding):  # rows are looked up as they are; what was looked up is widened
+            if isinstance(
+                module, nn.Embedding
+            ):  # rows are looked up as they are; what was looked up is widened
                 undo.callback(module.register_forward_hook(_float_output).remove)
             elif type(module) is nn.Linear:
                 undo.enter_context(_replaced(module, _by_rows(module)))
@@ -107,7 +111,11 @@ def _replaced(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterat
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> list[nn.Module] | None:
     """The modules that are a model's layers, in order; None if they are not found."""
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
     return list(found[0]) if found else None
 
 

@@ -86,12 +86,17 @@ class ModelWorker:
             ConfigError: the tiers do not fit in memory, or the backend cannot serve this model.
         """
         self._model = model
-        self._backend: Any = make_backend(attention, model.geometry, chunk_tokens, model.device, model.attention_args)
+        self._backend: Any = make_backend(
+            attention, model.geometry, chunk_tokens, model.device, model.attention_args
+        )
         self._hooks = hooks
         if model.device.type == "cpu":
             keep_freed_memory()
         has_graphs = graph_rows > 0 and self._backend.captures
-        stored = (TierConfig(tiers[0].name, tiers[0].num_slots + has_graphs), *tiers[1:])  # with a slot of nobody
+        stored = (
+            TierConfig(tiers[0].name, tiers[0].num_slots + has_graphs),
+            *tiers[1:],
+        )  # with a slot of nobody
         require_room(stored, self.chunk_bytes, model.device, beside=model.library_bytes)
         self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(stored))
         self._backend.bind(self._stores[0])
@@ -99,10 +104,14 @@ class ModelWorker:
         self._on_device = model.device.type == "cuda" if on_device is None else on_device
         self._sampler = Sampler(before_sample=hooks.before_sample, on_device=self._on_device)
         self._lanes = lanes_for(model.device)
-        self._transfer = Transfer(self._stores, before_copy=hooks.before_copy, lanes=self._lanes, verify=verify)
+        self._transfer = Transfer(
+            self._stores, before_copy=hooks.before_copy, lanes=self._lanes, verify=verify
+        )
         self._begun: deque[Begun] = deque()
         self._finished_s = 0.0  # when the last step was finished
-        self._latest = torch.zeros(0, dtype=torch.int64, device=model.device)  # by row among requests, the token sampled last
+        self._latest = torch.zeros(
+            0, dtype=torch.int64, device=model.device
+        )  # by row among requests, the token sampled last
         self._graphs: DecodeGraphs | None = None
         if has_graphs:
             self._graphs = DecodeGraphs(
@@ -155,7 +164,9 @@ class ModelWorker:
                 self._launch(begun, swap_in)
         except Exception as error:  # a plan's failure is its result; the next plan may be fine
             begun.error = f"{type(error).__name__}: {error}"
-        swap_in.wait_layer(self._model.geometry.num_layers - 1)  # (also where no span attends it yet: the next plan's may)
+        swap_in.wait_layer(
+            self._model.geometry.num_layers - 1
+        )  # (also where no span attends it yet: the next plan's may)
         begun.mark = self._lanes.compute.mark()
 
     def finish(self) -> StepResult:
@@ -164,9 +175,14 @@ class ModelWorker:
         plan = begun.plan
         if begun.swap_in is None:
             self._begun.popleft()
-            lost = tuple(CopyFailure(copy.copy_id, False, begun.wipe_error or "") for copy in (*plan.swap_in, *plan.swap_out))
+            lost = tuple(
+                CopyFailure(copy.copy_id, False, begun.wipe_error or "")
+                for copy in (*plan.swap_in, *plan.swap_out)
+            )
             done, failed = self._transfer.end_step()
-            return StepResult(plan.step_id, (), done, (*failed, *lost), (), begun.wipe_error, begun.wipe_error)
+            return StepResult(
+                plan.step_id, (), done, (*failed, *lost), (), begun.wipe_error, begun.wipe_error
+            )
         self._collect(begun)
         self._begun.popleft()
         now_s = time.perf_counter()  # (before swap-outs are waited for)
@@ -176,7 +192,9 @@ class ModelWorker:
             self._transfer.wait()
         done, failed = self._transfer.end_step()
         tokens, broken = begun.outcome or ([], [])
-        return StepResult(plan.step_id, tuple(tokens), done, failed, tuple(broken), begun.error, seconds=seconds)
+        return StepResult(
+            plan.step_id, tuple(tokens), done, failed, tuple(broken), begun.error, seconds=seconds
+        )
 
     def set_waker(self, wake: Callable[[], None]) -> None:
         """`wake` is called from the copying thread when a swap-out settles while no `run` is under way."""
@@ -200,13 +218,18 @@ class ModelWorker:
         with torch.inference_mode():
             batch, logits = self._forward(plan, swap_in)
             if plan.swap_in:
-                begun.contexts = {span.request_id: frozenset(self._builder.slots_of(span).tolist()) for span in batch.emitting}
+                begun.contexts = {
+                    span.request_id: frozenset(self._builder.slots_of(span).tolist())
+                    for span in batch.emitting
+                }
             if not self._on_device:
                 swap_in.wait()  # nobody samples from what was lost: it may not even be numbers
             begun.choice = self._choose(begun, batch, logits)
             if self._on_device:
                 if len(self._latest) < self._builder.num_rows:
-                    self._latest = torch.cat([self._latest, self._latest.new_zeros(self._builder.num_rows - len(self._latest))])
+                    self._latest = torch.cat(
+                        [self._latest, self._latest.new_zeros(self._builder.num_rows - len(self._latest))]
+                    )
                 self._latest.index_copy_(0, batch.emitting_rows, begun.choice.tokens)
 
     def _forward(self, plan: StepPlan, swap_in: SwapIn) -> tuple[Batch, torch.Tensor]:
@@ -219,7 +242,9 @@ class ModelWorker:
     def _prepare(self, plan: StepPlan) -> Batch:
         """What can be done, and go wrong, before the model is called."""
         self._hooks.before_forward(plan)
-        return self._builder.build(plan.spans, self._sampler.last_token if self._on_device else self._known_token)
+        return self._builder.build(
+            plan.spans, self._sampler.last_token if self._on_device else self._known_token
+        )
 
     def _logits(self, batch: Batch, swap_in: SwapIn) -> torch.Tensor:
         """(E, V)."""
@@ -256,7 +281,9 @@ class ModelWorker:
         try:
             self._lanes.compute.reach(begun.mark)
             begun.outcome = (
-                self._sampler.collect(begun.choice, lambda span: self._is_whole(begun, span)) if begun.error is None else ([], [])
+                self._sampler.collect(begun.choice, lambda span: self._is_whole(begun, span))
+                if begun.error is None
+                else ([], [])
             )
         except Exception as error:  # what a device reports, it reports late
             begun.error = f"{type(error).__name__}: {error}"
@@ -270,7 +297,9 @@ class ModelWorker:
     def _make_store(self, tier: TierConfig, *, first: bool) -> KVStore:
         device = self._model.device if first else torch.device("cpu")
         pinned = not first and self._model.device.type == "cuda"  # without CUDA, torch cannot pin
-        return KVStore(tier.num_slots, self._model.geometry.num_layers, self._backend.layer_bytes, device, pinned=pinned)
+        return KVStore(
+            tier.num_slots, self._model.geometry.num_layers, self._backend.layer_bytes, device, pinned=pinned
+        )
 
 
 def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -278,7 +307,14 @@ def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
     return available_bytes(str(device))
 
 
-def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.device, *, sharers: int = 1, beside: int = 0) -> None:
+def require_room(
+    tiers: tuple[TierConfig, ...],
+    chunk_bytes: int,
+    device: torch.device,
+    *,
+    sharers: int = 1,
+    beside: int = 0,
+) -> None:
     """Refuse tiers that do not fit, before anything is allocated. `sharers` processes want as much of the same main memory.
 
     `beside` bytes of main memory go, in each, to what computes (`CausalModel.library_bytes`).
@@ -288,13 +324,20 @@ def require_room(tiers: tuple[TierConfig, ...], chunk_bytes: int, device: torch.
     """
     places = {"cpu": torch.device("cpu"), str(device): device}
     for name, place in places.items():
-        here = [tier for index, tier in enumerate(tiers) if str(device if index == 0 else torch.device("cpu")) == name]
+        here = [
+            tier
+            for index, tier in enumerate(tiers)
+            if str(device if index == 0 else torch.device("cpu")) == name
+        ]
         times = sharers if place.type == "cpu" else 1
         need = times * sum(tier.num_slots for tier in here) * chunk_bytes
         slack = _SLACK_BYTES + (times * beside if place.type == "cpu" else 0)
         room = memory_available_bytes(place)
         if here and room is not None and need + slack > room:
-            sizes = ", ".join(f"{tier.name} {tier.num_slots} chunks = {tier.num_slots * chunk_bytes / 1e9:.2f} GB" for tier in here)
+            sizes = ", ".join(
+                f"{tier.name} {tier.num_slots} chunks = {tier.num_slots * chunk_bytes / 1e9:.2f} GB"
+                for tier in here
+            )
             each = f" for each of {times} processes" if times > 1 else ""
             raise ConfigError(
                 f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are available, "

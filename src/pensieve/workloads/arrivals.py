@@ -45,12 +45,16 @@ class ThinkTimes:
     """How long each user thinks between an answer and the next turn."""
 
     request_interval_s: float  # a warm user's (mean) think time
-    jitter: bool = False  # False: always the class's time; True: exponential with that mean (paper, evaluation)
+    jitter: bool = (
+        False  # False: always the class's time; True: exponential with that mean (paper, evaluation)
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.request_interval_s) and self.request_interval_s >= 0):
-            raise ConfigError(f"the request interval must be at least 0 seconds, got {self.request_interval_s}")
+            raise ConfigError(
+                f"the request interval must be at least 0 seconds, got {self.request_interval_s}"
+            )
 
     def think_s(self, user: int, turn: int) -> float:
         """Seconds that user thinks before its turn `turn`. The same for the same seed, in whatever order it is asked."""
@@ -144,7 +148,9 @@ def parse_rates(text: str) -> tuple[float, ...]:
         start, stop, step = parts
         steps = (stop - start) / step + 1e-9  # (1 - 0.1) / 0.3 is a little under 3
         if steps >= MAX_RATES:
-            raise ConfigError(f"a sweep has at most {MAX_RATES} rates, {text!r} has {math.floor(steps) + 1}: take a larger step")
+            raise ConfigError(
+                f"a sweep has at most {MAX_RATES} rates, {text!r} has {math.floor(steps) + 1}: take a larger step"
+            )
         rates = tuple(round(start + step * index, 9) for index in range(math.floor(steps) + 1))
     else:
         rates = tuple(_number(part, form) for part in text.split(","))

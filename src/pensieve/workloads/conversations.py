@@ -88,7 +88,9 @@ def load_dataset(path: str | Path | None = None) -> list[Conversation]:
     return found
 
 
-def select(conversations: Sequence[Conversation], num: int, min_turns: int = 1, max_turns: int | None = None) -> Selection:
+def select(
+    conversations: Sequence[Conversation], num: int, min_turns: int = 1, max_turns: int | None = None
+) -> Selection:
     """The first `num` conversations of at least `min_turns` turns, each cut after `max_turns` (None: not cut).
 
     When there are fewer, they are taken again from the first on, under new ids, and the note says so.
@@ -105,7 +107,9 @@ def select(conversations: Sequence[Conversation], num: int, min_turns: int = 1, 
     fit = [c for c in conversations if len(c.turns) >= min_turns]
     if not fit:
         longest = max((len(c.turns) for c in conversations), default=0)
-        raise ConfigError(f"no conversation has {min_turns} turns (the longest of {len(conversations)} has {longest}): lower min_turns")
+        raise ConfigError(
+            f"no conversation has {min_turns} turns (the longest of {len(conversations)} has {longest}): lower min_turns"
+        )
     used = {c.id for c in fit}
     picked = []
     for index in range(num):
@@ -116,7 +120,14 @@ def select(conversations: Sequence[Conversation], num: int, min_turns: int = 1, 
             while identity in used:
                 identity += "~"
             used.add(identity)
-        picked.append(replace(source, id=identity, turns=source.turns[:max_turns], answer_tokens=source.answer_tokens[:max_turns]))
+        picked.append(
+            replace(
+                source,
+                id=identity,
+                turns=source.turns[:max_turns],
+                answer_tokens=source.answer_tokens[:max_turns],
+            )
+        )
     note = None
     if num > len(fit):
         which = f"{len(fit)} conversations" if len(fit) > 1 else "1 conversation"
@@ -172,22 +183,32 @@ def _json(text: str, name: str, first_line: int) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise ConfigError(f"{name}, line {line}, column {error.colno}: not JSON ({error.msg}); the file must be {FORMATS}") from error
+        raise ConfigError(
+            f"{name}, line {line}, column {error.colno}: not JSON ({error.msg}); the file must be {FORMATS}"
+        ) from error
     except RecursionError as error:
-        raise ConfigError(f"{name}, line {first_line}: nested too deeply to be a conversation; the file must be {FORMATS}") from error
+        raise ConfigError(
+            f"{name}, line {first_line}: nested too deeply to be a conversation; the file must be {FORMATS}"
+        ) from error
 
 
 def _object(record: object, where: str) -> Mapping[str, object]:
     if not isinstance(record, dict):
-        raise ConfigError(f"{where}: a conversation must be a JSON object, got {_kind(record)}; the file must be {FORMATS}")
+        raise ConfigError(
+            f"{where}: a conversation must be a JSON object, got {_kind(record)}; the file must be {FORMATS}"
+        )
     return record
 
 
 def _parse(record: Mapping[str, object], where: str) -> Conversation:
-    identity = next((record[key] for key in ("id", "question_id", "conversation_id") if record.get(key) is not None), None)
+    identity = next(
+        (record[key] for key in ("id", "question_id", "conversation_id") if record.get(key) is not None), None
+    )
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
         raise ConfigError(f"{where}: the id must be a text or a whole number, got {_kind(identity)}")
-    name = _clean(str(identity)) if identity not in (None, "") else where.rpartition(", ")[2].replace(" ", "-")
+    name = (
+        _clean(str(identity)) if identity not in (None, "") else where.rpartition(", ")[2].replace(" ", "-")
+    )
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise ConfigError(f'{where}: "system" must be a text, got {_kind(system)}')
@@ -197,10 +218,16 @@ def _parse(record: Mapping[str, object], where: str) -> Conversation:
     elif "messages" in record:
         system, turns, answers = _chat(record["messages"], where, "messages", "role", "content", system)
     elif "conversations" in record:
-        system, turns, answers = _chat(record["conversations"], where, "conversations", "from", "value", system)
+        system, turns, answers = _chat(
+            record["conversations"], where, "conversations", "from", "value", system
+        )
     else:
-        raise ConfigError(f'{where}: none of "turns", "messages" or "conversations" is there; the file must be {FORMATS}')
-    return Conversation(name, _clean(system) if system and system.strip() else None, tuple(turns), tuple(answers))
+        raise ConfigError(
+            f'{where}: none of "turns", "messages" or "conversations" is there; the file must be {FORMATS}'
+        )
+    return Conversation(
+        name, _clean(system) if system and system.strip() else None, tuple(turns), tuple(answers)
+    )
 
 
 def _texts(value: object, where: str) -> list[str]:
@@ -242,7 +269,9 @@ def _chat(
             continue
         if role.lower() in _SYSTEM:
             if turns:
-                raise ConfigError(f"{here}: a system message must come before the first user message; move or remove it")
+                raise ConfigError(
+                    f"{here}: a system message must come before the first user message; move or remove it"
+                )
             system = text if system is None else f"{system}\n\n{text}"
         else:
             turns.append(_clean(text))
@@ -255,7 +284,9 @@ def _joined_parts(parts: Sequence[object], here: str, text_key: str) -> str:
     texts = []
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise ConfigError(f'{here}: "{text_key}" has a part that is not text; images and sounds are not supported')
+            raise ConfigError(
+                f'{here}: "{text_key}" has a part that is not text; images and sounds are not supported'
+            )
         texts.append(part["text"])
     return "".join(texts)
 

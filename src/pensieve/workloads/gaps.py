@@ -16,14 +16,18 @@ class Gaps:
     """A distribution of times by its quantiles; between two of them it is linear."""
 
     name: str
-    shares: tuple[float, ...] = field(repr=False)  # of all gaps that are at most so long; ascending from 0 to 1
+    shares: tuple[float, ...] = field(
+        repr=False
+    )  # of all gaps that are at most so long; ascending from 0 to 1
     gaps_s: tuple[float, ...] = field(repr=False)  # as many, ascending
 
     def at(self, share: float) -> float:
         """The gap that `share` of all gaps, from 0 to 1, are at most as long as."""
         after = min(bisect_right(self.shares, share), len(self.shares) - 1)
         low, high = self.shares[after - 1], self.shares[after]
-        return self.gaps_s[after - 1] + (self.gaps_s[after] - self.gaps_s[after - 1]) * (share - low) / (high - low)
+        return self.gaps_s[after - 1] + (self.gaps_s[after] - self.gaps_s[after - 1]) * (share - low) / (
+            high - low
+        )
 
     @property
     def mean_s(self) -> float:
@@ -134,7 +138,9 @@ def read_gaps(path: str | Path) -> Gaps:
         except ValueError:
             gap_s = math.nan
         if not (math.isfinite(gap_s) and gap_s >= 0):
-            raise ConfigError(f"{path}, line {number}: a gap must be a number of seconds of at least 0, got {text[:40]!r}")
+            raise ConfigError(
+                f"{path}, line {number}: a gap must be a number of seconds of at least 0, got {text[:40]!r}"
+            )
         gaps_s.append(gap_s)
     if not gaps_s:
         raise ConfigError(f"{path} holds no gap: it must have a number of seconds a line")

@@ -84,7 +84,15 @@ LIKENESSES = {
             turns_median=2.2548,
             turns_spread=1.3,
         ),
-        Likeness("ultrachat-like", 3.86, 51.78, 257.81, Lengths(37.604, 0.8, 2048), Lengths(215.12, 0.6, 2048), turns_spread=2.86),
+        Likeness(
+            "ultrachat-like",
+            3.86,
+            51.78,
+            257.81,
+            Lengths(37.604, 0.8, 2048),
+            Lengths(215.12, 0.6, 2048),
+            turns_spread=2.86,
+        ),
     )
 }
 
@@ -100,7 +108,11 @@ class Generator:
     max_context: int = MAX_CONTEXT  # tokens; a conversation ends before the turn that would go beyond
 
     def __post_init__(self) -> None:
-        least = self.likeness.inputs.most + self.likeness.outputs.most + (self.system.tokens if self.system else 0)
+        least = (
+            self.likeness.inputs.most
+            + self.likeness.outputs.most
+            + (self.system.tokens if self.system else 0)
+        )
         if self.max_context < least:
             raise ConfigError(
                 f"a first turn of {self.likeness.name} can have {least} tokens with its system prompt: "
@@ -136,11 +148,15 @@ class Generator:
         """
         block, place = divmod(index, STRATA)
         order = random.Random(f"{self.likeness.name}/{self.seed}/order/{block}")
-        stratum = ((2 * order.randrange(STRATA // 2) + 1) * place + order.randrange(STRATA)) % STRATA  # (odd: none comes twice)
+        stratum = (
+            (2 * order.randrange(STRATA // 2) + 1) * place + order.randrange(STRATA)
+        ) % STRATA  # (odd: none comes twice)
         return (stratum + (rng.random() or 0.5)) / STRATA
 
 
-def generator(name: str, think: ThinkTime = NO_THINKING, seed: int | str = 0, system: SystemPrompts | None = None) -> Generator:
+def generator(
+    name: str, think: ThinkTime = NO_THINKING, seed: int | str = 0, system: SystemPrompts | None = None
+) -> Generator:
     """The generator of a name of `LIKENESSES`.
 
     Raises:

@@ -59,13 +59,29 @@ class LoadOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("users", "conversations_per_user", "turns", "new_tokens", "first_tokens", "output_tokens", "max_context"):
+        for name in (
+            "users",
+            "conversations_per_user",
+            "turns",
+            "new_tokens",
+            "first_tokens",
+            "output_tokens",
+            "max_context",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.rates:
-            self._refuse("--rate", "conversations arrive by themselves", users=None, conversations_per_user=None, starts_s=0.0)
+            self._refuse(
+                "--rate",
+                "conversations arrive by themselves",
+                users=None,
+                conversations_per_user=None,
+                starts_s=0.0,
+            )
         elif self.duration_s is not None and self.trace is None:
-            raise ConfigError("--duration needs --rate or a --trace with times: users (--users) play a number of conversations, not a time")
+            raise ConfigError(
+                "--duration needs --rate or a --trace with times: users (--users) play a number of conversations, not a time"
+            )
         if self.trace is None:
             self._refuse("no --trace", "there is nothing to do it with", speed=1.0)
         elif self.made_like is None:
@@ -92,23 +108,45 @@ class LoadOptions:
             ConfigError: the trace is wrong, or options contradict it or each other.
         """
         recorded = self.trace is not None and self.made_like is None
-        trace = load_trace(self.trace, self.output_tokens, self.think, self.seed) if self.trace is not None and recorded else None
+        trace = (
+            load_trace(self.trace, self.output_tokens, self.think, self.seed)
+            if self.trace is not None and recorded
+            else None
+        )
         if self.rates:
-            return tuple(self._open(trace, rate, index, template_tokens) for index, rate in enumerate(self.rates))
+            return tuple(
+                self._open(trace, rate, index, template_tokens) for index, rate in enumerate(self.rates)
+            )
         if trace is not None and trace.timed:
-            self._refuse("this trace", "it says itself when conversations begin", users=None, conversations_per_user=None, starts_s=0.0)
+            self._refuse(
+                "this trace",
+                "it says itself when conversations begin",
+                users=None,
+                conversations_per_user=None,
+                starts_s=0.0,
+            )
             players = as_recorded(self._fitted(trace.scripts, template_tokens), self.duration_s)
-            return (PlannedRun(f"trace {self.trace}", tuple(players), arrivals_s=max(player.start_s for player in players) or None),)
+            return (
+                PlannedRun(
+                    f"trace {self.trace}",
+                    tuple(players),
+                    arrivals_s=max(player.start_s for player in players) or None,
+                ),
+            )
         return (self._closed(trace, template_tokens),)
 
     def _closed(self, trace: Trace | None, template_tokens: float) -> PlannedRun:
         if self.duration_s is not None:
-            raise ConfigError("--duration needs --rate or a trace with times: users (--users) play a number of conversations, not a time")
+            raise ConfigError(
+                "--duration needs --rate or a trace with times: users (--users) play a number of conversations, not a time"
+            )
         users = self.users or DEFAULT_USERS
         scripts: Sequence[Script]
         if trace is None:
             made = self._made(self.seed)
-            scripts = self._fitted(map(made.script, range(users * (self.conversations_per_user or 1))), template_tokens)
+            scripts = self._fitted(
+                map(made.script, range(users * (self.conversations_per_user or 1))), template_tokens
+            )
         else:
             scripts = self._fitted(trace.scripts, template_tokens)
             if self.conversations_per_user is not None:
@@ -123,7 +161,11 @@ class LoadOptions:
         mean_turns: float
         if trace is None:
             made = self._made(f"{self.seed}/{index}")
-            scripts = (cut for number in itertools.count() if (cut := self._cut(made.script(number), template_tokens)) is not None)
+            scripts = (
+                cut
+                for number in itertools.count()
+                if (cut := self._cut(made.script(number), template_tokens)) is not None
+            )
             mean_turns = self._mean_turns(made, template_tokens)
         else:
             scripts = fitted = self._fitted(trace.scripts, template_tokens)
@@ -156,13 +198,17 @@ class LoadOptions:
             and (self.max_context is None or (self.max_context >= MAX_CONTEXT and not template_tokens))
         ):
             return made.mean_turns
-        return fmean(len(script.turns) for script in self._fitted(map(made.script, range(SAMPLED)), template_tokens))
+        return fmean(
+            len(script.turns) for script in self._fitted(map(made.script, range(SAMPLED)), template_tokens)
+        )
 
     def _fitted(self, scripts: Iterable[Script], template_tokens: float) -> list[Script]:
         """The scripts as they will be played: cut and sped up, those left out of which nothing fits."""
         kept = [cut for script in scripts if (cut := self._cut(script, template_tokens)) is not None]
         if not kept:
-            raise ConfigError(f"no conversation's first turn fits in --max-context {self.max_context}: raise it, or take shorter messages")
+            raise ConfigError(
+                f"no conversation's first turn fits in --max-context {self.max_context}: raise it, or take shorter messages"
+            )
         return kept
 
     def _cut(self, script: Script, template_tokens: float) -> Script | None:

@@ -40,7 +40,14 @@ class Recording:
         """Seen so far."""
         return len(self._conversations)
 
-    def line(self, conversation: str, arrival_s: float, prompt_tokens: int, output_tokens: int, blocks: Sequence[str]) -> Mapping[str, Any]:
+    def line(
+        self,
+        conversation: str,
+        arrival_s: float,
+        prompt_tokens: int,
+        output_tokens: int,
+        blocks: Sequence[str],
+    ) -> Mapping[str, Any]:
         """The next line of the trace.
 
         Args:

@@ -60,12 +60,16 @@ class Script:
     prefix: tuple[
         Piece, ...
     ] = ()  # or one whose length alone matters: what it begins with, shared with all that begin with the same pieces
-    where: str | None = field(default=None, compare=False)  # the entry of a file that it begins with, for messages
+    where: str | None = field(
+        default=None, compare=False
+    )  # the entry of a file that it begins with, for messages
 
     @property
     def prefix_tokens(self) -> int:
         """Length of what stands before its first message, about."""
-        return sum(piece.tokens for piece in self.prefix) + (text_length_tokens(self.system) if self.system else 0)
+        return sum(piece.tokens for piece in self.prefix) + (
+            text_length_tokens(self.system) if self.system else 0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,9 @@ class SystemPrompts:
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"system prompts: {name} must be at least 1, got {value}")
         if not 0 < self.share <= 1:
-            raise ConfigError(f"system prompts: the share of conversations must be above 0 and at most 1, got {self.share}")
+            raise ConfigError(
+                f"system prompts: the share of conversations must be above 0 and at most 1, got {self.share}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -97,13 +103,17 @@ class SystemPrompts:
         except ValueError:
             parts = []
         if not 2 <= len(parts) <= 3:
-            raise ConfigError(f"system prompts are COUNT:TOKENS or COUNT:TOKENS:SHARE (4:500:0.3), got {text!r}")
+            raise ConfigError(
+                f"system prompts are COUNT:TOKENS or COUNT:TOKENS:SHARE (4:500:0.3), got {text!r}"
+            )
         return cls(count, tokens, share)
 
     def of(self, seed: int | str, index: int) -> tuple[Piece, ...]:
         """What conversation `index` begins with. The same for the same seed, in whatever order it is asked."""
         rng = random.Random(f"system/{seed}/{index}")
-        return (Piece(f"system-{rng.randrange(self.count)}", self.tokens),) if rng.random() < self.share else ()
+        return (
+            (Piece(f"system-{rng.randrange(self.count)}", self.tokens),) if rng.random() < self.share else ()
+        )
 
     def __str__(self) -> str:
         return f"{self.count}:{self.tokens}:{self.share:g}"
@@ -166,12 +176,16 @@ def closed_loop(scripts: Sequence[Script], num_users: int, starts_s: float = 0.0
     if num_users < 1:
         raise ConfigError(f"the number of users must be at least 1, got {num_users}")
     if len(scripts) < num_users:
-        raise ConfigError(f"there are {len(scripts)} conversations for {num_users} users: lower the number of users")
+        raise ConfigError(
+            f"there are {len(scripts)} conversations for {num_users} users: lower the number of users"
+        )
     starts = even_starts(num_users, starts_s)
     return [_player(start_s, tuple(scripts[user::num_users])) for user, start_s in enumerate(starts)]
 
 
-def open_loop(scripts: Iterable[Script], mean_turns: float, rate_per_s: float, duration_s: float, seed: int | str = 0) -> list[Player]:
+def open_loop(
+    scripts: Iterable[Script], mean_turns: float, rate_per_s: float, duration_s: float, seed: int | str = 0
+) -> list[Player]:
     """Conversations that arrive as a Poisson process for `duration_s` seconds, so that turns come at `rate_per_s` on average.
 
     Args:
@@ -204,7 +218,9 @@ def as_recorded(scripts: Sequence[Script], until_s: float | None = None) -> list
     players = [Player(script.turns[0].due_s or 0.0, (script,)) for script in scripts]
     players = [player for player in players if until_s is None or player.start_s < until_s]
     if not players:
-        raise ConfigError(f"no conversation of the trace begins in its first {until_s:g} s: take a longer duration")
+        raise ConfigError(
+            f"no conversation of the trace begins in its first {until_s:g} s: take a longer duration"
+        )
     return sorted(players, key=lambda player: player.start_s)
 
 
@@ -219,7 +235,10 @@ def faster(script: Script, speed: float) -> Script:
     """All its times divided by `speed`."""
     if not speed > 0:
         raise ConfigError(f"the speed must be positive, got {speed}")
-    turns = (replace(turn, think_s=turn.think_s / speed, due_s=None if turn.due_s is None else turn.due_s / speed) for turn in script.turns)
+    turns = (
+        replace(turn, think_s=turn.think_s / speed, due_s=None if turn.due_s is None else turn.due_s / speed)
+        for turn in script.turns
+    )
     return replace(script, turns=tuple(turns))
 
 
@@ -231,7 +250,9 @@ def fitting(script: Script, max_context: int, template_tokens: float = 0.0) -> S
         max_context: tokens of prompt and answer.
         template_tokens: what a chat template adds to a message.
     """
-    kept = sum(1 for _ in takewhile(lambda context: context <= max_context, contexts(script, template_tokens)))
+    kept = sum(
+        1 for _ in takewhile(lambda context: context <= max_context, contexts(script, template_tokens))
+    )
     return replace(script, turns=script.turns[:kept]) if kept else None
 
 

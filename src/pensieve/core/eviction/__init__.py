@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pensieve.core.eviction.hazard import Hazard
 from pensieve.core.eviction.lines import ByLines
 from pensieve.core.eviction.lru import LRU
-from pensieve.core.eviction.policy import CostOfChunk, EvictionPolicy, OldestFirst, PolicyFactory, PolicyFamily
+from pensieve.core.eviction.policy import (
+    CostOfChunk,
+    EvictionPolicy,
+    OldestFirst,
+    PolicyFactory,
+    PolicyFamily,
+)
 from pensieve.core.eviction.retention import MIN_IDLE_S, RetentionValue, SharersValue
 from pensieve.core.eviction.returns import ReturnTimes
 from pensieve.core.eviction.tournament import KineticTournament

@@ -18,7 +18,9 @@ class Habits:
     """Written by the policy that hears the conversation."""
 
     turns: int = 0
-    recent: list[float] = field(default_factory=list)  # log2 of the last gaps, in seconds, at least 1; the latest last
+    recent: list[float] = field(
+        default_factory=list
+    )  # log2 of the last gaps, in seconds, at least 1; the latest last
     mean_log: float = 3.3  # of all gaps, older ones counting less
     num_long: float = 0.0  # gaps of more than five minutes, older ones counting less
     num_very_long: int = 0  # of more than half an hour

@@ -13,7 +13,17 @@ from pensieve.core.eviction.habits import Habits
 from pensieve.core.eviction.lines import ByLines
 from pensieve.core.eviction.policy import CostOfChunk, PolicyFamily
 from pensieve.core.eviction.retention import num_sharers
-from pensieve.core.eviction.returns import ENDS_S, NUM_PERIODS, PRIOR, STARTS_S, WIDTHS_S, Context, ReturnTimes, period_of, saving_rates
+from pensieve.core.eviction.returns import (
+    ENDS_S,
+    NUM_PERIODS,
+    PRIOR,
+    STARTS_S,
+    WIDTHS_S,
+    Context,
+    ReturnTimes,
+    period_of,
+    saving_rates,
+)
 from pensieve.core.sequence import Key, Sequence
 
 MAX_KNOWN = 65_536  # conversations whose habits are remembered; the longest idle are forgotten first
@@ -50,7 +60,9 @@ class Hazard(PolicyFamily):
         self.times = times or ReturnTimes()
         self._known: OrderedDict[Key, _Known] = OrderedDict()
         self._order = itertools.count()
-        self._waits: list[tuple[float, int, _Known, int, float]] = []  # when one outlasts a period, if idle since the time at the end
+        self._waits: list[
+            tuple[float, int, _Known, int, float]
+        ] = []  # when one outlasts a period, if idle since the time at the end
 
     def came_back(self, sequence: Sequence, now_s: float) -> None:
         """See `PolicyFamily`."""
@@ -71,7 +83,9 @@ class Hazard(PolicyFamily):
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)[1].idle_since_s = None
         known.idle_since_s = now_s
-        keys = known.habits.went_idle(max(0.0, now_s - known.busy_since_s), len(sequence.chunks), num_answered)
+        keys = known.habits.went_idle(
+            max(0.0, now_s - known.busy_since_s), len(sequence.chunks), num_answered
+        )
         known.contexts = self.times.contexts(keys)
         known.curve = tuple(1.0 / rate for rate in saving_rates(self.times.chances(known.contexts)))
         heapq.heappush(self._waits, (now_s + STARTS_S[1], next(self._order), known, 0, now_s))
@@ -79,7 +93,11 @@ class Hazard(PolicyFamily):
     def curve_of(self, chunk: Chunk) -> Curve:
         """That of the conversation through a chunk that was active last."""
         owner = chunk.owner
-        latest = owner if isinstance(owner, Sequence) else max(owner.sequences(), key=lambda sequence: sequence.last_active_s)
+        latest = (
+            owner
+            if isinstance(owner, Sequence)
+            else max(owner.sequences(), key=lambda sequence: sequence.last_active_s)
+        )
         known = self._known.get(latest.key)
         return known.curve if known is not None else PRIOR_CURVE
 
@@ -92,7 +110,9 @@ class Hazard(PolicyFamily):
                 continue
             self.times.learn(known.contexts, period, returned=False)
             if period + 1 < NUM_PERIODS:
-                heapq.heappush(waits, (since_s + ENDS_S[period + 1], next(self._order), known, period + 1, since_s))
+                heapq.heappush(
+                    waits, (since_s + ENDS_S[period + 1], next(self._order), known, period + 1, since_s)
+                )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,13 +139,17 @@ class HazardValue(ByLines[_Candidate]):
 
     def _class_of(self, chunk: Chunk) -> tuple[_Candidate, float]:
         scale = 1.0 / (num_sharers(chunk) * self._cost(chunk.index))
-        return _Candidate(self._family.curve_of(chunk), scale, chunk.owner.num_active > 0), chunk.owner.last_active_s
+        return _Candidate(
+            self._family.curve_of(chunk), scale, chunk.owner.num_active > 0
+        ), chunk.owner.last_active_s
 
     def _line(self, kind: _Candidate, key: float, now_s: float) -> tuple[float, float, float]:
         if kind.active:
             return 0.0, _ACTIVE_S * kind.scale, math.inf
         period = period_of(now_s - key)
-        while period + 1 < NUM_PERIODS and key + STARTS_S[period + 1] <= now_s:  # (as the caller will compare it)
+        while (
+            period + 1 < NUM_PERIODS and key + STARTS_S[period + 1] <= now_s
+        ):  # (as the caller will compare it)
             period += 1
         start, slope = _piece(kind.curve, period)
         until_s = key + STARTS_S[period + 1] if period + 1 < NUM_PERIODS else math.inf

@@ -29,13 +29,17 @@ class ByLines(ABC, Generic[ClassKey]):
 
     def __init__(self) -> None:
         self._order = itertools.count()
-        self._leaf_of: dict[ClassKey, int] = {}  # of classes with members, and of those without until their leaf is wanted by another
+        self._leaf_of: dict[
+            ClassKey, int
+        ] = {}  # of classes with members, and of those without until their leaf is wanted by another
         self._class_at: list[ClassKey] = []
         self._heaps: list[OldestFirst] = []
         self._spare: dict[int, None] = {}  # leaves whose class has no member left, the longest empty first
         self._tournament = KineticTournament()
         self._home: dict[Chunk, int] = {}
-        self._bends: list[tuple[float, int]] = []  # when the line of a leaf ends, and a new one must be entered
+        self._bends: list[
+            tuple[float, int]
+        ] = []  # when the line of a leaf ends, and a new one must be entered
         self._bend_of: dict[int, float] = {}  # the one of a leaf that counts
         self._now_s = -math.inf
 

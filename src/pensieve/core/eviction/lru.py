@@ -20,7 +20,10 @@ class LRU:
 
     def __init__(self) -> None:
         order = itertools.count()
-        self._idle, self._active = OldestFirst(order, trailing=self.trailing), OldestFirst(order, trailing=self.trailing)
+        self._idle, self._active = (
+            OldestFirst(order, trailing=self.trailing),
+            OldestFirst(order, trailing=self.trailing),
+        )
         self._home: dict[Chunk, OldestFirst] = {}
 
     def add(self, chunk: Chunk) -> None:

@@ -14,7 +14,9 @@ from typing import Protocol
 from pensieve.core.chunk import Chunk
 from pensieve.core.sequence import Sequence
 
-CostOfChunk = Callable[[int], float]  # seconds to recompute the chunk at an index, positive and monotone (`CostProfile.of_chunk`)
+CostOfChunk = Callable[
+    [int], float
+]  # seconds to recompute the chunk at an index, positive and monotone (`CostProfile.of_chunk`)
 
 
 class EvictionPolicy(Protocol):

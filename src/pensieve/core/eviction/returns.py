@@ -26,11 +26,17 @@ STARTS_S: tuple[float, ...] = (0.0, *(2.0 ** (k / 2) for k in range(3, 24)), *(2
 NUM_PERIODS = len(STARTS_S)
 MAX_CONTEXTS = 32_768  # that are counted in; those met longest ago are forgotten first
 
-ENDS_S = (*STARTS_S[1:], 2.0 * STARTS_S[-1])  # the last one is as long as what came before, where a length is needed
+ENDS_S = (
+    *STARTS_S[1:],
+    2.0 * STARTS_S[-1],
+)  # the last one is as long as what came before, where a length is needed
 WIDTHS_S = tuple(end_s - start_s for start_s, end_s in zip(STARTS_S, ENDS_S, strict=True))
 
 # Of coming back within each, with nothing learned: the rate is 0.5 / idle time, in the shape of the paper's 1 / T.
-PRIOR = (0.3, *(1.0 - math.sqrt(start_s / end_s) for start_s, end_s in zip(STARTS_S[1:], ENDS_S[1:], strict=True)))
+PRIOR = (
+    0.3,
+    *(1.0 - math.sqrt(start_s / end_s) for start_s, end_s in zip(STARTS_S[1:], ENDS_S[1:], strict=True)),
+)
 _LOG_STAYS = [math.log(1.0 - chance) for chance in PRIOR]
 # How many periods as the one before each is worth: 2 where octaves begin. (The first is no octave's part, and the second follows it as it is.)
 _WORTH = [1.0, 1.0, *(after / before for before, after in itertools.pairwise(_LOG_STAYS[1:]))]
@@ -104,7 +110,10 @@ class ReturnTimes:
         log_odds = self._odds
         for context in contexts:
             trust = self._trust[context.kind]
-            log_odds = [odds + trust[size] * lean for odds, size, lean in zip(log_odds, context.size, context.lean, strict=True)]
+            log_odds = [
+                odds + trust[size] * lean
+                for odds, size, lean in zip(log_odds, context.size, context.lean, strict=True)
+            ]
         return [_chance(odds) for odds in log_odds]
 
     def learn(self, contexts: Sequence[Context], period: int, returned: bool) -> None:
@@ -123,13 +132,17 @@ class ReturnTimes:
             context.count(period, returned, self._odds[period])
 
     def _count(self, period: int, returned: bool) -> None:
-        self._seen[period], self._back[period] = _counted(self._seen[period], self._back[period], returned, _MEMORY_OF_ALL)
+        self._seen[period], self._back[period] = _counted(
+            self._seen[period], self._back[period], returned, _MEMORY_OF_ALL
+        )
         while True:
             expected, doubt = PRIOR[period], 1.0
             if period:
                 like_before = 1.0 - (1.0 - self._chance[period - 1]) ** _WORTH[period]
                 expected, doubt = like_before + _HOPE * (expected - like_before), _DOUBT_OF_ALL
-            chance = self._chance[period] = (self._back[period] + doubt * expected) / (self._seen[period] + doubt)
+            chance = self._chance[period] = (self._back[period] + doubt * expected) / (
+                self._seen[period] + doubt
+            )
             self._odds[period] = _log_odds(chance, 1.0 - chance)
             period += 1
             if period == NUM_PERIODS or self._seen[period] > _RIPE:

@@ -18,12 +18,17 @@ from pensieve.worker.attention.triton import TritonAttention
 __all__ = ["BACKENDS", "AttentionArgs", "AttentionBackend", "KVGeometry", "PagedAttention", "make_backend"]
 
 BACKENDS: dict[str, type[AttentionBackend[Any]]] = {
-    backend.name: backend for backend in (NativeAttention, TritonAttention, FlashInferAttention, CpuAttention, ReferenceAttention)
+    backend.name: backend
+    for backend in (NativeAttention, TritonAttention, FlashInferAttention, CpuAttention, ReferenceAttention)
 }
 
 
 def make_backend(
-    name: str, geometry: KVGeometry, chunk_tokens: int, device: torch.device, args: Sequence[AttentionArgs] = ()
+    name: str,
+    geometry: KVGeometry,
+    chunk_tokens: int,
+    device: torch.device,
+    args: Sequence[AttentionArgs] = (),
 ) -> AttentionBackend[Any]:
     """The backend of this name, or with "auto" the first that can serve such a cache, and layers that attend like `args`.
 
@@ -31,14 +36,18 @@ def make_backend(
         ConfigError: no such backend, or it cannot.
     """
     if name != "auto" and name not in BACKENDS:
-        raise ConfigError(f"attention must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+        raise ConfigError(
+            f"attention must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}"
+        )
     reasons = []
     for candidate in _automatic(device) if name == "auto" else [BACKENDS[name]]:
         reason = candidate.why_not(geometry, chunk_tokens, device) or candidate.why_not_args(args)
         if reason is None:
             return candidate(geometry, chunk_tokens)
         reasons.append(f"{candidate.name}: {reason}")
-    raise ConfigError(f"no attention backend can serve this cache ({'; '.join(reasons)}): choose another model, dtype or device")
+    raise ConfigError(
+        f"no attention backend can serve this cache ({'; '.join(reasons)}): choose another model, dtype or device"
+    )
 
 
 def _automatic(device: torch.device) -> tuple[type[AttentionBackend[Any]], ...]:

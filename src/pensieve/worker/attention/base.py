@@ -35,7 +35,9 @@ class AttentionArgs:
     scaling: float
     sliding_window: int | None = None  # a key is visible iff 0 <= query position - key position < window
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
-    sinks: torch.Tensor | None = None  # (H,), a logit per head that takes part in the softmax and carries no value
+    sinks: torch.Tensor | None = (
+        None  # (H,), a logit per head that takes part in the softmax and carries no value
+    )
 
 
 Prepared = TypeVar("Prepared")  # what a backend works out once per step and shares between layers
@@ -80,7 +82,9 @@ class AttentionBackend(ABC, Generic[Prepared]):
         """Put the new K and V of all spans, each (T, Hkv, D), into their slots."""
 
     @abstractmethod
-    def attend(self, prepared: Prepared, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self, prepared: Prepared, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D). Cells beyond a context are never used."""
 
 
@@ -120,7 +124,9 @@ class PagedAttention:
         with torch.inference_mode():
             self.prepared = backend.prepare(batch) if prepared is None else prepared
 
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(T, H, D), (T, Hkv, D), (T, Hkv, D) -> (T, H, D)."""
         self.wait_layer(layer)
         self.backend.write(self.prepared, layer, key, value)

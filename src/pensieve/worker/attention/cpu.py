@@ -20,7 +20,9 @@ from pensieve.worker.attention.token_rows import TokenRows
 from pensieve.worker.batch import Batch
 from pensieve.worker.kv_store import KVStore
 
-_FOLD_QUERIES = 128  # folded queries need a mask row each; beyond this many the kernel's own grouping costs less
+_FOLD_QUERIES = (
+    128  # folded queries need a mask row each; beyond this many the kernel's own grouping costs less
+)
 # Single tokens go in one batch while the K they read, padded, stays in a core's cache: up to 2 times as fast as one by one for
 # contexts of 40 tokens, 1.3 times for 500; beyond it slower (SmolLM2's shape, one core).
 _BATCH_BYTES = 2 << 20
@@ -96,9 +98,13 @@ class CpuAttention(AttentionBackend[Step]):
         output = torch.empty_like(query)
         for item in work:
             if isinstance(item, Run):
-                output[item.first : item.stop] = self._attend_run(item, layer, query[item.first : item.stop], args)
+                output[item.first : item.stop] = self._attend_run(
+                    item, layer, query[item.first : item.stop], args
+                )
             else:
-                output.index_copy_(0, item.rows, self._attend_tokens(item, layer, query.index_select(0, item.rows), args))
+                output.index_copy_(
+                    0, item.rows, self._attend_tokens(item, layer, query.index_select(0, item.rows), args)
+                )
         return output
 
     def _attend_run(self, run: Run, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
@@ -113,10 +119,20 @@ class CpuAttention(AttentionBackend[Step]):
         if plain and not by_products and (run.is_causal or group * num_queries > _FOLD_QUERIES):
             queries = query.transpose(0, 1)[None]  # (1, H, Q, D)
             out = scaled_dot_product_attention(
-                queries, key, value, run.mask, is_causal=run.is_causal, scale=args.scaling, enable_gqa=group > 1
+                queries,
+                key,
+                value,
+                run.mask,
+                is_causal=run.is_causal,
+                scale=args.scaling,
+                enable_gqa=group > 1,
             )
             return out[0].transpose(0, 1)
-        folded = query.view(num_queries, -1, group, head_dim).permute(1, 2, 0, 3).reshape(1, -1, group * num_queries, head_dim)
+        folded = (
+            query.view(num_queries, -1, group, head_dim)
+            .permute(1, 2, 0, 3)
+            .reshape(1, -1, group * num_queries, head_dim)
+        )
         if plain and by_products:
             out = _attend_by_products(folded, key, value, run, args.scaling)
         elif plain:
@@ -127,7 +143,9 @@ class CpuAttention(AttentionBackend[Step]):
             out = _attend_by_hand(folded, key, value, mask, group, args)
         return out.view(-1, group, num_queries, head_dim).permute(2, 0, 1, 3).reshape(query.shape)
 
-    def _attend_tokens(self, tokens: TokenBatch, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def _attend_tokens(
+        self, tokens: TokenBatch, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(N, H, D) -> (N, H, D)."""
         key, value = self._rows.gather(tokens.slots, layer)
         # A masked cell still meets a weight of 0, and 0 * NaN is NaN: what another request left there must not be read.
@@ -166,13 +184,20 @@ class CpuAttention(AttentionBackend[Step]):
                 yield self._run(batch, row, index, spans, window, dtype)
         yield from self._token_batches(batch, singles, most, window, dtype)
 
-    def _run(self, batch: Batch, row: int, index: int, spans: list[Span], window: int | None, dtype: torch.dtype) -> Run:
+    def _run(
+        self, batch: Batch, row: int, index: int, spans: list[Span], window: int | None, dtype: torch.dtype
+    ) -> Run:
         size, device = self.chunk_tokens, batch.input_ids.device
         lowest = _first_visible(spans[0].start, window)
         first_chunk, context = lowest // size, spans[-1].stop
         slots = batch.block_tables[index + len(spans) - 1, first_chunk : -(-context // size)]
         num_queries = sum(span.stop - span.start for span in spans)
-        is_causal = len(spans) == 1 and spans[0].start == 0 and num_queries > 1 and (window is None or num_queries <= window)
+        is_causal = (
+            len(spans) == 1
+            and spans[0].start == 0
+            and num_queries > 1
+            and (window is None or num_queries <= window)
+        )
         mask = None
         if num_queries > 1 and not is_causal:
             positions = batch.position_ids[0, row : row + num_queries, None]
@@ -183,16 +208,25 @@ class CpuAttention(AttentionBackend[Step]):
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, _MIN_VALUE)
         offset = first_chunk * size
         masked_from = spans[0].start - lowest if window is None else 0
-        return Run(row, row + num_queries, slots, lowest - offset, context - offset, mask, masked_from, is_causal)
+        return Run(
+            row, row + num_queries, slots, lowest - offset, context - offset, mask, masked_from, is_causal
+        )
 
     def _token_batches(
-        self, batch: Batch, singles: list[tuple[int, int, int, Span]], most: int, window: int | None, dtype: torch.dtype
+        self,
+        batch: Batch,
+        singles: list[tuple[int, int, int, Span]],
+        most: int,
+        window: int | None,
+        dtype: torch.dtype,
     ) -> Iterator[Run | TokenBatch]:
         """Batches of at most `most` chunks, of contexts so near in length that padding stays under a third of what is read."""
         singles.sort(key=lambda single: single[0])
         while singles:
             longest = singles[-1][0]
-            members = [single for single in singles[-max(1, most // longest) :] if 4 * single[0] >= 3 * longest]
+            members = [
+                single for single in singles[-max(1, most // longest) :] if 4 * single[0] >= 3 * longest
+            ]
             del singles[len(singles) - len(members) :]
             if len(members) == 1:
                 _, row, index, span = members[0]
@@ -201,7 +235,12 @@ class CpuAttention(AttentionBackend[Step]):
                 yield self._token_batch(batch, members, longest, window, dtype)
 
     def _token_batch(
-        self, batch: Batch, members: list[tuple[int, int, int, Span]], num_chunks: int, window: int | None, dtype: torch.dtype
+        self,
+        batch: Batch,
+        members: list[tuple[int, int, int, Span]],
+        num_chunks: int,
+        window: int | None,
+        dtype: torch.dtype,
     ) -> TokenBatch:
         size, device = self.chunk_tokens, batch.input_ids.device
         tables, starts, lowest, contexts = [], [], [], []
@@ -212,7 +251,9 @@ class CpuAttention(AttentionBackend[Step]):
             starts.append(first_chunk * size)
             lowest.append(_first_visible(span.start, window))
             contexts.append(span.stop)
-        cells = torch.arange(num_chunks * size) + torch.tensor(starts)[:, None]  # (N, B * C), the position each cell would hold
+        cells = (
+            torch.arange(num_chunks * size) + torch.tensor(starts)[:, None]
+        )  # (N, B * C), the position each cell would hold
         hidden = (cells < torch.tensor(lowest)[:, None]) | (cells >= torch.tensor(contexts)[:, None])
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, _MIN_VALUE)
         return TokenBatch(
@@ -245,7 +286,9 @@ def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
     return query.shape[0] * query.shape[1] * num_keys <= _MOST_SCORES
 
 
-def _attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: Run, scaling: float) -> torch.Tensor:
+def _attend_by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: Run, scaling: float
+) -> torch.Tensor:
     """Softmax(query key^T scaling + mask) value, as two batched products; scores are rounded as eager attention rounds them.
 
     Args:
@@ -260,12 +303,19 @@ def _attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     """
     scores = torch.bmm((query[0] * scaling), key[0].contiguous().transpose(1, 2))  # (Hkv, G * Q, K)
     if run.mask is not None:
-        scores.view(scores.shape[0], -1, *run.mask.shape)[..., run.masked_from :].add_(run.mask[:, run.masked_from :])
+        scores.view(scores.shape[0], -1, *run.mask.shape)[..., run.masked_from :].add_(
+            run.mask[:, run.masked_from :]
+        )
     return torch.bmm(torch.softmax(scores, dim=-1), value[0].contiguous())[None]
 
 
 def _attend_by_hand(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, group: int, args: AttentionArgs
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    group: int,
+    args: AttentionArgs,
 ) -> torch.Tensor:
     """What the kernel does not know: softcap and sinks.
 

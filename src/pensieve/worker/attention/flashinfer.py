@@ -67,7 +67,9 @@ class FlashInferAttention(TritonAttention):
         super().bind(store)
         geometry = self.geometry
         shape = (store.num_slots, 2, geometry.num_kv_heads, self.chunk_tokens, geometry.head_dim)
-        self._pages = [store.layer(layer).view(geometry.dtype).view(shape) for layer in range(store.num_layers)]
+        self._pages = [
+            store.layer(layer).view(geometry.dtype).view(shape) for layer in range(store.num_layers)
+        ]
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=store.device)
 
     def prepare(self, batch: Batch) -> Any:
@@ -80,15 +82,24 @@ class FlashInferAttention(TritonAttention):
 
     def attend(self, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """(T, H, D) -> (T, H, D)."""
-        kind = (query.shape[1], args.scaling, -1 if args.sliding_window is None else args.sliding_window - 1, args.softcap or 0.0)
+        kind = (
+            query.shape[1],
+            args.scaling,
+            -1 if args.sliding_window is None else args.sliding_window - 1,
+            args.softcap or 0.0,
+        )
         wrapper = self._wrappers.get(kind)
         if wrapper is None:
-            wrapper = self._wrappers[kind] = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "HND")
+            wrapper = self._wrappers[kind] = self._library.BatchPrefillWithPagedKVCacheWrapper(
+                self._workspace, "HND"
+            )
         if kind not in prepared.made:
             self._plan(wrapper, prepared.batch, kind)
             prepared.made.add(kind)
         pages = self._pages[layer]
-        output: torch.Tensor = wrapper.run(query.to(self.geometry.dtype).contiguous(), (pages[:, 0], pages[:, 1]))
+        output: torch.Tensor = wrapper.run(
+            query.to(self.geometry.dtype).contiguous(), (pages[:, 0], pages[:, 1])
+        )
         return output.to(query.dtype)
 
     def _plan(self, wrapper: Any, batch: Batch, kind: Kind) -> None:

@@ -131,11 +131,15 @@ class NativeAttention(AttentionBackend[Step]):
             self._scratch = torch.empty(need, dtype=torch.uint8)
         return output.to(query.dtype)
 
-    def run_layer(self, prepared: Step, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall) -> None:
+    def run_layer(
+        self, prepared: Step, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall
+    ) -> None:
         """A whole layer of a model in one call, writing and attending included. The model has no sinks."""
         call = prepared.call
         _set_layer(call, layer, num_heads, args, None)
-        while need := self._with_scratch(call, self._kernel.pensieve_layer, ctypes.byref(work), ctypes.byref(call)):
+        while need := self._with_scratch(
+            call, self._kernel.pensieve_layer, ctypes.byref(work), ctypes.byref(call)
+        ):
             self._scratch = torch.empty(need, dtype=torch.uint8)
 
     def _with_scratch(self, call: _Call, function: Any, *arguments: Any) -> int:

@@ -52,12 +52,18 @@ class ReferenceAttention(AttentionBackend[Step]):
             num_chunks = -(-span.stop // self.chunk_tokens)
             key, value = self._rows.gather(batch.block_tables[index, :num_chunks], layer)
             positions = torch.arange(span.start, span.stop, device=query.device)
-            outputs.append(attend_one(query[first : first + length], key[: span.stop], value[: span.stop], positions, args))
+            outputs.append(
+                attend_one(
+                    query[first : first + length], key[: span.stop], value[: span.stop], positions, args
+                )
+            )
             first += length
         return torch.cat(outputs)
 
 
-def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+def attend_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, args: AttentionArgs
+) -> torch.Tensor:
     """Tokens of one sequence attend its context.
 
     Args:

@@ -27,7 +27,9 @@ from pensieve.worker.pinned import to_device
 
 _MOST_DIM = 256
 _MIN_ROWS = 16  # of a tile: what a tensor core multiplies at least
-_PROGRAMS_EACH = 2  # programs of a multiprocessor that a step is divided into at least, where there is so much to do
+_PROGRAMS_EACH = (
+    2  # programs of a multiprocessor that a step is divided into at least, where there is so much to do
+)
 _MIN_PART = 256  # tokens: a part's result is written and read once more, which shorter ones would not pay for
 _WRITE_TOKENS = 16  # of one program
 
@@ -132,8 +134,12 @@ class TritonAttention(AttentionBackend[Step]):
             tiling = self._tiling(1, group)
             num_items = num_rows + self._wanted
             items = torch.zeros((num_items, len(Item._fields)), dtype=torch.int32, device=self._device)
-            reductions = torch.zeros((num_rows, len(Reduction._fields)), dtype=torch.int32, device=self._device)
-            room = torch.empty(self._room_numbers(num_items, tiling), dtype=torch.float32, device=self._device)
+            reductions = torch.zeros(
+                (num_rows, len(Reduction._fields)), dtype=torch.int32, device=self._device
+            )
+            room = torch.empty(
+                self._room_numbers(num_items, tiling), dtype=torch.float32, device=self._device
+            )
             step.work[group] = Work(tiling, items, reductions, *self._parts_of(room, num_items, tiling))
         return step
 
@@ -147,7 +153,9 @@ class TritonAttention(AttentionBackend[Step]):
                 "more work than the graph has room for"
             )
             numbers[: len(items) * len(Item._fields)] = np.array(items, np.int32).reshape(-1)
-            numbers[split : split + len(reductions) * len(Reduction._fields)] = np.array(reductions, np.int32).reshape(-1)
+            numbers[split : split + len(reductions) * len(Reduction._fields)] = np.array(
+                reductions, np.int32
+            ).reshape(-1)
             tables = to_device(numbers, self._device)
             work.items.view(-1).copy_(tables[:split])
             work.reductions.view(-1).copy_(tables[split:])
@@ -156,9 +164,14 @@ class TritonAttention(AttentionBackend[Step]):
         tiling = self._tiling(max(span.stop - span.start for span in batch.spans), group)
         items, reductions = self.divide(batch.spans, tiling, group)
         num_parts = sum(reduction.num_parts for reduction in reductions)
-        if (need := self._room_numbers(num_parts, tiling)) > len(self._room) or self._room.device != self._device:
+        if (need := self._room_numbers(num_parts, tiling)) > len(
+            self._room
+        ) or self._room.device != self._device:
             self._room = torch.empty(need, dtype=torch.float32, device=self._device)
-        tables = to_device(np.concatenate([np.array(table, np.int32).reshape(-1) for table in (items, reductions)]), self._device)
+        tables = to_device(
+            np.concatenate([np.array(table, np.int32).reshape(-1) for table in (items, reductions)]),
+            self._device,
+        )
         split = len(items) * len(Item._fields)
         return Work(
             tiling, tables[:split].view(-1, len(Item._fields)), tables[split:].view(-1, len(Reduction._fields)),
@@ -167,7 +180,9 @@ class TritonAttention(AttentionBackend[Step]):
 
     def _tiling(self, longest_span: int, group: int) -> Tiling:
         """For a step whose longest span has so many tokens."""
-        if self.geometry.dtype == torch.float32:  # without matrix units a larger tile's products do not fit in registers
+        if (
+            self.geometry.dtype == torch.float32
+        ):  # without matrix units a larger tile's products do not fit in registers
             most, block = 16, 16
         else:
             most, block = (64, 32) if self._dim_padded > 128 else (128, 64)
@@ -180,7 +195,9 @@ class TritonAttention(AttentionBackend[Step]):
         assert self._num_programs is not None
         return max(1, self._num_programs // self.geometry.num_kv_heads)
 
-    def divide(self, spans: tuple[Span, ...], tiling: Tiling, group: int) -> tuple[list[Item], list[Reduction]]:
+    def divide(
+        self, spans: tuple[Span, ...], tiling: Tiling, group: int
+    ) -> tuple[list[Item], list[Reduction]]:
         """What the programs of a step do, at most `_wanted` more than there are tiles of queries.
 
         A part has as many tokens as give every multiprocessor some, rounded up to blocks. Long ones come first: none is left over when the
@@ -208,7 +225,18 @@ class TritonAttention(AttentionBackend[Step]):
             reductions.append(Reduction(first_row, count, num_parts, parts))
             for part in range(parts):
                 first = part * part_tokens
-                items.append(Item(index, first_row, count, position, first, min(stop, first + part_tokens), num_parts + part, parts))
+                items.append(
+                    Item(
+                        index,
+                        first_row,
+                        count,
+                        position,
+                        first,
+                        min(stop, first + part_tokens),
+                        num_parts + part,
+                        parts,
+                    )
+                )
             num_parts += parts
         items.sort(key=lambda item: item.first - item.stop)
         return items, reductions
@@ -216,7 +244,9 @@ class TritonAttention(AttentionBackend[Step]):
     def _room_numbers(self, num_parts: int, tiling: Tiling) -> int:
         return num_parts * self.geometry.num_kv_heads * tiling.rows * (self._dim_padded + 2)
 
-    def _parts_of(self, room: torch.Tensor, num_parts: int, tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor]:
+    def _parts_of(
+        self, room: torch.Tensor, num_parts: int, tiling: Tiling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The room as partials and sums."""
         tiles = num_parts * self.geometry.num_kv_heads
         split = tiles * tiling.rows * self._dim_padded
@@ -229,7 +259,9 @@ class TritonAttention(AttentionBackend[Step]):
         """Put the new K and V, each (T, Hkv, D), into their slots, in one launch."""
         self.write_slots(prepared.batch.slot_mapping, layer, key, value)
 
-    def write_slots(self, slot_mapping: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write_slots(
+        self, slot_mapping: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
         """Put K and V, each (T, Hkv, D), where `slot_mapping` (T,) says."""
         key, value = _plain(key), _plain(value)
         geometry, num_tokens = self.geometry, len(key)
@@ -244,7 +276,9 @@ class TritonAttention(AttentionBackend[Step]):
         """(T, H, D) -> (T, H, D), in one launch, or two where contexts were divided."""
         rows = _plain(query).to(self.geometry.dtype)
         # (Rows of a captured graph that are nobody's get no program: they must be numbers all the same.)
-        output = (torch.zeros if prepared.is_fixed else torch.empty)(query.shape, dtype=rows.dtype, device=rows.device)
+        output = (torch.zeros if prepared.is_fixed else torch.empty)(
+            query.shape, dtype=rows.dtype, device=rows.device
+        )
         geometry, group = self.geometry, query.shape[1] // self.geometry.num_kv_heads
         work = prepared.work.get(group)
         if work is None:
@@ -264,7 +298,14 @@ class TritonAttention(AttentionBackend[Step]):
         )  # fmt: skip
         if len(work.reductions):
             self._kernels.reduce_kernel[len(work.reductions), geometry.num_kv_heads](
-                output, work.reductions, work.partials, work.sums, sinks, output.stride(0), output.stride(1), **shapes
+                output,
+                work.reductions,
+                work.partials,
+                work.sums,
+                sinks,
+                output.stride(0),
+                output.stride(1),
+                **shapes,
             )
         return output.to(query.dtype)
 

@@ -45,7 +45,9 @@ def write_kernel(
     cell = (flat // CHUNK) * slot_stride + head * CHUNK * DIM + (flat % CHUNK) * DIM
     token = token.to(tl.int64)
     k = tl.load(key + token[:, None] * key_token_stride + head * key_head_stride + column[None, :], mask=mask)
-    v = tl.load(value + token[:, None] * value_token_stride + head * value_head_stride + column[None, :], mask=mask)
+    v = tl.load(
+        value + token[:, None] * value_token_stride + head * value_head_stride + column[None, :], mask=mask
+    )
     place = store + cell[:, None] + column[None, :]
     tl.store(place, k.to(store.dtype.element_ty), mask=mask)
     tl.store(place + NUM_KV_HEADS * CHUNK * DIM, v.to(store.dtype.element_ty), mask=mask)
@@ -170,7 +172,12 @@ def attend_kernel(
     position = first_position + row // GROUP
     mask = (row // GROUP < num_queries)[:, None] & (column < DIM)[None, :]
     token = first_row + row // GROUP
-    place = query + token[:, None] * query_token_stride + (head * GROUP + member)[:, None] * query_head_stride + column[None, :]
+    place = (
+        query
+        + token[:, None] * query_token_stride
+        + (head * GROUP + member)[:, None] * query_head_stride
+        + column[None, :]
+    )
     q = tl.load(place, mask=mask, other=0.0)
     if AS_FLOAT:
         q = q.to(tl.float32)
@@ -210,7 +217,12 @@ def attend_kernel(
             total = total * fade + tl.exp2(sink - with_sink)
             acc = acc * fade[:, None]
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        place = output + token[:, None] * output_token_stride + (head * GROUP + member)[:, None] * output_head_stride + column[None, :]
+        place = (
+            output
+            + token[:, None] * output_token_stride
+            + (head * GROUP + member)[:, None] * output_head_stride
+            + column[None, :]
+        )
         tl.store(place, result.to(output.dtype.element_ty), mask=mask)
     else:
         tile = part.to(tl.int64) * NUM_KV_HEADS + head
@@ -241,7 +253,11 @@ def reduce_kernel(
     num_queries = tl.load(reduction + 1)
     if num_queries == 0:
         return
-    first_row, first_part, num_parts = tl.load(reduction).to(tl.int64), tl.load(reduction + 2), tl.load(reduction + 3)
+    first_row, first_part, num_parts = (
+        tl.load(reduction).to(tl.int64),
+        tl.load(reduction + 2),
+        tl.load(reduction + 3),
+    )
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, DIM_PADDED)
     member = row % GROUP
@@ -265,5 +281,10 @@ def reduce_kernel(
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     token = first_row + row // GROUP
     mask = (row // GROUP < num_queries)[:, None] & (column < DIM)[None, :]
-    place = output + token[:, None] * output_token_stride + (head * GROUP + member)[:, None] * output_head_stride + column[None, :]
+    place = (
+        output
+        + token[:, None] * output_token_stride
+        + (head * GROUP + member)[:, None] * output_head_stride
+        + column[None, :]
+    )
     tl.store(place, result.to(output.dtype.element_ty), mask=mask)

@@ -18,8 +18,19 @@ from pensieve.worker.gguf.source import Meaning, Rule, Source
 from pensieve.worker.gguf.transforms import Transform
 from pensieve.worker.gguf.unserved import UNSERVED, require_model
 
-_ROTATED = ("attn_q", "attn_k")  # their rotary pairs lie side by side where an architecture is written as llama is
-_NORMS = ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm")
+_ROTATED = (
+    "attn_q",
+    "attn_k",
+)  # their rotary pairs lie side by side where an architecture is written as llama is
+_NORMS = (
+    "output_norm",
+    "attn_norm",
+    "ffn_norm",
+    "post_attention_norm",
+    "post_ffw_norm",
+    "attn_q_norm",
+    "attn_k_norm",
+)
 _NORMS_PLUS_ONE: Mapping[str, Transform] = dict.fromkeys(_NORMS, transforms.minus_one)
 
 
@@ -44,7 +55,11 @@ def meaning_of(source: Source) -> Meaning:
 
 
 def _layer(pattern: str, sources: tuple[str, ...], transform: Transform) -> Rule:
-    return Rule(re.compile(rf".*\.(?P<n>\d+)\.{pattern}"), tuple(f"blk.{{n}}.{source}" for source in sources), transform)
+    return Rule(
+        re.compile(rf".*\.(?P<n>\d+)\.{pattern}"),
+        tuple(f"blk.{{n}}.{source}" for source in sources),
+        transform,
+    )
 
 
 def _expert_rules(source: Source, count: int, *, gating: int = 1) -> tuple[Rule, ...]:
@@ -59,7 +74,10 @@ def _expert_rules(source: Source, count: int, *, gating: int = 1) -> tuple[Rule,
         gate_up = ("ffn_gate_up_exps.weight",) if fused else ("ffn_gate_exps.weight", "ffn_up_exps.weight")
         down = ("ffn_down_exps.weight",)
         gate_up_how = down_how = transforms.experts
-    return (_layer(r".*experts\.gate_up_proj", gate_up, gate_up_how), _layer(r".*experts\.down_proj", down, down_how))
+    return (
+        _layer(r".*experts\.gate_up_proj", gate_up, gate_up_how),
+        _layer(r".*experts\.down_proj", down, down_how),
+    )
 
 
 def _rotated(config: dict[str, Any]) -> dict[str, Transform]:
@@ -70,23 +88,39 @@ def _rotated(config: dict[str, Any]) -> dict[str, Transform]:
 def _llama(source: Source) -> Meaning:
     keys = source.keys
     num_experts = keys.whole("expert_count", 0)
-    config = {**source.common("mixtral" if num_experts else "llama"), "head_dim": source.head_dim, "rope_parameters": source.rope()}
+    config = {
+        **source.common("mixtral" if num_experts else "llama"),
+        "head_dim": source.head_dim,
+        "rope_parameters": source.rope(),
+    }
     ignored = ("rope_freqs.weight",)
     if num_experts:
-        config |= {"num_local_experts": num_experts, "num_experts_per_tok": keys.whole("expert_used_count"), "sliding_window": None}
+        config |= {
+            "num_local_experts": num_experts,
+            "num_experts_per_tok": keys.whole("expert_used_count"),
+            "sliding_window": None,
+        }
         if (width := keys.whole("expert_feed_forward_length", 0)) > 0:
             config["intermediate_size"] = width
         return Meaning(config, _rotated(config), _expert_rules(source, num_experts), ignored)
     biased = source.has("attn_q.bias")
     if biased and not source.has("attn_output.bias"):
-        config |= {"model_type": "qwen2", "use_sliding_window": False}  # the same model, with biases of queries, keys and values only
+        config |= {
+            "model_type": "qwen2",
+            "use_sliding_window": False,
+        }  # the same model, with biases of queries, keys and values only
     else:
         config |= {"attention_bias": biased, "mlp_bias": source.has("ffn_up.bias")}
     return Meaning(config, _rotated(config), ignored=ignored)
 
 
 def _smollm3(source: Source) -> Meaning:
-    config = {**source.common("smollm3"), "head_dim": source.head_dim, "rope_parameters": source.rope(), "use_sliding_window": False}
+    config = {
+        **source.common("smollm3"),
+        "head_dim": source.head_dim,
+        "rope_parameters": source.rope(),
+        "use_sliding_window": False,
+    }
     config |= {"attention_bias": source.has("attn_q.bias"), "mlp_bias": source.has("ffn_up.bias")}
     return Meaning(config, _rotated(config), ignored=("rope_freqs.weight",))
 
@@ -105,7 +139,9 @@ def _mistral3(source: Source) -> Meaning:
     rope = source.rope()
     config["rope_parameters"] = {**rope, "llama_4_scaling_beta": scale}
     source.keys.require(
-        "attention.temperature_length", rope.get("original_max_position_embeddings", 0), "transformers takes the original context"
+        "attention.temperature_length",
+        rope.get("original_max_position_embeddings", 0),
+        "transformers takes the original context",
     )
     return Meaning(config, _rotated(config), ignored=("rope_freqs.weight",))
 
@@ -115,7 +151,11 @@ def _granite(source: Source) -> Meaning:
     num_experts = keys.whole("expert_count", 0)
     shared = keys.whole("expert_shared_feed_forward_length", 0)
     kind = "granite" if not num_experts else "granitemoeshared" if shared else "granitemoe"
-    config = {**source.common(kind), "rope_parameters": source.rope(), "attention_bias": source.has("attn_q.bias")}
+    config = {
+        **source.common(kind),
+        "rope_parameters": source.rope(),
+        "attention_bias": source.has("attn_q.bias"),
+    }
     _require_square(source, config)
     config |= {
         "embedding_multiplier": keys.number("embedding_scale", 1.0) or 1.0,
@@ -124,9 +164,16 @@ def _granite(source: Source) -> Meaning:
         "logits_scaling": keys.number("logit_scale", 1.0) or 1.0,
     }
     if not num_experts:
-        return Meaning({**config, "mlp_bias": source.has("ffn_up.bias")}, _rotated(config), ignored=("rope_freqs.weight",))
+        return Meaning(
+            {**config, "mlp_bias": source.has("ffn_up.bias")},
+            _rotated(config),
+            ignored=("rope_freqs.weight",),
+        )
     config |= {"num_local_experts": num_experts, "num_experts_per_tok": keys.whole("expert_used_count")}
-    rules = (*_expert_rules(source, num_experts), _layer(r"block_sparse_moe\.router\.weight", ("ffn_gate_inp.weight",), transforms.as_is))
+    rules = (
+        *_expert_rules(source, num_experts),
+        _layer(r"block_sparse_moe\.router\.weight", ("ffn_gate_inp.weight",), transforms.as_is),
+    )
     if shared:
         config["shared_intermediate_size"] = shared
         gate_up = ("ffn_gate_shexp.weight", "ffn_up_shexp.weight")
@@ -145,14 +192,24 @@ def _qwen2(source: Source) -> Meaning:
 
 
 def _qwen3(source: Source) -> Meaning:
-    config = {**source.common("qwen3"), "head_dim": source.head_dim, "rope_parameters": source.rope(), "use_sliding_window": False}
+    config = {
+        **source.common("qwen3"),
+        "head_dim": source.head_dim,
+        "rope_parameters": source.rope(),
+        "use_sliding_window": False,
+    }
     return Meaning({**config, "attention_bias": source.has("attn_q.bias")})
 
 
 def _qwen2moe(source: Source) -> Meaning:
     keys = source.keys
     count = keys.whole("expert_count")
-    config = {**source.common("qwen2_moe"), "rope_parameters": source.rope(), "use_sliding_window": False, "num_experts": count}
+    config = {
+        **source.common("qwen2_moe"),
+        "rope_parameters": source.rope(),
+        "use_sliding_window": False,
+        "num_experts": count,
+    }
     _require_square(source, config)
     config |= {
         "num_experts_per_tok": keys.whole("expert_used_count"),
@@ -170,7 +227,10 @@ def _qwen3moe(source: Source) -> Meaning:
     count = keys.whole("expert_count")
     config = {
         **source.common(
-            "qwen3_moe", feed_forward="feed_forward_length" if keys.has("feed_forward_length") else "expert_feed_forward_length"
+            "qwen3_moe",
+            feed_forward="feed_forward_length"
+            if keys.has("feed_forward_length")
+            else "expert_feed_forward_length",
         ),
         "head_dim": source.head_dim,
         "rope_parameters": source.rope(),
@@ -179,7 +239,9 @@ def _qwen3moe(source: Source) -> Meaning:
         "num_experts": count,
         "num_experts_per_tok": keys.whole("expert_used_count"),
         "moe_intermediate_size": keys.whole("expert_feed_forward_length"),
-        "norm_topk_prob": bool(keys.get("expert_weights_norm", True)),  # llama.cpp norms them whatever the file says
+        "norm_topk_prob": bool(
+            keys.get("expert_weights_norm", True)
+        ),  # llama.cpp norms them whatever the file says
     }
     return Meaning(config, {}, _expert_rules(source, count))
 
@@ -220,14 +282,22 @@ def _gpt_oss(source: Source) -> Meaning:
     gate_up = ("ffn_gate_exps", "ffn_up_exps")
     rules = (
         _layer(r"self_attn\.sinks", ("attn_sinks.weight",), transforms.flat),
-        _layer(r"mlp\.experts\.gate_up_proj", tuple(f"{name}.weight" for name in gate_up), transforms.interleaved),
-        _layer(r"mlp\.experts\.gate_up_proj_bias", tuple(f"{name}.bias" for name in gate_up), transforms.interleaved),
+        _layer(
+            r"mlp\.experts\.gate_up_proj", tuple(f"{name}.weight" for name in gate_up), transforms.interleaved
+        ),
+        _layer(
+            r"mlp\.experts\.gate_up_proj_bias",
+            tuple(f"{name}.bias" for name in gate_up),
+            transforms.interleaved,
+        ),
         _layer(r"mlp\.experts\.down_proj", ("ffn_down_exps.weight",), transforms.transposed),
         _layer(r"mlp\.experts\.down_proj_bias", ("ffn_down_exps.bias",), transforms.as_is),
     )
     # The second norm of a layer is called post_attention_norm or, by other converters, ffn_norm.
     norm = "post_attention_norm.weight" if source.has("post_attention_norm.weight") else "ffn_norm.weight"
-    return Meaning(config, {}, (*rules, _layer(r"post_attention_layernorm\.weight", (norm,), transforms.as_is)))
+    return Meaning(
+        config, {}, (*rules, _layer(r"post_attention_layernorm\.weight", (norm,), transforms.as_is))
+    )
 
 
 def _phi3(source: Source) -> Meaning:
@@ -240,12 +310,18 @@ def _phi3(source: Source) -> Meaning:
         raise keys.refused("it has one of rope_factors_long.weight and rope_factors_short.weight, not both")
     if long is not None and short is not None:
         if (kind := keys.get("rope.scaling.type", "longrope")) not in ("longrope", "none"):
-            raise keys.refused(f"it has factors for long and short contexts, and its rope.scaling.type is {kind}")
+            raise keys.refused(
+                f"it has factors for long and short contexts, and its rope.scaling.type is {kind}"
+            )
         keys.ignore("rope.scaling.factor")  # transformers takes the ratio of the two contexts
         plain = rope_parameters(keys, source.head_dim, source.context, partial=True, scaled=False)
-        rope = longrope(keys, {**plain, "original_max_position_embeddings": original}, long, short, source.context)
+        rope = longrope(
+            keys, {**plain, "original_max_position_embeddings": original}, long, short, source.context
+        )
         if len(long) != len(short) or 2 * len(long) != keys.whole("rope.dimension_count", source.head_dim):
-            raise keys.refused(f"it has {len(long)} long and {len(short)} short rotary factors for half as many dimensions as it rotates")
+            raise keys.refused(
+                f"it has {len(long)} long and {len(short)} short rotary factors for half as many dimensions as it rotates"
+            )
     else:
         rope = rope_parameters(keys, source.head_dim, source.context, partial=True)
     config |= {
@@ -286,7 +362,10 @@ def _gemma3(source: Source) -> Meaning:
     config = {
         **source.common("gemma3_text"),
         "head_dim": source.head_dim,
-        "rope_parameters": {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": local_base}},
+        "rope_parameters": {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
+        },
         "query_pre_attn_scalar": _query_scalar(source, layers_of_27b=62),
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 0.0) or None,
         "final_logit_softcapping": keys.number("final_logit_softcapping", 0.0) or None,
@@ -302,7 +381,11 @@ def _gemma3(source: Source) -> Meaning:
 
 
 def _starcoder2(source: Source) -> Meaning:
-    config = {**source.common("starcoder2", norm="norm_epsilon"), "rope_parameters": source.rope(), "sliding_window": None}
+    config = {
+        **source.common("starcoder2", norm="norm_epsilon"),
+        "rope_parameters": source.rope(),
+        "sliding_window": None,
+    }
     _require_square(source, config)
     return Meaning({**config, "use_bias": source.has("attn_q.bias")})
 
@@ -319,14 +402,23 @@ def _gpt2(source: Source) -> Meaning:
         "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
         **source.vocabulary(),
     }
-    keys.require("attention.head_count_kv", config["n_head"], "transformers' GPT-2 has as many key heads as query heads")
-    return Meaning(config, dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), transforms.transposed))
+    keys.require(
+        "attention.head_count_kv",
+        config["n_head"],
+        "transformers' GPT-2 has as many key heads as query heads",
+    )
+    return Meaning(
+        config, dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), transforms.transposed)
+    )
 
 
 def _command_r(source: Source) -> Meaning:
     config = {**source.common("cohere", norm="layer_norm_eps"), "rope_parameters": source.rope()}
     _require_square(source, config)
-    config |= {"logit_scale": source.keys.number("logit_scale", 1.0) or 1.0, "use_qk_norm": source.has("attn_q_norm.weight")}
+    config |= {
+        "logit_scale": source.keys.number("logit_scale", 1.0) or 1.0,
+        "use_qk_norm": source.has("attn_q_norm.weight"),
+    }
     return Meaning({**config, "attention_bias": source.has("attn_q.bias")})
 
 
@@ -357,7 +449,11 @@ def _olmo(source: Source) -> Meaning:
 def _olmo2(source: Source) -> Meaning:
     window = source.keys.whole("attention.sliding_window", 0)
     rope = source.rope()
-    config = {**source.common("olmo3" if window else "olmo2"), "rope_parameters": rope, "attention_bias": source.has("attn_q.bias")}
+    config = {
+        **source.common("olmo3" if window else "olmo2"),
+        "rope_parameters": rope,
+        "attention_bias": source.has("attn_q.bias"),
+    }
     _require_square(source, config)
     if window:
         plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
@@ -373,7 +469,10 @@ def _phi2(source: Source) -> Meaning:
 
 
 def _gptneox(source: Source) -> Meaning:
-    config = {**source.common("gpt_neox", norm="layer_norm_eps"), "rope_parameters": source.rope(partial=True)}
+    config = {
+        **source.common("gpt_neox", norm="layer_norm_eps"),
+        "rope_parameters": source.rope(partial=True),
+    }
     _require_square(source, config)
     config |= {"use_parallel_residual": bool(source.keys.get("use_parallel_residual", True))}
     config["attention_bias"] = source.has("attn_qkv.bias")
@@ -382,17 +481,25 @@ def _gptneox(source: Source) -> Meaning:
 
 def _seed_oss(source: Source) -> Meaning:
     config = {**source.common("seed_oss"), "head_dim": source.head_dim, "rope_parameters": source.rope()}
-    config |= {"attention_bias": source.has("attn_q.bias"), "attention_out_bias": source.has("attn_output.bias")}
+    config |= {
+        "attention_bias": source.has("attn_q.bias"),
+        "attention_out_bias": source.has("attn_output.bias"),
+    }
     return Meaning({**config, "mlp_bias": source.has("ffn_up.bias")})
 
 
 def _windows(source: Source, period: int) -> list[str]:
     """The kind of each layer: with a window, but every `period`-th; or as the file says, by a period or by a list."""
-    layers, said = source.keys.whole("block_count"), source.keys.get("attention.sliding_window_pattern", period)
+    layers, said = (
+        source.keys.whole("block_count"),
+        source.keys.get("attention.sliding_window_pattern", period),
+    )
     if not isinstance(said, list):
         said = [(layer + 1) % int(said) != 0 for layer in range(layers)] if int(said) > 0 else []
     if len(said) != layers:
-        raise source.keys.refused(f"its attention.sliding_window_pattern is for {len(said)} layers, it has {layers}")
+        raise source.keys.refused(
+            f"its attention.sliding_window_pattern is for {len(said)} layers, it has {layers}"
+        )
     return ["sliding_attention" if windowed else "full_attention" for windowed in said]
 
 
@@ -411,7 +518,9 @@ def _require_square(source: Source, config: dict[str, Any]) -> None:
     """Of architectures whose config has no size of heads: it must be the usual one."""
     usual = config["hidden_size"] // config["num_attention_heads"]
     if source.head_dim != usual:
-        raise source.keys.refused(f"its heads are of size {source.head_dim}, and transformers has {usual} for this kind")
+        raise source.keys.refused(
+            f"its heads are of size {source.head_dim}, and transformers has {usual} for this kind"
+        )
 
 
 _KNOWN: dict[str, Callable[[Source], Meaning]] = {

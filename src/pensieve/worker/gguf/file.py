@@ -28,14 +28,28 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # bytes, of tensor data, where the file does not say
 _MAX_DIMENSIONS = 4
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _FETCH_AGAIN = "fetch it again"
 _AT_ONCE = 1 << 16  # values widened at a time: what they go through stays in the processor's cache
 _SHOWN = 4  # names shown of a long list
 
-PLAIN_TYPES = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64})
+PLAIN_TYPES = frozenset(
+    {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +161,17 @@ def open_model(path: Path) -> GgufModel:
     tensors = [tensor for part in parts for tensor in part.tensors]
     twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
     if twice:
-        raise ModelRefused(f"{path} holds {len(twice)} tensors twice ({listed(twice)}): it is damaged, {_FETCH_AGAIN}")
+        raise ModelRefused(
+            f"{path} holds {len(twice)} tensors twice ({listed(twice)}): it is damaged, {_FETCH_AGAIN}"
+        )
     metadata = parts[0].metadata
     if not isinstance(metadata.get("general.architecture"), str):
-        raise ModelRefused(f"{path} does not say what it is (no general.architecture): {_FETCH_AGAIN}, or name a folder or a hub id")
-    return GgufModel(tuple(part.path for part in parts), metadata, {tensor.name: tensor for tensor in tensors})
+        raise ModelRefused(
+            f"{path} does not say what it is (no general.architecture): {_FETCH_AGAIN}, or name a folder or a hub id"
+        )
+    return GgufModel(
+        tuple(part.path for part in parts), metadata, {tensor.name: tensor for tensor in tensors}
+    )
 
 
 def listed(names: list[str]) -> str:
@@ -192,10 +212,14 @@ def _all_parts(named: _Part) -> list[_Part]:
             )
         for key, value in part.metadata.items():
             if not key.startswith("split.") and parts[0].metadata.get(key) != value:
-                raise ModelRefused(f"{part.path} and {parts[0].path} differ in {key}: they are parts of different models")
+                raise ModelRefused(
+                    f"{part.path} and {parts[0].path} differ in {key}: they are parts of different models"
+                )
     expected, found = _count(parts[0], "split.tensors.count"), sum(len(part.tensors) for part in parts)
     if expected and expected != found:
-        raise ModelRefused(f"the {count} parts of {path} hold {found} tensors, the model has {expected}: a part belongs to another model")
+        raise ModelRefused(
+            f"the {count} parts of {path} hold {found} tensors, the model has {expected}: a part belongs to another model"
+        )
     return parts
 
 
@@ -212,7 +236,9 @@ def _read(path: Path) -> _Part:
 
 
 def _unreadable(path: Path, reason: str) -> ModelRefused:
-    return ModelRefused(f"{path} is not a readable GGUF file ({reason}): {_FETCH_AGAIN}, or name a folder or a hub id")
+    return ModelRefused(
+        f"{path} is not a readable GGUF file ({reason}): {_FETCH_AGAIN}, or name a folder or a hub id"
+    )
 
 
 class _Reader:
@@ -225,7 +251,11 @@ class _Reader:
     def part(self) -> _Part:
         version = self.scalar("<I")
         if version not in _VERSIONS:
-            why = "its bytes are in big-endian order" if version & 0xFFFF == 0 else f"it is of GGUF version {version}, not 2 or 3"
+            why = (
+                "its bytes are in big-endian order"
+                if version & 0xFFFF == 0
+                else f"it is of GGUF version {version}, not 2 or 3"
+            )
             raise _unreadable(self.path, why)
         num_tensors, num_keys = self.scalar("<Q"), self.scalar("<Q")
         metadata: dict[str, Any] = {}
@@ -307,8 +337,12 @@ class _Reader:
             ) from error
         block, block_bytes = GGML_QUANT_SIZES[type_]
         if 0 in shape or shape[-1] % block:
-            raise _unreadable(self.path, f"its tensor {name!r} of shape {shape} cannot be of type {type_.name}")
-        return GgufTensor(name, shape, type_, self.path, start + offset, math.prod(shape) // block * block_bytes)
+            raise _unreadable(
+                self.path, f"its tensor {name!r} of shape {shape} cannot be of type {type_.name}"
+            )
+        return GgufTensor(
+            name, shape, type_, self.path, start + offset, math.prod(shape) // block * block_bytes
+        )
 
     def require_whole(self, tensors: list[GgufTensor]) -> None:
         """Every tensor lies within the file, and none over another."""

@@ -49,7 +49,11 @@ class Keys:
             label: the file, for messages.
         """
         self.architecture, self.label = architecture, label
-        self._values = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items() if k.startswith(f"{architecture}.")}
+        self._values = {
+            k.removeprefix(f"{architecture}."): v
+            for k, v in metadata.items()
+            if k.startswith(f"{architecture}.")
+        }
         self._used: set[str] = set()
 
     def has(self, name: str) -> bool:
@@ -81,7 +85,9 @@ class Keys:
         if value is None:
             raise self.refused(f"it does not say its {name}")
         if isinstance(value, list):
-            raise self.refused(f"its {name} differs from layer to layer ({', '.join(map(str, value[:6]))}, ...)")
+            raise self.refused(
+                f"its {name} differs from layer to layer ({', '.join(map(str, value[:6]))}, ...)"
+            )
         if isinstance(value, bool | str | Strings) or value != int(value) or value < 0:
             raise self.refused(f"its {name} is {value!r}, which is no count")
         return int(value)

@@ -61,9 +61,17 @@ def describe(model: GgufModel) -> Described:
     source = Source(model)
     try:
         meaning = meaning_of(source)
-    except (ArithmeticError, TypeError, ValueError) as error:  # a value of another kind than the key's, where it is used
-        raise source.keys.refused(f"its keys contradict each other or are damaged ({_first_line(error)})") from error
-    source.keys.require_if_unused("attention.scale", source.head_dim**-0.5, "transformers takes the root of the size of a head")
+    except (
+        ArithmeticError,
+        TypeError,
+        ValueError,
+    ) as error:  # a value of another kind than the key's, where it is used
+        raise source.keys.refused(
+            f"its keys contradict each other or are damaged ({_first_line(error)})"
+        ) from error
+    source.keys.require_if_unused(
+        "attention.scale", source.head_dim**-0.5, "transformers takes the root of the size of a head"
+    )
     unused = source.keys.unused()
     if unused:
         raise source.keys.refused(
@@ -72,7 +80,9 @@ def describe(model: GgufModel) -> Described:
     try:
         config: PretrainedConfig = AutoConfig.for_model(**meaning.config, dtype="bfloat16")
     except Exception as error:  # each class of configs validates in its own way
-        raise source.keys.refused(f"transformers takes no {meaning.config['model_type']} of this shape ({_first_line(error)})") from error
+        raise source.keys.refused(
+            f"transformers takes no {meaning.config['model_type']} of this shape ({_first_line(error)})"
+        ) from error
     return Described(source, meaning, config)
 
 
@@ -97,8 +107,15 @@ def account(described: Described) -> list[Parameter]:
     if missing or left:
         raise _incomplete(described, missing, left, len(expected))
     _require_readable(model, used)
-    found = [Parameter(name, _make(described, how, [model.tensors[t] for t in tensors])) for name, (how, tensors) in wanted.items()]
-    wrong = [f"{p.name} {p.made.shape} instead of {expected[p.name]}" for p in found if p.made.shape != expected[p.name]]
+    found = [
+        Parameter(name, _make(described, how, [model.tensors[t] for t in tensors]))
+        for name, (how, tensors) in wanted.items()
+    ]
+    wrong = [
+        f"{p.name} {p.made.shape} instead of {expected[p.name]}"
+        for p in found
+        if p.made.shape != expected[p.name]
+    ]
     if wrong:
         raise ModelRefused(
             f"{model.name} does not hold what it says: {len(wrong)} tensors are of another shape ({listed(wrong)}). {_INSTEAD}"
@@ -146,14 +163,21 @@ def _harmless(name: str, meaning: Meaning) -> bool:
     return name.startswith(meaning.ignored) or any(pattern.fullmatch(name) for pattern in _HARMLESS)
 
 
-def _incomplete(described: Described, missing: list[str], left: list[str], num_parameters: int) -> ModelRefused:
+def _incomplete(
+    described: Described, missing: list[str], left: list[str], num_parameters: int
+) -> ModelRefused:
     source = described.source
-    layers, said = {name.split(".")[1] for name in source.tensors if name.startswith("blk.")}, described.config.num_hidden_layers
+    layers, said = (
+        {name.split(".")[1] for name in source.tensors if name.startswith("blk.")},
+        described.config.num_hidden_layers,
+    )
     reasons = []
     if missing:
         reasons.append(f"{len(missing)} of the tensors it needs are missing ({listed(missing)})")
     if left:
-        reasons.append(f"{len(left)} of its {len(source.tensors)} tensors have no place in the model ({listed(left)})")
+        reasons.append(
+            f"{len(left)} of its {len(source.tensors)} tensors have no place in the model ({listed(left)})"
+        )
     if len(layers) != said:
         reasons.append(f"it says {said} layers and holds {len(layers)}")
     return ModelRefused(

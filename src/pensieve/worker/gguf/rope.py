@@ -17,7 +17,9 @@ _CLOSE = 1e-4  # two factors that differ less, relatively, are the same: files k
 _LLAMA3_CONTEXTS = tuple(2**n for n in range(8, 21))  # tokens, of the training before frequencies were scaled
 
 
-def rope_parameters(keys: Keys, head_dim: int, context: int, *, partial: bool = False, scaled: bool = True) -> dict[str, Any]:
+def rope_parameters(
+    keys: Keys, head_dim: int, context: int, *, partial: bool = False, scaled: bool = True
+) -> dict[str, Any]:
     """`rope_parameters` of a config for all layers.
 
     Args:
@@ -30,12 +32,17 @@ def rope_parameters(keys: Keys, head_dim: int, context: int, *, partial: bool = 
     Raises:
         ModelRefused: a kind of scaling that transformers has not, or a partly rotated head where the model can have none.
     """
-    parameters = {"rope_theta": keys.number("rope.freq_base", 10_000.0), **(_scaling(keys, context) if scaled else {})}
+    parameters = {
+        "rope_theta": keys.number("rope.freq_base", 10_000.0),
+        **(_scaling(keys, context) if scaled else {}),
+    }
     dimensions = keys.whole("rope.dimension_count", head_dim)
     if partial:
         parameters["partial_rotary_factor"] = _share(dimensions, head_dim)
     elif dimensions != head_dim:
-        raise keys.refused(f"it rotates {dimensions} of the {head_dim} numbers of a head, and transformers rotates all for this kind")
+        raise keys.refused(
+            f"it rotates {dimensions} of the {head_dim} numbers of a head, and transformers rotates all for this kind"
+        )
     return parameters
 
 
@@ -53,17 +60,28 @@ def _scaling(keys: Keys, context: int) -> dict[str, Any]:
         case "yarn":
             return _yarn(keys, factor, original, attention)
         case "longrope":
-            raise keys.refused("its rotary positions are scaled by longrope, and it holds no factors for that")
+            raise keys.refused(
+                "its rotary positions are scaled by longrope, and it holds no factors for that"
+            )
         case _:
             raise keys.refused(f"its rotary positions are scaled in a way that is not known here ({kind!r})")
     if abs(attention - 1) > _CLOSE:
-        raise keys.refused(f"it scales attention by {attention:g} (rope.scaling.attn_factor), which transformers does for yarn only")
+        raise keys.refused(
+            f"it scales attention by {attention:g} (rope.scaling.attn_factor), which transformers does for yarn only"
+        )
     return {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
 
 
 def _yarn(keys: Keys, factor: float, original: int, attention: float) -> dict[str, Any]:
-    parameters: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    for name, key in (("beta_fast", "rope.scaling.yarn_beta_fast"), ("beta_slow", "rope.scaling.yarn_beta_slow")):
+    parameters: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+    }
+    for name, key in (
+        ("beta_fast", "rope.scaling.yarn_beta_fast"),
+        ("beta_slow", "rope.scaling.yarn_beta_slow"),
+    ):
         if (beta := keys.number(key, 0.0)) > 0:
             parameters[name] = beta
     keys.require("rope.scaling.yarn_ext_factor", 1.0, "transformers extrapolates by 1")
@@ -76,7 +94,9 @@ def _yarn(keys: Keys, factor: float, original: int, attention: float) -> dict[st
     if (whole := keys.number("rope.scaling.yarn_attn_factor", 0.0)) > 0:
         parameters["attention_factor"] = whole
     elif not (math.isclose(attention, 1.0, rel_tol=_CLOSE) or math.isclose(attention, usual, rel_tol=_CLOSE)):
-        raise keys.refused(f"it scales attention by {attention:g} (rope.scaling.attn_factor), yarn by {factor:g} usually by {usual:.4g}")
+        raise keys.refused(
+            f"it scales attention by {attention:g} (rope.scaling.attn_factor), yarn by {factor:g} usually by {usual:.4g}"
+        )
     return parameters
 
 
@@ -84,7 +104,9 @@ def _mscale(factor: float, multiplier: float) -> float:
     return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def longrope(keys: Keys, parameters: dict[str, Any], long: list[float], short: list[float], context: int) -> dict[str, Any]:
+def longrope(
+    keys: Keys, parameters: dict[str, Any], long: list[float], short: list[float], context: int
+) -> dict[str, Any]:
     """`parameters` of kind longrope with its two lists of factors (dimensions / 2,), and its attention factor if it is not the usual one."""
     original = parameters["original_max_position_embeddings"]
     attention = keys.number("rope.scaling.attn_factor", 0.0)
@@ -108,7 +130,9 @@ def llama3(keys: Keys, plain: dict[str, Any], factors: npt.NDArray[np.float32]) 
     if np.allclose(factors, 1.0, rtol=_CLOSE):
         return plain
     if plain["rope_type"] != "default":
-        raise keys.refused(f"it scales rotary positions twice (rope_freqs.weight and rope.scaling.type {plain['rope_type']})")
+        raise keys.refused(
+            f"it scales rotary positions twice (rope_freqs.weight and rope.scaling.type {plain['rope_type']})"
+        )
     count, factor = factors.size, float(factors.max())
     wavelengths = 2 * math.pi * plain["rope_theta"] ** (np.arange(count, dtype=np.float64) / count)
     for context in _LLAMA3_CONTEXTS:
@@ -118,7 +142,9 @@ def llama3(keys: Keys, plain: dict[str, Any], factors: npt.NDArray[np.float32]) 
                 **plain, "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": context,
             }  # fmt: skip
-    raise keys.refused("its rotary frequency factors (rope_freqs.weight) follow no rule that transformers has")
+    raise keys.refused(
+        "its rotary frequency factors (rope_freqs.weight) follow no rule that transformers has"
+    )
 
 
 def _share(dimensions: int, head_dim: int) -> float:

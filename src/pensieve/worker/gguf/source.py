@@ -29,7 +29,9 @@ class Meaning:
     """What a file means to transformers."""
 
     config: dict[str, Any]  # of its `model_type`
-    arrangements: Mapping[str, Transform] = field(default_factory=dict)  # by the name of a tensor without "blk.N." and ".weight"
+    arrangements: Mapping[str, Transform] = field(
+        default_factory=dict
+    )  # by the name of a tensor without "blk.N." and ".weight"
     rules: tuple[Rule, ...] = ()
     ignored: tuple[str, ...] = ()  # beginnings of names of tensors that change nothing
     note: str | None = None  # what the user should know
@@ -66,11 +68,15 @@ class Source:
             raise self.keys.refused("its keys and values are of different sizes, which cannot be cached here")
         return size
 
-    def common(self, model_type: str, *, norm: str = "rms_norm_eps", feed_forward: str = "feed_forward_length") -> dict[str, Any]:
+    def common(
+        self, model_type: str, *, norm: str = "rms_norm_eps", feed_forward: str = "feed_forward_length"
+    ) -> dict[str, Any]:
         """The config that is written alike for all: sizes, counts, the norms' epsilon (under transformers' name for it), special tokens."""
         keys = self.keys
         heads = keys.whole("attention.head_count")
-        epsilon = "attention.layer_norm_rms_epsilon" if norm == "rms_norm_eps" else "attention.layer_norm_epsilon"
+        epsilon = (
+            "attention.layer_norm_rms_epsilon" if norm == "rms_norm_eps" else "attention.layer_norm_epsilon"
+        )
         return {
             "model_type": model_type,
             "hidden_size": keys.whole("embedding_length"),
@@ -87,10 +93,16 @@ class Source:
         """The part of a config that speaks of tokens."""
         embedding = self._embedding()
         size, tokens = embedding.shape[0], self.model.metadata.get("tokenizer.ggml.tokens")
-        counts = [self.keys.whole("vocab_size", size), *([tokens.count] if isinstance(tokens, Strings) else [])]
+        counts = [
+            self.keys.whole("vocab_size", size),
+            *([tokens.count] if isinstance(tokens, Strings) else []),
+        ]
         if counts[0] != size or counts[-1] > size:
             raise self.keys.refused(f"it has {size} embeddings for {max(counts)} tokens")
-        special = {f"{name}_token_id": self._token(key) for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+        special = {
+            f"{name}_token_id": self._token(key)
+            for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        }
         return {"vocab_size": size, "tie_word_embeddings": not self.has("output.weight"), **special}
 
     def rope(self, *, partial: bool = False) -> dict[str, Any]:
@@ -102,7 +114,9 @@ class Source:
     def _embedding(self) -> GgufTensor:
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None:
-            raise self.keys.refused("it has no token_embd.weight: the file holds a vocabulary or a part of a model, not a model")
+            raise self.keys.refused(
+                "it has no token_embd.weight: the file holds a vocabulary or a part of a model, not a model"
+            )
         return embedding
 
     def _token(self, key: str) -> int | None:

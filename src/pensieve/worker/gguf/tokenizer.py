@@ -52,7 +52,9 @@ def tokenizer_of(model: GgufModel) -> tuple[PreTrainedTokenizerBase, str | None]
         # A folder that holds nothing else: what lies beside the file may belong to another model.
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "model.gguf").symlink_to(model.parts[0].resolve())
-            tokenizer: PreTrainedTokenizerBase = TokenizersBackend.from_pretrained(folder, gguf_file="model.gguf", local_files_only=True)
+            tokenizer: PreTrainedTokenizerBase = TokenizersBackend.from_pretrained(
+                folder, gguf_file="model.gguf", local_files_only=True
+            )
     except Exception as error:  # tokenizers raises bare ones
         raise _unbuildable(model, " ".join(str(error).split())[:300] or type(error).__name__) from error
     context = model.metadata.get(f"{model.architecture}.context_length")
@@ -65,7 +67,10 @@ def tokenizer_of(model: GgufModel) -> tuple[PreTrainedTokenizerBase, str | None]
         from tokenizers import pre_tokenizers
 
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
         )
         return tokenizer, None
     if split in _GPT2_SPLITS or split in getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {}):
@@ -77,7 +82,11 @@ def tokenizer_of(model: GgufModel) -> tuple[PreTrainedTokenizerBase, str | None]
 
 def _unbuildable(model: GgufModel, why: str) -> ModelRefused:
     kind = model.metadata.get("tokenizer.ggml.model")
-    what = "holds no tokenizer" if kind is None else f"has a tokenizer (of the kind {kind!r}) that transformers cannot build"
+    what = (
+        "holds no tokenizer"
+        if kind is None
+        else f"has a tokenizer (of the kind {kind!r}) that transformers cannot build"
+    )
     return ModelRefused(
         f"{model.name} {what}: {why}. Name a folder with safetensors and tokenizer of the same model, or its hub id, instead"
     )

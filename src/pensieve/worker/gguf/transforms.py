@@ -66,7 +66,9 @@ def in_halves(num_heads: int) -> Transform:
             raise WrongShape(f"{tensor.name} of {rows} rows is no projection to {num_heads} heads")
 
         def arrange(values: Array) -> Array:
-            return values.reshape(num_heads, rows // num_heads // 2, 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+            return (
+                values.reshape(num_heads, rows // num_heads // 2, 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+            )
 
         return _whole(tensors, tensor.shape, lambda: arrange(tensor.values()))
 
@@ -81,7 +83,11 @@ def by_head(num_heads: int) -> Transform:
         if tensor.shape[0] % (3 * num_heads):
             raise WrongShape(f"{tensor.name} of {tensor.shape[0]} rows is no projection to {num_heads} heads")
         size = tensor.shape[0] // 3 // num_heads
-        return _whole(tensors, tensor.shape, lambda: tensor.values().reshape(3, num_heads, size, -1).swapaxes(0, 1).reshape(tensor.shape))
+        return _whole(
+            tensors,
+            tensor.shape,
+            lambda: tensor.values().reshape(3, num_heads, size, -1).swapaxes(0, 1).reshape(tensor.shape),
+        )
 
     return transform
 
@@ -105,7 +111,9 @@ def transposed(tensors: list[GgufTensor]) -> Made:
 def one_row(tensors: list[GgufTensor]) -> Made:
     """A vector (N,) as a matrix (1, N); a matrix of one row stays."""
     made = as_is(tensors)
-    return made if len(made.shape) == 2 else Made((1, *made.shape), made.number_type, made.pieces, made.largest)
+    return (
+        made if len(made.shape) == 2 else Made((1, *made.shape), made.number_type, made.pieces, made.largest)
+    )
 
 
 def flat(tensors: list[GgufTensor]) -> Made:
@@ -133,7 +141,9 @@ def experts(tensors: list[GgufTensor]) -> Made:
             for tensor in tensors:
                 yield tensor.values(e, e + 1)
 
-    return Made((shape[0], len(tensors) * shape[1], shape[2]), _number_type(tensors), pieces, shape[1] * shape[2])
+    return Made(
+        (shape[0], len(tensors) * shape[1], shape[2]), _number_type(tensors), pieces, shape[1] * shape[2]
+    )
 
 
 def one_after_another(tensors: list[GgufTensor]) -> Made:
@@ -147,7 +157,9 @@ def one_after_another(tensors: list[GgufTensor]) -> Made:
         for part in parts:
             yield from part.pieces()
 
-    return Made((rows, *parts[0].shape[1:]), _number_type(tensors), pieces, max(part.largest for part in parts))
+    return Made(
+        (rows, *parts[0].shape[1:]), _number_type(tensors), pieces, max(part.largest for part in parts)
+    )
 
 
 def single_experts(per_expert: int) -> Transform:
@@ -163,7 +175,12 @@ def single_experts(per_expert: int) -> Transform:
             for tensor in tensors:
                 yield tensor.values()
 
-        return Made((len(tensors) // per_expert, per_expert * rows, columns), _number_type(tensors), pieces, rows * columns)
+        return Made(
+            (len(tensors) // per_expert, per_expert * rows, columns),
+            _number_type(tensors),
+            pieces,
+            rows * columns,
+        )
 
     return transform
 

@@ -36,10 +36,16 @@ def require_model(model: GgufModel) -> None:
     """
     kind = model.metadata.get("general.type", "model")
     if kind == "adapter" or any(key.startswith("adapter.") for key in model.metadata):
-        raise ModelRefused(f"{model.name} is an adapter (LoRA), not a model: merge it into its base model, and name the result")
+        raise ModelRefused(
+            f"{model.name} is an adapter (LoRA), not a model: merge it into its base model, and name the result"
+        )
     if kind == "mmproj" or model.architecture == "clip":
-        raise ModelRefused(f"{model.name} is the image or audio part of a model (mmproj): name the file of its language model instead")
+        raise ModelRefused(
+            f"{model.name} is the image or audio part of a model (mmproj): name the file of its language model instead"
+        )
     if kind != "model":
         raise ModelRefused(f"{model.name} is no model: its general.type is {kind!r}")
     if not model.tensors:
-        raise ModelRefused(f"{model.name} holds no tensors, only a vocabulary: name the file of the model itself")
+        raise ModelRefused(
+            f"{model.name} holds no tensors, only a vocabulary: name the file of the model itself"
+        )

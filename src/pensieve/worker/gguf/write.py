@@ -67,7 +67,11 @@ def _header(parameters: list[Parameter]) -> bytes:
     begin = 0
     for parameter in parameters:
         end = begin + _num_bytes(parameter)
-        entries[parameter.name] = {"dtype": parameter.made.number_type, "shape": parameter.made.shape, "data_offsets": [begin, end]}
+        entries[parameter.name] = {
+            "dtype": parameter.made.number_type,
+            "shape": parameter.made.shape,
+            "data_offsets": [begin, end],
+        }
         begin = end
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

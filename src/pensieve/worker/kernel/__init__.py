@@ -46,11 +46,15 @@ def levels() -> tuple[Level, ...]:
         ConfigError: PENSIEVE_ISA names no level, or one that this CPU lacks.
     """
     found = library()
-    here = () if isinstance(found, str) else tuple(level for level in Level if level <= found.pensieve_level())
+    here = (
+        () if isinstance(found, str) else tuple(level for level in Level if level <= found.pensieve_level())
+    )
     if (most := _cap()) is None or not here:
         return here
     if most > here[-1]:
-        raise ConfigError(f"{CAP}={most.name.lower()}: this CPU has {_listed(here)} only; name one of them, or leave the variable out")
+        raise ConfigError(
+            f"{CAP}={most.name.lower()}: this CPU has {_listed(here)} only; name one of them, or leave the variable out"
+        )
     return tuple(level for level in here if level <= most)
 
 
@@ -82,7 +86,9 @@ def _listed(some: Iterable[Level]) -> str:
 @cache
 def library() -> ctypes.CDLL | str:
     """The kernels, ready to be called; or why there are none."""
-    places = [Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    places = [
+        Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES
+    ]
     path = next((place for place in places if place.exists()), None)
     if path is None:
         return "built without a C compiler: install one (gcc or clang), then this package again"

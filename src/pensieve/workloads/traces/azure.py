@@ -33,11 +33,15 @@ def read_azure(file: TraceFile) -> tuple[Script, ...]:
         where = file.where(number)
         cells = _cells(text)
         if len(cells) != len(names):
-            raise ConfigError(f"{where}: must have {len(names)} values, {header.strip()}, got {text.strip()!r:.60}")
+            raise ConfigError(
+                f"{where}: must have {len(names)} values, {header.strip()}, got {text.strip()!r:.60}"
+            )
         time = _time(cells[when], where)
         first = first or time
         if (time.tzinfo is None) != (first.tzinfo is None):
-            raise ConfigError(f"{where}: TIMESTAMP {cells[when]!r} must have a time zone exactly if the first line's has one")
+            raise ConfigError(
+                f"{where}: TIMESTAMP {cells[when]!r} must have a time zone exactly if the first line's has one"
+            )
         arrival_s = (time - first).total_seconds()
         if arrival_s < before_s:
             raise ConfigError(f"{where}: TIMESTAMP must not go back, {cells[when]} does: sort the file by it")
@@ -58,7 +62,9 @@ def _time(text: str, where: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise ConfigError(f"{where}: TIMESTAMP must be a date and time (2023-11-16 18:15:46.68), got {text!r:.40}") from None
+        raise ConfigError(
+            f"{where}: TIMESTAMP must be a date and time (2023-11-16 18:15:46.68), got {text!r:.40}"
+        ) from None
 
 
 def _whole(text: str) -> object:

@@ -36,7 +36,9 @@ class Trace:
     generator: Generator | None = None  # makes more of its conversations, without end
 
 
-def load_trace(path: str | Path, output_tokens: int | None = None, think: ThinkTime | None = None, seed: int | str = 0) -> Trace:
+def load_trace(
+    path: str | Path, output_tokens: int | None = None, think: ThinkTime | None = None, seed: int | str = 0
+) -> Trace:
     """Read a trace; `.gz` files are unpacked.
 
     Args:
@@ -68,7 +70,9 @@ def load_trace(path: str | Path, output_tokens: int | None = None, think: ThinkT
     return Trace("texts", _texts(path, output_tokens, think, seed), False)
 
 
-def _texts(path: str | Path, output_tokens: int | None, think: ThinkTime, seed: int | str) -> tuple[Script, ...]:
+def _texts(
+    path: str | Path, output_tokens: int | None, think: ThinkTime, seed: int | str
+) -> tuple[Script, ...]:
     """Chats: what users said, and about as much answered as was recorded."""
 
     def answered(recorded: Sequence[int | None], turn: int) -> int:
@@ -79,7 +83,12 @@ def _texts(path: str | Path, output_tokens: int | None, think: ThinkTime, seed: 
         Script(
             conversation.id,
             tuple(
-                ScriptTurn(None, answered(conversation.answer_tokens, turn), think.draw_s(seed, index, turn), text=text)
+                ScriptTurn(
+                    None,
+                    answered(conversation.answer_tokens, turn),
+                    think.draw_s(seed, index, turn),
+                    text=text,
+                )
                 for turn, text in enumerate(conversation.turns)
             ),
             conversation.system,

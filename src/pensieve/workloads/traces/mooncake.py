@@ -49,7 +49,10 @@ def read_mooncake(file: TraceFile) -> tuple[Script, ...]:
         requests.append(request)
     conversations = _chained(requests)
     # (a message has a token of its own)
-    firsts = [[(block, BLOCK) for block in one[0].blocks[: (one[0].input_tokens - 1) // BLOCK]] for one in conversations]
+    firsts = [
+        [(block, BLOCK) for block in one[0].blocks[: (one[0].input_tokens - 1) // BLOCK]]
+        for one in conversations
+    ]
     return tuple(
         _script(conversation, tuple(Piece(*stretch) for stretch in stretches), file)
         for conversation, stretches in zip(conversations, shared_beginnings(firsts), strict=True)
@@ -62,7 +65,9 @@ def _request(record: Mapping[str, object], line: int, where: str) -> _Request:
     tokens = count(record.get("input_length"), f'{where}: "input_length"')
     output = max(1, count(record.get("output_length"), f'{where}: "output_length"', least=0))  # (0: cut off)
     hashes = record.get("hash_ids")
-    if not isinstance(hashes, list) or any(isinstance(one, bool) or not isinstance(one, str | int) for one in hashes):
+    if not isinstance(hashes, list) or any(
+        isinstance(one, bool) or not isinstance(one, str | int) for one in hashes
+    ):
         raise ConfigError(f'{where}: "hash_ids" must be a list of whole numbers or texts, got {hashes!r:.40}')
     if len(hashes) != (due := -(-tokens // BLOCK)):
         raise ConfigError(
@@ -81,7 +86,9 @@ def _chained(requests: Sequence[_Request]) -> list[list[_Request]]:
         path = tree.path(request.blocks)
         end = next((node for node in reversed(path) if node in ends), None)
         which: int | None = None
-        if end is not None and users[end] is not None:  # (where several begin alike, nobody knows whose it is)
+        if (
+            end is not None and users[end] is not None
+        ):  # (where several begin alike, nobody knows whose it is)
             last = conversations[ends[end][-1]][-1]
             if last.input_tokens + last.output_tokens < request.input_tokens:
                 which = ends[end].pop()
@@ -102,7 +109,9 @@ def _script(conversation: Sequence[_Request], prefix: tuple[Piece, ...], file: T
     turns = []
     history = sum(piece.tokens for piece in prefix)
     for request in conversation:
-        turns.append(ScriptTurn(request.input_tokens - history, request.output_tokens, due_s=request.arrival_s))
+        turns.append(
+            ScriptTurn(request.input_tokens - history, request.output_tokens, due_s=request.arrival_s)
+        )
         history = request.input_tokens + request.output_tokens
     line = conversation[0].line
     return Script(f"line-{line}", tuple(turns), prefix=prefix, where=file.where(line))

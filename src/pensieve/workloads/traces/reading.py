@@ -33,7 +33,9 @@ class TraceFile:
             data = Path(path).read_bytes()
             self._data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         except (OSError, EOFError, zlib.error) as error:
-            raise ConfigError(f"cannot read the trace {path}: {getattr(error, 'strerror', None) or error}") from error
+            raise ConfigError(
+                f"cannot read the trace {path}: {getattr(error, 'strerror', None) or error}"
+            ) from error
 
     def where(self, number: int) -> str:
         """Words for a line."""
@@ -66,9 +68,13 @@ class TraceFile:
             try:
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{self.where(number)}: not JSON ({error}); the file must be {FORMS}") from error
+                raise ConfigError(
+                    f"{self.where(number)}: not JSON ({error}); the file must be {FORMS}"
+                ) from error
             if not isinstance(record, dict):
-                raise ConfigError(f"{self.where(number)}: must be a JSON object, got {record!r:.40}; the file must be {FORMS}")
+                raise ConfigError(
+                    f"{self.where(number)}: must be a JSON object, got {record!r:.40}; the file must be {FORMS}"
+                )
             yield number, record
 
 
@@ -87,7 +93,9 @@ def check_fields(record: Mapping[str, object], allowed: frozenset[str], where: s
         ConfigError: a field is not `allowed`.
     """
     if unknown := record.keys() - allowed:
-        raise ConfigError(f"{where}: unknown field {min(unknown)!r}; allowed are {', '.join(sorted(allowed))}")
+        raise ConfigError(
+            f"{where}: unknown field {min(unknown)!r}; allowed are {', '.join(sorted(allowed))}"
+        )
 
 
 def count(value: object, what: str, least: int = 1) -> int:

@@ -8,7 +8,9 @@ from pensieve.errors import ConfigError
 from pensieve.workloads.scripts import Script, ScriptTurn
 from pensieve.workloads.traces.reading import TraceFile, count, seconds
 
-_BLOCK = 128  # a prefix shared up to this many tokens less than all of it is shared: recorders count whole blocks
+_BLOCK = (
+    128  # a prefix shared up to this many tokens less than all of it is shared: recorders count whole blocks
+)
 
 
 def is_sessions(entry: object) -> bool:
@@ -37,14 +39,20 @@ def _session(record: Mapping[str, object], where: str) -> Script:
     for index, row in enumerate(rows):
         here = f"{where}: turns[{index}]"
         if not isinstance(row, list) or len(row) < 4:
-            raise ConfigError(f"{here} must be a list of at least 4 numbers: input, output and shared tokens, think time in seconds")
+            raise ConfigError(
+                f"{here} must be a list of at least 4 numbers: input, output and shared tokens, think time in seconds"
+            )
         prompt = count(row[0], f"{here}: input tokens")
-        output = max(1, count(row[1], f"{here}: output tokens", least=0))  # (recorders count 0 where an answer was cut off)
+        output = max(
+            1, count(row[1], f"{here}: output tokens", least=0)
+        )  # (recorders count 0 where an answer was cut off)
         shared = count(row[2], f"{here}: shared tokens", least=0)
         think_s = seconds(row[3], f"{here}: think time")
         keep: int | None = None
         if shared + _BLOCK < min(prompt_before, prompt):
-            keep = next((turn for turn in range(len(lengths), 0, -1) if lengths[turn - 1] <= shared + _BLOCK), 0)
+            keep = next(
+                (turn for turn in range(len(lengths), 0, -1) if lengths[turn - 1] <= shared + _BLOCK), 0
+            )
             del lengths[keep:]
         history = lengths[-1] if lengths else 0
         new = max(1, prompt - history)

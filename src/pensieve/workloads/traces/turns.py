@@ -50,7 +50,9 @@ def read_turns(file: TraceFile) -> tuple[Script, ...]:
 def _add(conversation: _Conversation, record: Mapping[str, object], key: str, where: str) -> None:
     turns = conversation.turns
     if (turn := count(record.get("turn"), f'{where}: "turn"', least=0)) != len(turns):
-        raise ConfigError(f"{where}: turn {turn} of conversation {key!r} follows {len(turns)} turn(s): they must be numbered 0, 1, 2, ...")
+        raise ConfigError(
+            f"{where}: turn {turn} of conversation {key!r} follows {len(turns)} turn(s): they must be numbered 0, 1, 2, ..."
+        )
     if ("arrival_s" in record) == ("gap_s" in record):
         raise ConfigError(f'{where}: exactly one of "arrival_s" and "gap_s" must be there')
     due_s = seconds(record["arrival_s"], f'{where}: "arrival_s"') if "arrival_s" in record else None
@@ -66,7 +68,9 @@ def _add(conversation: _Conversation, record: Mapping[str, object], key: str, wh
     if "keep_turns" in record:
         keep = count(record["keep_turns"], f'{where}: "keep_turns"', least=0)
         if keep > conversation.history:
-            raise ConfigError(f'{where}: "keep_turns" must be at most {conversation.history}, the turns before this one, got {keep}')
+            raise ConfigError(
+                f'{where}: "keep_turns" must be at most {conversation.history}, the turns before this one, got {keep}'
+            )
         conversation.history = keep
     conversation.history += 1
     turns.append(ScriptTurn(new, output, gap_s, due_s, keep_turns=keep))
@@ -78,19 +82,27 @@ def _blocks(record: Mapping[str, object], turn: int, new: int, where: str) -> li
     """Hashes of the whole blocks that a conversation begins with."""
     hashes = record.get("blocks")
     if turn:
-        raise ConfigError(f'{where}: "blocks" and "block_tokens" are of a conversation\'s turn 0 alone, this is turn {turn}')
-    if not isinstance(hashes, list) or any(isinstance(one, bool) or not isinstance(one, str | int) for one in hashes):
+        raise ConfigError(
+            f'{where}: "blocks" and "block_tokens" are of a conversation\'s turn 0 alone, this is turn {turn}'
+        )
+    if not isinstance(hashes, list) or any(
+        isinstance(one, bool) or not isinstance(one, str | int) for one in hashes
+    ):
         raise ConfigError(f'{where}: "blocks" must be a list of texts or whole numbers, got {hashes!r:.40}')
     size = count(record.get("block_tokens"), f'{where}: "block_tokens"')
     if len(hashes) * size > new:
-        raise ConfigError(f'{where}: {len(hashes)} "blocks" of {size} tokens are more than the {new} "new_tokens" that they are of')
+        raise ConfigError(
+            f'{where}: {len(hashes)} "blocks" of {size} tokens are more than the {new} "new_tokens" that they are of'
+        )
     return [((size, one), size) for one in hashes[: (new - 1) // size]]  # (a message has a token of its own)
 
 
 def _script(key: str, conversation: _Conversation, prefix: tuple[Piece, ...]) -> Script:
     shared = sum(piece.tokens for piece in prefix)
     turns = (
-        replace(turn, new_tokens=max(1, turn.message_tokens - shared)) if index == 0 or turn.keep_turns == 0 else turn
+        replace(turn, new_tokens=max(1, turn.message_tokens - shared))
+        if index == 0 or turn.keep_turns == 0
+        else turn
         for index, turn in enumerate(conversation.turns)
     )
     return Script(key, tuple(turns), prefix=prefix, where=conversation.where)
