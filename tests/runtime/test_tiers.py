@@ -137,7 +137,7 @@ def test_without_memory_the_way_out_is_named(folder: str, monkeypatch: pytest.Mo
     free(monkeypatch, 0)
     with pytest.raises(
         ConfigError,
-        match=r"hardly any memory is left for the cache \(0 GB of 0 GB free\): .* at least --gpu-cache 0\.0000246",
+        match=r"too little memory is left for the cache \(0 GB of 0 GB free\): .* at least --gpu-cache 0\.0000246",
     ):
         loaded(Options(model=folder, dtype="float32"))
     with pytest.raises(

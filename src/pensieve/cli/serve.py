@@ -425,7 +425,8 @@ def _start(
     prompt_timeout_s: float | None = None,
 ) -> _Parts:
     """Open the store, with a lease under which answers are kept while they are made, and start the engine's process."""
-    from pensieve.runtime.apart import do_without_torch, start_apart
+    from pensieve.runtime.apart import start_apart
+    from pensieve.runtime.torchless import do_without_torch
     from pensieve.store import MEMORY, Lease, SqliteStore, default_path, open_store
 
     do_without_torch()
