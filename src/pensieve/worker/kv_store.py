@@ -122,12 +122,12 @@ class SlotCopy:
         """Copy one layer. Across to a device its pieces are gathered by a kernel that reads page-locked memory where it lies."""
         if self._is_on_host:
             self._copy_on_host(layer)
-        elif gather.why_not(self._source, self._target) is None:
+        elif gather.why_not(self._source.layer_bytes) is None:
             if self._slots is None:
                 self._slots = to_device(
                     np.array((self._source_slots, self._target_slots), np.int64), self._target.device
                 )
-            gather.copy_layer(self._source, self._target, self._slots, layer)
+            gather.copy_layer(self._source.layer(layer), self._target.layer(layer), self._slots)
         else:
             self._copy_runs(layer)
 
