@@ -23,6 +23,7 @@ from pensieve.engine.engine import Engine
 from pensieve.engine.messages import Event
 from pensieve.worker.attention import PagedAttention, make_backend
 from pensieve.worker.batch import BatchBuilder
+from pensieve.worker.gate import admit
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.model import CausalModel
 from pensieve.worker.presets import PRESETS
@@ -86,7 +87,7 @@ def load(report: Report, name: str) -> Loaded:
         if modules.get_output_embeddings().weight is not embedding
         else 0
     )
-    model = CausalModel(modules, "tiny" if quick else name, keep_modules=False)
+    model = admit(modules, "tiny" if quick else name, keep_modules=False)
     loaded = Loaded(name, model, total - looked_up, time.perf_counter() - begin)
     report.say(
         f"{model.label}: {total / 1e9:.1f} GB of weights in {loaded.load_s:.0f} s, computed by {model.forward_name}"

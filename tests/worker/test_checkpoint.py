@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from pensieve.errors import ModelRefused, ModelUnavailable
-from pensieve.worker.model import CausalModel
+from pensieve.worker.gate import admit
 from pensieve.worker.weights import load, resolve
 from tiny_models import ARCHITECTURES, CONFIGS, tiny
 
@@ -391,7 +391,7 @@ def fp8(folder: Path, change: Callable[[State], State] = lambda state: state) ->
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_folder_in_8_bits_is_served(dtype: str, tmp_path: Path) -> None:
     fp8(tmp_path)
-    CausalModel(load(resolve(str(tmp_path)), dtype))
+    admit(load(resolve(str(tmp_path)), dtype))
 
 
 @pytest.mark.parametrize("suffix", ["weight", "weight_scale_inv"])
@@ -406,7 +406,7 @@ _MEASURE = """
 import sys, threading, time, torch
 torch.set_num_threads(1)
 from pensieve.worker.weights import load, resolve
-from pensieve.worker.model import CausalModel
+from pensieve.worker.gate import admit
 
 def private():
     lines = open('/proc/self/status').read().splitlines()
@@ -418,7 +418,7 @@ before, seen = private(), []
 done = threading.Event()
 watch = threading.Thread(target=lambda: [seen.append(private()) for _ in iter(lambda: done.wait(0.001), True)])
 watch.start()
-model = CausalModel(load(found, sys.argv[2]), keep_modules=False)
+model = admit(load(found, sys.argv[2]), keep_modules=False)
 done.set()
 watch.join()
 print(max(seen) - before, private() - before)

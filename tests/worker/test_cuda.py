@@ -11,6 +11,7 @@ from oracle import TOLERANCE, Lab
 from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan
 from pensieve.core.request import Request, SamplingParams
+from pensieve.worker.gate import admit
 from pensieve.worker.kv_store import KVStore, SlotCopy
 from pensieve.worker.memory import find_room
 from pensieve.worker.model import CausalModel
@@ -24,7 +25,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 @functools.cache
 def model(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> CausalModel:
-    return CausalModel(tiny(architecture, 0, dtype).to(CUDA))
+    return admit(tiny(architecture, 0, dtype).to(CUDA))
 
 
 def assert_answer(request: Request, architecture: str) -> None:

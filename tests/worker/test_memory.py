@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pensieve.errors import ConfigError
+from pensieve.worker.gate import admit
 from pensieve.worker.memory import Room, find_room
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker
@@ -18,7 +19,7 @@ GB = 1_000_000_000
 
 @functools.cache
 def model() -> CausalModel:
-    return CausalModel(tiny("llama"))
+    return admit(tiny("llama"))
 
 
 class FakeMeter:

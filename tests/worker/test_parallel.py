@@ -13,8 +13,8 @@ from pensieve.core.plan import Copy, CopyFailure, StepPlan
 from pensieve.core.request import SamplingParams
 from pensieve.errors import ConfigError, WorkerLost
 from pensieve.worker import sharding
+from pensieve.worker.gate import admit
 from pensieve.worker.ledger import CopyLedger
-from pensieve.worker.model import CausalModel
 from pensieve.worker.rank import Rank
 from rank_jobs import DRAWN, VOCAB
 from rank_pairs import RankPair, environment
@@ -33,7 +33,7 @@ def pair() -> Iterator[RankPair]:
 def alone(sampling: SamplingParams) -> list[int]:
     """What one process answers."""
     torch.set_num_threads(1)
-    lab = Lab(CausalModel(tiny("llama", vocab_size=VOCAB), self_test=False), (12,))
+    lab = Lab(admit(tiny("llama", vocab_size=VOCAB), test=False), (12,))
     try:
         return jobs.answer(lab, sampling)
     finally:

@@ -13,6 +13,7 @@ from pensieve.core.plan import BlockTableUpdate, Copy, Span, StepPlan, StepResul
 from pensieve.core.request import SamplingParams
 from pensieve.errors import ConfigError
 from pensieve.worker.attention import BACKENDS
+from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from pensieve.worker.transfer import SourceLost
 from pensieve.worker.worker import Hooks, ModelWorker, memory_available_bytes
@@ -23,7 +24,7 @@ from worker_plans import CHUNK, GREEDY, Driver, eager_logits, relative_error, so
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest) -> CausalModel:
     torch.set_num_threads(1)
-    return CausalModel(tiny(request.param), request.param, self_test=False)
+    return admit(tiny(request.param), request.param, test=False)
 
 
 @pytest.mark.parametrize("attention", sorted(BACKENDS))
@@ -71,7 +72,7 @@ def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention
 @pytest.fixture
 def llama() -> CausalModel:
     torch.set_num_threads(1)
-    return CausalModel(tiny("llama"), "llama", self_test=False)
+    return admit(tiny("llama"), "llama", test=False)
 
 
 def answer(model: CausalModel, prompt: list[int], count: int, sampling: SamplingParams = GREEDY) -> list[int]:

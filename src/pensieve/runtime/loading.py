@@ -148,14 +148,14 @@ def load_together(
         group: the ranks.
         find: finds the model; called on rank 0 first, which may download or convert it, then on the others.
         dtype: number type it is loaded in.
-        forward: see `CausalModel`; fused operations cannot compute a share.
-        int8: see `CausalModel`; neither can weights of 8 bits.
+        forward: see `gate.admit`; fused operations cannot compute a share.
+        int8: see `gate.admit`; neither can weights of 8 bits.
         say: told what takes time.
 
     Raises:
         ModelUnavailable, ModelRefused, ConfigError: as in one process, or for a model that cannot be split. The message names the rank.
     """
-    from pensieve.worker.model import CausalModel
+    from pensieve.worker.gate import admit
     from pensieve.worker.weights import load
 
     found: list[ResolvedModel] = []
@@ -176,7 +176,7 @@ def load_together(
     with group.agreeing():
         model = load(resolved, dtype, group=group)
     with group.agreeing():
-        causal = CausalModel(model, resolved.label, forward=forward, int8=int8)
+        causal = admit(model, resolved.label, forward=forward, int8=int8)
     return resolved, causal
 
 
@@ -218,13 +218,14 @@ def _first_tier_gb(
 
 def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Say) -> CausalModel:
     """Weights in memory once, through the gate; by the model's own modules where fused operations turn out wrong."""
-    from pensieve.worker.model import CausalModel, FusedDiffers
+    from pensieve.worker.gate import admit
+    from pensieve.worker.refusal import FusedDiffers
     from pensieve.worker.weights import load
 
     def make(forward: Forward) -> CausalModel:
         with _refusing(resolved.label):
             model = load(resolved, dtype, options.device)
-            return CausalModel(
+            return admit(
                 model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False
             )
 

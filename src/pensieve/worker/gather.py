@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-_PROGRAMS = 16  # each has 16 KB in flight: 256 KB together; a link of 64 GB/s with 2 us of latency needs 128 KB
+_PROGRAMS = (
+    16  # each has 16 KB in flight: 256 KB together; a link of 64 GB/s with 2 us of latency needs 128 KB
+)
 _BLOCK_WORDS = 2048
 _WORD = torch.int64
 
