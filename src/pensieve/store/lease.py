@@ -12,7 +12,7 @@ import uuid
 
 from pensieve.errors import PensieveError
 from pensieve.store import place
-from pensieve.store.base import ConversationStore
+from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.values import LEASE_S
 
 log = logging.getLogger(__name__)

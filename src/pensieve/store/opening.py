@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pensieve.errors import ConfigError
-from pensieve.store.base import ConversationStore
+from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.sqlite import MEMORY, SqliteStore
 
 FORMS = "sqlite:///relative.db, sqlite:////absolute.db, sqlite://:memory:, postgresql://user@host/database, or a file's path (with a / or a suffix)"

@@ -20,10 +20,10 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 
 from pensieve.errors import ConfigError, StoreError, StoreUnavailable
+from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.postgres_deadline import Deadlines
 from pensieve.store.postgres_outage import Outage, Outages
 from pensieve.store.postgres_schema import MIGRATIONS, TABLES, Migration, bring_up_to_date, lock_key
-from pensieve.store.sql import SqlStore
 from pensieve.store.writer import Connection, GroupWriter, Job, Kind, Rows
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def words_of(error: BaseException) -> str:
     return f"the database refused it ({type(error).__name__})"
 
 
-class PostgresStore(SqlStore[PostgresConnection]):
+class PostgresStore(ConversationStore):
     """A `ConversationStore` in a PostgreSQL database, in a schema of its own.
 
     A connection that is lost, or on which a statement takes longer than `statement_s`, is replaced, and what was under way on it is tried once
@@ -328,7 +328,7 @@ class PostgresStore(SqlStore[PostgresConnection]):
         )
         return connection
 
-    def _read(self, query: Job[Connection, T]) -> T:
+    def _read(self, query: Job[T]) -> T:
         """Run a query on a connection that nobody else uses meanwhile; once more if the server was gone since the connection's last use."""
         with self._reading:
             try:
@@ -355,7 +355,7 @@ class PostgresStore(SqlStore[PostgresConnection]):
                 return self._idle.pop(), True
         return self._connect(), False
 
-    def _read_with(self, connection: PostgresConnection, query: Job[Connection, T]) -> T:
+    def _read_with(self, connection: PostgresConnection, query: Job[T]) -> T:
         try:
             connection.execute(
                 "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from pensieve.errors import StoreError, StoreUnavailable
+from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.files import FileGone, StoreFiles
 from pensieve.store.schema import MIGRATIONS, Migration, connect, open_for_writing
-from pensieve.store.sql import SqlStore
-from pensieve.store.writer import Connection, GroupWriter, Job, Kind
+from pensieve.store.writer import GroupWriter, Job, Kind
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def kind_of(error: BaseException) -> Kind:
     return "broken" if type(error) is sqlite3.DatabaseError else "mistake"
 
 
-class SqliteStore(SqlStore[sqlite3.Connection]):
+class SqliteStore(ConversationStore):
     """A `ConversationStore` in a SQLite file.
 
     Several processes may use the same file; a write waits for the others' for `busy_timeout_s` and then fails.
@@ -139,7 +139,7 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
             while self._readers:
                 self._readers.pop().close()
 
-    def _read(self, query: Job[Connection, T]) -> T:
+    def _read(self, query: Job[T]) -> T:
         """Run a query on a connection that nobody else uses meanwhile."""
         if self._path is None:
             return self._writer.call(query)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pensieve.errors import StoreError, StoreUnavailable
 
@@ -48,18 +48,16 @@ class Connection(Protocol):
         ...
 
 
-C = TypeVar("C", bound=Connection)
-C_co = TypeVar("C_co", bound=Connection, covariant=True)
-Job = Callable[[C], T]
+Job = Callable[[Connection], T]
 
 
-class Link(Protocol[C_co]):
+class Link(Protocol):
     """A connection in autocommit mode and how its database goes about transactions. Used by one thread at a time."""
 
     errors: tuple[type[Exception], ...]  # what the database raises
 
     @property
-    def connection(self) -> C_co:
+    def connection(self) -> Connection:
         """What jobs are given."""
         ...
 
@@ -102,14 +100,21 @@ class TransactionLost(Exception):
     """The database ended the transaction under a job."""
 
 
+def failed(error: Exception) -> Future[Any]:
+    """A future that has failed already."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
 @dataclass(frozen=True, slots=True)
 class _Item:
-    job: Job[Any, Any]
+    job: Job[Any]
     future: Future[Any]
     alone: bool  # outside any transaction
 
 
-class GroupWriter(Generic[C]):
+class GroupWriter:
     """Owns the only connection that writes, and the thread that uses it.
 
     Each job runs in a savepoint: one that raises is undone and fails alone. If the transaction itself cannot be
@@ -121,7 +126,7 @@ class GroupWriter(Generic[C]):
         name: what the log calls the database, its path for instance.
     """
 
-    def __init__(self, link: Link[C], name: str) -> None:
+    def __init__(self, link: Link, name: str) -> None:
         self._link = link
         self._name = name
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
@@ -132,7 +137,7 @@ class GroupWriter(Generic[C]):
         self._thread = threading.Thread(target=self._loop, name="conversation-store", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job[C, T], *, alone: bool = False) -> Future[T]:
+    def submit(self, job: Job[T], *, alone: bool = False) -> Future[T]:
         """Queue a job; its future has the job's result once that is durable.
 
         A job may run more than once, each time from the same state, and must touch nothing but the connection.
@@ -149,7 +154,7 @@ class GroupWriter(Generic[C]):
                 self._queue.put(_Item(job, future, alone))
         return future
 
-    def call(self, job: Job[C, T], *, alone: bool = False) -> T:
+    def call(self, job: Job[T], *, alone: bool = False) -> T:
         """Run a job and wait for it. From the writer's own thread (a future's callback) it runs at once."""
         if threading.current_thread() is not self._thread:
             return self.submit(job, alone=alone).result()
@@ -164,7 +169,7 @@ class GroupWriter(Generic[C]):
             return f"the conversation store has not ended a write for {busy_s:.0f} s"
         return self._trouble
 
-    def probe(self, job: Job[C, object]) -> None:
+    def probe(self, job: Job[object]) -> None:
         """Run a job that shows whether the storage works: trouble ends with it."""
         self.call(job)
         if self._trouble is not None:
@@ -267,7 +272,7 @@ class GroupWriter(Generic[C]):
         for item in group:
             item.future.set_exception(self._failure(error, unknown))
 
-    def _run_one(self, job: Job[C, Any]) -> tuple[Any, Exception | None]:
+    def _run_one(self, job: Job[Any]) -> tuple[Any, Exception | None]:
         """One job in its savepoint: its result or its failure. Raises only if the whole transaction is lost."""
         connection = self._link.connection
         connection.execute("SAVEPOINT job")

@@ -1,7 +1,12 @@
-"""A conversation store in any SQL database: threads, checks of what callers pass, and the steps of `trees` and `answers` in transactions.
+"""Conversations that are durable: the store itself. Knows messages, token ids and transactions; never which database, text or caches.
 
-Knows the promises of `base`; never which database it is, tokens' meaning, models or caches. One thread writes (`writer`), with group
-commit; how reading goes and how deleted bytes are overwritten is the database's own business.
+Turns form trees. A turn has a parent, and a conversation points to its newest turn, its leaf. Editing an old message begins a
+branch; a fork is a second conversation that points into the same tree. Turns are immutable. A deleted turn that others still
+build on is only marked deleted.
+
+A turn stores only what it added to its parent's path. Its `start` says where in the path's token log its ids begin: normally at
+the end of the parent's log, but earlier if a chat template rewrote earlier turns. So one rule rebuilds every log, `path_tokens`:
+cut the log at `start`, append the turn's ids.
 """
 
 from __future__ import annotations
@@ -9,55 +14,29 @@ from __future__ import annotations
 import builtins
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any
 
 from pensieve.errors import ConversationConflict, InvalidRequest, StoreError
 from pensieve.message import Message
-from pensieve.store import answers, owners, rows, trees
-from pensieve.store.values import Claim, Conversation, Erased, Owner, Turn
-from pensieve.store.writer import C, Connection, GroupWriter, Job
+from pensieve.store import answers, rows, trees
+from pensieve.store.answer_store import AnswerStore
+from pensieve.store.values import Conversation, Erased, Turn
+from pensieve.store.writer import Connection, Job, failed
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-PROBE_BYTES = 64 << 10  # a turn of some thousand tokens
-MAX_IDS = 500  # in one query
-MAX_INT = (1 << 63) - 1  # what databases count with
+MAX_IDS = 500  # conversation ids in one query
+MAX_INT = (1 << 63) - 1  # the largest integer that databases count with
 
 
-class SqlStore(Generic[C]):
-    """A `ConversationStore` over a writer; a database's own class adds `_read`, `_scrub`, and its clock where several machines share it."""
+class ConversationStore(AnswerStore):
+    """Keeps conversations. Safe to call from any thread.
 
-    _writer: GroupWriter[C]
-    _clock: Callable[[], float]  # seconds since the epoch
-
-    def _read(self, query: Job[Connection, T]) -> T:
-        """Run a query that sees one state, beside the writer."""
-        raise NotImplementedError
-
-    def _scrub(self) -> tuple[bool, bool]:
-        """Overwrite what deleted rows left in the store's files: whether that was done, and whether nothing is left for sure."""
-        raise NotImplementedError
-
-    def _now_s(self, connection: Connection) -> float:
-        """The time that leases go by."""
-        return self._clock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """See `ConversationStore.close`."""
-        self._writer.close()
+    A conversation or turn of another namespace does not exist for a caller. Every method raises `StoreError` if the storage fails.
+    What a method changed is durable when it returns, power loss included.
+    """
 
     # -- conversations
 
@@ -69,18 +48,22 @@ class SqlStore(Generic[C]):
         title: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> Conversation:
-        """See `ConversationStore.create`."""
+        """Begin a conversation; without an id it gets a random one.
+
+        Raises:
+            InvalidRequest: the id is taken in this namespace, or the metadata is nothing that JSON can hold.
+        """
         return self._writer.call(
             self._creation(namespace, rows.new_id() if id is None else id, title, metadata)
         )
 
     def create_soon(self, namespace: str, id: str, *, title: str | None = None) -> Future[Conversation]:
-        """See `ConversationStore.create_soon`."""
+        """As `create`, but returns at once. What is asked of the store afterwards finds it."""
         return self._writer.submit(self._creation(namespace, id, title, None))
 
     def _creation(
         self, namespace: str, id: str, title: str | None, metadata: Mapping[str, object] | None
-    ) -> Job[Connection, Conversation]:
+    ) -> Job[Conversation]:
         rows.check_names(namespace=namespace, conversation_id=id)
         rows.json_text(metadata, "a conversation's metadata")
 
@@ -93,11 +76,15 @@ class SqlStore(Generic[C]):
         return job
 
     def get(self, namespace: str, id: str) -> Conversation:
-        """See `ConversationStore.get`."""
+        """Look a conversation up.
+
+        Raises:
+            ConversationNotFound: there is none of this id in this namespace.
+        """
         return self._read(lambda connection: trees.get(connection, namespace, id))
 
     def list(self, namespace: str, limit: int = 50, offset: int = 0) -> Sequence[Conversation]:
-        """See `ConversationStore.list`."""
+        """The conversations of a namespace, the latest used first."""
         if not (0 <= limit <= MAX_INT and 0 <= offset <= MAX_INT):
             raise InvalidRequest(
                 f"limit and offset must lie in [0, 2**63), got limit={limit}, offset={offset}"
@@ -106,7 +93,7 @@ class SqlStore(Generic[C]):
         return self._conversations(condition, (namespace, limit, offset)) if rows.is_name(namespace) else []
 
     def titles(self, namespace: str, ids: Sequence[str]) -> Mapping[str, str]:
-        """See `ConversationStore.titles`."""
+        """The titles of those of these conversations that are there and have one."""
         wanted = [id for id in ids if rows.is_name(id)] if rows.is_name(namespace) else []
 
         def query(connection: Connection) -> Mapping[str, str]:
@@ -124,14 +111,14 @@ class SqlStore(Generic[C]):
         return self._read(query)
 
     def count(self, namespace: str) -> int:
-        """See `ConversationStore.count`."""
+        """How many conversations a namespace has."""
         if not rows.is_name(namespace):
             return 0
         query = "SELECT count(*) FROM conversations WHERE namespace = ?"
         return int(self._read(lambda connection: connection.execute(query, (namespace,)).fetchone()[0]))
 
     def expired(self, now_s: float, limit: int = 100) -> Sequence[Conversation]:
-        """See `ConversationStore.expired`."""
+        """Conversations of all namespaces whose time has come and that are neither pinned nor being answered, the longest overdue first."""
         if limit < 0:
             raise InvalidRequest(f"limit must be at least 0, got {limit}")
         answered = "EXISTS (SELECT 1 FROM drafts WHERE drafts.conversation = conversations.key)"
@@ -143,7 +130,12 @@ class SqlStore(Generic[C]):
     def fork(
         self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None
     ) -> Conversation:
-        """See `ConversationStore.fork`."""
+        """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title, its metadata and its time to live.
+
+        Raises:
+            ConversationNotFound: no such conversation or turn in this namespace.
+            InvalidRequest: the new id is taken.
+        """
         new_id = rows.new_id() if new_id is None else new_id
         rows.check_names(conversation_id=new_id)
 
@@ -169,7 +161,11 @@ class SqlStore(Generic[C]):
         return self._writer.call(job)
 
     def set_leaf(self, namespace: str, id: str, turn_id: str | None) -> Conversation:
-        """See `ConversationStore.set_leaf`."""
+        """Point a conversation to another turn: an earlier one, or another branch.
+
+        Raises:
+            ConversationNotFound: no such conversation or turn in this namespace.
+        """
 
         def job(connection: Connection) -> Conversation:
             key = trees.key_of(connection, namespace, id)
@@ -183,12 +179,22 @@ class SqlStore(Generic[C]):
     def describe(
         self, namespace: str, id: str, *, title: str | None, metadata: Mapping[str, object]
     ) -> Conversation:
-        """See `ConversationStore.describe`."""
+        """Replace a conversation's title and metadata.
+
+        Raises:
+            ConversationNotFound: no such conversation in this namespace.
+            InvalidRequest: the metadata is nothing that JSON can hold.
+        """
         text = rows.json_text(metadata, "a conversation's metadata")
         return self._set(namespace, id, title=rows.title_text(title), metadata=text)
 
     def set_ttl(self, namespace: str, id: str, ttl_s: float | None) -> Conversation:
-        """See `ConversationStore.set_ttl`."""
+        """Say for how long a conversation is kept after its last use (this call, and each turn that begins or ends), in seconds; None: for ever.
+
+        Raises:
+            ConversationNotFound: no such conversation in this namespace.
+            InvalidRequest: not a time.
+        """
         if ttl_s is not None and not (math.isfinite(ttl_s) and ttl_s >= 0):
             raise InvalidRequest(
                 f"ttl_s must be a time in seconds, at least 0, or None for ever, got {ttl_s}"
@@ -197,25 +203,45 @@ class SqlStore(Generic[C]):
         return self._set(namespace, id, ttl_s=None if ttl_s is None else float(ttl_s), expires_s=expires_s)
 
     def touch(self, namespace: str, id: str) -> Future[None]:
-        """See `ConversationStore.touch`."""
+        """A turn of a conversation begins: its time to live begins anew. Nothing happens if it has none. Returns at once."""
         return self._writer.submit(
             lambda connection: trees.touch(connection, trees.key_of(connection, namespace, id), self._clock())
         )
 
     def set_pinned(self, namespace: str, id: str, pinned: bool) -> Conversation:
-        """See `ConversationStore.set_pinned`."""
+        """Say whether a conversation is to be kept.
+
+        Raises:
+            ConversationNotFound: no such conversation in this namespace.
+        """
         return self._set(namespace, id, pinned=int(pinned))
 
     def delete_unused(self, namespace: str, id: str) -> Future[bool]:
-        """See `ConversationStore.delete_unused`."""
+        """Delete a conversation that was begun for an answer which then failed: one without any turn or draft. Returns at once.
+
+        Returns:
+            A future of whether it went; it stays if it was used after all, and nothing happens if there is none.
+        """
         return self._writer.submit(lambda connection: trees.delete_unused(connection, namespace, id))
 
     def delete(self, namespace: str, id: str) -> None:
-        """See `ConversationStore.delete`."""
+        """Delete a conversation, its drafts and its turns; those that another conversation's paths run through become that one's.
+
+        Raises:
+            ConversationNotFound: no such conversation in this namespace.
+        """
         self._writer.call(lambda connection: trees.delete_conversation(connection, namespace, id))
 
     def erase(self, namespace: str, id: str, *, overwrite: bool = True) -> Erased:
-        """See `ConversationStore.erase`."""
+        """Delete a conversation as `delete` does, then overwrite what the storage still has of it. May take seconds.
+
+        What cannot be overwritten now is remembered, durably and without a name: the method `overwrite` tries again. Without the argument
+        `overwrite` it is only remembered.
+        What lies outside the store's files is not reached: backups, snapshots and spare blocks of the file system or the drive.
+
+        Raises:
+            ConversationNotFound: no such conversation in this namespace.
+        """
 
         def job(connection: Connection) -> tuple[int, int]:
             connection.execute("INSERT INTO erasures (requested_s) VALUES (?)", (self._clock(),))
@@ -225,13 +251,13 @@ class SqlStore(Generic[C]):
         return Erased(turns, size, self.overwrite() if overwrite else False)
 
     def erasures(self) -> int:
-        """See `ConversationStore.erasures`."""
+        """How many conversations were deleted whose bytes may still be in the store's files, to be overwritten."""
         return int(
             self._read(lambda connection: connection.execute("SELECT count(*) FROM erasures").fetchone()[0])
         )
 
     def overwrite(self) -> bool:
-        """See `ConversationStore.overwrite`."""
+        """Overwrite what deleted conversations left in the store's files; whether nothing is left. May take seconds."""
         (last,) = self._read(lambda connection: connection.execute("SELECT max(id) FROM erasures").fetchone())
         done, complete = self._scrub()
         if done and last is not None:  # those that came meanwhile may have been missed
@@ -240,25 +266,14 @@ class SqlStore(Generic[C]):
             )
         return complete
 
-    # -- the storage itself
-
-    def trouble(self) -> str | None:
-        """See `ConversationStore.trouble`."""
-        return self._writer.trouble()
-
-    def probe(self) -> None:
-        """See `ConversationStore.probe`."""
-
-        def job(connection: Connection) -> None:
-            connection.execute("DELETE FROM probe")
-            connection.execute("INSERT INTO probe (filler) VALUES (?)", (bytes(PROBE_BYTES),))
-
-        self._writer.probe(job)
-
     # -- turns
 
     def path(self, namespace: str, turn_id: str | None) -> Sequence[Turn]:
-        """See `ConversationStore.path`."""
+        """The turns from the root to this one; none for None.
+
+        Raises:
+            ConversationNotFound: no such turn in this namespace.
+        """
         return (
             []
             if turn_id is None
@@ -266,15 +281,28 @@ class SqlStore(Generic[C]):
         )
 
     def turn(self, namespace: str, turn_id: str) -> Turn:
-        """See `ConversationStore.turn`."""
+        """Look a turn up.
+
+        Raises:
+            ConversationNotFound: no such turn in this namespace.
+        """
         return self._read(lambda connection: trees.get_turn(connection, namespace, turn_id))
 
     def leaves(self, namespace: str, turn_id: str) -> Sequence[Conversation]:
-        """See `ConversationStore.leaves`."""
+        """The conversations that end with this turn, the latest used first."""
         return self._read(lambda connection: trees.leaves(connection, namespace, turn_id))
 
     def find(self, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
-        """See `ConversationStore.find`."""
+        """Recognise a history that was sent again: the longest part of it, from its first message on, that a stored turn ends with.
+
+        Args:
+            namespace: the caller's.
+            digests: `chat.path_digests` of the history, one for each message, oldest first.
+
+        Returns:
+            Index into `digests` and the turn; of several such turns one that is a conversation's leaf rather than another, then the
+            newest. None = nothing of it is known.
+        """
         return self._read(lambda connection: trees.find(connection, namespace, digests))
 
     def append(
@@ -292,12 +320,33 @@ class SqlStore(Generic[C]):
         meta: Mapping[str, object] | None = None,
         claimed: bool = False,
     ) -> Future[Turn]:
-        """See `ConversationStore.append`."""
+        """Add a turn and make it the conversation's leaf; a draft of its id goes with that. Returns at once; the work is done elsewhere.
+
+        Args:
+            namespace: the caller's.
+            conversation_id: the conversation that goes on.
+            parent: turn that it follows. Not the leaf: the turn begins a branch.
+            messages: what the turn adds to the chat.
+            token_ids: what it adds to the token log, each in [0, 2**32).
+            start: how many tokens of the parent's path are kept in front of them; None = all.
+            reply_reason: why the answer ended.
+            only_if_leaf: refuse to begin a branch: the conversation must still end with `parent`.
+            turn_id: the turn's id; None = a random one.
+            meta: kept with the turn.
+            claimed: an idempotency key stands for the turn: refuse to store it if that is no longer so.
+
+        Returns:
+            A future that has the turn once it is durable, and not before. It fails with `ConversationNotFound` (no such
+            conversation or parent), `ConversationConflict` (`only_if_leaf`, and it is not), `InvalidRequest` (`start` or a token id out of
+            range, `turn_id` taken, meta that JSON cannot hold), `AnswerLost` (its draft was recovered, or its key answered, by another server) or
+            `StoreError`; nothing is stored then, unless the error says that this is unknown.
+            Its callbacks run on the store's thread: keep them short.
+        """
         try:
             content = rows.Content.of(messages, token_ids, meta)
             rows.check_names(turn_id=turn_id, reply_reason=reply_reason)
         except InvalidRequest as error:
-            return _failed(error)
+            return failed(error)
         chosen, made = turn_id is not None, rows.new_id() if turn_id is None else turn_id
 
         def job(connection: Connection) -> Turn:
@@ -321,130 +370,23 @@ class SqlStore(Generic[C]):
         return self._writer.submit(job)
 
     def home(self, namespace: str, turn_id: str) -> str | None:
-        """See `ConversationStore.home`."""
+        """The conversation that a turn was added to, or the one that inherited it; None = no such turn in this namespace."""
         return self._read(lambda connection: trees.home(connection, namespace, turn_id))
 
     def delete_turn(self, namespace: str, turn_id: str) -> bool:
-        """See `ConversationStore.delete_turn`."""
+        """Delete a turn if nothing depends on it: no turn, no draft and no conversation but its own, which then ends with the turn's parent.
+
+        Otherwise it stays, its meta marked `{"deleted": true}`.
+
+        Returns:
+            Whether it went.
+
+        Raises:
+            ConversationNotFound: no such turn in this namespace.
+        """
         return self._writer.call(
             lambda connection: trees.delete_turn(connection, namespace, turn_id, self._clock())
         )
-
-    # -- answers under way
-
-    def draft(
-        self,
-        namespace: str,
-        conversation_id: str,
-        parent: str | None,
-        turn_id: str,
-        messages: Sequence[Message],
-        token_ids: Sequence[int],
-        start: int | None,
-        output_start: int,
-        meta: Mapping[str, object] | None = None,
-        *,
-        owner: str = "",
-    ) -> Future[None]:
-        """See `ConversationStore.draft`."""
-        try:
-            content = rows.Content.of(messages, token_ids, meta)
-            rows.check_names(turn_id=turn_id, owner=owner)
-        except InvalidRequest as error:
-            return _failed(error)
-
-        def job(connection: Connection) -> None:
-            key = trees.key_of(connection, namespace, conversation_id)
-            at = trees.place(connection, namespace, key, parent, start, turn_id)
-            now_s = self._clock()
-            if owner:
-                owners.ensure(connection, owner, self._now_s(connection))
-            answers.begin_draft(connection, at, turn_id, content, output_start, owner, now_s)
-            trees.touch(connection, key, now_s)
-
-        return self._writer.submit(job)
-
-    def extend_draft(self, turn_id: str, output_ids: Sequence[int], text: str) -> Future[None]:
-        """See `ConversationStore.extend_draft`."""
-        try:
-            ids = rows.pack(tuple(output_ids))
-            rows.check_names(turn_id=turn_id)
-        except InvalidRequest as error:
-            return _failed(error)
-        return self._writer.submit(lambda connection: answers.extend_draft(connection, turn_id, ids, text))
-
-    def discard_draft(self, turn_id: str) -> Future[None]:
-        """See `ConversationStore.discard_draft`."""
-        try:
-            rows.check_names(turn_id=turn_id)
-        except InvalidRequest as error:
-            return _failed(error)
-        return self._writer.submit(lambda connection: answers.discard_draft(connection, turn_id))
-
-    def join(self, owner: str, place: str) -> None:
-        """See `ConversationStore.join`."""
-        rows.check_names(owner=owner)
-        self._writer.call(lambda connection: owners.join(connection, owner, place, self._now_s(connection)))
-
-    def renew(self, owner: str, place: str) -> bool:
-        """See `ConversationStore.renew`."""
-
-        def job(connection: Connection) -> bool:
-            now_s = self._now_s(connection)
-            renewed = owners.renew(connection, owner, now_s)
-            if not renewed:
-                owners.join(connection, owner, place, now_s)
-            return renewed
-
-        return self._writer.call(job)
-
-    def owners(self) -> Sequence[Owner]:
-        """See `ConversationStore.owners`."""
-        return self._read(lambda connection: owners.listed(connection, self._now_s(connection)))
-
-    def leave(self, owner: str) -> int:
-        """See `ConversationStore.leave`."""
-        return self.recover_drafts(owner)
-
-    def recover_drafts(self, owner: str | None = None, expires_s: float | None = None) -> int:
-        """See `ConversationStore.recover_drafts`."""
-        rows.check_names(owner=owner)
-
-        def job(connection: Connection) -> int:
-            if owner is not None and not owners.end(connection, owner, expires_s):
-                return 0
-            return answers.recover_drafts(connection, owner)
-
-        return self._writer.call(job)
-
-    def claim(
-        self,
-        namespace: str,
-        key: str,
-        fingerprint: bytes,
-        turn_id: str,
-        now_s: float | None = None,
-        *,
-        owner: str = "",
-    ) -> Claim:
-        """See `ConversationStore.claim`."""
-        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id, owner=owner)
-        claimed_s = self._clock() if now_s is None else now_s
-
-        def job(connection: Connection) -> Claim:
-            owners.ensure(connection, owner, self._now_s(connection) if owner else 0.0)
-            return answers.claim(connection, namespace, key, fingerprint, turn_id, owner, claimed_s)
-
-        return self._writer.call(job)
-
-    def release(self, namespace: str, key: str, turn_id: str | None = None) -> Future[None]:
-        """See `ConversationStore.release`."""
-        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
-        return self._writer.submit(lambda connection: answers.release(connection, namespace, key, turn_id))
-
-    def purge(self, before_s: float) -> int:
-        """See `ConversationStore.purge`."""
-        return self._writer.call(lambda connection: answers.purge(connection, before_s))
 
     # -- inside
 
@@ -469,9 +411,3 @@ class SqlStore(Generic[C]):
             return trees.get(connection, namespace, id)
 
         return self._writer.call(job)
-
-
-def _failed(error: InvalidRequest) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_exception(error)
-    return future

@@ -1,0 +1,194 @@
+"""Answers under way in a store: drafts, claims, and the servers that own them. Knows transactions; never models or caches.
+
+An answer under way is a draft: its part that was stored survives a crash, and becomes a turn of its own then. A claim says which
+turn answers an idempotency key: a whole answer, or one that its owner still generates. Owners are servers. Each renews a lease in
+the store; another server recovers the drafts and claims of an owner whose lease has lapsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+
+from pensieve.errors import InvalidRequest
+from pensieve.message import Message
+from pensieve.store import answers, owners, rows, trees
+from pensieve.store.storage import Storage
+from pensieve.store.values import Claim, Owner
+from pensieve.store.writer import Connection, failed
+
+
+class AnswerStore(Storage):
+    """Keeps answers while they are generated; see `ConversationStore` for what holds of every method."""
+
+    def draft(
+        self,
+        namespace: str,
+        conversation_id: str,
+        parent: str | None,
+        turn_id: str,
+        messages: Sequence[Message],
+        token_ids: Sequence[int],
+        start: int | None,
+        output_start: int,
+        meta: Mapping[str, object] | None = None,
+        *,
+        owner: str = "",
+    ) -> Future[None]:
+        """An answer begins: keep its turn's prompt side. A draft that has this id already begins anew.
+
+        The draft ends with `append` of the same `turn_id`, with `discard_draft`, or with its conversation.
+
+        Args:
+            namespace: the caller's.
+            conversation_id: the conversation that goes on.
+            parent: turn that it follows.
+            turn_id: what the turn will be called.
+            messages: what the turn adds to the chat, without the answer.
+            token_ids: what it adds to the token log before the answer (and the answer's first ids, if it has any).
+            start: how many tokens of the parent's path are kept in front of them; None = all.
+            output_start: position in the path's token log at which the answer begins; checked to lie within or at the end of `token_ids`.
+            meta: kept with the turn.
+            owner: the server that writes the answer, as `join` knows it, so that another can recover the draft when it is dead; "": none.
+
+        Returns:
+            A future that resolves when the draft is durable. It fails as `append`'s does.
+        """
+        try:
+            content = rows.Content.of(messages, token_ids, meta)
+            rows.check_names(turn_id=turn_id, owner=owner)
+        except InvalidRequest as error:
+            return failed(error)
+
+        def job(connection: Connection) -> None:
+            key = trees.key_of(connection, namespace, conversation_id)
+            at = trees.place(connection, namespace, key, parent, start, turn_id)
+            now_s = self._clock()
+            if owner:
+                owners.ensure(connection, owner, self._now_s(connection))
+            answers.begin_draft(connection, at, turn_id, content, output_start, owner, now_s)
+            trees.touch(connection, key, now_s)
+
+        return self._writer.submit(job)
+
+    def extend_draft(self, turn_id: str, output_ids: Sequence[int], text: str) -> Future[None]:
+        """An answer goes on: keep these ids and this text behind what the draft has. Costs the same however long the answer is.
+
+        Returns:
+            A future that resolves when they are durable. It fails with `ConversationNotFound` (no such draft), `InvalidRequest` (a token id
+            out of range) or `StoreError`.
+        """
+        try:
+            ids = rows.pack(tuple(output_ids))
+            rows.check_names(turn_id=turn_id)
+        except InvalidRequest as error:
+            return failed(error)
+        return self._writer.submit(lambda connection: answers.extend_draft(connection, turn_id, ids, text))
+
+    def discard_draft(self, turn_id: str) -> Future[None]:
+        """Forget a draft; nothing happens if there is none of this id."""
+        try:
+            rows.check_names(turn_id=turn_id)
+        except InvalidRequest as error:
+            return failed(error)
+        return self._writer.submit(lambda connection: answers.discard_draft(connection, turn_id))
+
+    def join(self, owner: str, place: str) -> None:
+        """Give a server a lease of `LEASE_S`, under which its drafts and claims are its own.
+
+        Args:
+            owner: a name that no other process has or had.
+            place: where the process runs, for others on the same machine; see `place`.
+        """
+        rows.check_names(owner=owner)
+        self._writer.call(lambda connection: owners.join(connection, owner, place, self._now_s(connection)))
+
+    def renew(self, owner: str, place: str) -> bool:
+        """Renew a server's lease. False: it had lapsed and its answers were recovered by another; it has a new lease now."""
+
+        def job(connection: Connection) -> bool:
+            now_s = self._now_s(connection)
+            renewed = owners.renew(connection, owner, now_s)
+            if not renewed:
+                owners.join(connection, owner, place, now_s)
+            return renewed
+
+        return self._writer.call(job)
+
+    def owners(self) -> Sequence[Owner]:
+        """The servers that have a lease, lapsed ones included."""
+        return self._read(lambda connection: owners.listed(connection, self._now_s(connection)))
+
+    def leave(self, owner: str) -> int:
+        """End a server's lease; what it left under way is recovered. Returns how many drafts."""
+        return self.recover_drafts(owner)
+
+    def recover_drafts(self, owner: str | None = None, expires_s: float | None = None) -> int:
+        """Make a turn of each draft whose writer is dead: a branch that no conversation ends with, and that can be gone on from.
+
+        Its last message is the assistant's, as far as it came; its `reply_reason` is `INTERRUPTED`. Keys whose answer was not stored whole are free
+        again, all in one transaction. A server that lives must not be recovered: its answers would be cut in two.
+
+        Args:
+            owner: whose; its lease ends. None = of all owners that have no lease.
+            expires_s: only if the lease still ends then: it was neither renewed nor recovered by another server meanwhile.
+
+        Returns:
+            How many there were.
+        """
+        rows.check_names(owner=owner)
+
+        def job(connection: Connection) -> int:
+            if owner is not None and not owners.end(connection, owner, expires_s):
+                return 0
+            return answers.recover_drafts(connection, owner)
+
+        return self._writer.call(job)
+
+    def claim(
+        self,
+        namespace: str,
+        key: str,
+        fingerprint: bytes,
+        turn_id: str,
+        now_s: float | None = None,
+        *,
+        owner: str = "",
+    ) -> Claim:
+        """Say which turn an idempotency key stands for, unless it stands for another one: claimed within the last `CLAIM_S`, and either stored
+        whole or under way at an owner that was not recovered. Durable on return.
+
+        Args:
+            namespace: the caller's; the same key of another one is another key.
+            key: as the caller sent it.
+            fingerprint: of the request, so that the same key with another request can be told.
+            turn_id: the turn that will answer it.
+            now_s: seconds since the epoch; None = the store's clock.
+            owner: the server that will answer it, as `join` knows it; "": one that never dies.
+
+        Returns:
+            This claim, `fresh`, or the first one.
+
+        Raises:
+            InvalidRequest: the key is nothing that a database can hold.
+        """
+        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id, owner=owner)
+        claimed_s = self._clock() if now_s is None else now_s
+
+        def job(connection: Connection) -> Claim:
+            owners.ensure(connection, owner, self._now_s(connection) if owner else 0.0)
+            return answers.claim(connection, namespace, key, fingerprint, turn_id, owner, claimed_s)
+
+        return self._writer.call(job)
+
+    def release(self, namespace: str, key: str, turn_id: str | None = None) -> Future[None]:
+        """Let go of a key whose answer failed, so that the next try is the first; nothing happens if it is not claimed. Returns at once.
+
+        With `turn_id`, only if the key stands for that turn: a later try may have claimed it meanwhile.
+        """
+        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
+        return self._writer.submit(lambda connection: answers.release(connection, namespace, key, turn_id))
+
+    def purge(self, before_s: float) -> int:
+        """Remove the claims made before this time whose answers are not under way; how many there were."""
+        return self._writer.call(lambda connection: answers.purge(connection, before_s))
