@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pensieve.worker.attention import AttentionBackend, PagedAttention
+from pensieve.worker.attention import CapturableBackend, PagedAttention
 from pensieve.worker.batch import Batch
 from pensieve.worker.model import CausalModel
 
@@ -92,7 +92,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: CausalModel,
-        backend: AttentionBackend[Any],
+        backend: CapturableBackend[Any],
         recorder: Recorder,
         *,
         max_rows: int,
@@ -103,7 +103,7 @@ class DecodeGraphs:
 
         Args:
             model: whose decodes.
-            backend: its attention, one with `FixedSteps`.
+            backend: its attention.
             recorder: captures.
             max_rows: larger batches are computed as any other.
             max_chunks: of the longest context.
@@ -141,7 +141,7 @@ class DecodeGraphs:
         if captured is None:
             return self._capture(batch, size)
         self._fill(captured.batch, batch)
-        self._backend.refill(captured.step, batch.spans)  # type: ignore[attr-defined]
+        self._backend.refill(captured.step, batch.spans)
         return captured.replay()[:num_rows]
 
     def _capture(self, batch: Batch, size: int) -> torch.Tensor:
@@ -151,8 +151,8 @@ class DecodeGraphs:
         with torch.inference_mode():
             fixed = self._empty(size, batch)
             self._fill(fixed, batch)
-            step = self._backend.fixed(fixed, attending.prepared)  # type: ignore[attr-defined]
-            self._backend.refill(step, batch.spans)  # type: ignore[attr-defined]
+            step = self._backend.fixed(fixed, attending.prepared)
+            self._backend.refill(step, batch.spans)
         again = PagedAttention(self._backend, fixed, prepared=step)
         try:
             replay = self._recorder.record(lambda: self._model.forward(fixed, again))

@@ -14,7 +14,7 @@ from pensieve.config import TierConfig
 from pensieve.core.plan import Copy, CopyFailure, RequestFailure, SampledToken, Span, StepPlan, StepResult
 from pensieve.errors import ConfigError
 from pensieve.worker.allocator import keep_freed_memory
-from pensieve.worker.attention import PagedAttention, make_backend
+from pensieve.worker.attention import AttentionBackend, CapturableBackend, PagedAttention, make_backend
 from pensieve.worker.batch import Batch, BatchBuilder
 from pensieve.worker.graphs import CudaRecorder, DecodeGraphs, Recorder
 from pensieve.worker.kv_store import KVStore
@@ -86,20 +86,19 @@ class ModelWorker:
             ConfigError: the tiers do not fit in memory, or the backend cannot serve this model.
         """
         self._model = model
-        self._backend: Any = make_backend(
-            attention, model.geometry, chunk_tokens, model.device, model.attention_args
-        )
+        backend = make_backend(attention, model.geometry, chunk_tokens, model.device, model.attention_args)
+        self._backend: AttentionBackend[Any] | None = backend  # None once closed
+        self.attention = backend.name
+        self.layer_bytes = backend.layer_bytes  # of one slot
         self._hooks = hooks
         if model.device.type == "cpu":
             keep_freed_memory()
-        has_graphs = graph_rows > 0 and self._backend.captures
-        stored = (
-            TierConfig(tiers[0].name, tiers[0].num_slots + has_graphs),
-            *tiers[1:],
-        )  # with a slot of nobody
+        capturable = backend if graph_rows > 0 and isinstance(backend, CapturableBackend) else None
+        spare = 0 if capturable is None else 1  # a slot for the rows of a graph that compute nothing
+        stored = (TierConfig(tiers[0].name, tiers[0].num_slots + spare), *tiers[1:])
         require_room(stored, self.chunk_bytes, model.device, beside=model.library_bytes)
         self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(stored))
-        self._backend.bind(self._stores[0])
+        backend.bind(self._stores[0])
         self._builder = BatchBuilder(chunk_tokens, model.device)
         self._on_device = model.device.type == "cuda" if on_device is None else on_device
         self._sampler = Sampler(before_sample=hooks.before_sample, on_device=self._on_device)
@@ -113,23 +112,16 @@ class ModelWorker:
             0, dtype=torch.int64, device=model.device
         )  # by row among requests, the token sampled last
         self._graphs: DecodeGraphs | None = None
-        if has_graphs:
+        if capturable is not None:
             self._graphs = DecodeGraphs(
-                model, self._backend, CudaRecorder(model.device) if recorder is None else recorder, max_rows=graph_rows,
+                model, capturable, CudaRecorder(model.device) if recorder is None else recorder, max_rows=graph_rows,
                 max_chunks=-(-model.shape.max_positions // chunk_tokens), spare_slot=tiers[0].num_slots,
             )  # fmt: skip
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one slot, in every tier."""
-        num_bytes: int = self._backend.layer_bytes * self._model.geometry.num_layers
-        return num_bytes
-
-    @property
-    def attention(self) -> str:
-        """Name of the attention backend in use."""
-        name: str = self._backend.name
-        return name
+        return self.layer_bytes * self._model.geometry.num_layers
 
     @property
     def graphs(self) -> DecodeGraphs | None:
@@ -252,6 +244,7 @@ class ModelWorker:
             logits = self._graphs.forward(batch)
             if logits is not None:
                 return logits
+        assert self._backend is not None, "the worker is closed"
         return self._model.forward(batch, PagedAttention(self._backend, batch, swap_in.wait_layer))
 
     def _choose(self, begun: Begun, batch: Batch, logits: torch.Tensor) -> Choice:
@@ -298,7 +291,7 @@ class ModelWorker:
         device = self._model.device if first else torch.device("cpu")
         pinned = not first and self._model.device.type == "cuda"  # without CUDA, torch cannot pin
         return KVStore(
-            tier.num_slots, self._model.geometry.num_layers, self._backend.layer_bytes, device, pinned=pinned
+            tier.num_slots, self._model.geometry.num_layers, self.layer_bytes, device, pinned=pinned
         )
 
 

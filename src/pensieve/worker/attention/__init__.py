@@ -8,14 +8,28 @@ from typing import Any
 import torch
 
 from pensieve.errors import ConfigError
-from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry, PagedAttention
+from pensieve.worker.attention.base import (
+    AttentionArgs,
+    AttentionBackend,
+    CapturableBackend,
+    KVGeometry,
+    PagedAttention,
+)
 from pensieve.worker.attention.cpu import CpuAttention
 from pensieve.worker.attention.flashinfer import FlashInferAttention
 from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.attention.reference import ReferenceAttention
 from pensieve.worker.attention.triton import TritonAttention
 
-__all__ = ["BACKENDS", "AttentionArgs", "AttentionBackend", "KVGeometry", "PagedAttention", "make_backend"]
+__all__ = [
+    "BACKENDS",
+    "AttentionArgs",
+    "AttentionBackend",
+    "CapturableBackend",
+    "KVGeometry",
+    "PagedAttention",
+    "make_backend",
+]
 
 BACKENDS: dict[str, type[AttentionBackend[Any]]] = {
     backend.name: backend

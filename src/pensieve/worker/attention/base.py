@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -47,7 +47,6 @@ class AttentionBackend(ABC, Generic[Prepared]):
     """One way to write and attend paged KV."""
 
     name: ClassVar[str]
-    captures: ClassVar[bool] = False  # its steps can be captured in graphs: it has `FixedSteps`
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int) -> None:
         self.geometry = geometry
@@ -88,16 +87,16 @@ class AttentionBackend(ABC, Generic[Prepared]):
         """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D). Cells beyond a context are never used."""
 
 
-class FixedSteps(Protocol):
-    """A backend whose steps of one-token spans can be captured in a graph: their tensors stay where they are, and get other numbers."""
+class CapturableBackend(AttentionBackend[Prepared]):
+    """A backend whose steps of one-token spans can be captured in a graph: their tensors stay in place and get other numbers."""
 
-    def fixed(self, batch: Batch, like: Any) -> Any:
-        """A step over a batch whose tensors stay where they are; `like` is a prepared step that has been through a forward of the same model."""
-        ...
+    @abstractmethod
+    def fixed(self, batch: Batch, like: Prepared) -> Prepared:
+        """A step over a batch whose tensors stay in place; `like` is a prepared step that went through the same model's forward."""
 
-    def refill(self, step: Any, spans: tuple[Span, ...]) -> None:
-        """Give a fixed step other spans of one token each, at most as many as it was made with; the rows beyond them do nothing."""
-        ...
+    @abstractmethod
+    def refill(self, step: Prepared, spans: tuple[Span, ...]) -> None:
+        """Give a fixed step other spans of one token each, at most as many as it was made with; further rows compute nothing."""
 
 
 class PagedAttention:

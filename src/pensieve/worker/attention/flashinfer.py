@@ -39,7 +39,6 @@ class FlashInferAttention(TritonAttention):
     """By name only: `auto` takes our own kernel."""
 
     name = "flashinfer"
-    captures = False
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int) -> None:
         super().__init__(geometry, chunk_tokens)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pensieve.core.plan import Span
-from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry
+from pensieve.worker.attention.base import AttentionArgs, CapturableBackend, KVGeometry
 from pensieve.worker.batch import Batch
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.pinned import to_device
@@ -83,11 +83,10 @@ class Step:
     is_fixed: bool = False  # its tensors stay where they are, see `fixed`
 
 
-class TritonAttention(AttentionBackend[Step]):
+class TritonAttention(CapturableBackend[Step]):
     """The default on CUDA."""
 
     name = "triton"
-    captures = True
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int, *, num_programs: int | None = None) -> None:
         """`num_programs` is what a step is divided into at least, where there is so much to do; by default it follows from the device."""
@@ -127,7 +126,7 @@ class TritonAttention(AttentionBackend[Step]):
         return Step(batch)
 
     def fixed(self, batch: Batch, like: Step) -> Step:
-        """A step over a batch whose tensors stay where they are, with work for the same kinds of layers; see `FixedSteps`."""
+        """A step over a batch whose tensors stay where they are, with work for the same kinds of layers."""
         step = Step(batch, is_fixed=True)
         num_rows = batch.num_tokens
         for group in like.work:
@@ -144,7 +143,6 @@ class TritonAttention(AttentionBackend[Step]):
         return step
 
     def refill(self, step: Step, spans: tuple[Span, ...]) -> None:
-        """Give a fixed step other spans; see `FixedSteps`."""
         for group, work in step.work.items():
             items, reductions = self.divide(spans, work.tiling, group)
             numbers = np.zeros(work.items.numel() + work.reductions.numel(), np.int32)
