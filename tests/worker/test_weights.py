@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable
+from pensieve.machine import cache_folder
 from pensieve.worker import embedded, gguf_convert, hub, random_weights, weights
 from pensieve.worker.gguf_convert import converted_path, is_sound
 from pensieve.worker.presets import PRESETS
@@ -456,7 +457,7 @@ def test_a_file_that_is_not_the_pinned_one_is_refused_and_not_kept(
     monkeypatch.setattr(embedded, pinned, "f" * 64)
     with pytest.raises(ModelUnavailable, match=f"its SHA-256 is {actual}, expected {'f' * 64}"):
         resolve()
-    fetched = gguf_convert.cache_dir() / "fetched"
+    fetched = cache_folder() / "fetched"
     assert [path.name for path in fetched.iterdir()] == [f"{embedded.GGUF_NAME}.lock"]
     assert not converted_path("f" * 64).exists()
 
@@ -494,7 +495,7 @@ def test_the_fetch_command_prints_the_folder_or_the_reason(
     assert said.out.strip() == str(converted_path(embedded.GGUF_SHA256))
     assert "converting" in said.err
     fake_default.unlink()
-    (gguf_convert.cache_dir() / "fetched" / embedded.GGUF_NAME).unlink()
+    (cache_folder() / "fetched" / embedded.GGUF_NAME).unlink()
     (converted_path(embedded.GGUF_SHA256) / "manifest.json").unlink()
     assert weights.main(["fetch"]) == 1
     assert "error: the default model" in capsys.readouterr().err

@@ -14,8 +14,9 @@ from typing import Literal
 import filelock
 
 from pensieve.errors import ConfigError
+from pensieve.machine import cache_folder
 from pensieve.worker import embedded
-from pensieve.worker.gguf_convert import FORMAT, cache_dir, read_manifest
+from pensieve.worker.gguf_convert import FORMAT, read_manifest
 
 _FOLDER = re.compile(r"(?P<sha256>[0-9a-f]{64})-v(?P<format>\d+)")
 _UNFINISHED = re.compile(r"\.(?P<sha256>[0-9a-f]{16})-.*")
@@ -99,7 +100,7 @@ def _remove(one: Conversion) -> bool:
 
 
 def _found() -> Iterator[Conversion]:
-    folder = cache_dir() / "converted"
+    folder = cache_folder() / "converted"
     names: dict[str, str] = {}
     unfinished = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():

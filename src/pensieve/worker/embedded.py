@@ -20,9 +20,9 @@ from pathlib import Path
 import filelock
 
 from pensieve.errors import ModelUnavailable
+from pensieve.machine import cache_folder
 from pensieve.worker.gguf_convert import (
     Progress,
-    cache_dir,
     converted_path,
     ensure_converted,
     is_sound,
@@ -89,7 +89,7 @@ def gguf_file(progress: Progress | None = None) -> Path:
 
 
 def _cached() -> Path:
-    return cache_dir() / "fetched" / GGUF_NAME
+    return cache_folder() / "fetched" / GGUF_NAME
 
 
 def _installed() -> Path | None:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import platformdirs
 
 from pensieve.errors import ModelRefused, ModelUnavailable
+from pensieve.machine import cache_folder, write_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,12 +42,6 @@ Room = Callable[[int], None]  # raises ModelRefused for a number of weights that
 FORMAT = 2  # of the converted folder: raised when a conversion of the same file would come out different
 MANIFEST = "manifest.json"
 _MIN_TRANSFORMERS = (5, 23)  # before it, tokenizers built from a GGUF take the wrong end-of-sequence token
-
-
-def cache_dir() -> Path:
-    """Where fetched and converted models are kept: $PENSIEVE_CACHE, else the user's cache directory."""
-    override = os.environ.get("PENSIEVE_CACHE")
-    return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("pensieve"))
 
 
 def sha256_of(path: Path) -> str:
@@ -72,7 +66,7 @@ def quiet() -> Iterator[None]:
 
 def converted_path(sha256: str) -> Path:
     """Where the conversion of the GGUF with this hash lies, whether or not it is there."""
-    return cache_dir() / "converted" / f"{sha256}-v{FORMAT}"
+    return cache_folder() / "converted" / f"{sha256}-v{FORMAT}"
 
 
 def is_sound(folder: Path, *, full: bool = False) -> bool:
@@ -206,11 +200,7 @@ def file_hash(gguf: Path, progress: Progress | None = None, parts: Sequence[Path
             progress(f"hashing {file.name}", None)
         digests.append(sha256_of(file))
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    memo = _memo(gguf)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as scratch:
-        json.dump({"stamps": stamps, "sha256": digest}, scratch)
-    os.replace(scratch.name, memo)
+    write_whole(_memo(gguf), json.dumps({"stamps": stamps, "sha256": digest}))
     return digest
 
 
@@ -226,7 +216,7 @@ def _remembered_hash(gguf: Path) -> str | None:
 
 
 def _memo(gguf: Path) -> Path:
-    return cache_dir() / "hashes" / f"{hashlib.sha256(str(gguf.resolve()).encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "hashes" / f"{hashlib.sha256(str(gguf.resolve()).encode()).hexdigest()[:32]}.json"
 
 
 def _stamp(file: Path) -> list[str | int]:
