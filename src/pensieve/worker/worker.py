@@ -18,10 +18,10 @@ from pensieve.worker.attention import AttentionBackend, CapturableBackend, Paged
 from pensieve.worker.batch import Batch, BatchBuilder
 from pensieve.worker.graphs import CudaRecorder, DecodeGraphs, Recorder
 from pensieve.worker.kv_store import KVStore
-from pensieve.worker.lanes import lanes_for
 from pensieve.worker.model import CausalModel
 from pensieve.worker.random_weights import available_bytes
 from pensieve.worker.sampler import Choice, Sampler, nothing
+from pensieve.worker.streams import streams_for
 from pensieve.worker.transfer import SwapIn, Transfer
 
 _SLACK_BYTES = 256 << 20  # activations and staging, which the tiers must leave room for
@@ -54,7 +54,10 @@ class Begun:
 
 
 class ModelWorker:
-    """The worker that computes with a real model; see `core.plan.PipelinedWorker`. One thread may call it at a time."""
+    """The worker that computes with a real model; see `core.plan.PipelinedWorker`.
+
+    One thread may call it at a time.
+    """
 
     def __init__(
         self,
@@ -78,8 +81,10 @@ class ModelWorker:
             attention: a backend's name, or "auto".
             hooks: for tests of failures.
             verify: compare checksums of what comes back from lower tiers, see `Transfer`.
-            on_device: sample without looking at the logits from here, so that steps can be begun ahead of results; by default where there is CUDA.
-            graph_rows: batches of so many decodes are captured as graphs, where the attention backend can; 0: none.
+            on_device: sample without looking at the logits from here, so that steps can be begun ahead of
+                results; by default where there is CUDA.
+            graph_rows: batches of so many decodes are captured as graphs, where the attention backend can; 0:
+                none.
             recorder: captures them; by default CUDA does.
 
         Raises:
@@ -102,9 +107,9 @@ class ModelWorker:
         self._builder = BatchBuilder(chunk_tokens, model.device)
         self._on_device = model.device.type == "cuda" if on_device is None else on_device
         self._sampler = Sampler(before_sample=hooks.before_sample, on_device=self._on_device)
-        self._lanes = lanes_for(model.device)
+        self._streams = streams_for(model.device)
         self._transfer = Transfer(
-            self._stores, before_copy=hooks.before_copy, lanes=self._lanes, verify=verify
+            self._stores, before_copy=hooks.before_copy, streams=self._streams, verify=verify
         )
         self._begun: deque[Begun] = deque()
         self._finished_s = 0.0  # when the last step was finished
@@ -114,8 +119,9 @@ class ModelWorker:
         self._graphs: DecodeGraphs | None = None
         if capturable is not None:
             self._graphs = DecodeGraphs(
-                model, capturable, CudaRecorder(model.device) if recorder is None else recorder, max_rows=graph_rows,
-                max_chunks=-(-model.shape.max_positions // chunk_tokens), spare_slot=tiers[0].num_slots,
+                model, capturable, CudaRecorder(model.device) if recorder is None else recorder,
+                max_rows=graph_rows, max_chunks=-(-model.shape.max_positions // chunk_tokens),
+                spare_slot=tiers[0].num_slots,
             )  # fmt: skip
 
     @property
@@ -159,7 +165,7 @@ class ModelWorker:
         swap_in.wait_layer(
             self._model.geometry.num_layers - 1
         )  # (also where no span attends it yet: the next plan's may)
-        begun.mark = self._lanes.compute.mark()
+        begun.mark = self._streams.compute.record()
 
     def finish(self) -> StepResult:
         """See `core.plan.PipelinedWorker.finish`."""
@@ -198,7 +204,8 @@ class ModelWorker:
         self._stores = ()
         self._backend = self._graphs = None
         if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()  # another worker may want the room, and asks the device whether it is there
+            # another worker may want the room, and asks the device whether it is there
+            torch.cuda.empty_cache()
 
     def _wipe(self, wiped: tuple[tuple[int, int], ...]) -> None:
         for tier, store in enumerate(self._stores) if wiped else ():
@@ -256,14 +263,20 @@ class ModelWorker:
         return self._sampler.launch(tuple(spans[row] for row in good), logits[good])
 
     def _is_whole(self, begun: Begun, span: Span) -> bool:
-        """Whether a span attended nothing that a swap-in failed to bring; if it did, the scheduler plans it again."""
+        """Whether a span attended nothing that a swap-in failed to bring.
+
+        If it did, the scheduler plans it again.
+        """
         if not begun.contexts:
             return True
         assert begun.swap_in is not None
         return begun.contexts[span.request_id].isdisjoint(slot for _, slot in begun.swap_in.failed_slots)
 
     def _known_token(self, span: Span) -> int:
-        """The token at a span's start. 0 where none was sampled: then that step was void, and so will be this one."""
+        """The token at a span's start.
+
+        0 where none was sampled: then that step was void, and so will be this one.
+        """
         return self._sampler.last_token(span) or 0
 
     def _collect(self, begun: Begun) -> None:
@@ -272,7 +285,7 @@ class ModelWorker:
             return
         begun.swap_in.wait()
         try:
-            self._lanes.compute.reach(begun.mark)
+            self._streams.compute.reach(begun.mark)
             begun.outcome = (
                 self._sampler.collect(begun.choice, lambda span: self._is_whole(begun, span))
                 if begun.error is None
@@ -296,7 +309,10 @@ class ModelWorker:
 
 
 def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Memory this process may still take on a device, limits of its control groups included; None where nobody says."""
+    """Memory this process may still take on a device, limits of its control groups included.
+
+    None where nobody says.
+    """
     return available_bytes(str(device))
 
 
@@ -308,7 +324,9 @@ def require_room(
     sharers: int = 1,
     beside: int = 0,
 ) -> None:
-    """Refuse tiers that do not fit, before anything is allocated. `sharers` processes want as much of the same main memory.
+    """Refuse tiers that do not fit, before anything is allocated.
+
+    `sharers` processes want as much of the same main memory.
 
     `beside` bytes of main memory go, in each, to what computes (`CausalModel.library_bytes`).
 
@@ -333,6 +351,8 @@ def require_room(
             )
             each = f" for each of {times} processes" if times > 1 else ""
             raise ConfigError(
-                f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are available, "
-                f"{slack / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes (--gpu-cache, --cpu-cache)"
+                f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are "
+                "available, "
+                f"{slack / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes "
+                "(--gpu-cache, --cpu-cache)"
             )
