@@ -1,4 +1,7 @@
-"""The machine that this process runs on: its processor's name, the cache folder, files. Knows the system; never models or caches."""
+"""The machine that this process runs on: its processor's name, the cache folder, files.
+
+Knows the system; never models or caches.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ def cpu_name() -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of fetched and converted models and of profiles: $PENSIEVE_CACHE, or the user's cache directory."""
+    """The folder of fetched and converted models and of profiles.
+
+    $PENSIEVE_CACHE, or the user's cache directory.
+    """
     override = os.environ.get("PENSIEVE_CACHE")
     return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("pensieve"))
 

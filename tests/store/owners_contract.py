@@ -1,4 +1,7 @@
-"""What every conversation store promises of answers under way: leases, drafts and keys of servers that die, freeze or share a store."""
+"""What every conversation store promises of answers under way.
+
+Leases, drafts and keys of servers that die, freeze or share a store.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A server's lease: it is kept, it ends with the server, and what dead servers left is recovered by one that lives."""
+"""A server's lease: it is kept, it ends with the server, and what dead servers left is recovered by one that
+lives.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Whatever moment the process dies or the power fails at, every acknowledged turn is there afterwards, and none is half there."""
+"""Whatever moment the process dies or the power fails at, every acknowledged turn is there afterwards, and
+none is half there.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +205,10 @@ def check_power_loss(disk: Any, at: int, chance: random.Random, folder: Path) ->
 
 
 def cuts(disk: Any, count: int, chance: random.Random) -> list[int]:
-    """Moments to cut the power at: half of them anywhere, half at once after an acknowledgement, the worst one."""
+    """Moments to cut the power at.
+
+    Half of them anywhere, half at once after an acknowledgement, the worst one.
+    """
     said = [number + 1 for number, operation in enumerate(disk.operations) if hasattr(operation, "what")]
     return [
         chance.randrange(len(disk.operations) + 1) if i % 2 else chance.choice(said) for i in range(count)

@@ -117,14 +117,19 @@ def build(architecture: str, **config: object) -> PreTrainedModel:
     [
         (without("lm_head.weight"), r"1 tensor is in no file \(lm_head.weight\) although the config does not tie it"),
         (without("model.embed_tokens.weight"), r"1 tensor is in no file \(model.embed_tokens.weight\)"),
-        (without("model.layers.1.mlp.up_proj.weight"), r"1 tensor is in no file \(model.layers.1.mlp.up_proj.weight\)"),
+        (without("model.layers.1.mlp.up_proj.weight"),
+            r"1 tensor is in no file \(model.layers.1.mlp.up_proj.weight\)"),
         (without("model.norm.weight"), r"1 tensor is in no file \(model.norm.weight\)"),
-        (without("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"), "2 tensors are in no file"),
-        (extended(model__layers__0__self_attn__q_proj__bias=torch.ones(48)), r"1 tensor has no place in the model .*q_proj.bias"),
+        (without("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"),
+            "2 tensors are in no file"),
+        (extended(model__layers__0__self_attn__q_proj__bias=torch.ones(48)),
+            r"1 tensor has no place in the model .*q_proj.bias"),
         (extended(model__layers__0__self_attn__sinks=torch.ones(4)), "no place in the model"),
         (extended(score__weight=torch.ones(2, 48)), "score.weight"),
-        (extended(model__layers__2__mlp__up_proj__weight=torch.ones(64, 48)), "its files hold 3 layers, its config says 2"),
-        (lambda state: {n: t for n, t in state.items() if "layers.1." not in n}, "its files hold 1 layers?, its config says 2"),
+        (extended(model__layers__2__mlp__up_proj__weight=torch.ones(64, 48)),
+            "its files hold 3 layers, its config says 2"),
+        (lambda state: {n: t for n, t in state.items() if "layers.1." not in n},
+            "its files hold 1 layers?, its config says 2"),
         (
             lambda state: state | {"model.norm.weight": torch.ones(47)},
             r"model.norm.weight is \(47,\) in the files, \(48,\) by the config",
@@ -180,7 +185,8 @@ def test_an_expert_missing_between_others_is_missed(tmp_path: Path) -> None:
     assert "tensors of experts are in no file" in said and "experts.1." in said
 
 
-# --- tied heads ----------------------------------------------------------------------------------------------------
+# --- tied heads
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_tied_head_need_not_be_stored_and_may_be_stored_as_it_is(tmp_path: Path) -> None:
@@ -203,7 +209,8 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
     )
 
 
-# --- names ---------------------------------------------------------------------------------------------------------
+# --- names
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -357,7 +364,8 @@ def test_layers_that_guess_ahead_are_harmless_only_if_the_config_has_them(tmp_pa
     same(tmp_path, tiny("llama"))
 
 
-# --- quantised folders ---------------------------------------------------------------------------------------------
+# --- quantised folders
+# ---------------------------------------------------------------------------------------------
 
 
 def fp8(folder: Path, change: Callable[[State], State] = lambda state: state) -> None:
@@ -400,7 +408,8 @@ def test_a_folder_in_8_bits_with_a_tensor_missing_is_refused(suffix: str, tmp_pa
     assert "model.layers.1.mlp.up_proj" in refusal(tmp_path)
 
 
-# --- memory --------------------------------------------------------------------------------------------------------
+# --- memory
+# --------------------------------------------------------------------------------------------------------
 
 _MEASURE = """
 import sys, threading, time, torch
@@ -443,7 +452,8 @@ def test_loading_takes_little_more_memory_than_the_model(dtype: str, tmp_path: P
     assert peak <= 1.2 * stays + (40 << 20)  # beside: stacks of threads, the library's own
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+# --- files
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""What only a CUDA device can show: real streams, page-locked memory, graphs, and a step in which nothing waits for the device."""
+"""What only a CUDA device can show.
+
+Real streams, page-locked memory, graphs, and a step in which nothing waits for the device.
+"""
 
 from __future__ import annotations
 

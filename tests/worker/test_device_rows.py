@@ -1,4 +1,6 @@
-"""The kernels between a layer's products on a GPU, and the forward made of them, against the same in torch and the modules."""
+"""The kernels between a layer's products on a GPU, and the forward made of them, against the same in torch
+and the modules.
+"""
 
 from __future__ import annotations
 

@@ -17,9 +17,12 @@ PATTERN_BYTES = 32
 
 
 def patterns(lab: Lab, conversation: str) -> list[bytes]:
-    """Pieces of what lies in a conversation's slots, all over them; none that is found in the others' as well.
+    """Pieces of what lies in a conversation's slots, all over them.
 
-    The first layer is left out: a value there follows from its token alone, and somebody else may sample the same one.
+    None that is found in the others' as well.
+
+    The first layer is left out: a value there follows from its token alone, and somebody else may sample the
+    same one.
     """
     sequence = lab.cache.find("n", conversation)
     assert sequence is not None

@@ -1,4 +1,6 @@
-"""Models that can be served pass, the others are refused with the reason, and the self-test sees planted bugs."""
+"""Models that can be served pass, the others are refused with the reason, and the self-test sees planted
+bugs.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,11 @@ from tiny_models import ARCHITECTURES, CONFIGS, VOCAB, WINDOW, tiny
 
 LLAMA = CONFIGS["llama"]
 GEMMA3N = {
-    **LLAMA, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 4, "intermediate_size": [64, 64, 80, 80], "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 199,
-    "laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "pad_token_id": 0,
+    **LLAMA, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 4,
+    "intermediate_size": [64, 64, 80, 80], "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 199, "laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -278,7 +282,8 @@ def _noise(original: Any) -> Any:
 @pytest.mark.parametrize(
     ("architecture", "bug"),
     [
-        ("llama", _slightly), ("gpt2", _slightly), ("gemma2", _slightly), ("mistral", _window_off_by_one), ("gemma2", _window_off_by_one),
+        ("llama", _slightly), ("gpt2", _slightly), ("gemma2", _slightly), ("mistral", _window_off_by_one),
+            ("gemma2", _window_off_by_one),
         ("gpt_oss", _no_sinks), ("qwen3", _noise), ("opt", _noise),
     ],
 )  # fmt: skip
@@ -384,8 +389,9 @@ def test_overflow_of_float16_is_refused_with_the_way() -> None:
 
 
 MLA = {
-    **LLAMA, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    **LLAMA, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 
 
@@ -394,7 +400,8 @@ MLA = {
     [
         ("deepseek_v2", MLA, "keys and values compressed"),
         ("deepseek_v3", MLA, "keys and values compressed"),
-        ("mimo_v2_flash", {**LLAMA, "head_dim": 16, "v_head_dim": 8}, "keys have 16 numbers a head and its values 8"),
+        ("mimo_v2_flash", {**LLAMA, "head_dim": 16, "v_head_dim": 8},
+            "keys have 16 numbers a head and its values 8"),
         ("gemma4_text", {}, "differ in head size"),
         ("bamba", {}, "layers of type"),
         ("mamba", {}, "layers of type|recurrent"),
@@ -406,7 +413,8 @@ MLA = {
         ("vit", {}, "no causal language model"),
         ("musicgen", {}, "several models"),
         ("nemotron", {**LLAMA}, "attention interface"),
-        ("phi3", {**LLAMA, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
+        ("phi3", {**LLAMA, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+            "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
          "original_max_position_embeddings": 64, "factor": 2.0}}, "rope_type longrope"),
         ("bert", {}, "as an encoder does"),
         ("doge", {**LLAMA}, "a mask of its own"),

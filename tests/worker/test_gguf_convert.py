@@ -40,7 +40,10 @@ print(ensure_converted(lambda: path, file_hash(path), lambda what, share: print(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Path, Path]:
-    """(model, its GGUF file, a cache that holds the conversion): made once, copied by tests that damage it."""
+    """(model, its GGUF file, a cache that holds the conversion).
+
+    Made once, copied by tests that damage it.
+    """
     place = tmp_path_factory.mktemp("made")
     model = tiny_llama()
     gguf = write_gguf(place / "tiny.gguf", model)
@@ -234,7 +237,8 @@ def test_two_processes_convert_once(made: tuple[LlamaForCausalLM, Path, Path], t
 def test_llama_3_rope_factors_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path / "cache"))
     rope = {
-        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }  # fmt: skip
     scaled = tiny_llama(rope=rope)
     plain = 1.0 / 500_000.0 ** (torch.arange(0, 8, 2).float() / 8)

@@ -1,4 +1,6 @@
-"""PENSIEVE_ISA: every level of instructions that this CPU has, chosen from outside, computes what torch computes."""
+"""PENSIEVE_ISA: every level of instructions that this CPU has, chosen from outside, computes what torch
+computes.
+"""
 
 from __future__ import annotations
 
@@ -145,8 +147,8 @@ def test_an_empty_variable_caps_nothing(cap: Cap) -> None:
 
 def test_a_wrong_level_is_said_before_a_model_is_looked_for() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pensieve", "compare", "--model", "there/is-none"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, kernel.CAP: "sse9"}, check=False,
+        [sys.executable, "-m", "pensieve", "compare", "--model", "there/is-none"], capture_output=True,
+        text=True, timeout=120, env={**os.environ, kernel.CAP: "sse9"}, check=False,
     )  # fmt: skip
     assert (
         run.returncode != 0

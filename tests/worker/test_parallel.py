@@ -51,7 +51,10 @@ def test_logits_are_those_of_one_process(pair: RankPair, architecture: str) -> N
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
 def test_conversations_in_small_tiers_answer_as_a_stateless_run(pair: RankPair, architecture: str) -> None:
-    """Swapped out and in, dropped, recomputed, erased; plans, batches and tokens compared between the ranks in every step."""
+    """Swapped out and in, dropped, recomputed, erased.
+
+    Plans, batches and tokens compared between the ranks in every step.
+    """
     met, _ = pair.run(jobs.play, jobs.just_follow, architecture)
     assert all(met[name] > 0 for name in ("copied", "swapped in", "recomputed", "dropped")), met
     assert met["failed"] == met["broken requests"] == 0, met
@@ -65,7 +68,10 @@ def test_what_fails_on_either_rank_alone_is_recomputed(pair: RankPair) -> None:
 
 
 def test_what_is_drawn_is_drawn_on_both(pair: RankPair) -> None:
-    """A seed draws what it draws in one process; without one, rank 0 draws the seed (the ranks compare their tokens)."""
+    """A seed draws what it draws in one process.
+
+    Without one, rank 0 draws the seed (the ranks compare their tokens).
+    """
     (seeded, unseeded), _ = pair.run(jobs.sample, jobs.follow_llama)
     assert seeded == alone(DRAWN)
     assert len(unseeded) == 8

@@ -1,4 +1,7 @@
-"""The copying thread: order, layers, failures, waking. No test here sleeps to be right: events say when things happen."""
+"""The copying thread: order, layers, failures, waking.
+
+No test here sleeps to be right: events say when things happen.
+"""
 
 from __future__ import annotations
 

@@ -111,7 +111,8 @@ def fake_hub(folder: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch) -> Ite
     server.server_close()
 
 
-# --- names ---------------------------------------------------------------------------------------------------------
+# --- names
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,8 @@ def test_other_settings_are_checked() -> None:
         resolve("gpt2", "random", allow_random=False)
 
 
-# --- folders -------------------------------------------------------------------------------------------------------
+# --- folders
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_loaded_with_its_stop_tokens(folder: Path) -> None:
@@ -198,7 +200,8 @@ def test_broken_weights_are_refused_with_the_reason(folder: Path, tmp_path: Path
         load(resolve(str(tmp_path)))
 
 
-# --- presets and the hub -------------------------------------------------------------------------------------------
+# --- presets and the hub
+# -------------------------------------------------------------------------------------------
 
 
 def test_a_preset_without_a_hub_runs_on_random_weights_and_says_so(no_hub: None) -> None:
@@ -364,7 +367,8 @@ def test_only_what_a_model_loads_from_is_fetched() -> None:
         "chat_template.jinja",
     ]
     assert set(hub.wanted_files(names)) == {
-        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model", "chat_template.jinja",
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
+        "chat_template.jinja",
     }  # fmt: skip
     assert hub.wanted_files(["pytorch_model.bin", "config.json"]) == ["config.json", "pytorch_model.bin"]
 
@@ -387,7 +391,8 @@ def test_random_weights_load_in_the_dtype_asked_for() -> None:
     assert torch.isfinite(model(IDS).logits).all()
 
 
-# --- the embedded default ------------------------------------------------------------------------------------------
+# --- the embedded default
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -523,7 +528,8 @@ def test_the_list_of_models_has_sizes_and_says_how_to_name_others(
     assert [row.name for row in rows if row.kind == "how-to"] == ["ORG/NAME", "FOLDER", "FILE.gguf"]
 
 
-# --- the real default ----------------------------------------------------------------------------------------------
+# --- the real default
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

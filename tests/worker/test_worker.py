@@ -29,7 +29,9 @@ def model(request: pytest.FixtureRequest) -> CausalModel:
 
 @pytest.mark.parametrize("attention", sorted(BACKENDS))
 def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention: str) -> None:
-    """In pieces, decoding, out and in, with a dropped prefix and a hole computed in the same forward as the new prompt."""
+    """In pieces, decoding, out and in, with a dropped prefix and a hole computed in the same forward as the
+    new prompt.
+    """
     if reason := BACKENDS[attention].why_not(model.geometry, CHUNK, model.device):
         pytest.skip(reason)
     driver = Driver(model, 20, 8, attention=attention)
@@ -47,7 +49,8 @@ def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention
         result = driver.run(
             Span("a", len(a) - 1, len(a), (a[-1],), True), Span("b", len(b) - 1, len(b), None, True)
         )
-    # "a" leaves the first tier but for chunk 2; chunks 0, 4 and 6 are dropped, the others come back to other slots.
+    # "a" leaves the first tier but for chunk 2; chunks 0, 4 and 6 are dropped, the others come back to other
+    # slots.
     out = [driver.copy((0, slot), (1, place)) for slot, place in ((2, 6), (5, 0), (11, 3))]  # chunks 1, 3, 5
     driver.settle({copy.copy_id for copy in out}, [driver.run(swap_out=out)])
     for slot in (9, 2, 5, 0, 11, 16):
@@ -57,9 +60,9 @@ def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention
     driver.start("a2", a, (4, 7, 14, 10, 6, 12, 13, 15, 2))
     back = [driver.copy((1, place), (0, slot)) for slot, place in ((7, 6), (10, 0), (12, 3))]
     result = driver.run(
-        Span("a2", 0, 4, tuple(a[:4]), False), Span("a2", 16, 20, tuple(a[16:20]), False), Span("a2", 24, 35, tuple(a[24:]), True),
-        Span("b", len(b) - 1, len(b), None, True),
-        swap_in=back, ended=["a"],
+        Span("a2", 0, 4, tuple(a[:4]), False), Span("a2", 16, 20, tuple(a[16:20]), False),
+        Span("a2", 24, 35, tuple(a[24:]), True), Span("b", len(b) - 1, len(b), None, True), swap_in=back,
+        ended=["a"],
     )  # fmt: skip
     assert set(result.copies_done) == {copy.copy_id for copy in back}
     driver.close()

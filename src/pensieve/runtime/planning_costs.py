@@ -1,6 +1,9 @@
-"""Measures what the engine adds to a step: planning it, and taking its result in. Knows schedulers and clocks; never models.
+"""Measures what the engine adds to a step: planning it, and taking its result in.
 
-A real worker computes between two plans: caches of the processor that Python needs are cold then, as in service.
+Knows schedulers and clocks; never models.
+
+A real worker computes between two plans: caches of the processor that Python needs are cold then, as in
+service.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from pensieve.worker.worker import ModelWorker
 _WARM_UPS = 2  # steps before those that count
 _REQUESTS = (1, 16)  # of the steps whose planning is timed: a line through both gives a constant and a slope
 _STEPS = 24  # that count, for each number of requests
-# The conversation whose turns' ends are timed: tokens of its first prompt, of each further turn, and of each answer; turns.
+# The conversation whose turns' ends are timed: tokens of its first prompt, of each further turn, and of each
+# answer; turns.
 _ENDED_CONTEXT, _ENDED_NEW, _ENDED_ANSWER, _ENDED_TURNS = 512, 100, 4, 5
 
 
@@ -131,7 +135,10 @@ class _Players:
         return statistics.median(plans or [0.0]), statistics.median(gaps or [0.0])
 
     def endings(self, max_context: int) -> float:
-        """Seconds that a commit takes more in which an answer ends: of a conversation as long as they usually are, turn by turn."""
+        """Seconds that a commit takes more in which an answer ends.
+
+        Of a conversation as long as they usually are, turn by turn.
+        """
         first = min(_ENDED_CONTEXT, max_context // 2)
         new = min(_ENDED_NEW, first // _ENDED_TURNS)
         if new < _ENDED_ANSWER + 1:

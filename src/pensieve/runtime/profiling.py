@@ -1,8 +1,11 @@
-"""What computing and copying cost on this machine: measured once, kept as JSON. Knows workers and clocks; never eviction policies.
+"""What computing and copying cost on this machine: measured once, kept as JSON.
 
-Recomputing a chunk costs its attention, which grows with the context before it, and the rest, which does not (paper §4.3.1, there
-called Cost(l) and c). Measured is a forward of one chunk at contexts of a power of two; whoever needs one between interpolates.
-Steps, answers, attention and planning are measured too, each apart from the others: a simulator puts any step together from them.
+Knows workers and clocks; never eviction policies.
+
+Recomputing a chunk costs its attention, which grows with the context before it, and the rest, which does not
+(paper §4.3.1, there called Cost(l) and c). Measured is a forward of one chunk at contexts of a power of two;
+whoever needs one between interpolates. Steps, answers, attention and planning are measured too, each apart
+from the others: a simulator puts any step together from them.
 """
 
 from __future__ import annotations
@@ -84,7 +87,10 @@ def load_or_measure(
 def find(
     model: CausalModel, chunk_tokens: int = 32, *, attention: str = "auto", folder: Path | None = None
 ) -> Profile | None:
-    """The profile of this model on this machine if one was kept, of whatever longest context; nothing is measured."""
+    """The profile of this model on this machine if one was kept, of whatever longest context.
+
+    Nothing is measured.
+    """
     return load((folder or _default_folder()) / f"{_key(model, chunk_tokens, attention)}.json")
 
 
@@ -113,14 +119,16 @@ def measure(
     """
     if not chunk_tokens <= max_context <= model.shape.max_positions:
         raise ConfigError(
-            f"max_context must lie between one chunk ({chunk_tokens}) and the model's {model.shape.max_positions} tokens, got {max_context}"
+            f"max_context must lie between one chunk ({chunk_tokens}) and the model's "
+            f"{model.shape.max_positions} tokens, got {max_context}"
         )
     worker, num_slots = _make_worker(model, max_context, chunk_tokens, attention)
     tell = progress or (lambda what, share: None)
     try:
         timer = StepTimer(
-            worker, model.shape.vocab_size, model.device, clock, num_slots=num_slots, num_requests=max(_BATCHES),
-            spread_requests=_FAR_BATCH, table_chunks=-(-max_context // chunk_tokens),
+            worker, model.shape.vocab_size, model.device, clock, num_slots=num_slots,
+            num_requests=max(_BATCHES), spread_requests=_FAR_BATCH,
+            table_chunks=-(-max_context // chunk_tokens),
         )  # fmt: skip
         timings = _Timings.of(timer, max_context, chunk_tokens)
         timer.run_rounds(timings.all(), repeats, tell)
@@ -148,7 +156,10 @@ def _make_worker(
 
 @dataclass(frozen=True, slots=True)
 class _Timings:
-    """Everything that is timed. A "near" context is one chunk long, a "far" one long enough that attention shows."""
+    """Everything that is timed.
+
+    A "near" context is one chunk long, a "far" one long enough that attention shows.
+    """
 
     chunk_tokens: int
     prompt_tokens: int
@@ -236,7 +247,10 @@ class _Timings:
 
 
 def constant_of(points: list[tuple[int, float]]) -> float:
-    """Where the line of least squares through the points meets a context of 0; between 0 and the least of them."""
+    """Where the line of least squares through the points meets a context of 0.
+
+    Between 0 and the least of them.
+    """
     least = min(seconds for _, seconds in points)
     if len(points) == 1:
         return least
@@ -296,8 +310,8 @@ def _key(model: CausalModel, chunk_tokens: int, attention: str) -> str:
     """A file name for everything that changes the numbers."""
     backend = make_backend(attention, model.geometry, chunk_tokens, model.device).name
     parts = (
-        FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens, backend,
-        model.forward_name, torch.get_num_threads(), torch.__version__,
+        FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens,
+        backend, model.forward_name, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
     readable = "".join(
         letter if letter.isalnum() or letter in "-." else "-" for letter in Path(model.label).name

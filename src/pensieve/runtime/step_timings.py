@@ -36,7 +36,10 @@ class Timing:
 
 
 class StepTimer:
-    """Makes the work that is timed: forwards and copies of one worker, on requests whose block tables it fills."""
+    """Makes the work that is timed.
+
+    Forwards and copies of one worker, on requests whose block tables it fills.
+    """
 
     def __init__(
         self,
@@ -87,7 +90,9 @@ class StepTimer:
         return Timing(lambda: self._copy(source, target))
 
     def run_rounds(self, timings: Iterable[Timing], repeats: int, tell: Callable[[str, float], None]) -> None:
-        """Each piece of work once to warm up and then once a round: a machine that is slow for a while is slow for all of them.
+        """Each piece of work once to warm up and then once a round.
+
+        A machine that is slow for a while is slow for all of them.
 
         Args:
             timings: filled with `repeats` seconds each.

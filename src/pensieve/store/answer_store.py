@@ -1,8 +1,11 @@
-"""Answers under way in a store: drafts, claims, and the servers that own them. Knows transactions; never models or caches.
+"""Answers under way in a store: drafts, claims, and the servers that own them.
 
-An answer under way is a draft: its part that was stored survives a crash, and becomes a turn of its own then. A claim says which
-turn answers an idempotency key: a whole answer, or one that its owner still generates. Owners are servers. Each renews a lease in
-the store; another server recovers the drafts and claims of an owner whose lease has lapsed.
+Knows transactions; never models or caches.
+
+An answer under way is a draft: its part that was stored survives a crash, and becomes a turn of its own then.
+A claim says which turn answers an idempotency key: a whole answer, or one that its owner still generates.
+Owners are servers. Each renews a lease in the store; another server recovers the drafts and claims of an
+owner whose lease has lapsed.
 """
 
 from __future__ import annotations
@@ -45,11 +48,14 @@ class AnswerStore(Storage):
             parent: turn that it follows.
             turn_id: what the turn will be called.
             messages: what the turn adds to the chat, without the answer.
-            token_ids: what it adds to the token log before the answer (and the answer's first ids, if it has any).
+            token_ids: what it adds to the token log before the answer (and the answer's first ids, if it has
+                any).
             start: how many tokens of the parent's path are kept in front of them; None = all.
-            output_start: position in the path's token log at which the answer begins; checked to lie within or at the end of `token_ids`.
+            output_start: position in the path's token log at which the answer begins; checked to lie within
+                or at the end of `token_ids`.
             meta: kept with the turn.
-            owner: the server that writes the answer, as `join` knows it, so that another can recover the draft when it is dead; "": none.
+            owner: the server that writes the answer, as `join` knows it, so that another can recover the
+                draft when it is dead; "": none.
 
         Returns:
             A future that resolves when the draft is durable. It fails as `append`'s does.
@@ -72,11 +78,13 @@ class AnswerStore(Storage):
         return self._writer.submit(job)
 
     def extend_draft(self, turn_id: str, output_ids: Sequence[int], text: str) -> Future[None]:
-        """An answer goes on: keep these ids and this text behind what the draft has. Costs the same however long the answer is.
+        """An answer goes on: keep these ids and this text behind what the draft has.
+
+        Costs the same however long the answer is.
 
         Returns:
-            A future that resolves when they are durable. It fails with `ConversationNotFound` (no such draft), `InvalidRequest` (a token id
-            out of range) or `StoreError`.
+            A future that resolves when they are durable. It fails with `ConversationNotFound` (no such
+            draft), `InvalidRequest` (a token id out of range) or `StoreError`.
         """
         try:
             ids = rows.pack(tuple(output_ids))
@@ -104,7 +112,10 @@ class AnswerStore(Storage):
         self._writer.call(lambda connection: owners.join(connection, owner, place, self._now_s(connection)))
 
     def renew(self, owner: str, place: str) -> bool:
-        """Renew a server's lease. False: it had lapsed and its answers were recovered by another; it has a new lease now."""
+        """Renew a server's lease.
+
+        False: it had lapsed and its answers were recovered by another; it has a new lease now.
+        """
 
         def job(connection: Connection) -> bool:
             now_s = self._now_s(connection)
@@ -124,14 +135,18 @@ class AnswerStore(Storage):
         return self.recover_drafts(owner)
 
     def recover_drafts(self, owner: str | None = None, expires_s: float | None = None) -> int:
-        """Make a turn of each draft whose writer is dead: a branch that no conversation ends with, and that can be gone on from.
+        """Make a turn of each draft whose writer is dead.
 
-        Its last message is the assistant's, as far as it came; its `reply_reason` is `INTERRUPTED`. Keys whose answer was not stored whole are free
-        again, all in one transaction. A server that lives must not be recovered: its answers would be cut in two.
+        A branch that no conversation ends with, and that can be gone on from.
+
+        Its last message is the assistant's, as far as it came; its `reply_reason` is `INTERRUPTED`. Keys
+        whose answer was not stored whole are free again, all in one transaction. A server that lives must not
+        be recovered: its answers would be cut in two.
 
         Args:
             owner: whose; its lease ends. None = of all owners that have no lease.
-            expires_s: only if the lease still ends then: it was neither renewed nor recovered by another server meanwhile.
+            expires_s: only if the lease still ends then: it was neither renewed nor recovered by another
+                server meanwhile.
 
         Returns:
             How many there were.
@@ -155,8 +170,10 @@ class AnswerStore(Storage):
         *,
         owner: str = "",
     ) -> Claim:
-        """Say which turn an idempotency key stands for, unless it stands for another one: claimed within the last `CLAIM_S`, and either stored
-        whole or under way at an owner that was not recovered. Durable on return.
+        """Say which turn an idempotency key stands for, unless it stands for another one.
+
+        Claimed within the last `CLAIM_S`, and either stored whole or under way at an owner that was not
+        recovered. Durable on return.
 
         Args:
             namespace: the caller's; the same key of another one is another key.
@@ -182,7 +199,9 @@ class AnswerStore(Storage):
         return self._writer.call(job)
 
     def release(self, namespace: str, key: str, turn_id: str | None = None) -> Future[None]:
-        """Let go of a key whose answer failed, so that the next try is the first; nothing happens if it is not claimed. Returns at once.
+        """Let go of a key whose answer failed, so that the next try is the first.
+
+        Nothing happens if it is not claimed. Returns at once.
 
         With `turn_id`, only if the key stands for that turn: a later try may have claimed it meanwhile.
         """

@@ -1,6 +1,9 @@
-"""Answers under way in SQL, as steps inside a transaction: drafts, which survive a crash, and claims, which say which turn answers a retry.
+"""Answers under way in SQL, as steps inside a transaction.
 
-A claim stands for a whole answer, or for one under way; what was cut short answers no retry. Knows tables; never threads or processes.
+Drafts, which survive a crash, and claims, which say which turn answers a retry.
+
+A claim stands for a whole answer, or for one under way; what was cut short answers no retry. Knows tables;
+never threads or processes.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ def check_claimed(connection: Connection, namespace: str, turn_id: str) -> None:
 
 def _lost() -> AnswerLost:
     return AnswerLost(
-        "this server was out of touch with its store for too long, and its answers were given up as interrupted: this one was not stored; ask again"
+        "this server was out of touch with its store for too long, and its answers were given up as "
+        "interrupted: this one was not stored; ask again"
     )
 
 
@@ -60,12 +64,14 @@ def begin_draft(
     stop = at.start + len(content.token_ids)
     if not at.start <= output_start <= stop:
         raise InvalidRequest(
-            f"a draft's output_start must lie in [{at.start}, {stop}], as its token ids do, got {output_start}"
+            f"a draft's output_start must lie in [{at.start}, {stop}], as its token ids do, got "
+            f"{output_start}"
         )
     check_free(connection, turn_id, at.conversation)
     discard_draft(connection, turn_id)
     connection.execute(
-        "INSERT INTO drafts (turn_id, owner, conversation, parent, start, token_ids, messages, meta, created_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO drafts (turn_id, owner, conversation, parent, start, token_ids, messages, meta, "
+        "created_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             turn_id,
             owner,
@@ -102,7 +108,10 @@ def discard_draft(connection: Connection, turn_id: str) -> None:
 
 
 def recover_drafts(connection: Connection, owner: str | None) -> int:
-    """Make turns of an owner's drafts (None: of all that have no lease), and free the keys that stood for them: how many drafts."""
+    """Make turns of an owner's drafts (None.
+
+    Of all that have no lease), and free the keys that stood for them: how many drafts.
+    """
     whose, values = (
         ("NOT EXISTS (SELECT 1 FROM owners WHERE owners.id = {0}.owner)", ())
         if owner is None
@@ -110,7 +119,8 @@ def recover_drafts(connection: Connection, owner: str | None) -> int:
     )
     found = connection.execute(
         "SELECT turn_id, conversation, namespace, parent, start, token_ids, messages, meta, drafts.created_s"
-        f" FROM drafts JOIN conversations ON conversations.key = drafts.conversation WHERE {whose.format('drafts')}",
+        " FROM drafts JOIN conversations ON conversations.key = drafts.conversation WHERE "
+        f"{whose.format('drafts')}",
         values,
     ).fetchall()
     for turn_id, conversation, namespace, parent, start, prompt, messages, meta, created_s in found:
@@ -130,7 +140,8 @@ def recover_drafts(connection: Connection, owner: str | None) -> int:
             at = trees.place(connection, namespace, conversation, parent, start, turn_id)
             trees.insert_turn(connection, namespace, at, turn_id, content, INTERRUPTED, created_s)
         discard_draft(connection, turn_id)
-    # Not stored, or stored as a fragment just now. (A whole turn whose client was not told yet keeps its key: it is the answer.)
+    # Not stored, or stored as a fragment just now. (A whole turn whose client was not told yet keeps its key:
+    # it is the answer.)
     whole = f"EXISTS (SELECT 1 FROM turns WHERE turns.id = claims.turn_id AND coalesce(reply_reason, '') <> '{INTERRUPTED}')"
     connection.execute(f"DELETE FROM claims WHERE {whose.format('claims')} AND NOT {whole}", values)
     return len(found)
@@ -163,7 +174,8 @@ def claim(
             return Claim(first, bytes(print_), fresh=False, stored=stored, owner=first_owner)
     release(connection, namespace, key)
     connection.execute(
-        "INSERT INTO claims (namespace, key, fingerprint, turn_id, created_s, owner) VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO claims (namespace, key, fingerprint, turn_id, created_s, owner) VALUES (?, ?, ?, ?, ?, "
+        "?)",
         (namespace, key, fingerprint, turn_id, now_s, owner),
     )
     return Claim(turn_id, fingerprint, fresh=True, owner=owner)

@@ -1,12 +1,14 @@
-"""Conversations that are durable: the store itself. Knows messages, token ids and transactions; never which database, text or caches.
+"""Conversations that are durable: the store itself.
 
-Turns form trees. A turn has a parent, and a conversation points to its newest turn, its leaf. Editing an old message begins a
-branch; a fork is a second conversation that points into the same tree. Turns are immutable. A deleted turn that others still
-build on is only marked deleted.
+Knows messages, token ids and transactions; never which database, text or caches.
 
-A turn stores only what it added to its parent's path. Its `start` says where in the path's token log its ids begin: normally at
-the end of the parent's log, but earlier if a chat template rewrote earlier turns. So one rule rebuilds every log, `path_tokens`:
-cut the log at `start`, append the turn's ids.
+Turns form trees. A turn has a parent, and a conversation points to its newest turn, its leaf. Editing an old
+message begins a branch; a fork is a second conversation that points into the same tree. Turns are immutable.
+A deleted turn that others still build on is only marked deleted.
+
+A turn stores only what it added to its parent's path. Its `start` says where in the path's token log its ids
+begin: normally at the end of the parent's log, but earlier if a chat template rewrote earlier turns. So one
+rule rebuilds every log, `path_tokens`: cut the log at `start`, append the turn's ids.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ MAX_INT = (1 << 63) - 1  # the largest integer that databases count with
 class ConversationStore(AnswerStore):
     """Keeps conversations. Safe to call from any thread.
 
-    A conversation or turn of another namespace does not exist for a caller. Every method raises `StoreError` if the storage fails.
-    What a method changed is durable when it returns, power loss included.
+    A conversation or turn of another namespace does not exist for a caller. Every method raises `StoreError`
+    if the storage fails. What a method changed is durable when it returns, power loss included.
     """
 
     # -- conversations
@@ -118,7 +120,9 @@ class ConversationStore(AnswerStore):
         return int(self._read(lambda connection: connection.execute(query, (namespace,)).fetchone()[0]))
 
     def expired(self, now_s: float, limit: int = 100) -> Sequence[Conversation]:
-        """Conversations of all namespaces whose time has come and that are neither pinned nor being answered, the longest overdue first."""
+        """Conversations of all namespaces whose time has come and that are neither pinned nor being answered,
+        the longest overdue first.
+        """
         if limit < 0:
             raise InvalidRequest(f"limit must be at least 0, got {limit}")
         answered = "EXISTS (SELECT 1 FROM drafts WHERE drafts.conversation = conversations.key)"
@@ -130,7 +134,8 @@ class ConversationStore(AnswerStore):
     def fork(
         self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None
     ) -> Conversation:
-        """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title, its metadata and its time to live.
+        """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title, its
+        metadata and its time to live.
 
         Raises:
             ConversationNotFound: no such conversation or turn in this namespace.
@@ -189,7 +194,8 @@ class ConversationStore(AnswerStore):
         return self._set(namespace, id, title=rows.title_text(title), metadata=text)
 
     def set_ttl(self, namespace: str, id: str, ttl_s: float | None) -> Conversation:
-        """Say for how long a conversation is kept after its last use (this call, and each turn that begins or ends), in seconds; None: for ever.
+        """Say for how long a conversation is kept after its last use (this call, and each turn that begins or
+        ends), in seconds; None: for ever.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
@@ -203,7 +209,10 @@ class ConversationStore(AnswerStore):
         return self._set(namespace, id, ttl_s=None if ttl_s is None else float(ttl_s), expires_s=expires_s)
 
     def touch(self, namespace: str, id: str) -> Future[None]:
-        """A turn of a conversation begins: its time to live begins anew. Nothing happens if it has none. Returns at once."""
+        """A turn of a conversation begins: its time to live begins anew.
+
+        Nothing happens if it has none. Returns at once.
+        """
         return self._writer.submit(
             lambda connection: trees.touch(connection, trees.key_of(connection, namespace, id), self._clock())
         )
@@ -217,15 +226,20 @@ class ConversationStore(AnswerStore):
         return self._set(namespace, id, pinned=int(pinned))
 
     def delete_unused(self, namespace: str, id: str) -> Future[bool]:
-        """Delete a conversation that was begun for an answer which then failed: one without any turn or draft. Returns at once.
+        """Delete a conversation that was begun for an answer which then failed.
+
+        One without any turn or draft. Returns at once.
 
         Returns:
-            A future of whether it went; it stays if it was used after all, and nothing happens if there is none.
+            A future of whether it went; it stays if it was used after all, and nothing happens if there is
+            none.
         """
         return self._writer.submit(lambda connection: trees.delete_unused(connection, namespace, id))
 
     def delete(self, namespace: str, id: str) -> None:
-        """Delete a conversation, its drafts and its turns; those that another conversation's paths run through become that one's.
+        """Delete a conversation, its drafts and its turns.
+
+        Those that another conversation's paths run through become that one's.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
@@ -233,11 +247,13 @@ class ConversationStore(AnswerStore):
         self._writer.call(lambda connection: trees.delete_conversation(connection, namespace, id))
 
     def erase(self, namespace: str, id: str, *, overwrite: bool = True) -> Erased:
-        """Delete a conversation as `delete` does, then overwrite what the storage still has of it. May take seconds.
+        """Delete a conversation as `delete` does, then overwrite what the storage still has of it.
 
-        What cannot be overwritten now is remembered, durably and without a name: the method `overwrite` tries again. Without the argument
-        `overwrite` it is only remembered.
-        What lies outside the store's files is not reached: backups, snapshots and spare blocks of the file system or the drive.
+        May take seconds.
+
+        What cannot be overwritten now is remembered, durably and without a name: the method `overwrite` tries
+        again. Without the argument `overwrite` it is only remembered. What lies outside the store's files is
+        not reached: backups, snapshots and spare blocks of the file system or the drive.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
@@ -251,13 +267,18 @@ class ConversationStore(AnswerStore):
         return Erased(turns, size, self.overwrite() if overwrite else False)
 
     def erasures(self) -> int:
-        """How many conversations were deleted whose bytes may still be in the store's files, to be overwritten."""
+        """How many conversations were deleted whose bytes may still be in the store's files, to be
+        overwritten.
+        """
         return int(
             self._read(lambda connection: connection.execute("SELECT count(*) FROM erasures").fetchone()[0])
         )
 
     def overwrite(self) -> bool:
-        """Overwrite what deleted conversations left in the store's files; whether nothing is left. May take seconds."""
+        """Overwrite what deleted conversations left in the store's files; whether nothing is left.
+
+        May take seconds.
+        """
         (last,) = self._read(lambda connection: connection.execute("SELECT max(id) FROM erasures").fetchone())
         done, complete = self._scrub()
         if done and last is not None:  # those that came meanwhile may have been missed
@@ -293,15 +314,17 @@ class ConversationStore(AnswerStore):
         return self._read(lambda connection: trees.leaves(connection, namespace, turn_id))
 
     def find(self, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
-        """Recognise a history that was sent again: the longest part of it, from its first message on, that a stored turn ends with.
+        """Recognise a history that was sent again.
+
+        The longest part of it, from its first message on, that a stored turn ends with.
 
         Args:
             namespace: the caller's.
             digests: `chat.path_digests` of the history, one for each message, oldest first.
 
         Returns:
-            Index into `digests` and the turn; of several such turns one that is a conversation's leaf rather than another, then the
-            newest. None = nothing of it is known.
+            Index into `digests` and the turn; of several such turns one that is a conversation's leaf rather
+            than another, then the newest. None = nothing of it is known.
         """
         return self._read(lambda connection: trees.find(connection, namespace, digests))
 
@@ -320,7 +343,9 @@ class ConversationStore(AnswerStore):
         meta: Mapping[str, object] | None = None,
         claimed: bool = False,
     ) -> Future[Turn]:
-        """Add a turn and make it the conversation's leaf; a draft of its id goes with that. Returns at once; the work is done elsewhere.
+        """Add a turn and make it the conversation's leaf; a draft of its id goes with that.
+
+        Returns at once; the work is done elsewhere.
 
         Args:
             namespace: the caller's.
@@ -336,11 +361,12 @@ class ConversationStore(AnswerStore):
             claimed: an idempotency key stands for the turn: refuse to store it if that is no longer so.
 
         Returns:
-            A future that has the turn once it is durable, and not before. It fails with `ConversationNotFound` (no such
-            conversation or parent), `ConversationConflict` (`only_if_leaf`, and it is not), `InvalidRequest` (`start` or a token id out of
-            range, `turn_id` taken, meta that JSON cannot hold), `AnswerLost` (its draft was recovered, or its key answered, by another server) or
-            `StoreError`; nothing is stored then, unless the error says that this is unknown.
-            Its callbacks run on the store's thread: keep them short.
+            A future that has the turn once it is durable, and not before. It fails with
+            `ConversationNotFound` (no such conversation or parent), `ConversationConflict` (`only_if_leaf`,
+            and it is not), `InvalidRequest` (`start` or a token id out of range, `turn_id` taken, meta that
+            JSON cannot hold), `AnswerLost` (its draft was recovered, or its key answered, by another server)
+            or `StoreError`; nothing is stored then, unless the error says that this is unknown. Its callbacks
+            run on the store's thread: keep them short.
         """
         try:
             content = rows.Content.of(messages, token_ids, meta)
@@ -353,7 +379,8 @@ class ConversationStore(AnswerStore):
             key = trees.key_of(connection, namespace, conversation_id)
             if only_if_leaf and trees.get(connection, namespace, conversation_id).leaf != parent:
                 raise ConversationConflict(
-                    f"conversation {conversation_id!r} went on elsewhere while this turn was answered (another process uses the same store): "
+                    f"conversation {conversation_id!r} went on elsewhere while this turn was answered "
+                    "(another process uses the same store): "
                     "it was not stored; ask again"
                 )
             if chosen:
@@ -370,11 +397,16 @@ class ConversationStore(AnswerStore):
         return self._writer.submit(job)
 
     def home(self, namespace: str, turn_id: str) -> str | None:
-        """The conversation that a turn was added to, or the one that inherited it; None = no such turn in this namespace."""
+        """The conversation that a turn was added to, or the one that inherited it.
+
+        None = no such turn in this namespace.
+        """
         return self._read(lambda connection: trees.home(connection, namespace, turn_id))
 
     def delete_turn(self, namespace: str, turn_id: str) -> bool:
-        """Delete a turn if nothing depends on it: no turn, no draft and no conversation but its own, which then ends with the turn's parent.
+        """Delete a turn if nothing depends on it.
+
+        No turn, no draft and no conversation but its own, which then ends with the turn's parent.
 
         Otherwise it stays, its meta marked `{"deleted": true}`.
 
@@ -391,7 +423,9 @@ class ConversationStore(AnswerStore):
     # -- inside
 
     def _conversations(self, condition: str, values: Sequence[Any]) -> builtins.list[Conversation]:
-        """Those that can be read: one that is damaged is named in the log, and does not take the others with it."""
+        """Those that can be read: one that is damaged is named in the log, and does not take the others with
+        it.
+        """
         query = f"SELECT {rows.CONVERSATION} FROM conversations WHERE {condition}"
         found = []
         for row in self._read(lambda connection: connection.execute(query, values).fetchall()):

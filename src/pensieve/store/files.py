@@ -1,6 +1,9 @@
-"""Whether a database's files are still those that were opened. Knows names and inodes; never what is in the files.
+"""Whether a database's files are still those that were opened.
 
-A file that was deleted or replaced goes on taking writes under no name, and all of them are lost when it is closed.
+Knows names and inodes; never what is in the files.
+
+A file that was deleted or replaced goes on taking writes under no name, and all of them are lost when it is
+closed.
 """
 
 from __future__ import annotations

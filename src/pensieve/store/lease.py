@@ -1,7 +1,10 @@
-"""A server's lease in the store, and those of servers that died. Knows processes and time; never what answers are.
+"""A server's lease in the store, and those of servers that died.
 
-A lease is renewed every `RENEW_S`. Another server's answers are recovered when its process has ended, where that can be seen from here, or when its
-lease has been found lapsed twice, `RENEW_S` apart: a machine that was asleep wakes up with every lease lapsed, and each server renews its own then.
+Knows processes and time; never what answers are.
+
+A lease is renewed every `RENEW_S`. Another server's answers are recovered when its process has ended, where
+that can be seen from here, or when its lease has been found lapsed twice, `RENEW_S` apart: a machine that was
+asleep wakes up with every lease lapsed, and each server renews its own then.
 """
 
 from __future__ import annotations
@@ -69,7 +72,8 @@ class Lease:
     def _tick(self) -> None:
         if not self._store.renew(self.owner, self._place):
             log.error(
-                "this server's lease in the conversation store had lapsed, and another server gave its answers up: those under way may fail"
+                "this server's lease in the conversation store had lapsed, and another server gave its "
+                "answers up: those under way may fail"
             )
         if num_recovered := self._recover_dead():
             log.info("%d answers of a server that died are kept as far as they were stored", num_recovered)

@@ -17,7 +17,9 @@ _SCHEMES = ("sqlite:", "postgresql:", "postgres:", "file:")  # what URLs begin w
 def open_store(
     url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time
 ) -> ConversationStore:
-    """Open the conversation store that a URL names; SQLite's is made if it is not there, PostgreSQL's tables are.
+    """Open the conversation store that a URL names.
+
+    SQLite's is made if it is not there, PostgreSQL's tables are.
 
     Args:
         url: one of `FORMS`.
@@ -42,8 +44,9 @@ def open_store(
 def sqlite_path(url: str) -> str | None:
     """The file that a store's URL names, or ":memory:"; None for PostgreSQL. Nothing is opened.
 
-    Without a scheme it is a path, if it looks like one: with a separator or a suffix, or the name of a file that is there. A bare word is more
-    likely meant for something else (`memory`), and would become a file of that name.
+    Without a scheme it is a path, if it looks like one: with a separator or a suffix, or the name of a file
+    that is there. A bare word is more likely meant for something else (`memory`), and would become a file of
+    that name.
 
     Raises:
         ConfigError: the URL has another form.
@@ -55,14 +58,16 @@ def sqlite_path(url: str) -> str | None:
         path = Path(url).expanduser()
         if url != MEMORY and not ("/" in url or path.suffix or path.is_file()):
             raise ConfigError(
-                f"a conversation store {url!r} is no URL and no file's path: {MEMORY} keeps nothing on disk, sqlite:///{url.strip(':')}.db is a file in "
+                f"a conversation store {url!r} is no URL and no file's path: {MEMORY} keeps nothing on disk, "
+                f"sqlite:///{url.strip(':')}.db is a file in "
                 f"this directory; or one of {FORMS}"
             )
         return url if url == MEMORY else str(path)
     if scheme == "sqlite":
         if rest != MEMORY and (not rest.startswith("/") or rest == "/"):
             raise ConfigError(
-                f"a SQLite store's URL has three slashes and a path, or four for an absolute one: sqlite:///file.db, got {url!r}"
+                "a SQLite store's URL has three slashes and a path, or four for an absolute one: "
+                f"sqlite:///file.db, got {url!r}"
             )
         return rest if rest == MEMORY else rest[1:]
     if scheme in ("postgresql", "postgres"):

@@ -1,4 +1,6 @@
-"""Leases in SQL, as steps inside a transaction: which servers live, as far as the store can tell. Knows tables; never processes or threads.
+"""Leases in SQL, as steps inside a transaction: which servers live, as far as the store can tell.
+
+Knows tables; never processes or threads.
 
 `now_s` is the store's clock throughout: one for all servers, so that their own clocks may differ.
 """

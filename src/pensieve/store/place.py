@@ -1,7 +1,7 @@
 """Where a process runs, and whether it still does. Knows this machine's processes; never stores.
 
-A server that was killed can be told from one that is only slow at once, if the one that asks sees the same processes. In another container, on
-another machine, or where there is no /proc, only its lease can tell.
+A server that was killed can be told from one that is only slow at once, if the one that asks sees the same
+processes. In another container, on another machine, or where there is no /proc, only its lease can tell.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ DEAD = ("Z", "X")  # states of a process of which only its exit code is left
 
 
 def here() -> str:
-    """This process's place: the machine's start, the process namespace, the process's id and its start; "" where that cannot be known."""
+    """This process's place: the machine's start, the process namespace, the process's id and its start; ""
+    where that cannot be known.
+    """
     scope, found = _scope(), _look(os.getpid())
     return f"{scope} {os.getpid()} {found[1]}" if scope and found is not None else ""
 
 
 def is_gone(place: str) -> bool:
-    """Whether a process that wrote this place has ended for sure. False also where that cannot be known from here."""
+    """Whether a process that wrote this place has ended for sure.
+
+    False also where that cannot be known from here.
+    """
     parts = place.split(" ")
     if len(parts) != 4 or not parts[2].isdigit() or not _scope() or " ".join(parts[:2]) != _scope():
         return False

@@ -1,4 +1,6 @@
-"""Conversations in a PostgreSQL database. Knows PostgreSQL's ways with connections and transactions; never what conversations are.
+"""Conversations in a PostgreSQL database.
+
+Knows PostgreSQL's ways with connections and transactions; never what conversations are.
 
 Imported only where a store's URL asks for it: psycopg comes with the extra `postgres`.
 """
@@ -56,7 +58,8 @@ class PostgresConnection:
 
     Args:
         raw: psycopg's.
-        deadlines: what ends a statement that takes longer than `statement_s` seconds, by closing the connection.
+        deadlines: what ends a statement that takes longer than `statement_s` seconds, by closing the
+            connection.
     """
 
     def __init__(
@@ -84,8 +87,8 @@ class PostgresLink:
 
     Args:
         connect: makes a connection.
-        lock: the advisory lock that every writer takes, so that they write one after the other as SQLite's do: what a transaction has
-            looked at stays true until it commits.
+        lock: the advisory lock that every writer takes, so that they write one after the other as SQLite's
+            do: what a transaction has looked at stays true until it commits.
         patience_s: how long to try to connect anew.
     """
 
@@ -113,7 +116,10 @@ class PostgresLink:
         return self.connection.raw.closed
 
     def begin(self) -> None:
-        """Begin a transaction that no other writer runs beside. Nothing was written yet, so a lost connection may be replaced here."""
+        """Begin a transaction that no other writer runs beside.
+
+        Nothing was written yet, so a lost connection may be replaced here.
+        """
         try:
             self._begin()
         except psycopg.OperationalError:
@@ -132,7 +138,9 @@ class PostgresLink:
         """Nothing: what a server has committed is found by the next connection."""
 
     def outcome(self) -> bool | None:
-        """Whether the transaction's mark is there. The lock is waited for: the process that served the old connection may not be done yet.
+        """Whether the transaction's mark is there.
+
+        The lock is waited for: the process that served the old connection may not be done yet.
 
         (PostgreSQL's own numbers of transactions cannot tell: after a crash they may be given to others.)
         """
@@ -206,20 +214,22 @@ def words_of(error: BaseException) -> str:
 class PostgresStore(ConversationStore):
     """A `ConversationStore` in a PostgreSQL database, in a schema of its own.
 
-    A connection that is lost, or on which a statement takes longer than `statement_s`, is replaced, and what was under way on it is tried once
-    more unless it was committed. While the server cannot be reached everything fails at once; a thread looks for it meanwhile. Session settings are used: between this and the
-    server there may be no pooler that hands out connections by the transaction. A commit is as durable as the server's settings
-    make it: `fsync=off` there loses acknowledged turns with the power.
+    A connection that is lost, or on which a statement takes longer than `statement_s`, is replaced, and what
+    was under way on it is tried once more unless it was committed. While the server cannot be reached
+    everything fails at once; a thread looks for it meanwhile. Session settings are used: between this and the
+    server there may be no pooler that hands out connections by the transaction. A commit is as durable as the
+    server's settings make it: `fsync=off` there loses acknowledged turns with the power.
 
-    `erase` deletes the rows and vacuums the tables. It cannot promise that the bytes are gone: PostgreSQL frees the space of a row without
-    overwriting it, the write-ahead log and its archive hold what was written, and so do replicas and backups. So it
-    never says that it was complete.
+    `erase` deletes the rows and vacuums the tables. It cannot promise that the bytes are gone: PostgreSQL
+    frees the space of a row without overwriting it, the write-ahead log and its archive hold what was
+    written, and so do replicas and backups. So it never says that it was complete.
 
     Args:
         url: `postgresql://user:password@host:port/database?parameters`, whatever libpq knows.
         schema: where the tables are, made if it is not there.
         busy_timeout_s: how long to wait for other writers, and for a server that starts again.
-        statement_s: how long the server may take to answer a statement; not that of `erase`, nor to bring the tables up to date.
+        statement_s: how long the server may take to answer a statement; not that of `erase`, nor to bring the
+            tables up to date.
         clock: seconds since the epoch; leases go by the server's.
         migrations: the schema's history.
 
@@ -317,10 +327,11 @@ class PostgresStore(ConversationStore):
     def _open(self, statement_s: float) -> PostgresConnection:
         raw = psycopg.connect(**self._parameters, autocommit=True)
         connection = PostgresConnection(raw, self._deadlines, statement_s + MARGIN_S)
-        # A transaction of a process that is frozen must not hold the writers' lock. A commit returns when it would survive a power loss; a stronger
-        # setting of the server's is left alone.
+        # A transaction of a process that is frozen must not hold the writers' lock. A commit returns when it
+        # would survive a power loss; a stronger setting of the server's is left alone.
         connection.execute(
-            "SELECT set_config('search_path', ?, false), set_config('lock_timeout', ?, false), set_config('statement_timeout', ?, false),"
+            "SELECT set_config('search_path', ?, false), set_config('lock_timeout', ?, false), "
+            "set_config('statement_timeout', ?, false),"
             " set_config('idle_in_transaction_session_timeout', ?, false),"
             " CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')"
             " THEN set_config('synchronous_commit', 'on', false) END",
@@ -329,7 +340,10 @@ class PostgresStore(ConversationStore):
         return connection
 
     def _read(self, query: Job[T]) -> T:
-        """Run a query on a connection that nobody else uses meanwhile; once more if the server was gone since the connection's last use."""
+        """Run a query on a connection that nobody else uses meanwhile.
+
+        Once more if the server was gone since the connection's last use.
+        """
         with self._reading:
             try:
                 connection, used = self._take()
@@ -378,7 +392,10 @@ class PostgresStore(ConversationStore):
                 self._idle.pop().raw.close()
 
     def _scrub(self) -> tuple[bool, bool]:
-        """Give the space of deleted rows back to the tables, beside the writer; whether bytes are left cannot be told."""
+        """Give the space of deleted rows back to the tables, beside the writer.
+
+        Whether bytes are left cannot be told.
+        """
         try:
             with contextlib.closing(self._connect(MIGRATION_S).raw) as raw:
                 PostgresConnection(raw, self._deadlines, MIGRATION_S).execute(f"VACUUM {', '.join(TABLES)}")

@@ -1,7 +1,10 @@
-"""Operations on PostgreSQL connections that end in time, whatever the server does. Knows sockets and clocks; never SQL.
+"""Operations on PostgreSQL connections that end in time, whatever the server does.
 
-A server that is stopped, or whose machine is frozen, keeps its connections: it neither answers nor breaks them, and its own timeouts do not run.
-So the client's end is closed under an operation that takes too long, which then fails as on any lost connection.
+Knows sockets and clocks; never SQL.
+
+A server that is stopped, or whose machine is frozen, keeps its connections: it neither answers nor breaks
+them, and its own timeouts do not run. So the client's end is closed under an operation that takes too long,
+which then fails as on any lost connection.
 """
 
 from __future__ import annotations

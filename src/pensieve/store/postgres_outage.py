@@ -1,6 +1,9 @@
-"""Times in which a PostgreSQL server cannot be reached. Knows when one began and whether it has ended; never SQL.
+"""Times in which a PostgreSQL server cannot be reached.
 
-While a server is away each try to connect takes seconds. So only one thread tries, and everything else fails at once.
+Knows when one began and whether it has ended; never SQL.
+
+While a server is away each try to connect takes seconds. So only one thread tries, and everything else fails
+at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The PostgreSQL tables and how old ones are brought up to date. Knows connections and columns; never what uses them.
+"""The PostgreSQL tables and how old ones are brought up to date.
 
-All tables lie in a schema of their own. Its table `schema_version` holds the version. To change the schema, append a
-function to `MIGRATIONS`; never edit one that was released.
+Knows connections and columns; never what uses them.
+
+All tables lie in a schema of their own. Its table `schema_version` holds the version. To change the schema,
+append a function to `MIGRATIONS`; never edit one that was released.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ def _owners(connection: Connection) -> None:
     )
     connection.execute("ALTER TABLE claims ADD COLUMN owner TEXT NOT NULL DEFAULT 'before version 2'")
     connection.execute(
-        "DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))"
+        "DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', "
+        "'abort'))"
     )
     connection.execute("CREATE INDEX claims_by_owner ON claims (owner)")
     connection.execute("ALTER TABLE conversations ADD COLUMN ttl_s DOUBLE PRECISION")
@@ -123,12 +126,15 @@ def _owners(connection: Connection) -> None:
     connection.execute("UPDATE conversations SET ttl_s = greatest(0, expires_s - created_s) WHERE ttl_s = 0")
     connection.execute("ALTER TABLE turns ADD COLUMN checksum BYTEA")
     connection.execute(
-        "CREATE TABLE erasures (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, requested_s DOUBLE PRECISION NOT NULL)"
+        "CREATE TABLE erasures (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, requested_s DOUBLE "
+        "PRECISION NOT NULL)"
     )
     connection.execute("CREATE TABLE probe (filler BYTEA NOT NULL)")
-    # What a process's last transaction wrote: by that it finds out whether a commit came through under which its connection was lost.
+    # What a process's last transaction wrote: by that it finds out whether a commit came through under which
+    # its connection was lost.
     connection.execute(
-        "CREATE TABLE writers (id TEXT PRIMARY KEY, transaction TEXT NOT NULL, used_s DOUBLE PRECISION NOT NULL)"
+        "CREATE TABLE writers (id TEXT PRIMARY KEY, transaction TEXT NOT NULL, used_s DOUBLE PRECISION NOT "
+        "NULL)"
     )
 
 
@@ -174,7 +180,8 @@ def bring_up_to_date(connection: Connection, name: str, schema: str, migrations:
         (version,) = connection.execute("SELECT version FROM schema_version").fetchone()
     elif tables:
         raise StoreError(
-            f"the schema {schema} of {name} holds tables of some other program: choose another database for the conversation store"
+            f"the schema {schema} of {name} holds tables of some other program: choose another database for "
+            "the conversation store"
         )
     else:
         version = 0
@@ -182,7 +189,8 @@ def bring_up_to_date(connection: Connection, name: str, schema: str, migrations:
         connection.execute("INSERT INTO schema_version VALUES (0)")
     if version > len(migrations):
         raise StoreError(
-            f"the conversation store {name} has schema version {version}, this program knows versions up to {len(migrations)}:"
+            f"the conversation store {name} has schema version {version}, this program knows versions up to "
+            f"{len(migrations)}:"
             " use the newer program that wrote it, or another database"
         )
     if version < len(migrations):

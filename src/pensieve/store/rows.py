@@ -1,4 +1,6 @@
-"""How messages, token ids and names are written in a database's columns. Knows values; never tables or connections.
+"""How messages, token ids and names are written in a database's columns.
+
+Knows values; never tables or connections.
 
 All JSON is ASCII: it holds any string, lone surrogates and NUL included, in a column of any database.
 """
@@ -26,7 +28,10 @@ TURN = "id, parent, messages, token_ids, start, reply_reason, created_s, digest,
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a turn adds to its parent's path: the values, and how they are written. Made before a writer's time is spent on it."""
+    """What a turn adds to its parent's path: the values, and how they are written.
+
+    Made before a writer's time is spent on it.
+    """
 
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
@@ -38,7 +43,10 @@ class Content:
     def of(
         cls, messages: Sequence[Message], token_ids: Sequence[int], meta: Mapping[str, object] | None
     ) -> Content:
-        """Copies: the caller's lists may change afterwards. Raises `InvalidRequest` for a token id that is none, or meta that JSON cannot hold."""
+        """Copies: the caller's lists may change afterwards.
+
+        Raises `InvalidRequest` for a token id that is none, or meta that JSON cannot hold.
+        """
         messages, token_ids = tuple(messages), tuple(token_ids)
         return cls(
             messages, token_ids, messages_text(messages), pack(token_ids), json_text(meta, "a turn's meta")
@@ -61,7 +69,8 @@ def conversation(row: Sequence[Any]) -> Conversation:
         title, metadata = None if title is None else title_from(title), json.loads(metadata)
     except ValueError as error:
         raise StoreError(
-            f"conversation {id!r} is damaged in the store ({error}): restore the store from a backup, or delete it"
+            f"conversation {id!r} is damaged in the store ({error}): restore the store from a backup, or "
+            "delete it"
         ) from error
     return Conversation(
         id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, bool(pinned), ttl_s
@@ -125,7 +134,8 @@ def checksum(
 def damaged(turn_id: str, why: str) -> StoreError:
     """The error for a turn that is not what was written."""
     return StoreError(
-        f"turn {turn_id!r} is not what was written to the store ({why}): it is not served; restore the store from a backup, or delete its conversation"
+        f"turn {turn_id!r} is not what was written to the store ({why}): it is not served; restore the store "
+        "from a backup, or delete its conversation"
     )
 
 
@@ -195,7 +205,10 @@ def title_from(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a column that is compared can hold a text: not a lone surrogate, which has no UTF-8 form, nor NUL, which PostgreSQL lacks."""
+    """Whether a column that is compared can hold a text.
+
+    Not a lone surrogate, which has no UTF-8 form, nor NUL, which PostgreSQL lacks.
+    """
     try:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:
@@ -206,14 +219,16 @@ def check_names(**names: str | None) -> None:
     """Refuse what `is_name` says no to.
 
     Raises:
-        InvalidRequest: with the name of the argument, spaces for underscores. Also if it is too long for an index.
+        InvalidRequest: with the name of the argument, spaces for underscores. Also if it is too long for an
+            index.
     """
     for name, text in names.items():
         if text is not None and not is_name(text):
             raise InvalidRequest(f"{name.replace('_', ' ')} must be valid Unicode without NUL, got {text!r}")
         if text is not None and len(text.encode()) > MAX_NAME_BYTES:
             raise InvalidRequest(
-                f"{name.replace('_', ' ')} must be at most {MAX_NAME_BYTES} bytes long, got {len(text.encode())}"
+                f"{name.replace('_', ' ')} must be at most {MAX_NAME_BYTES} bytes long, got "
+                f"{len(text.encode())}"
             )
 
 

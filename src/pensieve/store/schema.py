@@ -1,7 +1,9 @@
-"""The SQLite database's tables and how old files are brought up to date. Knows connections and columns; never what uses them.
+"""The SQLite database's tables and how old files are brought up to date.
 
-`PRAGMA user_version` holds the version. To change the schema, append a function to `MIGRATIONS`; never edit one that
-was released.
+Knows connections and columns; never what uses them.
+
+`PRAGMA user_version` holds the version. To change the schema, append a function to `MIGRATIONS`; never edit
+one that was released.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def _create(connection: sqlite3.Connection) -> None:
 
 
 def _answers(connection: sqlite3.Connection) -> None:
-    """Version 1 to 2: histories can be recognised, answers under way survive, retries are told, conversations expire."""
+    """Version 1 to 2: histories can be recognised, answers under way survive, retries are told, conversations
+    expire.
+    """
     connection.execute(
         "ALTER TABLE turns ADD COLUMN digest BLOB NOT NULL DEFAULT x''"
     )  # chat.extend_digest over the path's messages
@@ -152,7 +156,9 @@ def _add_digests(connection: sqlite3.Connection, root: str) -> None:
 
 
 def _owners(connection: sqlite3.Connection) -> None:
-    """Version 2 to 3: owners with leases, times to live since the last use, turns with checksums, erasures to be completed."""
+    """Version 2 to 3: owners with leases, times to live since the last use, turns with checksums, erasures to
+    be completed.
+    """
     connection.execute(
         """
         CREATE TABLE owners (
@@ -162,17 +168,20 @@ def _owners(connection: sqlite3.Connection) -> None:
         )
         """
     )
-    # Claims of before have an owner that has no lease, as drafts of before have: what is not stored whole is recovered.
+    # Claims of before have an owner that has no lease, as drafts of before have: what is not stored whole is
+    # recovered.
     connection.execute("ALTER TABLE claims ADD COLUMN owner TEXT NOT NULL DEFAULT 'before version 3'")
     connection.execute(
-        "DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))"
+        "DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', "
+        "'abort'))"
     )
     connection.execute("CREATE INDEX claims_by_owner ON claims (owner)")
 
     connection.execute(
         "ALTER TABLE conversations ADD COLUMN ttl_s REAL"
     )  # NULL = for ever; expires_s is that long after the last use
-    # Version 2 did not keep how long was asked for, nor when. What was asked for ends when it would have ended, if no turn comes.
+    # Version 2 did not keep how long was asked for, nor when. What was asked for ends when it would have
+    # ended, if no turn comes.
     connection.execute(
         "UPDATE conversations SET ttl_s = max(0, expires_s - updated_s) WHERE expires_s IS NOT NULL"
     )
@@ -256,14 +265,18 @@ def _check(connection: sqlite3.Connection, name: str, newest: int) -> int:
         )
     if version > newest:
         raise StoreError(
-            f"the conversation store {name} has schema version {version}, this program knows versions up to {newest}:"
+            f"the conversation store {name} has schema version {version}, this program knows versions up to "
+            f"{newest}:"
             " use the newer program that wrote it, or another path"
         )
     return version
 
 
 def _use_wal(connection: sqlite3.Connection, busy_timeout_s: float) -> None:
-    """Let readers read while the writer writes. Two processes may try this at once, and SQLite does not wait here."""
+    """Let readers read while the writer writes.
+
+    Two processes may try this at once, and SQLite does not wait here.
+    """
     deadline_s = time.monotonic() + busy_timeout_s
     while True:
         try:

@@ -1,7 +1,9 @@
-"""Conversations in one SQLite file. Knows SQLite's ways with connections and files; never what conversations are.
+"""Conversations in one SQLite file.
 
-Readers have connections of their own and never wait for the writer. An in-memory database has a single connection, so
-there the writer's thread reads too.
+Knows SQLite's ways with connections and files; never what conversations are.
+
+Readers have connections of their own and never wait for the writer. An in-memory database has a single
+connection, so there the writer's thread reads too.
 """
 
 from __future__ import annotations
@@ -97,12 +99,14 @@ def kind_of(error: BaseException) -> Kind:
 class SqliteStore(ConversationStore):
     """A `ConversationStore` in a SQLite file.
 
-    Several processes may use the same file; a write waits for the others' for `busy_timeout_s` and then fails.
+    Several processes may use the same file; a write waits for the others' for `busy_timeout_s` and then
+    fails.
 
     Args:
         path: the file, made if it is not there; ":memory:" for a store that ends with this object.
         busy_timeout_s: how long to wait for another process's lock.
-        rebuild_bytes: `erase` rebuilds a file up to this size, so that nothing of what was deleted is left in it (see `_scrub`).
+        rebuild_bytes: `erase` rebuilds a file up to this size, so that nothing of what was deleted is left in
+            it (see `_scrub`).
         clock: seconds since the epoch.
         migrations: the schema's history.
 
@@ -175,9 +179,10 @@ class SqliteStore(ConversationStore):
     def _scrub(self) -> tuple[bool, bool]:
         """Leave nothing of deleted rows in the file and its log.
 
-        `secure_delete` overwrites rows where they were deleted, but not the copies that SQLite leaves in a page's free space when
-        it moves rows to another page. Rebuilding the file does away with those. The log holds old pages until it is truncated.
-        A file that is too large to be rebuilt is done once its log is truncated, though copies may be left.
+        `secure_delete` overwrites rows where they were deleted, but not the copies that SQLite leaves in a
+        page's free space when it moves rows to another page. Rebuilding the file does away with those. The
+        log holds old pages until it is truncated. A file that is too large to be rebuilt is done once its log
+        is truncated, though copies may be left.
         """
         if self._path is None:
             return True, True
@@ -197,7 +202,9 @@ class SqliteStore(ConversationStore):
         return True
 
     def _truncate_log(self, path: Path) -> bool:
-        """Bring the log's pages into the file and cut it to nothing, which needs a moment in which nobody reads an older state."""
+        """Bring the log's pages into the file and cut it to nothing, which needs a moment in which nobody
+        reads an older state.
+        """
         deadline_s = time.monotonic() + self._busy_timeout_s
         connection = connect(path, CHECKPOINT_S)
         try:

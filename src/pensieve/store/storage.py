@@ -1,4 +1,7 @@
-"""A database that a store writes to and reads from. Knows one writing thread and SQL; never which database, nor what rows mean."""
+"""A database that a store writes to and reads from.
+
+Knows one writing thread and SQL; never which database, nor what rows mean.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ PROBE_BYTES = 64 << 10  # as much as a turn of some thousand tokens
 
 
 class Storage(ABC):
-    """The thread that writes, with group commit. A database's own class reads, and overwrites what deleted rows left."""
+    """The thread that writes, with group commit.
+
+    A database's own class reads, and overwrites what deleted rows left.
+    """
 
     _writer: GroupWriter
     _clock: Callable[[], float]  # seconds since the epoch
@@ -26,7 +32,10 @@ class Storage(ABC):
 
     @abstractmethod
     def _scrub(self) -> tuple[bool, bool]:
-        """Overwrite what deleted rows left in the store's files: whether that was done, and whether nothing is left for sure."""
+        """Overwrite what deleted rows left in the store's files.
+
+        Whether that was done, and whether nothing is left for sure.
+        """
 
     def _now_s(self, connection: Connection) -> float:
         """The time that leases go by."""
@@ -45,7 +54,10 @@ class Storage(ABC):
         self._writer.close()
 
     def trouble(self) -> str | None:
-        """Why the next turn would not be stored, in a sentence: the last write failed, or does not end. None = nothing is known to be wrong."""
+        """Why the next turn would not be stored, in a sentence: the last write failed, or does not end.
+
+        None = nothing is known to be wrong.
+        """
         return self._writer.trouble()
 
     def probe(self) -> None:

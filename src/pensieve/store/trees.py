@@ -1,4 +1,7 @@
-"""Conversations and their trees of turns in SQL, as steps inside a transaction. Knows tables; never threads, nor which database it is."""
+"""Conversations and their trees of turns in SQL, as steps inside a transaction.
+
+Knows tables; never threads, nor which database it is.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,10 @@ def get_turn(connection: Connection, namespace: str, turn_id: str) -> Turn:
 
 
 def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[str, int, bytes]:
-    """The root of a turn's tree, and the number of tokens and the digest of its path; or `ConversationNotFound`."""
+    """The root of a turn's tree, and the number of tokens and the digest of its path.
+
+    Or `ConversationNotFound`.
+    """
     row = None
     if rows.is_name(namespace) and rows.is_name(turn_id):
         row = connection.execute(
@@ -144,7 +150,8 @@ def insert_turn(
         content.meta_text,
     )
     connection.execute(
-        f"INSERT INTO turns ({rows.TURN}, namespace, owner, root) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO turns ({rows.TURN}, namespace, owner, root) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
+        "?, ?, ?)",
         (
             *(
                 turn_id,
@@ -218,7 +225,8 @@ def home(connection: Connection, namespace: str, turn_id: str) -> str | None:
     row = None
     if rows.is_name(namespace) and rows.is_name(turn_id):
         row = connection.execute(
-            "SELECT conversations.id FROM turns JOIN conversations ON conversations.key = turns.owner WHERE turns.id = ? AND turns.namespace = ?",
+            "SELECT conversations.id FROM turns JOIN conversations ON conversations.key = turns.owner WHERE "
+            "turns.id = ? AND turns.namespace = ?",
             (turn_id, namespace),
         ).fetchone()
     return None if row is None else str(row[0])
@@ -229,14 +237,18 @@ def leaves(connection: Connection, namespace: str, turn_id: str) -> Sequence[Con
     if not (rows.is_name(namespace) and rows.is_name(turn_id)):
         return []
     found = connection.execute(
-        f"SELECT {rows.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? ORDER BY updated_s DESC, key DESC",
+        f"SELECT {rows.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? ORDER BY updated_s "
+        "DESC, key DESC",
         (turn_id, namespace),
     )
     return [rows.conversation(row) for row in found]
 
 
 def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
-    """The longest part of a history that a turn ends with. Its end is looked at first: most histories are known but for the last message."""
+    """The longest part of a history that a turn ends with.
+
+    Its end is looked at first: most histories are known but for the last message.
+    """
     if not rows.is_name(namespace):
         return None
     for stop in range(len(digests), 0, -MAX_ASKED):
@@ -259,10 +271,14 @@ def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tu
 
 
 def _best(connection: Connection, namespace: str, digest: bytes) -> Turn:
-    """Of the turns with this digest a leaf, then the newest. Each query walks an index from the newest on and stops at the first."""
+    """Of the turns with this digest a leaf, then the newest.
+
+    Each query walks an index from the newest on and stops at the first.
+    """
     for condition in ("AND EXISTS (SELECT 1 FROM conversations WHERE conversations.leaf = turns.id)", ""):
         row = connection.execute(
-            f"SELECT {rows.TURN} FROM turns WHERE namespace = ? AND digest = ? {condition} ORDER BY created_s DESC LIMIT 1",
+            f"SELECT {rows.TURN} FROM turns WHERE namespace = ? AND digest = ? {condition} ORDER BY "
+            "created_s DESC LIMIT 1",
             (namespace, digest),
         ).fetchone()
         if row is not None:
@@ -288,7 +304,10 @@ def delete_unused(connection: Connection, namespace: str, id: str) -> bool:
 
 
 def delete_conversation(connection: Connection, namespace: str, id: str) -> tuple[int, int]:
-    """Delete a conversation, its drafts and claims, and its turns that nobody else needs: how many, and their bytes with the drafts'."""
+    """Delete a conversation, its drafts and claims, and its turns that nobody else needs.
+
+    How many, and their bytes with the drafts'.
+    """
     key = key_of(connection, namespace, id)
     drafts = "SELECT turn_id FROM drafts WHERE conversation = ?"
     size = _sum(
@@ -324,7 +343,10 @@ def _sum(connection: Connection, sql: str, key: int) -> int:
 
 
 def _heirs(connection: Connection, key: int) -> Sequence[tuple[int, str]]:
-    """Turns of a conversation that others need, each with the first who does: those with turns or drafts below it, or their leaf."""
+    """Turns of a conversation that others need, each with the first who does.
+
+    Those with turns or drafts below it, or their leaf.
+    """
     return connection.execute(
         """
         WITH RECURSIVE

@@ -1,4 +1,7 @@
-"""What a store keeps and says: turns, conversations, claims, owners. Knows messages and token ids; never databases."""
+"""What a store keeps and says: turns, conversations, claims, owners.
+
+Knows messages and token ids; never databases.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ class Turn:
     token_ids: tuple[
         int, ...
     ]  # what this turn added to the token log: its prompt's new ids, then the sampled ones
-    start: int  # position in the path's token log of the first of `token_ids`; what the parent's path has after it is void
-    reply_reason: (
-        str | None
-    )  # why the answer ended, such as "stop" or "length"; None = no answer in this turn
+    # position in the path's token log of the first of `token_ids`; what the parent's path has after it is
+    # void
+    start: int
+    # why the answer ended, such as "stop" or "length"; None = no answer in this turn
+    reply_reason: str | None
     created_s: float  # seconds since the epoch
     digest: bytes  # `chat.extend_digest` over all messages of the path that ends with this turn
     meta: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
@@ -86,7 +90,9 @@ class Erased:
 
     turns: int  # those that no other conversation's paths run through
     bytes: int  # of their messages, token ids and meta, and of drafts
-    complete: bool  # nothing of it is left in the store's files; False = not yet (see `overwrite`), or (PostgreSQL) cannot be known
+    # nothing of it is left in the store's files; False = not yet (see `overwrite`), or (PostgreSQL) cannot be
+    # known
+    complete: bool
 
 
 def path_tokens(turns: Iterable[Turn]) -> list[int]:

@@ -1,7 +1,9 @@
-"""One thread that writes to a database, many jobs a transaction. Knows links and jobs; never conversations, nor which database it is.
+"""One thread that writes to a database, many jobs a transaction.
 
-A durable commit costs a flush of the disk, milliseconds, however much it holds. So all jobs that wait when the writer
-is free go into one transaction, and their futures resolve together when it is durable.
+Knows links and jobs; never conversations, nor which database it is.
+
+A durable commit costs a flush of the disk, milliseconds, however much it holds. So all jobs that wait when
+the writer is free go into one transaction, and their futures resolve together when it is durable.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ Job = Callable[[Connection], T]
 
 
 class Link(Protocol):
-    """A connection in autocommit mode and how its database goes about transactions. Used by one thread at a time."""
+    """A connection in autocommit mode and how its database goes about transactions.
+
+    Used by one thread at a time.
+    """
 
     errors: tuple[type[Exception], ...]  # what the database raises
 
@@ -72,19 +77,30 @@ class Link(Protocol):
         ...
 
     def begin(self) -> None:
-        """Begin a transaction that no other writer of any process runs beside; connect anew if the connection was lost."""
+        """Begin a transaction that no other writer of any process runs beside.
+
+        Connect anew if the connection was lost.
+        """
         ...
 
     def check(self) -> None:
-        """Raise one of `errors` if what is written now would not be found afterwards: the file has no name any more, for instance."""
+        """Raise one of `errors` if what is written now would not be found afterwards.
+
+        The file has no name any more, for instance.
+        """
         ...
 
     def outcome(self) -> bool | None:
-        """What became of the commit under which the connection was lost: True = it is durable, False = nothing of it is, None = unknown."""
+        """What became of the commit under which the connection was lost.
+
+        True = it is durable, False = nothing of it is, None = unknown.
+        """
         ...
 
     def kind(self, error: BaseException) -> Kind:
-        """What a failure is: one that may pass (no room, a lock, no connection), a broken database, or a mistake of a job."""
+        """What a failure is: one that may pass (no room, a lock, no connection), a broken database, or a
+        mistake of a job.
+        """
         ...
 
     def words(self, error: BaseException) -> str:
@@ -117,9 +133,10 @@ class _Item:
 class GroupWriter:
     """Owns the only connection that writes, and the thread that uses it.
 
-    Each job runs in a savepoint: one that raises is undone and fails alone. If the transaction itself cannot be
-    committed, its jobs are tried again one by one, so that only the one at fault fails. If the connection was lost, the database is
-    asked what became of the commit: the jobs have succeeded, or are tried once more, or it is unknown and they fail saying so.
+    Each job runs in a savepoint: one that raises is undone and fails alone. If the transaction itself cannot
+    be committed, its jobs are tried again one by one, so that only the one at fault fails. If the connection
+    was lost, the database is asked what became of the commit: the jobs have succeeded, or are tried once
+    more, or it is unknown and they fail saying so.
 
     Args:
         link: closed by `close`.
@@ -140,7 +157,8 @@ class GroupWriter:
     def submit(self, job: Job[T], *, alone: bool = False) -> Future[T]:
         """Queue a job; its future has the job's result once that is durable.
 
-        A job may run more than once, each time from the same state, and must touch nothing but the connection.
+        A job may run more than once, each time from the same state, and must touch nothing but the
+        connection.
 
         Args:
             job: is given the connection.
@@ -163,7 +181,10 @@ class GroupWriter:
         return future.result()
 
     def trouble(self) -> str | None:
-        """Why the next job would fail, in a sentence: the storage failed and no `probe` succeeded since, or a write does not end. None = nothing known."""
+        """Why the next job would fail, in a sentence.
+
+        The storage failed and no `probe` succeeded since, or a write does not end. None = nothing known.
+        """
         since_s = self._busy_since_s
         if since_s is not None and (busy_s := time.monotonic() - since_s) > STUCK_S:
             return f"the conversation store has not ended a write for {busy_s:.0f} s"
@@ -177,7 +198,10 @@ class GroupWriter:
         self._trouble = None
 
     def close(self) -> None:
-        """Run what is queued, then close the connection. May be called again; not from a future's callback."""
+        """Run what is queued, then close the connection.
+
+        May be called again; not from a future's callback.
+        """
         with self._gate:
             if not self._closed:
                 self._closed = True
@@ -273,7 +297,10 @@ class GroupWriter:
             item.future.set_exception(self._failure(error, unknown))
 
     def _run_one(self, job: Job[Any]) -> tuple[Any, Exception | None]:
-        """One job in its savepoint: its result or its failure. Raises only if the whole transaction is lost."""
+        """One job in its savepoint: its result or its failure.
+
+        Raises only if the whole transaction is lost.
+        """
         connection = self._link.connection
         connection.execute("SAVEPOINT job")
         try:

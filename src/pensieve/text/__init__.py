@@ -1,7 +1,9 @@
-"""Text in and out of models: tokenizer, chat template, incremental detokeniser, stop strings, tool calls, reasoning.
+"""Text in and out of models.
 
-Knows text and token ids; never weights, caches or conversations on disk. Importing it loads no library: transformers
-is imported when a tokenizer is.
+Tokenizer, chat template, incremental detokeniser, stop strings, tool calls, reasoning.
+
+Knows text and token ids; never weights, caches or conversations on disk. Importing it loads no library:
+transformers is imported when a tokenizer is.
 """
 
 from pensieve.message import ROLES, Message, ToolCall

@@ -1,4 +1,7 @@
-"""Reads one tool call while it arrives. Knows a call's JSON and the tools' names; never markers around calls, or what stands between them."""
+"""Reads one tool call while it arrives.
+
+Knows a call's JSON and the tools' names; never markers around calls, or what stands between them.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ class CallBody(ABC):
 
 
 class ObjectBody(CallBody):
-    """A call of the form `{"name": "f", "arguments": {}}`, members in any order; `parameters` is another word for `arguments`."""
+    """A call of the form `{"name".
+
+    "f", "arguments": {}}`, members in any order; `parameters` is another word for `arguments`.
+    """
 
     def __init__(self, names: Collection[str], streams: bool, needs_arguments: bool) -> None:
         """Without `needs_arguments`, a call that has none is one of a function without parameters."""

@@ -1,12 +1,16 @@
-"""A model's tokenizer and chat template: messages to token ids, append-only. Knows text; never weights, caches or stores.
+"""A model's tokenizer and chat template: messages to token ids, append-only.
 
-The token log is the truth: what a conversation's model saw and sampled, id by id. A new turn appends its own tokens
-to the log and changes nothing before them, so everything cached stays valid, and so do answers whose sampled ids
-are not the ones that encoding their text would give. Some templates forbid that: they render an earlier turn
-differently once a later one is there (an answer's thinking is stripped, the system prompt moves to the newest
-message, the date or the list of tools has changed). Then the log is rendered anew, and a sentence says what that costs.
+Knows text; never weights, caches or stores.
 
-An answer that calls tools is such an answer too: the log holds it as the model wrote it, whatever a client makes of it.
+The token log is the truth: what a conversation's model saw and sampled, id by id. A new turn appends its own
+tokens to the log and changes nothing before them, so everything cached stays valid, and so do answers whose
+sampled ids are not the ones that encoding their text would give. Some templates forbid that: they render an
+earlier turn differently once a later one is there (an answer's thinking is stripped, the system prompt moves
+to the newest message, the date or the list of tools has changed). Then the log is rendered anew, and a
+sentence says what that costs.
+
+An answer that calls tools is such an answer too: the log holds it as the model wrote it, whatever a client
+makes of it.
 """
 
 from __future__ import annotations
@@ -34,9 +38,8 @@ class Extension:
 
     tokens: list[int]  # the whole log, ready to be answered
     reused_tokens: int  # leading tokens that are those of the old log
-    rewritten: (
-        str | None
-    )  # None: only appended. Otherwise a sentence: where they part, and what has to be computed again
+    # None: only appended. Otherwise a sentence: where they part, and what has to be computed again
+    rewritten: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,11 @@ class _Prompt:
 class ChatText:
     """Text in and out of one model.
 
-    Tools are given as the OpenAI API has them. A template that writes tools, calls and tools' answers itself is left to
-    do so. For any other (`writes_tools_plainly`) they are written as words: `tools_prompt` at the end of the system message
-    (made if there is none, or in front of the first user's words if the template has no system messages), calls as
-    `<tool_call>` into the assistant's words, tools' answers as a user's message `<tool_response>`.
+    Tools are given as the OpenAI API has them. A template that writes tools, calls and tools' answers itself
+    is left to do so. For any other (`writes_tools_plainly`) they are written as words: `tools_prompt` at the
+    end of the system message (made if there is none, or in front of the first user's words if the template
+    has no system messages), calls as `<tool_call>` into the assistant's words, tools' answers as a user's
+    message `<tool_response>`.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend.
@@ -64,12 +68,14 @@ class ChatText:
     Attributes:
         note: what a user should know about how this model is talked to, or None.
         stop_strings: where answers end that no token ends.
-        stop_token_ids: ids that end an answer: the tokenizer's end-of-sequence and the template's end-of-turn.
+        stop_token_ids: ids that end an answer: the tokenizer's end-of-sequence and the template's
+            end-of-turn.
         max_chars: of what the template writes; more is refused before it is tokenized. None: no limit.
 
     Raises:
         ModelUnavailable: the tokenizer has no such backend, or several templates and no default.
-        ModelRefused: the tokenizer's decoder searches by a regular expression, which could take any time at any token.
+        ModelRefused: the tokenizer's decoder searches by a regular expression, which could take any time at
+            any token.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, object] | None = None) -> None:
@@ -78,11 +84,13 @@ class ChatText:
             raise ModelUnavailable(
                 f"{type(tokenizer).__name__} has no fast tokenizer: convert it to a tokenizer.json"
             )
-        backend.no_truncation()  # once, here: `encode` is safe to call from several threads as long as nobody does this again
+        # once, here: `encode` is safe to call from several threads as long as nobody does this again
+        backend.no_truncation()
         backend.no_padding()
         if backend.decoder is not None and b'"Regex"' in backend.decoder.__getstate__():
             raise ModelRefused(
-                "the tokenizer's decoder searches by a regular expression, which may take any time: take another tokenizer.json"
+                "the tokenizer's decoder searches by a regular expression, which may take any time: take "
+                "another tokenizer.json"
             )
         self._tokenizer = tokenizer
         self._backend = backend
@@ -150,7 +158,9 @@ class ChatText:
 
     @property
     def writes_tools_plainly(self) -> bool:
-        """Whether tools and calls are written as words, because the template does not write them, or in no form that can be read."""
+        """Whether tools and calls are written as words, because the template does not write them, or in no
+        form that can be read.
+        """
         return not self._template.writes_calls
 
     @property
@@ -160,7 +170,10 @@ class ChatText:
 
     @cached_property
     def marker_ids(self) -> frozenset[int]:
-        """Special tokens that set calls and reasoning apart from words: what `detokenizer` has to keep for those who look for them."""
+        """Special tokens that set calls and reasoning apart from words.
+
+        What `detokenizer` has to keep for those who look for them.
+        """
         markers = (*self.tool_format.markers, BEGIN_REASONING, END_REASONING)
         return frozenset(
             i for marker in markers if (i := self._backend.token_to_id(marker)) in self._special_ids
@@ -190,14 +203,16 @@ class ChatText:
         """Append a turn to a token log.
 
         Args:
-            log: ids that the model saw and sampled. Ends with the sampled ids of the last answer, with or without
-                an end-of-turn token (an answer can end by length, abort or a stop string).
+            log: ids that the model saw and sampled. Ends with the sampled ids of the last answer, with or
+                without an end-of-turn token (an answer can end by length, abort or a stop string).
             history: the messages in the log; the last one is the assistant's answer, which may call tools.
             new: the messages to append, such as the user's next, or what tools answered.
-            tools: the functions that the next answer may call. If they are not those that the log tells of, it is rewritten.
+            tools: the functions that the next answer may call. If they are not those that the log tells of,
+                it is rewritten.
 
         Raises:
-            InvalidRequest: the template refuses these messages, a tool is none, or the history does not end with an answer.
+            InvalidRequest: the template refuses these messages, a tool is none, or the history does not end
+                with an answer.
         """
         if not history or history[-1].role != "assistant":
             raise InvalidRequest(
@@ -223,8 +238,10 @@ class ChatText:
         return Extension(
             tokens,
             reused,
-            f"{because}the chat template now writes earlier turns differently from token {reused} on: {len(log) - reused} of the"
-            f" {len(log)} tokens in the log are void, and {len(tokens) - reused} of {len(tokens)} have to be computed",
+            f"{because}the chat template now writes earlier turns differently from token {reused} on: "
+            f"{len(log) - reused} of the"
+            f" {len(log)} tokens in the log are void, and {len(tokens) - reused} of {len(tokens)} have to be "
+            "computed",
         )
 
     @property
@@ -233,11 +250,17 @@ class ChatText:
         return END_REASONING in self._template.source
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of text that is no chat, control tokens in it included: it is its sender's whole prompt, nobody else speaks in it."""
+        """Token ids of text that is no chat, control tokens in it included.
+
+        It is its sender's whole prompt, nobody else speaks in it.
+        """
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def settle(self) -> None:
-        """Find out now what is otherwise found out when it is first asked for, by trying the template: nothing of it is left for later."""
+        """Find out now what is otherwise found out when it is first asked for, by trying the template.
+
+        Nothing of it is left for later.
+        """
         _ = (
             self.marker_ids,
             self._tools_opening if self._template.moves_tools else None,
@@ -246,7 +269,10 @@ class ChatText:
         )
 
     def prepare_twin(self) -> None:
-        """Make now what prompts need in which a message spells out a control token; takes about as long as loading the tokenizer."""
+        """Make now what prompts need in which a message spells out a control token.
+
+        Takes about as long as loading the tokenizer.
+        """
         self._guard.prepare()
 
     @cached_property
@@ -261,7 +287,8 @@ class ChatText:
     def exceeds(self, messages: Iterable[Message], max_tokens: int, tools: Tools | None = None) -> bool:
         """Whether messages surely have more tokens than this, found out quickly however long they are.
 
-        What a template may leave out does not count: white space around a message, and what was thought before an answer.
+        What a template may leave out does not count: white space around a message, and what was thought
+        before an answer.
         """
         texts = [message.content.rpartition(END_REASONING)[2].strip() for message in messages]
         texts += [json.dumps(tool, ensure_ascii=False) for tool in tools or ()]
@@ -270,12 +297,17 @@ class ChatText:
         )
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of text that goes on an answer: no control tokens come out of it, and no leading space goes in."""
+        """Token ids of text that goes on an answer.
+
+        No control tokens come out of it, and no leading space goes in.
+        """
         (mark,) = unused_marks([text], 1)
         return self._encode_inside(self._guard.hide(text, "assistant", mark), mark)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of text that we make an answer begin with, such as `force_prefix` gives: markers in it become their tokens.
+        """Token ids of text that we make an answer begin with, such as `force_prefix` gives.
+
+        Markers in it become their tokens.
 
         For our own text only: what a user wrote goes through `encode_text`.
         """
@@ -291,7 +323,10 @@ class ChatText:
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def token_text(self, token_id: int) -> str:
-        """The text of one id, a special token written out. Remembered: log-probabilities name the same tokens again and again."""
+        """The text of one id, a special token written out.
+
+        Remembered: log-probabilities name the same tokens again and again.
+        """
         if (found := self._token_texts.get(token_id)) is None:
             found = self._token_texts[token_id] = self.decode_all([token_id])
         return found
@@ -300,12 +335,16 @@ class ChatText:
         """A fresh incremental detokeniser for one answer.
 
         Args:
-            keep: special tokens that are written out, such as `marker_ids` for `ToolCallParser` and `ReasoningSplitter`.
+            keep: special tokens that are written out, such as `marker_ids` for `ToolCallParser` and
+                `ReasoningSplitter`.
         """
         return Detokenizer(self.decode_all, self._special_ids.difference(keep), self._byte_ids)
 
     def reasoning_splitter(self) -> ReasoningSplitter:
-        """What sets an answer's reasoning apart from its content; passes all as content if the template knows no `</think>`."""
+        """What sets an answer's reasoning apart from its content.
+
+        Passes all as content if the template knows no `</think>`.
+        """
         return ReasoningSplitter(
             enabled=self.has_reasoning, inside=self.has_reasoning and self._begins_thinking
         )
@@ -318,13 +357,16 @@ class ChatText:
         written = self._template.render(turns, tools, add_generation_prompt)
         if self.max_chars is not None and len(written) > self.max_chars:
             raise ContextLengthExceeded(
-                f"the chat template makes {len(written)} characters of these messages, and the context holds at most {self.max_chars}:"
+                f"the chat template makes {len(written)} characters of these messages, and the context holds "
+                f"at most {self.max_chars}:"
                 " shorten them, or start with a larger --max-context"
             )
         return written
 
     def _prepare(self, messages: Sequence[Message], tools: Tools | None) -> _Prompt:
-        """Messages and tools as templates take them, control text that came with them swapped for placeholders."""
+        """Messages and tools as templates take them, control text that came with them swapped for
+        placeholders.
+        """
         if tools:
             tool_names(tools)
         turns = self._template.variables(messages)
@@ -369,10 +411,12 @@ class ChatText:
         return self._template.writes_calls and "tool_calls" in prompt.turns[told - 1]
 
     def _after_calls(self, prompt: _Prompt, told: int, whole: str) -> str | None:
-        """The same behind an answer with calls, whose form is the template's own: nothing can be put in their place.
+        """The same behind an answer with calls, whose form is the template's own.
 
-        The answer is what a chat that ends with it has more than one that asks for it, up to the token that ends a turn.
-        The model need not have written it letter by letter like that, but it must be there.
+        Nothing can be put in their place.
+
+        The answer is what a chat that ends with it has more than one that asks for it, up to the token that
+        ends a turn. The model need not have written it letter by letter like that, but it must be there.
         """
         turns, last = prompt.turns, prompt.turns[told - 1]
         asked = self._render(turns[: told - 1], prompt.tools).rstrip() if told > 1 else ""
@@ -389,7 +433,10 @@ class ChatText:
         return whole[len(asked) + len(answer) :]
 
     def _closing(self, log: Sequence[int], after: str, mark: str) -> list[int]:
-        """Ids that end the last answer and begin the next one; the end-of-turn token only if the log lacks it."""
+        """Ids that end the last answer and begin the next one.
+
+        The end-of-turn token only if the log lacks it.
+        """
         closing = self._guard.leading_control(after)
         if closing is None or not log or log[-1] != closing[1]:
             return self._encode_inside(after, mark)
@@ -410,7 +457,8 @@ class ChatText:
     def _begins_with(self, log: Sequence[int], prompt: _Prompt, whole: str) -> bool:
         """Whether the log begins as this template would begin it now, up to the first answer.
 
-        Not so when the system prompt depends on the date, or the log was made with another template or other tools.
+        Not so when the system prompt depends on the date, or the log was made with another template or other
+        tools.
         """
         head = _head(prompt.turns)
         if not head:
@@ -421,7 +469,9 @@ class ChatText:
         return _common_prefix(ids, log) >= len(ids) - 1  # the last one may have merged with what followed
 
     def _wander(self, log: Sequence[int], tools: Tools | None) -> bool:
-        """Whether a list of tools stands, or stood, somewhere behind the first answer, where nothing else would notice a change of it."""
+        """Whether a list of tools stands, or stood, somewhere behind the first answer, where nothing else
+        would notice a change of it.
+        """
         return self._template.moves_tools and (bool(tools) or self._tools_opening in log)
 
     def _tools_changed(self, log: Sequence[int], prompt: _Prompt, reused: int) -> bool:
@@ -486,7 +536,10 @@ def _head(turns: Sequence[Turn]) -> Sequence[Turn]:
 
 
 def _fills(whole: str, before: str, after: str, answer: str) -> bool:
-    """Whether `whole` is `before`, the answer and `after`. White space does not count: the log has the answer's own."""
+    """Whether `whole` is `before`, the answer and `after`.
+
+    White space does not count: the log has the answer's own.
+    """
     if not (whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before) + len(after)):
         return False
     return whole[len(before) : len(whole) - len(after)].split() == answer.split()
@@ -512,10 +565,12 @@ def _common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
 
 
 def _anchors(backend: Any) -> list[tuple[str, list[int]]]:
-    """Beginnings, with their ids, after which a tokenizer takes text as it is; the first that does not merge with it serves.
+    """Beginnings, with their ids, after which a tokenizer takes text as it is.
 
-    A special token is enough for most. Older sentencepiece conversions put a space even after that one, but not
-    after a character from no script at all, which they spell in bytes.
+    The first that does not merge with it serves.
+
+    A special token is enough for most. Older sentencepiece conversions put a space even after that one, but
+    not after a character from no script at all, which they spell in bytes.
     """
     added = sorted(backend.get_added_tokens_decoder().items())
     special = next(
@@ -543,7 +598,9 @@ def _bos_text(tokenizer: Any, backend: Any) -> str:
 
 
 def _byte_fallback_ids(backend: Any) -> frozenset[int]:
-    """Ids of the tokens that stand for single bytes, `<0x00>` to `<0xFF>`, where the decoder knows them as such."""
+    """Ids of the tokens that stand for single bytes, `<0x00>` to `<0xFF>`, where the decoder knows them as
+    such.
+    """
     if "ByteFallback" not in repr(backend.decoder):
         return frozenset()
     ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))

@@ -1,11 +1,14 @@
-"""Control tokens belong to the template. Knows a tokenizer's vocabulary and rendered text; never messages or logs.
+"""Control tokens belong to the template.
 
-A tokenizer finds `<|im_end|>` wherever it stands, also where a user typed it, and so lets a user end their own
-turn and speak as somebody else. Here, control text in a message is swapped for a placeholder before the template
-sees it. After rendering, what still looks like a control token is the template's own. If there were placeholders,
-the text is encoded by a *twin* of the tokenizer in which every control token goes by a secret name: the template's
-are written by that name, and the user's stay what they are, plain text. Text without placeholders is encoded by the
-tokenizer itself, so that ordinary prompts get exactly the ids that they get everywhere else.
+Knows a tokenizer's vocabulary and rendered text; never messages or logs.
+
+A tokenizer finds `<|im_end|>` wherever it stands, also where a user typed it, and so lets a user end their
+own turn and speak as somebody else. Here, control text in a message is swapped for a placeholder before the
+template sees it. After rendering, what still looks like a control token is the template's own. If there were
+placeholders, the text is encoded by a *twin* of the tokenizer in which every control token goes by a secret
+name: the template's are written by that name, and the user's stay what they are, plain text. Text without
+placeholders is encoded by the tokenizer itself, so that ordinary prompts get exactly the ids that they get
+everywhere else.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from typing import Any
 
 from pensieve.errors import InvalidRequest
 
-# Unassigned by Unicode, for private use. Only the pair (a mark chosen per rendering, an index) is a placeholder.
+# Unassigned by Unicode, for private use. Only the pair (a mark chosen per rendering, an index) is a
+# placeholder.
 FIRST_MARK = 0xF0000
 LAST_MARK = 0xFFFFD
 FIRST_INDEX = 0x100000
 
-# Roles whose words are not the operator's or the model's: for them, tokens like <tool_response> are control tokens too.
+# Roles whose words are not the operator's or the model's: for them, tokens like <tool_response> are control
+# tokens too.
 UNTRUSTED_ROLES = frozenset({"user", "tool"})
 
 
@@ -44,8 +49,9 @@ def unused_marks(texts: Iterable[str], count: int) -> list[str]:
 class ControlGuard:
     """Encodes rendered templates; text that came from messages never becomes a control token.
 
-    Control tokens are the tokenizer's special tokens, in every role, and for untrusted roles also its other added
-    tokens that the template writes (`<think>`, `</tool_response>`). A model's own words may hold the latter.
+    Control tokens are the tokenizer's special tokens, in every role, and for untrusted roles also its other
+    added tokens that the template writes (`<think>`, `</tool_response>`). A model's own words may hold the
+    latter.
 
     Args:
         backend: a `tokenizers.Tokenizer`.
@@ -70,7 +76,10 @@ class ControlGuard:
         self._twin_lock = threading.Lock()
 
     def hide(self, text: str, role: str, mark: str) -> str:
-        """A message's text with placeholders for its control tokens; `mark` occurs in no message of the rendering."""
+        """A message's text with placeholders for its control tokens.
+
+        `mark` occurs in no message of the rendering.
+        """
         pattern = self._untrusted if role in UNTRUSTED_ROLES else self._trusted
         return pattern.sub(lambda match: mark + chr(FIRST_INDEX + self._index[match[0]]), text)
 
@@ -87,7 +96,8 @@ class ControlGuard:
         """Token ids of a rendering whose messages went through `hide` with the same mark.
 
         Raises:
-            InvalidRequest: it holds placeholders, and this tokenizer has no way to spell control tokens as text.
+            InvalidRequest: it holds placeholders, and this tokenizer has no way to spell control tokens as
+                text.
         """
         if mark not in rendered:
             return list(self._backend.encode(rendered, add_special_tokens=False).ids)
@@ -123,7 +133,8 @@ class ControlGuard:
 
     def _no_twin(self, reason: str) -> InvalidRequest:
         return InvalidRequest(
-            f"a message spells out one of the model's control tokens ({', '.join(self._controls[:4])}, ...), and this tokenizer cannot"
+            f"a message spells out one of the model's control tokens ({', '.join(self._controls[:4])}, ...), "
+            "and this tokenizer cannot"
             f" encode them as plain text ({reason}): write them differently, with a space inside for instance"
         )
 

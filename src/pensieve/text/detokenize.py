@@ -1,8 +1,11 @@
-"""Token ids to text, a few at a time. Knows a decoding function and two sets of ids; never templates or requests.
+"""Token ids to text, a few at a time.
+
+Knows a decoding function and two sets of ids; never templates or requests.
 
 A decoder is not a sum over tokens: a character may be spread over several tokens, and sentencepiece-like
-decoders drop the space that the first token begins with. So a short window of past tokens is decoded again with
-every push, and what is new in the result is emitted. The window slides, which keeps the cost of a token constant.
+decoders drop the space that the first token begins with. So a short window of past tokens is decoded again
+with every push, and what is new in the result is emitted. The window slides, which keeps the cost of a token
+constant.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ class Detokenizer:
     Args:
         decode: ids -> text, of any length. Called with windows of the ids; no special ids among them.
         special_ids: ids that have no text (left out).
-        byte_ids: ids that stand for one byte each in a vocabulary with byte fallback. Their decoder judges a run
-            of them as a whole (one invalid byte makes the whole run unreadable), so a run is shown when it is over.
+        byte_ids: ids that stand for one byte each in a vocabulary with byte fallback. Their decoder judges a
+            run of them as a whole (one invalid byte makes the whole run unreadable), so a run is shown when
+            it is over.
     """
 
     def __init__(
@@ -74,8 +78,8 @@ class Detokenizer:
     def _slide(self, text: str) -> None:
         """Shorten the window to its last tokens; `text` is the whole window's.
 
-        The tail alone may decode differently at its beginning (a dropped space, half a character) but not after it,
-        so lengths tell what of it was shown, provided that it begins with something that was.
+        The tail alone may decode differently at its beginning (a dropped space, half a character) but not
+        after it, so lengths tell what of it was shown, provided that it begins with something that was.
         """
         for start in range(len(self._window) - KEEP, max(0, len(self._window) - SLIDE_AT), -1):
             emitted = self._emitted - (len(text) - len(self._decode(self._window[start:])))

@@ -1,8 +1,11 @@
-"""What is asked of a tokenizer and template, as values that can be sent to another process. Knows text; never processes, stores or requests.
+"""What is asked of a tokenizer and template, as values that can be sent to another process.
 
-A tokenizer keeps Python's interpreter to itself while it works, and a chat template can loop for ever. So nothing of a client's is rendered
-or tokenized where others wait: it is a job for a `TextRunner`. A server's runs jobs in processes of their own (`pensieve.text.workers`), a
-terminal's runs them at once (`InlineRunner`).
+Knows text; never processes, stores or requests.
+
+A tokenizer keeps Python's interpreter to itself while it works, and a chat template can loop for ever. So
+nothing of a client's is rendered or tokenized where others wait: it is a job for a `TextRunner`. A server's
+runs jobs in processes of their own (`pensieve.text.workers`), a terminal's runs them at once
+(`InlineRunner`).
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ CONTEXT_HOLDS = "that the context holds: send less"
 T = TypeVar("T")
 Tools = tuple[Mapping[str, object], ...]
 
-# After an overflow the chat is cut to this share of the context, so that the next turns append again instead of cutting (and recomputing) each time.
+# After an overflow the chat is cut to this share of the context, so that the next turns append again instead
+# of cutting (and recomputing) each time.
 TRUNCATE_TO = 0.75
 
 
@@ -52,7 +56,8 @@ def run_job(job: TextJob[T], text: ChatText) -> T:
     """Run a job.
 
     Raises:
-        InvalidRequest: the tokenizer itself fails at this text: the Rust library panics, for one when a search needs too many tries.
+        InvalidRequest: the tokenizer itself fails at this text: the Rust library panics, for one when a
+            search needs too many tries.
         PensieveError: what the job raises.
     """
     try:
@@ -199,7 +204,10 @@ class WrittenChat:
 
 @dataclass(frozen=True, slots=True)
 class WriteChat(TextJob[WrittenChat]):
-    """Put a turn before the model: append it to its conversation's token log, or write the chat as a whole."""
+    """Put a turn before the model.
+
+    Append it to its conversation's token log, or write the chat as a whole.
+    """
 
     history: tuple[Message, ...]  # what the log holds
     new: tuple[Message, ...]  # what follows it
@@ -236,7 +244,8 @@ class WriteChat(TextJob[WrittenChat]):
         must_fit = _newest_turn(self.new) if self.truncating else self.new
         if text.exceeds(must_fit, self.max_context, self.tools):
             raise ContextLengthExceeded(
-                f"the new messages have more than the {self.max_context} tokens that the context holds: shorten them, or {self.way_out}"
+                f"the new messages have more than the {self.max_context} tokens that the context holds: "
+                f"shorten them, or {self.way_out}"
             )
         whole = (*self.history, *self.new)
         if self.truncating and (self.left_out or text.exceeds(whole, self.max_context, self.tools)):
@@ -281,7 +290,8 @@ class WriteChat(TextJob[WrittenChat]):
         def count(some: Sequence[Message]) -> int:
             if text.exceeds(some, self.max_context, self.tools):
                 raise ContextLengthExceeded(
-                    f"the system prompt and the newest turn alone have more than the {self.max_context} tokens that the context holds:"
+                    f"the system prompt and the newest turn alone have more than the {self.max_context} "
+                    "tokens that the context holds:"
                     f" shorten the message, or {self.way_out}"
                 )
             return len(text.first(some, **self._options()))
@@ -302,7 +312,10 @@ class WriteChat(TextJob[WrittenChat]):
         return WrittenChat(tokens, 0, min(len(tokens), self._count(text, earlier)), None, dropped, gone)
 
     def _num_gone(self, kept: Truncated, num_tokens: int) -> int:
-        """About how many tokens were left out, where counting them would take too long: as many a character as what is kept has."""
+        """About how many tokens were left out, where counting them would take too long.
+
+        As many a character as what is kept has.
+        """
         chars = max(1, chars_of(kept.messages))
         return max(
             0,
@@ -336,6 +349,7 @@ def check_length(
     size = chars_of(messages) + tools_chars
     if size > max_chars:
         raise ContextLengthExceeded(
-            f"the messages and tools have {size} characters or more, and the {max_context} tokens of the context hold at most {max_chars}:"
+            f"the messages and tools have {size} characters or more, and the {max_context} tokens of the "
+            f"context hold at most {max_chars}:"
             f" shorten them, or {way_out}"
         )

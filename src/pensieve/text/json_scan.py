@@ -1,4 +1,6 @@
-"""Follows JSON while it arrives, character by character. Knows the grammar of brackets and strings; never what the JSON means.
+"""Follows JSON while it arrives, character by character.
+
+Knows the grammar of brackets and strings; never what the JSON means.
 
 Numbers and words inside values are not checked: whoever has the whole text can ask a JSON parser.
 """

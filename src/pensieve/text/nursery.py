@@ -1,7 +1,10 @@
-"""Where text workers come from: a process that loads tokenizer and template once and forks a worker in milliseconds.
+"""Where text workers come from.
 
-Knows processes, sockets and how to load; never jobs or queues. It loads first what the server is going to load itself, within a time and a
-size: a template that loops for ever when it is tried is found out here. Where processes cannot fork (Windows), each worker loads for itself.
+A process that loads tokenizer and template once and forks a worker in milliseconds.
+
+Knows processes, sockets and how to load; never jobs or queues. It loads first what the server is going to
+load itself, within a time and a size: a template that loops for ever when it is tried is found out here.
+Where processes cannot fork (Windows), each worker loads for itself.
 """
 
 from __future__ import annotations
@@ -265,7 +268,8 @@ def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
         control.send(
             (
                 ModelRefused.code,
-                f"the model cannot be used: {error.what} takes more than {load_s:g} s of processor time to be tried",
+                f"the model cannot be used: {error.what} takes more than {load_s:g} s of processor time to "
+                "be tried",
             )
         )
         return None
@@ -276,7 +280,8 @@ def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
         control.send(
             (
                 ModelRefused.code,
-                f"the model's tokenizer or chat template takes more than {LOAD_BYTES >> 20} MiB of memory to load",
+                f"the model's tokenizer or chat template takes more than {LOAD_BYTES >> 20} MiB of memory to "
+                "load",
             )
         )
         return None

@@ -1,7 +1,9 @@
-"""A chat that outgrew its context: whether it did, and which messages to leave out. Knows messages and a way to count; never tokens themselves.
+"""A chat that outgrew its context: whether it did, and which messages to leave out.
 
-Lengths are looked at in three steps, each dearer than the one before: characters (`size_of`, `newest`), the tokens of a beginning
-(`surely_exceed`), all tokens (`truncate`).
+Knows messages and a way to count; never tokens themselves.
+
+Lengths are looked at in three steps, each dearer than the one before: characters (`size_of`, `newest`), the
+tokens of a beginning (`surely_exceed`), all tokens (`truncate`).
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ class Truncated:
 def surely_exceed(texts: Iterable[str], max_tokens: int, count: Callable[[str], int]) -> bool:
     """Whether texts have by far more than `max_tokens` tokens, found out in about the time that so many take.
 
-    Tokenizing 16 MB takes a minute, and to learn that they are too many a look at their beginning is enough. A text is counted piece by
-    piece; a token that a cut goes through is counted as up to `CUT_TOKENS`, which is left out of the sum: no text that fits is refused.
+    Tokenizing 16 MB takes a minute, and to learn that they are too many a look at their beginning is enough.
+    A text is counted piece by piece; a token that a cut goes through is counted as up to `CUT_TOKENS`, which
+    is left out of the sum: no text that fits is refused.
 
     Args:
         texts: what is to be put before a model, whatever stands around it.
@@ -38,7 +41,8 @@ def surely_exceed(texts: Iterable[str], max_tokens: int, count: Callable[[str], 
     """
     texts = list(texts)
     if sum(map(len, texts)) <= max(FREE_CHARS, FREE_CHARS_PER_TOKEN * max_tokens):
-        return False  # (mostly so; the whole is soon counted then, and whoever does it can say how many they are)
+        # (mostly so; the whole is soon counted then, and whoever does it can say how many they are)
+        return False
     num_tokens = 0
     for text in texts:
         for start in range(0, len(text), PIECE_CHARS):
@@ -49,7 +53,10 @@ def surely_exceed(texts: Iterable[str], max_tokens: int, count: Callable[[str], 
 
 
 def size_of(value: object, limit: int) -> int:
-    """Characters of JSON data as it is written at least, one for each value that is no text; looked at until they are more than `limit`."""
+    """Characters of JSON data as it is written at least, one for each value that is no text.
+
+    Looked at until they are more than `limit`.
+    """
     size, stack = 0, [value]
     while stack and size <= limit:
         item = stack.pop()
@@ -63,7 +70,10 @@ def size_of(value: object, limit: int) -> int:
 
 
 def newest(messages: Sequence[Message], max_chars: int) -> Truncated:
-    """Leave out the oldest turns until the rest has at most `max_chars` characters; what `truncate` keeps stays, however long it is."""
+    """Leave out the oldest turns until the rest has at most `max_chars` characters.
+
+    What `truncate` keeps stays, however long it is.
+    """
     head, cuts = _cuts(messages)
     size, start = chars_of(messages[:head]), len(messages)
     kept = cuts[-1]
@@ -90,10 +100,11 @@ def truncate(
     Args:
         messages: the chat, oldest first.
         max_tokens: the most tokens that `count` may say.
-        count: messages -> tokens of their rendering; must not grow when a turn is left out. Raises `ContextLengthExceeded` of
-            what surely has too many.
+        count: messages -> tokens of their rendering; must not grow when a turn is left out. Raises
+            `ContextLengthExceeded` of what surely has too many.
         way_out: what would make room for more, for the error message.
-        weigh: about how many tokens one message has; what is to be left out is then found in a few counts, however long the chat is.
+        weigh: about how many tokens one message has; what is to be left out is then found in a few counts,
+            however long the chat is.
 
     Raises:
         ContextLengthExceeded: not even the system messages and the newest turn fit.
@@ -113,7 +124,8 @@ def truncate(
     smallest = count(without(cuts[high]))
     if smallest > max_tokens:
         raise ContextLengthExceeded(
-            f"the system prompt and the newest turn alone have {smallest} tokens, the context holds {max_tokens}:"
+            f"the system prompt and the newest turn alone have {smallest} tokens, the context holds "
+            f"{max_tokens}:"
             f" shorten the message, or {way_out}"
         )
     at = (
@@ -139,7 +151,10 @@ def truncate(
 
 
 def _cuts(messages: Sequence[Message]) -> tuple[int, list[int]]:
-    """How many system messages a chat begins with, and where it may be cut: the messages [head, cut) are left out."""
+    """How many system messages a chat begins with, and where it may be cut.
+
+    The messages [head, cut) are left out.
+    """
     head = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
     return head, [head, *(i for i in range(head + 1, len(messages)) if messages[i].role == "user")]
 

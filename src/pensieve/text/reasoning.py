@@ -20,8 +20,9 @@ class ReasoningDelta:
 class ReasoningSplitter:
     """Splits an answer that begins `<think>...</think>` into reasoning and content.
 
-    White space around the markers goes to neither. An answer that does not begin with `<think>` is content, every
-    character of it, and so are such markers later on. Text that may still become a marker is held back, no more than that.
+    White space around the markers goes to neither. An answer that does not begin with `<think>` is content,
+    every character of it, and so are such markers later on. Text that may still become a marker is held back,
+    no more than that.
 
     Args:
         enabled: if not, everything is content.
@@ -77,7 +78,10 @@ class ReasoningSplitter:
 
 
 def _may_end(text: str) -> int:
-    """Length of the end of reasoning that may belong to its end marker: the marker's beginning, and white space before it."""
+    """Length of the end of reasoning that may belong to its end marker.
+
+    The marker's beginning, and white space before it.
+    """
     marker = next(
         (n for n in range(min(len(END_REASONING) - 1, len(text)), 0, -1) if text.endswith(END_REASONING[:n])),
         0,

@@ -1,4 +1,7 @@
-"""Stop strings in a stream of text. Knows text pieces and, for the cut, a detokeniser; never requests or models."""
+"""Stop strings in a stream of text.
+
+Knows text pieces and, for the cut, a detokeniser; never requests or models.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ class StopStrings:
     """Looks for the first stop string in text that arrives in pieces.
 
     The stop string that is complete first wins, so the result does not depend on where the pieces are cut; of
-    several that end at the same character, the one that begins first. Text that may be the beginning of a stop
-    string is held back, no more than that, and less than the longest stop string.
+    several that end at the same character, the one that begins first. Text that may be the beginning of a
+    stop string is held back, no more than that, and less than the longest stop string.
 
     Args:
         stops: the strings; may be empty, then everything passes.
@@ -66,7 +69,8 @@ class StopStrings:
 
 
 class _Search:
-    """Follows a text for one stop string, in the same time for each character, whatever the two look like (Knuth, Morris, Pratt).
+    """Follows a text for one stop string, in the same time for each character, whatever the two look like
+    (Knuth, Morris, Pratt).
 
     Attributes:
         stop: the string.
@@ -100,8 +104,8 @@ def keep_tokens(detokenizer: Detokenizer, output_ids: Sequence[int], kept_text: 
         kept_text: the beginning of the answer's text that is kept.
 
     Returns:
-        The number of leading tokens that lie wholly inside the kept text, and the rest of the kept text, which
-        shares a token with what was cut and has to be encoded anew (often empty).
+        The number of leading tokens that lie wholly inside the kept text, and the rest of the kept text,
+        which shares a token with what was cut and has to be encoded anew (often empty).
     """
     num_tokens, num_chars = 0, 0  # the longest cut at which no character is half done
     text = ""

@@ -1,6 +1,9 @@
-"""A chat template and what it can: messages and tools to text. Knows templates and template variables; never token ids, logs or whose text it is.
+"""A chat template and what it can: messages and tools to text.
 
-What a template can do with tools is found out by trying: a tool and a call of it are rendered, and what comes out tells.
+Knows templates and template variables; never token ids, logs or whose text it is.
+
+What a template can do with tools is found out by trying: a tool and a call of it are rendered, and what comes
+out tells.
 """
 
 from __future__ import annotations
@@ -80,11 +83,13 @@ def read_template(path: Path) -> str:
         ) from error
     if not source.strip():
         raise ConfigError(
-            f"--chat-template {path} is empty: it must be a Jinja template, as in a model's chat_template.jinja"
+            f"--chat-template {path} is empty: it must be a Jinja template, as in a model's "
+            "chat_template.jinja"
         )
     if source.lstrip().startswith('{"'):
         raise ConfigError(
-            f"--chat-template {path} is JSON: it must be the Jinja template itself, as in a model's chat_template.jinja"
+            f"--chat-template {path} is JSON: it must be the Jinja template itself, as in a model's "
+            "chat_template.jinja"
         )
     troubles = what_fails(source, _OTHER_TOKENS)
     for what in ("a user's message", "a second question"):
@@ -96,7 +101,10 @@ def read_template(path: Path) -> str:
 
 
 def what_fails(source: str, variables: Mapping[str, object]) -> dict[str, tuple[int | None, str]]:
-    """Which of a few plain chats a template does not write: (its line, if one is known, and why), by what each has."""
+    """Which of a few plain chats a template does not write.
+
+    (its line, if one is known, and why), by what each has.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     troubles: dict[str, tuple[int | None, str]] = {}
@@ -140,7 +148,8 @@ class PromptTemplate:
         source: the template's source.
         tools_source: of the template in use when there are tools; nearly always the same.
         supports_tools: whether the template writes a list of tools that it is given.
-        writes_calls: whether it also writes calls, in a form that can be read. If not, tools and calls are written plainly.
+        writes_calls: whether it also writes calls, in a form that can be read. If not, tools and calls are
+            written plainly.
         tool_format: how the model writes calls.
         trouble: what of a plain chat the template cannot write, and why; None if nothing.
         moves_tools: whether the list of tools moves to later messages as the chat goes on.

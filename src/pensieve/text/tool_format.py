@@ -1,8 +1,10 @@
-"""How models write tool calls, and how they are told to. Knows the written forms; never tokenizers, templates or streams.
+"""How models write tool calls, and how they are told to.
 
-Most templates that know tools write them their own way. For the others there is a text, `tools_prompt`, that goes into the
-system message, and everything else is written into messages that any template takes: an assistant's calls into its
-words, a tool's answer into a user's message.
+Knows the written forms; never tokenizers, templates or streams.
+
+Most templates that know tools write them their own way. For the others there is a text, `tools_prompt`, that
+goes into the system message, and everything else is written into messages that any template takes: an
+assistant's calls into its words, a tool's answer into a user's message.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 
 from pensieve.errors import InvalidRequest
 
-# Function tools as the OpenAI API has them: {"type": "function", "function": {"name", "description", "parameters"}}
+# Function tools as the OpenAI API has them: {"type": "function", "function": {"name", "description",
+# "parameters"}}
 Tools = Sequence[Mapping[str, object]]
 
 
@@ -45,7 +48,8 @@ class ToolFormat(enum.Enum):
         }.get(self.value, (self.begin,))
 
 
-# What `write_plainly` puts around things: no user's text may hold these as tokens, if the vocabulary has them.
+# What `write_plainly` puts around things: no user's text may hold these as tokens, if the vocabulary has
+# them.
 PLAIN_MARKUP = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
@@ -78,7 +82,8 @@ def force_prefix(format: ToolFormat, name: str | None) -> str:
         format: the model's.
         name: the function; None leaves the choice to the model.
     """
-    # No white space at the end: where a token usually holds it together with what follows, models go astray after a lone one.
+    # No white space at the end: where a token usually holds it together with what follows, models go astray
+    # after a lone one.
     if format is ToolFormat.MISTRAL_ARGS:
         return "[TOOL_CALLS]" if name is None else f"[TOOL_CALLS]{name}[ARGS]"
     opening, key = {
@@ -96,7 +101,8 @@ def force_prefix(format: ToolFormat, name: str | None) -> str:
 def tools_prompt(tools: Tools, format: ToolFormat = ToolFormat.HERMES) -> str:
     """The text that tells a model about tools whose template does not: what there is, and how to call it.
 
-    The form is the one that Hermes and Qwen models were trained on, since models made for neither have often seen it.
+    The form is the one that Hermes and Qwen models were trained on, since models made for neither have often
+    seen it.
     """
     signatures = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     calls = {
@@ -108,7 +114,8 @@ def tools_prompt(tools: Tools, format: ToolFormat = ToolFormat.HERMES) -> str:
     what = "its arguments" if format is ToolFormat.MISTRAL_ARGS else "function name and arguments"
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{signatures}\n</tools>\n\n"
+        "You are provided with function signatures within <tools></tools> XML "
+        f"tags:\n<tools>\n{signatures}\n</tools>\n\n"
         f"For each function call, return a json object with {what} {calls}"
     )
 
@@ -131,7 +138,8 @@ def write_plainly(
 
     Args:
         turns: template variables of messages.
-        tools: described in the system message, or where there can be none, in front of the first user's words.
+        tools: described in the system message, or where there can be none, in front of the first user's
+            words.
         takes_system: whether the template takes system messages.
     """
     plain: list[dict[str, Any]] = []
@@ -182,7 +190,10 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def format_of_call(written: str, name: str) -> ToolFormat | None:
-    """The form in which a template wrote a call of the function `name`; None if it is none that can be read back."""
+    """The form in which a template wrote a call of the function `name`.
+
+    None if it is none that can be read back.
+    """
     quoted = re.escape(json.dumps(name))
     forms = {
         ToolFormat.HERMES: r'<tool_call>\s*\{\s*"name"\s*:\s*' + quoted,

@@ -1,9 +1,11 @@
-"""Finds tool calls in an answer while it arrives. Knows the markers around calls and what stands between them; never tokens, templates or requests.
+"""Finds tool calls in an answer while it arrives.
 
-Every character is looked at once (a few of a marker twice), and nothing depends on where the pieces are cut. What may still
-become a call is held back. It is one as soon as a known tool's name and the beginning of an object of arguments are
-there: from then on the arguments are passed on as they come, and cannot be taken back. Whatever turns out to be no
-call before that is content, unchanged.
+Knows the markers around calls and what stands between them; never tokens, templates or requests.
+
+Every character is looked at once (a few of a marker twice), and nothing depends on where the pieces are cut.
+What may still become a call is held back. It is one as soon as a known tool's name and the beginning of an
+object of arguments are there: from then on the arguments are passed on as they come, and cannot be taken
+back. Whatever turns out to be no call before that is content, unchanged.
 """
 
 from __future__ import annotations
@@ -58,15 +60,16 @@ ToolEvent = ContentDelta | CallBegin | CallDelta | CallEnd
 class ToolCallParser:
     """Turns one answer's text into content and calls.
 
-    White space around calls is dropped, but for a little between two pieces of content that calls stand between. A call
-    whose arguments break off, or whose brackets do not match, has them as far as they go: to the end marker where
-    the format has one, otherwise to the end of the answer.
+    White space around calls is dropped, but for a little between two pieces of content that calls stand
+    between. A call whose arguments break off, or whose brackets do not match, has them as far as they go: to
+    the end marker where the format has one, otherwise to the end of the answer.
 
     Args:
         format: how the model writes calls.
         tools: those that may be called; a call of anything else is content.
         max_calls: the answer is `done` after so many; what follows is left out.
-        stream_arguments: False holds each call back until it is whole; one that is no valid JSON is content then.
+        stream_arguments: False holds each call back until it is whole; one that is no valid JSON is content
+            then.
 
     Raises:
         InvalidRequest: a tool is none.
@@ -115,7 +118,10 @@ class ToolCallParser:
 
     @property
     def taken(self) -> int:
-        """Leading characters of what was fed that belong to the answer; fewer than all only if it is `done`."""
+        """Leading characters of what was fed that belong to the answer.
+
+        Fewer than all only if it is `done`.
+        """
         return self._position
 
     @property
@@ -142,7 +148,9 @@ class ToolCallParser:
         return self._drain()
 
     def finish(self) -> list[ToolEvent]:
-        """The answer ended: what was held back and turned out to be no call, or the end of a call that broke off."""
+        """The answer ended: what was held back and turned out to be no call, or the end of a call that broke
+        off.
+        """
         if self._done:
             return []
         if self._body is not None:
@@ -259,7 +267,10 @@ class ToolCallParser:
     # -- what states do
 
     def _judge(self, verdict: Verdict, position: int) -> None:
-        """Do what a call's newest character, or its absence, made of it; a call that is complete ends at `position`."""
+        """Do what a call's newest character, or its absence, made of it.
+
+        A call that is complete ends at `position`.
+        """
         body = self._body
         assert body is not None
         if verdict is Verdict.REFUSED:

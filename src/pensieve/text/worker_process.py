@@ -1,7 +1,9 @@
-"""A process that does text jobs, one at a time, within limits of time and memory that the operating system holds it to. Knows jobs; never queues.
+"""A process that does text jobs, one at a time, within limits of time and memory that the operating system
+holds it to. Knows jobs; never queues.
 
-Two alarms measure its own processor time. The first raises in Python, so that a template that loops is stopped where it is, and is named.
-The second ends the process: a regular expression in a tokenizer takes no notice of the first.
+Two alarms measure its own processor time. The first raises in Python, so that a template that loops is
+stopped where it is, and is named. The second ends the process: a regular expression in a tokenizer takes no
+notice of the first.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ _TEMPLATE = "<template>"  # how jinja names a template's code
 
 
 class TimeLimit(BaseException):
-    """The time of a job is up. No `Exception`, so that nothing between takes it for a template's own error."""
+    """The time of a job is up.
+
+    No `Exception`, so that nothing between takes it for a template's own error.
+    """
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -125,7 +130,10 @@ def _do(data: bytes, text: ChatText) -> Reply:
 
 @contextlib.contextmanager
 def alarms(limit_s: float) -> Iterator[None]:
-    """Let what is done here take so much processor time: then `TimeLimit` is raised, or the process ends. `set_alarms` comes first."""
+    """Let what is done here take so much processor time: then `TimeLimit` is raised, or the process ends.
+
+    `set_alarms` comes first.
+    """
     if not HAS_ALARMS:
         yield
         return
@@ -161,7 +169,10 @@ def set_alarms() -> None:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let this process take so much more memory than it has; what asks for more fails. Does nothing where the system cannot."""
+    """Let this process take so much more memory than it has; what asks for more fails.
+
+    Does nothing where the system cannot.
+    """
     if not sys.platform.startswith("linux"):
         return
     import resource
@@ -173,7 +184,10 @@ def limit_memory(more_bytes: int) -> None:
 
 @contextlib.contextmanager
 def memory_limited(more_bytes: int) -> Iterator[None]:
-    """`limit_memory` for what is done here: jinja computes a template's constants when it reads it, and takes no memory for an answer."""
+    """`limit_memory` for what is done here.
+
+    Jinja computes a template's constants when it reads it, and takes no memory for an answer.
+    """
     if not sys.platform.startswith("linux"):
         yield
         return

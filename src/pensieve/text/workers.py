@@ -1,7 +1,10 @@
-"""Runs text jobs in worker processes, none of which holds up another's job for long. Knows queues, times and tenants; never text.
+"""Runs text jobs in worker processes, none of which holds up another's job for long.
 
-There are two kinds of lanes, each a thread with a worker. Short jobs have lanes of their own, so they never wait for a long one. A job that turns
-out to be long in a short lane is ended after `SHORT_S` and begun again as a long one. Jobs of one kind are taken from the tenants in turn.
+Knows queues, times and tenants; never text.
+
+There are two kinds of lanes, each a thread with a worker. Short jobs have lanes of their own, so they never
+wait for a long one. A job that turns out to be long in a short lane is ended after `SHORT_S` and begun again
+as a long one. Jobs of one kind are taken from the tenants in turn.
 """
 
 from __future__ import annotations
@@ -132,7 +135,8 @@ class TextWorkers:
             ):
                 future.set_exception(
                     Overloaded(
-                        f"{self._num_waiting} prompts of {self._waiting_chars} characters wait to be made: try again later"
+                        f"{self._num_waiting} prompts of {self._waiting_chars} characters wait to be made: "
+                        "try again later"
                     )
                 )
             else:
@@ -268,14 +272,16 @@ class TextWorkers:
     def too_costly(self, what: str) -> PensieveError:
         """The error of a job that took too much time."""
         return PromptTooCostly(
-            f"making the prompt was stopped: {what} took more than {self._job_s:g} s of processor time (--prompt-timeout). Send less; "
+            f"making the prompt was stopped: {what} took more than {self._job_s:g} s of processor time "
+            "(--prompt-timeout). Send less; "
             "if short messages fail as well, the model's chat template or tokenizer is at fault"
         )
 
     def too_large(self) -> PensieveError:
         """The error of a job that took too much memory."""
         return PromptTooCostly(
-            f"making the prompt was stopped: it took more than {self._memory_bytes >> 20} MiB of memory. Send less; if short messages fail "
+            f"making the prompt was stopped: it took more than {self._memory_bytes >> 20} MiB of memory. "
+            "Send less; if short messages fail "
             "as well, the model's chat template or tokenizer is at fault"
         )
 

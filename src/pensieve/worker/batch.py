@@ -1,4 +1,6 @@
-"""One step's spans as tensors. Knows requests' block tables and token positions; never models, KV bytes or sampling.
+"""One step's spans as tensors.
+
+Knows requests' block tables and token positions; never models, KV bytes or sampling.
 
 Glossary of shapes, here and in the rest of the room:
     T  tokens computed in this step, all spans together
@@ -37,14 +39,12 @@ class Batch:
     slot_mapping: torch.Tensor  # (T,), flat slot of each token: slot * C + offset
     cu_seqlens_q: torch.Tensor  # (S + 1,), where each span's tokens begin in T
     context_lens: torch.Tensor  # (S,), tokens a span's last token attends: span.stop
-    block_tables: (
-        torch.Tensor
-    )  # (S, B), slots of each span's chunks; cells beyond its context are 0 and never read
+    # (S, B), slots of each span's chunks; cells beyond its context are 0 and never read
+    block_tables: torch.Tensor
     logit_rows: torch.Tensor  # (E,), index in T of the last token of each emitting span
     emitting_rows: torch.Tensor  # (E,), each one's row among requests, see `BatchBuilder.num_rows`
-    unknown: (
-        torch.Tensor
-    )  # (U,), index in T of tokens that were sampled, but are not known here yet: their ids are 0
+    # (U,), index in T of tokens that were sampled, but are not known here yet: their ids are 0
+    unknown: torch.Tensor
     unknown_rows: torch.Tensor  # (U,), each one's row among requests
     emitting: tuple[Span, ...]  # the E spans, in the order of `logit_rows`
     chunk_tokens: int
@@ -56,10 +56,12 @@ class Batch:
 
 
 class BatchBuilder:
-    """Keeps each request's block table and turns spans into a `Batch`. Sole owner of the worker's block tables.
+    """Keeps each request's block table and turns spans into a `Batch`.
 
-    All tables are rows of one array, so that a step's are taken from it at once. A batch holds copies: later updates, and requests that take
-    a forgotten one's row, never reach into a batch that waits to be run.
+    Sole owner of the worker's block tables.
+
+    All tables are rows of one array, so that a step's are taken from it at once. A batch holds copies: later
+    updates, and requests that take a forgotten one's row, never reach into a batch that waits to be run.
     """
 
     def __init__(self, chunk_tokens: int, device: torch.device) -> None:
@@ -115,7 +117,8 @@ class BatchBuilder:
 
         Args:
             spans: in the plan's order; those of one request ascending.
-            last_token: the id for a span of one token whose plan did not know it yet; None: it is still on the device.
+            last_token: the id for a span of one token whose plan did not know it yet; None: it is still on
+                the device.
         """
         assert spans, "a batch needs at least one span"
         size, num_spans = self._chunk_tokens, len(spans)
@@ -155,10 +158,12 @@ class BatchBuilder:
             self._require(int(context_chunks[short]), int(table_chunks[short]), spans[short])
             tables[np.arange(width) >= context_chunks[:, None]] = 0
 
-        # One array, so that a device gets one copy: ids, positions, slots (T each), bounds in T, contexts, tables, rows of logits, rows of requests.
+        # One array, so that a device gets one copy: ids, positions, slots (T each), bounds in T, contexts,
+        # tables, rows of logits, rows of requests.
         num_tokens, num_emitting, num_unknown = len(ids), len(emitting), len(unknown)
         sizes = (
-            num_tokens, num_tokens, num_tokens, num_spans + 1, num_spans, tables.size, num_emitting, num_emitting, num_unknown, num_unknown,
+            num_tokens, num_tokens, num_tokens, num_spans + 1, num_spans, tables.size, num_emitting,
+            num_emitting, num_unknown, num_unknown,
         )  # fmt: skip
         tensor, flat = staging(sum(sizes), torch.int64, self._device)
         flat[:num_tokens] = ids

@@ -1,7 +1,9 @@
-"""What a folder's weight files hold, against what its config asks for: every tensor is accounted for, or the model is refused.
+"""What a folder's weight files hold, against what its config asks for.
 
-transformers fills what no file holds with random numbers, ignores what it has no place for, and logs both. Here that is a verdict. Knows
-tensor names and shapes; never what a model computes.
+Every tensor is accounted for, or the model is refused.
+
+transformers fills what no file holds with random numbers, ignores what it has no place for, and logs both.
+Here that is a verdict. Knows tensor names and shapes; never what a model computes.
 """
 
 from __future__ import annotations
@@ -84,11 +86,13 @@ class Differences:
 def refused(label: str, reason: str) -> ModelRefused:
     """A refusal of a folder's files, with the ways out."""
     return ModelRefused(
-        f"{label} is not what its config says: {reason}. Nothing is invented: fetch its files again, or name a folder whose files are complete"
+        f"{label} is not what its config says: {reason}. Nothing is invented: fetch its files again, or name "
+        "a folder whose files are complete"
     )
 
 
-# --- what lies in the files ----------------------------------------------------------------------------------------
+# --- what lies in the files
+# ----------------------------------------------------------------------------------------
 
 
 def missing_shards(folder: Path) -> list[str]:
@@ -107,7 +111,8 @@ def stored_tensors(folder: Path, label: str) -> dict[str, Stored]:
     """Every tensor of the files that transformers loads a folder from, by name; no weights are read.
 
     Raises:
-        ModelRefused: a file is damaged, cut off or missing, files and index disagree, or there are two sets of weights.
+        ModelRefused: a file is damaged, cut off or missing, files and index disagree, or there are two sets
+            of weights.
     """
     for single, index in WEIGHT_FILES:
         pattern = single.replace(".", "*.", 1)  # model*.safetensors
@@ -151,7 +156,8 @@ def _read(folder: Path, files: set[str], label: str) -> dict[str, Stored]:
             shapes = _header(folder / file) if file.endswith(".safetensors") else _pickled(folder / file)
         except Exception as error:  # JSON, struct, pickle and zip files each fail in their own ways
             raise ModelRefused(
-                f"{label} could not be loaded from {folder}: {file} is damaged or cut off ({error}): fetch it again"
+                f"{label} could not be loaded from {folder}: {file} is damaged or cut off ({error}): fetch "
+                "it again"
             ) from error
         if twice := found.keys() & shapes.keys():
             raise refused(label, f"{len(twice)} tensors are in more than one file ({_list(twice)})")
@@ -177,11 +183,14 @@ def _pickled(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
-# --- which name is which -------------------------------------------------------------------------------------------
+# --- which name is which
+# -------------------------------------------------------------------------------------------
 
 
 def key_mapping(stored: Mapping[str, Stored], model: PreTrainedModel, label: str) -> dict[str, str]:
-    """How names in the files must be rewritten so that they are the model's: patterns and what stands in their place.
+    """How names in the files must be rewritten so that they are the model's.
+
+    Patterns and what stands in their place.
 
     Args:
         stored: what the files hold.
@@ -194,7 +203,8 @@ def key_mapping(stored: Mapping[str, Stored], model: PreTrainedModel, label: str
     if adapters := {name for name in stored if _ADAPTER.search(name)}:
         raise refused(
             label,
-            f"it holds {len(adapters)} tensors of a LoRA adapter ({_list(adapters)}), which must be merged into its base model first "
+            f"it holds {len(adapters)} tensors of a LoRA adapter ({_list(adapters)}), which must be merged "
+            "into its base model first "
             "(`merge_and_unload` of peft)",
         )
     known = _Names.of(model)
@@ -234,7 +244,8 @@ def _common_prefix(
                 fits.setdefault(name[:end], {})[found] = name
     if not fits:
         return None
-    # The longest list wins; of prefixes that fit as well, the shortest ("language_model." and "language_model.model.").
+    # The longest list wins; of prefixes that fit as well, the shortest ("language_model." and
+    # "language_model.model.").
     best = max(fits, key=lambda prefix: (len(fits[prefix]), -len(prefix)))
     rivals = [prefix for prefix in fits if not prefix.startswith(best) and not best.startswith(prefix)]
     both = next((name for prefix in rivals for name in fits[prefix] if name in fits[best]), None)
@@ -310,11 +321,14 @@ def why_harmless(name: str, shape: tuple[int, ...] | None, config: PretrainedCon
     return None
 
 
-# --- the verdict ---------------------------------------------------------------------------------------------------
+# --- the verdict
+# ---------------------------------------------------------------------------------------------------
 
 
 def require_experts(stored: Mapping[str, Stored], label: str) -> None:
-    """Refuse files in which experts are missing between others: stacked, they would stand in each other's place.
+    """Refuse files in which experts are missing between others.
+
+    Stacked, they would stand in each other's place.
 
     Raises:
         ModelRefused: with the first that is missing.
@@ -338,7 +352,9 @@ def require_experts(stored: Mapping[str, Stored], label: str) -> None:
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[Any]]:
-    """Collects what transformers' loads report within, before its own lists of names to ignore are applied to them."""
+    """Collects what transformers' loads report within, before its own lists of names to ignore are applied to
+    them.
+    """
     from transformers import PreTrainedModel
 
     reports: list[Any] = []
@@ -368,7 +384,10 @@ def differences_of(report: Any) -> Differences:
 def expected_differences(
     stored: Mapping[str, Stored], mapping: Mapping[str, str], model: PreTrainedModel
 ) -> Differences | None:
-    """The same before anything is loaded, from names and shapes alone; None where tensors are made of several, or quantised: loading tells."""
+    """The same before anything is loaded, from names and shapes alone.
+
+    None where tensors are made of several, or quantised: loading tells.
+    """
     names = _Names.of(model)
     if names is None or getattr(model.config, "quantization_config", None) is not None:
         return None
@@ -436,11 +455,13 @@ def judge(differences: Differences, stored: Mapping[str, Stored], model: PreTrai
             for n, (in_files, by_config) in sorted(differences.misshapen.items())
         ]
         reasons.append(
-            f"{_count(listed)} of another shape: {'; '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}"
+            f"{_count(listed)} of another shape: "
+            f"{'; '.join(listed[:_SHOWN])}{', ...' if len(listed) > _SHOWN else ''}"
         )
     if differences.broken:
         reasons.append(
-            f"{_count(differences.broken)} made of several, and those in the files do not go together ({_list(differences.broken)})"
+            f"{_count(differences.broken)} made of several, and those in the files do not go together "
+            f"({_list(differences.broken)})"
         )
     raise refused(label, "; ".join(reasons))
 
@@ -455,7 +476,8 @@ def require_ties(model: PreTrainedModel, label: str) -> None:
         if model.get_parameter_or_buffer(target) is not model.get_parameter_or_buffer(source):
             raise refused(
                 label,
-                f"its files hold a {target} that differs from {source}, and its config ties them into one: set tie_word_embeddings to false in "
+                f"its files hold a {target} that differs from {source}, and its config ties them into one: "
+                "set tie_word_embeddings to false in "
                 "config.json if the model was trained so",
             )
 
@@ -485,7 +507,8 @@ def require_finite(model: PreTrainedModel, label: str) -> None:
         kind = str(model.dtype).removeprefix("torch.")
         way = "; float16 overflows above 65504: try --dtype bfloat16" if model.dtype is torch.float16 else ""
         raise ModelRefused(
-            f"{label} cannot be served: {_count(bad)} not finite in {kind} ({_list(bad)}){way}. Fetch its files again, or name another model"
+            f"{label} cannot be served: {_count(bad)} not finite in {kind} ({_list(bad)}){way}. Fetch its "
+            "files again, or name another model"
         )
 
 

@@ -1,4 +1,7 @@
-"""Which models a config or a class rules out. Knows transformers' configs; never weights, forwards or caches."""
+"""Which models a config or a class rules out.
+
+Knows transformers' configs; never weights, forwards or caches.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _LAYER_TYPE_FIELDS = ("layer_types", "layers_block_type", "block_types", "layer_block_types")
 # The most of each that is built. Every model known has a tenth of it or less.
 _COUNTS = {
-    "num_hidden_layers": 2048, "num_attention_heads": 4096, "num_key_value_heads": 4096, "hidden_size": 1 << 20, "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 30,
+    "num_hidden_layers": 2048, "num_attention_heads": 4096, "num_key_value_heads": 4096,
+    "hidden_size": 1 << 20, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 30,
 }  # fmt: skip
 _BATCH_WIDE_ROPES = {"dynamic", "longrope"}  # choose frequencies by the longest position of a batch
 
@@ -38,7 +41,8 @@ def check_class(model: PreTrainedModel, label: str) -> None:
     if getattr(model, "_is_stateful", False) and not _attends_everywhere(config):
         raise refused(
             label,
-            f"{name} keeps recurrent or convolution state beside keys and values, not through the attention interface; it cannot be cached yet",
+            f"{name} keeps recurrent or convolution state beside keys and values, not through the attention "
+            "interface; it cannot be cached yet",
         )
     if not model._supports_attention_backend:
         how = (
@@ -62,7 +66,8 @@ def _why_not(config: PretrainedConfig) -> str | None:
         return reason
     if _number(text, "kv_lora_rank"):
         return (
-            f"it keeps keys and values compressed (multi-head latent attention, kv_lora_rank {text.kv_lora_rank}); Pensieve caches whole heads, "
+            "it keeps keys and values compressed (multi-head latent attention, kv_lora_rank "
+            f"{text.kv_lora_rank}); Pensieve caches whole heads, "
             "with keys and values of one size"
         )
     strange = {kind for field in _LAYER_TYPE_FIELDS for kind in _listed(text, field)} - _LAYER_TYPES
@@ -90,7 +95,10 @@ def _why_not(config: PretrainedConfig) -> str | None:
 
 
 def _wrong_number(config: PretrainedConfig) -> str | None:
-    """What no model can have of a number: building a million layers takes hours, and one of 0 heads divides by it."""
+    """What no model can have of a number.
+
+    Building a million layers takes hours, and one of 0 heads divides by it.
+    """
     for name in _COUNTS:
         try:
             value = getattr(config, name, None)

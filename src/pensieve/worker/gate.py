@@ -1,9 +1,12 @@
-"""Which models may be served: refuses at load those that would run and answer wrong. Knows models and our attention; never plans.
+"""Which models may be served: refuses at load those that would run and answer wrong.
 
-Three steps. `config_checks` reads the config and runs a forward on `meta`, which allocates nothing. `probe` watches one forward:
-does every layer attend once, all with the same KV heads, with the window that its config promises? `self_test` compares with the
-model's own eager attention. A model that keeps state beside KV, or chooses positions from the whole batch, would answer wrong
-without an error: only this gate stands between it and a user.
+Knows models and our attention; never plans.
+
+Three steps. `config_checks` reads the config and runs a forward on `meta`, which allocates nothing. `probe`
+watches one forward: does every layer attend once, all with the same KV heads, with the window that its config
+promises? `self_test` compares with the model's own eager attention. A model that keeps state beside KV, or
+chooses positions from the whole batch, would answer wrong without an error: only this gate stands between it
+and a user.
 """
 
 from __future__ import annotations
@@ -44,8 +47,10 @@ def admit(
         label: its name in messages; empty takes the config's.
         test: compare with the model's own eager attention on random ids.
         forward: what computes it.
-        int8: weights of 8 bits, with fused operations only. Answers change: docs/performance.md says by how much.
-        keep_modules: False empties the modules if fused operations compute: the weights are in memory once, but `eager` is lost.
+        int8: weights of 8 bits, with fused operations only. Answers change: docs/performance.md says by how
+            much.
+        keep_modules: False empties the modules if fused operations compute: the weights are in memory once,
+            but `eager` is lost.
 
     Raises:
         ModelRefused: it would run and answer wrong; the message says why.
@@ -96,7 +101,8 @@ def _should_fuse(model: CausalModel, forward: Forward, int8: bool) -> bool:
     reason = LlamaForward.why_not(model.model)
     if reason is not None and forward == "fused":
         raise ConfigError(
-            f"{model.label} cannot be computed by fused operations ({reason}): choose --forward auto or modules"
+            f"{model.label} cannot be computed by fused operations ({reason}): choose --forward auto or "
+            "modules"
         )
     return reason is None
 
@@ -119,10 +125,12 @@ def check_config(config: PretrainedConfig, label: str) -> None:
 
 
 def probe(model: CausalModel) -> tuple[KVGeometry, tuple[AttentionArgs, ...]]:
-    """Watch one forward: what its layers hand to attention is what must be cached, and how each of them attends.
+    """Watch one forward: what its layers hand to attention is what must be cached, and how each of them
+    attends.
 
     Raises:
-        ModelRefused: a layer does not attend, or not like the others, or with another window than its config says.
+        ModelRefused: a layer does not attend, or not like the others, or with another window than its config
+            says.
     """
     seen: dict[int, KVGeometry] = {}
     seen_args: dict[int, AttentionArgs] = {}
@@ -150,7 +158,8 @@ def probe(model: CausalModel) -> tuple[KVGeometry, tuple[AttentionArgs, ...]]:
     if set(seen) != set(range(num_layers)):
         raise refused(
             label,
-            f"only {len(seen)} of its {num_layers} layers attend; the others keep state that cannot be cached",
+            f"only {len(seen)} of its {num_layers} layers attend; the others keep state that cannot be "
+            "cached",
         )
     if len(set(seen.values())) != 1:
         kinds = sorted({f"{kind.num_kv_heads} x {kind.head_dim}" for kind in seen.values()})

@@ -1,7 +1,10 @@
-"""Copies one layer of many slots in one kernel launch. Knows strided rows; never streams, tiers or what the bytes mean.
+"""Copies one layer of many slots in one kernel launch.
 
-One layer of one chunk is about 100 KB: a copy call for each would cost more than the move itself. The kernel reads page-locked
-main memory in place, over the link, with few programs, so that most multiprocessors stay free for the model.
+Knows strided rows; never streams, tiers or what the bytes mean.
+
+One layer of one chunk is about 100 KB: a copy call for each would cost more than the move itself. The kernel
+reads page-locked main memory in place, over the link, with few programs, so that most multiprocessors stay
+free for the model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""GGUF files -> folders a Hugging Face model loads from, kept in the user's cache. Knows no model names and no tensors.
+"""GGUF files -> folders a Hugging Face model loads from, kept in the user's cache.
+
+Knows no model names and no tensors.
 
 The folder (config, safetensors, tokenizer, chat template, manifest) is keyed by the file's SHA-256, built in
-a temporary place under a lock and renamed into sight whole, so that no reader ever meets half a conversion. The
-manifest lists every file's size, modification time and hash: a folder that disagrees with it is built again.
-What a file means, and whether it is whole, is known to `worker.gguf`; all refusals come before a tensor is read.
+a temporary place under a lock and renamed into sight whole, so that no reader ever meets half a conversion.
+The manifest lists every file's size, modification time and hash: a folder that disagrees with it is built
+again. What a file means, and whether it is whole, is known to `worker.gguf`; all refusals come before a
+tensor is read.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 
     from pensieve.worker.gguf.plan import Described, Parameter
 
-# gguf, torch and transformers are imported where they are used: the first is an extra, and listing models needs none of them.
+# gguf, torch and transformers are imported where they are used: the first is an extra, and listing models
+# needs none of them.
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,8 @@ def converted_path(sha256: str) -> Path:
 def is_sound(folder: Path, *, full: bool = False) -> bool:
     """Whether a converted folder is whole, as its manifest describes it.
 
-    Sizes are always compared. A file is hashed when its modification time is not the recorded one, or when `full`.
+    Sizes are always compared. A file is hashed when its modification time is not the recorded one, or when
+    `full`.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -105,9 +110,11 @@ def ensure_file_converted(
     check: Check | None = None,
     room: Room | None = None,
 ) -> Path:
-    """The folder converted from a GGUF file of the user's, or from all parts of a split one of which this is one.
+    """The folder converted from a GGUF file of the user's, or from all parts of a split one of which this is
+    one.
 
-    Cheap answers come first: what the header tells is refused before the file is hashed, that before a tensor is read.
+    Cheap answers come first: what the header tells is refused before the file is hashed, that before a tensor
+    is read.
 
     Args:
         path: the file.
@@ -118,7 +125,8 @@ def ensure_file_converted(
 
     Raises:
         ModelUnavailable: a package for converting is missing, or the disk is full.
-        ModelRefused: the file is no whole model, of a kind that cannot be carried over, or refused by `check` or `room`.
+        ModelRefused: the file is no whole model, of a kind that cannot be carried over, or refused by `check`
+            or `room`.
     """
     known = _remembered_hash(path)
     if known is not None and not full_check and is_sound(converted_path(known)):
@@ -156,7 +164,8 @@ def ensure_converted(
 
     Raises:
         ModelUnavailable: a package for converting is missing, the disk is full, or the file cannot be got.
-        ModelRefused: the file is no whole model, of a kind that cannot be carried over, or refused by `check`.
+        ModelRefused: the file is no whole model, of a kind that cannot be carried over, or refused by
+            `check`.
     """
     folder = converted_path(sha256)
     if not full_check and is_sound(folder):
@@ -186,7 +195,9 @@ def ensure_converted(
 
 
 def file_hash(gguf: Path, progress: Progress | None = None, parts: Sequence[Path] | None = None) -> str:
-    """SHA-256 of a GGUF file, or over those of all parts of a split one; remembered in the cache by paths, sizes and times.
+    """SHA-256 of a GGUF file, or over those of all parts of a split one.
+
+    Remembered in the cache by paths, sizes and times.
 
     A file of tens of GB takes a minute to hash; a start must not.
     """
@@ -286,7 +297,8 @@ def require_packages() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRANSFORMERS:
         need = ".".join(map(str, _MIN_TRANSFORMERS))
         raise ModelUnavailable(
-            f"converting a GGUF file needs transformers {need} or later (earlier ones build wrong tokenizers), this is {version}: "
+            f"converting a GGUF file needs transformers {need} or later (earlier ones build wrong "
+            f"tokenizers), this is {version}: "
             f"pip install 'transformers>={need}'"
         )
 
@@ -297,7 +309,8 @@ def _require_memory(gguf: Path, need_bytes: int) -> None:
     room = available_bytes()
     if room is not None and need_bytes > room:
         raise ModelRefused(
-            f"{gguf.name} does not fit: converting it takes {need_bytes / 1e9:.2f} GB of memory at a time, {room / 1e9:.2f} GB are available. "
+            f"{gguf.name} does not fit: converting it takes {need_bytes / 1e9:.2f} GB of memory at a time, "
+            f"{room / 1e9:.2f} GB are available. "
             "Ways out: close other programs, a smaller model, or a machine with more memory"
         )
 
@@ -306,8 +319,10 @@ def _require_disk(gguf: Path, into: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(into).free
     if free < need_bytes:
         raise ModelUnavailable(
-            f"converting {gguf.name} needs {need_bytes / 1e9:.1f} GB in {into.parent.parent}, {free / 1e9:.1f} GB are free: make room "
-            "(`pensieve models --cached` lists what was converted, --remove removes it), or set PENSIEVE_CACHE to a larger disk"
+            f"converting {gguf.name} needs {need_bytes / 1e9:.1f} GB in {into.parent.parent}, "
+            f"{free / 1e9:.1f} GB are free: make room "
+            "(`pensieve models --cached` lists what was converted, --remove removes it), or set "
+            "PENSIEVE_CACHE to a larger disk"
         )
 
 

@@ -1,8 +1,11 @@
-"""Decode steps as captured graphs: one launch instead of some hundreds. Knows batches and models; never plans, streams of copies or sampling.
+"""Decode steps as captured graphs: one launch instead of some hundreds.
 
-A step that only decodes is the same work every time, on other numbers. It is captured once for each of a few batch sizes, over tensors that stay where they are;
-a step's own are copied into those, and what is left of the rows computes a token of nobody into a slot of nobody. Steps that do anything else are
-long enough to hide their launches.
+Knows batches and models; never plans, streams of copies or sampling.
+
+A step that only decodes is the same work every time, on other numbers. It is captured once for each of a few
+batch sizes, over tensors that stay where they are; a step's own are copied into those, and what is left of
+the rows computes a token of nobody into a slot of nobody. Steps that do anything else are long enough to hide
+their launches.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ class Recorder(Protocol):
     """Captures work."""
 
     def record(self, work: Callable[[], torch.Tensor]) -> Replay:
-        """Do `work` a few times and capture it; what is returned does the same again, over the same memory."""
+        """Do `work` a few times and capture it.
+
+        What is returned does the same again, over the same memory.
+        """
         ...
 
     @property
@@ -126,7 +132,10 @@ class DecodeGraphs:
         return len(self._captured)
 
     def forward(self, batch: Batch) -> torch.Tensor | None:
-        """Logits (E, V) of a batch of decodes, valid until the next call; None: it is something else, or no graph can be had."""
+        """Logits (E, V) of a batch of decodes, valid until the next call.
+
+        None: it is something else, or no graph can be had.
+        """
         num_rows = len(batch.spans)
         is_decode = batch.num_tokens == num_rows == len(batch.emitting)
         if (
@@ -174,9 +183,10 @@ class DecodeGraphs:
 
         rows = torch.arange(size + 1, device=device)
         return Batch(
-            spans=(), input_ids=numbers(1, size), position_ids=numbers(1, size), slot_mapping=numbers(size), cu_seqlens_q=rows,
-            context_lens=numbers(size), block_tables=numbers(size, self._max_chunks), logit_rows=rows[:size], emitting_rows=numbers(0),
-            unknown=numbers(0), unknown_rows=numbers(0), emitting=(), chunk_tokens=like.chunk_tokens,
+            spans=(), input_ids=numbers(1, size), position_ids=numbers(1, size), slot_mapping=numbers(size),
+            cu_seqlens_q=rows, context_lens=numbers(size), block_tables=numbers(size, self._max_chunks),
+            logit_rows=rows[:size], emitting_rows=numbers(0), unknown=numbers(0), unknown_rows=numbers(0),
+            emitting=(), chunk_tokens=like.chunk_tokens,
         )  # fmt: skip
 
     def _fill(self, fixed: Batch, batch: Batch) -> None:

@@ -1,7 +1,10 @@
-"""The processes that compute one model together: who they are, and how they agree. Knows ranks and bytes; never models or plans.
+"""The processes that compute one model together: who they are, and how they agree.
 
-Numbers of tensors go through torch's default group (nccl on CUDA, gloo on a CPU), where transformers' collectives run. What is said here, a few
-bytes a step, goes through a gloo group of its own, so that it can never be paired with a collective of a forward.
+Knows ranks and bytes; never models or plans.
+
+Numbers of tensors go through torch's default group (nccl on CUDA, gloo on a CPU), where transformers'
+collectives run. What is said here, a few bytes a step, goes through a gloo group of its own, so that it can
+never be paired with a collective of a forward.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ _LENGTH_BYTES = 4
 
 
 class Group:
-    """The ranks, connected. Every method is called by all of them at the same point, by one thread of each."""
+    """The ranks, connected.
+
+    Every method is called by all of them at the same point, by one thread of each.
+    """
 
     def __init__(self, rank: Rank, device: torch.device, control: dist.ProcessGroup) -> None:
         self.rank, self.size, self.local_size, self.device = rank.index, rank.size, rank.local_size, device
@@ -120,7 +126,10 @@ class Group:
     # -- the end
 
     def dismiss(self) -> None:
-        """Rank 0: tell the others that nothing more will come. Safe to call again, and when nobody is left."""
+        """Rank 0: tell the others that nothing more will come.
+
+        Safe to call again, and when nobody is left.
+        """
         if self._control is not None:
             with contextlib.suppress(WorkerLost):
                 self.tell(Leave())
@@ -184,12 +193,14 @@ def _own_device(rank: Rank, device: str) -> torch.device:
         return kind
     if kind.index is not None:
         raise ConfigError(
-            f"--device {device} names one device for {rank.size} processes: each takes its own, give --device {kind.type}"
+            f"--device {device} names one device for {rank.size} processes: each takes its own, give "
+            f"--device {kind.type}"
         )
     count = torch.cuda.device_count()
     if rank.local_rank >= count:
         raise ConfigError(
-            f"rank {rank.index} is number {rank.local_rank + 1} of {rank.local_size} processes here, and there are {count} CUDA devices: "
+            f"rank {rank.index} is number {rank.local_rank + 1} of {rank.local_size} processes here, and "
+            f"there are {count} CUDA devices: "
             f"start at most {count} a machine (torchrun --nproc-per-node)"
         )
     return torch.device("cuda", rank.local_rank)

@@ -1,4 +1,6 @@
-"""Getting a model's folder from the Hugging Face hub or its local cache. Knows repositories and files, no presets.
+"""Getting a model's folder from the Hugging Face hub or its local cache.
+
+Knows repositories and files, no presets.
 
 The local cache answers first, without the network. A hub that cannot be reached is given up within seconds.
 """
@@ -57,7 +59,8 @@ def cached_folder(repo: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        # Not snapshot_download(local_files_only=True): that wants the repository's every file, also those never asked for.
+        # Not snapshot_download(local_files_only=True): that wants the repository's every file, also those
+        # never asked for.
         config = try_to_load_from_cache(repo, "config.json")
     except HFValidationError as error:
         raise ConfigError(f"{repo!r} is not a hub id (ORG/NAME): {error}") from error
@@ -96,7 +99,8 @@ def fetch(
 
     Args:
         repo: hub id.
-        dtype: number type it will be loaded in: a model too large for `device` is refused before it is fetched.
+        dtype: number type it will be loaded in: a model too large for `device` is refused before it is
+            fetched.
         device: where it will be loaded.
         progress: told when the download starts.
         with_weights: False: only the small files.
@@ -155,7 +159,9 @@ def fetch_gguf(wanted: naming.HubName, progress: Progress | None = None) -> Path
 
 
 def cached_gguf(wanted: naming.HubName) -> Path | None:
-    """The first part of a GGUF model in the local cache, if all of it is there and it is clear which is meant; no network."""
+    """The first part of a GGUF model in the local cache, if all of it is there and it is clear which is
+    meant; no network.
+    """
     cached = _cached_ggufs(wanted.repo)
     try:
         first = naming.choose_gguf(wanted.repo, list(cached), wanted)
@@ -188,7 +194,8 @@ def _require_disk(repo: str, size: int) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(cache).free) < size:
         raise ModelUnavailable(
-            f"{repo} is {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {cache}: make room, or set HF_HOME"
+            f"{repo} is {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {cache}: make room, or set "
+            "HF_HOME"
         )
 
 
@@ -214,7 +221,8 @@ def _ask(repo: str) -> ModelInfo:
         except Exception as error:  # whichever HTTP library the hub client is built on raises its own kinds
             answers.put(error)
 
-    # A thread, because looking a name up without a name server takes as long as it takes and heeds no timeout.
+    # A thread, because looking a name up without a name server takes as long as it takes and heeds no
+    # timeout.
     threading.Thread(target=ask, name="hub-probe", daemon=True).start()
     try:
         answer = answers.get(timeout=3 * _PROBE_S)
@@ -237,7 +245,10 @@ def _ask(repo: str) -> ModelInfo:
 
 
 def wanted_files(names: Iterable[str], *, with_weights: bool = True) -> list[str]:
-    """Of a repository's files, those a model is loaded from: one kind of weights, safetensors first, and no folders."""
+    """Of a repository's files, those a model is loaded from.
+
+    One kind of weights, safetensors first, and no folders.
+    """
     top = [name for name in names if "/" not in name]
     side = [name for name in top if name in _SIDE_FILES or name.startswith(_SIDE_PREFIXES)]
     if not with_weights:

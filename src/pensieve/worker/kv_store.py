@@ -1,7 +1,9 @@
-"""The bytes of one tier, and how slots move between tiers. Knows slots, layers and sizes; never what lies inside a slot.
+"""The bytes of one tier, and how slots move between tiers.
 
-A slot holds one chunk: all its layers, one after the other, each `layer_bytes` long. What is in them is the attention
-backend's business; here they are opaque. A store allocates once, exactly `num_slots * slot_bytes`.
+Knows slots, layers and sizes; never what lies inside a slot.
+
+A slot holds one chunk: all its layers, one after the other, each `layer_bytes` long. What is in them is the
+attention backend's business; here they are opaque. A store allocates once, exactly `num_slots * slot_bytes`.
 """
 
 from __future__ import annotations
@@ -68,9 +70,12 @@ class KVStore:
         return self.data[:, layer]
 
     def checksums(self, slots: Sequence[int]) -> torch.Tensor:
-        """A number for each slot that another content very likely does not have, (n,) int64. CUDA work is queued on the current stream.
+        """A number for each slot that another content very likely does not have, (n,) int64.
 
-        A sum of its words, each times an odd number of its own, modulo 2**64: one wrong bit always changes it, as do exchanged words.
+        CUDA work is queued on the current stream.
+
+        A sum of its words, each times an odd number of its own, modulo 2**64: one wrong bit always changes
+        it, as do exchanged words.
         """
         words = self.data.view(self.num_slots, -1).view(torch.int64)
         if self._factors is None:
@@ -87,7 +92,10 @@ class KVStore:
 
 
 class SlotCopy:
-    """Slots of one tier that go to slots of another (or of the same), whole or layer by layer. CUDA work is queued on the current stream."""
+    """Slots of one tier that go to slots of another (or of the same), whole or layer by layer.
+
+    CUDA work is queued on the current stream.
+    """
 
     def __init__(
         self, source: KVStore, source_slots: Sequence[int], target: KVStore, target_slots: Sequence[int]
@@ -119,7 +127,10 @@ class SlotCopy:
             self._copy_runs(None)
 
     def layer(self, layer: int) -> None:
-        """Copy one layer. Across to a device its pieces are gathered by a kernel that reads page-locked memory where it lies."""
+        """Copy one layer.
+
+        Across to a device its pieces are gathered by a kernel that reads page-locked memory where it lies.
+        """
         if self._is_on_host:
             self._copy_on_host(layer)
         elif gather.why_not(self._source.layer_bytes) is None:
@@ -167,7 +178,10 @@ def runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def _rows(store: KVStore, layer: int | None) -> torch.Tensor:
-    """The store as a matrix of contiguous rows: slots, or layers of slots. Whole contiguous rows are what copies fastest."""
+    """The store as a matrix of contiguous rows: slots, or layers of slots.
+
+    Whole contiguous rows are what copies fastest.
+    """
     shape = (
         (store.num_slots, store.slot_bytes)
         if layer is None

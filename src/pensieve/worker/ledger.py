@@ -17,7 +17,10 @@ class _Fate:
 
 
 class CopyLedger:
-    """Sole owner of what ranks have reported of copies under way. A copy is done when it is done on all ranks, failed when it is on one."""
+    """Sole owner of what ranks have reported of copies under way.
+
+    A copy is done when it is done on all ranks, failed when it is on one.
+    """
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
@@ -54,7 +57,10 @@ class CopyLedger:
             fate.failure = own
 
     def take(self) -> tuple[tuple[int, ...], tuple[CopyFailure, ...]]:
-        """The copies that every rank has reported since: ids of good ones, and failures. They are forgotten here."""
+        """The copies that every rank has reported since: ids of good ones, and failures.
+
+        They are forgotten here.
+        """
         settled = [copy_id for copy_id, fate in self._open.items() if len(fate.ranks) == self._num_ranks]
         fates = {copy_id: self._open.pop(copy_id).failure for copy_id in settled}
         done = tuple(copy_id for copy_id, failure in fates.items() if failure is None)

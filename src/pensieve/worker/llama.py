@@ -1,10 +1,14 @@
-"""The forward of the Llama family in fewer and larger operations. Knows transformers' modules and weights; never plans, slots or sampling.
+"""The forward of the Llama family in fewer and larger operations.
 
-Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one model with small differences: RMS norms, rotary positions (in SmolLM3 not in every layer), grouped
-queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode step takes two to three times as long as it must (docs/performance.md). Here q, k and v
-are one product, gate and up another; weights lie as they are read fastest; what lies between the products is one kernel each; and where everything is
-a kernel of ours on a CPU, attention too, a layer is one call. Rounded less often than by the modules, results differ from theirs within the tolerance of
-`worker.gate`, whose self-test stands between a mistake here and a user.
+Knows transformers' modules and weights; never plans, slots or sampling.
+
+Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one model with small differences: RMS norms, rotary positions (in
+SmolLM3 not in every layer), grouped queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode
+step takes two to three times as long as it must (docs/performance.md). Here q, k and v are one product, gate
+and up another; weights lie as they are read fastest; what lies between the products is one kernel each; and
+where everything is a kernel of ours on a CPU, attention too, a layer is one call. Rounded less often than by
+the modules, results differ from theirs within the tolerance of `worker.gate`, whose self-test stands between
+a mistake here and a user.
 """
 
 from __future__ import annotations
@@ -78,8 +82,10 @@ class LlamaForward:
         Args:
             model: one that `why_not` has nothing against.
             args: how each layer attends.
-            keep_modules: leave the modules as they are, at the price of all weights twice; else they are emptied and compute no more.
-            int8: weights of 8 bits (`why_not_int8` must have nothing against it). The embedding stays as it is.
+            keep_modules: leave the modules as they are, at the price of all weights twice; else they are
+                emptied and compute no more.
+            int8: weights of 8 bits (`why_not_int8` must have nothing against it). The embedding stays as it
+                is.
             on_device: by the operations for a GPU; by default where the model is on one.
         """
         config, decoder = model.config.get_text_config(), model.model
@@ -205,8 +211,8 @@ class LlamaForward:
         return kernel.norm(residual, delta, self._last_norm, epsilon)
 
     def _run_calls(
-        self, calls: list[LayerCall], residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: PagedAttention,
-        backend: NativeAttention,
+        self, calls: list[LayerCall], residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor,
+        attend: PagedAttention, backend: NativeAttention,
     ) -> None:  # fmt: skip
         """All layers over (T, h) in place, a call each. The rows asked for end up in front."""
         count, hidden_size = residual.shape
@@ -253,8 +259,9 @@ class LlamaForward:
             (None, None) if layer.head_norms is None else (norm.data_ptr() for norm in layer.head_norms)
         )
         return LayerCall(
-            attention_norm=layer.attention_norm.data_ptr(), mlp_norm=layer.mlp_norm.data_ptr(), query_norm=query_norm, key_norm=key_norm,
-            epsilon=self._epsilon, qkv=products.qkv.weights, out=products.out_product.weights, gate_up=products.gated.weights,
+            attention_norm=layer.attention_norm.data_ptr(), mlp_norm=layer.mlp_norm.data_ptr(),
+            query_norm=query_norm, key_norm=key_norm, epsilon=self._epsilon, qkv=products.qkv.weights,
+            out=products.out_product.weights, gate_up=products.gated.weights,
             down=products.down_product.weights,
         )  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""One folder of weight files -> a model whose every tensor came from them, in memory of its own. Knows files; never what a user typed."""
+"""One folder of weight files -> a model whose every tensor came from them, in memory of its own.
+
+Knows files; never what a user typed.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,8 @@ def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) 
     if narrow := [f"{name}.weight" for name, module in plain if module.weight.dtype.itemsize == 1]:
         raise checkpoint.refused(
             label,
-            f"the scales of {', '.join(narrow[:4])} are in no file ({len(narrow)} of its matrices stay in 8 bits)",
+            f"the scales of {', '.join(narrow[:4])} are in no file ({len(narrow)} of its matrices stay in 8 "
+            "bits)",
         )
     for parameter in model.parameters():
         if (
@@ -115,7 +119,10 @@ def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) 
 
 
 def _unmap(model: PreTrainedModel) -> None:
-    """Copy what still lies in a file: weights must not change, or be gone, because another process writes to the file."""
+    """Copy what still lies in a file.
+
+    Weights must not change, or be gone, because another process writes to the file.
+    """
     ranges = _file_mappings()
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for module in model.modules():

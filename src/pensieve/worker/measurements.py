@@ -1,6 +1,9 @@
-"""What was measured of a model on a machine, as plain numbers, and their form as JSON. Knows no tensors, clocks or files.
+"""What was measured of a model on a machine, as plain numbers, and their form as JSON.
 
-Kept apart from `worker.profile`, which measures, so that whoever only reads a profile (the simulator) needs no model library.
+Knows no tensors, clocks or files.
+
+Kept apart from `worker.profile`, which measures, so that whoever only reads a profile (the simulator) needs
+no model library.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ FORMAT = 2  # of the JSON, and of what is measured: raised when either changes i
 class Profile:
     """Plain numbers, each a median after warm-up.
 
-    A step costs `step_points` at its tokens, `answer_points` at the answers it gives a token to, and attention span by span, see
-    `attention_costs`. What planning it takes beside the worker comes on top.
+    A step costs `step_points` at its tokens, `answer_points` at the answers it gives a token to, and
+    attention span by span, see `attention_costs`. What planning it takes beside the worker comes on top.
     """
 
     chunk_tokens: int
@@ -48,9 +51,11 @@ class Profile:
 
 
 def attention_costs(decode_token_s: float, chunk_token_s: float, chunk_tokens: int) -> tuple[float, float]:
-    """Of a span's attention: seconds for each token it sees (its K and V are read), and for each pair of a query and a token it sees.
+    """Of a span's attention: seconds for each token it sees (its K and V are read), and for each pair of a
+    query and a token it sees.
 
-    One query of n tokens takes n (read + pair), a chunk of C queries n (read + C pair): two measurements, two numbers.
+    One query of n tokens takes n (read + pair), a chunk of C queries n (read + C pair): two measurements, two
+    numbers.
     """
     if chunk_tokens < 2:
         return 0.0, decode_token_s
@@ -59,7 +64,10 @@ def attention_costs(decode_token_s: float, chunk_token_s: float, chunk_tokens: i
 
 
 def attention_s(read_s: float, pair_s: float, queries: int, context: int) -> float:
-    """Seconds of all layers' attention for one span of `queries` tokens whose last sees `context`; see `attention_costs`."""
+    """Seconds of all layers' attention for one span of `queries` tokens whose last sees `context`.
+
+    See `attention_costs`.
+    """
     return context * read_s + queries * (context - (queries - 1) / 2) * pair_s
 
 
@@ -67,11 +75,13 @@ def parse(content: Mapping[str, Any]) -> Profile:
     """A profile out of its JSON, `dataclasses.asdict` the other way round.
 
     Raises:
-        ValueError: it has another format, something is missing, or a number makes no sense; the message says which.
+        ValueError: it has another format, something is missing, or a number makes no sense; the message says
+            which.
     """
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"its format is {content.get('format')!r}, this version reads {FORMAT}: measure again (`pensieve profile --fresh`)"
+            f"its format is {content.get('format')!r}, this version reads {FORMAT}: measure again (`pensieve "
+            "profile --fresh`)"
         )
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Profile):

@@ -1,7 +1,9 @@
-"""How many bytes the first tier may have: on a device what is left beside the weights, the largest step, and captured graphs; in main memory a share.
+"""How many bytes the first tier may have.
 
-Knows models and what a device says of its memory; never requests or policies. The largest step is run, not reckoned: what a model's own modules
-keep between two operations, and what sampling takes, is theirs to know.
+On a device what is left beside the weights, the largest step, and captured graphs; in main memory a share.
+
+Knows models and what a device says of its memory; never requests or policies. The largest step is run, not
+reckoned: what a model's own modules keep between two operations, and what sampling takes, is theirs to know.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from pensieve.worker.model import CausalModel
 from pensieve.worker.random_weights import available_bytes
 from pensieve.worker.worker import ModelWorker
 
-_LEFT_SHARE = 0.04  # of the device, for what no run shows: fragments, libraries' workspaces, other processes that breathe
+# of the device, for what no run shows: fragments, libraries' workspaces, other processes that breathe
+_LEFT_SHARE = 0.04
 _GRAPH_BYTES_A_ROW = 2 << 20  # of captured graphs, which share one pool
 
 
-HOST_SHARE = 0.5  # of the free main memory for a first tier there: what steps, others, and a second engine started at once want is left
+# of the free main memory for a first tier there: what steps, others, and a second engine started at once want
+# is left
+HOST_SHARE = 0.5
 _STEP_BYTES = 512 << 20  # never taken: what a step, text and a store need beside the weights
 
 
@@ -41,7 +46,9 @@ class HostShare:
 
 
 def host_share(most: int, second: int, unknown: int, *, sharers: int = 1) -> HostShare:
-    """How large a first tier in main memory is unless told otherwise. Pages are taken as they are first written, so a large one costs nothing at the start.
+    """How large a first tier in main memory is unless told otherwise.
+
+    Pages are taken as they are first written, so a large one costs nothing at the start.
 
     Args:
         most: bytes that would ever be used.
@@ -114,8 +121,10 @@ class Room:
 
     def __str__(self) -> str:
         return (
-            f"{self.tier / 1e9:.2f} GB of {self.total / 1e9:.2f} for the first tier: {self.free / 1e9:.2f} GB are free beside the weights, the largest "
-            f"step takes {self.step / 1e9:.2f}, graphs up to {self.graphs / 1e9:.2f}, {self.left / 1e9:.2f} stay free"
+            f"{self.tier / 1e9:.2f} GB of {self.total / 1e9:.2f} for the first tier: {self.free / 1e9:.2f} "
+            "GB are free beside the weights, the largest "
+            f"step takes {self.step / 1e9:.2f}, graphs up to {self.graphs / 1e9:.2f}, {self.left / 1e9:.2f} "
+            "stay free"
         )
 
 
@@ -149,7 +158,8 @@ def find_room(
     except torch.OutOfMemoryError as error:
         free, total = meter.free_bytes()
         raise ConfigError(
-            f"a step of {max_batch_tokens} tokens does not fit beside the weights: {free / 1e9:.2f} of {total / 1e9:.2f} GB are free. "
+            f"a step of {max_batch_tokens} tokens does not fit beside the weights: {free / 1e9:.2f} of "
+            f"{total / 1e9:.2f} GB are free. "
             "Give --max-batch-tokens less, or take a smaller model"
         ) from error
     free, total = meter.free_bytes()
@@ -169,7 +179,9 @@ def _peak(
     attention: str,
     meter: Meter,
 ) -> int:
-    """Bytes of a step of so many tokens, shared by so many requests that all sample in the most expensive way."""
+    """Bytes of a step of so many tokens, shared by so many requests that all sample in the most expensive
+    way.
+    """
     requests = min(max_running, max_batch_tokens)
     lengths = [
         max_batch_tokens // requests + (index < max_batch_tokens % requests) for index in range(requests)

@@ -1,8 +1,9 @@
 """Any Hugging Face causal language model over paged KV. Knows transformers; never plans, slots or sampling.
 
-The one hook is transformers' attention interface: we register an attention function, and the model's own code does the rest. No mask
-function is registered, so that transformers builds no mask. The model sees all tokens of a step as one row; what belongs together
-is known to the attention only, which reaches it as a keyword argument of the forward.
+The one hook is transformers' attention interface: we register an attention function, and the model's own code
+does the rest. No mask function is registered, so that transformers builds no mask. The model sees all tokens
+of a step as one row; what belongs together is known to the attention only, which reaches it as a keyword
+argument of the forward.
 
 Some models can do without their own code: see `worker.llama`. They go through the same gate.
 """
@@ -43,7 +44,10 @@ class Attending(Protocol):
 
 
 class CausalModel:
-    """A causal language model that computes its attention through us. `gate.admit` makes those that may be served."""
+    """A causal language model that computes its attention through us.
+
+    `gate.admit` makes those that may be served.
+    """
 
     geometry: KVGeometry  # as the gate's probe saw it
     attention_args: tuple[AttentionArgs, ...]  # how each layer attends, as the probe saw it
@@ -62,7 +66,8 @@ class CausalModel:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self._fused: LlamaForward | None = None
-        # To warn of forgotten padding, transformers compares all ids with this: a wait for the GPU in every step.
+        # To warn of forgotten padding, transformers compares all ids with this: a wait for the GPU in every
+        # step.
         with contextlib.suppress(Exception):  # (a config class that insists on a number keeps it, and waits)
             model.config.pad_token_id = None
         AttentionInterface.register(_INTERFACE, _attention)
@@ -84,7 +89,9 @@ class CausalModel:
 
     @property
     def library_bytes(self) -> int:
-        """Main memory that libraries come to take for what they compile by the shapes they meet, beside the weights."""
+        """Main memory that libraries come to take for what they compile by the shapes they meet, beside the
+        weights.
+        """
         by_onednn = self.dtype.itemsize == 2 if self._fused is None else self._fused.by_onednn
         return ONEDNN_BYTES if by_onednn and self.device.type == "cpu" else 0
 
@@ -147,7 +154,10 @@ def _attention(
     pensieve_attending: Attending | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function transformers calls in each layer: q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, T, H, D)."""
+    """The function transformers calls in each layer.
+
+    Q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, T, H, D).
+    """
     if pensieve_attending is None:
         raise AttentionBypassed("this model is served by Pensieve: call it through CausalModel")
     if (
@@ -222,7 +232,8 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
                 if len(set(value)) > 1 and name not in _WIDTHS:
                     listed = ", ".join(map(str, sorted(set(value))))
                     raise ModelRefused(
-                        f"the layers of {text.model_type!r} differ in {name} ({listed}); all layers of a cache have the same"
+                        f"the layers of {text.model_type!r} differ in {name} ({listed}); all layers of a "
+                        "cache have the same"
                     )
                 value = max(value, default=None)
             if value is not None:

@@ -1,4 +1,7 @@
-"""What a user typed after `--model`, read: which file, which repository of the hub, which of Ollama's models. Knows names and places; loads nothing."""
+"""What a user typed after `--model`, read: which file, which repository of the hub, which of Ollama's models.
+
+Knows names and places; loads nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ _QUANT = re.compile(
 )
 _PICTURES = "mmproj"  # begins the names of files that hold the part that sees
 _OTHER_FORMATS = {
-    ".onnx": "an ONNX file, which holds a graph instead of a model's weights",
-    ".pt": "a PyTorch file", ".pth": "a PyTorch file", ".ckpt": "a checkpoint of a training", ".pkl": "a pickle",
+    ".onnx": "an ONNX file, which holds a graph instead of a model's weights", ".pt": "a PyTorch file",
+    ".pth": "a PyTorch file", ".ckpt": "a checkpoint of a training", ".pkl": "a pickle",
     ".h5": "a TensorFlow file", ".msgpack": "a Flax file", ".tflite": "a TensorFlow Lite file",
     ".mlmodel": "a Core ML file", ".zip": "an archive", ".gz": "an archive", ".tar": "an archive",
 }  # fmt: skip
@@ -69,7 +72,9 @@ def require_gguf(spec: str, path: Path) -> Path:
 
 
 def gguf_in(spec: str, folder: Path) -> Path | None:
-    """The one GGUF file of a folder that holds no model of another kind; of one in several parts the first. None: it holds none.
+    """The one GGUF file of a folder that holds no model of another kind; of one in several parts the first.
+
+    None: it holds none.
 
     Raises:
         ConfigError: there are several; the message lists them.
@@ -99,7 +104,10 @@ def parts_of(first: str, names: Iterable[str]) -> list[str]:
 
 
 def hub_name(spec: str) -> HubName | None:
-    """A hub id as it is, with `:QUANT`, or as hf.co/... and https://huggingface.co/... write it; None: it is none."""
+    """A hub id as it is, with `:QUANT`, or as hf.co/... and https://huggingface.co/... write it.
+
+    None: it is none.
+    """
     match = _HUB_HOST.match(spec.strip())
     rest = (match[1] or match[2]).partition("?")[0].strip("/") if match else spec
     pieces = rest.split("/")
@@ -157,7 +165,9 @@ def quant_of(name: str) -> str:
 
 
 def ollama_model(spec: str) -> Path | None:
-    """The GGUF blob of a model that Ollama has here, by the name Ollama gives it; None: it has none of that name.
+    """The GGUF blob of a model that Ollama has here, by the name Ollama gives it.
+
+    None: it has none of that name.
 
     Raises:
         ConfigError: what Ollama has of that name is no model of one file.

@@ -1,7 +1,10 @@
-"""What `--dtype auto` means on this machine: measured in milliseconds, as torch will really compute. Knows matrices and a clock; never models.
+"""What `--dtype auto` means on this machine: measured in milliseconds, as torch will really compute.
 
-Not what the CPU's list of features says: libraries can be capped from outside (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY, PENSIEVE_ISA), and some CPUs have
-instructions that are slower than doing without. Time is that of one thread, on the processor: what others compute meanwhile does not count.
+Knows matrices and a clock; never models.
+
+Not what the CPU's list of features says: libraries can be capped from outside (ONEDNN_MAX_CPU_ISA,
+ATEN_CPU_CAPABILITY, PENSIEVE_ISA), and some CPUs have instructions that are slower than doing without. Time
+is that of one thread, on the processor: what others compute meanwhile does not count.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ def choose(
     group: Group | None = None,
     clock: Clock = time.thread_time,
 ) -> NumberType:
-    """The number type that was asked for, or with "auto" the one to compute in; of a group, what rank 0 finds.
+    """The number type that was asked for, or with "auto" the one to compute in.
+
+    Of a group, what rank 0 finds.
 
     Args:
         asked: a torch dtype's name, or "auto".
@@ -79,7 +84,10 @@ def _fastest(clock: Clock) -> NumberType:
 
 
 def slowdown(clock: Clock = time.thread_time) -> float:
-    """How many times as long as in float32 products take in bfloat16: the geometric mean over few rows and many."""
+    """How many times as long as in float32 products take in bfloat16.
+
+    The geometric mean over few rows and many.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for each other would measure who else computes here
     try:

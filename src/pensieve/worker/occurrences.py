@@ -1,4 +1,7 @@
-"""How often a request has had each token, as arrays, and what penalties make of it. Knows token ids; never positions or requests."""
+"""How often a request has had each token, as arrays, and what penalties make of it.
+
+Knows token ids; never positions or requests.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import torch
 
 from pensieve.core.request import SamplingParams
 
-# Beyond it a repetition penalty decides alone, as it does at it, and float32 overflows: its order of the tokens would be lost.
+# Beyond it a repetition penalty decides alone, as it does at it, and float32 overflows: its order of the
+# tokens would be lost.
 _MOST_PENALTY = 1e9
 
 
@@ -53,7 +57,10 @@ class Occurrences:
             self._times[self._place[token]] -= 1
 
     def penalise(self, logits: torch.Tensor, params: SamplingParams) -> None:
-        """Change a row of logits (V,), float32, in place: repetition over everything, then presence and frequency over the output."""
+        """Change a row of logits (V,), float32, in place.
+
+        Repetition over everything, then presence and frequency over the output.
+        """
         ids, times, in_prompt = (
             torch.from_numpy(array[: self._size]).to(logits.device)
             for array in (self._ids, self._times, self._in_prompt)

@@ -1,9 +1,13 @@
-"""One model computed by several processes. Every rank runs every plan, on its own share of the heads and over tiers of its own; rank 0 is
-the `Worker` that an engine drives, the others `follow`. Knows plans, results and what ranks say; never how weights are cut.
+"""One model computed by several processes.
 
-Plans name slots and token ids, and those are the same on all ranks: nobody but rank 0's scheduler decides. What can differ is what happens
-(a copy fails here, memory runs out there), so the ranks tell each other before a forward whether all can take part in it, and after it whether
-all of what it attended was there. A rank that breaks in the middle of a forward leaves the others in a collective of it: then all end.
+Every rank runs every plan, on its own share of the heads and over tiers of its own; rank 0 is the `Worker`
+that an engine drives, the others `follow`. Knows plans, results and what ranks say; never how weights are
+cut.
+
+Plans name slots and token ids, and those are the same on all ranks: nobody but rank 0's scheduler decides.
+What can differ is what happens (a copy fails here, memory runs out there), so the ranks tell each other
+before a forward whether all can take part in it, and after it whether all of what it attended was there. A
+rank that breaks in the middle of a forward leaves the others in a collective of it: then all end.
 """
 
 from __future__ import annotations
@@ -85,15 +89,21 @@ class _Report:
 
 
 class RankFailed(Exception):
-    """Something went wrong on a rank before anything was computed, or after everything: no rank's work counts, and all go on."""
+    """Something went wrong on a rank before anything was computed, or after everything.
+
+    No rank's work counts, and all go on.
+    """
 
 
 class RankWorker(ModelWorker):
-    """A rank's own worker. It says how it fares where the others must know, and goes no further than all of them can."""
+    """A rank's own worker.
+
+    It says how it fares where the others must know, and goes no further than all of them can.
+    """
 
     def __init__(
-        self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int, *, attention: str, hooks: Hooks,
-        verify: bool, debug: bool,
+        self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int, *,
+        attention: str, hooks: Hooks, verify: bool, debug: bool,
     ) -> None:  # fmt: skip
         super().__init__(
             model, tiers, chunk_tokens, attention=attention, hooks=hooks, verify=verify, on_device=False
@@ -158,7 +168,10 @@ class RankWorker(ModelWorker):
                 super()._wipe(wiped)
 
     def _prepare(self, plan: StepPlan) -> Batch:
-        """Nobody begins a forward that somebody cannot take part in: it would wait in a collective for ever."""
+        """Nobody begins a forward that somebody cannot take part in.
+
+        It would wait in a collective for ever.
+        """
         prints: list[bytes] = []
         with self._together(prints):
             batch = super()._prepare(plan)
@@ -223,12 +236,16 @@ class RankWorker(ModelWorker):
         if others := [f"rank {rank}" for rank, each in enumerate(prints) if each != prints[0]]:
             raise self._give_up(
                 WorkerLost(
-                    f"in step {self._step_id} {', '.join(others)} {what} than rank 0: the processes must be started again"
+                    f"in step {self._step_id} {', '.join(others)} {what} than rank 0: the processes must be "
+                    "started again"
                 )
             )
 
     def _give_up(self, error: WorkerLost) -> WorkerLost:
-        """Remembered, since a step turns what is raised in it into its result; whoever waits for this rank learns that it is gone."""
+        """Remembered, since a step turns what is raised in it into its result.
+
+        Whoever waits for this rank learns that it is gone.
+        """
         self._lost = error
         self._words_due = 0
         self._group.leave()
@@ -236,7 +253,10 @@ class RankWorker(ModelWorker):
 
 
 class ParallelWorker:
-    """The worker that an engine sees, on rank 0. See `core.plan.Worker`; besides, everything raises `WorkerLost` once the ranks are out of step."""
+    """The worker that an engine sees, on rank 0.
+
+    See `core.plan.Worker`; besides, everything raises `WorkerLost` once the ranks are out of step.
+    """
 
     def __init__(
         self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int = 32, *,
@@ -277,7 +297,9 @@ class ParallelWorker:
         return self._local.attention
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Let all ranks run a plan; see `core.plan.Worker.run`. A copy is done when it is on all ranks, and failed when it is on one.
+        """Let all ranks run a plan; see `core.plan.Worker.run`.
+
+        A copy is done when it is on all ranks, and failed when it is on one.
 
         Raises:
             WorkerLost: the ranks are out of step, for good.
@@ -305,7 +327,10 @@ class ParallelWorker:
         return replace(result, copies_done=done, copies_failed=failed)
 
     def set_waker(self, wake: Callable[[], None]) -> None:
-        """See `core.plan.Worker.set_waker`. The `run` that follows waits for the other ranks where they are late."""
+        """See `core.plan.Worker.set_waker`.
+
+        The `run` that follows waits for the other ranks where they are late.
+        """
         self._local.set_waker(wake)
 
     def close(self) -> None:
@@ -386,7 +411,8 @@ def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankW
     try:
         with group.agreeing():
             worker = RankWorker(
-                group, model, order.tiers, order.chunk_tokens, attention=order.attention, hooks=hooks, verify=order.verify, debug=order.debug
+                group, model, order.tiers, order.chunk_tokens, attention=order.attention, hooks=hooks,
+                verify=order.verify, debug=order.debug
             )  # fmt: skip
     except BaseException:
         if worker is not None:
@@ -404,7 +430,10 @@ def _with_seed(start: RequestStart) -> RequestStart:
 
 
 def _print_of(plan: StepPlan, batch: Batch) -> bytes:
-    """A plan and what a rank makes of it. (Sets are sorted: those that came through a pipe may be in another order.)"""
+    """A plan and what a rank makes of it.
+
+    (Sets are sorted: those that came through a pipe may be in another order.)
+    """
     started = [
         (
             start.request_id,

@@ -1,7 +1,11 @@
-"""The products of a Llama-like layer with its weights, laid out for what computes them. Knows matrices and layouts; never models, attention or positions.
+"""The products of a Llama-like layer with its weights, laid out for what computes them.
 
-On a CPU two ways. Panels are read by our own kernel, on CPUs that multiply bfloat16 in vectors or in whole tiles (AMX): it is faster than oneDNN at every size in vectors, and in tiles for up to some sixty rows
-(docs/performance.md). Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, and CPUs without such instructions. On a GPU products are the library's own.
+Knows matrices and layouts; never models, attention or positions.
+
+On a CPU two ways. Panels are read by our own kernel, on CPUs that multiply bfloat16 in vectors or in whole
+tiles (AMX): it is faster than oneDNN at every size in vectors, and in tiles for up to some sixty rows
+(docs/performance.md). Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own
+layout serves float32, and CPUs without such instructions. On a GPU products are the library's own.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ _PLAIN, _ADDED, _GATED, _FLOAT = range(4)
 _INT8_MOST = 127  # symmetric: -128 is not used
 _LEAST_SCALE = 1e-30  # of an output all of whose weights are 0
 _USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights out
-# oneDNN meets so many row counts between a power of two and the next, evenly spaced, and all below that. It compiles and keeps a primitive for
-# each, about 3 MB for a layer's four products; for 512 counts (with the holes that they left in the heap) that was 1.9 GB.
+# oneDNN meets so many row counts between a power of two and the next, evenly spaced, and all below that. It
+# compiles and keeps a primitive for each, about 3 MB for a layer's four products; for 512 counts (with the
+# holes that they left in the heap) that was 1.9 GB.
 _SIZES_AN_OCTAVE = 8
 ONEDNN_BYTES = (
     192 << 20
@@ -65,9 +70,11 @@ def grid_rows(num_rows: int) -> int:
 
 
 class OneDnnProduct:
-    """x -> x W^T + b for the weights of some linear modules, one below the other, as oneDNN likes them where this CPU has what it takes.
+    """x -> x W^T + b for the weights of some linear modules, one below the other, as oneDNN likes them where
+    this CPU has what it takes.
 
-    Clients choose how many rows there are, and oneDNN keeps something for each number: rows are filled up with zeros to a short list of numbers.
+    Clients choose how many rows there are, and oneDNN keeps something for each number: rows are filled up
+    with zeros to a short list of numbers.
     """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
@@ -160,8 +167,8 @@ class Weights(ctypes.Structure):
     """`struct weights` of kernel/products.h, field by field."""
 
     _fields_ = [
-        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT), ("num_outputs", INT), ("level", INT),
-        ("store", INT),
+        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT),
+        ("num_outputs", INT), ("level", INT), ("store", INT),
     ]  # fmt: skip
 
 
@@ -187,7 +194,10 @@ class PanelKind:
 
 
 class PanelProduct:
-    """x -> x W^T + b by our kernel, x in bfloat16. `weights` is what the kernel knows of it, for as long as this lives."""
+    """x -> x W^T + b by our kernel, x in bfloat16.
+
+    `weights` is what the kernel knows of it, for as long as this lives.
+    """
 
     def __init__(
         self, modules: Sequence[nn.Linear], store: int = _PLAIN, kind: PanelKind | None = None
@@ -217,13 +227,17 @@ class PanelProduct:
             pairs = _woven(pairs)
         self._panels = kind.memory.take(tuple(pairs.shape), pairs.dtype).copy_(pairs)
         self.weights = Weights(
-            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs, levels()[-1], store,
+            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs,
+            levels()[-1], store,
         )  # fmt: skip
         self._weights_address = ctypes.addressof(self.weights)
 
     @staticmethod
     def why_not(dtype: torch.dtype, *sizes: int, int8: bool = False) -> str | None:
-        """Why panels (of 8 bits) would not do for products of this dtype, or of rows of these sizes; None if they do."""
+        """Why panels (of 8 bits) would not do for products of this dtype, or of rows of these sizes.
+
+        None if they do.
+        """
         if dtype != torch.bfloat16:
             return f"panels are of bfloat16, not of {dtype}"
         if odd := [size for size in sizes if size % 2]:
@@ -242,7 +256,10 @@ class PanelProduct:
         )
 
     def __call__(self, x: torch.Tensor, results: torch.Tensor | None = None) -> torch.Tensor:
-        """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds. In fp32 where it was made so."""
+        """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds.
+
+        In fp32 where it was made so.
+        """
         if results is None:
             dtype = torch.float32 if self.weights.store == _FLOAT else x.dtype
             results = x.new_empty((len(x), self.weights.num_outputs), dtype=dtype)
@@ -252,8 +269,9 @@ class PanelProduct:
 
 
 def head_product(module: nn.Linear, kind: PanelKind) -> PanelProduct | OneDnnProduct:
-    """The output layer's product. bfloat16 has steps of an eighth where logits often lie (16 to 32), and the two likeliest tokens are often
-    closer than that; so logits stay as they were summed, in fp32, wherever our kernel can compute them.
+    """The output layer's product. bfloat16 has steps of an eighth where logits often lie (16 to 32), and the
+    two likeliest tokens are often closer than that; so logits stay as they were summed, in fp32, wherever our
+    kernel can compute them.
     """
     if PanelProduct.why_not(module.weight.dtype, module.in_features, int8=kind.int8) is None:
         return PanelProduct([module], _FLOAT, kind)
@@ -279,9 +297,12 @@ class PanelLayer:
 
 
 def lay_out_modules(model: nn.Module) -> None:
-    """Put the weights of GPT-2's kind of product, (in, out) in 16 bits, in a linear module's order in memory; nothing else changes.
+    """Put the weights of GPT-2's kind of product, (in, out) in 16 bits, in a linear module's order in memory.
 
-    Where a CPU does not multiply bfloat16, torch takes ten times as long for them otherwise (docs/performance.md).
+    Nothing else changes.
+
+    Where a CPU does not multiply bfloat16, torch takes ten times as long for them otherwise
+    (docs/performance.md).
     """
     for module in model.modules():
         if (
@@ -293,7 +314,9 @@ def lay_out_modules(model: nn.Module) -> None:
 
 
 def fill_up_modules(model: nn.Module) -> None:
-    """Have a model's own products in 16 bits on a CPU, which are oneDNN's, called with row counts of the grid only, see `grid_rows`."""
+    """Have a model's own products in 16 bits on a CPU, which are oneDNN's, called with row counts of the grid
+    only, see `grid_rows`.
+    """
     for module in model.modules():
         if (
             isinstance(module, (nn.Linear, Conv1D))
@@ -328,7 +351,10 @@ def _pairs(weight: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _woven(pairs: torch.Tensor) -> torch.Tensor:
-    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c: 4 outputs of the first half by turns with 4 of the second."""
+    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c.
+
+    4 outputs of the first half by turns with 4 of the second.
+    """
     halves = pairs.view(*pairs.shape[:2], 2, 4, 4, 2)
     return halves.transpose(2, 3).reshape(pairs.shape)
 
@@ -363,11 +389,15 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 class LayerCall(ctypes.Structure):
-    """`struct layer` of kernel/layer.h, field by field: a whole layer as one call, for layers of `PanelProduct`s."""
+    """`struct layer` of kernel/layer.h, field by field.
+
+    A whole layer as one call, for layers of `PanelProduct`s.
+    """
 
     _fields_ = [
-        ("num_threads", INT), ("num_tokens", INT), ("residual", POINTER), ("attention_norm", POINTER), ("mlp_norm", POINTER),
-        ("query_norm", POINTER), ("key_norm", POINTER), ("angles", POINTER), ("positions", POINTER), ("epsilon", REAL),
-        ("qkv", Weights), ("out", Weights), ("gate_up", Weights), ("down", Weights), ("rows", POINTER), ("num_rows", INT),
-        ("normed", POINTER), ("heads", POINTER), ("attended", POINTER), ("gated", POINTER),
+        ("num_threads", INT), ("num_tokens", INT), ("residual", POINTER), ("attention_norm", POINTER),
+        ("mlp_norm", POINTER), ("query_norm", POINTER), ("key_norm", POINTER), ("angles", POINTER),
+        ("positions", POINTER), ("epsilon", REAL), ("qkv", Weights), ("out", Weights), ("gate_up", Weights),
+        ("down", Weights), ("rows", POINTER), ("num_rows", INT), ("normed", POINTER), ("heads", POINTER),
+        ("attended", POINTER), ("gated", POINTER),
     ]  # fmt: skip

@@ -1,7 +1,10 @@
-"""Random weights of a given shape, fast, and whether weights fit in memory at all. Knows no names, files or network.
+"""Random weights of a given shape, fast, and whether weights fit in memory at all.
 
-Random weights time what real ones would: the same matrices at the same sizes. They are drawn once as a block of a few
-million normals and tiled over every matrix, at the speed of memory; drawing billions one by one takes minutes.
+Knows no names, files or network.
+
+Random weights time what real ones would: the same matrices at the same sizes. They are drawn once as a block
+of a few million normals and tiled over every matrix, at the speed of memory; drawing billions one by one
+takes minutes.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
 
     if getattr(config, "is_encoder_decoder", False):
         raise ModelRefused(
-            f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, such as Llama or Qwen"
+            f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, "
+            "such as Llama or Qwen"
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         code = (
@@ -45,7 +49,8 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
             else ""
         )
         raise ModelRefused(
-            f"transformers has no causal language model for model_type {config.model_type!r}{code}: it sees, hears, embeds or translates, or is newer "
+            f"transformers has no causal language model for model_type {config.model_type!r}{code}: it sees, "
+            "hears, embeds or translates, or is newer "
             "than this transformers. Name a text model"
         )
     try:
@@ -54,7 +59,8 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
     except Exception as error:  # whatever a model's own code raises over numbers that do not go together
         reason = " ".join(str(error).split())
         raise ModelRefused(
-            f"transformers cannot build the {config.model_type!r} model of this config ({type(error).__name__}: {reason[:300]})"
+            f"transformers cannot build the {config.model_type!r} model of this config "
+            f"({type(error).__name__}: {reason[:300]})"
         ) from error
     return model
 
@@ -74,7 +80,9 @@ def num_weights(model: PreTrainedModel) -> int:
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of this architecture with seeded random weights; the same seed gives the same weights on the same device.
+    """A model of this architecture with seeded random weights.
+
+    The same seed gives the same weights on the same device.
 
     Norms and biases start as training would start them, matrices are normal with deviation 0.02.
     The caller checks first that it fits (`require_room`).
@@ -96,7 +104,10 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: in
 
 
 def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
-    """Tile `block` (N,) over all matrices, one continuing where the last stopped; vectors get the model's own start."""
+    """Tile `block` (N,) over all matrices, one continuing where the last stopped.
+
+    Vectors get the model's own start.
+    """
     offset = 0
     seen: set[int] = set()
     for module in model.modules():
@@ -120,7 +131,9 @@ def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
 def _pieces(
     flat: torch.Tensor, block: torch.Tensor, offset: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (part of `flat`, part of `block`) that cover `flat`, reading `block` round and round from `offset`."""
+    """Pairs (part of `flat`, part of `block`) that cover `flat`, reading `block` round and round from
+    `offset`.
+    """
     start = 0
     while start < flat.numel():
         length = min(flat.numel() - start, block.numel() - offset)
@@ -130,8 +143,10 @@ def _pieces(
 
 
 def bytes_beside(config: PretrainedConfig, num_parameters: int, dtype: torch.dtype, device: str) -> int:
-    """What loading takes for a while, or for good, beside a model's weights: the output layer laid out anew while its first form is still
-    there (where it is tied to the embedding, both stay), and in 16 bits one layer in float32.
+    """What loading takes for a while, or for good, beside a model's weights.
+
+    The output layer laid out anew while its first form is still there (where it is tied to the embedding,
+    both stay), and in 16 bits one layer in float32.
     """
     from pensieve.worker.llama import MODEL_TYPES
 
@@ -166,7 +181,8 @@ def require_room(
         return
     name = str(dtype).removeprefix("torch.")
     raise ModelRefused(
-        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in {name}"
+        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in "
+        f"{name}"
         + (f" and {beside / 1e9:.1f} GB more while they are laid out" if beside >= 5e7 else "")
         + f", {room / 1e9:.1f} GB of memory are available on {device!r}. Ways out: a smaller model (`pensieve models` lists their sizes)"
         + (", --dtype bfloat16" if dtype.itemsize > 2 else "")
@@ -177,7 +193,8 @@ def require_room(
 def available_bytes(device: str = "cpu") -> int | None:
     """Memory this process may still take on a device; None where the system does not say.
 
-    In main memory: what the kernel calls available, or what is left under the tightest control group, whichever is less.
+    In main memory: what the kernel calls available, or what is left under the tightest control group,
+    whichever is less.
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(torch.device(device))
@@ -199,7 +216,9 @@ def _system_room() -> int | None:
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """What is left under each limit from this process's control group up to the root (version 2, then version 1)."""
+    """What is left under each limit from this process's control group up to the root (version 2, then version
+    1).
+    """
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:

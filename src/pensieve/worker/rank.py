@@ -1,4 +1,7 @@
-"""Where this process stands among several that serve one model together. Knows torchrun's environment; never torch, so that anybody may ask."""
+"""Where this process stands among several that serve one model together.
+
+Knows torchrun's environment; never torch, so that anybody may ask.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How a model is refused, and what a forward that fails says of it. Knows words and exceptions; never configs, caches or logits."""
+"""How a model is refused, and what a forward that fails says of it.
+
+Knows words and exceptions; never configs, caches or logits.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ class UnsupportedAttention(Exception):
 
 
 class AttentionBypassed(AssertionError):
-    """A layer calls our attention function without the step's attention: it does not hand on its keyword arguments."""
+    """A layer calls our attention function without the step's attention.
+
+    It does not hand on its keyword arguments.
+    """
 
 
 def refused(label: str, reason: str) -> ModelRefused:

@@ -1,4 +1,7 @@
-"""The Triton kernels of `worker/device_rows.py`: what a Llama-like layer does between its products. Sums are of floats, each result is rounded once."""
+"""The Triton kernels of `worker/device_rows.py`: what a Llama-like layer does between its products.
+
+Sums are of floats, each result is rounded once.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""What a Llama-like layer does between its products, by the kernels of `worker/kernel`. Knows tensors; never layers, weights or attention.
+"""What a Llama-like layer does between its products, by the kernels of `worker/kernel`.
 
-All of it works in place or into fresh tensors, row by row, in float32 or bfloat16; sums are of floats and each result is rounded once, where a model's
-modules round after every operation.
+Knows tensors; never layers, weights or attention.
+
+All of it works in place or into fresh tensors, row by row, in float32 or bfloat16; sums are of floats and
+each result is rounded once, where a model's modules round after every operation.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ class _Call(ctypes.Structure):
 
 class _Norm(ctypes.Structure):
     _fields_ = [
-        ("call", _Call), ("residual", POINTER), ("delta", POINTER), ("weight", POINTER), ("output", POINTER), ("width", INT),
-        ("epsilon", REAL),
+        ("call", _Call), ("residual", POINTER), ("delta", POINTER), ("weight", POINTER), ("output", POINTER),
+        ("width", INT), ("epsilon", REAL),
     ]  # fmt: skip
 
 
 class _Rotate(ctypes.Structure):
     _fields_ = [
-        ("call", _Call), ("heads", POINTER), ("row_stride", INT), ("num_heads", INT), ("num_kv_heads", INT), ("head_dim", INT),
-        ("angles", POINTER), ("positions", POINTER), ("query_weight", POINTER), ("key_weight", POINTER), ("epsilon", REAL),
+        ("call", _Call), ("heads", POINTER), ("row_stride", INT), ("num_heads", INT), ("num_kv_heads", INT),
+        ("head_dim", INT), ("angles", POINTER), ("positions", POINTER), ("query_weight", POINTER),
+        ("key_weight", POINTER), ("epsilon", REAL),
     ]  # fmt: skip
 
 
@@ -64,24 +67,29 @@ class Rows:
     def norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> torch.Tensor:
-        """Add `delta` to `residual` in place, if there is one; the sum over its root mean square, times `weight` (h,). All (T, h)."""
+        """Add `delta` to `residual` in place, if there is one.
+
+        The sum over its root mean square, times `weight` (h,). All (T, h).
+        """
         rows, width = residual.shape
         output = torch.empty_like(residual)
         work = _Norm(
-            self._header(rows), residual.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), output.data_ptr(), width,
-            epsilon,
+            self._header(rows), residual.data_ptr(), None if delta is None else delta.data_ptr(),
+            weight.data_ptr(), output.data_ptr(), width, epsilon,
         )  # fmt: skip
         self._kernel.pensieve_norm(ctypes.byref(work))
         return output
 
     def rotate(
-        self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, angles: torch.Tensor | None, positions: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor] | None, epsilon: float,
+        self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+        angles: torch.Tensor | None, positions: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor] | None,
+        epsilon: float,
     ) -> None:  # fmt: skip
         """Turn queries and keys, in place, to the angles of their positions.
 
         Args:
-            heads: (T, at least (H + Hkv) * D), each row contiguous: queries, then keys, then whatever follows.
+            heads: (T, at least (H + Hkv) * D), each row contiguous: queries, then keys, then whatever
+                follows.
             num_heads: H.
             num_kv_heads: Hkv.
             head_dim: D, even.
@@ -95,7 +103,8 @@ class Rows:
         )
         work = _Rotate(
             self._header(len(heads)), heads.data_ptr(), heads.stride(0), num_heads, num_kv_heads, head_dim,
-            None if angles is None else angles.data_ptr(), positions.data_ptr(), query_weight, key_weight, epsilon,
+            None if angles is None else angles.data_ptr(), positions.data_ptr(), query_weight, key_weight,
+            epsilon,
         )  # fmt: skip
         self._kernel.pensieve_rotate(ctypes.byref(work))
 

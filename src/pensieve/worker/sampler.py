@@ -1,11 +1,15 @@
-"""Logits to tokens, each request by its own rules. Knows token ids and positions; never models, slots or plans.
+"""Logits to tokens, each request by its own rules.
 
-What is drawn for a position depends on the request's seed and on the position alone: the random number is a hash of both. So a seed
-gives the same tokens whatever else is in the batch, and a token sampled again (after a failed forward, a suspension) comes out the same.
-Rows are worked on together all the same: nothing here adds up across rows, so no row can tell its neighbours.
+Knows token ids and positions; never models, slots or plans.
 
-Sampling has two halves. `launch` chooses; on a device it only queues that, and the next step may be launched on the tokens that lie there. `collect` says
-what was chosen, when the device has come so far. Only penalties need a token here before the next can be chosen (`needs_history`).
+What is drawn for a position depends on the request's seed and on the position alone: the random number is a
+hash of both. So a seed gives the same tokens whatever else is in the batch, and a token sampled again (after
+a failed forward, a suspension) comes out the same. Rows are worked on together all the same: nothing here
+adds up across rows, so no row can tell its neighbours.
+
+Sampling has two halves. `launch` chooses; on a device it only queues that, and the next step may be launched
+on the tokens that lie there. `collect` says what was chosen, when the device has come so far. Only penalties
+need a token here before the next can be chosen (`needs_history`).
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from pensieve.worker.draws import draw, likeliest, uniform
 from pensieve.worker.occurrences import Occurrences
 from pensieve.worker.pinned import to_device, to_host
 
-_FORBIDDEN = -1e38  # the logit of a token that may not come, yet a number: were all forbidden, there would be a token all the same
+# the logit of a token that may not come, yet a number: were all forbidden, there would be a token all the
+# same
+_FORBIDDEN = -1e38
 _ROWS_TOGETHER = 16  # their logits as fp32 still fit in a processor's cache (3 MB at 49,152 tokens)
 
 
@@ -32,7 +38,10 @@ Sampled = tuple[str, int, int]  # request id, position, token id
 
 
 class _State:
-    """What is remembered of one request: its tokens by position, and how often each occurred where penalties need that."""
+    """What is remembered of one request.
+
+    Its tokens by position, and how often each occurred where penalties need that.
+    """
 
     __slots__ = ("num_prompt", "occurrences", "params", "seed", "tokens")
 
@@ -102,8 +111,10 @@ class Sampler:
         """Remember nobody.
 
         Args:
-            before_sample: called for each request that emits; when it raises, that request fails and the others go on.
-            on_device: choose without looking at the logits from here, so that nothing waits for them. Without it the host looks, which on a CPU is faster.
+            before_sample: called for each request that emits; when it raises, that request fails and the
+                others go on.
+            on_device: choose without looking at the logits from here, so that nothing waits for them. Without
+                it the host looks, which on a CPU is faster.
         """
         self._before_sample = before_sample
         self._on_device = on_device
@@ -120,7 +131,10 @@ class Sampler:
             self._states.pop(request_id, None)
 
     def last_token(self, span: Span) -> int | None:
-        """The token at a span's start; None where it is not known here: still on the device, or never sampled because its step was void."""
+        """The token at a span's start.
+
+        None where it is not known here: still on the device, or never sampled because its step was void.
+        """
         tokens = self._states[span.request_id].tokens
         return tokens[span.start] if span.start < len(tokens) else None
 
@@ -131,7 +145,10 @@ class Sampler:
         )
 
     def accept(self, sampled: Iterable[Sampled]) -> None:
-        """Tokens that somebody else sampled for these requests; what was known of their positions, and behind, is forgotten."""
+        """Tokens that somebody else sampled for these requests.
+
+        What was known of their positions, and behind, is forgotten.
+        """
         for request_id, position, token in sampled:
             if (state := self._states.get(request_id)) is not None:
                 state.truncate(position)
@@ -207,7 +224,8 @@ class Sampler:
             error = choice.failures.get(row)
             if error is None and not are_finite[row]:
                 error = ArithmeticError(
-                    "the model's logits are not finite (NaN or infinity): its weights or dtype do not carry this prompt"
+                    "the model's logits are not finite (NaN or infinity): its weights or dtype do not carry "
+                    "this prompt"
                 )
             if error is not None:
                 broken.append(
@@ -227,7 +245,10 @@ class Sampler:
         return tokens, broken
 
     def _choose(self, choice: Choice, logits: torch.Tensor, rows: list[int]) -> None:
-        """Choose for rows with penalties or a temperature. Should that fail, once more one by one: whose fault it was fails alone."""
+        """Choose for rows with penalties or a temperature.
+
+        Should that fail, once more one by one: whose fault it was fails alone.
+        """
         try:
             tokens = self._choose_together([choice.spans[row] for row in rows], _floats(logits, rows))
         except Exception as error:
@@ -275,8 +296,12 @@ Said = tuple[
 
 
 def _logprobs(logits: torch.Tensor, choice: Choice) -> dict[str, torch.Tensor]:
-    """What is to be said of the model's own distribution: "own", of the tokens of all rows that want it, in the order of `choice.words`; and "values k" and
-    "ids k", the k likeliest of each row that wants so many. (Not the first k of more: of equal ones, another might be told.)"""
+    """What is to be said of the model's own distribution.
+
+    "own", of the tokens of all rows that want it, in the order of `choice.words`; and "values k" and "ids k",
+    the k likeliest of each row that wants so many. (Not the first k of more: of equal ones, another might be
+    told.)
+    """
     owns: list[torch.Tensor] = []
     tops: dict[int, list[torch.return_types.topk]] = {}
     for first in range(0, len(choice.words), _ROWS_TOGETHER):
@@ -328,7 +353,10 @@ def _floats(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch use this thread only: work of some 10 us that waits for another thread to be woken is not faster on a busy machine."""
+    """Let torch use this thread only.
+
+    Work of some 10 us that waits for another thread to be woken is not faster on a busy machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,6 @@
-"""Compares a model over a paged cache with its own eager attention. Knows forwards and rounding; never configs or weights files.
+"""Compares a model over a paged cache with its own eager attention.
+
+Knows forwards and rounding; never configs or weights files.
 
 Float32 is compared even where the model has 16 bits: there rounding hides small errors.
 """
@@ -27,9 +29,11 @@ log = logging.getLogger(__name__)
 _TOLERANCE = 1e-4  # in float32: of the largest logit, for the largest difference
 _HALF_TOLERANCE = 0.08  # in 16 bits, for the root mean square of the difference over that of the logits
 _BYTE_TOLERANCE = 0.1  # likewise with weights of 8 bits, which alone make 3 to 8 % in tiny random models
-_HALF_FACTOR = 1.6  # in 16 bits, where float32 is known: how many times as far from it as transformers' own answer ours may be
+# in 16 bits, where float32 is known: how many times as far from it as transformers' own answer ours may be
+_HALF_FACTOR = 1.6
 _HALF_FLOOR = 2e-3  # a distance from it that is rounding whatever transformers' own is
-# Weights that are computed in float32 at most, so that it takes some seconds: for each thread of a CPU, and anywhere.
+# Weights that are computed in float32 at most, so that it takes some seconds: for each thread of a CPU, and
+# anywhere.
 _FLOAT_BUDGET_A_THREAD, _FLOAT_BUDGET = 300_000_000, 2_000_000_000
 _TEST_CHUNK = 4  # tokens of a chunk in the self-test: small, so that few ids cross many chunks
 
@@ -40,13 +44,14 @@ class Expected:
 
     ids: dict[str, list[int]]  # by name
     logits: dict[str, torch.Tensor]  # (n, V) in fp32, of a sequence of n tokens
-    wide: (
-        dict[str, torch.Tensor] | None
-    )  # the same, computed in float32; None: it could not be, or not over all layers
+    # the same, computed in float32; None: it could not be, or not over all layers
+    wide: dict[str, torch.Tensor] | None
 
 
 def expect(model: CausalModel, attention: str = "auto") -> Expected:
-    """Let the model's modules answer, before anybody takes them apart; where they have 16 bits, in float32 as well, and over a paged cache.
+    """Let the model's modules answer, before anybody takes them apart.
+
+    Where they have 16 bits, in float32 as well, and over a paged cache.
 
     Raises:
         ModelRefused: they cannot, their answers are not finite, or over a paged cache they differ.
@@ -75,7 +80,10 @@ def expect(model: CausalModel, attention: str = "auto") -> Expected:
 def _expect_wide(
     model: CausalModel, ids: dict[str, list[int]], attention: str
 ) -> dict[str, torch.Tensor] | None:
-    """The answers in float32, after a comparison of both ways to attend; None where there are none, or not of the whole model."""
+    """The answers in float32, after a comparison of both ways to attend.
+
+    None where there are none, or not of the whole model.
+    """
     layers = decoder_layers(model.model, model.shape.num_layers)
     if layers is None or (model.model.tp_size or 1) > 1:
         return None
@@ -111,9 +119,10 @@ def _kind(args: AttentionArgs) -> tuple[object, ...]:
 def check(model: CausalModel, expected: Expected, attention: str = "auto") -> None:
     """Compare with the model's own eager attention on random ids, in the ways a cache is used.
 
-    Three sequences over scattered slots: one in pieces, one whose first chunks and a hole are computed in the same forward as its
-    end, one that decodes. Tolerance: fp32, 1e-4 of the largest logit. In 16 bits, the root mean square of the distance from the answers in
-    float32 may be 1.6 times that of transformers' own; where there are none, 8 % of the logits' (rounding alone makes 1 to 3 %).
+    Three sequences over scattered slots: one in pieces, one whose first chunks and a hole are computed in the
+    same forward as its end, one that decodes. Tolerance: fp32, 1e-4 of the largest logit. In 16 bits, the
+    root mean square of the distance from the answers in float32 may be 1.6 times that of transformers' own;
+    where there are none, 8 % of the logits' (rounding alone makes 1 to 3 %).
 
     Raises:
         ModelRefused: the logits differ.
@@ -129,7 +138,8 @@ def _require_close(label: str, error: float, limit: float) -> None:
     if error > limit:
         raise refused(
             label,
-            f"over a paged cache its logits differ from transformers' own by {error:.2g}, {limit:.2g} would be rounding",
+            f"over a paged cache its logits differ from transformers' own by {error:.2g}, {limit:.2g} would "
+            "be rounding",
         )
 
 
@@ -194,7 +204,8 @@ def _paged(model: CausalModel, ids: dict[str, list[int]], attention: str, dtype:
         a,
     ]  # each answers: more to compare
     run.step(
-        *(("pieces", start, stop) for start, stop in itertools.pairwise(parts)), ("holes", 0, min(3 * _TEST_CHUNK, b - 1)), ("holes", *hole), ("holes", b - 1, b), ("decode", c - 1, c)
+        *(("pieces", start, stop) for start, stop in itertools.pairwise(parts)),
+        ("holes", 0, min(3 * _TEST_CHUNK, b - 1)), ("holes", *hole), ("holes", b - 1, b), ("decode", c - 1, c)
     )  # fmt: skip
     return run.outputs
 

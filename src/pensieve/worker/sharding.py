@@ -1,7 +1,10 @@
-"""A model's weights over several processes, each with its share of heads and columns. Knows transformers' tensor parallel plans; never plans of steps.
+"""A model's weights over several processes, each with its share of heads and columns.
 
-Which matrix is cut, and how, is transformers' business (`base_model_tp_plan`). Whatever it cuts, attention comes to us with the heads of this
-rank only, and the load-time gate compares the result with eager attention, all ranks together.
+Knows transformers' tensor parallel plans; never plans of steps.
+
+Which matrix is cut, and how, is transformers' business (`base_model_tp_plan`). Whatever it cuts, attention
+comes to us with the heads of this rank only, and the load-time gate compares the result with eager attention,
+all ranks together.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ def require_divisible(config: PretrainedConfig, label: str, num_ranks: int) -> N
     """Refuse a model that cannot be divided by its heads.
 
     Raises:
-        ConfigError: transformers has no plan for it, or its heads cannot be dealt out evenly; the message says the ways out.
+        ConfigError: transformers has no plan for it, or its heads cannot be dealt out evenly; the message
+            says the ways out.
     """
     text, shape = config.get_text_config(), shape_of(config)
     start_otherwise = "start Pensieve without torchrun, in one process"
     if not getattr(text, "base_model_tp_plan", None):
         raise ConfigError(
-            f"{label} cannot be split over {num_ranks} processes: transformers has no tensor parallel plan for {text.model_type!r} models. "
+            f"{label} cannot be split over {num_ranks} processes: transformers has no tensor parallel plan "
+            f"for {text.model_type!r} models. "
             f"Choose another model, or {start_otherwise}"
         )
     for what, count in (("key/value heads", shape.num_kv_heads), ("query heads", shape.num_heads)):
@@ -65,7 +70,10 @@ def load_split(
 
 
 def split(model: PreTrainedModel, device: torch.device, num_ranks: int) -> PreTrainedModel:
-    """Cut a whole model, the same on every rank, in place: each matrix goes to `device` and is left with this rank's share."""
+    """Cut a whole model, the same on every rank, in place.
+
+    Each matrix goes to `device` and is left with this rank's share.
+    """
     from transformers.distributed import DistributedConfig
 
     with _meshes_on(device):

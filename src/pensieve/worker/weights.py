@@ -1,7 +1,9 @@
-"""Where weights come from: the embedded default, a folder, the hub, a GGUF file, or random ones of a known shape.
+"""Where weights come from: the embedded default, a folder, the hub, a GGUF file, or random ones of a known
+shape.
 
-Turns what a user typed after `--model` into a `ResolvedModel`, and that into a Hugging Face model. Knows nothing of
-attention, batches or caches. `python -m pensieve.worker.weights fetch` gets the default model ahead of time.
+Turns what a user typed after `--model` into a `ResolvedModel`, and that into a Hugging Face model. Knows
+nothing of attention, batches or caches. `python -m pensieve.worker.weights fetch` gets the default model
+ahead of time.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
     from pensieve.worker.group import Group
 
-# torch and transformers are imported where they are used: listing models and fetching the default need neither.
+# torch and transformers are imported where they are used: listing models and fetching the default need
+# neither.
 
 Source = Literal["embedded", "folder", "hub", "gguf", "random"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,11 +88,11 @@ def resolve(
     """Find the model a user named.
 
     Args:
-        spec: `smollm2`, a GGUF file (by its first bytes), a preset's name, a folder (of a model, or with one GGUF file), a hub id (also as
-            ORG/NAME:QUANT, hf.co/... or a URL), or a name that Ollama has here; the first that fits, in this order (`./gpt2` names a folder
-            that is called as a preset is).
-        weights: "auto" takes real weights where they can be had and random ones of the same shape where they cannot
-            (`note` says why); "random" asks for random ones, for which a config suffices.
+        spec: `smollm2`, a GGUF file (by its first bytes), a preset's name, a folder (of a model, or with one
+            GGUF file), a hub id (also as ORG/NAME:QUANT, hf.co/... or a URL), or a name that Ollama has here;
+            the first that fits, in this order (`./gpt2` names a folder that is called as a preset is).
+        weights: "auto" takes real weights where they can be had and random ones of the same shape where they
+            cannot (`note` says why); "random" asks for random ones, for which a config suffices.
         dtype: number type it will be loaded in; with `device`, decides whether a download would fit.
         device: where it will be loaded.
         allow_random: False for callers that talk: no real weights, no model.
@@ -97,7 +100,8 @@ def resolve(
 
     Raises:
         ConfigError: no such model; the message lists names that are near.
-        ModelUnavailable: real weights cannot be had and random ones will not do; the message says the ways out.
+        ModelUnavailable: real weights cannot be had and random ones will not do; the message says the ways
+            out.
         ModelRefused: found, but too large or of a kind transformers cannot build.
     """
     if weights not in ("auto", "random"):
@@ -150,7 +154,9 @@ def load(
     device: str = "cpu",
     group: Group | None = None,
 ) -> PreTrainedModel:
-    """The model itself, in evaluation mode, without gradients, on `device`; with a group, this rank's share of it, on the rank's device.
+    """The model itself, in evaluation mode, without gradients, on `device`.
+
+    With a group, this rank's share of it, on the rank's device.
 
     A damaged conversion is found here at the latest, built again, and loaded.
 
@@ -189,7 +195,10 @@ def fetch_default(progress: Progress | None = None) -> Path:
 
 
 def describe_models() -> list[ModelRow]:
-    """What can be loaded, for `pensieve models`: the embedded default, the presets, and how to name other models."""
+    """What can be loaded, for `pensieve models`.
+
+    The embedded default, the presets, and how to name other models.
+    """
     rows = [
         _preset_row(
             PRESETS[_EMBEDDED_PRESET],
@@ -287,7 +296,10 @@ def _from_gguf(
 
 
 def _holds_model(folder: Path) -> bool:
-    """A folder that is a Hugging Face model, or whose only GGUF would not be one: its config.json is what counts, where weights go with it."""
+    """A folder that is a Hugging Face model, or whose only GGUF would not be one.
+
+    Its config.json is what counts, where weights go with it.
+    """
     from pensieve.worker.hub import has_weights
 
     return (folder / "config.json").exists() and (has_weights(folder) or not any(folder.glob("*.gguf")))
@@ -297,7 +309,8 @@ def _unknown(spec: str) -> str:
     """Why a name is no model, and what is near."""
     if naming.looks_like_ollama(spec):
         return (
-            f"there is no model {spec!r}: it reads like an Ollama name, and none such is in {naming.ollama_root()}. Get it there "
+            f"there is no model {spec!r}: it reads like an Ollama name, and none such is in "
+            f"{naming.ollama_root()}. Get it there "
             f"(`ollama pull {spec}`), or name a .gguf file, a folder or a hub id (ORG/NAME, ORG/NAME:Q4_K_M)"
         )
     return (
@@ -314,7 +327,8 @@ def _reached(spec: str, fetch: Callable[[], Path]) -> Path:
         raise ConfigError(f"{error}.{_near(spec)}") from error
     except HubOutOfReach as error:
         raise ModelUnavailable(
-            f"{spec!r} cannot be had ({error}). Ways out: --model FILE.gguf with a copy of it, or --model {embedded.NAME}"
+            f"{spec!r} cannot be had ({error}). Ways out: --model FILE.gguf with a copy of it, or --model "
+            f"{embedded.NAME}"
         ) from error
 
 
@@ -342,7 +356,8 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
         return _random(spec, config, reason, tokenizer_dir)
     if not allow_random and tokenizer_dir is None:
         raise ModelUnavailable(
-            f"{spec} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), so it cannot talk: put its tokenizer files into {folder}"
+            f"{spec} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), so it cannot talk: put its tokenizer "
+            f"files into {folder}"
         )
     model = outline(config)
     _, note = loading.inspect(folder, model, spec)
@@ -370,11 +385,13 @@ def _require_model_folder(spec: str, folder: Path) -> None:
         return
     if (folder / "adapter_config.json").exists():
         raise ConfigError(
-            f"the folder {spec!r} holds a LoRA adapter, no whole model: merge it into its base model (`merge_and_unload` of peft), save that, "
+            f"the folder {spec!r} holds a LoRA adapter, no whole model: merge it into its base model "
+            "(`merge_and_unload` of peft), save that, "
             "and name its folder"
         )
     raise ConfigError(
-        f"the folder {spec!r} holds no config.json, so it is no Hugging Face model: name a folder that holds one, its weight files and its tokenizer, "
+        f"the folder {spec!r} holds no config.json, so it is no Hugging Face model: name a folder that holds "
+        "one, its weight files and its tokenizer, "
         "or a .gguf file"
     )
 
@@ -389,7 +406,9 @@ def _from_hub(
     allow_random: bool,
     progress: Progress | None,
 ) -> ResolvedModel:
-    """From the local cache, else the hub, else random weights of the shape that the preset or a cached config gives."""
+    """From the local cache, else the hub, else random weights of the shape that the preset or a cached config
+    gives.
+    """
     from pensieve.worker.hub import (
         HubOutOfReach,
         HubUnknown,
@@ -429,7 +448,8 @@ def _from_hub(
             reason = str(error)
     if not allow_random or (preset is None and folder is None):
         raise ModelUnavailable(
-            f"no real weights for {spec!r} ({reason}). Ways out: --model FOLDER with a copy of it, --model FILE.gguf, "
+            f"no real weights for {spec!r} ({reason}). Ways out: --model FOLDER with a copy of it, --model "
+            "FILE.gguf, "
             f"or the embedded default, --model {embedded.NAME}"
         )
     if preset is not None:
@@ -459,7 +479,10 @@ def _config_of(folder: Path) -> PretrainedConfig:
 
 
 def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """Token ids that end an answer: those of generation_config.json, the config and the tokenizer, in this order."""
+    """Token ids that end an answer.
+
+    Those of generation_config.json, the config and the tokenizer, in this order.
+    """
     named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
     named.append(getattr(config.get_text_config(), "eos_token_id", None))
     text = _read_json(folder / "tokenizer_config.json").get("eos_token")
@@ -488,7 +511,10 @@ def _load_folder(folder: Path, label: str, dtype: torch.dtype, device: str) -> P
 
 
 def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> PreTrainedModel:
-    """A rank's share. Random weights are made whole first, in main memory, so that they are those of a single process."""
+    """A rank's share.
+
+    Random weights are made whole first, in main memory, so that they are those of a single process.
+    """
     from pensieve.worker import sharding
     from pensieve.worker.random_weights import build, require_room
 
@@ -509,7 +535,10 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
 
 
 def _rebuilt(resolved: ResolvedModel) -> Path | None:
-    """A fresh conversion in place of a damaged one; None when it is whole, so that the failure was not its fault."""
+    """A fresh conversion in place of a damaged one.
+
+    None when it is whole, so that the failure was not its fault.
+    """
     assert resolved.folder is not None
     if is_sound(resolved.folder, full=True):
         return None

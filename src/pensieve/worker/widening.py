@@ -1,7 +1,9 @@
-"""A 16-bit model computed in float32, one layer widened at a time. Knows modules and parameters; never attention or caches.
+"""A 16-bit model computed in float32, one layer widened at a time.
 
-Rounding to 16 bits hides small mistakes. In float32 a right forward agrees with the model's own to a few digits, a wrong one does not;
-and no more memory is needed than one layer's.
+Knows modules and parameters; never attention or caches.
+
+Rounding to 16 bits hides small mistakes. In float32 a right forward agrees with the model's own to a few
+digits, a wrong one does not; and no more memory is needed than one layer's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Multi-token attention over paged KV: the registry of backends. Knows their names and what they can serve, not how they work."""
+"""Multi-token attention over paged KV: the registry of backends.
+
+Knows their names and what they can serve, not how they work.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ def make_backend(
     device: torch.device,
     args: Sequence[AttentionArgs] = (),
 ) -> AttentionBackend[Any]:
-    """The backend of this name, or with "auto" the first that can serve such a cache, and layers that attend like `args`.
+    """The backend of this name, or with "auto" the first that can serve such a cache, and layers that attend
+    like `args`.
 
     Raises:
         ConfigError: no such backend, or it cannot.
@@ -60,7 +64,8 @@ def make_backend(
             return candidate(geometry, chunk_tokens)
         reasons.append(f"{candidate.name}: {reason}")
     raise ConfigError(
-        f"no attention backend can serve this cache ({'; '.join(reasons)}): choose another model, dtype or device"
+        f"no attention backend can serve this cache ({'; '.join(reasons)}): choose another model, dtype or "
+        "device"
     )
 
 

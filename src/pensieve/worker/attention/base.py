@@ -1,7 +1,10 @@
-"""What an attention backend is: a layout of KV inside a slot, and multi-token attention over it. Knows no models and no plans.
+"""What an attention backend is: a layout of KV inside a slot, and multi-token attention over it.
 
-In each layer the new K and V of all spans are written first, then every token attends `[0, its own position]` of its sequence, in
-whatever slots those chunks lie (paper §4.4). A backend chooses the layout that its kernel reads fastest; nobody else looks inside.
+Knows no models and no plans.
+
+In each layer the new K and V of all spans are written first, then every token attends `[0, its own position]`
+of its sequence, in whatever slots those chunks lie (paper §4.4). A backend chooses the layout that its kernel
+reads fastest; nobody else looks inside.
 """
 
 from __future__ import annotations
@@ -84,23 +87,38 @@ class AttentionBackend(ABC, Generic[Prepared]):
     def attend(
         self, prepared: Prepared, layer: int, query: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
-        """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D). Cells beyond a context are never used."""
+        """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D).
+
+        Cells beyond a context are never used.
+        """
 
 
 class CapturableBackend(AttentionBackend[Prepared]):
-    """A backend whose steps of one-token spans can be captured in a graph: their tensors stay in place and get other numbers."""
+    """A backend whose steps of one-token spans can be captured in a graph.
+
+    Their tensors stay in place and get other numbers.
+    """
 
     @abstractmethod
     def fixed(self, batch: Batch, like: Prepared) -> Prepared:
-        """A step over a batch whose tensors stay in place; `like` is a prepared step that went through the same model's forward."""
+        """A step over a batch whose tensors stay in place.
+
+        `like` is a prepared step that went through the same model's forward.
+        """
 
     @abstractmethod
     def refill(self, step: Prepared, spans: tuple[Span, ...]) -> None:
-        """Give a fixed step other spans of one token each, at most as many as it was made with; further rows compute nothing."""
+        """Give a fixed step other spans of one token each, at most as many as it was made with.
+
+        Further rows compute nothing.
+        """
 
 
 class PagedAttention:
-    """A step's attention, as a model's forward calls it: wait until a layer's KV is there, write what is new, attend."""
+    """A step's attention, as a model's forward calls it.
+
+    Wait until a layer's KV is there, write what is new, attend.
+    """
 
     def __init__(
         self,
@@ -115,7 +133,8 @@ class PagedAttention:
         Args:
             backend: writes and attends.
             batch: what is computed.
-            wait_layer: returns when what is copied into a layer has arrived, or what is computed from now on will wait for it.
+            wait_layer: returns when what is copied into a layer has arrived, or what is computed from now on
+                will wait for it.
             prepared: of the backend, for this batch; None: prepare it.
         """
         self.backend = backend

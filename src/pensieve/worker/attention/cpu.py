@@ -1,8 +1,11 @@
-"""Gather, then `scaled_dot_product_attention`: built for a CPU, right on any device. Knows layouts and masks; never plans or models.
+"""Gather, then `scaled_dot_product_attention`: built for a CPU, right on any device.
 
-What is worked out once per step and kind of layer (full, or of one window): which spans go together, the rows to gather, the masks.
-Query heads that share a key head are folded into the query dimension, so that K and V are never repeated. Spans of one token with
-contexts of similar length go as one batch; spans of one request read their common context once.
+Knows layouts and masks; never plans or models.
+
+What is worked out once per step and kind of layer (full, or of one window): which spans go together, the rows
+to gather, the masks. Query heads that share a key head are folded into the query dimension, so that K and V
+are never repeated. Spans of one token with contexts of similar length go as one batch; spans of one request
+read their common context once.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from pensieve.worker.kv_store import KVStore
 _FOLD_QUERIES = (
     128  # folded queries need a mask row each; beyond this many the kernel's own grouping costs less
 )
-# Single tokens go in one batch while the K they read, padded, stays in a core's cache: up to 2 times as fast as one by one for
-# contexts of 40 tokens, 1.3 times for 500; beyond it slower (SmolLM2's shape, one core).
+# Single tokens go in one batch while the K they read, padded, stays in a core's cache: up to 2 times as fast
+# as one by one for contexts of 40 tokens, 1.3 times for 500; beyond it slower (SmolLM2's shape, one core).
 _BATCH_BYTES = 2 << 20
 _MOST_SCORES = 32 << 20  # of one span that are held at once, 64 MB each of scores and of weights
 _MIN_VALUE = float("-inf")
@@ -148,7 +151,8 @@ class CpuAttention(AttentionBackend[Step]):
     ) -> torch.Tensor:
         """(N, H, D) -> (N, H, D)."""
         key, value = self._rows.gather(tokens.slots, layer)
-        # A masked cell still meets a weight of 0, and 0 * NaN is NaN: what another request left there must not be read.
+        # A masked cell still meets a weight of 0, and 0 * NaN is NaN: what another request left there must
+        # not be read.
         key.index_fill_(0, tokens.unused, 0)
         value.index_fill_(0, tokens.unused, 0)
         count, num_heads, head_dim = query.shape
@@ -220,7 +224,9 @@ class CpuAttention(AttentionBackend[Step]):
         window: int | None,
         dtype: torch.dtype,
     ) -> Iterator[Run | TokenBatch]:
-        """Batches of at most `most` chunks, of contexts so near in length that padding stays under a third of what is read."""
+        """Batches of at most `most` chunks, of contexts so near in length that padding stays under a third of
+        what is read.
+        """
         singles.sort(key=lambda single: single[0])
         while singles:
             longest = singles[-1][0]
@@ -277,9 +283,10 @@ def _causal_mask(num_queries: int, like: torch.Tensor) -> torch.Tensor:
 def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
     """Whether two plain matrix products beat torch's fused kernel.
 
-    Its blocks are small, and for bfloat16 each is a call into oneDNN: 60 queries over 1,084 keys take 1.4 ms a layer against 0.8 (SmolLM2's
-    shape, 2 cores of an EPYC with AVX512-BF16). In float32, and where it can skip the half above the diagonal, it wins; and it never holds
-    all scores at once, which for many queries over a long context would be more memory than a step may take.
+    Its blocks are small, and for bfloat16 each is a call into oneDNN: 60 queries over 1,084 keys take 1.4 ms
+    a layer against 0.8 (SmolLM2's shape, 2 cores of an EPYC with AVX512-BF16). In float32, and where it can
+    skip the half above the diagonal, it wins; and it never holds all scores at once, which for many queries
+    over a long context would be more memory than a step may take.
     """
     if query.dtype != torch.bfloat16 or run.is_causal or (run.mask is None and num_keys < 1024):
         return False
@@ -289,7 +296,9 @@ def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
 def _attend_by_products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: Run, scaling: float
 ) -> torch.Tensor:
-    """Softmax(query key^T scaling + mask) value, as two batched products; scores are rounded as eager attention rounds them.
+    """Softmax(query key^T scaling + mask) value, as two batched products.
+
+    Scores are rounded as eager attention rounds them.
 
     Args:
         query: (1, Hkv, G * Q, D).

@@ -1,7 +1,8 @@
 """Attention by FlashInfer, where it is installed and asked for. Knows its calls; never plans or models.
 
-K and V are written by our own kernel, into the same layout as `triton`'s (FlashInfer calls it HND, a page being a chunk). Each span is a "request" to FlashInfer whose
-context ends where the span does: its causal mask is aligned there, which is what a span means. Layers of one kind (window, softcap, scaling, heads) share a
+K and V are written by our own kernel, into the same layout as `triton`'s (FlashInfer calls it HND, a page
+being a chunk). Each span is a "request" to FlashInfer whose context ends where the span does: its causal mask
+is aligned there, which is what a span means. Layers of one kind (window, softcap, scaling, heads) share a
 plan, made once a step; it is made on the host, so decodes are not captured as graphs.
 """
 

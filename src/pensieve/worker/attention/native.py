@@ -1,10 +1,13 @@
-"""Attention in place, by a kernel of our own in C (`worker/kernel`): for x86-64 CPUs with AVX2 or more. Knows pointers; never plans or models.
+"""Attention in place, by a kernel of our own in C (`worker/kernel`): for x86-64 CPUs with AVX2 or more.
 
-Nothing is gathered: the kernel follows the block tables and reads each chunk where it lies, in a layout made for its products, so that a decode
-costs what reading K and V from memory costs. All spans of a step go in one call a layer.
+Knows pointers; never plans or models.
 
-In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][C][2] and V [C/2][D][2], in float32 [D][C] and [C][D]. It is
-fastest with C = 32, the kernel's own width; smaller chunks serve tests.
+Nothing is gathered: the kernel follows the block tables and reads each chunk where it lies, in a layout made
+for its products, so that a decode costs what reading K and V from memory costs. All spans of a step go in one
+call a layer.
+
+In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][C][2] and V [C/2][D][2], in float32
+[D][C] and [C][D]. It is fastest with C = 32, the kernel's own width; smaller chunks serve tests.
 """
 
 from __future__ import annotations
@@ -31,15 +34,14 @@ class _Call(ctypes.Structure):
     """`struct call` of worker/kernel/call.h, field by field."""
 
     _fields_ = [
-        ("store", POINTER), ("slot_bytes", INT), ("layer_bytes", INT), ("kind", INT), ("num_kv_heads", INT), ("head_dim", INT),
-        ("chunk_tokens", INT), ("level", INT), ("num_threads", INT), ("part_chunks", INT),
+        ("store", POINTER), ("slot_bytes", INT), ("layer_bytes", INT), ("kind", INT), ("num_kv_heads", INT),
+        ("head_dim", INT), ("chunk_tokens", INT), ("level", INT), ("num_threads", INT), ("part_chunks", INT),
         ("first_rows", POINTER), ("stops", POINTER), ("tables", POINTER), ("slot_mapping", POINTER),
-        ("num_spans", INT), ("table_width", INT), ("num_tokens", INT),
-        ("layer", INT), ("key", POINTER), ("value", POINTER),
-        ("key_token_stride", INT), ("key_head_stride", INT), ("value_token_stride", INT), ("value_head_stride", INT),
-        ("query", POINTER), ("query_token_stride", INT), ("query_head_stride", INT), ("num_heads", INT),
-        ("output", POINTER), ("sinks", POINTER), ("scaling", REAL), ("softcap", REAL), ("window", INT),
-        ("scratch", POINTER), ("scratch_bytes", INT),
+        ("num_spans", INT), ("table_width", INT), ("num_tokens", INT), ("layer", INT), ("key", POINTER),
+        ("value", POINTER), ("key_token_stride", INT), ("key_head_stride", INT), ("value_token_stride", INT),
+        ("value_head_stride", INT), ("query", POINTER), ("query_token_stride", INT),
+        ("query_head_stride", INT), ("num_heads", INT), ("output", POINTER), ("sinks", POINTER),
+        ("scaling", REAL), ("softcap", REAL), ("window", INT), ("scratch", POINTER), ("scratch_bytes", INT),
     ]  # fmt: skip
 
 
@@ -68,7 +70,9 @@ class NativeAttention(AttentionBackend[Step]):
 
     @classmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """It serves bfloat16 and float32, heads of a multiple of 16, chunks of up to 32 tokens, on a CPU it was compiled for."""
+        """It serves bfloat16 and float32, heads of a multiple of 16, chunks of up to 32 tokens, on a CPU it
+        was compiled for.
+        """
         if device.type != "cpu":
             return f"it runs on a CPU, not on {device}"
         if geometry.dtype not in KINDS:
@@ -143,7 +147,10 @@ class NativeAttention(AttentionBackend[Step]):
             self._scratch = torch.empty(need, dtype=torch.uint8)
 
     def _with_scratch(self, call: _Call, function: Any, *arguments: Any) -> int:
-        """0; or the bytes of scratch that the kernel needs first. It is kept: the next layer needs as much."""
+        """0; or the bytes of scratch that the kernel needs first.
+
+        It is kept: the next layer needs as much.
+        """
         call.scratch, call.scratch_bytes = self._scratch.data_ptr(), len(self._scratch)
         need: int = function(*arguments)
         return need

@@ -1,4 +1,7 @@
-"""Attention as its definition says, one span at a time, in fp32. The judge of the fast backends; knows no speed."""
+"""Attention as its definition says, one span at a time, in fp32.
+
+The judge of the fast backends; knows no speed.
+"""
 
 from __future__ import annotations
 

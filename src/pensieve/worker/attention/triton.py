@@ -1,10 +1,14 @@
-"""Attention in place on a GPU, by kernels of our own in Triton. Knows launches and how work is divided; never plans or models.
+"""Attention in place on a GPU, by kernels of our own in Triton.
 
-All spans of a step, whatever their mix, go in one launch a layer: a decode, a prompt, a dropped prefix and the rest behind a hole differ in nothing
-but their numbers. What each program does stands in a table made once a step and shared by all layers: `Item`, a tile of queries and a range of its
-context. Few queries over long contexts are divided into parts, so that every multiprocessor has some, and put together by a second kernel.
+Knows launches and how work is divided; never plans or models.
 
-In a slot's layer: all K, then all V, each [Hkv][C][D], so that what one program reads of a chunk lies side by side.
+All spans of a step, whatever their mix, go in one launch a layer: a decode, a prompt, a dropped prefix and
+the rest behind a hole differ in nothing but their numbers. What each program does stands in a table made once
+a step and shared by all layers: `Item`, a tile of queries and a range of its context. Few queries over long
+contexts are divided into parts, so that every multiprocessor has some, and put together by a second kernel.
+
+In a slot's layer: all K, then all V, each [Hkv][C][D], so that what one program reads of a chunk lies side by
+side.
 """
 
 from __future__ import annotations
@@ -89,7 +93,10 @@ class TritonAttention(CapturableBackend[Step]):
     name = "triton"
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int, *, num_programs: int | None = None) -> None:
-        """`num_programs` is what a step is divided into at least, where there is so much to do; by default it follows from the device."""
+        """`num_programs` is what a step is divided into at least, where there is so much to do.
+
+        By default it follows from the device.
+        """
         super().__init__(geometry, chunk_tokens)
         self._kernels: Any = importlib.import_module("pensieve.worker.attention.triton_kernels")
         self._num_programs = num_programs
@@ -172,8 +179,8 @@ class TritonAttention(CapturableBackend[Step]):
         )
         split = len(items) * len(Item._fields)
         return Work(
-            tiling, tables[:split].view(-1, len(Item._fields)), tables[split:].view(-1, len(Reduction._fields)),
-            *self._parts_of(self._room, num_parts, tiling),
+            tiling, tables[:split].view(-1, len(Item._fields)),
+            tables[split:].view(-1, len(Reduction._fields)), *self._parts_of(self._room, num_parts, tiling),
         )  # fmt: skip
 
     def _tiling(self, longest_span: int, group: int) -> Tiling:
@@ -198,8 +205,8 @@ class TritonAttention(CapturableBackend[Step]):
     ) -> tuple[list[Item], list[Reduction]]:
         """What the programs of a step do, at most `_wanted` more than there are tiles of queries.
 
-        A part has as many tokens as give every multiprocessor some, rounded up to blocks. Long ones come first: none is left over when the
-        others are done.
+        A part has as many tokens as give every multiprocessor some, rounded up to blocks. Long ones come
+        first: none is left over when the others are done.
         """
         queries = tiling.rows // group
         tiles: list[tuple[int, int, int, int]] = []  # span, first row, queries, first position
@@ -264,9 +271,9 @@ class TritonAttention(CapturableBackend[Step]):
         key, value = _plain(key), _plain(value)
         geometry, num_tokens = self.geometry, len(key)
         self._kernels.write_kernel[-(-num_tokens // _WRITE_TOKENS), geometry.num_kv_heads](
-            key, value, self._layers[layer], slot_mapping, num_tokens,
-            key.stride(0), key.stride(1), value.stride(0), value.stride(1), self._slot_stride,
-            NUM_KV_HEADS=geometry.num_kv_heads, CHUNK=self.chunk_tokens, DIM=geometry.head_dim, DIM_PADDED=self._dim_padded,
+            key, value, self._layers[layer], slot_mapping, num_tokens, key.stride(0), key.stride(1),
+            value.stride(0), value.stride(1), self._slot_stride, NUM_KV_HEADS=geometry.num_kv_heads,
+            CHUNK=self.chunk_tokens, DIM=geometry.head_dim, DIM_PADDED=self._dim_padded,
             BLOCK_T=_WRITE_TOKENS,
         )  # fmt: skip
 
@@ -284,15 +291,16 @@ class TritonAttention(CapturableBackend[Step]):
         tiling = work.tiling
         sinks = None if args.sinks is None else args.sinks.float().contiguous()
         shapes = {
-            "GROUP": group, "NUM_KV_HEADS": geometry.num_kv_heads, "DIM": geometry.head_dim, "DIM_PADDED": self._dim_padded,
-            "BLOCK_M": tiling.rows, "HAS_SINKS": sinks is not None,
+            "GROUP": group, "NUM_KV_HEADS": geometry.num_kv_heads, "DIM": geometry.head_dim,
+            "DIM_PADDED": self._dim_padded, "BLOCK_M": tiling.rows, "HAS_SINKS": sinks is not None,
         }  # fmt: skip
         self._kernels.attend_kernel[len(work.items), geometry.num_kv_heads](
-            rows, output, self._layers[layer], work.items, prepared.batch.block_tables, work.partials, work.sums, sinks,
-            rows.stride(0), rows.stride(1), output.stride(0), output.stride(1), self._slot_stride, prepared.batch.block_tables.stride(0),
-            args.scaling, args.softcap or 0.0, args.sliding_window or 0, **shapes,
-            CHUNK=self.chunk_tokens, BLOCK_N=tiling.block, HAS_WINDOW=args.sliding_window is not None,
-            HAS_SOFTCAP=args.softcap is not None, AS_FLOAT=self._device.type == "cpu", **_resources(tiling, self._dim_padded),
+            rows, output, self._layers[layer], work.items, prepared.batch.block_tables, work.partials,
+            work.sums, sinks, rows.stride(0), rows.stride(1), output.stride(0), output.stride(1),
+            self._slot_stride, prepared.batch.block_tables.stride(0), args.scaling, args.softcap or 0.0,
+            args.sliding_window or 0, **shapes, CHUNK=self.chunk_tokens, BLOCK_N=tiling.block,
+            HAS_WINDOW=args.sliding_window is not None, HAS_SOFTCAP=args.softcap is not None,
+            AS_FLOAT=self._device.type == "cpu", **_resources(tiling, self._dim_padded),
         )  # fmt: skip
         if len(work.reductions):
             self._kernels.reduce_kernel[len(work.reductions), geometry.num_kv_heads](
@@ -309,7 +317,10 @@ class TritonAttention(CapturableBackend[Step]):
 
 
 def _resources(tiling: Tiling, dim_padded: int) -> dict[str, int]:
-    """Warps of a program, and blocks of K and V on their way at once: what fits in a multiprocessor's shared memory (228 KB on Hopper)."""
+    """Warps of a program, and blocks of K and V on their way at once.
+
+    What fits in a multiprocessor's shared memory (228 KB on Hopper).
+    """
     return {"num_warps": 8 if tiling.rows >= 128 else 4, "num_stages": 2 if dim_padded > 128 else 3}
 
 

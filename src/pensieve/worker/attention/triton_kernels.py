@@ -1,10 +1,13 @@
-"""The Triton kernels: write K and V to their slots, attend from any number of new tokens over scattered chunks, put split contexts together.
+"""The Triton kernels: write K and V to their slots, attend from any number of new tokens over scattered
+chunks, put split contexts together.
 
-Knows pointers and strides only; `attention/triton.py` decides what each program does. One program of `attend_kernel` takes a tile of queries
-of one span, all query heads of one key head together (rows are (query, head) pairs), and a range of its context. It is the paper's multi-token
-paged attention (§4.4) in the online softmax of FlashAttention-2 (arXiv:2307.08691), with the split over keys of Flash-Decoding.
+Knows pointers and strides only; `attention/triton.py` decides what each program does. One program of
+`attend_kernel` takes a tile of queries of one span, all query heads of one key head together (rows are
+(query, head) pairs), and a range of its context. It is the paper's multi-token paged attention (§4.4) in the
+online softmax of FlashAttention-2 (arXiv:2307.08691), with the split over keys of Flash-Decoding.
 
-Scores live in base 2. In Triton's interpreter products of bfloat16 are wrong, so there operands become float32 first (AS_FLOAT).
+Scores live in base 2. In Triton's interpreter products of bfloat16 are wrong, so there operands become
+float32 first (AS_FLOAT).
 """
 
 from __future__ import annotations
@@ -187,7 +190,8 @@ def attend_kernel(
     acc = tl.zeros((BLOCK_M, DIM_PADDED), tl.float32)
     cells = store + head * CHUNK * DIM
     table = tables + span.to(tl.int64) * table_width
-    # Blocks [whole_first, whole_stop) are seen in whole by every query; before them lies the windows' edge, behind them the diagonal.
+    # Blocks [whole_first, whole_stop) are seen in whole by every query; before them lies the windows' edge,
+    # behind them the diagonal.
     whole_first = first
     whole_stop = tl.maximum(first, tl.minimum(stop, first_position + 1) // BLOCK_N * BLOCK_N)
     if HAS_WINDOW:
@@ -197,16 +201,17 @@ def attend_kernel(
         whole_first = tl.minimum(tl.maximum(first, (all_see + BLOCK_N - 1) // BLOCK_N * BLOCK_N), stop)
         whole_stop = tl.maximum(whole_first, whole_stop)
         highest, total, acc = _over_keys(
-            highest, total, acc, q, position, cells, table, first, whole_first, slot_stride, scaling, softcap, window,
-            True, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
+            highest, total, acc, q, position, cells, table, first, whole_first, slot_stride, scaling, softcap,
+            window, True, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
         )  # fmt: skip
     highest, total, acc = _over_keys(
-        highest, total, acc, q, position, cells, table, whole_first, whole_stop, slot_stride, scaling, softcap, window,
-        False, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
+        highest, total, acc, q, position, cells, table, whole_first, whole_stop, slot_stride, scaling,
+        softcap, window, False, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N,
+        AS_FLOAT,
     )  # fmt: skip
     highest, total, acc = _over_keys(
-        highest, total, acc, q, position, cells, table, whole_stop, stop, slot_stride, scaling, softcap, window,
-        True, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
+        highest, total, acc, q, position, cells, table, whole_stop, stop, slot_stride, scaling, softcap,
+        window, True, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
     )  # fmt: skip
 
     if num_parts == 1:

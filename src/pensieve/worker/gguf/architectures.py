@@ -1,8 +1,11 @@
-"""What each architecture's keys and tensors mean to transformers. Knows names and conventions; reads no tensor but factors of rotation.
+"""What each architecture's keys and tensors mean to transformers.
 
-One function an architecture takes the keys it knows (all others are refused by `plan`) and gives a config and where llama.cpp's
-converter arranged tensors otherwise than transformers. Tensors that are only named otherwise are found by llama.cpp's own table of
-names. Where a file leaves something out, llama.cpp's default holds.
+Knows names and conventions; reads no tensor but factors of rotation.
+
+One function an architecture takes the keys it knows (all others are refused by `plan`) and gives a config and
+where llama.cpp's converter arranged tensors otherwise than transformers. Tensors that are only named
+otherwise are found by llama.cpp's own table of names. Where a file leaves something out, llama.cpp's default
+holds.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ def meaning_of(source: Source) -> Meaning:
     """What a file means.
 
     Raises:
-        ModelRefused: no model at all, or of an architecture or with numbers that cannot be carried over; the message says which.
+        ModelRefused: no model at all, or of an architecture or with numbers that cannot be carried over; the
+            message says which.
     """
     require_model(source.model)
     architecture = source.model.architecture
@@ -46,7 +50,8 @@ def meaning_of(source: Source) -> Meaning:
     if known is None:
         why = UNSERVED.get(architecture, "it is not known here")
         raise ModelRefused(
-            f"{source.model.name} is of the architecture {architecture!r}: {why}. Name another model, or a folder with safetensors of this "
+            f"{source.model.name} is of the architecture {architecture!r}: {why}. Name another model, or a "
+            "folder with safetensors of this "
             f"one; GGUF files of these architectures are read: {', '.join(sorted(_KNOWN))}"
         )
     if (layers := source.keys.whole("block_count")) > len(source.tensors):  # nothing is built for so many
@@ -251,9 +256,7 @@ def _minimax_m2(source: Source) -> Meaning:
     count = keys.whole("expert_count")
     config = {
         **source.common("minimax_m2", feed_forward="expert_feed_forward_length" if keys.has("expert_feed_forward_length") else "feed_forward_length"),
-        "head_dim": source.head_dim,
-        "rope_parameters": source.rope(partial=True),
-        "num_local_experts": count,
+        "head_dim": source.head_dim, "rope_parameters": source.rope(partial=True), "num_local_experts": count,
         "num_experts_per_tok": keys.whole("expert_used_count"),
     }  # fmt: skip
     keys.whole("feed_forward_length", 0)  # experts only: said, and of no use
@@ -320,7 +323,8 @@ def _phi3(source: Source) -> Meaning:
         )
         if len(long) != len(short) or 2 * len(long) != keys.whole("rope.dimension_count", source.head_dim):
             raise keys.refused(
-                f"it has {len(long)} long and {len(short)} short rotary factors for half as many dimensions as it rotates"
+                f"it has {len(long)} long and {len(short)} short rotary factors for half as many dimensions "
+                "as it rotates"
             )
     else:
         rope = rope_parameters(keys, source.head_dim, source.context, partial=True)
@@ -489,7 +493,9 @@ def _seed_oss(source: Source) -> Meaning:
 
 
 def _windows(source: Source, period: int) -> list[str]:
-    """The kind of each layer: with a window, but every `period`-th; or as the file says, by a period or by a list."""
+    """The kind of each layer: with a window, but every `period`-th; or as the file says, by a period or by a
+    list.
+    """
     layers, said = (
         source.keys.whole("block_count"),
         source.keys.get("attention.sliding_window_pattern", period),
@@ -504,7 +510,10 @@ def _windows(source: Source, period: int) -> list[str]:
 
 
 def _query_scalar(source: Source, *, layers_of_27b: int) -> int:
-    """What Gemma divides queries by, squared. No key says it: llama.cpp knows the one size that differs by its number of layers."""
+    """What Gemma divides queries by, squared.
+
+    No key says it: llama.cpp knows the one size that differs by its number of layers.
+    """
     if (scale := source.keys.number("attention.scale", 0.0)) > 0:
         squared = round(scale**-2)
         source.keys.require("attention.scale", squared**-0.5, "transformers has the root of a whole number")

@@ -1,7 +1,9 @@
-"""A GGUF file as it lies on the disk: its keys, and its tensors one by one. Knows the format; never what a model is.
+"""A GGUF file as it lies on the disk: its keys, and its tensors one by one.
 
-Tensors are records; their bytes are read when asked for, as they are stored or as float32. A model that was split into several
-files is opened by any of them.
+Knows the format; never what a model is.
+
+Tensors are records; their bytes are read when asked for, as they are stored or as float32. A model that was
+split into several files is opened by any of them.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ class GgufTensor:
         return math.prod(self.shape)
 
     def raw(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """The bytes of the slices [start, stop) of the first dimension, as stored: (slices, bytes of a slice).
+        """The bytes of the slices [start, stop) of the first dimension, as stored.
+
+        (slices, bytes of a slice).
 
         A vector is one slice: it cannot be cut.
 
@@ -98,7 +102,10 @@ class GgufTensor:
         return data.reshape(stop - start, size)
 
     def values(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
-        """The numbers of the slices [start, stop) of the first dimension, as float32: (slices, *shape[1:])."""
+        """The numbers of the slices [start, stop) of the first dimension, as float32.
+
+        (slices, *shape[1:]).
+        """
         data = self.raw(start, stop)
         shape = self.shape if len(self.shape) == 1 else (data.shape[0], *self.shape[1:])
         match self.type:
@@ -151,10 +158,13 @@ def _widened(data: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDA
 
 
 def open_model(path: Path) -> GgufModel:
-    """Read the keys and the list of tensors of the model in this file; if it is one part of a split model, of all parts.
+    """Read the keys and the list of tensors of the model in this file.
+
+    If it is one part of a split model, of all parts.
 
     Raises:
-        ModelRefused: no GGUF file, cut short, damaged, or a part without the others; the message says which and what to do.
+        ModelRefused: no GGUF file, cut short, damaged, or a part without the others; the message says which
+            and what to do.
     """
     named = _read(path)
     parts = _all_parts(named) if _count(named, "split.count") > 1 else [named]
@@ -167,7 +177,8 @@ def open_model(path: Path) -> GgufModel:
     metadata = parts[0].metadata
     if not isinstance(metadata.get("general.architecture"), str):
         raise ModelRefused(
-            f"{path} does not say what it is (no general.architecture): {_FETCH_AGAIN}, or name a folder or a hub id"
+            f"{path} does not say what it is (no general.architecture): {_FETCH_AGAIN}, or name a folder or "
+            "a hub id"
         )
     return GgufModel(
         tuple(part.path for part in parts), metadata, {tensor.name: tensor for tensor in tensors}
@@ -192,14 +203,16 @@ def _all_parts(named: _Part) -> list[_Part]:
     match = _PART_NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count or int(match["number"]) != number + 1:
         raise ModelRefused(
-            f"{path} is part {number + 1} of {count} of a split model, and its name does not say so: give the parts their names back "
+            f"{path} is part {number + 1} of {count} of a split model, and its name does not say so: give "
+            "the parts their names back "
             f"(NAME-{number + 1:05}-of-{count:05}.gguf for this one) and put them into one folder"
         )
     paths = [path.with_name(f"{match['stem']}-{i + 1:05}-of-{count:05}{path.suffix}") for i in range(count)]
     missing = [other.name for other in paths if not other.is_file()]
     if missing:
         raise ModelRefused(
-            f"{path} is part {number + 1} of {count}, and {len(missing)} parts are not beside it: {listed(missing)}. "
+            f"{path} is part {number + 1} of {count}, and {len(missing)} parts are not beside it: "
+            f"{listed(missing)}. "
             f"Put all parts into {path.parent}"
         )
     parts = [named if other == path else _read(other) for other in paths]
@@ -207,7 +220,8 @@ def _all_parts(named: _Part) -> list[_Part]:
         said = (_count(part, "split.count"), _count(part, "split.no"))
         if said != (count, i):
             raise ModelRefused(
-                f"{part.path} calls itself part {said[1] + 1} of {said[0]}, its name says {i + 1} of {count}: it belongs to another model, "
+                f"{part.path} calls itself part {said[1] + 1} of {said[0]}, its name says {i + 1} of "
+                f"{count}: it belongs to another model, "
                 f"or was renamed. {_FETCH_AGAIN.capitalize()}"
             )
         for key, value in part.metadata.items():
@@ -218,7 +232,8 @@ def _all_parts(named: _Part) -> list[_Part]:
     expected, found = _count(parts[0], "split.tensors.count"), sum(len(part.tensors) for part in parts)
     if expected and expected != found:
         raise ModelRefused(
-            f"the {count} parts of {path} hold {found} tensors, the model has {expected}: a part belongs to another model"
+            f"the {count} parts of {path} hold {found} tensors, the model has {expected}: a part belongs to "
+            "another model"
         )
     return parts
 
@@ -332,7 +347,8 @@ class _Reader:
             type_ = GGMLQuantizationType(kind)
         except ValueError as error:
             raise ModelRefused(
-                f"{self.path}: {name} is of a number type ({kind}) that the installed package gguf does not know: "
+                f"{self.path}: {name} is of a number type ({kind}) that the installed package gguf does not "
+                "know: "
                 "`pip install --upgrade gguf`, or take the same model in another quantization"
             ) from error
         block, block_bytes = GGML_QUANT_SIZES[type_]
@@ -350,7 +366,8 @@ class _Reader:
         if beyond:
             need = max(tensor.offset + tensor.num_bytes for tensor in tensors)
             raise ModelRefused(
-                f"{self.path} is cut short: the data of {len(beyond)} of its {len(tensors)} tensors ({listed(beyond)}) lie beyond its end "
+                f"{self.path} is cut short: the data of {len(beyond)} of its {len(tensors)} tensors "
+                f"({listed(beyond)}) lie beyond its end "
                 f"({self.size:,} bytes, {need:,} are needed): {_FETCH_AGAIN}"
             )
         ordered = sorted(tensors, key=lambda tensor: tensor.offset)

@@ -1,4 +1,7 @@
-"""The keys of one architecture, each to be used or known to be harmless. Knows which were asked for; never what they mean."""
+"""The keys of one architecture, each to be used or known to be harmless.
+
+Knows which were asked for; never what they mean.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,9 @@ class Keys:
         return float(value)
 
     def require(self, name: str, value: float, why: str) -> None:
-        """If the key is there it must have this value, which transformers computes with whatever the file says."""
+        """If the key is there it must have this value, which transformers computes with whatever the file
+        says.
+        """
         if name in self._values and abs(self.number(name) - value) > 1e-5 * abs(value):
             raise self.refused(f"its {name} is {self.number(name):g}; {why}")
 
@@ -133,5 +138,6 @@ class Keys:
     def refused(self, reason: str) -> ModelRefused:
         """A refusal to raise, with the way out."""
         return ModelRefused(
-            f"{self.label} cannot be converted: {reason}. Name a folder with safetensors of the same model, or its hub id, instead"
+            f"{self.label} cannot be converted: {reason}. Name a folder with safetensors of the same model, "
+            "or its hub id, instead"
         )

@@ -1,7 +1,10 @@
-"""Whether a file holds a whole model and nothing else: each parameter gets its numbers, each tensor and key has its use. Knows no disk.
+"""Whether a file holds a whole model and nothing else.
 
-The parameters are those of transformers' own model, built from the config without memory for weights. A parameter that no tensor
-fills, a tensor or a key that nothing needs, or a difference in shape is a refusal with names.
+Each parameter gets its numbers, each tensor and key has its use. Knows no disk.
+
+The parameters are those of transformers' own model, built from the config without memory for weights. A
+parameter that no tensor fills, a tensor or a key that nothing needs, or a difference in shape is a refusal
+with names.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ def describe(model: GgufModel) -> Described:
     """The config that a file's header gives.
 
     Raises:
-        ModelRefused: no model, an architecture that is not known, or keys that cannot be carried over; the message says which.
+        ModelRefused: no model, an architecture that is not known, or keys that cannot be carried over; the
+            message says which.
     """
     from transformers import AutoConfig
 
@@ -75,7 +79,8 @@ def describe(model: GgufModel) -> Described:
     unused = source.keys.unused()
     if unused:
         raise source.keys.refused(
-            f"{len(unused)} of its keys have no place in transformers' {meaning.config['model_type']} ({listed(unused)})"
+            f"{len(unused)} of its keys have no place in transformers' {meaning.config['model_type']} "
+            f"({listed(unused)})"
         )
     try:
         config: PretrainedConfig = AutoConfig.for_model(**meaning.config, dtype="bfloat16")
@@ -90,12 +95,14 @@ def account(described: Described) -> list[Parameter]:
     """Every parameter of the model with the tensors that fill it.
 
     Raises:
-        ModelRefused: tensors are missing, left over, of another shape, or of a number type that cannot be read.
+        ModelRefused: tensors are missing, left over, of another shape, or of a number type that cannot be
+            read.
     """
     model = described.source.model
     if model.architecture not in _ARCHITECTURES:
         raise ModelRefused(
-            f"{model.name} is of an architecture ({model.architecture}) that came after the installed package gguf: "
+            f"{model.name} is of an architecture ({model.architecture}) that came after the installed "
+            "package gguf: "
             "`pip install --upgrade gguf`"
         )
     expected = _parameters(described)
@@ -118,7 +125,8 @@ def account(described: Described) -> list[Parameter]:
     ]
     if wrong:
         raise ModelRefused(
-            f"{model.name} does not hold what it says: {len(wrong)} tensors are of another shape ({listed(wrong)}). {_INSTEAD}"
+            f"{model.name} does not hold what it says: {len(wrong)} tensors are of another shape "
+            f"({listed(wrong)}). {_INSTEAD}"
         )
     return found
 
@@ -181,7 +189,8 @@ def _incomplete(
     if len(layers) != said:
         reasons.append(f"it says {said} layers and holds {len(layers)}")
     return ModelRefused(
-        f"{source.model.name} is not a whole {described.config.model_type} model of {num_parameters} parameters: {'; '.join(reasons)}. "
+        f"{source.model.name} is not a whole {described.config.model_type} model of {num_parameters} "
+        f"parameters: {'; '.join(reasons)}. "
         f"Fetch it again, or: {_INSTEAD[0].lower()}{_INSTEAD[1:]}"
     )
 
@@ -194,7 +203,8 @@ def _require_readable(model: GgufModel, used: set[str]) -> None:
         except (NotImplementedError, ValueError, KeyError) as error:
             some = listed([name for name in used if model.tensors[name].type is kind])
             raise ModelRefused(
-                f"{model.name} holds tensors of the number type {kind.name} ({some}), which the installed package gguf cannot widen: "
+                f"{model.name} holds tensors of the number type {kind.name} ({some}), which the installed "
+                "package gguf cannot widen: "
                 "take the same model in another quantization (Q4_K_M, Q8_0)"
             ) from error
 

@@ -1,4 +1,7 @@
-"""What every architecture reads of a file alike, and what it gives back. Knows keys and names that all share; never one architecture."""
+"""What every architecture reads of a file alike, and what it gives back.
+
+Knows keys and names that all share; never one architecture.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ class Source:
     def common(
         self, model_type: str, *, norm: str = "rms_norm_eps", feed_forward: str = "feed_forward_length"
     ) -> dict[str, Any]:
-        """The config that is written alike for all: sizes, counts, the norms' epsilon (under transformers' name for it), special tokens."""
+        """The config that is written alike for all.
+
+        Sizes, counts, the norms' epsilon (under transformers' name for it), special tokens.
+        """
         keys = self.keys
         heads = keys.whole("attention.head_count")
         epsilon = (

@@ -1,4 +1,7 @@
-"""The tokenizer and chat template that a GGUF file describes, as transformers builds them. Knows ways to split text; reads no tensors."""
+"""The tokenizer and chat template that a GGUF file describes, as transformers builds them.
+
+Knows ways to split text; reads no tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from pensieve.worker.gguf.file import GgufModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Pre-tokenizers that split digits one by one and then as GPT-2 does; transformers takes GPT-2's split alone for them,
-# which merges the space before a number differently ("\n\n  1").
+# Pre-tokenizers that split digits one by one and then as GPT-2 does; transformers takes GPT-2's split alone
+# for them, which merges the space before a number differently ("\n\n  1").
 _SINGLE_DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"})
 _GPT2_SPLITS = frozenset({"default", "gpt-2", "gpt2"})
 _STOPS = ("eos", "eot", "eom")  # end of sequence, of turn, of message
@@ -76,7 +79,8 @@ def tokenizer_of(model: GgufModel) -> tuple[PreTrainedTokenizerBase, str | None]
     if split in _GPT2_SPLITS or split in getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {}):
         return tokenizer, None
     return tokenizer, (
-        f"text is split as GPT-2 does, because the file's own way ({split!r}) is not known: some texts get other tokens than in training"
+        f"text is split as GPT-2 does, because the file's own way ({split!r}) is not known: some texts get "
+        "other tokens than in training"
     )
 
 
@@ -88,5 +92,6 @@ def _unbuildable(model: GgufModel, why: str) -> ModelRefused:
         else f"has a tokenizer (of the kind {kind!r}) that transformers cannot build"
     )
     return ModelRefused(
-        f"{model.name} {what}: {why}. Name a folder with safetensors and tokenizer of the same model, or its hub id, instead"
+        f"{model.name} {what}: {why}. Name a folder with safetensors and tokenizer of the same model, or its "
+        "hub id, instead"
     )

@@ -1,6 +1,9 @@
-"""From tensors as llama.cpp arranges them to one parameter as transformers has it. Knows shapes and orders; never names.
+"""From tensors as llama.cpp arranges them to one parameter as transformers has it.
 
-Each transform gives the parameter's shape at once and its numbers in pieces, so that no more than a piece is in memory.
+Knows shapes and orders; never names.
+
+Each transform gives the parameter's shape at once and its numbers in pieces, so that no more than a piece is
+in memory.
 """
 
 from __future__ import annotations
@@ -57,7 +60,10 @@ def minus_one(tensors: list[GgufTensor]) -> Made:
 
 
 def in_halves(num_heads: int) -> Transform:
-    """A query or key projection whose rotary pairs lie side by side in each head: (heads * D, ...); transformers has two halves."""
+    """A query or key projection whose rotary pairs lie side by side in each head.
+
+    (heads * D, ...); transformers has two halves.
+    """
 
     def transform(tensors: list[GgufTensor]) -> Made:
         (tensor,) = tensors
@@ -76,7 +82,10 @@ def in_halves(num_heads: int) -> Transform:
 
 
 def by_head(num_heads: int) -> Transform:
-    """Queries, keys and values one after the other (3 * heads * D, ...); transformers has the three of each head together."""
+    """Queries, keys and values one after the other (3 * heads * D, ...).
+
+    Transformers has the three of each head together.
+    """
 
     def transform(tensors: list[GgufTensor]) -> Made:
         (tensor,) = tensors
@@ -186,7 +195,10 @@ def single_experts(per_expert: int) -> Transform:
 
 
 def interleaved(tensors: list[GgufTensor]) -> Made:
-    """Gate and up of experts with columns taken in turn: two (E, M, N) become (E, N, 2 M), two biases (E, M) become (E, 2 M)."""
+    """Gate and up of experts with columns taken in turn.
+
+    Two (E, M, N) become (E, N, 2 M), two biases (E, M) become (E, 2 M).
+    """
     gate, up = tensors
     if gate.shape != up.shape or len(gate.shape) not in (2, 3):
         raise WrongShape(f"{gate.name} and {up.name} are of shapes {gate.shape} and {up.shape}")

@@ -1,4 +1,6 @@
-"""Parameters into a safetensors file, piece by piece. Knows the format and number types; never names' meanings or where files lie.
+"""Parameters into a safetensors file, piece by piece.
+
+Knows the format and number types; never names' meanings or where files lie.
 
 The file is laid out before the first number is computed, so that no more than one piece is ever in memory.
 """
@@ -20,7 +22,8 @@ from pensieve.worker.gguf.transforms import Array
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ALIGNMENT = 8  # bytes, of the data
-# Bytes in memory for each value of a piece: as it is stored, in float32, twice while it is widened or reordered, and as written.
+# Bytes in memory for each value of a piece: as it is stored, in float32, twice while it is widened or
+# reordered, and as written.
 _WORK_BYTES = 20
 
 
