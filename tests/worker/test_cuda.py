@@ -16,7 +16,7 @@ from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepP
 from pensieve.core.request import Request, SamplingParams
 from pensieve.worker.gate import admit
 from pensieve.worker.kv_store import KVStore, SlotCopy
-from pensieve.worker.memory import find_room
+from pensieve.worker.memory import device_share
 from pensieve.worker.model import CausalModel
 from pensieve.worker.transfer import Transfer
 from pensieve.worker.worker import ModelWorker
@@ -139,6 +139,6 @@ def test_out_and_in_again_with_checksums() -> None:
 
 
 def test_the_first_tier_that_was_found_fits() -> None:
-    room = find_room(model(), max_batch_tokens=512, max_running=16, chunk_tokens=8, graph_rows=4)
+    room = device_share(model(), max_batch_tokens=512, max_running=16, chunk_tokens=8, graph_rows=4)
     slots = room.tier // (2 * 2 * 2 * 12 * 8 * 4)
     assert 0 < room.step < room.free and slots > 1000

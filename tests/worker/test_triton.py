@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from attention_bench import CPU, HEADS, LONG_STORY, STORY, Bench, args_of, contexts_of, ids, spans_of_a_step
 from pensieve.core.plan import Span
 from pensieve.worker.attention import AttentionArgs, KVGeometry, make_backend
-from pensieve.worker.attention.triton import Item, Reduction, Tiling, TritonAttention
+from pensieve.worker.attention.triton import Reduction, Tiling, TritonAttention, WorkItem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton")
@@ -221,8 +221,8 @@ def divider(programs: int, kv_heads: int = 2) -> TritonAttention:
 def test_short_spans_are_whole() -> None:
     items, reductions = divider(1000).divide((ids("a", 0, 20), ids("b", 100, 101)), Tiling(16, 64), group=2)
     assert items == [
-        Item(1, 20, 1, 100, 0, 101, 0, 1), Item(0, 16, 4, 16, 0, 20, 0, 1), Item(0, 8, 8, 8, 0, 16, 0, 1),
-        Item(0, 0, 8, 0, 0, 8, 0, 1),
+        WorkItem(1, 20, 1, 100, 0, 101, 0, 1), WorkItem(0, 16, 4, 16, 0, 20, 0, 1), WorkItem(0, 8, 8, 8, 0, 16, 0, 1),
+        WorkItem(0, 0, 8, 0, 0, 8, 0, 1),
     ]  # fmt: skip
     assert reductions == []
 
@@ -231,8 +231,8 @@ def test_a_long_context_is_cut_at_blocks() -> None:
     items, reductions = divider(8).divide((ids("a", 1000, 1001),), Tiling(16, 64), group=4)
     assert reductions == [Reduction(0, 1, 0, 4)]
     assert sorted(items, key=lambda item: item.first) == [
-        Item(0, 0, 1, 1000, 0, 256, 0, 4), Item(0, 0, 1, 1000, 256, 512, 1, 4),
-        Item(0, 0, 1, 1000, 512, 768, 2, 4), Item(0, 0, 1, 1000, 768, 1001, 3, 4),
+        WorkItem(0, 0, 1, 1000, 0, 256, 0, 4), WorkItem(0, 0, 1, 1000, 256, 512, 1, 4),
+        WorkItem(0, 0, 1, 1000, 512, 768, 2, 4), WorkItem(0, 0, 1, 1000, 768, 1001, 3, 4),
     ]  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def _first_tier_gb(
     """As told; else a share of the free memory, or on a GPU what is left there. And what to say of it."""
     if options.gpu_cache_gb is not None:
         return options.gpu_cache_gb, ""
-    from pensieve.worker.memory import find_room, host_share
+    from pensieve.worker.memory import device_share, host_share
 
     if not options.is_on_gpu:
         context = min(shape.max_positions, options.max_context or shape.max_positions)
@@ -209,7 +209,7 @@ def _first_tier_gb(
                 f"or give it what there is, at least --gpu-cache {gigabytes(least)}"
             )
         return share.tier / GB, f"first tier: {share}"
-    room = find_room(
+    room = device_share(
         model, max_batch_tokens=options.batch_tokens, max_running=options.max_running, chunk_tokens=options.chunk_tokens,
         graph_rows=options.graph_rows, attention=options.attention,
     )  # fmt: skip

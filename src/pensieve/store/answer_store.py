@@ -15,7 +15,7 @@ from concurrent.futures import Future
 
 from pensieve.errors import InvalidRequest
 from pensieve.message import Message
-from pensieve.store import answers, owners, rows, trees
+from pensieve.store import answers, encoding, owners, trees
 from pensieve.store.storage import Storage
 from pensieve.store.values import Claim, Owner
 from pensieve.store.writer import Connection, failed
@@ -61,14 +61,14 @@ class AnswerStore(Storage):
             A future that resolves when the draft is durable. It fails as `append`'s does.
         """
         try:
-            content = rows.Content.of(messages, token_ids, meta)
-            rows.check_names(turn_id=turn_id, owner=owner)
+            content = encoding.Content.of(messages, token_ids, meta)
+            encoding.check_names(turn_id=turn_id, owner=owner)
         except InvalidRequest as error:
             return failed(error)
 
         def job(connection: Connection) -> None:
             key = trees.key_of(connection, namespace, conversation_id)
-            at = trees.place(connection, namespace, key, parent, start, turn_id)
+            at = trees.insert_point(connection, namespace, key, parent, start, turn_id)
             now_s = self._clock()
             if owner:
                 owners.ensure(connection, owner, self._now_s(connection))
@@ -87,8 +87,8 @@ class AnswerStore(Storage):
             draft), `InvalidRequest` (a token id out of range) or `StoreError`.
         """
         try:
-            ids = rows.pack(tuple(output_ids))
-            rows.check_names(turn_id=turn_id)
+            ids = encoding.pack(tuple(output_ids))
+            encoding.check_names(turn_id=turn_id)
         except InvalidRequest as error:
             return failed(error)
         return self._writer.submit(lambda connection: answers.extend_draft(connection, turn_id, ids, text))
@@ -96,22 +96,22 @@ class AnswerStore(Storage):
     def discard_draft(self, turn_id: str) -> Future[None]:
         """Forget a draft; nothing happens if there is none of this id."""
         try:
-            rows.check_names(turn_id=turn_id)
+            encoding.check_names(turn_id=turn_id)
         except InvalidRequest as error:
             return failed(error)
         return self._writer.submit(lambda connection: answers.discard_draft(connection, turn_id))
 
-    def join(self, owner: str, place: str) -> None:
+    def join(self, owner: str, process: str) -> None:
         """Give a server a lease of `LEASE_S`, under which its drafts and claims are its own.
 
         Args:
             owner: a name that no other process has or had.
-            place: where the process runs, for others on the same machine; see `place`.
+            process: identifies the process, as `processes.own_process` does; "" if that is unknown.
         """
-        rows.check_names(owner=owner)
-        self._writer.call(lambda connection: owners.join(connection, owner, place, self._now_s(connection)))
+        encoding.check_names(owner=owner)
+        self._writer.call(lambda connection: owners.join(connection, owner, process, self._now_s(connection)))
 
-    def renew(self, owner: str, place: str) -> bool:
+    def renew(self, owner: str, process: str) -> bool:
         """Renew a server's lease.
 
         False: it had lapsed and its answers were recovered by another; it has a new lease now.
@@ -121,7 +121,7 @@ class AnswerStore(Storage):
             now_s = self._now_s(connection)
             renewed = owners.renew(connection, owner, now_s)
             if not renewed:
-                owners.join(connection, owner, place, now_s)
+                owners.join(connection, owner, process, now_s)
             return renewed
 
         return self._writer.call(job)
@@ -151,7 +151,7 @@ class AnswerStore(Storage):
         Returns:
             How many there were.
         """
-        rows.check_names(owner=owner)
+        encoding.check_names(owner=owner)
 
         def job(connection: Connection) -> int:
             if owner is not None and not owners.end(connection, owner, expires_s):
@@ -189,7 +189,7 @@ class AnswerStore(Storage):
         Raises:
             InvalidRequest: the key is nothing that a database can hold.
         """
-        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id, owner=owner)
+        encoding.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id, owner=owner)
         claimed_s = self._clock() if now_s is None else now_s
 
         def job(connection: Connection) -> Claim:
@@ -205,7 +205,7 @@ class AnswerStore(Storage):
 
         With `turn_id`, only if the key stands for that turn: a later try may have claimed it meanwhile.
         """
-        rows.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
+        encoding.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
         return self._writer.submit(lambda connection: answers.release(connection, namespace, key, turn_id))
 
     def purge(self, before_s: float) -> int:

@@ -13,7 +13,7 @@ import logging
 
 from pensieve.errors import AnswerLost, ConversationNotFound, InvalidRequest
 from pensieve.message import Message
-from pensieve.store import rows, trees
+from pensieve.store import encoding, trees
 from pensieve.store.values import CLAIM_S, INTERRUPTED, Claim
 from pensieve.store.writer import Connection
 
@@ -53,9 +53,9 @@ def _lost() -> AnswerLost:
 
 def begin_draft(
     connection: Connection,
-    at: trees.Place,
+    at: trees.InsertPoint,
     turn_id: str,
-    content: rows.Content,
+    content: encoding.Content,
     output_start: int,
     owner: str,
     now_s: float,
@@ -128,16 +128,18 @@ def recover_drafts(connection: Connection, owner: str | None) -> int:
             "SELECT ids, text FROM draft_tokens WHERE turn_id = ? ORDER BY position", (turn_id,)
         ).fetchall()
         try:
-            token_ids = rows.unpack(bytes(prompt) + b"".join(bytes(ids) for ids, _ in pieces))
+            token_ids = encoding.unpack(bytes(prompt) + b"".join(bytes(ids) for ids, _ in pieces))
             answer = Message("assistant", "".join(json.loads(text) for _, text in pieces))
-            content = rows.Content.of((*rows.messages_from(messages), answer), token_ids, json.loads(meta))
+            content = encoding.Content.of(
+                (*encoding.messages_from(messages), answer), token_ids, json.loads(meta)
+            )
         except (
             ValueError,
             TypeError,
         ) as error:  # damaged on the disk: it must not keep the others from being recovered
             log.error("what was stored of the answer %s cannot be read, and is dropped: %s", turn_id, error)
         else:
-            at = trees.place(connection, namespace, conversation, parent, start, turn_id)
+            at = trees.insert_point(connection, namespace, conversation, parent, start, turn_id)
             trees.insert_turn(connection, namespace, at, turn_id, content, INTERRUPTED, created_s)
         discard_draft(connection, turn_id)
     # Not stored, or stored as a fragment just now. (A whole turn whose client was not told yet keeps its key:

@@ -22,7 +22,7 @@ from typing import Any
 
 from pensieve.errors import ConversationConflict, InvalidRequest, StoreError
 from pensieve.message import Message
-from pensieve.store import answers, rows, trees
+from pensieve.store import answers, encoding, trees
 from pensieve.store.answer_store import AnswerStore
 from pensieve.store.values import Conversation, Erased, Turn
 from pensieve.store.writer import Connection, Job, failed
@@ -56,7 +56,7 @@ class ConversationStore(AnswerStore):
             InvalidRequest: the id is taken in this namespace, or the metadata is nothing that JSON can hold.
         """
         return self._writer.call(
-            self._creation(namespace, rows.new_id() if id is None else id, title, metadata)
+            self._creation(namespace, encoding.new_id() if id is None else id, title, metadata)
         )
 
     def create_soon(self, namespace: str, id: str, *, title: str | None = None) -> Future[Conversation]:
@@ -66,8 +66,8 @@ class ConversationStore(AnswerStore):
     def _creation(
         self, namespace: str, id: str, title: str | None, metadata: Mapping[str, object] | None
     ) -> Job[Conversation]:
-        rows.check_names(namespace=namespace, conversation_id=id)
-        rows.json_text(metadata, "a conversation's metadata")
+        encoding.check_names(namespace=namespace, conversation_id=id)
+        encoding.json_text(metadata, "a conversation's metadata")
 
         def job(connection: Connection) -> Conversation:
             now_s = self._clock()
@@ -92,11 +92,13 @@ class ConversationStore(AnswerStore):
                 f"limit and offset must lie in [0, 2**63), got limit={limit}, offset={offset}"
             )
         condition = "namespace = ? ORDER BY updated_s DESC, key DESC LIMIT ? OFFSET ?"
-        return self._conversations(condition, (namespace, limit, offset)) if rows.is_name(namespace) else []
+        return (
+            self._conversations(condition, (namespace, limit, offset)) if encoding.is_name(namespace) else []
+        )
 
     def titles(self, namespace: str, ids: Sequence[str]) -> Mapping[str, str]:
         """The titles of those of these conversations that are there and have one."""
-        wanted = [id for id in ids if rows.is_name(id)] if rows.is_name(namespace) else []
+        wanted = [id for id in ids if encoding.is_name(id)] if encoding.is_name(namespace) else []
 
         def query(connection: Connection) -> Mapping[str, str]:
             found: dict[str, str] = {}
@@ -105,7 +107,7 @@ class ConversationStore(AnswerStore):
                 marks = ", ".join("?" * len(some))
                 sql = f"SELECT id, title FROM conversations WHERE namespace = ? AND title IS NOT NULL AND id IN ({marks})"
                 found |= {
-                    str(id): rows.title_from(title)
+                    str(id): encoding.title_from(title)
                     for id, title in connection.execute(sql, (namespace, *some)).fetchall()
                 }
             return found
@@ -114,7 +116,7 @@ class ConversationStore(AnswerStore):
 
     def count(self, namespace: str) -> int:
         """How many conversations a namespace has."""
-        if not rows.is_name(namespace):
+        if not encoding.is_name(namespace):
             return 0
         query = "SELECT count(*) FROM conversations WHERE namespace = ?"
         return int(self._read(lambda connection: connection.execute(query, (namespace,)).fetchone()[0]))
@@ -141,8 +143,8 @@ class ConversationStore(AnswerStore):
             ConversationNotFound: no such conversation or turn in this namespace.
             InvalidRequest: the new id is taken.
         """
-        new_id = rows.new_id() if new_id is None else new_id
-        rows.check_names(conversation_id=new_id)
+        new_id = encoding.new_id() if new_id is None else new_id
+        encoding.check_names(conversation_id=new_id)
 
         def job(connection: Connection) -> Conversation:
             origin = trees.get(connection, namespace, id)
@@ -190,8 +192,8 @@ class ConversationStore(AnswerStore):
             ConversationNotFound: no such conversation in this namespace.
             InvalidRequest: the metadata is nothing that JSON can hold.
         """
-        text = rows.json_text(metadata, "a conversation's metadata")
-        return self._set(namespace, id, title=rows.title_text(title), metadata=text)
+        text = encoding.json_text(metadata, "a conversation's metadata")
+        return self._set(namespace, id, title=encoding.title_text(title), metadata=text)
 
     def set_ttl(self, namespace: str, id: str, ttl_s: float | None) -> Conversation:
         """Say for how long a conversation is kept after its last use (this call, and each turn that begins or
@@ -369,11 +371,11 @@ class ConversationStore(AnswerStore):
             run on the store's thread: keep them short.
         """
         try:
-            content = rows.Content.of(messages, token_ids, meta)
-            rows.check_names(turn_id=turn_id, reply_reason=reply_reason)
+            content = encoding.Content.of(messages, token_ids, meta)
+            encoding.check_names(turn_id=turn_id, reply_reason=reply_reason)
         except InvalidRequest as error:
             return failed(error)
-        chosen, made = turn_id is not None, rows.new_id() if turn_id is None else turn_id
+        chosen, made = turn_id is not None, encoding.new_id() if turn_id is None else turn_id
 
         def job(connection: Connection) -> Turn:
             key = trees.key_of(connection, namespace, conversation_id)
@@ -388,7 +390,7 @@ class ConversationStore(AnswerStore):
                 answers.discard_draft(connection, made)
             if claimed:
                 answers.check_claimed(connection, namespace, made)
-            at = trees.place(connection, namespace, key, parent, start, made)
+            at = trees.insert_point(connection, namespace, key, parent, start, made)
             now_s = self._clock()
             turn = trees.insert_turn(connection, namespace, at, made, content, reply_reason, now_s)
             trees.set_leaf(connection, key, made, now_s)
@@ -426,11 +428,11 @@ class ConversationStore(AnswerStore):
         """Those that can be read: one that is damaged is named in the log, and does not take the others with
         it.
         """
-        query = f"SELECT {rows.CONVERSATION} FROM conversations WHERE {condition}"
+        query = f"SELECT {encoding.CONVERSATION} FROM conversations WHERE {condition}"
         found = []
         for row in self._read(lambda connection: connection.execute(query, values).fetchall()):
             try:
-                found.append(rows.conversation(row))
+                found.append(encoding.conversation(row))
             except StoreError as error:
                 log.error("%s", error.message)
         return found

@@ -14,7 +14,7 @@ import threading
 import uuid
 
 from pensieve.errors import PensieveError
-from pensieve.store import place
+from pensieve.store import processes
 from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.values import LEASE_S
 
@@ -38,12 +38,12 @@ class Lease:
         assert renew_s < LEASE_S
         self.owner = uuid.uuid4().hex
         self._store = store
-        self._place = place.here()
+        self._process = processes.own_process()
         self._renew_s = renew_s
         self._lapsed: dict[
             str, float
         ] = {}  # owners whose lease was found lapsed the last time, and when it ended
-        store.join(self.owner, self._place)
+        store.join(self.owner, self._process)
         self.num_recovered = store.recover_drafts() + self._recover_dead()  # drafts, at the start
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="store-lease", daemon=True)
@@ -70,7 +70,7 @@ class Lease:
                 log.exception("renewing the lease in the conversation store failed")
 
     def _tick(self) -> None:
-        if not self._store.renew(self.owner, self._place):
+        if not self._store.renew(self.owner, self._process):
             log.error(
                 "this server's lease in the conversation store had lapsed, and another server gave its "
                 "answers up: those under way may fail"
@@ -84,7 +84,8 @@ class Lease:
         dead = [
             owner
             for owner in others
-            if place.is_gone(owner.place) or (owner.lapsed and self._lapsed.get(owner.id) == owner.expires_s)
+            if processes.has_ended(owner.process)
+            or (owner.lapsed and self._lapsed.get(owner.id) == owner.expires_s)
         ]
         self._lapsed = {owner.id: owner.expires_s for owner in others if owner.lapsed}
         return sum(self._store.recover_drafts(owner.id, owner.expires_s) for owner in dead)

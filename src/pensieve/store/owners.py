@@ -13,11 +13,11 @@ from pensieve.store.values import LEASE_S, Owner
 from pensieve.store.writer import Connection
 
 
-def join(connection: Connection, owner: str, place: str, now_s: float) -> None:
+def join(connection: Connection, owner: str, process: str, now_s: float) -> None:
     """Give a server a lease; one that it has is renewed."""
     if not renew(connection, owner, now_s):
         connection.execute(
-            "INSERT INTO owners (id, place, expires_s) VALUES (?, ?, ?)", (owner, place, now_s + LEASE_S)
+            "INSERT INTO owners (id, place, expires_s) VALUES (?, ?, ?)", (owner, process, now_s + LEASE_S)
         )
 
 
@@ -41,7 +41,7 @@ def ensure(connection: Connection, owner: str, now_s: float) -> None:
 def listed(connection: Connection, now_s: float) -> Sequence[Owner]:
     """All servers with a lease."""
     found = connection.execute("SELECT id, place, expires_s FROM owners ORDER BY expires_s, id").fetchall()
-    return [Owner(id, place, expires_s, expires_s <= now_s) for id, place, expires_s in found]
+    return [Owner(id, process, expires_s, expires_s <= now_s) for id, process, expires_s in found]
 
 
 def end(connection: Connection, owner: str, expires_s: float | None = None) -> bool:

@@ -26,7 +26,7 @@ from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.postgres_deadline import Deadlines
 from pensieve.store.postgres_outage import Outage, Outages
 from pensieve.store.postgres_schema import MIGRATIONS, TABLES, Migration, bring_up_to_date, lock_key
-from pensieve.store.writer import Connection, GroupWriter, Job, Kind, Rows
+from pensieve.store.writer import Connection, Cursor, GroupWriter, Job, Kind
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class PostgresConnection:
         self._deadlines = deadlines
         self._statement_s = statement_s
 
-    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Rows:
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement."""
         if self.raw.closed:
             return self.raw.execute(_translated(sql), values or None)  # (which says so)

@@ -163,7 +163,7 @@ def _owners(connection: sqlite3.Connection) -> None:
         """
         CREATE TABLE owners (
             id        TEXT PRIMARY KEY NOT NULL,  -- of one start of a server; drafts and claims name it
-            place     TEXT NOT NULL,  -- `place.here` of its process
+            place     TEXT NOT NULL,  -- its process, as `processes.own_process` identifies it
             expires_s REAL NOT NULL   -- when its lease ends
         )
         """
@@ -189,7 +189,7 @@ def _owners(connection: sqlite3.Connection) -> None:
 
     connection.execute(
         "ALTER TABLE turns ADD COLUMN checksum BLOB"
-    )  # rows.checksum; NULL = written by version 2 or before
+    )  # encoding.checksum; NULL = written by version 2 or before
 
     connection.execute(
         "CREATE TABLE erasures (id INTEGER PRIMARY KEY, requested_s REAL NOT NULL)"

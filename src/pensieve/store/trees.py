@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pensieve.errors import ConversationNotFound, InvalidRequest
 from pensieve.message import ROOT_DIGEST, path_digests
-from pensieve.store import rows
+from pensieve.store import encoding
 from pensieve.store.values import Conversation, Turn
 from pensieve.store.writer import Connection
 
@@ -19,7 +19,7 @@ MAX_ASKED = 500  # digests in one query: each takes two of the values that a sta
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class InsertPoint:
     """Where in a tree a new turn goes."""
 
     conversation: int  # key
@@ -32,19 +32,20 @@ class Place:
 def get(connection: Connection, namespace: str, id: str) -> Conversation:
     """A conversation, or `ConversationNotFound`."""
     row = None
-    if rows.is_name(namespace) and rows.is_name(id):
+    if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
-            f"SELECT {rows.CONVERSATION} FROM conversations WHERE namespace = ? AND id = ?", (namespace, id)
+            f"SELECT {encoding.CONVERSATION} FROM conversations WHERE namespace = ? AND id = ?",
+            (namespace, id),
         ).fetchone()
     if row is None:
         raise ConversationNotFound(f"there is no conversation {id!r}")
-    return rows.conversation(row)
+    return encoding.conversation(row)
 
 
 def key_of(connection: Connection, namespace: str, id: str) -> int:
     """A conversation's key, or `ConversationNotFound`."""
     row = None
-    if rows.is_name(namespace) and rows.is_name(id):
+    if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
             "SELECT key FROM conversations WHERE namespace = ? AND id = ?", (namespace, id)
         ).fetchone()
@@ -63,15 +64,15 @@ def insert_conversation(connection: Connection, made: Conversation) -> Conversat
             f"there is a conversation {made.id!r} already: choose another id, or go on with that one"
         )
     connection.execute(
-        f"INSERT INTO conversations ({rows.CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO conversations ({encoding.CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             made.id,
             made.namespace,
             made.leaf,
             made.created_s,
             made.updated_s,
-            rows.title_text(made.title),
-            rows.json_text(made.metadata, "a conversation's metadata"),
+            encoding.title_text(made.title),
+            encoding.json_text(made.metadata, "a conversation's metadata"),
             made.expires_s,
             int(made.pinned),
             made.ttl_s,
@@ -83,13 +84,13 @@ def insert_conversation(connection: Connection, made: Conversation) -> Conversat
 def get_turn(connection: Connection, namespace: str, turn_id: str) -> Turn:
     """A turn, or `ConversationNotFound`."""
     row = None
-    if rows.is_name(namespace) and rows.is_name(turn_id):
+    if encoding.is_name(namespace) and encoding.is_name(turn_id):
         row = connection.execute(
-            f"SELECT {rows.TURN} FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)
+            f"SELECT {encoding.TURN} FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)
         ).fetchone()
     if row is None:
         raise ConversationNotFound(f"there is no turn {turn_id!r} in any conversation here")
-    return rows.turn(row)
+    return encoding.turn(row)
 
 
 def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[str, int, bytes]:
@@ -98,7 +99,7 @@ def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[st
     Or `ConversationNotFound`.
     """
     row = None
-    if rows.is_name(namespace) and rows.is_name(turn_id):
+    if encoding.is_name(namespace) and encoding.is_name(turn_id):
         row = connection.execute(
             "SELECT root, stop, digest FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)
         ).fetchone()
@@ -107,14 +108,14 @@ def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[st
     return str(row[0]), int(row[1]), bytes(row[2])
 
 
-def place(
+def insert_point(
     connection: Connection,
     namespace: str,
     conversation: int,
     parent: str | None,
     start: int | None,
     turn_id: str,
-) -> Place:
+) -> InsertPoint:
     """Where a turn behind `parent` goes; `ConversationNotFound` or `InvalidRequest` if it cannot."""
     root, parent_stop, digest = (
         (turn_id, 0, ROOT_DIGEST) if parent is None else check_turn(connection, namespace, parent)
@@ -124,22 +125,22 @@ def place(
         raise InvalidRequest(
             f"a turn's start must lie in [0, {parent_stop}], the tokens of its parent's path, got {start}"
         )
-    return Place(conversation, parent, root, begins, digest)
+    return InsertPoint(conversation, parent, root, begins, digest)
 
 
 def insert_turn(
     connection: Connection,
     namespace: str,
-    at: Place,
+    at: InsertPoint,
     turn_id: str,
-    content: rows.Content,
+    content: encoding.Content,
     reply_reason: str | None,
     created_s: float,
 ) -> Turn:
     """Add a turn. No conversation's leaf moves."""
     digest = path_digests(content.messages, at.digest)[-1] if content.messages else at.digest
     stop = at.start + len(content.token_ids)
-    checksum = rows.checksum(
+    checksum = encoding.checksum(
         turn_id,
         at.parent,
         at.start,
@@ -150,7 +151,7 @@ def insert_turn(
         content.meta_text,
     )
     connection.execute(
-        f"INSERT INTO turns ({rows.TURN}, namespace, owner, root) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
+        f"INSERT INTO turns ({encoding.TURN}, namespace, owner, root) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
         "?, ?, ?)",
         (
             *(
@@ -206,16 +207,16 @@ def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]
             SELECT id, parent, 0 FROM turns WHERE id = ?
             UNION ALL SELECT turns.id, turns.parent, height + 1 FROM turns JOIN up ON turns.id = up.parent
         )
-        SELECT {rows.columns(rows.TURN, "turns")} FROM up JOIN turns ON turns.id = up.id ORDER BY height DESC
+        SELECT {encoding.columns(encoding.TURN, "turns")} FROM up JOIN turns ON turns.id = up.id ORDER BY height DESC
         """,
         (turn_id,),
     )
     turns, digest = [], ROOT_DIGEST
     for row in found:
-        turn = rows.turn(row)
+        turn = encoding.turn(row)
         digest = path_digests(turn.messages, digest)[-1] if turn.messages else digest
         if turn.digest != digest:
-            raise rows.damaged(turn.id, "the messages of its path have another hash")
+            raise encoding.damaged(turn.id, "the messages of its path have another hash")
         turns.append(turn)
     return turns
 
@@ -223,7 +224,7 @@ def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]
 def home(connection: Connection, namespace: str, turn_id: str) -> str | None:
     """The conversation that has a turn."""
     row = None
-    if rows.is_name(namespace) and rows.is_name(turn_id):
+    if encoding.is_name(namespace) and encoding.is_name(turn_id):
         row = connection.execute(
             "SELECT conversations.id FROM turns JOIN conversations ON conversations.key = turns.owner WHERE "
             "turns.id = ? AND turns.namespace = ?",
@@ -234,14 +235,14 @@ def home(connection: Connection, namespace: str, turn_id: str) -> str | None:
 
 def leaves(connection: Connection, namespace: str, turn_id: str) -> Sequence[Conversation]:
     """The conversations that end with a turn."""
-    if not (rows.is_name(namespace) and rows.is_name(turn_id)):
+    if not (encoding.is_name(namespace) and encoding.is_name(turn_id)):
         return []
     found = connection.execute(
-        f"SELECT {rows.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? ORDER BY updated_s "
+        f"SELECT {encoding.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? ORDER BY updated_s "
         "DESC, key DESC",
         (turn_id, namespace),
     )
-    return [rows.conversation(row) for row in found]
+    return [encoding.conversation(row) for row in found]
 
 
 def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
@@ -249,7 +250,7 @@ def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tu
 
     Its end is looked at first: most histories are known but for the last message.
     """
-    if not rows.is_name(namespace):
+    if not encoding.is_name(namespace):
         return None
     for stop in range(len(digests), 0, -MAX_ASKED):
         asked = {
@@ -277,19 +278,19 @@ def _best(connection: Connection, namespace: str, digest: bytes) -> Turn:
     """
     for condition in ("AND EXISTS (SELECT 1 FROM conversations WHERE conversations.leaf = turns.id)", ""):
         row = connection.execute(
-            f"SELECT {rows.TURN} FROM turns WHERE namespace = ? AND digest = ? {condition} ORDER BY "
+            f"SELECT {encoding.TURN} FROM turns WHERE namespace = ? AND digest = ? {condition} ORDER BY "
             "created_s DESC LIMIT 1",
             (namespace, digest),
         ).fetchone()
         if row is not None:
-            return rows.turn(row)
+            return encoding.turn(row)
     raise AssertionError("a turn vanished inside a transaction")
 
 
 def delete_unused(connection: Connection, namespace: str, id: str) -> bool:
     """Delete a conversation without turns and drafts: whether it went."""
     row = None
-    if rows.is_name(namespace) and rows.is_name(id):
+    if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
             """
             SELECT key FROM conversations WHERE namespace = ? AND id = ? AND leaf IS NULL
@@ -397,11 +398,11 @@ def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: flo
 
 
 def _mark_deleted(connection: Connection, turn: Turn) -> None:
-    meta = rows.json_text({**turn.meta, "deleted": True}, "a turn's meta")
+    meta = encoding.json_text({**turn.meta, "deleted": True}, "a turn's meta")
     messages, blob = connection.execute(
         "SELECT messages, token_ids FROM turns WHERE id = ?", (turn.id,)
     ).fetchone()
-    checksum = rows.checksum(
+    checksum = encoding.checksum(
         turn.id, turn.parent, turn.start, turn.reply_reason, messages, bytes(blob), turn.digest, meta
     )
     connection.execute("UPDATE turns SET meta = ?, checksum = ? WHERE id = ?", (meta, checksum, turn.id))

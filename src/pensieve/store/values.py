@@ -79,7 +79,7 @@ class Owner:
     """A server that has answers under way in the store."""
 
     id: str  # drawn anew at each start of a server
-    place: str  # where its process runs, as `place.here` writes it
+    process: str  # its process, as `processes.own_process` identifies it
     expires_s: float  # when its lease ends, by the store's clock
     lapsed: bool  # that time has passed
 

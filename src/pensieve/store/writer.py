@@ -28,7 +28,7 @@ MAX_GROUP = 256  # jobs in one transaction
 STUCK_S = 10.0  # a write that takes longer is told as trouble
 
 
-class Rows(Protocol):
+class Cursor(Protocol):
     """What a statement gave."""
 
     def fetchone(self) -> Any:
@@ -45,7 +45,7 @@ class Rows(Protocol):
 class Connection(Protocol):
     """What a job is given: something that runs SQL with `?` for values."""
 
-    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Rows:
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement."""
         ...
 

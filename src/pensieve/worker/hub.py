@@ -20,7 +20,7 @@ import torch
 from pensieve.errors import ConfigError, ModelUnavailable
 from pensieve.worker import naming
 from pensieve.worker.gguf_convert import Progress
-from pensieve.worker.random_weights import require_room
+from pensieve.worker.random_weights import require_weights_fit
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -125,7 +125,7 @@ def fetch(
         raise OnlyGguf(repo)
     size = sum(sizes[name] for name in names)
     if with_weights:
-        require_room(
+        require_weights_fit(
             repo, info.safetensors.total if info.safetensors is not None else size // 2, dtype, device
         )
     _require_disk(repo, size)

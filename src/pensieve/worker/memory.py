@@ -105,7 +105,7 @@ class CudaMeter:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class DeviceShare:
     """What a device's memory is for, bytes."""
 
     total: int
@@ -128,7 +128,7 @@ class Room:
         )
 
 
-def find_room(
+def device_share(
     model: CausalModel,
     *,
     max_batch_tokens: int,
@@ -137,7 +137,7 @@ def find_room(
     graph_rows: int,
     attention: str = "auto",
     meter: Meter | None = None,
-) -> Room:
+) -> DeviceShare:
     """Run the largest step there can be, and say what is left for the first tier.
 
     Args:
@@ -163,7 +163,7 @@ def find_room(
             "Give --max-batch-tokens less, or take a smaller model"
         ) from error
     free, total = meter.free_bytes()
-    room = Room(total, free, step, _GRAPH_BYTES_A_ROW * graph_rows, int(_LEFT_SHARE * total))
+    room = DeviceShare(total, free, step, _GRAPH_BYTES_A_ROW * graph_rows, int(_LEFT_SHARE * total))
     if room.tier <= 0:
         raise ConfigError(
             f"no memory is left for the cache ({room}). Give --max-batch-tokens less, or take a smaller model"

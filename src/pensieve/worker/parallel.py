@@ -32,7 +32,7 @@ from pensieve.worker.ledger import CopyLedger
 from pensieve.worker.model import CausalModel
 from pensieve.worker.sampler import Choice, Sampled, nothing
 from pensieve.worker.transfer import SwapIn
-from pensieve.worker.worker import Begun, Hooks, ModelWorker, require_room
+from pensieve.worker.worker import Begun, Hooks, ModelWorker, require_tiers_fit
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _PATIENCE = timedelta(seconds=30)  # of a rank that broke in a forward, for the 
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class _OpenTiers:
     """Allocate tiers."""
 
     tiers: tuple[TierConfig, ...]
@@ -54,7 +54,7 @@ class _Open:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _RunPlan:
     """Run a plan."""
 
     plan: StepPlan
@@ -63,7 +63,7 @@ class _Step:
 
 
 @dataclass(frozen=True, slots=True)
-class _Close:
+class _CloseTiers:
     """Give the tiers back."""
 
 
@@ -71,7 +71,7 @@ class _Close:
 
 
 @dataclass(frozen=True, slots=True)
-class _Word:
+class _Status:
     """How it went up to here."""
 
     error: str | None = None
@@ -131,7 +131,7 @@ class RankWorker(ModelWorker):
             message = f"{type(error).__name__}: {error}"
             with contextlib.suppress(RankFailed, WorkerLost):
                 while self._words_due:
-                    self._say(_Word(message))
+                    self._say(_Status(message))
             lost = tuple(
                 CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out)
             )
@@ -189,10 +189,10 @@ class RankWorker(ModelWorker):
         except (RankFailed, WorkerLost):
             raise  # all know
         except Exception as error:
-            self._say(_Word(f"{type(error).__name__}: {error}"), _PATIENCE)
+            self._say(_Status(f"{type(error).__name__}: {error}"), _PATIENCE)
             raise
         swap_in.wait()
-        words = self._say(_Word(lost=tuple(swap_in.failures)))
+        words = self._say(_Status(lost=tuple(swap_in.failures)))
         known = {failure.copy_id for failure in swap_in.failures}
         for word in words:
             swap_in.failures += [failure for failure in word.lost if failure.copy_id not in known]
@@ -213,11 +213,11 @@ class RankWorker(ModelWorker):
         except Exception as own:
             error = own
         print_ = prints[0] if prints else None
-        self._say(_Word(None if error is None else f"{type(error).__name__}: {error}", print=print_))
+        self._say(_Status(None if error is None else f"{type(error).__name__}: {error}", print=print_))
 
-    def _say(self, word: _Word, patience: timedelta | None = None) -> list[_Word]:
+    def _say(self, word: _Status, patience: timedelta | None = None) -> list[_Status]:
         self._words_due -= 1
-        words: list[_Word] = self._exchange(word, patience)
+        words: list[_Status] = self._exchange(word, patience)
         errors = [f"rank {rank}: {each.error}" for rank, each in enumerate(words) if each.error is not None]
         if errors:
             self._words_due = 0
@@ -277,7 +277,7 @@ class ParallelWorker:
         Raises:
             PensieveError: a rank cannot; the message says which.
         """
-        order = _Open(tiers, chunk_tokens, attention, verify, debug)
+        order = _OpenTiers(tiers, chunk_tokens, attention, verify, debug)
         group.tell(order)
         self._group = group
         self._debug = debug
@@ -340,13 +340,13 @@ class ParallelWorker:
         self._closed = True
         self._local.close()
         with contextlib.suppress(WorkerLost):
-            self._group.tell(_Close())
+            self._group.tell(_CloseTiers())
             self._group.exchange(None)  # whoever allocates next finds the room
 
     def _tell(self, plan: StepPlan) -> bool:
         """Hand a plan to the others; returns whether they report."""
         reports = self._debug or self._ledger.num_open > 0
-        self._group.tell(_Step(plan, self._sampled, reports))
+        self._group.tell(_RunPlan(plan, self._sampled, reports))
         self._sampled = ()
         return reports
 
@@ -366,20 +366,20 @@ def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
     try:
         while True:
             match group.hear():
-                case _Open() as order:
+                case _OpenTiers() as order:
                     try:
                         worker = _open(group, model, order, hooks)
                     except WorkerLost:
                         raise
                     except Exception as error:  # rank 0 has heard of it, and says so
                         log.debug("no worker on rank %d: %s", group.rank, error)
-                case _Step() as step:
+                case _RunPlan() as step:
                     assert worker is not None, "a plan before the tiers were opened"
                     worker.accept(step.sampled)
                     result = worker.run(step.plan)
                     if step.reports:
                         worker.report(result)
-                case _Close():
+                case _CloseTiers():
                     assert worker is not None
                     worker.close()
                     worker = None
@@ -392,7 +392,7 @@ def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
         group.leave()
 
 
-def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankWorker:
+def _open(group: Group, model: CausalModel, order: _OpenTiers, hooks: Hooks) -> RankWorker:
     """This rank's worker, once all ranks have theirs."""
     geometry = model.geometry
     chunk_bytes = (
@@ -404,7 +404,7 @@ def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankW
         * geometry.dtype.itemsize
     )
     with group.agreeing():  # before anybody allocates: the ranks of a machine share its memory
-        require_room(
+        require_tiers_fit(
             order.tiers, chunk_bytes, model.device, sharers=group.local_size, beside=model.library_bytes
         )
     worker: RankWorker | None = None

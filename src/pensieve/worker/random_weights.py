@@ -85,7 +85,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: in
     The same seed gives the same weights on the same device.
 
     Norms and biases start as training would start them, matrices are normal with deviation 0.02.
-    The caller checks first that it fits (`require_room`).
+    The caller checks first that it fits (`require_weights_fit`).
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -160,7 +160,7 @@ def bytes_beside(config: PretrainedConfig, num_parameters: int, dtype: torch.dty
     return copied + widened
 
 
-def require_room(
+def require_weights_fit(
     label: str, num_parameters: int, dtype: torch.dtype, device: str, *, beside: int = 0
 ) -> None:
     """Refuse a model whose weights do not fit, before anything is allocated.

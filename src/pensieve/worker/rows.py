@@ -15,7 +15,7 @@ import torch
 from pensieve.worker.kernel import INT, KINDS, POINTER, REAL, Level, levels, library_for, num_threads
 
 
-class _Call(ctypes.Structure):
+class _RowsCall(ctypes.Structure):
     """`struct rows_call` of kernel/rows_call.h, field by field, as are the others here."""
 
     _fields_ = [("kind", INT), ("level", INT), ("num_threads", INT), ("num_rows", INT)]
@@ -23,21 +23,21 @@ class _Call(ctypes.Structure):
 
 class _Norm(ctypes.Structure):
     _fields_ = [
-        ("call", _Call), ("residual", POINTER), ("delta", POINTER), ("weight", POINTER), ("output", POINTER),
+        ("call", _RowsCall), ("residual", POINTER), ("delta", POINTER), ("weight", POINTER), ("output", POINTER),
         ("width", INT), ("epsilon", REAL),
     ]  # fmt: skip
 
 
 class _Rotate(ctypes.Structure):
     _fields_ = [
-        ("call", _Call), ("heads", POINTER), ("row_stride", INT), ("num_heads", INT), ("num_kv_heads", INT),
+        ("call", _RowsCall), ("heads", POINTER), ("row_stride", INT), ("num_heads", INT), ("num_kv_heads", INT),
         ("head_dim", INT), ("angles", POINTER), ("positions", POINTER), ("query_weight", POINTER),
         ("key_weight", POINTER), ("epsilon", REAL),
     ]  # fmt: skip
 
 
 class _Gate(ctypes.Structure):
-    _fields_ = [("call", _Call), ("gate_up", POINTER), ("output", POINTER), ("width", INT)]
+    _fields_ = [("call", _RowsCall), ("gate_up", POINTER), ("output", POINTER), ("width", INT)]
 
 
 _BYTES = sum(map(ctypes.sizeof, (_Norm, _Rotate, _Gate)))
@@ -116,8 +116,8 @@ class Rows:
         self._kernel.pensieve_gate(ctypes.byref(work))
         return output
 
-    def _header(self, num_rows: int) -> _Call:
-        return _Call(num_threads=num_threads(), num_rows=num_rows, **self._call)
+    def _header(self, num_rows: int) -> _RowsCall:
+        return _RowsCall(num_threads=num_threads(), num_rows=num_rows, **self._call)
 
 
 def float_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -166,14 +166,14 @@ def load(
         ConfigError: the model cannot be split over the group.
     """
     from pensieve.worker.allocator import return_freed_memory
-    from pensieve.worker.random_weights import build, bytes_beside, require_room
+    from pensieve.worker.random_weights import build, bytes_beside, require_weights_fit
 
     number_type = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     return_freed_memory()
     if group is not None:
         return _load_share(resolved, number_type, group)
     beside = bytes_beside(resolved.config, resolved.num_parameters, number_type, device)
-    require_room(resolved.label, resolved.num_parameters, number_type, device, beside=beside)
+    require_weights_fit(resolved.label, resolved.num_parameters, number_type, device, beside=beside)
     if resolved.weights == "random":
         return build(resolved.config, number_type, device)
     assert resolved.folder is not None
@@ -282,14 +282,14 @@ def _from_gguf(
     label: str | None = None,
 ) -> ResolvedModel:
     from pensieve.worker import gate
-    from pensieve.worker.random_weights import require_room
+    from pensieve.worker.random_weights import require_weights_fit
 
     name = label or path.name
     folder = ensure_file_converted(
         path,
         progress,
         check=lambda config: gate.check_config(config, name),
-        room=lambda count: require_room(name, count, dtype, device),
+        room=lambda count: require_weights_fit(name, count, dtype, device),
     )
     found = replace(_from_conversion(spec, "gguf", folder), label=name, gguf=path)
     return found if weights == "auto" else _random(spec, found.config, "asked for", found.tokenizer_dir)
@@ -516,11 +516,11 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
     Random weights are made whole first, in main memory, so that they are those of a single process.
     """
     from pensieve.worker import sharding
-    from pensieve.worker.random_weights import build, require_room
+    from pensieve.worker.random_weights import build, require_weights_fit
 
     sharding.require_divisible(resolved.config, resolved.label, group.size)
     if resolved.weights == "random":
-        require_room(resolved.label, resolved.num_parameters * group.local_size, dtype, "cpu")
+        require_weights_fit(resolved.label, resolved.num_parameters * group.local_size, dtype, "cpu")
         whole = build(resolved.config, dtype, "cpu")
         try:
             return sharding.split(whole, group.device, group.size)
@@ -529,7 +529,9 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
                 f"{resolved.label} cannot be split over {group.size} processes: {error}"
             ) from error
     sharers = group.local_size if group.device.type == "cpu" else 1
-    require_room(resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device))
+    require_weights_fit(
+        resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device)
+    )
     assert resolved.folder is not None
     return sharding.load_split(resolved.folder, resolved.label, dtype, group.device, group.size)
 

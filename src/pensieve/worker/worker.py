@@ -101,7 +101,7 @@ class ModelWorker:
         capturable = backend if graph_rows > 0 and isinstance(backend, CapturableBackend) else None
         spare = 0 if capturable is None else 1  # a slot for the rows of a graph that compute nothing
         stored = (TierConfig(tiers[0].name, tiers[0].num_slots + spare), *tiers[1:])
-        require_room(stored, self.chunk_bytes, model.device, beside=model.library_bytes)
+        require_tiers_fit(stored, self.chunk_bytes, model.device, beside=model.library_bytes)
         self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(stored))
         backend.bind(self._stores[0])
         self._builder = BatchBuilder(chunk_tokens, model.device)
@@ -316,7 +316,7 @@ def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
     return available_bytes(str(device))
 
 
-def require_room(
+def require_tiers_fit(
     tiers: tuple[TierConfig, ...],
     chunk_bytes: int,
     device: torch.device,

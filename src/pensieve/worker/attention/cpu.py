@@ -34,7 +34,7 @@ _MIN_VALUE = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RequestQueries:
     """The spans of one request: its queries, and the keys they may see."""
 
     first: int  # rows [first, stop) of T
@@ -58,15 +58,15 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CpuStep:
     """One step's batch and, by window, how its spans are attended."""
 
     batch: Batch
     first_rows: torch.Tensor  # (T,)
-    work: dict[int | None, list[Run | TokenBatch]] = field(default_factory=dict)
+    work: dict[int | None, list[RequestQueries | TokenBatch]] = field(default_factory=dict)
 
 
-class CpuAttention(AttentionBackend[Step]):
+class CpuAttention(AttentionBackend[CpuStep]):
     """The default where no kernel of our own runs."""
 
     name = "cpu"
@@ -82,25 +82,25 @@ class CpuAttention(AttentionBackend[Step]):
         """See the store as rows of tokens and chunks."""
         self._rows = TokenRows(store, self.geometry, self.chunk_tokens)
 
-    def prepare(self, batch: Batch) -> Step:
+    def prepare(self, batch: Batch) -> CpuStep:
         """Where the new tokens go; the rest when the first layer of each kind asks."""
-        return Step(batch, self._rows.first_rows(batch))
+        return CpuStep(batch, self._rows.first_rows(batch))
 
-    def write(self, prepared: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, prepared: CpuStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, each (T, Hkv, D), into their slots."""
         self._rows.write(prepared.first_rows, layer, key, value)
 
-    def attend(self, prepared: Step, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(self, prepared: CpuStep, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """(T, H, D) -> (T, H, D)."""
         work = prepared.work.get(args.sliding_window)
         if work is None:
             work = list(self._plan(prepared.batch, args.sliding_window, query.dtype))
             prepared.work[args.sliding_window] = work
-        if len(work) == 1 and isinstance(work[0], Run):
+        if len(work) == 1 and isinstance(work[0], RequestQueries):
             return self._attend_run(work[0], layer, query, args)
         output = torch.empty_like(query)
         for item in work:
-            if isinstance(item, Run):
+            if isinstance(item, RequestQueries):
                 output[item.first : item.stop] = self._attend_run(
                     item, layer, query[item.first : item.stop], args
                 )
@@ -110,7 +110,9 @@ class CpuAttention(AttentionBackend[Step]):
                 )
         return output
 
-    def _attend_run(self, run: Run, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def _attend_run(
+        self, run: RequestQueries, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(Q, H, D) -> (Q, H, D)."""
         key, value = self._rows.gather(run.slots, layer)
         key = key[run.key_start : run.key_stop].transpose(0, 1)[None]  # (1, Hkv, K, D)
@@ -169,7 +171,9 @@ class CpuAttention(AttentionBackend[Step]):
 
     # -- once per step and window
 
-    def _plan(self, batch: Batch, window: int | None, dtype: torch.dtype) -> Iterator[Run | TokenBatch]:
+    def _plan(
+        self, batch: Batch, window: int | None, dtype: torch.dtype
+    ) -> Iterator[RequestQueries | TokenBatch]:
         runs: list[tuple[int, int, list[Span]]] = []  # (row in T, row in S, spans of one request)
         row = index = 0
         for _, group in groupby(batch.spans, key=lambda span: span.request_id):
@@ -190,7 +194,7 @@ class CpuAttention(AttentionBackend[Step]):
 
     def _run(
         self, batch: Batch, row: int, index: int, spans: list[Span], window: int | None, dtype: torch.dtype
-    ) -> Run:
+    ) -> RequestQueries:
         size, device = self.chunk_tokens, batch.input_ids.device
         lowest = _first_visible(spans[0].start, window)
         first_chunk, context = lowest // size, spans[-1].stop
@@ -212,7 +216,7 @@ class CpuAttention(AttentionBackend[Step]):
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, _MIN_VALUE)
         offset = first_chunk * size
         masked_from = spans[0].start - lowest if window is None else 0
-        return Run(
+        return RequestQueries(
             row, row + num_queries, slots, lowest - offset, context - offset, mask, masked_from, is_causal
         )
 
@@ -223,7 +227,7 @@ class CpuAttention(AttentionBackend[Step]):
         most: int,
         window: int | None,
         dtype: torch.dtype,
-    ) -> Iterator[Run | TokenBatch]:
+    ) -> Iterator[RequestQueries | TokenBatch]:
         """Batches of at most `most` chunks, of contexts so near in length that padding stays under a third of
         what is read.
         """
@@ -280,7 +284,7 @@ def _causal_mask(num_queries: int, like: torch.Tensor) -> torch.Tensor:
     return torch.full((num_queries, num_queries), _MIN_VALUE, dtype=like.dtype, device=like.device).triu_(1)
 
 
-def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
+def _products_pay(query: torch.Tensor, run: RequestQueries, num_keys: int) -> bool:
     """Whether two plain matrix products beat torch's fused kernel.
 
     Its blocks are small, and for bfloat16 each is a call into oneDNN: 60 queries over 1,084 keys take 1.4 ms
@@ -294,7 +298,7 @@ def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
 
 
 def _attend_by_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: Run, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: RequestQueries, scaling: float
 ) -> torch.Tensor:
     """Softmax(query key^T scaling + mask) value, as two batched products.
 

@@ -30,7 +30,7 @@ _UNBOUNDED = 1 << 40  # a window that hides nothing
 _PART_CHUNKS = 8  # a context is divided among threads into parts of at least so many chunks
 
 
-class _Call(ctypes.Structure):
+class _AttentionCall(ctypes.Structure):
     """`struct call` of worker/kernel/call.h, field by field."""
 
     _fields_ = [
@@ -46,14 +46,14 @@ class _Call(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class NativeStep:
     """One step's batch, whose tensors the call points into."""
 
     batch: Batch
-    call: _Call
+    call: _AttentionCall
 
 
-class NativeAttention(AttentionBackend[Step]):
+class NativeAttention(AttentionBackend[NativeStep]):
     """The default on a CPU, where it was compiled."""
 
     name = "native"
@@ -61,7 +61,7 @@ class NativeAttention(AttentionBackend[Step]):
     def __init__(self, geometry: KVGeometry, chunk_tokens: int, level: Level | None = None) -> None:
         """Take the highest level of this CPU, or the one that is named."""
         super().__init__(geometry, chunk_tokens)
-        library = library_for("call", ctypes.sizeof(_Call))
+        library = library_for("call", ctypes.sizeof(_AttentionCall))
         assert not isinstance(library, str), library
         self._kernel = library
         self._level = levels()[-1] if level is None else level
@@ -81,17 +81,17 @@ class NativeAttention(AttentionBackend[Step]):
             return f"chunks of {chunk_tokens} tokens are no even number from {_CHUNKS[0]} to {_CHUNKS[-1]}"
         if geometry.head_dim % _HEAD_STEP:
             return f"heads of {geometry.head_dim} numbers are no multiple of {_HEAD_STEP}"
-        library = library_for("call", ctypes.sizeof(_Call))
+        library = library_for("call", ctypes.sizeof(_AttentionCall))
         return library if isinstance(library, str) else None
 
     def bind(self, store: KVStore) -> None:
         """Remember where the slots lie."""
         self._store = store
 
-    def prepare(self, batch: Batch) -> Step:
+    def prepare(self, batch: Batch) -> NativeStep:
         """All that the layers share, as the kernel reads it."""
         geometry, store = self.geometry, self._store
-        call = _Call(
+        call = _AttentionCall(
             store=store.data.data_ptr(),
             slot_bytes=store.slot_bytes,
             layer_bytes=store.layer_bytes,
@@ -110,9 +110,9 @@ class NativeAttention(AttentionBackend[Step]):
             table_width=batch.block_tables.shape[1],
             num_tokens=batch.num_tokens,
         )
-        return Step(batch, call)
+        return NativeStep(batch, call)
 
-    def write(self, prepared: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, prepared: NativeStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, each (T, Hkv, D), into their slots."""
         key, value = self._plain(key), self._plain(value)
         call = prepared.call
@@ -122,7 +122,9 @@ class NativeAttention(AttentionBackend[Step]):
         call.value_token_stride, call.value_head_stride, _ = value.stride()
         self._kernel.pensieve_write(ctypes.byref(call))
 
-    def attend(self, prepared: Step, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self, prepared: NativeStep, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(T, H, D) -> (T, H, D), in one call for all spans."""
         rows = self._plain(query)
         output = torch.empty(query.shape, dtype=rows.dtype)
@@ -136,7 +138,7 @@ class NativeAttention(AttentionBackend[Step]):
         return output.to(query.dtype)
 
     def run_layer(
-        self, prepared: Step, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall
+        self, prepared: NativeStep, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall
     ) -> None:
         """A whole layer of a model in one call, writing and attending included. The model has no sinks."""
         call = prepared.call
@@ -146,7 +148,7 @@ class NativeAttention(AttentionBackend[Step]):
         ):
             self._scratch = torch.empty(need, dtype=torch.uint8)
 
-    def _with_scratch(self, call: _Call, function: Any, *arguments: Any) -> int:
+    def _with_scratch(self, call: _AttentionCall, function: Any, *arguments: Any) -> int:
         """0; or the bytes of scratch that the kernel needs first.
 
         It is kept: the next layer needs as much.
@@ -162,7 +164,9 @@ class NativeAttention(AttentionBackend[Step]):
         return rows
 
 
-def _set_layer(call: _Call, layer: int, num_heads: int, args: AttentionArgs, sinks: int | None) -> None:
+def _set_layer(
+    call: _AttentionCall, layer: int, num_heads: int, args: AttentionArgs, sinks: int | None
+) -> None:
     call.layer, call.num_heads, call.sinks = layer, num_heads, sinks
     call.scaling, call.softcap = args.scaling, args.softcap or 0.0
     call.window = _UNBOUNDED if args.sliding_window is None else args.sliding_window

@@ -16,14 +16,14 @@ from pensieve.worker.kv_store import KVStore
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ReferenceStep:
     """One step's batch, and the row of each new token."""
 
     batch: Batch
     first_rows: torch.Tensor  # (T,)
 
 
-class ReferenceAttention(AttentionBackend[Step]):
+class ReferenceAttention(AttentionBackend[ReferenceStep]):
     """Plain torch, on any device and in any floating dtype."""
 
     name = "reference"
@@ -37,15 +37,17 @@ class ReferenceAttention(AttentionBackend[Step]):
         """See the store as rows of tokens."""
         self._rows = TokenRows(store, self.geometry, self.chunk_tokens)
 
-    def prepare(self, batch: Batch) -> Step:
+    def prepare(self, batch: Batch) -> ReferenceStep:
         """Only where the new tokens go."""
-        return Step(batch, self._rows.first_rows(batch))
+        return ReferenceStep(batch, self._rows.first_rows(batch))
 
-    def write(self, prepared: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, prepared: ReferenceStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, each (T, Hkv, D), into their slots."""
         self._rows.write(prepared.first_rows, layer, key, value)
 
-    def attend(self, prepared: Step, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self, prepared: ReferenceStep, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(T, H, D) -> (T, H, D), span by span."""
         batch = prepared.batch
         outputs = []

@@ -4,7 +4,7 @@ Knows launches and how work is divided; never plans or models.
 
 All spans of a step, whatever their mix, go in one launch a layer: a decode, a prompt, a dropped prefix and
 the rest behind a hole differ in nothing but their numbers. What each program does stands in a table made once
-a step and shared by all layers: `Item`, a tile of queries and a range of its context. Few queries over long
+a step and shared by all layers: `WorkItem`, a tile of queries and a range of its context. Few queries over long
 contexts are divided into parts, so that every multiprocessor has some, and put together by a second kernel.
 
 In a slot's layer: all K, then all V, each [Hkv][C][D], so that what one program reads of a chunk lies side by
@@ -38,7 +38,7 @@ _MIN_PART = 256  # tokens: a part's result is written and read once more, which 
 _WRITE_TOKENS = 16  # of one program
 
 
-class Item(NamedTuple):
+class WorkItem(NamedTuple):
     """What one program attends, for each key head."""
 
     span: int  # row of the block tables
@@ -79,7 +79,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TritonStep:
     """One step's batch and, by query heads a key head, its work."""
 
     batch: Batch
@@ -87,7 +87,7 @@ class Step:
     is_fixed: bool = False  # its tensors stay where they are, see `fixed`
 
 
-class TritonAttention(CapturableBackend[Step]):
+class TritonAttention(CapturableBackend[TritonStep]):
     """The default on CUDA."""
 
     name = "triton"
@@ -128,18 +128,18 @@ class TritonAttention(CapturableBackend[Step]):
 
     # -- once a step
 
-    def prepare(self, batch: Batch) -> Step:
+    def prepare(self, batch: Batch) -> TritonStep:
         """Only the batch; the work when the first layer of each kind asks."""
-        return Step(batch)
+        return TritonStep(batch)
 
-    def fixed(self, batch: Batch, like: Step) -> Step:
+    def fixed(self, batch: Batch, like: TritonStep) -> TritonStep:
         """A step over a batch whose tensors stay where they are, with work for the same kinds of layers."""
-        step = Step(batch, is_fixed=True)
+        step = TritonStep(batch, is_fixed=True)
         num_rows = batch.num_tokens
         for group in like.work:
             tiling = self._tiling(1, group)
             num_items = num_rows + self._wanted
-            items = torch.zeros((num_items, len(Item._fields)), dtype=torch.int32, device=self._device)
+            items = torch.zeros((num_items, len(WorkItem._fields)), dtype=torch.int32, device=self._device)
             reductions = torch.zeros(
                 (num_rows, len(Reduction._fields)), dtype=torch.int32, device=self._device
             )
@@ -149,15 +149,15 @@ class TritonAttention(CapturableBackend[Step]):
             step.work[group] = Work(tiling, items, reductions, *self._parts_of(room, num_items, tiling))
         return step
 
-    def refill(self, step: Step, spans: tuple[Span, ...]) -> None:
+    def refill(self, step: TritonStep, spans: tuple[Span, ...]) -> None:
         for group, work in step.work.items():
             items, reductions = self.divide(spans, work.tiling, group)
             numbers = np.zeros(work.items.numel() + work.reductions.numel(), np.int32)
             split = work.items.numel()
-            assert len(items) * len(Item._fields) <= split and len(reductions) <= len(work.reductions), (
+            assert len(items) * len(WorkItem._fields) <= split and len(reductions) <= len(work.reductions), (
                 "more work than the graph has room for"
             )
-            numbers[: len(items) * len(Item._fields)] = np.array(items, np.int32).reshape(-1)
+            numbers[: len(items) * len(WorkItem._fields)] = np.array(items, np.int32).reshape(-1)
             numbers[split : split + len(reductions) * len(Reduction._fields)] = np.array(
                 reductions, np.int32
             ).reshape(-1)
@@ -177,9 +177,9 @@ class TritonAttention(CapturableBackend[Step]):
             np.concatenate([np.array(table, np.int32).reshape(-1) for table in (items, reductions)]),
             self._device,
         )
-        split = len(items) * len(Item._fields)
+        split = len(items) * len(WorkItem._fields)
         return Work(
-            tiling, tables[:split].view(-1, len(Item._fields)),
+            tiling, tables[:split].view(-1, len(WorkItem._fields)),
             tables[split:].view(-1, len(Reduction._fields)), *self._parts_of(self._room, num_parts, tiling),
         )  # fmt: skip
 
@@ -202,7 +202,7 @@ class TritonAttention(CapturableBackend[Step]):
 
     def divide(
         self, spans: tuple[Span, ...], tiling: Tiling, group: int
-    ) -> tuple[list[Item], list[Reduction]]:
+    ) -> tuple[list[WorkItem], list[Reduction]]:
         """What the programs of a step do, at most `_wanted` more than there are tiles of queries.
 
         A part has as many tokens as give every multiprocessor some, rounded up to blocks. Long ones come
@@ -218,20 +218,20 @@ class TritonAttention(CapturableBackend[Step]):
                 row += count
         each = -(-sum(position + count for _, _, count, position in tiles) // self._wanted)
         part_tokens = -(-max(_MIN_PART, each) // tiling.block) * tiling.block
-        items: list[Item] = []
+        items: list[WorkItem] = []
         reductions: list[Reduction] = []
         num_parts = 0
         for index, first_row, count, position in tiles:
             stop = position + count
             parts = -(-stop // part_tokens)
             if parts == 1:
-                items.append(Item(index, first_row, count, position, 0, stop, 0, 1))
+                items.append(WorkItem(index, first_row, count, position, 0, stop, 0, 1))
                 continue
             reductions.append(Reduction(first_row, count, num_parts, parts))
             for part in range(parts):
                 first = part * part_tokens
                 items.append(
-                    Item(
+                    WorkItem(
                         index,
                         first_row,
                         count,
@@ -260,7 +260,7 @@ class TritonAttention(CapturableBackend[Step]):
 
     # -- in each layer
 
-    def write(self, prepared: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, prepared: TritonStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, each (T, Hkv, D), into their slots, in one launch."""
         self.write_slots(prepared.batch.slot_mapping, layer, key, value)
 
@@ -277,7 +277,9 @@ class TritonAttention(CapturableBackend[Step]):
             BLOCK_T=_WRITE_TOKENS,
         )  # fmt: skip
 
-    def attend(self, prepared: Step, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self, prepared: TritonStep, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(T, H, D) -> (T, H, D), in one launch, or two where contexts were divided."""
         rows = _plain(query).to(self.geometry.dtype)
         # (Rows of a captured graph that are nobody's get no program: they must be numbers all the same.)

@@ -13,7 +13,7 @@ PROC = Path("/proc")
 DEAD = ("Z", "X")  # states of a process of which only its exit code is left
 
 
-def here() -> str:
+def own_process() -> str:
     """This process's place: the machine's start, the process namespace, the process's id and its start; ""
     where that cannot be known.
     """
@@ -21,12 +21,12 @@ def here() -> str:
     return f"{scope} {os.getpid()} {found[1]}" if scope and found is not None else ""
 
 
-def is_gone(place: str) -> bool:
+def has_ended(process: str) -> bool:
     """Whether a process that wrote this place has ended for sure.
 
     False also where that cannot be known from here.
     """
-    parts = place.split(" ")
+    parts = process.split(" ")
     if len(parts) != 4 or not parts[2].isdigit() or not _scope() or " ".join(parts[:2]) != _scope():
         return False
     pid = int(parts[2])
