@@ -7,7 +7,7 @@ transformers is imported when a tokenizer is.
 """
 
 from pensieve.message import ROLES, Message, ToolCall
-from pensieve.text.chat import ChatText, Extension
+from pensieve.text.chat_text import ChatText
 from pensieve.text.detokenize import Detokenizer
 from pensieve.text.jobs import (
     DecodeIds,
@@ -22,6 +22,7 @@ from pensieve.text.jobs import (
     check_length,
 )
 from pensieve.text.overflow import Truncated, newest, size_of, surely_exceed, truncate
+from pensieve.text.prompt_writer import Extension
 from pensieve.text.reasoning import ReasoningDelta, ReasoningSplitter
 from pensieve.text.stop import StopStrings, keep_tokens
 from pensieve.text.template import read_template
