@@ -22,7 +22,7 @@ from pensieve.store.writer import Connection, failed
 
 
 class AnswerStore(Storage):
-    """Keeps answers while they are generated; see `ConversationStore` for what holds of every method."""
+    """Keeps answers while they are generated; see `ConversationStore` for what all methods promise."""
 
     def draft(
         self,
@@ -38,24 +38,23 @@ class AnswerStore(Storage):
         *,
         owner: str = "",
     ) -> Future[None]:
-        """An answer begins: keep its turn's prompt side. A draft that has this id already begins anew.
+        """Begin an answer: keep its turn's prompt. Replaces an earlier draft of the same id.
 
         The draft ends with `append` of the same `turn_id`, with `discard_draft`, or with its conversation.
 
         Args:
             namespace: the caller's.
-            conversation_id: the conversation that goes on.
-            parent: turn that it follows.
-            turn_id: what the turn will be called.
-            messages: what the turn adds to the chat, without the answer.
-            token_ids: what it adds to the token log before the answer (and the answer's first ids, if it has
-                any).
-            start: how many tokens of the parent's path are kept in front of them; None = all.
-            output_start: position in the path's token log at which the answer begins; checked to lie within
-                or at the end of `token_ids`.
+            conversation_id: the conversation that continues.
+            parent: the turn before it; None for the first.
+            turn_id: the id that the turn will have.
+            messages: the turn's messages without the answer.
+            token_ids: the turn's token ids before the answer (and the answer's first ids, if it has any).
+            start: how many tokens of the parent's path are kept before them; None keeps all.
+            output_start: position in the path's token log at which the answer begins, within or at the end of
+                `token_ids`.
             meta: kept with the turn.
-            owner: the server that writes the answer, as `join` knows it, so that another can recover the
-                draft when it is dead; "": none.
+            owner: the server that generates the answer, as in `join`, so that another server can recover the
+                draft; "" if none.
 
         Returns:
             A future that resolves when the draft is durable. It fails as `append`'s does.
@@ -78,9 +77,7 @@ class AnswerStore(Storage):
         return self._writer.submit(job)
 
     def extend_draft(self, turn_id: str, output_ids: Sequence[int], text: str) -> Future[None]:
-        """An answer goes on: keep these ids and this text behind what the draft has.
-
-        Costs the same however long the answer is.
+        """Append these ids and this text to a draft's answer. The cost does not grow with the answer.
 
         Returns:
             A future that resolves when they are durable. It fails with `ConversationNotFound` (no such
@@ -94,7 +91,7 @@ class AnswerStore(Storage):
         return self._writer.submit(lambda connection: answers.extend_draft(connection, turn_id, ids, text))
 
     def discard_draft(self, turn_id: str) -> Future[None]:
-        """Forget a draft; nothing happens if there is none of this id."""
+        """Delete a draft; does nothing if there is none of this id."""
         try:
             encoding.check_names(turn_id=turn_id)
         except InvalidRequest as error:
@@ -102,7 +99,7 @@ class AnswerStore(Storage):
         return self._writer.submit(lambda connection: answers.discard_draft(connection, turn_id))
 
     def join(self, owner: str, process: str) -> None:
-        """Give a server a lease of `LEASE_S`, under which its drafts and claims are its own.
+        """Give a server a lease of `LEASE_S`: its drafts and claims are its own meanwhile.
 
         Args:
             owner: a name that no other process has or had.
@@ -114,7 +111,8 @@ class AnswerStore(Storage):
     def renew(self, owner: str, process: str) -> bool:
         """Renew a server's lease.
 
-        False: it had lapsed and its answers were recovered by another; it has a new lease now.
+        Returns:
+            False if the lease had lapsed and another server recovered its answers; it has a new lease then.
         """
 
         def job(connection: Connection) -> bool:
@@ -127,29 +125,28 @@ class AnswerStore(Storage):
         return self._writer.call(job)
 
     def owners(self) -> Sequence[Owner]:
-        """The servers that have a lease, lapsed ones included."""
+        """The servers that have a lease, lapsed leases included."""
         return self._read(lambda connection: owners.listed(connection, self._now_s(connection)))
 
     def leave(self, owner: str) -> int:
-        """End a server's lease; what it left under way is recovered. Returns how many drafts."""
+        """End a server's lease and recover its drafts; returns how many there were."""
         return self.recover_drafts(owner)
 
     def recover_drafts(self, owner: str | None = None, expires_s: float | None = None) -> int:
-        """Make a turn of each draft whose writer is dead.
+        """Make a turn of each draft whose owner is dead.
 
-        A branch that no conversation ends with, and that can be gone on from.
-
-        Its last message is the assistant's, as far as it came; its `reply_reason` is `INTERRUPTED`. Keys
-        whose answer was not stored whole are free again, all in one transaction. A server that lives must not
-        be recovered: its answers would be cut in two.
+        The turn is a branch that no conversation ends with, but that a turn can follow. Its last message is
+        the assistant's, as far as it was stored; its `reply_reason` is `INTERRUPTED`. Idempotency keys whose
+        answer was not stored whole are free again. All of it is one transaction. Never recover a server that
+        lives: its answers would be cut in two.
 
         Args:
-            owner: whose; its lease ends. None = of all owners that have no lease.
-            expires_s: only if the lease still ends then: it was neither renewed nor recovered by another
-                server meanwhile.
+            owner: the owner whose lease ends; None for all owners without a lease.
+            expires_s: recover only if the lease still ends then: it was neither renewed nor recovered
+                meanwhile.
 
         Returns:
-            How many there were.
+            The number of drafts.
         """
         encoding.check_names(owner=owner)
 
@@ -170,24 +167,24 @@ class AnswerStore(Storage):
         *,
         owner: str = "",
     ) -> Claim:
-        """Say which turn an idempotency key stands for, unless it stands for another one.
+        """Claim an idempotency key for a turn, unless it is claimed for another one already.
 
-        Claimed within the last `CLAIM_S`, and either stored whole or under way at an owner that was not
+        A claim holds for `CLAIM_S`, if its answer is stored whole, or is under way at an owner that was not
         recovered. Durable on return.
 
         Args:
-            namespace: the caller's; the same key of another one is another key.
+            namespace: the caller's; each namespace has its own keys.
             key: as the caller sent it.
-            fingerprint: of the request, so that the same key with another request can be told.
-            turn_id: the turn that will answer it.
-            now_s: seconds since the epoch; None = the store's clock.
-            owner: the server that will answer it, as `join` knows it; "": one that never dies.
+            fingerprint: of the request, so that another request with the same key is recognised.
+            turn_id: the turn that will answer the request.
+            now_s: seconds since the epoch; None takes the store's clock.
+            owner: the server that will answer, as in `join`; "" for one that never dies.
 
         Returns:
             This claim, `fresh`, or the first one.
 
         Raises:
-            InvalidRequest: the key is nothing that a database can hold.
+            InvalidRequest: a database cannot hold the key.
         """
         encoding.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id, owner=owner)
         claimed_s = self._clock() if now_s is None else now_s
@@ -199,15 +196,16 @@ class AnswerStore(Storage):
         return self._writer.call(job)
 
     def release(self, namespace: str, key: str, turn_id: str | None = None) -> Future[None]:
-        """Let go of a key whose answer failed, so that the next try is the first.
+        """Free the key of an answer that failed, so that the next attempt is the first again.
 
-        Nothing happens if it is not claimed. Returns at once.
+        Returns at once.
 
-        With `turn_id`, only if the key stands for that turn: a later try may have claimed it meanwhile.
+        Does nothing if the key is not claimed, or is claimed for another turn than `turn_id`: a later attempt
+        may have claimed it.
         """
         encoding.check_names(namespace=namespace, idempotency_key=key, turn_id=turn_id)
         return self._writer.submit(lambda connection: answers.release(connection, namespace, key, turn_id))
 
     def purge(self, before_s: float) -> int:
-        """Remove the claims made before this time whose answers are not under way; how many there were."""
+        """Remove claims made before this time, except of answers under way; returns how many."""
         return self._writer.call(lambda connection: answers.purge(connection, before_s))

@@ -1,9 +1,7 @@
-"""Answers under way in SQL, as steps inside a transaction.
+"""Answers under way in SQL, as steps inside a transaction: drafts and claims.
 
-Drafts, which survive a crash, and claims, which say which turn answers a retry.
-
-A claim stands for a whole answer, or for one under way; what was cut short answers no retry. Knows tables;
-never threads or processes.
+Drafts survive a crash. A claim says which turn answers a retry: a whole answer, or one under way; an
+interrupted answer answers no retry. Knows tables; never threads or processes.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ from pensieve.store.writer import Connection
 
 log = logging.getLogger(__name__)
 
-# Of a claim: its answer is being made, and has begun.
+# Condition on a claim: its answer is under way.
 _DRAFTED = "EXISTS (SELECT 1 FROM drafts WHERE drafts.turn_id = claims.turn_id)"
 
 
 def check_free(connection: Connection, turn_id: str, conversation: int) -> None:
-    """Refuse an id that a turn has, or a draft of another conversation."""
+    """Refuse a turn id that a turn, or a draft of another conversation, has."""
     taken = connection.execute("SELECT reply_reason FROM turns WHERE id = ?", (turn_id,)).fetchone()
     if taken is not None and taken[0] == INTERRUPTED:
         raise _lost()
@@ -34,7 +32,7 @@ def check_free(connection: Connection, turn_id: str, conversation: int) -> None:
 
 
 def check_claimed(connection: Connection, namespace: str, turn_id: str) -> None:
-    """Refuse a turn whose key stands for another turn by now: two answers to one key."""
+    """Refuse a turn whose key is claimed for another turn by now: one key must not get two answers."""
     if (
         connection.execute(
             "SELECT 1 FROM claims WHERE turn_id = ? AND namespace = ?", (turn_id, namespace)
@@ -60,7 +58,7 @@ def begin_draft(
     owner: str,
     now_s: float,
 ) -> None:
-    """Keep the prompt side of a turn; what an earlier draft of this id had goes."""
+    """Keep the prompt of a turn; removes an earlier draft of this id."""
     stop = at.start + len(content.token_ids)
     if not at.start <= output_start <= stop:
         raise InvalidRequest(
@@ -87,7 +85,7 @@ def begin_draft(
 
 
 def extend_draft(connection: Connection, turn_id: str, ids: bytes, text: str) -> None:
-    """Keep more of an answer, behind what is there."""
+    """Append to a draft's answer."""
     if connection.execute("SELECT 1 FROM drafts WHERE turn_id = ?", (turn_id,)).fetchone() is None:
         raise ConversationNotFound(
             f"there is no answer {turn_id!r} under way: it ended, or its conversation was deleted"
@@ -108,9 +106,9 @@ def discard_draft(connection: Connection, turn_id: str) -> None:
 
 
 def recover_drafts(connection: Connection, owner: str | None) -> int:
-    """Make turns of an owner's drafts (None.
+    """Make turns of an owner's drafts and free the keys claimed for them; returns the number of drafts.
 
-    Of all that have no lease), and free the keys that stood for them: how many drafts.
+    None stands for all owners without a lease.
     """
     whose, values = (
         ("NOT EXISTS (SELECT 1 FROM owners WHERE owners.id = {0}.owner)", ())
@@ -142,9 +140,12 @@ def recover_drafts(connection: Connection, owner: str | None) -> int:
             at = trees.insert_point(connection, namespace, conversation, parent, start, turn_id)
             trees.insert_turn(connection, namespace, at, turn_id, content, INTERRUPTED, created_s)
         discard_draft(connection, turn_id)
-    # Not stored, or stored as a fragment just now. (A whole turn whose client was not told yet keeps its key:
-    # it is the answer.)
-    whole = f"EXISTS (SELECT 1 FROM turns WHERE turns.id = claims.turn_id AND coalesce(reply_reason, '') <> '{INTERRUPTED}')"
+    # Not stored, or stored as a fragment just now. A whole turn whose client did not get the answer keeps its
+    # key.
+    whole = (
+        "EXISTS (SELECT 1 FROM turns WHERE turns.id = claims.turn_id "
+        f"AND coalesce(reply_reason, '') <> '{INTERRUPTED}')"
+    )
     connection.execute(f"DELETE FROM claims WHERE {whose.format('claims')} AND NOT {whole}", values)
     return len(found)
 
@@ -158,10 +159,11 @@ def claim(
     owner: str,
     now_s: float,
 ) -> Claim:
-    """Claim a key, or learn which turn it stands for."""
+    """Claim a key, or return the claim that it has."""
     row = connection.execute(
         f"""
-        SELECT claims.turn_id, fingerprint, claims.owner, claims.created_s, turns.id IS NOT NULL, turns.reply_reason, {_DRAFTED},
+        SELECT claims.turn_id, fingerprint, claims.owner, claims.created_s,
+            turns.id IS NOT NULL, turns.reply_reason, {_DRAFTED},
             EXISTS (SELECT 1 FROM owners WHERE owners.id = claims.owner)
         FROM claims LEFT JOIN turns ON turns.id = claims.turn_id AND turns.namespace = claims.namespace
         WHERE claims.namespace = ? AND key = ?
@@ -184,7 +186,7 @@ def claim(
 
 
 def release(connection: Connection, namespace: str, key: str, turn_id: str | None = None) -> None:
-    """Let go of a key, if it stands for this turn."""
+    """Free a key, if it is claimed for this turn."""
     if turn_id is None:
         connection.execute("DELETE FROM claims WHERE namespace = ? AND key = ?", (namespace, key))
     else:
@@ -194,7 +196,7 @@ def release(connection: Connection, namespace: str, key: str, turn_id: str | Non
 
 
 def purge(connection: Connection, before_s: float) -> int:
-    """Remove old claims, but for those of answers under way: how many."""
+    """Remove old claims, except those of answers under way; returns how many there were."""
     old = f"created_s < ? AND NOT {_DRAFTED}"
     (count,) = connection.execute(f"SELECT count(*) FROM claims WHERE {old}", (before_s,)).fetchone()
     if count:

@@ -1,4 +1,4 @@
-"""Conversations that are durable: the store itself.
+"""The store of durable conversations.
 
 Knows messages, token ids and transactions; never which database, text or caches.
 
@@ -36,7 +36,7 @@ MAX_INT = (1 << 63) - 1  # the largest integer that databases count with
 class ConversationStore(AnswerStore):
     """Keeps conversations. Safe to call from any thread.
 
-    A conversation or turn of another namespace does not exist for a caller. Every method raises `StoreError`
+    For a caller, a conversation or turn of another namespace does not exist. Every method raises `StoreError`
     if the storage fails. What a method changed is durable when it returns, power loss included.
     """
 
@@ -50,17 +50,17 @@ class ConversationStore(AnswerStore):
         title: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> Conversation:
-        """Begin a conversation; without an id it gets a random one.
+        """Create a conversation; None draws a random id.
 
         Raises:
-            InvalidRequest: the id is taken in this namespace, or the metadata is nothing that JSON can hold.
+            InvalidRequest: the id is taken in this namespace, or JSON cannot hold the metadata.
         """
         return self._writer.call(
             self._creation(namespace, encoding.new_id() if id is None else id, title, metadata)
         )
 
     def create_soon(self, namespace: str, id: str, *, title: str | None = None) -> Future[Conversation]:
-        """As `create`, but returns at once. What is asked of the store afterwards finds it."""
+        """Create a conversation like `create`, but return at once. Later calls find it."""
         return self._writer.submit(self._creation(namespace, id, title, None))
 
     def _creation(
@@ -78,15 +78,15 @@ class ConversationStore(AnswerStore):
         return job
 
     def get(self, namespace: str, id: str) -> Conversation:
-        """Look a conversation up.
+        """A conversation by its id.
 
         Raises:
-            ConversationNotFound: there is none of this id in this namespace.
+            ConversationNotFound: this namespace has none of this id.
         """
         return self._read(lambda connection: trees.get(connection, namespace, id))
 
     def list(self, namespace: str, limit: int = 50, offset: int = 0) -> Sequence[Conversation]:
-        """The conversations of a namespace, the latest used first."""
+        """The conversations of a namespace, the last used first."""
         if not (0 <= limit <= MAX_INT and 0 <= offset <= MAX_INT):
             raise InvalidRequest(
                 f"limit and offset must lie in [0, 2**63), got limit={limit}, offset={offset}"
@@ -97,7 +97,7 @@ class ConversationStore(AnswerStore):
         )
 
     def titles(self, namespace: str, ids: Sequence[str]) -> Mapping[str, str]:
-        """The titles of those of these conversations that are there and have one."""
+        """The titles of those of these conversations that exist and have one, by id."""
         wanted = [id for id in ids if encoding.is_name(id)] if encoding.is_name(namespace) else []
 
         def query(connection: Connection) -> Mapping[str, str]:
@@ -105,7 +105,10 @@ class ConversationStore(AnswerStore):
             for start in range(0, len(wanted), MAX_IDS):
                 some = wanted[start : start + MAX_IDS]
                 marks = ", ".join("?" * len(some))
-                sql = f"SELECT id, title FROM conversations WHERE namespace = ? AND title IS NOT NULL AND id IN ({marks})"
+                sql = (
+                    "SELECT id, title FROM conversations "
+                    f"WHERE namespace = ? AND title IS NOT NULL AND id IN ({marks})"
+                )
                 found |= {
                     str(id): encoding.title_from(title)
                     for id, title in connection.execute(sql, (namespace, *some)).fetchall()
@@ -115,15 +118,16 @@ class ConversationStore(AnswerStore):
         return self._read(query)
 
     def count(self, namespace: str) -> int:
-        """How many conversations a namespace has."""
+        """The number of conversations of a namespace."""
         if not encoding.is_name(namespace):
             return 0
         query = "SELECT count(*) FROM conversations WHERE namespace = ?"
         return int(self._read(lambda connection: connection.execute(query, (namespace,)).fetchone()[0]))
 
     def expired(self, now_s: float, limit: int = 100) -> Sequence[Conversation]:
-        """Conversations of all namespaces whose time has come and that are neither pinned nor being answered,
-        the longest overdue first.
+        """Conversations of all namespaces whose time to live has passed, the longest overdue first.
+
+        Leaves out those that are pinned or being answered.
         """
         if limit < 0:
             raise InvalidRequest(f"limit must be at least 0, got {limit}")
@@ -136,8 +140,9 @@ class ConversationStore(AnswerStore):
     def fork(
         self, namespace: str, id: str, at: str | None = None, *, new_id: str | None = None
     ) -> Conversation:
-        """Begin a conversation that shares another's turns up to `at` (None = its leaf), its title, its
-        metadata and its time to live.
+        """Create a conversation that shares another's turns up to `at`; None takes its leaf.
+
+        Title, metadata and time to live are copied.
 
         Raises:
             ConversationNotFound: no such conversation or turn in this namespace.
@@ -190,18 +195,19 @@ class ConversationStore(AnswerStore):
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
-            InvalidRequest: the metadata is nothing that JSON can hold.
+            InvalidRequest: JSON cannot hold the metadata.
         """
         text = encoding.json_text(metadata, "a conversation's metadata")
         return self._set(namespace, id, title=encoding.title_text(title), metadata=text)
 
     def set_ttl(self, namespace: str, id: str, ttl_s: float | None) -> Conversation:
-        """Say for how long a conversation is kept after its last use (this call, and each turn that begins or
-        ends), in seconds; None: for ever.
+        """Set how many seconds a conversation is kept after its last use; None keeps it for ever.
+
+        This call, and the begin and end of each turn, are uses.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
-            InvalidRequest: not a time.
+            InvalidRequest: `ttl_s` is negative or not finite.
         """
         if ttl_s is not None and not (math.isfinite(ttl_s) and ttl_s >= 0):
             raise InvalidRequest(
@@ -211,16 +217,13 @@ class ConversationStore(AnswerStore):
         return self._set(namespace, id, ttl_s=None if ttl_s is None else float(ttl_s), expires_s=expires_s)
 
     def touch(self, namespace: str, id: str) -> Future[None]:
-        """A turn of a conversation begins: its time to live begins anew.
-
-        Nothing happens if it has none. Returns at once.
-        """
+        """Restart a conversation's time to live, if it has one, since a turn begins. Returns at once."""
         return self._writer.submit(
             lambda connection: trees.touch(connection, trees.key_of(connection, namespace, id), self._clock())
         )
 
     def set_pinned(self, namespace: str, id: str, pinned: bool) -> Conversation:
-        """Say whether a conversation is to be kept.
+        """Pin a conversation, so that it does not expire, or unpin it.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
@@ -228,20 +231,18 @@ class ConversationStore(AnswerStore):
         return self._set(namespace, id, pinned=int(pinned))
 
     def delete_unused(self, namespace: str, id: str) -> Future[bool]:
-        """Delete a conversation that was begun for an answer which then failed.
-
-        One without any turn or draft. Returns at once.
+        """Delete a conversation that was created for an answer which then failed. Returns at once.
 
         Returns:
-            A future of whether it went; it stays if it was used after all, and nothing happens if there is
-            none.
+            A future that says whether it was deleted. It stays if it has a turn or a draft; nothing happens
+            if it does not exist.
         """
         return self._writer.submit(lambda connection: trees.delete_unused(connection, namespace, id))
 
     def delete(self, namespace: str, id: str) -> None:
         """Delete a conversation, its drafts and its turns.
 
-        Those that another conversation's paths run through become that one's.
+        Turns that another conversation's path needs are handed over to that conversation.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
@@ -249,13 +250,11 @@ class ConversationStore(AnswerStore):
         self._writer.call(lambda connection: trees.delete_conversation(connection, namespace, id))
 
     def erase(self, namespace: str, id: str, *, overwrite: bool = True) -> Erased:
-        """Delete a conversation as `delete` does, then overwrite what the storage still has of it.
+        """Delete a conversation like `delete`, then overwrite its bytes in the storage. May take seconds.
 
-        May take seconds.
-
-        What cannot be overwritten now is remembered, durably and without a name: the method `overwrite` tries
-        again. Without the argument `overwrite` it is only remembered. What lies outside the store's files is
-        not reached: backups, snapshots and spare blocks of the file system or the drive.
+        What cannot be overwritten now is remembered, durably and without a name; the method `overwrite` tries
+        again. With `overwrite=False` it is only remembered. Bytes outside the store's files are not reached:
+        backups, snapshots and spare blocks of the file system or the drive.
 
         Raises:
             ConversationNotFound: no such conversation in this namespace.
@@ -269,21 +268,20 @@ class ConversationStore(AnswerStore):
         return Erased(turns, size, self.overwrite() if overwrite else False)
 
     def erasures(self) -> int:
-        """How many conversations were deleted whose bytes may still be in the store's files, to be
-        overwritten.
-        """
+        """The number of deleted conversations whose bytes are still to be overwritten."""
         return int(
             self._read(lambda connection: connection.execute("SELECT count(*) FROM erasures").fetchone()[0])
         )
 
     def overwrite(self) -> bool:
-        """Overwrite what deleted conversations left in the store's files; whether nothing is left.
+        """Overwrite the bytes of deleted conversations in the store's files. May take seconds.
 
-        May take seconds.
+        Returns:
+            Whether nothing of them is left.
         """
         (last,) = self._read(lambda connection: connection.execute("SELECT max(id) FROM erasures").fetchone())
         done, complete = self._scrub()
-        if done and last is not None:  # those that came meanwhile may have been missed
+        if done and last is not None:  # those deleted meanwhile may have been missed
             self._writer.call(
                 lambda connection: connection.execute("DELETE FROM erasures WHERE id <= ?", (last,))
             )
@@ -292,7 +290,7 @@ class ConversationStore(AnswerStore):
     # -- turns
 
     def path(self, namespace: str, turn_id: str | None) -> Sequence[Turn]:
-        """The turns from the root to this one; none for None.
+        """The turns from the root to this one; none if `turn_id` is None.
 
         Raises:
             ConversationNotFound: no such turn in this namespace.
@@ -304,7 +302,7 @@ class ConversationStore(AnswerStore):
         )
 
     def turn(self, namespace: str, turn_id: str) -> Turn:
-        """Look a turn up.
+        """A turn by its id.
 
         Raises:
             ConversationNotFound: no such turn in this namespace.
@@ -312,21 +310,19 @@ class ConversationStore(AnswerStore):
         return self._read(lambda connection: trees.get_turn(connection, namespace, turn_id))
 
     def leaves(self, namespace: str, turn_id: str) -> Sequence[Conversation]:
-        """The conversations that end with this turn, the latest used first."""
+        """The conversations that end with this turn, the last used first."""
         return self._read(lambda connection: trees.leaves(connection, namespace, turn_id))
 
     def find(self, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
-        """Recognise a history that was sent again.
-
-        The longest part of it, from its first message on, that a stored turn ends with.
+        """Find the longest beginning of a history at whose end a stored turn ends.
 
         Args:
             namespace: the caller's.
-            digests: `chat.path_digests` of the history, one for each message, oldest first.
+            digests: `message.path_digests` of the history, one for each message, oldest first.
 
         Returns:
-            Index into `digests` and the turn; of several such turns one that is a conversation's leaf rather
-            than another, then the newest. None = nothing of it is known.
+            Index into `digests` and the turn; None if nothing of the history is stored. Of several such turns
+            it is one that is a conversation's leaf, if there is one, and of those the newest.
         """
         return self._read(lambda connection: trees.find(connection, namespace, digests))
 
@@ -345,30 +341,28 @@ class ConversationStore(AnswerStore):
         meta: Mapping[str, object] | None = None,
         claimed: bool = False,
     ) -> Future[Turn]:
-        """Add a turn and make it the conversation's leaf; a draft of its id goes with that.
-
-        Returns at once; the work is done elsewhere.
+        """Add a turn and make it the conversation's leaf. Ends a draft of its id. Returns at once.
 
         Args:
             namespace: the caller's.
-            conversation_id: the conversation that goes on.
-            parent: turn that it follows. Not the leaf: the turn begins a branch.
-            messages: what the turn adds to the chat.
-            token_ids: what it adds to the token log, each in [0, 2**32).
-            start: how many tokens of the parent's path are kept in front of them; None = all.
+            conversation_id: the conversation that continues.
+            parent: the turn before it; if that is not the leaf, the turn begins a branch.
+            messages: the turn's messages.
+            token_ids: the turn's token ids, each in [0, 2**32).
+            start: how many tokens of the parent's path are kept before them; None keeps all.
             reply_reason: why the answer ended.
             only_if_leaf: refuse to begin a branch: the conversation must still end with `parent`.
-            turn_id: the turn's id; None = a random one.
+            turn_id: the turn's id; None draws a random one.
             meta: kept with the turn.
-            claimed: an idempotency key stands for the turn: refuse to store it if that is no longer so.
+            claimed: an idempotency key is claimed for the turn: refuse to store it if that is no longer so.
 
         Returns:
-            A future that has the turn once it is durable, and not before. It fails with
-            `ConversationNotFound` (no such conversation or parent), `ConversationConflict` (`only_if_leaf`,
-            and it is not), `InvalidRequest` (`start` or a token id out of range, `turn_id` taken, meta that
-            JSON cannot hold), `AnswerLost` (its draft was recovered, or its key answered, by another server)
-            or `StoreError`; nothing is stored then, unless the error says that this is unknown. Its callbacks
-            run on the store's thread: keep them short.
+            A future that has the turn once it is durable. It fails with `ConversationNotFound` (no such
+            conversation or parent), `ConversationConflict` (`only_if_leaf`, and the leaf is another turn),
+            `InvalidRequest` (`start` or a token id out of range, `turn_id` taken, meta that JSON cannot
+            hold), `AnswerLost` (another server recovered its draft, or answered its key) or `StoreError`.
+            Nothing is stored then, unless the error says that this is unknown. Its callbacks run on the
+            store's thread: keep them short.
         """
         try:
             content = encoding.Content.of(messages, token_ids, meta)
@@ -399,21 +393,16 @@ class ConversationStore(AnswerStore):
         return self._writer.submit(job)
 
     def home(self, namespace: str, turn_id: str) -> str | None:
-        """The conversation that a turn was added to, or the one that inherited it.
-
-        None = no such turn in this namespace.
-        """
+        """The conversation that a turn was added to, or that inherited it; None if there is no such turn."""
         return self._read(lambda connection: trees.home(connection, namespace, turn_id))
 
     def delete_turn(self, namespace: str, turn_id: str) -> bool:
-        """Delete a turn if nothing depends on it.
+        """Delete a turn if only its own conversation, which then ends with its parent, depends on it.
 
-        No turn, no draft and no conversation but its own, which then ends with the turn's parent.
-
-        Otherwise it stays, its meta marked `{"deleted": true}`.
+        If another turn, draft or conversation does, the turn stays, its meta marked `{"deleted": true}`.
 
         Returns:
-            Whether it went.
+            Whether it was deleted.
 
         Raises:
             ConversationNotFound: no such turn in this namespace.
@@ -425,9 +414,7 @@ class ConversationStore(AnswerStore):
     # -- inside
 
     def _conversations(self, condition: str, values: Sequence[Any]) -> builtins.list[Conversation]:
-        """Those that can be read: one that is damaged is named in the log, and does not take the others with
-        it.
-        """
+        """The conversations that can be read. A damaged one is logged and left out."""
         query = f"SELECT {encoding.CONVERSATION} FROM conversations WHERE {condition}"
         found = []
         for row in self._read(lambda connection: connection.execute(query, values).fetchall()):

@@ -1,8 +1,7 @@
-"""How messages, token ids and names are written in a database's columns.
+"""Encodes messages, token ids and names for a database's columns.
 
-Knows values; never tables or connections.
-
-All JSON is ASCII: it holds any string, lone surrogates and NUL included, in a column of any database.
+Knows values; never tables or connections. All JSON is ASCII: it holds any string, lone surrogates and NUL
+included, in a column of any database.
 """
 
 from __future__ import annotations
@@ -19,19 +18,16 @@ from pensieve.errors import InvalidRequest, StoreError
 from pensieve.message import Message, ToolCall
 from pensieve.store.values import Conversation, Turn
 
-MAX_NAME_BYTES = 1024  # two of them fit an entry of a PostgreSQL index, which may have some 2,700
+MAX_NAME_BYTES = 1024  # two of them fit into an entry of a PostgreSQL index, which may have about 2,700 bytes
 
-# The columns that make a value, in the order in which `conversation` and `turn` take them.
+# The columns of a value, in the order in which `conversation` and `turn` read them.
 CONVERSATION = "id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, pinned, ttl_s"
 TURN = "id, parent, messages, token_ids, start, reply_reason, created_s, digest, meta, stop, checksum"
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a turn adds to its parent's path: the values, and how they are written.
-
-    Made before a writer's time is spent on it.
-    """
+    """A turn's values and their encoding, made before the writer's thread works on them."""
 
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
@@ -43,9 +39,10 @@ class Content:
     def of(
         cls, messages: Sequence[Message], token_ids: Sequence[int], meta: Mapping[str, object] | None
     ) -> Content:
-        """Copies: the caller's lists may change afterwards.
+        """Encode copies of the values.
 
-        Raises `InvalidRequest` for a token id that is none, or meta that JSON cannot hold.
+        Raises:
+            InvalidRequest: a token id is out of range, or JSON cannot hold the meta.
         """
         messages, token_ids = tuple(messages), tuple(token_ids)
         return cls(
@@ -59,7 +56,7 @@ def columns(names: str, table: str) -> str:
 
 
 def conversation(row: Sequence[Any]) -> Conversation:
-    """From the columns of `CONVERSATION`.
+    """A conversation from the columns of `CONVERSATION`.
 
     Raises:
         StoreError: its title or metadata is not what was written.
@@ -78,7 +75,7 @@ def conversation(row: Sequence[Any]) -> Conversation:
 
 
 def turn(row: Sequence[Any]) -> Turn:
-    """From the columns of `TURN`.
+    """A turn from the columns of `TURN`.
 
     Raises:
         StoreError: they are not what was written.
@@ -121,7 +118,7 @@ def checksum(
     digest: bytes,
     meta: str,
 ) -> bytes:
-    """The hash of a turn's columns, as they are written: what is read with another one is not served."""
+    """The hash of a turn's encoded columns. A turn that is read with another hash is not served."""
     hashed = hashlib.blake2b(
         json.dumps([id, parent, start, reply_reason]).encode(), digest_size=16, person=b"pensieve-turn"
     )
@@ -140,7 +137,7 @@ def damaged(turn_id: str, why: str) -> StoreError:
 
 
 def messages_text(messages: Sequence[Message]) -> str:
-    """Messages as JSON: `[role, content]` each, and an object with the tools' fields where there are any."""
+    """Messages as JSON: `[role, content]` each, with an object of the tool fields if there are any."""
     rows: list[list[object]] = []
     for message in messages:
         extra: dict[str, object] = {}
@@ -168,7 +165,7 @@ def pack(token_ids: Sequence[int]) -> bytes:
     """Token ids as little-endian uint32.
 
     Raises:
-        InvalidRequest: one is none.
+        InvalidRequest: one is no integer in that range.
     """
     try:
         return struct.pack(f"<{len(token_ids)}I", *token_ids)
@@ -183,10 +180,10 @@ def unpack(blob: bytes) -> tuple[int, ...]:
 
 
 def json_text(value: Mapping[str, object] | None, what: str) -> str:
-    """A caller's mapping as JSON; None = an empty one.
+    """A caller's mapping as JSON; None gives an empty one.
 
     Raises:
-        InvalidRequest: JSON cannot hold it. `what` it is, says the message.
+        InvalidRequest: JSON cannot hold it; the message calls it `what`.
     """
     try:
         return json.dumps(dict(value or {}), allow_nan=False)
@@ -195,7 +192,7 @@ def json_text(value: Mapping[str, object] | None, what: str) -> str:
 
 
 def title_text(title: str | None) -> str | None:
-    """A title as JSON: it may hold anything."""
+    """A title as JSON, which can hold any text."""
     return None if title is None else json.dumps(title)
 
 
@@ -205,10 +202,7 @@ def title_from(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a column that is compared can hold a text.
-
-    Not a lone surrogate, which has no UTF-8 form, nor NUL, which PostgreSQL lacks.
-    """
+    """Whether any database can compare this text: it has neither lone surrogates nor NUL."""
     try:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:
@@ -216,11 +210,10 @@ def is_name(text: str) -> bool:
 
 
 def check_names(**names: str | None) -> None:
-    """Refuse what `is_name` says no to.
+    """Refuse texts that are not names as `is_name` defines them, or too long for an index.
 
     Raises:
-        InvalidRequest: with the name of the argument, spaces for underscores. Also if it is too long for an
-            index.
+        InvalidRequest: with the name of the argument, spaces for underscores.
     """
     for name, text in names.items():
         if text is not None and not is_name(text):

@@ -1,4 +1,4 @@
-"""From a URL to a store. Knows which databases there are; nothing of what they do."""
+"""Opens the store that a URL names. Knows which databases there are; never what they do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pensieve.errors import ConfigError
 from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.sqlite import MEMORY, SqliteStore
 
-FORMS = "sqlite:///relative.db, sqlite:////absolute.db, sqlite://:memory:, postgresql://user@host/database, or a file's path (with a / or a suffix)"
-_SCHEMES = ("sqlite:", "postgresql:", "postgres:", "file:")  # what URLs begin with, whatever follows
+FORMS = (
+    "sqlite:///relative.db, sqlite:////absolute.db, sqlite://:memory:, postgresql://user@host/database, "
+    "or a file's path (with a / or a suffix)"
+)
+_SCHEMES = ("sqlite:", "postgresql:", "postgres:", "file:")  # beginnings of URLs, right or wrong
 
 
 def open_store(
@@ -19,7 +22,7 @@ def open_store(
 ) -> ConversationStore:
     """Open the conversation store that a URL names.
 
-    SQLite's is made if it is not there, PostgreSQL's tables are.
+    SQLite's file, or PostgreSQL's tables, are made if they are missing.
 
     Args:
         url: one of `FORMS`.
@@ -28,7 +31,7 @@ def open_store(
 
     Raises:
         ConfigError: the URL has another form, or the database's driver is not installed.
-        StoreError: the store cannot be opened, is another program's or a newer one's.
+        StoreError: the store cannot be opened, or belongs to another program or a newer version.
     """
     if (path := sqlite_path(url)) is not None:
         return SqliteStore(path, busy_timeout_s=busy_timeout_s, clock=clock)
@@ -42,10 +45,10 @@ def open_store(
 
 
 def sqlite_path(url: str) -> str | None:
-    """The file that a store's URL names, or ":memory:"; None for PostgreSQL. Nothing is opened.
+    """The file that a store's URL names, or ":memory:"; None for PostgreSQL. Opens nothing.
 
-    Without a scheme it is a path, if it looks like one: with a separator or a suffix, or the name of a file
-    that is there. A bare word is more likely meant for something else (`memory`), and would become a file of
+    A URL without a scheme is a path, if it looks like one: with a separator or a suffix, or the name of an
+    existing file. A bare word is more likely meant for something else (`memory`), and would become a file of
     that name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A database that a store writes to and reads from.
+"""The database that a store writes to and reads from.
 
 Knows one writing thread and SQL; never which database, nor what rows mean.
 """
@@ -18,10 +18,7 @@ PROBE_BYTES = 64 << 10  # as much as a turn of some thousand tokens
 
 
 class Storage(ABC):
-    """The thread that writes, with group commit.
-
-    A database's own class reads, and overwrites what deleted rows left.
-    """
+    """Writes on one thread, with group commit. A database's own class reads, and overwrites deleted bytes."""
 
     _writer: GroupWriter
     _clock: Callable[[], float]  # seconds since the epoch
@@ -34,11 +31,12 @@ class Storage(ABC):
     def _scrub(self) -> tuple[bool, bool]:
         """Overwrite what deleted rows left in the store's files.
 
-        Whether that was done, and whether nothing is left for sure.
+        Returns:
+            Whether that was done, and whether it is certain that nothing is left.
         """
 
     def _now_s(self, connection: Connection) -> float:
-        """The time that leases go by."""
+        """The time that leases go by, in seconds since the epoch."""
         return self._clock()
 
     def __enter__(self) -> Self:
@@ -50,18 +48,18 @@ class Storage(ABC):
         self.close()
 
     def close(self) -> None:
-        """Finish what was queued and let go of the storage. Afterwards every method raises `StoreError`."""
+        """Finish what is queued and close the storage. Afterwards every method raises `StoreError`."""
         self._writer.close()
 
     def trouble(self) -> str | None:
         """Why the next turn would not be stored, in a sentence: the last write failed, or does not end.
 
-        None = nothing is known to be wrong.
+        None if no trouble is known.
         """
         return self._writer.trouble()
 
     def probe(self) -> None:
-        """Write as much as a turn may have, to see whether the store works again.
+        """Write as much as a turn may have, to find out whether the store works again.
 
         Raises:
             StoreError: it does not.

@@ -30,7 +30,11 @@ class InsertPoint:
 
 
 def get(connection: Connection, namespace: str, id: str) -> Conversation:
-    """A conversation, or `ConversationNotFound`."""
+    """A conversation.
+
+    Raises:
+        ConversationNotFound: there is none of this id.
+    """
     row = None
     if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
@@ -43,7 +47,11 @@ def get(connection: Connection, namespace: str, id: str) -> Conversation:
 
 
 def key_of(connection: Connection, namespace: str, id: str) -> int:
-    """A conversation's key, or `ConversationNotFound`."""
+    """A conversation's key.
+
+    Raises:
+        ConversationNotFound: there is none of this id.
+    """
     row = None
     if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
@@ -55,7 +63,11 @@ def key_of(connection: Connection, namespace: str, id: str) -> int:
 
 
 def insert_conversation(connection: Connection, made: Conversation) -> Conversation:
-    """Add a conversation, or `InvalidRequest` if its id is taken."""
+    """Add a conversation.
+
+    Raises:
+        InvalidRequest: its id is taken.
+    """
     taken = connection.execute(
         "SELECT 1 FROM conversations WHERE namespace = ? AND id = ?", (made.namespace, made.id)
     ).fetchone()
@@ -82,7 +94,11 @@ def insert_conversation(connection: Connection, made: Conversation) -> Conversat
 
 
 def get_turn(connection: Connection, namespace: str, turn_id: str) -> Turn:
-    """A turn, or `ConversationNotFound`."""
+    """A turn.
+
+    Raises:
+        ConversationNotFound: there is none of this id.
+    """
     row = None
     if encoding.is_name(namespace) and encoding.is_name(turn_id):
         row = connection.execute(
@@ -96,7 +112,8 @@ def get_turn(connection: Connection, namespace: str, turn_id: str) -> Turn:
 def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[str, int, bytes]:
     """The root of a turn's tree, and the number of tokens and the digest of its path.
 
-    Or `ConversationNotFound`.
+    Raises:
+        ConversationNotFound: there is no such turn.
     """
     row = None
     if encoding.is_name(namespace) and encoding.is_name(turn_id):
@@ -116,7 +133,12 @@ def insert_point(
     start: int | None,
     turn_id: str,
 ) -> InsertPoint:
-    """Where a turn behind `parent` goes; `ConversationNotFound` or `InvalidRequest` if it cannot."""
+    """Where a turn after `parent` goes.
+
+    Raises:
+        ConversationNotFound: there is no such parent.
+        InvalidRequest: `start` is out of range.
+    """
     root, parent_stop, digest = (
         (turn_id, 0, ROOT_DIGEST) if parent is None else check_turn(connection, namespace, parent)
     )
@@ -137,7 +159,7 @@ def insert_turn(
     reply_reason: str | None,
     created_s: float,
 ) -> Turn:
-    """Add a turn. No conversation's leaf moves."""
+    """Add a turn; leaves stay where they are."""
     digest = path_digests(content.messages, at.digest)[-1] if content.messages else at.digest
     stop = at.start + len(content.token_ids)
     checksum = encoding.checksum(
@@ -151,8 +173,8 @@ def insert_turn(
         content.meta_text,
     )
     connection.execute(
-        f"INSERT INTO turns ({encoding.TURN}, namespace, owner, root) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
-        "?, ?, ?)",
+        f"INSERT INTO turns ({encoding.TURN}, namespace, owner, root) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             *(
                 turn_id,
@@ -183,7 +205,7 @@ def insert_turn(
 
 
 def set_leaf(connection: Connection, conversation: int, turn_id: str | None, now_s: float) -> None:
-    """Let a conversation end with a turn, which is a use of it."""
+    """Make a turn a conversation's leaf, which counts as a use."""
     connection.execute(
         "UPDATE conversations SET leaf = ?, updated_s = ? WHERE key = ?", (turn_id, now_s, conversation)
     )
@@ -191,7 +213,7 @@ def set_leaf(connection: Connection, conversation: int, turn_id: str | None, now
 
 
 def touch(connection: Connection, conversation: int, now_s: float) -> None:
-    """A conversation is used: its time to live, if it has one, begins anew."""
+    """Note a use of a conversation: its time to live, if it has one, restarts."""
     connection.execute(
         "UPDATE conversations SET expires_s = ? + ttl_s WHERE key = ? AND ttl_s IS NOT NULL",
         (now_s, conversation),
@@ -199,7 +221,7 @@ def touch(connection: Connection, conversation: int, now_s: float) -> None:
 
 
 def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]:
-    """The turns from the root to this one, each checked to be what was written."""
+    """The turns from the root to this one, each with its checksum verified."""
     check_turn(connection, namespace, turn_id)
     found = connection.execute(
         f"""
@@ -207,7 +229,8 @@ def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]
             SELECT id, parent, 0 FROM turns WHERE id = ?
             UNION ALL SELECT turns.id, turns.parent, height + 1 FROM turns JOIN up ON turns.id = up.parent
         )
-        SELECT {encoding.columns(encoding.TURN, "turns")} FROM up JOIN turns ON turns.id = up.id ORDER BY height DESC
+        SELECT {encoding.columns(encoding.TURN, "turns")} FROM up
+        JOIN turns ON turns.id = up.id ORDER BY height DESC
         """,
         (turn_id,),
     )
@@ -238,17 +261,17 @@ def leaves(connection: Connection, namespace: str, turn_id: str) -> Sequence[Con
     if not (encoding.is_name(namespace) and encoding.is_name(turn_id)):
         return []
     found = connection.execute(
-        f"SELECT {encoding.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? ORDER BY updated_s "
-        "DESC, key DESC",
+        f"SELECT {encoding.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? "
+        "ORDER BY updated_s DESC, key DESC",
         (turn_id, namespace),
     )
     return [encoding.conversation(row) for row in found]
 
 
 def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
-    """The longest part of a history that a turn ends with.
+    """The longest beginning of a history that a turn ends with.
 
-    Its end is looked at first: most histories are known but for the last message.
+    Searches from its end: most histories are known except for the last message.
     """
     if not encoding.is_name(namespace):
         return None
@@ -262,7 +285,8 @@ def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tu
             f"""
             WITH asked (number, digest) AS (VALUES {values})
             SELECT number, digest FROM asked
-            WHERE EXISTS (SELECT 1 FROM turns WHERE turns.namespace = ? AND turns.digest = asked.digest) ORDER BY number DESC LIMIT 1
+            WHERE EXISTS (SELECT 1 FROM turns WHERE turns.namespace = ? AND turns.digest = asked.digest)
+            ORDER BY number DESC LIMIT 1
             """,
             (*(value for digest, index in asked.items() for value in (index, digest)), namespace),
         ).fetchone()
@@ -272,9 +296,9 @@ def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tu
 
 
 def _best(connection: Connection, namespace: str, digest: bytes) -> Turn:
-    """Of the turns with this digest a leaf, then the newest.
+    """Of the turns with this digest, the newest that is a leaf, or else the newest.
 
-    Each query walks an index from the newest on and stops at the first.
+    Each query walks an index from the newest turn on and stops at the first hit.
     """
     for condition in ("AND EXISTS (SELECT 1 FROM conversations WHERE conversations.leaf = turns.id)", ""):
         row = connection.execute(
@@ -288,13 +312,14 @@ def _best(connection: Connection, namespace: str, digest: bytes) -> Turn:
 
 
 def delete_unused(connection: Connection, namespace: str, id: str) -> bool:
-    """Delete a conversation without turns and drafts: whether it went."""
+    """Delete a conversation without turns and drafts; returns whether it was deleted."""
     row = None
     if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
             """
             SELECT key FROM conversations WHERE namespace = ? AND id = ? AND leaf IS NULL
-            AND NOT EXISTS (SELECT 1 FROM turns WHERE owner = key) AND NOT EXISTS (SELECT 1 FROM drafts WHERE conversation = key)
+            AND NOT EXISTS (SELECT 1 FROM turns WHERE owner = key)
+            AND NOT EXISTS (SELECT 1 FROM drafts WHERE conversation = key)
             """,
             (namespace, id),
         ).fetchone()
@@ -305,9 +330,10 @@ def delete_unused(connection: Connection, namespace: str, id: str) -> bool:
 
 
 def delete_conversation(connection: Connection, namespace: str, id: str) -> tuple[int, int]:
-    """Delete a conversation, its drafts and claims, and its turns that nobody else needs.
+    """Delete a conversation, its drafts and claims, and its turns that no other conversation needs.
 
-    How many, and their bytes with the drafts'.
+    Returns:
+        The number of turns deleted, and their bytes with those of the drafts.
     """
     key = key_of(connection, namespace, id)
     drafts = "SELECT turn_id FROM drafts WHERE conversation = ?"
@@ -344,9 +370,9 @@ def _sum(connection: Connection, sql: str, key: int) -> int:
 
 
 def _heirs(connection: Connection, key: int) -> Sequence[tuple[int, str]]:
-    """Turns of a conversation that others need, each with the first who does.
+    """Turns of a conversation that another one needs, each with the first one that does.
 
-    Those with turns or drafts below it, or their leaf.
+    A conversation needs the turns above its own turns, its drafts and its leaf.
     """
     return connection.execute(
         """
@@ -355,10 +381,12 @@ def _heirs(connection: Connection, key: int) -> Sequence[tuple[int, str]]:
             users (id, parent, key) AS (
                 SELECT id, parent, owner FROM turns WHERE root IN (SELECT root FROM trees)
                 UNION
-                SELECT turns.id, turns.parent, conversations.key FROM turns JOIN conversations ON conversations.leaf = turns.id
+                SELECT turns.id, turns.parent, conversations.key FROM turns
+                JOIN conversations ON conversations.leaf = turns.id
                 WHERE turns.root IN (SELECT root FROM trees)
                 UNION
-                SELECT turns.id, turns.parent, drafts.conversation FROM turns JOIN drafts ON drafts.parent = turns.id
+                SELECT turns.id, turns.parent, drafts.conversation FROM turns
+                JOIN drafts ON drafts.parent = turns.id
                 WHERE turns.root IN (SELECT root FROM trees)
             ),
             needed (id, parent, key) AS (
@@ -366,19 +394,20 @@ def _heirs(connection: Connection, key: int) -> Sequence[tuple[int, str]]:
                 UNION
                 SELECT turns.id, turns.parent, needed.key FROM turns JOIN needed ON turns.id = needed.parent
             )
-        SELECT min(needed.key), turns.id FROM needed JOIN turns ON turns.id = needed.id WHERE turns.owner = ? GROUP BY turns.id
+        SELECT min(needed.key), turns.id FROM needed JOIN turns ON turns.id = needed.id
+        WHERE turns.owner = ? GROUP BY turns.id
         """,
         (key, key, key),
     ).fetchall()
 
 
 def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: float) -> bool:
-    """Delete a turn that nothing but its own conversation depends on, or mark it: whether it went."""
+    """Delete a turn that only its own conversation depends on, or mark it; returns whether it was deleted."""
     turn = get_turn(connection, namespace, turn_id)
     (owner,) = connection.execute("SELECT owner FROM turns WHERE id = ?", (turn_id,)).fetchone()
     connection.execute(
         "DELETE FROM claims WHERE turn_id = ?", (turn_id,)
-    )  # a key does not bring back what was deleted
+    )  # a key must not bring back what was deleted
     needed = connection.execute(
         """
         SELECT 1 FROM turns WHERE parent = ?
