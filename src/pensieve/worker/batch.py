@@ -1,4 +1,4 @@
-"""One step's spans as tensors.
+"""A step's spans as tensors.
 
 Knows requests' block tables and token positions; never models, KV bytes or sampling.
 
@@ -42,10 +42,10 @@ class Batch:
     # (S, B), slots of each span's chunks; cells beyond its context are 0 and never read
     block_tables: torch.Tensor
     logit_rows: torch.Tensor  # (E,), index in T of the last token of each emitting span
-    emitting_rows: torch.Tensor  # (E,), each one's row among requests, see `BatchBuilder.num_rows`
-    # (U,), index in T of tokens that were sampled, but are not known here yet: their ids are 0
+    emitting_rows: torch.Tensor  # (E,), each one's row of its request, see `BatchBuilder.num_rows`
+    # (U,), index in T of tokens whose ids are still on the device: their ids here are 0
     unknown: torch.Tensor
-    unknown_rows: torch.Tensor  # (U,), each one's row among requests
+    unknown_rows: torch.Tensor  # (U,), each one's row of its request
     emitting: tuple[Span, ...]  # the E spans, in the order of `logit_rows`
     chunk_tokens: int
 
@@ -56,12 +56,10 @@ class Batch:
 
 
 class BatchBuilder:
-    """Keeps each request's block table and turns spans into a `Batch`.
+    """Keeps each request's block table and turns spans into a `Batch`. Sole owner of the block tables.
 
-    Sole owner of the worker's block tables.
-
-    All tables are rows of one array, so that a step's are taken from it at once. A batch holds copies: later
-    updates, and requests that take a forgotten one's row, never reach into a batch that waits to be run.
+    All tables are rows of one array, so that a step takes its rows at once. A batch holds copies: a later
+    update, or a request that takes a forgotten one's row, never changes a batch that waits to be run.
     """
 
     def __init__(self, chunk_tokens: int, device: torch.device) -> None:
@@ -70,10 +68,10 @@ class BatchBuilder:
         self._rows: dict[str, int] = {}  # by request
         self._free_rows: list[int] = []
         self._tables = np.zeros((8, 64), np.int64)  # (rows, chunks), 0 beyond a table's end
-        self._num_chunks = np.zeros(8, np.int64)  # (rows,), where that is
+        self._num_chunks = np.zeros(8, np.int64)  # (rows,), chunks of each table
 
     def update(self, updates: Iterable[BlockTableUpdate]) -> None:
-        """Write slots from chunk index `first` on; what lay beyond is void."""
+        """Write slots from chunk index `first` on; later entries are void."""
         for update in updates:
             row = self._rows.get(update.request_id)
             before = 0 if row is None else int(self._num_chunks[row])
@@ -101,7 +99,7 @@ class BatchBuilder:
                 self._free_rows.append(row)
 
     def slots_of(self, span: Span) -> IntArray:
-        """The slots that hold the context of a span, `[0, span.stop)`, as they are now."""
+        """The slots that hold a span's context `[0, span.stop)` now."""
         num_chunks = -(-span.stop // self._chunk_tokens)
         row = self._rows[span.request_id]
         self._require(num_chunks, int(self._num_chunks[row]), span)
@@ -109,7 +107,7 @@ class BatchBuilder:
 
     @property
     def num_rows(self) -> int:
-        """Requests have rows below this. A request keeps its row until it is forgotten."""
+        """Upper bound of the requests' rows. A request keeps its row until it is forgotten."""
         return len(self._tables)
 
     def build(self, spans: tuple[Span, ...], last_token: Callable[[Span], int | None]) -> Batch:
@@ -117,8 +115,8 @@ class BatchBuilder:
 
         Args:
             spans: in the plan's order; those of one request ascending.
-            last_token: the id for a span of one token whose plan did not know it yet; None: it is still on
-                the device.
+            last_token: gives the id for a span of one token whose plan did not know it yet; None if it is
+                still on the device.
         """
         assert spans, "a batch needs at least one span"
         size, num_spans = self._chunk_tokens, len(spans)
@@ -152,14 +150,14 @@ class BatchBuilder:
         context_chunks = (context_lens + (size - 1)) // size
         table_chunks = self._num_chunks[row_of_span]
         width = int(context_chunks.max())
-        tables = self._tables[row_of_span, :width]  # (a copy)
+        tables = self._tables[row_of_span, :width]  # a copy
         if (context_chunks != table_chunks).any():
             short = int((context_chunks - table_chunks).argmax())
             self._require(int(context_chunks[short]), int(table_chunks[short]), spans[short])
             tables[np.arange(width) >= context_chunks[:, None]] = 0
 
         # One array, so that a device gets one copy: ids, positions, slots (T each), bounds in T, contexts,
-        # tables, rows of logits, rows of requests.
+        # tables, logit rows, request rows.
         num_tokens, num_emitting, num_unknown = len(ids), len(emitting), len(unknown)
         sizes = (
             num_tokens, num_tokens, num_tokens, num_spans + 1, num_spans, tables.size, num_emitting,
@@ -169,7 +167,7 @@ class BatchBuilder:
         flat[:num_tokens] = ids
         positions, slots = flat[num_tokens : 2 * num_tokens], flat[2 * num_tokens : 3 * num_tokens]
         cu_seqlens = flat[3 * num_tokens : 3 * num_tokens + num_spans + 1]
-        if num_tokens == num_spans:  # decodes only, as in nearly every step
+        if num_tokens == num_spans:  # only decodes, as in nearly every step
             cu_seqlens[:] = np.arange(num_spans + 1)
             span_of_token = cu_seqlens[:-1]
             positions[:] = start_of_span
@@ -214,7 +212,7 @@ class BatchBuilder:
         assert needed <= there, f"{span} needs {needed} chunks, its block table has {there}"
 
     def _make_room(self, row: int, num_chunks: int) -> None:
-        """Let the array hold a row, and that many chunks in it."""
+        """Make the array large enough for a row of so many chunks."""
         rows, chunks = self._tables.shape
         if row < rows and num_chunks <= chunks:
             return

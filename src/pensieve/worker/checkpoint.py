@@ -1,9 +1,7 @@
-"""What a folder's weight files hold, against what its config asks for.
+"""Compares a folder's weight files with its config: every tensor is accounted for, or the model is refused.
 
-Every tensor is accounted for, or the model is refused.
-
-transformers fills what no file holds with random numbers, ignores what it has no place for, and logs both.
-Here that is a verdict. Knows tensor names and shapes; never what a model computes.
+Knows tensor names and shapes; never what a model computes. transformers fills what no file holds with random
+numbers, ignores what it has no place for, and logs both. Here either refuses the model.
 """
 
 from __future__ import annotations
@@ -29,10 +27,10 @@ WEIGHT_FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_SHOWN = 4  # names of a list that a message gives
-_LONGEST_HEADER = 100 << 20  # bytes; the format allows no longer one
+_SHOWN = 4  # names of a list that a message shows
+_LONGEST_HEADER = 100 << 20  # bytes; the format allows no longer header
 
-# Tensors that may be left over, each with why nothing is lost.
+# Tensors that may be left over, each with the reason why nothing is lost.
 _HARMLESS = (
     (re.compile(r"(^|[._])(original_)?inv_freq$"), "rotary frequencies: computed from the config"),
     (re.compile(r"(^|\.)position_ids$"), "0, 1, 2, ...: counted instead"),
@@ -52,7 +50,7 @@ _OTHER_SENSES = re.compile(
 )
 _WRAPPERS = re.compile(
     r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
-)  # wherever in a name, they mean nothing
+)  # parts of names that mean nothing, wherever they are
 _ADAPTER = re.compile(r"(^|\.)lora_|\.base_layer\.")
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
@@ -68,13 +66,13 @@ class Stored:
 
 @dataclass(slots=True)
 class Differences:
-    """What files and config do not agree about. Names are the model's where it has one."""
+    """Differences between files and config. Names are the model's, if it has one."""
 
     missing: set[str] = field(default_factory=set)
     left_over: set[str] = field(default_factory=set)
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(
         default_factory=dict
-    )  # (in the files, by the config)
+    )  # shapes (in the files, by the config)
     broken: dict[str, str] = field(
         default_factory=dict
     )  # why a tensor could not be made of those in the files
@@ -84,7 +82,7 @@ class Differences:
 
 
 def refused(label: str, reason: str) -> ModelRefused:
-    """A refusal of a folder's files, with the ways out."""
+    """The refusal of a folder's files, with the ways out."""
     return ModelRefused(
         f"{label} is not what its config says: {reason}. Nothing is invented: fetch its files again, or name "
         "a folder whose files are complete"
@@ -96,7 +94,7 @@ def refused(label: str, reason: str) -> ModelRefused:
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """Weight files that the folder's index names and that are not there."""
+    """Weight files that the folder's index names and that are missing."""
     for single, index in WEIGHT_FILES:
         if (folder / single).exists():
             return []
@@ -108,7 +106,7 @@ def missing_shards(folder: Path) -> list[str]:
 
 
 def stored_tensors(folder: Path, label: str) -> dict[str, Stored]:
-    """Every tensor of the files that transformers loads a folder from, by name; no weights are read.
+    """Every tensor of the files that transformers loads a folder from, by name. Reads no weights.
 
     Raises:
         ModelRefused: a file is damaged, cut off or missing, files and index disagree, or there are two sets
@@ -188,12 +186,10 @@ def _pickled(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def key_mapping(stored: Mapping[str, Stored], model: PreTrainedModel, label: str) -> dict[str, str]:
-    """How names in the files must be rewritten so that they are the model's.
-
-    Patterns and what stands in their place.
+    """How to rewrite the names in the files so that they are the model's: patterns and their replacements.
 
     Args:
-        stored: what the files hold.
+        stored: the tensors in the files.
         model: on any device, `meta` included.
         label: for messages.
 
@@ -212,7 +208,7 @@ def key_mapping(stored: Mapping[str, Stored], model: PreTrainedModel, label: str
     mapping = {
         re.escape(wrapper): "" for wrapper in sorted({w for name in wrapped for w in _WRAPPERS.findall(name)})
     }
-    names: dict[str, str] = {}  # as wrappers are taken away, in the files
+    names: dict[str, str] = {}  # names in the files, by the name without wrappers
     for name in stored:
         bare = _WRAPPERS.sub("", name)
         if bare in names:
@@ -236,7 +232,7 @@ def key_mapping(stored: Mapping[str, Stored], model: PreTrainedModel, label: str
 def _common_prefix(
     strays: list[str], target: Callable[[str], str | None], fitting: set[str], label: str
 ) -> str | None:
-    """The one beginning without which stray names are the model's; None if there is none."""
+    """The one prefix without which stray names are the model's; None if there is none."""
     fits: dict[str, dict[str, str]] = {}  # by prefix, the model's names and those in the files
     for name in strays:
         for end in (match.end() for match in re.finditer(r"\.", name)):
@@ -244,7 +240,7 @@ def _common_prefix(
                 fits.setdefault(name[:end], {})[found] = name
     if not fits:
         return None
-    # The longest list wins; of prefixes that fit as well, the shortest ("language_model." and
+    # The prefix that fits most names wins; of equals the shortest ("language_model." and
     # "language_model.model.").
     best = max(fits, key=lambda prefix: (len(fits[prefix]), -len(prefix)))
     rivals = [prefix for prefix in fits if not prefix.startswith(best) and not best.startswith(prefix)]
@@ -260,7 +256,7 @@ def _common_prefix(
 
 
 class _Names:
-    """Which of a model's tensors one in the files becomes, as transformers renames them."""
+    """Maps tensor names of files to a model's, as transformers renames them."""
 
     def __init__(
         self,
@@ -274,7 +270,7 @@ class _Names:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Names | None:
-        """None: this version of transformers does not tell."""
+        """The mapping for a model; None if this version of transformers cannot tell."""
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -288,19 +284,19 @@ class _Names:
         )
 
     def target(self, name: str) -> str | None:
-        """The model's name of a tensor of the files; None: it has no place for it."""
+        """The model's name of a tensor of the files; None if the model has no place for it."""
         renamed, _ = self._rename(name, self._renamings, self._converters, self._base, self._state)
         if renamed not in self._state:  # as transformers does: perhaps it should not have been renamed
             renamed, _ = self._rename(name, [], [], self._base, self._state)
         return renamed if renamed in self._state else None
 
     def is_converted(self, name: str) -> bool:
-        """More than its name changes: it is cut, or stacked with others."""
+        """Whether more than its name changes: it is cut, or stacked with others."""
         return self._rename(name, self._renamings, self._converters, self._base, self._state)[1] is not None
 
 
 def why_harmless(name: str, shape: tuple[int, ...] | None, config: PretrainedConfig) -> str | None:
-    """Why nothing is lost with a tensor that the model has no place for; None: it may not be left over."""
+    """Why nothing is lost with a tensor that the model has no place for; None if something would be."""
     for pattern, reason in _HARMLESS:
         if pattern.search(name):
             return reason
@@ -326,9 +322,7 @@ def why_harmless(name: str, shape: tuple[int, ...] | None, config: PretrainedCon
 
 
 def require_experts(stored: Mapping[str, Stored], label: str) -> None:
-    """Refuse files in which experts are missing between others.
-
-    Stacked, they would stand in each other's place.
+    """Refuse files in which experts between others are missing: stacked, they would get wrong numbers.
 
     Raises:
         ModelRefused: with the first that is missing.
@@ -352,9 +346,7 @@ def require_experts(stored: Mapping[str, Stored], label: str) -> None:
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[Any]]:
-    """Collects what transformers' loads report within, before its own lists of names to ignore are applied to
-    them.
-    """
+    """Collect the reports of transformers' loads in this block, before its own ignore lists are applied."""
     from transformers import PreTrainedModel
 
     reports: list[Any] = []
@@ -371,7 +363,7 @@ def watching() -> Iterator[list[Any]]:
 
 
 def differences_of(report: Any) -> Differences:
-    """transformers' report of a load, in our words."""
+    """The differences in transformers' report of a load."""
     shapes = {name: (tuple(stored), tuple(expected)) for name, stored, expected in report.mismatched_keys}
     return Differences(
         set(report.missing_keys),
@@ -384,9 +376,9 @@ def differences_of(report: Any) -> Differences:
 def expected_differences(
     stored: Mapping[str, Stored], mapping: Mapping[str, str], model: PreTrainedModel
 ) -> Differences | None:
-    """The same before anything is loaded, from names and shapes alone.
+    """The differences before anything is loaded, from names and shapes alone.
 
-    None where tensors are made of several, or quantised: loading tells.
+    None if tensors are made of several, or quantised: only loading can tell.
     """
     names = _Names.of(model)
     if names is None or getattr(model.config, "quantization_config", None) is not None:
@@ -411,7 +403,7 @@ def expected_differences(
         for source in tied.values()
     }
     for group in groups.values():
-        if not group <= differences.missing:  # one of them is there, and is all of them
+        if not group <= differences.missing:  # one of them is there, and stands for all
             differences.missing -= group
     return differences
 
@@ -420,7 +412,7 @@ def judge(differences: Differences, stored: Mapping[str, Stored], model: PreTrai
     """Refuse a model whose files and config differ in more than names known to be harmless.
 
     Raises:
-        ModelRefused: how many tensors and which, in words.
+        ModelRefused: with the number of tensors and their names.
     """
     shapes = {name: entry.shape for name, entry in stored.items()}
     left = {
@@ -467,7 +459,7 @@ def judge(differences: Differences, stored: Mapping[str, Stored], model: PreTrai
 
 
 def require_ties(model: PreTrainedModel, label: str) -> None:
-    """Refuse files that hold two different tensors where the config says that they are one.
+    """Refuse files with two different tensors that the config says are one.
 
     Raises:
         ModelRefused: with their names.
@@ -483,7 +475,7 @@ def require_ties(model: PreTrainedModel, label: str) -> None:
 
 
 def left_out(differences: Differences) -> str | None:
-    """A note on the part of a model that is not served, if there is one."""
+    """A note on the part of a model that is not served; None if there is none."""
     senses = [name for name in differences.left_over if _OTHER_SENSES.search(name)]
     return (
         f"served for text: {len(senses)} tensors of the part that sees or hears are left out"
@@ -493,7 +485,7 @@ def left_out(differences: Differences) -> str | None:
 
 
 def require_finite(model: PreTrainedModel, label: str) -> None:
-    """Refuse weights that are not numbers.
+    """Refuse weights that are not finite.
 
     Raises:
         ModelRefused: with the first of them.
@@ -520,7 +512,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _shape_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    """Of a tensor by a name that may have lost or won a beginning."""
+    """The shape of a tensor whose name may have lost or gained a prefix; None if it is in no file."""
     if name in shapes:
         return shapes[name]
     return next(
@@ -534,7 +526,7 @@ def _shape_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ..
 
 
 def _layers_held(names: Iterable[str]) -> int | None:
-    """How many layers the text part of some files has."""
+    """The number of layers in the text part of some files; None if it has none."""
     numbers: Counter[str] = Counter()
     most: dict[str, int] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Which models a config or a class rules out.
+"""Refuses models by their config or class alone.
 
 Knows transformers' configs; never weights, forwards or caches.
 """
@@ -11,12 +11,12 @@ from pensieve.worker.refusal import refused
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _LAYER_TYPE_FIELDS = ("layer_types", "layers_block_type", "block_types", "layer_block_types")
-# The most of each that is built. Every model known has a tenth of it or less.
+# The largest numbers that are built. Every known model has a tenth of them or less.
 _COUNTS = {
     "num_hidden_layers": 2048, "num_attention_heads": 4096, "num_key_value_heads": 4096,
     "hidden_size": 1 << 20, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 30,
 }  # fmt: skip
-_BATCH_WIDE_ROPES = {"dynamic", "longrope"}  # choose frequencies by the longest position of a batch
+_BATCH_WIDE_ROPES = {"dynamic", "longrope"}  # these choose frequencies by the longest position of a batch
 
 
 def check_words(config: PretrainedConfig, label: str) -> None:
@@ -31,7 +31,7 @@ def check_words(config: PretrainedConfig, label: str) -> None:
 
 
 def check_class(model: PreTrainedModel, label: str) -> None:
-    """Refuse by what a model's class says of itself.
+    """Refuse by what a model's class says of the model.
 
     Raises:
         ModelRefused: with the reason in words.
@@ -80,7 +80,7 @@ def _why_not(config: PretrainedConfig) -> str | None:
     ):
         try:
             values = getattr(text, field, None)
-        except Exception:  # transformers' own kind, for a number that differs between layers
+        except Exception:  # transformers' own error, for a number that differs between layers
             return f"its layers differ in {what} ({field}); all layers of a cache have the same"
         if isinstance(values, (list, tuple)) and len(set(values)) > 1:
             return f"its layers differ in {what} ({field}: {', '.join(map(str, sorted(set(values))))}); all layers of a cache have the same"
@@ -95,14 +95,14 @@ def _why_not(config: PretrainedConfig) -> str | None:
 
 
 def _wrong_number(config: PretrainedConfig) -> str | None:
-    """What no model can have of a number.
+    """Why a number in the config is impossible; None if all are possible.
 
-    Building a million layers takes hours, and one of 0 heads divides by it.
+    Building a million layers takes hours, and 0 heads would be divided by.
     """
     for name in _COUNTS:
         try:
             value = getattr(config, name, None)
-        except Exception:  # (a number that differs between layers: said below)
+        except Exception:  # a number that differs between layers is refused below
             continue
         if value is None or isinstance(value, (list, tuple)):
             continue
@@ -127,7 +127,7 @@ def _listed(config: PretrainedConfig, name: str) -> list[str]:
 
 
 def _attends_everywhere(config: PretrainedConfig) -> bool:
-    """The config lists its layers' types, and attention is all there is."""
+    """Whether the config lists its layers' types, and all of them are attention."""
     kinds = {kind for field in _LAYER_TYPE_FIELDS for kind in _listed(config, field)}
     return bool(kinds) and kinds <= _LAYER_TYPES
 

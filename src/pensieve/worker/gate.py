@@ -1,12 +1,12 @@
-"""Which models may be served: refuses at load those that would run and answer wrong.
+"""Decides which models may be served: refuses at load those that would run and answer wrong.
 
 Knows models and our attention; never plans.
 
-Three steps. `config_checks` reads the config and runs a forward on `meta`, which allocates nothing. `probe`
-watches one forward: does every layer attend once, all with the same KV heads, with the window that its config
-promises? `self_test` compares with the model's own eager attention. A model that keeps state beside KV, or
-chooses positions from the whole batch, would answer wrong without an error: only this gate stands between it
-and a user.
+Three steps. `config_checks` reads the config, and a forward on `meta` follows, which allocates nothing.
+`probe` watches one forward: does every layer attend once, all with the same KV heads, with the window that
+its config promises? `self_test` compares with the model's own eager attention. A model that keeps state
+beside KV, or chooses positions from the whole batch, would answer wrong without an error: only this gate
+protects a user from it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def admit(
     """Check a loaded model and make it one that computes attention through us.
 
     Args:
-        modules: in evaluation mode, on its device. A refused model is left as it was.
-        label: its name in messages; empty takes the config's.
+        modules: the model, in evaluation mode, on its device. A refused model is left as it was.
+        label: its name in messages; if empty, the config's.
         test: compare with the model's own eager attention on random ids.
         forward: what computes it.
         int8: weights of 8 bits, with fused operations only. Answers change: docs/performance.md says by how
@@ -54,7 +54,7 @@ def admit(
 
     Raises:
         ModelRefused: it would run and answer wrong; the message says why.
-        FusedDiffers: its fused operations would answer wrong; its modules may do better.
+        FusedDiffers: its fused operations would answer wrong; its modules may not.
         ConfigError: fused operations, or weights of 8 bits, were asked for and cannot serve it.
     """
     label = label or modules.config.name_or_path or modules.config.model_type
@@ -88,7 +88,7 @@ def _should_fuse(model: CausalModel, forward: Forward, int8: bool) -> bool:
     """Whether fused operations are to compute the model.
 
     Raises:
-        ConfigError: they, or weights of 8 bits, were asked for and cannot serve it.
+        ConfigError: fused operations, or weights of 8 bits, were asked for and cannot serve it.
     """
     if int8:
         why_not = "--forward modules" if forward == "modules" else LlamaForward.why_not_int8(model.model)
@@ -125,11 +125,10 @@ def check_config(config: PretrainedConfig, label: str) -> None:
 
 
 def probe(model: CausalModel) -> tuple[KVGeometry, tuple[AttentionArgs, ...]]:
-    """Watch one forward: what its layers hand to attention is what must be cached, and how each of them
-    attends.
+    """Watch one forward: what must be cached, and how each layer attends.
 
     Raises:
-        ModelRefused: a layer does not attend, or not like the others, or with another window than its config
+        ModelRefused: a layer does not attend, or unlike the others, or with another window than its config
             says.
     """
     seen: dict[int, KVGeometry] = {}
@@ -168,7 +167,7 @@ def probe(model: CausalModel) -> tuple[KVGeometry, tuple[AttentionArgs, ...]]:
 
 
 def _why_not_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Why a layer's q, k, v, each (T, heads, D), cannot be cached in words; None: they can."""
+    """Why a layer's q, k, v, each (T, heads, D), cannot be cached; None if they can."""
     if key.shape[2] != value.shape[2]:
         return f"keys of {key.shape[2]} numbers a head and values of {value.shape[2]}; Pensieve caches both at one size"
     if key.shape[1] != value.shape[1]:
@@ -183,7 +182,7 @@ def _why_not_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 def _window_of(config: PretrainedConfig, layer: int) -> int | None:
-    """The window that a config promises for a layer; None: full attention."""
+    """The window that a config promises for a layer; None for full attention."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and layer_types[layer] == "full_attention":
         return None

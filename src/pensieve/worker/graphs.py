@@ -1,11 +1,10 @@
-"""Decode steps as captured graphs: one launch instead of some hundreds.
+"""Decode steps as captured graphs: one launch instead of hundreds.
 
-Knows batches and models; never plans, streams of copies or sampling.
+Knows batches and models; never plans, copies or sampling.
 
-A step that only decodes is the same work every time, on other numbers. It is captured once for each of a few
-batch sizes, over tensors that stay where they are; a step's own are copied into those, and what is left of
-the rows computes a token of nobody into a slot of nobody. Steps that do anything else are long enough to hide
-their launches.
+A step of decodes is the same work every time, on other numbers. It is captured once for each of a few batch
+sizes, over tensors that stay in place; a step's numbers are copied into those. Rows beyond the batch compute
+a token that is not used, in a slot that no chunk has. Other steps are long enough to hide their launches.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pensieve.worker.model import CausalModel
 
 logger = logging.getLogger(__name__)
 
-_WARM_UPS = 2  # before a capture: libraries choose their kernels and get their workspaces
+_WARM_UPS = 2  # before a capture: libraries choose their kernels and allocate their workspaces
 
 Replay = Callable[[], torch.Tensor]
 
@@ -33,9 +32,10 @@ class Recorder(Protocol):
     """Captures work."""
 
     def record(self, work: Callable[[], torch.Tensor]) -> Replay:
-        """Do `work` a few times and capture it.
+        """Run `work` a few times and capture it.
 
-        What is returned does the same again, over the same memory.
+        Returns:
+            A function that does the same work again, over the same memory.
         """
         ...
 
@@ -54,7 +54,6 @@ class CudaRecorder:
         self._num_bytes = 0
 
     def record(self, work: Callable[[], torch.Tensor]) -> Replay:
-        """See `Recorder`."""
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -64,7 +63,7 @@ class CudaRecorder:
         torch.cuda.synchronize(self._device)
         before, _ = torch.cuda.mem_get_info(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on copying chunks meanwhile, which is none of the graph's business.
+        # other threads may go on copying chunks meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = work()
         self._pool = graph.pool() if self._pool is None else self._pool
@@ -79,7 +78,6 @@ class CudaRecorder:
 
     @property
     def num_bytes(self) -> int:
-        """See `Recorder`."""
         return self._num_bytes
 
 
@@ -87,8 +85,8 @@ class CudaRecorder:
 class _Captured:
     """A graph and the tensors it reads."""
 
-    batch: Batch  # of so many rows
-    step: Any  # the backend's
+    batch: Batch  # of a fixed number of rows
+    step: Any  # the backend's prepared step
     replay: Replay
 
 
@@ -108,18 +106,18 @@ class DecodeGraphs:
         """Capture nothing yet.
 
         Args:
-            model: whose decodes.
+            model: computes the decodes.
             backend: its attention.
             recorder: captures.
-            max_rows: larger batches are computed as any other.
+            max_rows: larger batches are computed without graphs.
             max_chunks: of the longest context.
-            spare_slot: of the first tier, that holds nobody's chunk.
+            spare_slot: a slot of the first tier that no chunk has.
         """
         self._model, self._backend, self._recorder = model, backend, recorder
         self._max_chunks, self._spare_slot = max_chunks, spare_slot
         self._sizes = _sizes(max_rows)
         self._captured: dict[int, _Captured] = {}
-        self._why_not: str | None = None  # capturing failed once, and would again
+        self._why_not: str | None = None  # why capturing failed: it would fail again; None while it works
 
     @property
     def num_bytes(self) -> int:
@@ -128,13 +126,13 @@ class DecodeGraphs:
 
     @property
     def num_captured(self) -> int:
-        """How many there are."""
+        """The number of graphs."""
         return len(self._captured)
 
     def forward(self, batch: Batch) -> torch.Tensor | None:
         """Logits (E, V) of a batch of decodes, valid until the next call.
 
-        None: it is something else, or no graph can be had.
+        None if the batch is something else, or if there is no graph for it.
         """
         num_rows = len(batch.spans)
         is_decode = batch.num_tokens == num_rows == len(batch.emitting)
@@ -154,7 +152,7 @@ class DecodeGraphs:
         return captured.replay()[:num_rows]
 
     def _capture(self, batch: Batch, size: int) -> torch.Tensor:
-        """This batch as any other; and a graph for the next of its size."""
+        """Compute this batch without a graph, and capture one for the next batch of this size."""
         attending = PagedAttention(self._backend, batch)
         logits = self._model.forward(batch, attending)
         with torch.inference_mode():
@@ -165,7 +163,7 @@ class DecodeGraphs:
         again = PagedAttention(self._backend, fixed, prepared=step)
         try:
             replay = self._recorder.record(lambda: self._model.forward(fixed, again))
-        except Exception as error:  # a model that looks at its own numbers, say
+        except Exception as error:  # for example a model that reads its own numbers
             self._why_not = f"{type(error).__name__}: {error}"
             logger.warning(
                 "decode steps of %s are not captured as graphs: %s", self._model.label, self._why_not
@@ -175,7 +173,7 @@ class DecodeGraphs:
         return logits
 
     def _empty(self, size: int, like: Batch) -> Batch:
-        """A batch of `size` rows that compute nobody's token."""
+        """A batch of `size` rows of unused tokens."""
         device = like.input_ids.device
 
         def numbers(*shape: int) -> torch.Tensor:
@@ -190,7 +188,7 @@ class DecodeGraphs:
         )  # fmt: skip
 
     def _fill(self, fixed: Batch, batch: Batch) -> None:
-        """Copy a batch's numbers into a fixed one; the rows beyond write where nobody reads."""
+        """Copy a batch's numbers into a fixed batch; further rows write into the spare slot."""
         num_rows = len(batch.spans)
         fixed.input_ids[:, :num_rows].copy_(batch.input_ids)
         fixed.position_ids[:, :num_rows].copy_(batch.position_ids)
@@ -201,7 +199,7 @@ class DecodeGraphs:
 
 
 def _sizes(most: int) -> list[int]:
-    """Batch sizes that are captured: no batch computes more than a third more rows than it has, from 3 on."""
+    """Batch sizes that are captured: from 3 rows on, a batch computes at most a third more rows than it has."""
     sizes = [
         size
         for size in (1, 2, 3, 4, 6, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 64))
