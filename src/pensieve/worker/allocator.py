@@ -72,8 +72,7 @@ def fresh_pages(num_bytes: int) -> torch.Tensor:
 
 
 def lock_pages(memory: torch.Tensor) -> None:
-    """Page-lock main memory for CUDA while its tensor lives, so that copies to and from a device need no
-    staging.
+    """Page-lock main memory for CUDA while its tensor lives: copies then need no staging.
 
     Raises:
         ConfigError: the system does not let this process lock so much.

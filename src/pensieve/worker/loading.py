@@ -1,4 +1,4 @@
-"""One folder of weight files -> a model whose every tensor came from them, in memory of its own.
+"""Loads a folder of weight files as a model whose every tensor came from them, in memory of its own.
 
 Knows files; never what a user typed.
 """
@@ -32,7 +32,7 @@ def inspect(folder: Path, outline: PreTrainedModel, label: str) -> tuple[dict[st
         label: for messages.
 
     Returns:
-        How the names in the files must be rewritten, and a note on what is left out.
+        How to rewrite the names in the files, and a note on tensors that are left out (None if all are used).
 
     Raises:
         ModelRefused: a tensor is missing, left over or of another shape, or the files are damaged.
@@ -48,7 +48,7 @@ def inspect(folder: Path, outline: PreTrainedModel, label: str) -> tuple[dict[st
 
 
 def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
-    """The model in a folder, without gradients, in evaluation mode.
+    """Load the model of a folder, without gradients, in evaluation mode.
 
     Args:
         folder: with config.json and weight files.
@@ -79,7 +79,7 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
                 for report in reports:
                     checkpoint.judge(
                         checkpoint.differences_of(report), stored, outline(config), label
-                    )  # in words, if there are any
+                    )  # differences explain the failure better, if there are any
                 raise
         for report in reports:
             checkpoint.judge(checkpoint.differences_of(report), stored, model, label)
@@ -89,7 +89,7 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
         checkpoint.require_finite(model, label)
     except ModelRefused:
         raise
-    except Exception as error:  # safetensors, pickle and transformers each have their own kinds
+    except Exception as error:  # safetensors, pickle and transformers each raise errors of their own
         raise ModelRefused(
             f"{label} could not be loaded from {folder}: {type(error).__name__}: {error}"
         ) from error
@@ -97,10 +97,10 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
 
 
 def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) -> None:
-    """Cast what was made of 8 bits to the number type asked for; transformers leaves it in one of its own.
+    """Cast the number types that transformers leaves after dequantising 8 bits to the one asked for.
 
     Raises:
-        ModelRefused: a plain matrix is still of 8 bits, which its scale would have widened.
+        ModelRefused: a plain matrix still has 8 bits, because its scale is missing.
     """
     plain = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     if narrow := [f"{name}.weight" for name, module in plain if module.weight.dtype.itemsize == 1]:
@@ -119,9 +119,9 @@ def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) 
 
 
 def _unmap(model: PreTrainedModel) -> None:
-    """Copy what still lies in a file.
+    """Copy the tensors that are mapped from a file.
 
-    Weights must not change, or be gone, because another process writes to the file.
+    Weights must not change, or vanish, because another process writes to the file.
     """
     ranges = _file_mappings()
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
@@ -139,7 +139,7 @@ def _unmap(model: PreTrainedModel) -> None:
 
 
 def _file_mappings() -> list[tuple[int, int]] | None:
-    """Where files lie in this process's memory; None: the system does not say."""
+    """The address ranges of mapped files in this process; None if the system does not say."""
     try:
         lines = _MAPS.read_text().splitlines()
     except OSError:
@@ -151,7 +151,7 @@ def _file_mappings() -> list[tuple[int, int]] | None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without transformers' table of what did not fit: it is told as an error, by us."""
+    """Silence transformers' table of tensors that did not fit: we raise an error instead."""
     logger = logging.getLogger("transformers.modeling_utils")
     before, logger.disabled = logger.disabled, True
     try:

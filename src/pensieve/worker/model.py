@@ -1,11 +1,11 @@
 """Any Hugging Face causal language model over paged KV. Knows transformers; never plans, slots or sampling.
 
-The one hook is transformers' attention interface: we register an attention function, and the model's own code
-does the rest. No mask function is registered, so that transformers builds no mask. The model sees all tokens
-of a step as one row; what belongs together is known to the attention only, which reaches it as a keyword
+The only hook is transformers' attention interface: we register an attention function, and the model's own
+code does the rest. We register no mask function, so transformers builds no mask. The model sees all tokens of
+a step as one row. Only the attention knows which tokens belong together; it reaches our function as a keyword
 argument of the forward.
 
-Some models can do without their own code: see `worker.llama`. They go through the same gate.
+Some models do not need their own code: see `worker.llama`. They pass the same gate.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _INTERFACE = "pensieve"
 
 Forward = Literal[
     "auto", "fused", "modules"
-]  # fused operations where they can serve a model; only them; the model's own modules
+]  # "auto": fused operations if they can serve the model; "modules": the model's own
 
 
 class Attending(Protocol):
-    """What stands behind the attention function during one forward."""
+    """The attention of one forward, which the attention function calls."""
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
@@ -68,7 +68,7 @@ class CausalModel:
         self._fused: LlamaForward | None = None
         # To warn of forgotten padding, transformers compares all ids with this: a wait for the GPU in every
         # step.
-        with contextlib.suppress(Exception):  # (a config class that insists on a number keeps it, and waits)
+        with contextlib.suppress(Exception):  # a config class that insists on a number keeps it, and waits
             model.config.pad_token_id = None
         AttentionInterface.register(_INTERFACE, _attention)
         self._attention_before: str = model.config._attn_implementation
@@ -89,9 +89,7 @@ class CausalModel:
 
     @property
     def library_bytes(self) -> int:
-        """Main memory that libraries come to take for what they compile by the shapes they meet, beside the
-        weights.
-        """
+        """Main memory that oneDNN comes to take beside the weights, for primitives compiled by shape."""
         by_onednn = self.dtype.itemsize == 2 if self._fused is None else self._fused.by_onednn
         return ONEDNN_BYTES if by_onednn and self.device.type == "cpu" else 0
 
@@ -154,9 +152,9 @@ def _attention(
     pensieve_attending: Attending | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function transformers calls in each layer.
+    """The function that transformers calls in each layer.
 
-    Q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, T, H, D).
+    q (1, H, T, D), k and v (1, Hkv, T, D) -> (1, T, H, D).
     """
     if pensieve_attending is None:
         raise AttentionBypassed("this model is served by Pensieve: call it through CausalModel")
@@ -180,18 +178,18 @@ _WIDTHS = (
     "intermediate_size",
     "ffn_dim",
     "n_inner",
-)  # of MLPs: nothing is cached of them, they may differ between layers
-# What transformers' modules pass to attention besides, and what attention over a cache need not know.
+)  # of MLPs: they are not cached, and may differ between layers
+# Arguments that transformers' modules pass to attention and that attention over a cache may ignore.
 _HARMLESS = frozenset(
     {"dropout", "position_ids", "use_cache", "logits_to_keep", "output_attentions", "output_router_logits"}
 )
 
 
 def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
-    """Refuse what attention was told and would not do.
+    """Refuse arguments that our attention would not honour.
 
     Raises:
-        UnsupportedAttention: a mask, both directions, or an argument that is not known.
+        UnsupportedAttention: a mask, attention in both directions, or an unknown argument.
     """
     name = type(module).__name__
     if not getattr(module, "is_causal", True) or more.get("is_causal") is False:
@@ -213,10 +211,10 @@ def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, more: 
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
-    """The numbers of a model from its Hugging Face config, whatever its family calls them.
+    """The numbers of a model from its Hugging Face config, by whatever names its family uses.
 
     Raises:
-        ModelRefused: the config does not say them, or says one for each layer.
+        ModelRefused: the config lacks one, or has different ones for different layers.
     """
     text = config.get_text_config()
 
@@ -224,7 +222,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         for name in names:
             try:
                 value = getattr(text, name, None)
-            except Exception as error:  # transformers' own kind, for a number that differs between layers
+            except Exception as error:  # transformers' own error, for a number that differs between layers
                 raise ModelRefused(
                     f"the layers of {text.model_type!r} differ in {name}; all layers of a cache have the same"
                 ) from error

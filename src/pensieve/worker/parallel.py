@@ -1,13 +1,12 @@
 """One model computed by several processes.
 
-Every rank runs every plan, on its own share of the heads and over tiers of its own; rank 0 is the `Worker`
-that an engine drives, the others `follow`. Knows plans, results and what ranks say; never how weights are
-cut.
+Knows plans, results and the ranks' messages; never how weights are split.
 
-Plans name slots and token ids, and those are the same on all ranks: nobody but rank 0's scheduler decides.
-What can differ is what happens (a copy fails here, memory runs out there), so the ranks tell each other
-before a forward whether all can take part in it, and after it whether all of what it attended was there. A
-rank that breaks in the middle of a forward leaves the others in a collective of it: then all end.
+Every rank runs every plan, on its own share of the heads and over its own tiers. Rank 0 is the `Worker` that
+an engine drives; the others `follow`. Plans name slots and token ids, which are the same on all ranks: only
+rank 0's scheduler decides. Outcomes can differ (a copy fails, memory runs out), so the ranks tell each other
+before a forward whether all can take part in it, and after it whether everything that it attended was there.
+A rank that breaks in the middle of a forward leaves the others in a collective of it: then all end.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from pensieve.worker.worker import Begun, Hooks, ModelWorker, require_tiers_fit
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = timedelta(seconds=30)  # of a rank that broke in a forward, for the others to break in it as well
+_PATIENCE = timedelta(seconds=30)  # the time in which all ranks must have noticed one that broke in a forward
 
 
 # -- what rank 0 tells
@@ -59,7 +58,7 @@ class _RunPlan:
 
     plan: StepPlan
     sampled: tuple[Sampled, ...]  # by rank 0, since the step before
-    reports: bool  # all say afterwards what they copied
+    reports: bool  # whether all ranks report their copies afterwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +71,11 @@ class _CloseTiers:
 
 @dataclass(frozen=True, slots=True)
 class _Status:
-    """How it went up to here."""
+    """How a rank has fared so far."""
 
     error: str | None = None
     lost: tuple[CopyFailure, ...] = ()  # swap-ins of this plan that failed
-    print: bytes | None = None  # in debug, a hash of what the ranks must have in common
+    print: bytes | None = None  # in debug, a hash of what must be the same on all ranks; else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +88,13 @@ class _Report:
 
 
 class RankFailed(Exception):
-    """Something went wrong on a rank before anything was computed, or after everything.
-
-    No rank's work counts, and all go on.
-    """
+    """A rank failed before the forward began or after it ended: no rank's result counts, and all continue."""
 
 
 class RankWorker(ModelWorker):
     """A rank's own worker.
 
-    It says how it fares where the others must know, and goes no further than all of them can.
+    It reports its status at each point where the ranks must agree, and goes on only if all can.
     """
 
     def __init__(
@@ -110,12 +106,12 @@ class RankWorker(ModelWorker):
         )
         self._group = group
         self._debug = debug
-        self._words_due = 0  # how often the others still wait in this step for a word of this rank
+        self._words_due = 0  # statuses of this step that the other ranks still wait for
         self._lost: WorkerLost | None = None
         self._step_id = 0
 
     def run(self, plan: StepPlan) -> StepResult:
-        """This rank's part of a plan; see `core.plan.Worker.run`.
+        """Run this rank's part of a plan; see `core.plan.Worker.run`.
 
         Raises:
             WorkerLost: the ranks are out of step, for good.
@@ -126,7 +122,7 @@ class RankWorker(ModelWorker):
             result = super().run(plan)
         except (
             Exception
-        ) as error:  # our own bug, in what comes before all else: the others must hear of it where they wait
+        ) as error:  # our own bug, before the first status: the others must hear of it where they wait
             log.exception("rank %d raised in step %d", self._group.rank, plan.step_id)
             message = f"{type(error).__name__}: {error}"
             with contextlib.suppress(RankFailed, WorkerLost):
@@ -146,11 +142,11 @@ class RankWorker(ModelWorker):
         return result
 
     def accept(self, sampled: tuple[Sampled, ...]) -> None:
-        """What rank 0 sampled is what counts."""
+        """Take over the tokens that rank 0 sampled."""
         self._sampler.accept(sampled)
 
     def report(self, result: StepResult) -> list[_Report]:
-        """Say what came of the copies, and in debug of the sampling; returns what each rank says.
+        """Report this rank's copies, and in debug its samples; returns the reports of all ranks.
 
         Raises:
             WorkerLost: the ranks are out of step, or, in debug, sampled differently.
@@ -168,10 +164,7 @@ class RankWorker(ModelWorker):
                 super()._wipe(wiped)
 
     def _prepare(self, plan: StepPlan) -> Batch:
-        """Nobody begins a forward that somebody cannot take part in.
-
-        It would wait in a collective for ever.
-        """
+        """Begin no forward that a rank cannot take part in: the others would wait in a collective for ever."""
         prints: list[bytes] = []
         with self._together(prints):
             batch = super()._prepare(plan)
@@ -185,9 +178,9 @@ class RankWorker(ModelWorker):
             if self._model.device.type == "cuda":
                 torch.cuda.current_stream(
                     self._model.device
-                ).synchronize()  # it has not gone well before it is done
+                ).synchronize()  # only now is it known to have succeeded
         except (RankFailed, WorkerLost):
-            raise  # all know
+            raise  # all ranks know already
         except Exception as error:
             self._say(_Status(f"{type(error).__name__}: {error}"), _PATIENCE)
             raise
@@ -206,7 +199,7 @@ class RankWorker(ModelWorker):
 
     @contextlib.contextmanager
     def _together(self, prints: list[bytes] | None = None) -> Iterator[None]:
-        """What is done in this block is done by all ranks; `RankFailed` where one could not."""
+        """Run a block on all ranks; raises `RankFailed` on all if it fails on one."""
         error: Exception | None = None
         try:
             yield
@@ -242,9 +235,10 @@ class RankWorker(ModelWorker):
             )
 
     def _give_up(self, error: WorkerLost) -> WorkerLost:
-        """Remembered, since a step turns what is raised in it into its result.
+        """Remember an error and leave the group.
 
-        Whoever waits for this rank learns that it is gone.
+        A step turns exceptions into results, so the error is kept; ranks that wait for this one learn that it
+        is gone.
         """
         self._lost = error
         self._words_due = 0
@@ -253,9 +247,9 @@ class RankWorker(ModelWorker):
 
 
 class ParallelWorker:
-    """The worker that an engine sees, on rank 0.
+    """The worker that an engine sees, on rank 0; see `core.plan.Worker`.
 
-    See `core.plan.Worker`; besides, everything raises `WorkerLost` once the ranks are out of step.
+    Once the ranks are out of step, every method raises `WorkerLost`.
     """
 
     def __init__(
@@ -265,7 +259,7 @@ class ParallelWorker:
         """Allocate all tiers, on every rank.
 
         Args:
-            group: its rank 0; the others are in `follow`.
+            group: this is its rank 0; the others are in `follow`.
             model: this rank's share of it.
             tiers: of each rank, see `ModelWorker`.
             chunk_tokens: tokens of one slot.
@@ -283,7 +277,7 @@ class ParallelWorker:
         self._debug = debug
         self._local = _open(group, model, order, hooks)
         self._ledger = CopyLedger(group.size)
-        self._sampled: tuple[Sampled, ...] = ()  # not told yet
+        self._sampled: tuple[Sampled, ...] = ()  # not sent to the other ranks yet
         self._closed = False
 
     @property
@@ -297,9 +291,9 @@ class ParallelWorker:
         return self._local.attention
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Let all ranks run a plan; see `core.plan.Worker.run`.
+        """Run a plan on all ranks; see `core.plan.Worker.run`.
 
-        A copy is done when it is on all ranks, and failed when it is on one.
+        A copy is done when it is done on all ranks, and failed when it is failed on one.
 
         Raises:
             WorkerLost: the ranks are out of step, for good.
@@ -310,9 +304,7 @@ class ParallelWorker:
         told = not idle and self._tell(plan)
         result = self._local.run(plan)
         self._ledger.settle(0, result.copies_done, result.copies_failed)
-        if (
-            idle and self._ledger.others_owe
-        ):  # they had time enough; and rank 0, with nothing to do, may as well wait for them
+        if idle and self._ledger.others_owe:  # the others had time enough, and rank 0 has nothing else to do
             told = self._tell(replace(plan, settles=True))
         if told:
             for rank, report in enumerate(self._local.report(result)):
@@ -327,10 +319,7 @@ class ParallelWorker:
         return replace(result, copies_done=done, copies_failed=failed)
 
     def set_waker(self, wake: Callable[[], None]) -> None:
-        """See `core.plan.Worker.set_waker`.
-
-        The `run` that follows waits for the other ranks where they are late.
-        """
+        """See `core.plan.Worker.set_waker`. The next `run` waits for the other ranks' copies."""
         self._local.set_waker(wake)
 
     def close(self) -> None:
@@ -341,10 +330,10 @@ class ParallelWorker:
         self._local.close()
         with contextlib.suppress(WorkerLost):
             self._group.tell(_CloseTiers())
-            self._group.exchange(None)  # whoever allocates next finds the room
+            self._group.exchange(None)  # the next allocation finds the memory free
 
     def _tell(self, plan: StepPlan) -> bool:
-        """Hand a plan to the others; returns whether they report."""
+        """Send a plan to the other ranks; returns whether they report."""
         reports = self._debug or self._ledger.num_open > 0
         self._group.tell(_RunPlan(plan, self._sampled, reports))
         self._sampled = ()
@@ -352,15 +341,15 @@ class ParallelWorker:
 
 
 def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
-    """What a rank above 0 does: whatever rank 0 says, until it says that this was all.
+    """Run rank 0's orders on a rank above 0 until rank 0 says that none will follow.
 
     Args:
-        group: of which this is not rank 0.
+        group: this is not its rank 0.
         model: this rank's share of it.
         hooks: for tests of failures on this rank.
 
     Raises:
-        WorkerLost: rank 0 is gone without a word, or the ranks are out of step.
+        WorkerLost: rank 0 is gone without a message, or the ranks are out of step.
     """
     worker: RankWorker | None = None
     try:
@@ -371,7 +360,7 @@ def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
                         worker = _open(group, model, order, hooks)
                     except WorkerLost:
                         raise
-                    except Exception as error:  # rank 0 has heard of it, and says so
+                    except Exception as error:  # rank 0 knows, and reports it
                         log.debug("no worker on rank %d: %s", group.rank, error)
                 case _RunPlan() as step:
                     assert worker is not None, "a plan before the tiers were opened"
@@ -393,7 +382,7 @@ def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
 
 
 def _open(group: Group, model: CausalModel, order: _OpenTiers, hooks: Hooks) -> RankWorker:
-    """This rank's worker, once all ranks have theirs."""
+    """Make this rank's worker; returns when all ranks have theirs."""
     geometry = model.geometry
     chunk_bytes = (
         order.chunk_tokens
@@ -403,7 +392,7 @@ def _open(group: Group, model: CausalModel, order: _OpenTiers, hooks: Hooks) -> 
         * geometry.head_dim
         * geometry.dtype.itemsize
     )
-    with group.agreeing():  # before anybody allocates: the ranks of a machine share its memory
+    with group.agreeing():  # before any rank allocates: the ranks of a machine share its memory
         require_tiers_fit(
             order.tiers, chunk_bytes, model.device, sharers=group.local_size, beside=model.library_bytes
         )
@@ -423,17 +412,14 @@ def _open(group: Group, model: CausalModel, order: _OpenTiers, hooks: Hooks) -> 
 
 
 def _with_seed(start: RequestStart) -> RequestStart:
-    """A seed that is left to the worker is drawn here, where all ranks can be told."""
+    """Draw the seed that a request leaves open: all ranks must have the same."""
     if start.sampling.temperature == 0.0 or start.sampling.seed is not None:
         return start
     return replace(start, sampling=replace(start.sampling, seed=secrets.randbits(63)))
 
 
 def _print_of(plan: StepPlan, batch: Batch) -> bytes:
-    """A plan and what a rank makes of it.
-
-    (Sets are sorted: those that came through a pipe may be in another order.)
-    """
+    """A hash of a plan and this rank's batch. Sets are sorted: a pipe may have changed their order."""
     started = [
         (
             start.request_id,

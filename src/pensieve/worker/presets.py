@@ -1,11 +1,10 @@
 """Named architectures with their published shapes.
 
-Knows numbers only; never weights, files, tensors or the network.
+Knows numbers; never weights, files, tensors or the network.
 
-A preset says how to build a model of exactly that shape (family and Hugging Face config arguments), which
-sizes and costs follow (`ModelShape`), and where real weights can be had (hub id). Sources: each model's
-published `config.json`; for `llama2-13b-gqa` the paper's own variant (§6.1: 10 KV heads, contexts up to
-16,384 tokens).
+A preset says how to build a model of exactly that shape (family and Hugging Face config arguments), its sizes
+and costs (`ModelShape`), and where to get real weights (hub id). Sources: each model's published
+`config.json`; for `llama2-13b-gqa` the paper's own variant (§6.1: 10 KV heads, contexts up to 16,384 tokens).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Preset:
 
     name: str
     family: str  # the `model_type` of transformers
-    hub_id: str | None  # where real weights are published; None: never published
+    hub_id: str | None  # where real weights are published; None if they never were
     num_parameters: int  # exact count, tied matrices once
     shape: ModelShape
     config_kwargs: Mapping[str, Any] = field(compare=False)  # arguments of the family's config class
