@@ -1,11 +1,11 @@
-"""What computing and copying cost on this machine: measured once, kept as JSON.
+"""Measures what computing and copying cost on this machine, once, and keeps it as JSON.
 
 Knows workers and clocks; never eviction policies.
 
 Recomputing a chunk costs its attention, which grows with the context before it, and the rest, which does not
-(paper §4.3.1, there called Cost(l) and c). Measured is a forward of one chunk at contexts of a power of two;
-whoever needs one between interpolates. Steps, answers, attention and planning are measured too, each apart
-from the others: a simulator puts any step together from them.
+(paper §4.3.1, there called Cost(l) and c). We measure a forward of one chunk at contexts of a power of two;
+costs between are interpolated. Steps, answers, attention and planning are measured separately: a simulator
+composes any step from them.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pensieve.worker.worker import ModelWorker
 
 logger = logging.getLogger(__name__)
 
-_STORE_BYTES = 512 << 20  # of KV while measuring; longer contexts read the same slots again
+_STORE_BYTES = 512 << 20  # bytes of KV while measuring; longer contexts read the same slots again
 _PREFILL_TOKENS = 512
 _DECODE_CONTEXT = 1024
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_BATCHES = (1, 2, 4, 8, 16, 32)  # answers in a step
-_FAR_BATCH, _FAR_CONTEXT = 8, 2048  # where attention shows
+_BATCHES = (1, 2, 4, 8, 16, 32)  # answers that get a token in a step
+_FAR_BATCH, _FAR_CONTEXT = 8, 2048  # requests and tokens with which attention shows
 
 
 def load_or_measure(
@@ -61,13 +61,13 @@ def load_or_measure(
         max_context: longest context to be served, tokens.
         chunk_tokens: tokens of one chunk.
         attention: backend, as `ModelWorker` takes it.
-        folder: where profiles are kept; None: `profiles` in $PENSIEVE_CACHE or the user's cache directory.
-        fresh: measure even if there is one.
-        clock: seconds, in which it is measured.
+        folder: where profiles are kept; None for `profiles` in `machine.cache_folder`.
+        fresh: measure even if there is a profile.
+        clock: seconds.
         progress: called with (what is measured, share done).
 
     Raises:
-        ConfigError: max_context is no context of this model.
+        ConfigError: the model has no context of `max_context`.
     """
     path = (folder or _default_folder()) / f"{_key(model, chunk_tokens, attention)}.json"
     if not fresh:
@@ -87,15 +87,12 @@ def load_or_measure(
 def find(
     model: CausalModel, chunk_tokens: int = 32, *, attention: str = "auto", folder: Path | None = None
 ) -> Profile | None:
-    """The profile of this model on this machine if one was kept, of whatever longest context.
-
-    Nothing is measured.
-    """
+    """The kept profile of this model on this machine, whatever its longest context; None if there is none."""
     return load((folder or _default_folder()) / f"{_key(model, chunk_tokens, attention)}.json")
 
 
 def contexts(max_context: int, chunk_tokens: int) -> list[int]:
-    """Where Cost(l) is measured: powers of two times the chunk, up to `max_context`; at least one chunk."""
+    """The contexts at which Cost(l) is measured: powers of two times the chunk, up to `max_context`."""
     found = [chunk_tokens]
     while found[-1] * 2 <= max_context:
         found.append(found[-1] * 2)
@@ -115,7 +112,7 @@ def measure(
     """Measure now; see `load_or_measure` for the arguments.
 
     Raises:
-        ConfigError: max_context is no context of this model, or there is no memory to measure in.
+        ConfigError: the model has no context of `max_context`, or there is no memory to measure in.
     """
     if not chunk_tokens <= max_context <= model.shape.max_positions:
         raise ConfigError(
@@ -143,7 +140,7 @@ def measure(
 def _make_worker(
     model: CausalModel, max_context: int, chunk_tokens: int, attention: str
 ) -> tuple[ModelWorker, int]:
-    """A worker with two tiers, and the slots of the first: as many as are read, in bounded memory."""
+    """A worker with two tiers, and the number of slots of the first: as many as are read, within a limit."""
     geometry = model.geometry
     values = geometry.num_layers * 2 * geometry.num_kv_heads * geometry.head_dim  # of a token
     chunk_bytes = chunk_tokens * values * model.dtype.itemsize
@@ -179,7 +176,7 @@ class _Timings:
 
     @classmethod
     def of(cls, timer: StepTimer, max_context: int, chunk_tokens: int) -> Self:
-        """Nothing is timed yet."""
+        """Prepare everything; nothing is timed yet."""
         forward, far = timer.forward, min(_FAR_CONTEXT, max_context)
         prompt_tokens, context = min(_PREFILL_TOKENS, max_context), min(_DECODE_CONTEXT, max_context)
 
@@ -205,7 +202,7 @@ class _Timings:
         )
 
     def all(self) -> Iterator[Timing]:
-        """In the order in which they run in a round."""
+        """In the order in which they run in each round."""
         yield from self.chunks.values()
         yield from (self.prompt, self.decode, self.to_cpu, self.to_gpu)
         yield from self.steps.values()
@@ -247,9 +244,9 @@ class _Timings:
 
 
 def constant_of(points: list[tuple[int, float]]) -> float:
-    """Where the line of least squares through the points meets a context of 0.
+    """The constant of the least-squares line through the points: its value at a context of 0.
 
-    Between 0 and the least of them.
+    At least 0, and at most the smallest of the points.
     """
     least = min(seconds for _, seconds in points)
     if len(points) == 1:
@@ -259,7 +256,7 @@ def constant_of(points: list[tuple[int, float]]) -> float:
 
 
 def document(profile: Profile, model: CausalModel) -> dict[str, Any]:
-    """A profile with what it is of, as JSON has it: all that a simulation of this machine needs."""
+    """A profile as JSON with the model and device that it is of: all that a simulation of this machine needs."""
     return {
         "format": FORMAT,
         "model": model.label,
@@ -282,7 +279,7 @@ def save(profile: Profile, path: Path, model: CausalModel) -> None:
 
 
 def load(path: Path) -> Profile | None:
-    """A profile kept earlier; None if there is none, or none that can be read (then with a warning)."""
+    """A kept profile; None if there is none, or, with a warning, if it cannot be read."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -307,7 +304,7 @@ def _default_folder() -> Path:
 
 
 def _key(model: CausalModel, chunk_tokens: int, attention: str) -> str:
-    """A file name for everything that changes the numbers."""
+    """A file name that depends on everything that changes the numbers."""
     backend = make_backend(attention, model.geometry, chunk_tokens, model.device).name
     parts = (
         FORMAT, model.label, repr(model.shape), str(model.dtype), _device_name(model.device), chunk_tokens,

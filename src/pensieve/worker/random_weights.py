@@ -1,10 +1,10 @@
-"""Random weights of a given shape, fast, and whether weights fit in memory at all.
+"""Random weights of a given shape, made fast, and whether weights fit in memory at all.
 
-Knows no names, files or network.
+Knows shapes and memory; never names, files or the network.
 
-Random weights time what real ones would: the same matrices at the same sizes. They are drawn once as a block
-of a few million normals and tiled over every matrix, at the speed of memory; drawing billions one by one
-takes minutes.
+Random weights take the same time as real ones: the same matrices at the same sizes. A block of a few million
+normals is drawn once and tiled over every matrix, at the speed of memory; drawing billions one by one takes
+minutes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 # A prime, so that no matrix width divides it: rows of a matrix start at different places of the block.
 _BLOCK_NUMBERS = 4_194_301
-_STD = 0.02  # of every matrix: with normalised inputs, logits come out of order 1
+_STD = 0.02  # of every matrix: with normalised inputs, logits have a deviation of about 1
 _SLACK_BYTES = 256 << 20  # what a process needs besides its weights before it can do anything
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def outline(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config on `meta`: modules, names and shapes; nothing is allocated.
+    """The model of a config on `meta`: modules, names and shapes. Allocates nothing.
 
     Raises:
-        ModelRefused: transformers has no causal language model for this config, or cannot build it; in words.
+        ModelRefused: transformers has no causal language model for this config, or cannot build it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -56,7 +56,7 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever a model's own code raises over numbers that do not go together
+    except Exception as error:  # a model's own code may raise anything for numbers that do not fit together
         reason = " ".join(str(error).split())
         raise ModelRefused(
             f"transformers cannot build the {config.model_type!r} model of this config "
@@ -66,7 +66,7 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def count_parameters(config: PretrainedConfig) -> int:
-    """Number of weights of this architecture, tied matrices once; nothing is allocated.
+    """Number of weights of this architecture, tied matrices once. Allocates nothing.
 
     Raises:
         ModelRefused: as `outline`.
@@ -80,12 +80,10 @@ def num_weights(model: PreTrainedModel) -> int:
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of this architecture with seeded random weights.
+    """A model of this architecture with seeded random weights: the same on each run on the same device.
 
-    The same seed gives the same weights on the same device.
-
-    Norms and biases start as training would start them, matrices are normal with deviation 0.02.
-    The caller checks first that it fits (`require_weights_fit`).
+    Norms and biases have their initial values for training, matrices are normal with deviation 0.02. The
+    caller checks first that the model fits (`require_weights_fit`).
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -104,9 +102,9 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: in
 
 
 def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
-    """Tile `block` (N,) over all matrices, one continuing where the last stopped.
+    """Tile `block` (N,) over all matrices, each continuing where the last stopped.
 
-    Vectors get the model's own start.
+    Vectors get the model's own initial values.
     """
     offset = 0
     seen: set[int] = set()
@@ -116,7 +114,7 @@ def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
         if not any(p.ndim >= 2 for p in own):
             model._init_weights(
                 module
-            )  # norms, attention sinks, buffers: small, and only the model knows their start
+            )  # norms, attention sinks, buffers: small, and only the model knows their initial values
             continue
         for parameter in own:
             if parameter.ndim < 2:
@@ -131,9 +129,7 @@ def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
 def _pieces(
     flat: torch.Tensor, block: torch.Tensor, offset: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (part of `flat`, part of `block`) that cover `flat`, reading `block` round and round from
-    `offset`.
-    """
+    """Pairs (part of `flat`, part of `block`) that cover `flat`, reading `block` cyclically from `offset`."""
     start = 0
     while start < flat.numel():
         length = min(flat.numel() - start, block.numel() - offset)
@@ -143,10 +139,10 @@ def _pieces(
 
 
 def bytes_beside(config: PretrainedConfig, num_parameters: int, dtype: torch.dtype, device: str) -> int:
-    """What loading takes for a while, or for good, beside a model's weights.
+    """Bytes that loading takes beside a model's weights, briefly or for good.
 
-    The output layer laid out anew while its first form is still there (where it is tied to the embedding,
-    both stay), and in 16 bits one layer in float32.
+    The output layer laid out anew while its first form is still there (both stay if it is tied to the
+    embedding), and in 16 bits one layer in float32.
     """
     from pensieve.worker.llama import MODEL_TYPES
 
@@ -166,7 +162,7 @@ def require_weights_fit(
     """Refuse a model whose weights do not fit, before anything is allocated.
 
     Args:
-        label: its name for people.
+        label: its name in messages.
         num_parameters: of the whole model.
         dtype: number type it is loaded in.
         device: where.
@@ -191,7 +187,7 @@ def require_weights_fit(
 
 
 def available_bytes(device: str = "cpu") -> int | None:
-    """Memory this process may still take on a device; None where the system does not say.
+    """Memory this process may still take on a device; None if the system does not say.
 
     In main memory: what the kernel calls available, or what is left under the tightest control group,
     whichever is less.
@@ -216,9 +212,7 @@ def _system_room() -> int | None:
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """What is left under each limit from this process's control group up to the root (version 2, then version
-    1).
-    """
+    """What is left under each limit from this process's control group up to the root, version 2, then 1."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -253,6 +247,6 @@ def _group_room(group: Path, limit: str, used: str, cache: str) -> int | None:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return max(
             0, int(most) - int((group / used).read_text()) + int(stat.get(cache, 0))
-        )  # cached files give way
+        )  # the system drops cached files when memory is needed
     except (OSError, ValueError):
         return None

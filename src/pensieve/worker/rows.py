@@ -1,9 +1,8 @@
-"""What a Llama-like layer does between its products, by the kernels of `worker/kernel`.
+"""Norms, rotations and gates of a Llama-like layer on a CPU, by the kernels of `worker/kernel`.
 
-Knows tensors; never layers, weights or attention.
-
-All of it works in place or into fresh tensors, row by row, in float32 or bfloat16; sums are of floats and
-each result is rounded once, where a model's modules round after every operation.
+Knows tensors; never layers, weights or attention. Everything works in place or into fresh tensors, row by
+row, in float32 or bfloat16. Sums are in float32 and each result is rounded once, where a model's modules
+round after every operation.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pensieve.worker.kernel import INT, KINDS, POINTER, REAL, Level, levels, lib
 
 
 class _RowsCall(ctypes.Structure):
-    """`struct rows_call` of kernel/rows_call.h, field by field, as are the others here."""
+    """`struct rows_call` of kernel/rows_call.h, field by field, like the others here."""
 
     _fields_ = [("kind", INT), ("level", INT), ("num_threads", INT), ("num_rows", INT)]
 
@@ -44,7 +43,7 @@ _BYTES = sum(map(ctypes.sizeof, (_Norm, _Rotate, _Gate)))
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why these kernels cannot compute in this dtype on this device; None: they can."""
+    """Why these kernels cannot compute in this dtype on this device; None if they can."""
     if device.type != "cpu":
         return f"its kernels run on a CPU, not on {device}"
     if dtype not in KINDS:
@@ -57,7 +56,7 @@ class Rows:
     """The kernels for one dtype. Weights and angles are float32; see `float_weight`."""
 
     def __init__(self, dtype: torch.dtype, level: Level | None = None) -> None:
-        """Take the highest level of this CPU, or the one that is named."""
+        """`level` None takes the highest level of this CPU."""
         library = library_for("rows", _BYTES)
         assert not isinstance(library, str), library
         level = levels()[-1] if level is None else level
@@ -67,9 +66,10 @@ class Rows:
     def norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> torch.Tensor:
-        """Add `delta` to `residual` in place, if there is one.
+        """Add `delta` to `residual` in place, if there is one, and normalise the sum. All (T, h).
 
-        The sum over its root mean square, times `weight` (h,). All (T, h).
+        Returns:
+            The sum over its root mean square, times `weight` (h,).
         """
         rows, width = residual.shape
         output = torch.empty_like(residual)
@@ -85,17 +85,16 @@ class Rows:
         angles: torch.Tensor | None, positions: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor] | None,
         epsilon: float,
     ) -> None:  # fmt: skip
-        """Turn queries and keys, in place, to the angles of their positions.
+        """Rotate queries and keys, in place, to the angles of their positions.
 
         Args:
-            heads: (T, at least (H + Hkv) * D), each row contiguous: queries, then keys, then whatever
-                follows.
+            heads: (T, at least (H + Hkv) * D), each row contiguous: queries, then keys, then anything.
             num_heads: H.
             num_kv_heads: Hkv.
             head_dim: D, even.
-            angles: (positions, D), D / 2 cosines and D / 2 sines; None: they stay as they are.
+            angles: (positions, D), D / 2 cosines and D / 2 sines; None rotates nothing.
             positions: (T,), rows of `angles`.
-            norms: weights (D,) of queries and keys, where each head is normalised first.
+            norms: weights (D,) of queries and keys, if each head is normalised first; else None.
             epsilon: of these norms.
         """
         query_weight, key_weight = (

@@ -26,13 +26,14 @@ from pensieve.worker.widening import choose, decoder_layers, widened
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-4  # in float32: of the largest logit, for the largest difference
-_HALF_TOLERANCE = 0.08  # in 16 bits, for the root mean square of the difference over that of the logits
-_BYTE_TOLERANCE = 0.1  # likewise with weights of 8 bits, which alone make 3 to 8 % in tiny random models
-# in 16 bits, where float32 is known: how many times as far from it as transformers' own answer ours may be
+_TOLERANCE = 1e-4  # in float32: of the largest difference, as a share of the largest logit
+_HALF_TOLERANCE = 0.08  # in 16 bits: of the difference's root mean square, as a share of the logits'
+_BYTE_TOLERANCE = 0.1  # the same with weights of 8 bits, which alone make 3 to 8 % in tiny random models
+# in 16 bits, with known float32 logits: how many times as far from them as transformers' own logits ours may
+# be
 _HALF_FACTOR = 1.6
-_HALF_FLOOR = 2e-3  # a distance from it that is rounding whatever transformers' own is
-# Weights that are computed in float32 at most, so that it takes some seconds: for each thread of a CPU, and
+_HALF_FLOOR = 2e-3  # a distance from them that is always rounding
+# The most weights that are computed in float32, so that it takes seconds: for each thread of a CPU, and
 # anywhere.
 _FLOAT_BUDGET_A_THREAD, _FLOAT_BUDGET = 300_000_000, 2_000_000_000
 _TEST_CHUNK = 4  # tokens of a chunk in the self-test: small, so that few ids cross many chunks
@@ -40,21 +41,21 @@ _TEST_CHUNK = 4  # tokens of a chunk in the self-test: small, so that few ids cr
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the model's own eager attention answers to the sequences of the self-test."""
+    """The logits of the model's own eager attention for the test sequences."""
 
     ids: dict[str, list[int]]  # by name
     logits: dict[str, torch.Tensor]  # (n, V) in fp32, of a sequence of n tokens
-    # the same, computed in float32; None: it could not be, or not over all layers
+    # the same, computed in float32; None if that failed, or covers not all layers
     wide: dict[str, torch.Tensor] | None
 
 
 def expect(model: CausalModel, attention: str = "auto") -> Expected:
-    """Let the model's modules answer, before anybody takes them apart.
+    """Compute the expected logits with the model's modules, before they are emptied.
 
-    Where they have 16 bits, in float32 as well, and over a paged cache.
+    A model with 16 bits is computed in float32 as well, and over a paged cache.
 
     Raises:
-        ModelRefused: they cannot, their answers are not finite, or over a paged cache they differ.
+        ModelRefused: the modules fail, their logits are not finite, or over a paged cache they differ.
     """
     longest = min(29, model.shape.max_positions)
     lengths = {"pieces": longest, "holes": max(1, longest - 2), "decode": max(1, longest - 18)}
@@ -80,10 +81,7 @@ def expect(model: CausalModel, attention: str = "auto") -> Expected:
 def _expect_wide(
     model: CausalModel, ids: dict[str, list[int]], attention: str
 ) -> dict[str, torch.Tensor] | None:
-    """The answers in float32, after a comparison of both ways to attend.
-
-    None where there are none, or not of the whole model.
-    """
+    """The logits in float32, once both kinds of attention agree; None if not of the whole model."""
     layers = decoder_layers(model.model, model.shape.num_layers)
     if layers is None or (model.model.tp_size or 1) > 1:
         return None
@@ -105,7 +103,7 @@ def _expect_wide(
         raise
     except (
         Exception
-    ) as error:  # modules that insist on their own number type: then the looser test in 16 bits has to do
+    ) as error:  # modules that insist on their own number type: the looser test in 16 bits must do
         log.info("%s is not computed in float32 (%s: %s)", model.label, type(error).__name__, error)
         return None
     _require_close(model.label, _largest(run, wide), _TOLERANCE)
@@ -121,8 +119,8 @@ def check(model: CausalModel, expected: Expected, attention: str = "auto") -> No
 
     Three sequences over scattered slots: one in pieces, one whose first chunks and a hole are computed in the
     same forward as its end, one that decodes. Tolerance: fp32, 1e-4 of the largest logit. In 16 bits, the
-    root mean square of the distance from the answers in float32 may be 1.6 times that of transformers' own;
-    where there are none, 8 % of the logits' (rounding alone makes 1 to 3 %).
+    root mean square of the distance from the float32 logits may be 1.6 times that of transformers' own;
+    without float32 logits, 8 % of the logits' (rounding alone makes 1 to 3 %).
 
     Raises:
         ModelRefused: the logits differ.
@@ -144,7 +142,7 @@ def _require_close(label: str, error: float, limit: float) -> None:
 
 
 def _compare(model: CausalModel, expected: Expected, attention: str) -> tuple[float, float]:
-    """The error over all test sequences, and what would be rounding, as `check` defines them."""
+    """The error over all test sequences, and the limit of what rounding explains, as `check` defines them."""
     run = _paged(model, expected.ids, attention, model.dtype)
     if model.dtype.itemsize > 2:
         return _largest(run, expected.logits), _TOLERANCE
@@ -154,7 +152,7 @@ def _compare(model: CausalModel, expected: Expected, attention: str) -> tuple[fl
         return _distance(run, expected.logits), _HALF_TOLERANCE
     if (
         model.forward_name == "modules"
-    ):  # proven in float32; here an expert that is chosen by a hair may be another one for some tokens
+    ):  # proven in float32; in 16 bits a close choice between experts may differ for some tokens
         return _typical(run, expected.logits), _HALF_TOLERANCE
     own = [(name, position, expected.logits[name][position]) for name, position, _ in run]
     return _distance(run, expected.wide), max(_HALF_FACTOR * _distance(own, expected.wide), _HALF_FLOOR)

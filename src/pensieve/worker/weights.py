@@ -46,21 +46,20 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model found, not yet loaded. Picklable."""
+    """A model that was found, but not loaded yet. Picklable."""
 
     spec: str  # as the user named it
-    label: str  # for people
+    label: str  # its name in messages
     source: Source
     weights: Literal["real", "random"]
-    folder: Path | None  # config.json + weights + tokenizer files; None for random weights
+    folder: Path | None  # config.json, weights and tokenizer files; None for random weights
     config: PretrainedConfig
-    tokenizer_dir: Path | None  # None: there is no tokenizer, token ids must be drawn
-    eos_token_ids: tuple[
-        int, ...
-    ]  # sampled ones end an answer; empty for random weights, which never mean it
+    tokenizer_dir: Path | None  # None without a tokenizer: token ids must be drawn
+    eos_token_ids: tuple[int, ...]  # ids that end an answer when sampled; empty for random weights
     num_parameters: int
-    note: str | None = None  # what the user should know, why the weights are random for instance
-    gguf: Path | None = None  # the file it was converted from
+    # what the user should know, for example why the weights are random; None if nothing
+    note: str | None = None
+    gguf: Path | None = None  # the file it was converted from; None if it was not
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +84,23 @@ def resolve(
     allow_random: bool = True,
     progress: Progress | None = None,
 ) -> ResolvedModel:
-    """Find the model a user named.
+    """Find the model that a user named.
 
     Args:
         spec: `smollm2`, a GGUF file (by its first bytes), a preset's name, a folder (of a model, or with one
-            GGUF file), a hub id (also as ORG/NAME:QUANT, hf.co/... or a URL), or a name that Ollama has here;
-            the first that fits, in this order (`./gpt2` names a folder that is called as a preset is).
-        weights: "auto" takes real weights where they can be had and random ones of the same shape where they
-            cannot (`note` says why); "random" asks for random ones, for which a config suffices.
+            GGUF file), a hub id (also as ORG/NAME:QUANT, hf.co/... or a URL), or Ollama's name for a model
+            here; the first that fits, in this order (`./gpt2` names a folder that has a preset's name).
+        weights: "auto" takes real weights, or random ones of the same shape if there are none (`note` says
+            why); "random" takes random ones, for which a config is enough.
         dtype: number type it will be loaded in; with `device`, decides whether a download would fit.
         device: where it will be loaded.
-        allow_random: False for callers that talk: no real weights, no model.
-        progress: called with (what takes time, share done or None).
+        allow_random: False refuses random weights.
+        progress: called with (slow work, share done or None).
 
     Raises:
-        ConfigError: no such model; the message lists names that are near.
-        ModelUnavailable: real weights cannot be had and random ones will not do; the message says the ways
-            out.
+        ConfigError: no such model; the message lists similar names.
+        ModelUnavailable: real weights cannot be had and random ones are not allowed; the message says the
+            ways out.
         ModelRefused: found, but too large or of a kind transformers cannot build.
     """
     if weights not in ("auto", "random"):
@@ -154,11 +153,10 @@ def load(
     device: str = "cpu",
     group: Group | None = None,
 ) -> PreTrainedModel:
-    """The model itself, in evaluation mode, without gradients, on `device`.
+    """Load a model, in evaluation mode, without gradients, on `device`.
 
-    With a group, this rank's share of it, on the rank's device.
-
-    A damaged conversion is found here at the latest, built again, and loaded.
+    With a group, load this rank's share of it, on the rank's device. A damaged conversion is found here at
+    the latest, built again, and loaded.
 
     Raises:
         ModelRefused: the weights do not fit in memory (nothing was allocated), or the files cannot be loaded.
@@ -195,10 +193,7 @@ def fetch_default(progress: Progress | None = None) -> Path:
 
 
 def describe_models() -> list[ModelRow]:
-    """What can be loaded, for `pensieve models`.
-
-    The embedded default, the presets, and how to name other models.
-    """
+    """The rows of `pensieve models`: the embedded default, the presets, and how to name other models."""
     rows = [
         _preset_row(
             PRESETS[_EMBEDDED_PRESET],
@@ -296,9 +291,9 @@ def _from_gguf(
 
 
 def _holds_model(folder: Path) -> bool:
-    """A folder that is a Hugging Face model, or whose only GGUF would not be one.
+    """Whether a folder is a Hugging Face model, and not just one of a GGUF file.
 
-    Its config.json is what counts, where weights go with it.
+    It needs a config.json and weights; without any GGUF file the config is enough.
     """
     from pensieve.worker.hub import has_weights
 
@@ -306,7 +301,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _unknown(spec: str) -> str:
-    """Why a name is no model, and what is near."""
+    """Why a name is not a model, and which names are similar."""
     if naming.looks_like_ollama(spec):
         return (
             f"there is no model {spec!r}: it reads like an Ollama name, and none such is in "
@@ -376,7 +371,7 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
 
 
 def _require_model_folder(spec: str, folder: Path) -> None:
-    """Refuse a folder that is no model, by what lies in it.
+    """Refuse a folder that is not a model, by its files.
 
     Raises:
         ConfigError: there is no config.json.
@@ -406,8 +401,9 @@ def _from_hub(
     allow_random: bool,
     progress: Progress | None,
 ) -> ResolvedModel:
-    """From the local cache, else the hub, else random weights of the shape that the preset or a cached config
-    gives.
+    """A model from the local cache, else from the hub.
+
+    Else random weights of the shape that the preset or a cached config gives.
     """
     from pensieve.worker.hub import (
         HubOutOfReach,
@@ -471,7 +467,7 @@ def _config_of(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # each config class checks in its own way, and raises its own kinds
+    except Exception as error:  # each config class checks in its own way, and raises its own errors
         raise ModelRefused(
             f"transformers cannot read {folder / 'config.json'}: {' '.join(str(error).split())}"
         ) from error
@@ -479,10 +475,7 @@ def _config_of(folder: Path) -> PretrainedConfig:
 
 
 def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """Token ids that end an answer.
-
-    Those of generation_config.json, the config and the tokenizer, in this order.
-    """
+    """Token ids that end an answer: of generation_config.json, the config and the tokenizer, in this order."""
     named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
     named.append(getattr(config.get_text_config(), "eos_token_id", None))
     text = _read_json(folder / "tokenizer_config.json").get("eos_token")
@@ -511,7 +504,7 @@ def _load_folder(folder: Path, label: str, dtype: torch.dtype, device: str) -> P
 
 
 def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> PreTrainedModel:
-    """A rank's share.
+    """A rank's share of a model.
 
     Random weights are made whole first, in main memory, so that they are those of a single process.
     """
@@ -537,9 +530,8 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
 
 
 def _rebuilt(resolved: ResolvedModel) -> Path | None:
-    """A fresh conversion in place of a damaged one.
-
-    None when it is whole, so that the failure was not its fault.
+    """A fresh conversion in place of a damaged one; None if it is whole, so that the failure had another
+    cause.
     """
     assert resolved.folder is not None
     if is_sound(resolved.folder, full=True):
@@ -551,7 +543,7 @@ def _rebuilt(resolved: ResolvedModel) -> Path | None:
 
 
 def _near(spec: str) -> str:
-    """A sentence with the known names that resemble `spec`, or with where to find them."""
+    """A sentence with the known names similar to `spec`, or with where to find them."""
     names = [embedded.NAME, *PRESETS]
     near = difflib.get_close_matches(spec.lower().rsplit("/", 1)[-1], names, n=4, cutoff=0.5)
     return f" Near: {', '.join(near)}." if near else " `pensieve models` lists what can be loaded."

@@ -1,4 +1,4 @@
-"""One step, done: data moved, the model run, tokens sampled. Wires the room together; decides nothing."""
+"""Runs one step: copies data, runs the model, samples tokens. Connects the room's parts; decides nothing."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from pensieve.worker.sampler import Choice, Sampler, nothing
 from pensieve.worker.streams import streams_for
 from pensieve.worker.transfer import SwapIn, Transfer
 
-_SLACK_BYTES = 256 << 20  # activations and staging, which the tiers must leave room for
+_SLACK_BYTES = 256 << 20  # activations and staging, for which the tiers must leave memory
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Where a test may make things fail: each is called before the thing, and may raise."""
+    """Hooks by which a test makes things fail: each is called before the thing, and may raise."""
 
     before_copy: Callable[[Copy], None] = lambda copy: None
     before_forward: Callable[[StepPlan], None] = lambda plan: None
-    before_sample: Callable[[str], None] = lambda request_id: None  # request id
+    before_sample: Callable[[str], None] = lambda request_id: None  # the argument is a request id
 
 
 @dataclass(slots=True)
 class Begun:
-    """A plan that was begun and not finished."""
+    """A plan that was begun and is not finished."""
 
     plan: StepPlan
     begun_s: float  # by `time.perf_counter`
-    swap_in: SwapIn | None = None  # None: nothing was begun
+    swap_in: SwapIn | None = None  # None if nothing was begun
     choice: Choice = field(default_factory=nothing)
     contexts: dict[str, frozenset[int]] = field(
         default_factory=dict
-    )  # slots that each emitting request attends, where some are being swapped in
+    )  # slots that each emitting request attends, if some are being swapped in
     error: str | None = None  # of the forward
     wipe_error: str | None = None
-    mark: Any = None  # of the compute lane, behind all of it
-    outcome: tuple[list[SampledToken], list[RequestFailure]] | None = None  # None: not collected yet
+    mark: Any = None  # event of the compute stream, after all of its work
+    outcome: tuple[list[SampledToken], list[RequestFailure]] | None = None  # None if not collected yet
 
 
 class ModelWorker:
     """The worker that computes with a real model; see `core.plan.PipelinedWorker`.
 
-    One thread may call it at a time.
+    Only one thread at a time may call it.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class ModelWorker:
 
         Args:
             model: a model that passed the gate.
-            tiers: fastest first; the first lies on the model's device, the others in main memory.
+            tiers: fastest first; the first is on the model's device, the others in main memory.
             chunk_tokens: tokens of one slot.
             attention: a backend's name, or "auto".
             hooks: for tests of failures.
             verify: compare checksums of what comes back from lower tiers, see `Transfer`.
-            on_device: sample without looking at the logits from here, so that steps can be begun ahead of
-                results; by default where there is CUDA.
-            graph_rows: batches of so many decodes are captured as graphs, where the attention backend can; 0:
-                none.
-            recorder: captures them; by default CUDA does.
+            on_device: sample without reading the logits on the host, so that steps can be begun ahead of
+                results; None does so on CUDA.
+            graph_rows: decode batches of up to so many rows are captured as graphs, if the attention backend
+                can; 0 for none.
+            recorder: captures them; None takes CUDA's.
 
         Raises:
             ConfigError: the tiers do not fit in memory, or the backend cannot serve this model.
@@ -115,7 +115,7 @@ class ModelWorker:
         self._finished_s = 0.0  # when the last step was finished
         self._latest = torch.zeros(
             0, dtype=torch.int64, device=model.device
-        )  # by row among requests, the token sampled last
+        )  # the token sampled last, by the request's row
         self._graphs: DecodeGraphs | None = None
         if capturable is not None:
             self._graphs = DecodeGraphs(
@@ -131,11 +131,11 @@ class ModelWorker:
 
     @property
     def graphs(self) -> DecodeGraphs | None:
-        """Decode steps captured so far, if any are."""
+        """The captured decode steps; None if none are captured."""
         return self._graphs
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Wipe, start the plan's copies, run its spans, sample; see `core.plan.Worker.run`."""
+        """Wipe slots, start the plan's copies, run its spans, sample; see `core.plan.Worker.run`."""
         assert not self._begun, "steps that were begun must be finished first"
         self.begin(plan)
         return self.finish()
@@ -150,7 +150,7 @@ class ModelWorker:
         self._begun.append(begun)
         try:
             self._wipe(plan.wiped)
-        except Exception as error:  # what was to be zero is not: nothing may be computed or copied over it
+        except Exception as error:  # slots are not zero: nothing may be computed or copied over them
             begun.wipe_error = f"{type(error).__name__}: {error}"
             self._transfer.start((), ())
             return
@@ -164,7 +164,7 @@ class ModelWorker:
             begun.error = f"{type(error).__name__}: {error}"
         swap_in.wait_layer(
             self._model.geometry.num_layers - 1
-        )  # (also where no span attends it yet: the next plan's may)
+        )  # also if no span of this plan attends it: the next plan's may
         begun.mark = self._streams.compute.record()
 
     def finish(self) -> StepResult:
@@ -183,7 +183,7 @@ class ModelWorker:
             )
         self._collect(begun)
         self._begun.popleft()
-        now_s = time.perf_counter()  # (before swap-outs are waited for)
+        now_s = time.perf_counter()  # before waiting for swap-outs
         seconds = now_s - max(begun.begun_s, self._finished_s) if plan.spans and begun.error is None else None
         self._finished_s = now_s
         if plan.settles:
@@ -195,16 +195,16 @@ class ModelWorker:
         )
 
     def set_waker(self, wake: Callable[[], None]) -> None:
-        """`wake` is called from the copying thread when a swap-out settles while no `run` is under way."""
+        """Set what the copying thread calls when a swap-out settles while no `run` is under way."""
         self._transfer.set_waker(wake)
 
     def close(self) -> None:
-        """Stop the copying thread and give the tiers' memory back. Safe to call twice."""
+        """Stop the copying thread and free the tiers' memory. Safe to call twice."""
         self._transfer.close()
         self._stores = ()
         self._backend = self._graphs = None
         if self._model.device.type == "cuda":
-            # another worker may want the room, and asks the device whether it is there
+            # another worker may ask the device for this memory
             torch.cuda.empty_cache()
 
     def _wipe(self, wiped: tuple[tuple[int, int], ...]) -> None:
@@ -212,7 +212,7 @@ class ModelWorker:
             store.wipe([slot for place, slot in wiped if place == tier])
 
     def _launch(self, begun: Begun, swap_in: SwapIn) -> None:
-        """The forward of a plan with spans, and its sampling."""
+        """Run the forward of a plan with spans, and sample."""
         plan = begun.plan
         with torch.inference_mode():
             batch, logits = self._forward(plan, swap_in)
@@ -222,7 +222,7 @@ class ModelWorker:
                     for span in batch.emitting
                 }
             if not self._on_device:
-                swap_in.wait()  # nobody samples from what was lost: it may not even be numbers
+                swap_in.wait()  # what was lost may not even be numbers: never sample from it
             begun.choice = self._choose(begun, batch, logits)
             if self._on_device:
                 if len(self._latest) < self._builder.num_rows:
@@ -239,7 +239,7 @@ class ModelWorker:
         return batch, self._logits(batch, swap_in)
 
     def _prepare(self, plan: StepPlan) -> Batch:
-        """What can be done, and go wrong, before the model is called."""
+        """Do everything that may fail before the model is called."""
         self._hooks.before_forward(plan)
         return self._builder.build(
             plan.spans, self._sampler.last_token if self._on_device else self._known_token
@@ -255,7 +255,7 @@ class ModelWorker:
         return self._model.forward(batch, PagedAttention(self._backend, batch, swap_in.wait_layer))
 
     def _choose(self, begun: Begun, batch: Batch, logits: torch.Tensor) -> Choice:
-        """Sample for the spans whose context came in whole, as far as that is known by now."""
+        """Sample for the spans whose whole context has arrived, as far as that is known now."""
         spans = batch.emitting
         if self._on_device or all(self._is_whole(begun, span) for span in spans):
             return self._sampler.launch(spans, logits)
@@ -263,9 +263,8 @@ class ModelWorker:
         return self._sampler.launch(tuple(spans[row] for row in good), logits[good])
 
     def _is_whole(self, begun: Begun, span: Span) -> bool:
-        """Whether a span attended nothing that a swap-in failed to bring.
-
-        If it did, the scheduler plans it again.
+        """Whether a span attended nothing that a swap-in failed to bring; if it did, the scheduler plans it
+        again.
         """
         if not begun.contexts:
             return True
@@ -275,12 +274,12 @@ class ModelWorker:
     def _known_token(self, span: Span) -> int:
         """The token at a span's start.
 
-        0 where none was sampled: then that step was void, and so will be this one.
+        0 if none was sampled: that step was void, and so will this one be.
         """
         return self._sampler.last_token(span) or 0
 
     def _collect(self, begun: Begun) -> None:
-        """Wait for what was begun, and take its tokens in."""
+        """Wait for a begun plan, and keep its tokens."""
         if begun.outcome is not None or begun.swap_in is None:
             return
         begun.swap_in.wait()
@@ -291,7 +290,7 @@ class ModelWorker:
                 if begun.error is None
                 else ([], [])
             )
-        except Exception as error:  # what a device reports, it reports late
+        except Exception as error:  # a device reports errors late
             begun.error = f"{type(error).__name__}: {error}"
             begun.outcome = ([], [])
 
@@ -309,10 +308,7 @@ class ModelWorker:
 
 
 def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Memory this process may still take on a device, limits of its control groups included.
-
-    None where nobody says.
-    """
+    """Memory this process may still take on a device, under its control groups' limits; None if unknown."""
     return available_bytes(str(device))
 
 
@@ -326,9 +322,8 @@ def require_tiers_fit(
 ) -> None:
     """Refuse tiers that do not fit, before anything is allocated.
 
-    `sharers` processes want as much of the same main memory.
-
-    `beside` bytes of main memory go, in each, to what computes (`CausalModel.library_bytes`).
+    `sharers` processes want as much of the same main memory. In each, `beside` bytes of it go to libraries
+    (`CausalModel.library_bytes`).
 
     Raises:
         ConfigError: with the size of each tier, the size there is, and the way out.

@@ -1,6 +1,6 @@
-"""Multi-token attention over paged KV: the registry of backends.
+"""The registry of attention backends: multi-token attention over paged KV.
 
-Knows their names and what they can serve, not how they work.
+Knows their names and what they can serve; never how they work.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ def make_backend(
     device: torch.device,
     args: Sequence[AttentionArgs] = (),
 ) -> AttentionBackend[Any]:
-    """The backend of this name, or with "auto" the first that can serve such a cache, and layers that attend
-    like `args`.
+    """The backend of this name, or with "auto" the first that can serve this cache and these layers.
 
     Raises:
-        ConfigError: no such backend, or it cannot.
+        ConfigError: there is no such backend, or it cannot serve them.
     """
     if name != "auto" and name not in BACKENDS:
         raise ConfigError(
@@ -70,5 +69,5 @@ def make_backend(
 
 
 def _automatic(device: torch.device) -> tuple[type[AttentionBackend[Any]], ...]:
-    """What "auto" tries, the fastest first."""
+    """The backends that "auto" tries, the fastest first."""
     return (TritonAttention if device.type == "cuda" else NativeAttention, CpuAttention, ReferenceAttention)

@@ -1,10 +1,8 @@
 """What an attention backend is: a layout of KV inside a slot, and multi-token attention over it.
 
-Knows no models and no plans.
-
-In each layer the new K and V of all spans are written first, then every token attends `[0, its own position]`
-of its sequence, in whatever slots those chunks lie (paper §4.4). A backend chooses the layout that its kernel
-reads fastest; nobody else looks inside.
+Knows slots and spans; never models or plans. In each layer the new K and V of all spans are written first,
+then every token attends `[0, its own position]` of its sequence, in whatever slots those chunks are (paper
+§4.4). A backend chooses the layout that its kernel reads fastest; no other code reads a slot.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from pensieve.worker.kv_store import KVStore
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
-    """What one token leaves behind in each layer."""
+    """The KV of one token in each layer."""
 
     num_layers: int  # L
     num_kv_heads: int  # Hkv
@@ -39,15 +37,16 @@ class AttentionArgs:
     sliding_window: int | None = None  # a key is visible iff 0 <= query position - key position < window
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     sinks: torch.Tensor | None = (
-        None  # (H,), a logit per head that takes part in the softmax and carries no value
+        # (H,), a logit for each head that takes part in the softmax and carries no value; None without sinks
+        None
     )
 
 
-Prepared = TypeVar("Prepared")  # what a backend works out once per step and shares between layers
+Prepared = TypeVar("Prepared")  # what a backend computes once a step and shares between layers
 
 
 class AttentionBackend(ABC, Generic[Prepared]):
-    """One way to write and attend paged KV."""
+    """Writes and attends paged KV in one way."""
 
     name: ClassVar[str]
 
@@ -58,11 +57,11 @@ class AttentionBackend(ABC, Generic[Prepared]):
     @classmethod
     @abstractmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """Why this backend cannot serve such a cache on such a device; None: it can."""
+        """Why this backend cannot serve such a cache on such a device; None if it can."""
 
     @classmethod
     def why_not_args(cls, args: Sequence[AttentionArgs]) -> str | None:
-        """Why this backend cannot compute layers that attend so; None: it can."""
+        """Why this backend cannot compute layers that attend so; None if it can."""
         return None
 
     @property
@@ -73,11 +72,11 @@ class AttentionBackend(ABC, Generic[Prepared]):
 
     @abstractmethod
     def bind(self, store: KVStore) -> None:
-        """Take the first tier's store: where KV is written and read from now on."""
+        """Take the first tier's store, to write and read KV from now on."""
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Prepared:
-        """Everything that all layers of this step share: indices, masks."""
+        """Compute everything that all layers of this step share: indices, masks."""
 
     @abstractmethod
     def write(self, prepared: Prepared, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -115,9 +114,9 @@ class CapturableBackend(AttentionBackend[Prepared]):
 
 
 class PagedAttention:
-    """A step's attention, as a model's forward calls it.
+    """A step's attention, called by a model's forward.
 
-    Wait until a layer's KV is there, write what is new, attend.
+    Waits until a layer's KV has arrived, writes the new K and V, attends.
     """
 
     def __init__(
@@ -128,14 +127,13 @@ class PagedAttention:
         *,
         prepared: Any = None,
     ) -> None:
-        """Get ready.
+        """Prepare the step, if `prepared` is None.
 
         Args:
             backend: writes and attends.
-            batch: what is computed.
-            wait_layer: returns when what is copied into a layer has arrived, or what is computed from now on
-                will wait for it.
-            prepared: of the backend, for this batch; None: prepare it.
+            batch: the step's batch.
+            wait_layer: returns when copies into a layer have arrived, or when later work will wait for them.
+            prepared: the backend's, for this batch.
         """
         self.backend = backend
         self.wait_layer = wait_layer

@@ -1,11 +1,11 @@
-"""Gather, then `scaled_dot_product_attention`: built for a CPU, right on any device.
+"""Gathers K and V, then calls `scaled_dot_product_attention`: built for a CPU, correct on any device.
 
 Knows layouts and masks; never plans or models.
 
-What is worked out once per step and kind of layer (full, or of one window): which spans go together, the rows
-to gather, the masks. Query heads that share a key head are folded into the query dimension, so that K and V
-are never repeated. Spans of one token with contexts of similar length go as one batch; spans of one request
-read their common context once.
+Once a step and kind of layer (full, or of one window) it works out which spans go together, the rows to
+gather, the masks. Query heads that share a key head are folded into the query dimension, so that K and V are
+never repeated. Spans of one token with contexts of similar length go as one batch; spans of one request read
+their common context once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RequestQueries:
     slots: torch.Tensor  # (N,), chunks that hold visible keys
     key_start: int  # of the gathered cells, [key_start, key_stop) are the keys
     key_stop: int
-    mask: torch.Tensor | None  # (Q, K) to be added to the scores; None: every query sees every key
+    mask: torch.Tensor | None  # (Q, K), added to the scores; None if every query sees every key
     masked_from: int  # every query sees all keys before this one
     is_causal: bool  # query i sees keys 0 to i: the kernel needs no mask for that
 
@@ -54,12 +54,12 @@ class TokenBatch:
     rows: torch.Tensor  # (N,), rows of T
     slots: torch.Tensor  # (N * B,), chunks of one after the other
     unused: torch.Tensor  # cells of the gathered N * B * C that hold no key of their request
-    mask: torch.Tensor  # (N, 1, 1, B * C) to be added to the scores
+    mask: torch.Tensor  # (N, 1, 1, B * C), added to the scores
 
 
 @dataclass(frozen=True, slots=True)
 class CpuStep:
-    """One step's batch and, by window, how its spans are attended."""
+    """One step's batch and, by window, how its spans attend."""
 
     batch: Batch
     first_rows: torch.Tensor  # (T,)
@@ -67,13 +67,13 @@ class CpuStep:
 
 
 class CpuAttention(AttentionBackend[CpuStep]):
-    """The default where no kernel of our own runs."""
+    """The default if no kernel of our own runs."""
 
     name = "cpu"
 
     @classmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """It can serve every floating dtype that torch's attention takes."""
+        """It serves every floating dtype that torch's attention takes."""
         if geometry.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             return f"{geometry.dtype} is none of float32, bfloat16, float16, float64"
         return None
@@ -83,7 +83,7 @@ class CpuAttention(AttentionBackend[CpuStep]):
         self._rows = TokenRows(store, self.geometry, self.chunk_tokens)
 
     def prepare(self, batch: Batch) -> CpuStep:
-        """Where the new tokens go; the rest when the first layer of each kind asks."""
+        """Only the rows of the new tokens; the rest when the first layer of each kind needs it."""
         return CpuStep(batch, self._rows.first_rows(batch))
 
     def write(self, prepared: CpuStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -153,8 +153,8 @@ class CpuAttention(AttentionBackend[CpuStep]):
     ) -> torch.Tensor:
         """(N, H, D) -> (N, H, D)."""
         key, value = self._rows.gather(tokens.slots, layer)
-        # A masked cell still meets a weight of 0, and 0 * NaN is NaN: what another request left there must
-        # not be read.
+        # A masked cell still meets a weight of 0, and 0 * NaN is NaN: another request's bytes there must not
+        # be read.
         key.index_fill_(0, tokens.unused, 0)
         value.index_fill_(0, tokens.unused, 0)
         count, num_heads, head_dim = query.shape
@@ -228,9 +228,7 @@ class CpuAttention(AttentionBackend[CpuStep]):
         window: int | None,
         dtype: torch.dtype,
     ) -> Iterator[RequestQueries | TokenBatch]:
-        """Batches of at most `most` chunks, of contexts so near in length that padding stays under a third of
-        what is read.
-        """
+        """Batches of at most `most` chunks, of contexts so similar in length that padding is under a third."""
         singles.sort(key=lambda single: single[0])
         while singles:
             longest = singles[-1][0]
@@ -330,7 +328,7 @@ def _attend_by_hand(
     group: int,
     args: AttentionArgs,
 ) -> torch.Tensor:
-    """What the kernel does not know: softcap and sinks.
+    """Softcap and sinks, which torch's kernel does not support.
 
     Args:
         query: (N, Hkv, G * Q, D).

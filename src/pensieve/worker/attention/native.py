@@ -1,9 +1,9 @@
-"""Attention in place, by a kernel of our own in C (`worker/kernel`): for x86-64 CPUs with AVX2 or more.
+"""Attention in place, by our own kernel in C (`worker/kernel`): for x86-64 CPUs with AVX2 or more.
 
 Knows pointers; never plans or models.
 
-Nothing is gathered: the kernel follows the block tables and reads each chunk where it lies, in a layout made
-for its products, so that a decode costs what reading K and V from memory costs. All spans of a step go in one
+Nothing is gathered: the kernel follows the block tables and reads each chunk in place, in a layout made for
+its products, so that a decode costs the same as reading K and V from memory. All spans of a step go in one
 call a layer.
 
 In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][C][2] and V [C/2][D][2], in float32
@@ -54,12 +54,12 @@ class NativeStep:
 
 
 class NativeAttention(AttentionBackend[NativeStep]):
-    """The default on a CPU, where it was compiled."""
+    """The default on a CPU, if it was compiled."""
 
     name = "native"
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int, level: Level | None = None) -> None:
-        """Take the highest level of this CPU, or the one that is named."""
+        """`level` None takes the highest level of this CPU."""
         super().__init__(geometry, chunk_tokens)
         library = library_for("call", ctypes.sizeof(_AttentionCall))
         assert not isinstance(library, str), library
@@ -70,9 +70,7 @@ class NativeAttention(AttentionBackend[NativeStep]):
 
     @classmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """It serves bfloat16 and float32, heads of a multiple of 16, chunks of up to 32 tokens, on a CPU it
-        was compiled for.
-        """
+        """It serves bfloat16 and float32, heads of a multiple of 16, chunks of up to 32 tokens."""
         if device.type != "cpu":
             return f"it runs on a CPU, not on {device}"
         if geometry.dtype not in KINDS:
@@ -85,11 +83,11 @@ class NativeAttention(AttentionBackend[NativeStep]):
         return library if isinstance(library, str) else None
 
     def bind(self, store: KVStore) -> None:
-        """Remember where the slots lie."""
+        """Remember where the slots are."""
         self._store = store
 
     def prepare(self, batch: Batch) -> NativeStep:
-        """All that the layers share, as the kernel reads it."""
+        """Everything that the layers share, as the kernel reads it."""
         geometry, store = self.geometry, self._store
         call = _AttentionCall(
             store=store.data.data_ptr(),
@@ -140,7 +138,7 @@ class NativeAttention(AttentionBackend[NativeStep]):
     def run_layer(
         self, prepared: NativeStep, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall
     ) -> None:
-        """A whole layer of a model in one call, writing and attending included. The model has no sinks."""
+        """Run a whole layer of a model in one call, writing and attending included. The model has no sinks."""
         call = prepared.call
         _set_layer(call, layer, num_heads, args, None)
         while need := self._with_scratch(
@@ -149,16 +147,16 @@ class NativeAttention(AttentionBackend[NativeStep]):
             self._scratch = torch.empty(need, dtype=torch.uint8)
 
     def _with_scratch(self, call: _AttentionCall, function: Any, *arguments: Any) -> int:
-        """0; or the bytes of scratch that the kernel needs first.
+        """Call a kernel with the scratch memory; returns the bytes of it that the kernel needs first, or 0.
 
-        It is kept: the next layer needs as much.
+        The memory is kept: the next layer needs as much.
         """
         call.scratch, call.scratch_bytes = self._scratch.data_ptr(), len(self._scratch)
         need: int = function(*arguments)
         return need
 
     def _plain(self, rows: torch.Tensor) -> torch.Tensor:
-        """In the cache's dtype, each head's numbers side by side; as it is if it is so."""
+        """Rows in the cache's dtype with each head's numbers contiguous; not copied if they are so already."""
         if rows.dtype != self.geometry.dtype or rows.stride(2) != 1:
             return rows.to(self.geometry.dtype).contiguous()
         return rows

@@ -1,6 +1,6 @@
 """Attention as its definition says, one span at a time, in fp32.
 
-The judge of the fast backends; knows no speed.
+The reference for the fast backends; knows no speed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ReferenceAttention(AttentionBackend[ReferenceStep]):
 
     @classmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """It can serve everything that has a dtype of real numbers."""
+        """It serves every dtype of real numbers."""
         return None if geometry.dtype.is_floating_point else f"{geometry.dtype} holds no fractions"
 
     def bind(self, store: KVStore) -> None:
@@ -38,7 +38,7 @@ class ReferenceAttention(AttentionBackend[ReferenceStep]):
         self._rows = TokenRows(store, self.geometry, self.chunk_tokens)
 
     def prepare(self, batch: Batch) -> ReferenceStep:
-        """Only where the new tokens go."""
+        """Only the rows of the new tokens."""
         return ReferenceStep(batch, self._rows.first_rows(batch))
 
     def write(self, prepared: ReferenceStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -69,13 +69,13 @@ class ReferenceAttention(AttentionBackend[ReferenceStep]):
 def attend_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, args: AttentionArgs
 ) -> torch.Tensor:
-    """Tokens of one sequence attend its context.
+    """Let tokens of one sequence attend its context.
 
     Args:
         query: (Q, H, D).
         key: (K, Hkv, D), of positions 0 to K - 1.
         value: (K, Hkv, D).
-        positions: (Q,), where each query stands.
+        positions: (Q,), of the queries.
         args: scaling, window, softcap and sinks.
 
     Returns:

@@ -1,9 +1,9 @@
-"""A GGUF file as it lies on the disk: its keys, and its tensors one by one.
+"""A GGUF file on the disk: its keys, and its tensors one by one.
 
 Knows the format; never what a model is.
 
-Tensors are records; their bytes are read when asked for, as they are stored or as float32. A model that was
-split into several files is opened by any of them.
+Tensors are records; their bytes are read on demand, as they are stored or as float32. A model that was split
+into several files is opened by any of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pensieve.errors import ModelRefused
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # bytes, of tensor data, where the file does not say
+_ALIGNMENT = 32  # bytes, of tensor data, if the file does not say
 _MAX_DIMENSIONS = 4
 _SCALARS = {
     0: "<B",
@@ -46,8 +46,8 @@ _SCALARS = {
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _FETCH_AGAIN = "fetch it again"
-_AT_ONCE = 1 << 16  # values widened at a time: what they go through stays in the processor's cache
-_SHOWN = 4  # names shown of a long list
+_AT_ONCE = 1 << 16  # values widened at a time: their buffers stay in the processor's cache
+_SHOWN = 4  # names of a long list that are shown
 
 PLAIN_TYPES = frozenset(
     {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64}
@@ -83,9 +83,8 @@ class GgufTensor:
         return math.prod(self.shape)
 
     def raw(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """The bytes of the slices [start, stop) of the first dimension, as stored.
-
-        (slices, bytes of a slice).
+        """The bytes of the slices [start, stop) of the first dimension, as stored: (slices, bytes of a
+        slice).
 
         A vector is one slice: it cannot be cut.
 
@@ -102,10 +101,7 @@ class GgufTensor:
         return data.reshape(stop - start, size)
 
     def values(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
-        """The numbers of the slices [start, stop) of the first dimension, as float32.
-
-        (slices, *shape[1:]).
-        """
+        """The numbers of the slices [start, stop) of the first dimension: float32, (slices, *shape[1:])."""
         data = self.raw(start, stop)
         shape = self.shape if len(self.shape) == 1 else (data.shape[0], *self.shape[1:])
         match self.type:
@@ -122,7 +118,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """What one GGUF file says, or all parts of a split one together."""
+    """The header of one GGUF file, or of all parts of a split one together."""
 
     parts: tuple[Path, ...]  # in order; the first holds the keys
     metadata: dict[str, Any]  # numbers, texts, lists of numbers, `Strings`
@@ -130,12 +126,12 @@ class GgufModel:
 
     @property
     def name(self) -> str:
-        """Of its first file, for people."""
+        """The name of its first file, for messages."""
         return self.parts[0].name
 
     @property
     def architecture(self) -> str:
-        """As llama.cpp calls it, the prefix of its keys."""
+        """llama.cpp's name for it, the prefix of its keys."""
         return str(self.metadata["general.architecture"])
 
 
@@ -158,13 +154,11 @@ def _widened(data: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDA
 
 
 def open_model(path: Path) -> GgufModel:
-    """Read the keys and the list of tensors of the model in this file.
-
-    If it is one part of a split model, of all parts.
+    """Read the keys and the list of tensors of the model in this file, or in all parts of a split one.
 
     Raises:
-        ModelRefused: no GGUF file, cut short, damaged, or a part without the others; the message says which
-            and what to do.
+        ModelRefused: not a GGUF file, cut short, damaged, or a part without the others; the message says
+            which and what to do.
     """
     named = _read(path)
     parts = _all_parts(named) if _count(named, "split.count") > 1 else [named]
@@ -186,7 +180,7 @@ def open_model(path: Path) -> GgufModel:
 
 
 def listed(names: list[str]) -> str:
-    """The first few of many names, for people."""
+    """The first few of many names, for messages."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
@@ -289,7 +283,7 @@ class _Reader:
         return _Part(self.path, metadata, tensors)
 
     def take(self, count: int) -> int:
-        """Where the next `count` bytes begin; they are passed over."""
+        """Skip the next `count` bytes; returns where they begin."""
         begin, self.at = self.at, self.at + count
         if self.at > self.size:
             raise _unreadable(self.path, f"it is cut short: its header goes on after its {self.size:,} bytes")
@@ -339,7 +333,7 @@ class _Reader:
         name, dimensions = self.text(), self.scalar("<I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise _unreadable(self.path, f"its tensor {name!r} has {dimensions} dimensions")
-        shape = tuple(self.scalar("<Q") for _ in range(dimensions))[::-1]  # innermost first in the file
+        shape = tuple(self.scalar("<Q") for _ in range(dimensions))[::-1]  # the file has the innermost first
         return name, shape, self.scalar("<I"), self.scalar("<Q")
 
     def tensor(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
@@ -361,7 +355,7 @@ class _Reader:
         )
 
     def require_whole(self, tensors: list[GgufTensor]) -> None:
-        """Every tensor lies within the file, and none over another."""
+        """Check that every tensor is within the file, and none overlaps another."""
         beyond = [tensor.name for tensor in tensors if tensor.offset + tensor.num_bytes > self.size]
         if beyond:
             need = max(tensor.offset + tensor.num_bytes for tensor in tensors)

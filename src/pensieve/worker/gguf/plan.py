@@ -1,10 +1,8 @@
-"""Whether a file holds a whole model and nothing else.
+"""Checks that a file holds a whole model and nothing else.
 
-Each parameter gets its numbers, each tensor and key has its use. Knows no disk.
-
-The parameters are those of transformers' own model, built from the config without memory for weights. A
-parameter that no tensor fills, a tensor or a key that nothing needs, or a difference in shape is a refusal
-with names.
+Knows tensors' names and shapes; never the disk. The parameters are those of transformers' own model, built
+from the config without memory for weights. A parameter that no tensor fills, a tensor or a key that has no
+use, or a difference in shape is refused, with names.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ _ARCHITECTURES = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a file's header says: cheap, no tensor was read."""
+    """The contents of a file's header. Cheap: no tensor was read."""
 
     source: Source
     meaning: Meaning
@@ -49,7 +47,7 @@ class Described:
 class Parameter:
     """One parameter of the model, to be written."""
 
-    name: str  # as transformers calls it
+    name: str  # transformers' name for it
     made: Made
 
 
@@ -57,7 +55,7 @@ def describe(model: GgufModel) -> Described:
     """The config that a file's header gives.
 
     Raises:
-        ModelRefused: no model, an architecture that is not known, or keys that cannot be carried over; the
+        ModelRefused: not a model, an architecture that is not known, or keys that cannot be converted; the
             message says which.
     """
     from transformers import AutoConfig
@@ -69,7 +67,7 @@ def describe(model: GgufModel) -> Described:
         ArithmeticError,
         TypeError,
         ValueError,
-    ) as error:  # a value of another kind than the key's, where it is used
+    ) as error:  # a value of another kind than its key's, where it is used
         raise source.keys.refused(
             f"its keys contradict each other or are damaged ({_first_line(error)})"
         ) from error
@@ -139,7 +137,7 @@ def _parameters(described: Described) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(described.config)
-    except Exception as error:  # whatever a class of models says of a config it cannot build
+    except Exception as error:  # a model's class may raise anything for a config that it cannot build
         raise described.source.keys.refused(f"transformers cannot build it ({_first_line(error)})") from error
     described.config.architectures = [type(model).__name__]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -196,7 +194,7 @@ def _incomplete(
 
 
 def _require_readable(model: GgufModel, used: set[str]) -> None:
-    """The package gguf can widen every number type of the file: tried on one block of zeros each."""
+    """Check that the package gguf can widen every number type of the file, on one block of zeros each."""
     for kind in {model.tensors[name].type for name in used} - PLAIN_TYPES:
         try:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)

@@ -1,6 +1,6 @@
-"""What is no model that can be served, and why.
+"""Files that are not models we can serve, and why.
 
-Other kinds of files, and architectures known to be of another kind. Reads no tensor.
+Knows other kinds of files, and architectures of another kind; never tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNSERVED = {name: why for why, names in _WHY.items() for name in names.split(", 
 
 
 def require_model(model: GgufModel) -> None:
-    """Refuse a file that holds something else than a language model.
+    """Refuse a file that is not a language model.
 
     Raises:
         ModelRefused: it is an adapter, a part of a model, or a vocabulary.
