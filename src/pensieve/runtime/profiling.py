@@ -256,7 +256,7 @@ def constant_of(points: list[tuple[int, float]]) -> float:
 
 
 def document(profile: Profile, model: CausalModel) -> dict[str, Any]:
-    """A profile as JSON with the model and device that it is of: all that a simulation of this machine needs."""
+    """A profile as JSON with its model and device: all that a simulation of this machine needs."""
     return {
         "format": FORMAT,
         "model": model.label,

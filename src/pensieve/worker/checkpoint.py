@@ -45,7 +45,8 @@ _MASK = re.compile(
 )  # a causal mask: applied by position instead
 _OTHER_SENSES = re.compile(
     r"^(model\.|thinker\.|base_model\.)*"
-    r"(visual|vision\w*|image\w*|audio\w*|video\w*|speech\w*|sound\w*|embed_vision|embed_audio|multi_modal_projector|mm_projector|"
+    r"(visual|vision\w*|image\w*|audio\w*|video\w*|speech\w*|sound\w*|embed_vision|embed_audio|"
+    r"multi_modal_projector|mm_projector|"
     r"vit\w*|vpm|apm|resampler|talker|token2wav|code2wav)\."
 )
 _WRAPPERS = re.compile(

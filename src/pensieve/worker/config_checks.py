@@ -72,7 +72,8 @@ def _why_not(config: PretrainedConfig) -> str | None:
         )
     strange = {kind for field in _LAYER_TYPE_FIELDS for kind in _listed(text, field)} - _LAYER_TYPES
     if strange:
-        return f"it has layers of type {', '.join(sorted(strange))}; only full and sliding-window attention can be cached"
+        kinds = ", ".join(sorted(strange))
+        return f"it has layers of type {kinds}; only full and sliding-window attention can be cached"
     for field, what in (
         ("head_dim", "head size"),
         ("num_key_value_heads", "number of KV heads"),
@@ -83,11 +84,15 @@ def _why_not(config: PretrainedConfig) -> str | None:
         except Exception:  # transformers' own error, for a number that differs between layers
             return f"its layers differ in {what} ({field}); all layers of a cache have the same"
         if isinstance(values, (list, tuple)) and len(set(values)) > 1:
-            return f"its layers differ in {what} ({field}: {', '.join(map(str, sorted(set(values))))}); all layers of a cache have the same"
+            listed = ", ".join(map(str, sorted(set(values))))
+            return f"its layers differ in {what} ({field}: {listed}); all layers of a cache have the same"
     values = _number(text, "v_head_dim")
     keys = _number(text, "head_dim") or _number(text, "qk_head_dim")
     if values and keys and values != keys:
-        return f"its keys have {keys} numbers a head and its values {values} (v_head_dim); Pensieve caches both at one size"
+        return (
+            f"its keys have {keys} numbers a head and its values {values} (v_head_dim); "
+            "Pensieve caches both at one size"
+        )
     ropes = _rope_types(text) & _BATCH_WIDE_ROPES
     if ropes:
         return f"its rope_type {', '.join(sorted(ropes))} depends on the other requests of a batch"

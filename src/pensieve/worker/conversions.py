@@ -1,4 +1,4 @@
-"""Lists and removes the conversions of GGUF files in the user's cache. Knows folders and locks; never models."""
+"""Lists and removes conversions of GGUF files in the user's cache. Knows folders and locks; never models."""
 
 from __future__ import annotations
 

@@ -169,7 +169,8 @@ def probe(model: CausalModel) -> tuple[KVGeometry, tuple[AttentionArgs, ...]]:
 def _why_not_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why a layer's q, k, v, each (T, heads, D), cannot be cached; None if they can."""
     if key.shape[2] != value.shape[2]:
-        return f"keys of {key.shape[2]} numbers a head and values of {value.shape[2]}; Pensieve caches both at one size"
+        sizes = f"keys of {key.shape[2]} numbers a head and values of {value.shape[2]}"
+        return f"{sizes}; Pensieve caches both at one size"
     if key.shape[1] != value.shape[1]:
         return f"{key.shape[1]} heads of keys and {value.shape[1]} of values; Pensieve caches as many of both"
     if query.shape[2] != key.shape[2]:

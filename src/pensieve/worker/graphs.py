@@ -199,7 +199,7 @@ class DecodeGraphs:
 
 
 def _sizes(most: int) -> list[int]:
-    """Batch sizes that are captured: from 3 rows on, a batch computes at most a third more rows than it has."""
+    """Batch sizes to capture: from 3 rows on, a batch computes at most a third more rows than it has."""
     sizes = [
         size
         for size in (1, 2, 3, 4, 6, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 64))

@@ -123,7 +123,7 @@ class Group:
     # -- the end
 
     def dismiss(self) -> None:
-        """On rank 0: tell the others that no message will follow. Safe to call again, and if no rank is left."""
+        """On rank 0: tell the others that no message will follow. Safe to call again or without ranks."""
         if self._control is not None:
             with contextlib.suppress(WorkerLost):
                 self.tell(Leave())

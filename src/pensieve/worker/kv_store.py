@@ -24,7 +24,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 // 4  # well-mixed bits, from which the odd factors
 
 
 class KVStore:
-    """One tier's slots. They are zero at first, so that an unwritten cell is a finite number in every dtype."""
+    """One tier's slots, zero at first, so that an unwritten cell is a finite number in every dtype."""
 
     def __init__(
         self, num_slots: int, num_layers: int, layer_bytes: int, device: torch.device, *, pinned: bool = False

@@ -60,7 +60,7 @@ class CopyLedger:
             fate.failure = own
 
     def take(self) -> tuple[tuple[int, ...], tuple[CopyFailure, ...]]:
-        """Take the copies that all ranks have reported since the last call: ids of those done, and failures."""
+        """Take the copies that all ranks have reported since the last call: ids done, and failures."""
         settled = [copy_id for copy_id, fate in self._open.items() if len(fate.ranks) == self._num_ranks]
         fates = {copy_id: self._open.pop(copy_id).failure for copy_id in settled}
         done = tuple(copy_id for copy_id, failure in fates.items() if failure is None)

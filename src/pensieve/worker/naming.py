@@ -28,7 +28,10 @@ _OTHER_FORMATS = {
     ".h5": "a TensorFlow file", ".msgpack": "a Flax file", ".tflite": "a TensorFlow Lite file",
     ".mlmodel": "a Core ML file", ".zip": "an archive", ".gz": "an archive", ".tar": "an archive",
 }  # fmt: skip
-_WAYS = "Name a folder with config.json, weights (model.safetensors) and a tokenizer, a .gguf file, or a hub id (ORG/NAME)"
+_WAYS = (
+    "Name a folder with config.json, weights (model.safetensors) and a tokenizer, a .gguf file, "
+    "or a hub id (ORG/NAME)"
+)
 
 
 @dataclass(frozen=True, slots=True)

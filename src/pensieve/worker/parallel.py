@@ -164,7 +164,7 @@ class RankWorker(ModelWorker):
                 super()._wipe(wiped)
 
     def _prepare(self, plan: StepPlan) -> Batch:
-        """Begin no forward that a rank cannot take part in: the others would wait in a collective for ever."""
+        """Build the batch on all ranks, or on none: a forward without a rank would wait for ever."""
         prints: list[bytes] = []
         with self._together(prints):
             batch = super()._prepare(plan)

@@ -227,7 +227,7 @@ class PanelProduct:
 
     @staticmethod
     def why_not(dtype: torch.dtype, *sizes: int, int8: bool = False) -> str | None:
-        """Why panels (of 8 bits) cannot be used for products of this dtype or these sizes; None if they can."""
+        """Why panels (of 8 bits) cannot compute products of this dtype or these sizes; None if they can."""
         if dtype != torch.bfloat16:
             return f"panels are of bfloat16, not of {dtype}"
         if odd := [size for size in sizes if size % 2]:
@@ -339,7 +339,7 @@ def _pairs(weight: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _woven(pairs: torch.Tensor) -> torch.Tensor:
-    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c: 4 outputs of each half in turns."""
+    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c: 4 outputs of each half by turns."""
     halves = pairs.view(*pairs.shape[:2], 2, 4, 4, 2)
     return halves.transpose(2, 3).reshape(pairs.shape)
 

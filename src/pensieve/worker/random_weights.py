@@ -180,7 +180,8 @@ def require_weights_fit(
         f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in "
         f"{name}"
         + (f" and {beside / 1e9:.1f} GB more while they are laid out" if beside >= 5e7 else "")
-        + f", {room / 1e9:.1f} GB of memory are available on {device!r}. Ways out: a smaller model (`pensieve models` lists their sizes)"
+        + f", {room / 1e9:.1f} GB of memory are available on {device!r}. "
+        "Ways out: a smaller model (`pensieve models` lists their sizes)"
         + (", --dtype bfloat16" if dtype.itemsize > 2 else "")
         + ", or a machine with more memory"
     )

@@ -53,7 +53,10 @@ def attempt(label: str, forward: Callable[[], T]) -> T:
     except UnsupportedAttention as error:
         raise refused(label, str(error)) from error
     except AttentionBypassed as error:
-        reason = "its layers do not hand what our attention needs on to it, as transformers' attention interface asks"
+        reason = (
+            "its layers do not hand what our attention needs on to it, "
+            "as transformers' attention interface asks"
+        )
         raise refused(label, reason) from error
     except Exception as error:
         log.info("%s: its forward fails over a paged cache", label, exc_info=error)

@@ -22,16 +22,16 @@ class _RowsCall(ctypes.Structure):
 
 class _Norm(ctypes.Structure):
     _fields_ = [
-        ("call", _RowsCall), ("residual", POINTER), ("delta", POINTER), ("weight", POINTER), ("output", POINTER),
-        ("width", INT), ("epsilon", REAL),
+        ("call", _RowsCall), ("residual", POINTER), ("delta", POINTER), ("weight", POINTER),
+        ("output", POINTER), ("width", INT), ("epsilon", REAL),
     ]  # fmt: skip
 
 
 class _Rotate(ctypes.Structure):
     _fields_ = [
-        ("call", _RowsCall), ("heads", POINTER), ("row_stride", INT), ("num_heads", INT), ("num_kv_heads", INT),
-        ("head_dim", INT), ("angles", POINTER), ("positions", POINTER), ("query_weight", POINTER),
-        ("key_weight", POINTER), ("epsilon", REAL),
+        ("call", _RowsCall), ("heads", POINTER), ("row_stride", INT), ("num_heads", INT),
+        ("num_kv_heads", INT), ("head_dim", INT), ("angles", POINTER), ("positions", POINTER), 
+        ("query_weight", POINTER), ("key_weight", POINTER), ("epsilon", REAL),
     ]  # fmt: skip
 
 

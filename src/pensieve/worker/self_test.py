@@ -174,7 +174,7 @@ def _distance(outputs: Outputs, truth: dict[str, torch.Tensor]) -> float:
 
 
 def _typical(outputs: Outputs, truth: dict[str, torch.Tensor]) -> float:
-    """The same of a token in the middle: half of all tokens are off by no more. NaN stays NaN."""
+    """The median token's error: half of all tokens have no larger one. NaN stays NaN."""
     ours, theirs = _side_by_side(outputs, truth)
     errors = (ours - theirs).square().mean(dim=1).sqrt() / theirs.square().mean(dim=1).sqrt()
     return float(errors.median()) if bool(torch.isfinite(errors).all()) else float("nan")
@@ -191,7 +191,7 @@ def _paged(model: CausalModel, ids: dict[str, list[int]], attention: str, dtype:
     run = _TestRun(model, attention, ids, dtype)
     cut = _TEST_CHUNK * 2
     a, b, c = (len(ids[name]) for name in ("pieces", "holes", "decode"))
-    # Everything of "holes" once, so that the second forward may recompute its beginning and its middle.
+    # All of "holes" once, so that the second forward may recompute its beginning and its middle.
     run.step(("pieces", 0, cut), ("holes", 0, b - 1), ("decode", 0, c - 1))
     run.wipe("holes", 0, 3)
     run.wipe("holes", 4, 5)
@@ -200,7 +200,7 @@ def _paged(model: CausalModel, ids: dict[str, list[int]], attention: str, dtype:
         cut,
         *(stop for stop in (9, 11, 14, 18, 23) if cut < stop < a),
         a,
-    ]  # each answers: more to compare
+    ]  # each gives logits: more to compare
     run.step(
         *(("pieces", start, stop) for start, stop in itertools.pairwise(parts)),
         ("holes", 0, min(3 * _TEST_CHUNK, b - 1)), ("holes", *hole), ("holes", b - 1, b), ("decode", c - 1, c)
@@ -213,7 +213,7 @@ def _eager(model: PreTrainedModel, ids: dict[str, list[int]]) -> dict[str, torch
 
 
 def _eager_at_once(model: PreTrainedModel, ids: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """The same in one forward: what follows a sequence's end changes nothing before it."""
+    """The same in one forward: tokens after a sequence's end change nothing before it."""
     longest = max(map(len, ids.values()))
     rows = torch.tensor(
         [tokens + [0] * (longest - len(tokens)) for tokens in ids.values()], device=model.device
@@ -233,7 +233,7 @@ def _eager_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
 
 
 class _TestRun:
-    """Sequences computed through our attention, in forwards chosen by hand."""
+    """Computes sequences through our attention, in forwards chosen by hand."""
 
     def __init__(
         self, model: CausalModel, attention: str, ids: dict[str, list[int]], dtype: torch.dtype
@@ -254,7 +254,7 @@ class _TestRun:
         self.outputs: Outputs = []
 
     def step(self, *ranges: tuple[str, int, int]) -> None:
-        """One forward over token ranges; empty ones are left out."""
+        """Run one forward over token ranges, without empty ones."""
         spans = tuple(
             Span(name, start, stop, tuple(self.ids[name][start:stop]), True)
             for name, start, stop in ranges
@@ -267,5 +267,5 @@ class _TestRun:
             self.outputs.append((span.request_id, span.stop - 1, row))
 
     def wipe(self, name: str, first: int, stop: int) -> None:
-        """Forget what some chunks hold."""
+        """Zero the slots of some chunks."""
         self.store.data[list(self.tables[name][first:stop])] = 0

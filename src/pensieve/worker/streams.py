@@ -78,7 +78,9 @@ class CudaStream:
     def __init__(self, device: torch.device, priority: int | None) -> None:
         """`priority` makes a stream of its own; None takes the current one."""
         self._device = device
-        self._own = None if priority is None else torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+        self._own: torch.cuda.Stream | None = None
+        if priority is not None:
+            self._own = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
     def do(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._stream):

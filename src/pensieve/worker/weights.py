@@ -1,9 +1,8 @@
-"""Where weights come from: the embedded default, a folder, the hub, a GGUF file, or random ones of a known
-shape.
+"""Finds and loads weights: the embedded default, a folder, the hub, a GGUF file, or random ones.
 
-Turns what a user typed after `--model` into a `ResolvedModel`, and that into a Hugging Face model. Knows
-nothing of attention, batches or caches. `python -m pensieve.worker.weights fetch` gets the default model
-ahead of time.
+Knows model names and folders; never attention, batches or caches. Turns what a user typed after `--model`
+into a `ResolvedModel`, and that into a Hugging Face model. `python -m pensieve.worker.weights fetch` gets the
+default model ahead of time.
 """
 
 from __future__ import annotations
@@ -208,9 +207,15 @@ def describe_models() -> list[ModelRow]:
         )
         rows.append(_preset_row(preset, preset.name, "preset", detail))
     how_to = {
-        "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline; ORG/NAME:Q4_K_M a GGUF file of it",
+        "ORG/NAME": (
+            "a hub id: fetched into the Hugging Face cache, used from there when offline; "
+            "ORG/NAME:Q4_K_M a GGUF file of it"
+        ),
         "FOLDER": "a local folder with config.json, safetensors (or .bin) files and a tokenizer",
-        "FILE.gguf": "a GGUF file, or any part of a split one: converted once, kept in the cache (needs pensieve-serve[gguf])",
+        "FILE.gguf": (
+            "a GGUF file, or any part of a split one: converted once, kept in the cache "
+            "(needs pensieve-serve[gguf])"
+        ),
     }
     rows.extend(ModelRow(name, "how-to", None, None, None, None, detail) for name, detail in how_to.items())
     return rows
@@ -475,7 +480,7 @@ def _config_of(folder: Path) -> PretrainedConfig:
 
 
 def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """Token ids that end an answer: of generation_config.json, the config and the tokenizer, in this order."""
+    """Token ids that end an answer, of generation_config.json, the config and the tokenizer, in this order."""
     named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
     named.append(getattr(config.get_text_config(), "eos_token_id", None))
     text = _read_json(folder / "tokenizer_config.json").get("eos_token")
@@ -530,9 +535,7 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
 
 
 def _rebuilt(resolved: ResolvedModel) -> Path | None:
-    """A fresh conversion in place of a damaged one; None if it is whole, so that the failure had another
-    cause.
-    """
+    """A fresh conversion in place of a damaged one; None if it is whole: the failure had another cause."""
     assert resolved.folder is not None
     if is_sound(resolved.folder, full=True):
         return None

@@ -263,9 +263,7 @@ class ModelWorker:
         return self._sampler.launch(tuple(spans[row] for row in good), logits[good])
 
     def _is_whole(self, begun: Begun, span: Span) -> bool:
-        """Whether a span attended nothing that a swap-in failed to bring; if it did, the scheduler plans it
-        again.
-        """
+        """Whether no swap-in failed to bring a chunk that a span attended. (The scheduler plans it again.)"""
         if not begun.contexts:
             return True
         assert begun.swap_in is not None

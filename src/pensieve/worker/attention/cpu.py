@@ -228,7 +228,7 @@ class CpuAttention(AttentionBackend[CpuStep]):
         window: int | None,
         dtype: torch.dtype,
     ) -> Iterator[RequestQueries | TokenBatch]:
-        """Batches of at most `most` chunks, of contexts so similar in length that padding is under a third."""
+        """Batches of at most `most` chunks, of contexts of similar length: padding is under a third."""
         singles.sort(key=lambda single: single[0])
         while singles:
             longest = singles[-1][0]

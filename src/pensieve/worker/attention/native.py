@@ -138,7 +138,7 @@ class NativeAttention(AttentionBackend[NativeStep]):
     def run_layer(
         self, prepared: NativeStep, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall
     ) -> None:
-        """Run a whole layer of a model in one call, writing and attending included. The model has no sinks."""
+        """Run a whole layer of a model without sinks in one call, writing and attending included."""
         call = prepared.call
         _set_layer(call, layer, num_heads, args, None)
         while need := self._with_scratch(
@@ -156,7 +156,7 @@ class NativeAttention(AttentionBackend[NativeStep]):
         return need
 
     def _plain(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows in the cache's dtype with each head's numbers contiguous; not copied if they are so already."""
+        """Rows in the cache's dtype with each head's numbers contiguous; copied only if they are not so."""
         if rows.dtype != self.geometry.dtype or rows.stride(2) != 1:
             return rows.to(self.geometry.dtype).contiguous()
         return rows

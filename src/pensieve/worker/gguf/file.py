@@ -83,8 +83,7 @@ class GgufTensor:
         return math.prod(self.shape)
 
     def raw(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """The bytes of the slices [start, stop) of the first dimension, as stored: (slices, bytes of a
-        slice).
+        """The bytes of some slices of the first dimension, as stored: (slices, bytes of a slice).
 
         A vector is one slice: it cannot be cut.
 

@@ -37,7 +37,7 @@ _NEUTRAL: dict[str, tuple[Container[Any], str]] = {
 # Keys that never change an answer, each with its meaning.
 _HARMLESS = {
     "rope.scaling.finetuned": "whether training went on after the rotary positions were scaled",
-    "tensor_data_layout": "a remark of the first converter on the order of rows, which the architecture says too",
+    "tensor_data_layout": "the first converter's order of rows, which the architecture says too",
 }
 
 
@@ -112,9 +112,7 @@ class Keys:
         return float(value)
 
     def require(self, name: str, value: float, why: str) -> None:
-        """Require this value of a key, if the file has it: transformers computes with it whatever the file
-        says.
-        """
+        """Require this value of a key, if the file has it: transformers always computes with it."""
         if name in self._values and abs(self.number(name) - value) > 1e-5 * abs(value):
             raise self.refused(f"its {name} is {self.number(name):g}; {why}")
 

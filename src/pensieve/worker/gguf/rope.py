@@ -112,8 +112,7 @@ def _mscale(factor: float, multiplier: float) -> float:
 def longrope(
     keys: Keys, parameters: dict[str, Any], long: list[float], short: list[float], context: int
 ) -> dict[str, Any]:
-    """`parameters` of kind longrope with its two lists of factors (dimensions / 2,), and its attention
-    factor.
+    """`parameters` of kind longrope with its lists of factors (dimensions / 2,) and its attention factor.
 
     The attention factor is left out if it is the usual one.
     """

@@ -23,12 +23,15 @@ _WHY = {
         "t5encoder, wavtokenizer-dec"
     ),
     "it writes by diffusion, not token by token": "dream, llada, llada-moe, rnd1",
-    "it takes images, and positions of more than one dimension": "chameleon, cogvlm, mllama, paddleocr, qwen2vl, qwen3vl, qwen3vlmoe",
-    "transformers does not compute its attention through its attention interface, so that it cannot be cached here": (
-        "bloom, codeshell, falcon, gptj, mpt, nemotron, stablelm"
+    "it takes images, and positions of more than one dimension": (
+        "chameleon, cogvlm, mllama, paddleocr, qwen2vl, qwen3vl, qwen3vlmoe"
     ),
+    "transformers does not compute its attention through its attention interface, "
+    "so that it cannot be cached here": "bloom, codeshell, falcon, gptj, mpt, nemotron, stablelm",
     "it attends in chunks, which is not served here": "llama4",
-    "its layers share keys and values or differ in the size of heads, which is not served here": "gemma3n, gemma4",
+    "its layers share keys and values or differ in the size of heads, which is not served here": (
+        "gemma3n, gemma4"
+    ),
 }
 UNSERVED = {name: why for why, names in _WHY.items() for name in names.split(", ")}
 
