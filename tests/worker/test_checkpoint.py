@@ -186,7 +186,6 @@ def test_an_expert_missing_between_others_is_missed(tmp_path: Path) -> None:
 
 
 # --- tied heads
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_tied_head_need_not_be_stored_and_may_be_stored_as_it_is(tmp_path: Path) -> None:
@@ -210,7 +209,6 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
 
 
 # --- names
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,7 +363,6 @@ def test_layers_that_guess_ahead_are_harmless_only_if_the_config_has_them(tmp_pa
 
 
 # --- quantised folders
-# ---------------------------------------------------------------------------------------------
 
 
 def fp8(folder: Path, change: Callable[[State], State] = lambda state: state) -> None:
@@ -409,7 +406,6 @@ def test_a_folder_in_8_bits_with_a_tensor_missing_is_refused(suffix: str, tmp_pa
 
 
 # --- memory
-# --------------------------------------------------------------------------------------------------------
 
 _MEASURE = """
 import sys, threading, time, torch
@@ -453,7 +449,6 @@ def test_loading_takes_little_more_memory_than_the_model(dtype: str, tmp_path: P
 
 
 # --- files
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

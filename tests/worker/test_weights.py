@@ -112,7 +112,6 @@ def fake_hub(folder: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 # --- names
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,7 +144,6 @@ def test_other_settings_are_checked() -> None:
 
 
 # --- folders
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_loaded_with_its_stop_tokens(folder: Path) -> None:
@@ -201,7 +199,6 @@ def test_broken_weights_are_refused_with_the_reason(folder: Path, tmp_path: Path
 
 
 # --- presets and the hub
-# -------------------------------------------------------------------------------------------
 
 
 def test_a_preset_without_a_hub_runs_on_random_weights_and_says_so(no_hub: None) -> None:
@@ -392,7 +389,6 @@ def test_random_weights_load_in_the_dtype_asked_for() -> None:
 
 
 # --- the embedded default
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -529,7 +525,6 @@ def test_the_list_of_models_has_sizes_and_says_how_to_name_others(
 
 
 # --- the real default
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

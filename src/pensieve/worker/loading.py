@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pensieve.errors import ModelRefused
-from pensieve.worker import checkpoint
+from pensieve.worker import checkpoint, weight_files
 from pensieve.worker.gguf_convert import quiet
+from pensieve.worker.tensor_names import key_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,9 +38,9 @@ def inspect(folder: Path, outline: PreTrainedModel, label: str) -> tuple[dict[st
     Raises:
         ModelRefused: a tensor is missing, left over or of another shape, or the files are damaged.
     """
-    stored = checkpoint.stored_tensors(folder, label)
+    stored = weight_files.stored_tensors(folder, label)
     checkpoint.require_experts(stored, label)
-    mapping = checkpoint.key_mapping(stored, outline, label)
+    mapping = key_mapping(stored, outline, label)
     differences = checkpoint.expected_differences(stored, mapping, outline)
     if differences is None:
         return mapping, None
@@ -65,7 +66,7 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         mapping, _ = inspect(folder, outline(config), label)
-        stored = checkpoint.stored_tensors(folder, label)
+        stored = weight_files.stored_tensors(folder, label)
         with quiet(), _silent(), checkpoint.watching() as reports:
             try:
                 model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -104,7 +105,7 @@ def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) 
     """
     plain = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     if narrow := [f"{name}.weight" for name, module in plain if module.weight.dtype.itemsize == 1]:
-        raise checkpoint.refused(
+        raise weight_files.refused(
             label,
             f"the scales of {', '.join(narrow[:4])} are in no file ({len(narrow)} of its matrices stay in 8 "
             "bits)",

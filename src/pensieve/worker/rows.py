@@ -30,7 +30,7 @@ class _Norm(ctypes.Structure):
 class _Rotate(ctypes.Structure):
     _fields_ = [
         ("call", _RowsCall), ("heads", POINTER), ("row_stride", INT), ("num_heads", INT),
-        ("num_kv_heads", INT), ("head_dim", INT), ("angles", POINTER), ("positions", POINTER), 
+        ("num_kv_heads", INT), ("head_dim", INT), ("angles", POINTER), ("positions", POINTER),
         ("query_weight", POINTER), ("key_weight", POINTER), ("epsilon", REAL),
     ]  # fmt: skip
 

@@ -333,9 +333,10 @@ def _reached(spec: str, fetch: Callable[[], Path]) -> Path:
 
 
 def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_random: bool) -> ResolvedModel:
-    from pensieve.worker import checkpoint, gate, loading
+    from pensieve.worker import gate, loading
     from pensieve.worker.hub import has_weights
     from pensieve.worker.random_weights import num_weights, outline
+    from pensieve.worker.weight_files import missing_shards
 
     _require_model_folder(spec, folder)
     config = _config_of(folder)
@@ -344,7 +345,7 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
     if weights == "random":
         return _random(spec, config, "asked for", tokenizer_dir)
     if not has_weights(folder):
-        gone = checkpoint.missing_shards(folder)
+        gone = missing_shards(folder)
         lacking = (
             ", ".join(gone[:4]) + (", ..." if len(gone) > 4 else "")
             if gone
