@@ -763,7 +763,7 @@ class ConversationStoreContract:
         with pytest.raises(ConversationNotFound):
             store.erase("a", "one")
 
-    def test_a_turn_that_nobody_needs_can_be_deleted(self, store: ConversationStore) -> None:
+    def test_a_turn_that_is_not_needed_can_be_deleted(self, store: ConversationStore) -> None:
         store.create("a", "one")
         root = say(store, "one", "hi", [1])
         last = say(store, "one", "there", [2])

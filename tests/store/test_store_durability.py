@@ -197,7 +197,7 @@ def check_power_loss(disk: Any, at: int, chance: random.Random, folder: Path) ->
             else:
                 with pytest.raises(ConversationNotFound):
                     store.get("a", what[0])
-        for conversation in NAMES:  # and what nobody was told of is there or not, but never half
+        for conversation in NAMES:  # what was not acknowledged is there or not, but never half
             turns = store.path("a", store.get("a", conversation).leaf)
             assert [turn.messages[0].content for turn in turns] == [
                 f"{conversation} {i}" for i in range(len(turns))

@@ -117,9 +117,9 @@ def test_numbers_are_split_digit_by_digit_where_the_file_says_so(
 
 def test_an_unknown_way_to_split_text_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path / "cache"))
-    gguf = write_gguf(tmp_path / "odd.gguf", tiny_llama(), pre="nobody-knows", eot=None)
+    gguf = write_gguf(tmp_path / "odd.gguf", tiny_llama(), pre="unknown-split", eot=None)
     found = resolve(str(gguf))
-    assert found.note is not None and "'nobody-knows'" in found.note
+    assert found.note is not None and "'unknown-split'" in found.note
     assert found.eos_token_ids == (2,)
 
 

@@ -249,10 +249,10 @@ def test_the_notes_of_a_conversion_are_kept_for_every_start(tmp_path: Path) -> N
         "gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=24, tie_word_embeddings=True
     )
     held = {**tensors_of(model), "v.blk.0.attn_q.weight": np.ones((4, 4))}
-    path = write_gguf(tmp_path / "m.gguf", model, tensors=held, pre="nobody-knows")
+    path = write_gguf(tmp_path / "m.gguf", model, tensors=held, pre="unknown-split")
     for _ in range(2):
         note = resolve(str(path)).note
-        assert note is not None and "image encoder is left out" in note and "'nobody-knows'" in note
+        assert note is not None and "image encoder is left out" in note and "'unknown-split'" in note
 
 
 # Damaged files.

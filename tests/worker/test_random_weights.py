@@ -90,7 +90,7 @@ def test_a_model_that_does_not_fit_is_refused_with_both_sizes_and_ways_out(
         require_weights_fit("big", 3_000_000_000, torch.float32, "cpu")
     assert refused.value.http_status == 400
     monkeypatch.setattr(random_weights, "available_bytes", lambda device: None)
-    require_weights_fit("nobody knows", 10**15, torch.float32, "cpu")
+    require_weights_fit("unknown", 10**15, torch.float32, "cpu")
 
 
 def test_an_unknown_family_is_refused() -> None:

@@ -73,7 +73,7 @@ def copy_what_was_computed(world: World) -> int:
     return int(world.stores[1].data[4, 0, 0])
 
 
-def swap_in_where_somebody_reads(world: World) -> list[int]:
+def swap_in_where_a_forward_reads(world: World) -> list[int]:
     """A slot is given to another chunk while the forward that read the first one is still queued."""
     for layer in range(LAYERS):
         world.read(0, layer)
@@ -93,7 +93,7 @@ def test_a_chunk_is_copied_out_after_it_was_computed(world: World) -> None:
 
 
 def test_a_chunk_comes_in_after_the_last_reader_of_its_slot(world: World) -> None:
-    assert swap_in_where_somebody_reads(world) == [0] * LAYERS
+    assert swap_in_where_a_forward_reads(world) == [0] * LAYERS
     assert int(world.stores[0].data[0, 0, 0]) == 103
 
 
@@ -116,7 +116,7 @@ def test_a_missing_wait_for_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("story", "right"), [(copy_what_was_computed, 77), (swap_in_where_somebody_reads, [0] * LAYERS)]
+    ("story", "right"), [(copy_what_was_computed, 77), (swap_in_where_a_forward_reads, [0] * LAYERS)]
 )
 def test_a_missing_wait_for_what_was_computed_is_seen(
     monkeypatch: pytest.MonkeyPatch, story: object, right: object

@@ -157,7 +157,7 @@ def test_views_are_taken_as_they_are() -> None:
     assert torch.equal(viewed.backend.attend(prepared[1], 0, by_head[:, :HEADS], args_of("plain")), expected)
     own = torch.tensor(sorted(viewed.builder.slots_of(spans[0]).tolist()))
     others = [slot for slot in range(viewed.store.num_slots) if slot not in own.tolist()]
-    assert bool((viewed.store.data[others] == 0xFF).all()), "a slot of nobody was written"
+    assert bool((viewed.store.data[others] == 0xFF).all()), "a slot that no chunk has was written"
 
 
 def test_a_fixed_step_takes_other_spans() -> None:

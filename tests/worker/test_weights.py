@@ -86,7 +86,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache and a hub whose port nobody listens on."""
+    """An empty cache and a hub on a port without listener."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 

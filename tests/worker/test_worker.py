@@ -109,7 +109,7 @@ def test_a_forward_that_raises_is_a_result_and_poisons_nothing(llama: CausalMode
     failed = driver.run(Span("r", 9, 10, None, True), swap_in=[copy])
     assert failed.forward_error == "MemoryError: out of activations"
     assert failed.tokens == () and failed.copies_done == (copy.copy_id,)
-    void = driver.run(Span("r", 10, 11, None, True))  # planned before anybody knew
+    void = driver.run(Span("r", 10, 11, None, True))  # planned before that was known
     assert void.forward_error is None
     again = driver.run(Span("r", 9, 10, (first.tokens[0].token_id,), True))
     more = [
@@ -152,7 +152,7 @@ def test_a_swap_in_that_fails_silences_only_those_who_attend_it(llama: CausalMod
     back = [driver.copy((1, 0), (0, 4)), driver.copy((1, 1), (0, 5))]
     failing += [copy.copy_id for copy in back]
     driver.worker._stores[0].data[[4, 5]] = (
-        0xFF  # what the failed copies leave is NaN: still nobody fails over it
+        0xFF  # what the failed copies leave is NaN: no other request fails because of it
     )
     result = driver.run(Span("r", 9, 10, None, True), Span("o", 6, 7, None, True), swap_in=back)
     assert [token.request_id for token in result.tokens] == ["o"] and result.requests_failed == ()
