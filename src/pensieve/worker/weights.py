@@ -10,16 +10,22 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable, PensieveError
 from pensieve.worker import embedded, naming
 from pensieve.worker.gguf_convert import Progress, ensure_file_converted, is_sound, read_manifest
+from pensieve.worker.model_folder import (
+    TOKENIZER_FILES,
+    config_of,
+    holds_model,
+    require_model_folder,
+    stop_ids,
+)
 from pensieve.worker.presets import BY_HUB_ID, PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -33,14 +39,6 @@ if TYPE_CHECKING:
 
 Source = Literal["embedded", "folder", "hub", "gguf", "random"]
 DTYPES = ("float32", "bfloat16", "float16")
-_EMBEDDED_PRESET = "smollm2-135m"  # the architecture of the embedded default
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "spiece.model",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +57,6 @@ class ResolvedModel:
     # what the user should know, for example why the weights are random; None if nothing
     note: str | None = None
     gguf: Path | None = None  # the file it was converted from; None if it was not
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRow:
-    """One line of `pensieve models`."""
-
-    name: str
-    kind: Literal["embedded", "preset", "how-to"]
-    num_parameters: int | None
-    weight_bytes: int | None  # in bfloat16
-    kv_bytes_per_token: int | None  # in bfloat16
-    max_context: int | None  # tokens
-    detail: str
 
 
 def resolve(
@@ -113,14 +98,14 @@ def resolve(
     number_type = torch_dtype(dtype)
     if spec == embedded.NAME:
         if weights == "random":
-            return _random(spec, PRESETS[_EMBEDDED_PRESET].config(), "asked for")
+            return _random(spec, PRESETS[embedded.PRESET].config(), "asked for")
         return _from_conversion(spec, "embedded", embedded.ensure_default(progress))
     path = Path(spec).expanduser()
     if path.is_file():
         return _from_gguf(spec, naming.require_gguf(spec, path), weights, number_type, device, progress)
     preset = PRESETS.get(spec.lower())
     if preset is None and path.is_dir():
-        gguf = None if _holds_model(path) else naming.gguf_in(spec, path)
+        gguf = None if holds_model(path) else naming.gguf_in(spec, path)
         return (
             _from_folder(spec, path, "folder", weights, allow_random)
             if gguf is None
@@ -191,36 +176,6 @@ def fetch_default(progress: Progress | None = None) -> Path:
     return embedded.ensure_default(progress)
 
 
-def describe_models() -> list[ModelRow]:
-    """The rows of `pensieve models`: the embedded default, the presets, and how to name other models."""
-    rows = [
-        _preset_row(
-            PRESETS[_EMBEDDED_PRESET],
-            embedded.NAME,
-            "embedded",
-            f"SmolLM2-135M-Instruct, the default: {embedded.state()}",
-        )
-    ]
-    for preset in PRESETS.values():
-        detail = (
-            f"real weights: {preset.hub_id}" if preset.hub_id else "random weights only (never published)"
-        )
-        rows.append(_preset_row(preset, preset.name, "preset", detail))
-    how_to = {
-        "ORG/NAME": (
-            "a hub id: fetched into the Hugging Face cache, used from there when offline; "
-            "ORG/NAME:Q4_K_M a GGUF file of it"
-        ),
-        "FOLDER": "a local folder with config.json, safetensors (or .bin) files and a tokenizer",
-        "FILE.gguf": (
-            "a GGUF file, or any part of a split one: converted once, kept in the cache "
-            "(needs pensieve-serve[gguf])"
-        ),
-    }
-    rows.extend(ModelRow(name, "how-to", None, None, None, None, detail) for name, detail in how_to.items())
-    return rows
-
-
 def torch_dtype(name: str) -> torch.dtype:
     """A torch dtype by its name.
 
@@ -233,11 +188,6 @@ def torch_dtype(name: str) -> torch.dtype:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _preset_row(preset: Preset, name: str, kind: Literal["embedded", "preset"], detail: str) -> ModelRow:
-    count, shape = preset.num_parameters, preset.shape
-    return ModelRow(name, kind, count, 2 * count, shape.kv_bytes_per_token(2), shape.max_positions, detail)
 
 
 def _random(
@@ -263,7 +213,7 @@ def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
         source,
         "real",
         folder,
-        _config_of(folder),
+        config_of(folder),
         folder,
         stop,
         manifest["num_parameters"],
@@ -293,16 +243,6 @@ def _from_gguf(
     )
     found = replace(_from_conversion(spec, "gguf", folder), label=name, gguf=path)
     return found if weights == "auto" else _random(spec, found.config, "asked for", found.tokenizer_dir)
-
-
-def _holds_model(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face model, and not just one of a GGUF file.
-
-    It needs a config.json and weights; without any GGUF file the config is enough.
-    """
-    from pensieve.worker.hub import has_weights
-
-    return (folder / "config.json").exists() and (has_weights(folder) or not any(folder.glob("*.gguf")))
 
 
 def _unknown(spec: str) -> str:
@@ -338,10 +278,10 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
     from pensieve.worker.random_weights import num_weights, outline
     from pensieve.worker.weight_files import missing_shards
 
-    _require_model_folder(spec, folder)
-    config = _config_of(folder)
+    require_model_folder(spec, folder)
+    config = config_of(folder)
     gate.check_config(config, spec)
-    tokenizer_dir = folder if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
+    tokenizer_dir = folder if any((folder / name).exists() for name in TOKENIZER_FILES) else None
     if weights == "random":
         return _random(spec, config, "asked for", tokenizer_dir)
     if not has_weights(folder):
@@ -357,7 +297,7 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
         return _random(spec, config, reason, tokenizer_dir)
     if not allow_random and tokenizer_dir is None:
         raise ModelUnavailable(
-            f"{spec} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), so it cannot talk: put its tokenizer "
+            f"{spec} has no tokenizer ({', '.join(TOKENIZER_FILES)}), so it cannot talk: put its tokenizer "
             f"files into {folder}"
         )
     model = outline(config)
@@ -370,30 +310,9 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
         folder,
         config,
         tokenizer_dir,
-        _stop_ids(folder, config),
+        stop_ids(folder, config),
         num_weights(model),
         note,
-    )
-
-
-def _require_model_folder(spec: str, folder: Path) -> None:
-    """Refuse a folder that is not a model, by its files.
-
-    Raises:
-        ConfigError: there is no config.json.
-    """
-    if (folder / "config.json").exists():
-        return
-    if (folder / "adapter_config.json").exists():
-        raise ConfigError(
-            f"the folder {spec!r} holds a LoRA adapter, no whole model: merge it into its base model "
-            "(`merge_and_unload` of peft), save that, "
-            "and name its folder"
-        )
-    raise ConfigError(
-        f"the folder {spec!r} holds no config.json, so it is no Hugging Face model: name a folder that holds "
-        "one, its weight files and its tokenizer, "
-        "or a .gguf file"
     )
 
 
@@ -457,48 +376,13 @@ def _from_hub(
     if preset is not None:
         return _random(spec, preset.config(), reason)
     assert folder is not None
-    return _random(spec, _config_of(folder), reason)
+    return _random(spec, config_of(folder), reason)
 
 
 def _check_folder(spec: str, folder: Path) -> None:
     from pensieve.worker import gate
 
-    gate.check_config(_config_of(folder), spec)
-
-
-def _config_of(folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # each config class checks in its own way, and raises its own errors
-        raise ModelRefused(
-            f"transformers cannot read {folder / 'config.json'}: {' '.join(str(error).split())}"
-        ) from error
-    return config
-
-
-def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """Token ids that end an answer, of generation_config.json, the config and the tokenizer, in this order."""
-    named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
-    named.append(getattr(config.get_text_config(), "eos_token_id", None))
-    text = _read_json(folder / "tokenizer_config.json").get("eos_token")
-    text = text.get("content") if isinstance(text, dict) else text
-    added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
-    named.append([token["id"] for token in added if token.get("content") == text and "id" in token])
-    flat = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
-    return tuple(dict.fromkeys(flat))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()).items())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError) as error:
-        raise ModelRefused(f"{path} is not JSON ({error}): fetch the model again") from error
+    gate.check_config(config_of(folder), spec)
 
 
 def _load_folder(folder: Path, label: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
