@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,18 @@ class Batch:
     def num_tokens(self) -> int:
         """T."""
         return self.input_ids.shape[1]
+
+
+class _Lists(NamedTuple):
+    """The numbers of a step's spans."""
+
+    rows: list[int]  # of their requests
+    starts: list[int]
+    stops: list[int]
+    ids: list[int]  # (T,)
+    emitting: list[int]  # indices of spans
+    unknown: list[int]  # indices in T
+    unknown_rows: list[int]
 
 
 class BatchBuilder:
@@ -120,41 +133,12 @@ class BatchBuilder:
         """
         assert spans, "a batch needs at least one span"
         size, num_spans = self._chunk_tokens, len(spans)
-        rows: list[int] = []
-        starts: list[int] = []
-        stops: list[int] = []
-        ids: list[int] = []
-        emitting: list[int] = []
-        unknown: list[int] = []  # in T
-        unknown_rows: list[int] = []
-        for index, span in enumerate(spans):
-            known = span.token_ids
-            if known is None:
-                token = last_token(span)
-                if token is None:
-                    unknown.append(len(ids))
-                    unknown_rows.append(self._rows[span.request_id])
-                known = (0 if token is None else token,)
-            assert len(known) == span.stop - span.start > 0, (
-                f"{len(known)} token ids for [{span.start}, {span.stop}) of {span.request_id!r}"
-            )
-            rows.append(self._rows[span.request_id])
-            starts.append(span.start)
-            stops.append(span.stop)
-            ids += known
-            if span.emits_token:
-                emitting.append(index)
-
-        bounds = np.array((rows, starts, stops), np.int64)  # (3, S)
-        row_of_span, start_of_span, context_lens = bounds
-        context_chunks = (context_lens + (size - 1)) // size
-        table_chunks = self._num_chunks[row_of_span]
-        width = int(context_chunks.max())
-        tables = self._tables[row_of_span, :width]  # a copy
-        if (context_chunks != table_chunks).any():
-            short = int((context_chunks - table_chunks).argmax())
-            self._require(int(context_chunks[short]), int(table_chunks[short]), spans[short])
-            tables[np.arange(width) >= context_chunks[:, None]] = 0
+        listed = self._list(spans, last_token)
+        ids, emitting, unknown = listed.ids, listed.emitting, listed.unknown
+        row_of_span, start_of_span, context_lens = np.array(
+            (listed.rows, listed.starts, listed.stops), np.int64
+        )  # (3, S)
+        tables = self._tables_of(spans, row_of_span, context_lens)  # (S, B)
 
         # One array, so that a device gets one copy: ids, positions, slots (T each), bounds in T, contexts,
         # tables, logit rows, request rows.
@@ -167,16 +151,7 @@ class BatchBuilder:
         flat[:num_tokens] = ids
         positions, slots = flat[num_tokens : 2 * num_tokens], flat[2 * num_tokens : 3 * num_tokens]
         cu_seqlens = flat[3 * num_tokens : 3 * num_tokens + num_spans + 1]
-        if num_tokens == num_spans:  # only decodes, as in nearly every step
-            cu_seqlens[:] = np.arange(num_spans + 1)
-            span_of_token = cu_seqlens[:-1]
-            positions[:] = start_of_span
-        else:
-            lengths = context_lens - start_of_span
-            cu_seqlens[0] = 0
-            np.cumsum(lengths, out=cu_seqlens[1:])
-            span_of_token = np.repeat(np.arange(num_spans), lengths)
-            positions[:] = np.arange(num_tokens) + (start_of_span - cu_seqlens[:-1])[span_of_token]
+        span_of_token = _place(start_of_span, context_lens, positions, cu_seqlens)
         chunks, offsets = np.divmod(positions, size)
         np.add(tables[span_of_token, chunks] * size, offsets, out=slots)
         rest = flat[3 * num_tokens + num_spans + 1 :]
@@ -187,7 +162,7 @@ class BatchBuilder:
         last[num_emitting : 2 * num_emitting] = row_of_span[emitting]
         if num_unknown:
             last[2 * num_emitting : 2 * num_emitting + num_unknown] = unknown
-            last[2 * num_emitting + num_unknown :] = unknown_rows
+            last[2 * num_emitting + num_unknown :] = listed.unknown_rows
 
         if self._device.type != "cpu":
             tensor = tensor.to(self._device, non_blocking=True)
@@ -199,7 +174,7 @@ class BatchBuilder:
             slot_mapping=parts[2],
             cu_seqlens_q=parts[3],
             context_lens=parts[4],
-            block_tables=parts[5].view(num_spans, width),
+            block_tables=parts[5].view(tables.shape),
             logit_rows=parts[6],
             emitting_rows=parts[7],
             unknown=parts[8],
@@ -207,6 +182,40 @@ class BatchBuilder:
             emitting=spans if len(emitting) == num_spans else tuple(spans[index] for index in emitting),
             chunk_tokens=size,
         )
+
+    def _list(self, spans: tuple[Span, ...], last_token: Callable[[Span], int | None]) -> _Lists:
+        """The numbers of all spans, one list for each kind."""
+        lists = _Lists([], [], [], [], [], [], [])
+        for index, span in enumerate(spans):
+            known, row = span.token_ids, self._rows[span.request_id]
+            if known is None:
+                token = last_token(span)
+                if token is None:
+                    lists.unknown.append(len(lists.ids))
+                    lists.unknown_rows.append(row)
+                known = (0 if token is None else token,)
+            assert len(known) == span.stop - span.start > 0, (
+                f"{len(known)} token ids for [{span.start}, {span.stop}) of {span.request_id!r}"
+            )
+            lists.rows.append(row)
+            lists.starts.append(span.start)
+            lists.stops.append(span.stop)
+            lists.ids.extend(known)
+            if span.emits_token:
+                lists.emitting.append(index)
+        return lists
+
+    def _tables_of(self, spans: tuple[Span, ...], row_of_span: IntArray, context_lens: IntArray) -> IntArray:
+        """A copy of the spans' block tables, with 0 beyond each context, (S, B)."""
+        context_chunks = (context_lens + (self._chunk_tokens - 1)) // self._chunk_tokens
+        table_chunks = self._num_chunks[row_of_span]
+        width = int(context_chunks.max())
+        tables: IntArray = self._tables[row_of_span, :width]
+        if (context_chunks != table_chunks).any():
+            short = int((context_chunks - table_chunks).argmax())
+            self._require(int(context_chunks[short]), int(table_chunks[short]), spans[short])
+            tables[np.arange(width) >= context_chunks[:, None]] = 0
+        return tables
 
     def _require(self, needed: int, there: int, span: Span) -> None:
         assert needed <= there, f"{span} needs {needed} chunks, its block table has {there}"
@@ -223,3 +232,20 @@ class BatchBuilder:
         tables[:rows, :chunks] = self._tables
         self._tables = tables
         self._num_chunks = np.concatenate([self._num_chunks, np.zeros(more_rows - rows, np.int64)])
+
+
+def _place(
+    start_of_span: IntArray, context_lens: IntArray, positions: IntArray, cu_seqlens: IntArray
+) -> IntArray:
+    """Fill in each token's position (T,) and the bounds of spans (S + 1,); returns each token's span (T,)."""
+    num_spans = len(start_of_span)
+    if len(positions) == num_spans:  # only decodes, as in nearly every step
+        cu_seqlens[:] = np.arange(num_spans + 1)
+        positions[:] = start_of_span
+        return cu_seqlens[:-1]
+    lengths = context_lens - start_of_span
+    cu_seqlens[0] = 0
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    span_of_token: IntArray = np.repeat(np.arange(num_spans), lengths)
+    positions[:] = np.arange(len(positions)) + (start_of_span - cu_seqlens[:-1])[span_of_token]
+    return span_of_token
