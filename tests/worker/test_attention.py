@@ -296,9 +296,8 @@ def test_without_a_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not NATIVE, reason="the kernel is not built")
 @pytest.mark.usefixtures("fresh_library")
 def test_a_kernel_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        native, "_Call", type("_Call", (ctypes.Structure,), {"_fields_": native._Call._fields_[1:]})
-    )
+    shorter = {"_fields_": native._AttentionCall._fields_[1:]}
+    monkeypatch.setattr(native, "_AttentionCall", type("_AttentionCall", (ctypes.Structure,), shorter))
     reason = NativeAttention.why_not(KVGeometry(1, 1, 64, torch.bfloat16), 32, CPU)
     assert reason is not None and "built from other sources" in reason
 
