@@ -49,7 +49,7 @@ class Begun:
     )  # slots that each emitting request attends, if some are being swapped in
     error: str | None = None  # of the forward
     wipe_error: str | None = None
-    mark: Any = None  # event of the compute stream, after all of its work
+    computed: Any = None  # event of the compute stream, after all of its work
     outcome: tuple[list[SampledToken], list[RequestFailure]] | None = None  # None if not collected yet
 
 
@@ -165,7 +165,7 @@ class ModelWorker:
         swap_in.wait_layer(
             self._model.geometry.num_layers - 1
         )  # also if no span of this plan attends it: the next plan's may
-        begun.mark = self._streams.compute.record()
+        begun.computed = self._streams.compute.record()
 
     def finish(self) -> StepResult:
         """See `core.plan.PipelinedWorker.finish`."""
@@ -282,7 +282,7 @@ class ModelWorker:
             return
         begun.swap_in.wait()
         try:
-            self._streams.compute.reach(begun.mark)
+            self._streams.compute.reach(begun.computed)
             begun.outcome = (
                 self._sampler.collect(begun.choice, lambda span: self._is_whole(begun, span))
                 if begun.error is None
