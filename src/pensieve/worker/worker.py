@@ -168,7 +168,7 @@ class ModelWorker:
         begun.computed = self._streams.compute.record()
 
     def finish(self) -> StepResult:
-        """See `core.plan.PipelinedWorker.finish`."""
+        """Finish the oldest plan that was begun; see `core.plan.PipelinedWorker.finish`."""
         begun = self._begun[0]
         plan = begun.plan
         if begun.swap_in is None:
