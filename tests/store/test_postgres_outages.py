@@ -1,4 +1,7 @@
-"""A PostgreSQL server that freezes, dies or loses a connection under a commit: everything ends in time, and nothing is stored twice or half."""
+"""A PostgreSQL server that freezes, dies or loses a connection under a commit.
+
+Everything ends in time, and nothing is stored twice or half.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,10 @@ def test_a_statement_on_a_server_that_answers_is_not_cut_off(store: PostgresStor
 
 
 def cut_at_commit(store: PostgresStore, *, arrives: bool, times: int = 1) -> list[str]:
-    """Lose the connection under the next commit, before or after the server has carried it out. Gives what was cut."""
+    """Lose the connection under the next commit, before or after the server has carried it out.
+
+    Gives what was cut.
+    """
     link, done = store._writer._link, list[str]()
     connect = link._connect  # type: ignore[attr-defined]
 

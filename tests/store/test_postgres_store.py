@@ -141,7 +141,7 @@ def test_writers_of_two_stores_take_turns(new_store: Callable[..., PostgresStore
     outcomes = [
         first.exception(timeout=30),
         waiting.exception(timeout=30),
-    ]  # whoever was first, the other sees it
+    ]  # the second store sees what the first wrote
     assert sorted(type(outcome) for outcome in outcomes if outcome is not None) == [ConversationConflict]
     assert len(log(one, "one")) == 1
 

@@ -218,7 +218,7 @@ def test_a_job_that_fails_halfway_leaves_nothing(path: Path) -> None:
         assert store.get("a", "one").leaf == after.result(timeout=30).id
 
 
-def test_nobody_waits_for_a_job_that_breaks_the_writer(path: Path) -> None:
+def test_no_caller_waits_for_a_job_that_breaks_the_writer(path: Path) -> None:
     with SqliteStore(path) as store:
         store.create("a", "one")
 

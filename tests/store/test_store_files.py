@@ -1,4 +1,7 @@
-"""A SQLite store whose files are deleted, replaced or moved while it is open: nothing is acknowledged into a file without a name."""
+"""A SQLite store whose files are deleted, replaced or moved while it is open.
+
+Nothing is acknowledged into a file without a name.
+"""
 
 from __future__ import annotations
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from pensieve.server.connections import Connections
     from pensieve.server.context import Context, ServerConfig
     from pensieve.server.keys import KeyFile
-    from pensieve.store import Lease
-    from pensieve.store.base import ConversationStore
+    from pensieve.store import ConversationStore, Lease
     from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)

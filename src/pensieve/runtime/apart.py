@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pensieve.engine.process import EngineProcess, State
     from pensieve.engine.vitals import Patience
     from pensieve.service import ConversationService
-    from pensieve.store.base import ConversationStore
+    from pensieve.store import ConversationStore
     from pensieve.text import ChatText
     from pensieve.text.nursery import Nursery
     from pensieve.text.workers import TextWorkers

@@ -150,15 +150,15 @@ def load_together(
         group: the ranks.
         find: finds the model; called on rank 0 first, which may download or convert it, then on the others.
         dtype: number type it is loaded in.
-        forward: see `CausalModel`; fused operations cannot compute a share.
-        int8: see `CausalModel`; neither can weights of 8 bits.
+        forward: see `gate.admit`; fused operations cannot compute a share.
+        int8: see `gate.admit`; neither can weights of 8 bits.
         say: told what takes time.
 
     Raises:
         ModelUnavailable, ModelRefused, ConfigError: as in one process, or the model cannot be split. The
             message names the rank.
     """
-    from pensieve.worker.model import CausalModel
+    from pensieve.worker.gate import admit
     from pensieve.worker.weights import load
 
     found: list[ResolvedModel] = []
@@ -180,7 +180,7 @@ def load_together(
     with group.agreeing():
         model = load(resolved, dtype, group=group)
     with group.agreeing():
-        causal = CausalModel(model, resolved.label, forward=forward, int8=int8)
+        causal = admit(model, resolved.label, forward=forward, int8=int8)
     return resolved, causal
 
 
@@ -193,7 +193,7 @@ def _first_tier_gb(
     """
     if options.gpu_cache_gb is not None:
         return options.gpu_cache_gb, ""
-    from pensieve.worker.memory import find_room, host_share
+    from pensieve.worker.memory import device_share, host_share
 
     if not options.is_on_gpu:
         context = min(shape.max_positions, options.max_context or shape.max_positions)
@@ -216,7 +216,7 @@ def _first_tier_gb(
                 f"or give it what there is, at least --gpu-cache {gigabytes(least)}"
             )
         return share.tier / GB, f"first tier: {share}"
-    room = find_room(
+    room = device_share(
         model,
         max_batch_tokens=options.batch_tokens,
         max_running=options.max_running,
@@ -229,13 +229,14 @@ def _first_tier_gb(
 
 def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Say) -> CausalModel:
     """Load weights and pass the gate; fall back to the model's own modules if fused operations differ."""
-    from pensieve.worker.model import CausalModel, FusedDiffers
+    from pensieve.worker.gate import admit
+    from pensieve.worker.refusal import FusedDiffers
     from pensieve.worker.weights import load
 
     def make(forward: Forward) -> CausalModel:
         with _refusing(resolved.label):
             model = load(resolved, dtype, options.device)
-            return CausalModel(
+            return admit(
                 model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False
             )
 

@@ -32,7 +32,7 @@ from pensieve.runtime.options import DTYPE_BYTES, GB, Options
 
 if TYPE_CHECKING:
     from pensieve.service import ConversationService
-    from pensieve.store.base import ConversationStore
+    from pensieve.store import ConversationStore
     from pensieve.worker.parallel import ParallelWorker
     from pensieve.worker.worker import ModelWorker
 
