@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pensieve.errors import InvalidRequest, StoreError
-from pensieve.message import Message, ToolCall
+from pensieve.message import Message, ToolCall, json_pieces
 from pensieve.store.values import Conversation, Turn
 
 MAX_NAME_BYTES = 1024  # two of them fit into an entry of a PostgreSQL index, which may have about 2,700 bytes
@@ -138,7 +138,7 @@ def damaged(turn_id: str, why: str) -> StoreError:
 
 def messages_text(messages: Sequence[Message]) -> str:
     """Messages as JSON: `[role, content]` each, with an object of the tool fields if there are any."""
-    rows: list[list[object]] = []
+    rows = []
     for message in messages:
         extra: dict[str, object] = {}
         if message.tool_calls:
@@ -147,8 +147,10 @@ def messages_text(messages: Sequence[Message]) -> str:
             extra["tool_call_id"] = message.tool_call_id
         if message.name is not None:
             extra["name"] = message.name
-        rows.append([message.role, message.content, extra] if extra else [message.role, message.content])
-    return json.dumps(rows)
+        content = "".join(json_pieces(message.content))
+        rest = f", {json.dumps(extra)}]" if extra else "]"
+        rows.append(f"[{json.dumps(message.role)}, {content}{rest}")
+    return f"[{', '.join(rows)}]"  # (as json.dumps writes it)
 
 
 def messages_from(text: str) -> tuple[Message, ...]:
