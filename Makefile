@@ -34,6 +34,7 @@ demo: $(VENV)/.ready model ## install, fetch the default model, then compare sta
 
 test: lint model ## install, fetch the default model, lint, check types and imports, run the tests but the slow ones
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not kernels" $(ARGS)
+	$(BIN)/python tests/check_tree.py
 
 check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -66,7 +67,8 @@ bench-server: $(VENV)/.dev-ready model ## measure what HTTP costs; the last line
 bench-peers: $(VENV)/.dev-ready model ## set up vLLM, llama.cpp and transformers serve, and measure Pensieve beside them (hours; ARGS=--quick: minutes)
 	$(BIN)/python benchmarks/peers --peers $(PEERS) --torch "$(TORCH)" $(ARGS)
 
-lint: $(VENV)/.dev-ready ## style, format, types, which room imports which
+lint: $(VENV)/.dev-ready ## style, format, types, which room imports which; no litter
+	$(BIN)/python tests/check_tree.py
 	$(BIN)/ruff check $(TREES)
 	$(BIN)/ruff format --check $(TREES)
 	$(BIN)/mypy
