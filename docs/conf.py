@@ -1,12 +1,10 @@
 """How `make docs` builds the site: Sphinx over these Markdown pages (MyST), the API page from docstrings."""
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
-
 import pensieve
+
+ROOT = Path(__file__).resolve().parent.parent
 
 project = "Pensieve"
 release = version = pensieve.__version__
@@ -30,3 +28,18 @@ html_theme = "furo"
 html_title = f"Pensieve {release}"
 html_show_copyright = False
 pygments_style = "default"
+
+ROOT_PAGES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md", "security": "SECURITY.md"}
+
+
+def setup(app):
+    """Show the pages that live at the repository's root, with their links turned to this folder."""
+    app.connect("source-read", _read_root_page)
+
+
+def _read_root_page(app, page, source):
+    if page in ROOT_PAGES:
+        text = (ROOT / ROOT_PAGES[page]).read_text(encoding="utf-8").replace("](docs/", "](")
+        for name, file in ROOT_PAGES.items():
+            text = text.replace(f"]({file}", f"]({name}.md")
+        source[0] = text
