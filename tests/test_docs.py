@@ -72,6 +72,7 @@ def test_make_targets_named_in_guides_exist(page: Path) -> None:
 def options() -> set[str]:
     """The options of all commands."""
     from main import experiment
+
     from pensieve.cli.commands import cli
 
     return {option for command in commands(cli) for option in of(command)} | set(of(experiment)) | {"--help"}
