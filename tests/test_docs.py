@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,10 +72,9 @@ def test_make_targets_named_in_guides_exist(page: Path) -> None:
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """The options of all commands."""
-    from main import experiment
-
     from pensieve.cli.commands import cli
 
+    experiment = runpy.run_path(str(ROOT / "main.py"))["experiment"]
     return {option for command in commands(cli) for option in of(command)} | set(of(experiment)) | {"--help"}
 
 
