@@ -21,7 +21,7 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PROJECT := pyproject.toml setup.py constraints.txt src/pensieve/__init__.py $(wildcard src/pensieve/worker/kernel/*)
 KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_kernels.py worker/test_device_rows.py worker/test_flashinfer.py worker/test_cuda.py engine/test_ahead.py)
-TREES   := $(wildcard src tests scripts benchmarks main.py)
+TREES   := $(wildcard src tests scripts benchmarks main.py setup.py docs/conf.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check-slow check-soak check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers docs dist lint format model clean
