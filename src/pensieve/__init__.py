@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pensieve.runtime.library import Conversation, Pensieve
 
 __all__ = ["Conversation", "Pensieve", "SamplingParams"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Conversation": "pensieve.runtime.library",

@@ -97,9 +97,9 @@ def _listed(some: Iterable[Level]) -> str:
 @cache
 def library() -> ctypes.CDLL | str:
     """The kernel library, or the reason why there is none."""
-    places = [
-        Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES
-    ]
+    # the shortest name first: a build of an earlier version may lie beside it under a longer one
+    suffixes = sorted(importlib.machinery.EXTENSION_SUFFIXES, key=len)
+    places = [Path(__file__).with_name("_native" + suffix) for suffix in suffixes]
     path = next((place for place in places if place.exists()), None)
     if path is None:
         return "built without a C compiler: install one (gcc or clang), then this package again"
