@@ -16,13 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # beside the other benchmarks, off the path
-
-from gpu import kernel, paged, serving, transfers  # noqa: E402
-from gpu.arrivals import (  # noqa: E402
+from gpu import kernel, paged, serving, transfers
+from gpu.arrivals import (
     Answer,
     Lengths,
     Load,
@@ -36,13 +31,16 @@ from gpu.arrivals import (  # noqa: E402
     ratio_of,
     sweep,
 )
-from gpu.common import Clock, Goal, Report, covered, parser  # noqa: E402
-from gpu.paged import TOLERANCES, Heads, PagedCase, worst_error  # noqa: E402
-from peers.curve import Crossing  # noqa: E402
+from gpu.common import Clock, Goal, Report, covered, parser
+from gpu.paged import TOLERANCES, Heads, PagedCase, worst_error
+from peers.curve import Crossing
 
-from pensieve.workloads.arrivals import ThinkTime  # noqa: E402
-from pensieve.workloads.scripts import Player, Script, ScriptTurn  # noqa: E402
+from pensieve.worker.attention.reference import attend_one
+from pensieve.workloads.arrivals import ThinkTime
+from pensieve.workloads.scripts import Player, Script, ScriptTurn
 
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 CPU = torch.device("cpu")
 FAKE_VLLM = {
     "vllm/__init__.py": "from vllm.sampling_params import SamplingParams\n",
@@ -254,7 +252,7 @@ def test_a_mask_one_token_off_shows_behind_a_long_history(
     shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = small_case()
-    right = paged.attend_one
+    right = attend_one
     monkeypatch.setattr(
         paged, "attend_one", lambda q, k, v, positions, args: right(q, k, v, positions + shift, args)
     )
@@ -350,7 +348,7 @@ def test_percentiles_and_covered_time() -> None:
 
 def test_work_is_timed_in_turns_and_rotates() -> None:
     calls: list[tuple[str, int]] = []
-    works = {name: lambda number, name=name: calls.append((name, number)) for name in "ab"}  # type: ignore[misc]
+    works = {name: lambda number, name=name: calls.append((name, number)) for name in "ab"}
     times = Clock(CPU).in_turns(works, 2, most=3)
     assert all(len(timing.seconds) == 2 and timing.median_s >= 0 for timing in times.values())
     measured = [name for name, _ in calls[8:]]  # after 4 calls each to warm up

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from peer_fakes import SERVER, alive, report, run_of
 from peers import cli, client, run
+from peers.curve import Point
 from peers.errors import PeerError
 from peers.goals import GOALS
 from peers.install import Peers
 from peers.report import plot, rounds_of, summary, tables
-from peers.run import Cell, Point, compare_loops, run_turn, turns
+from peers.run import Cell, compare_loops, run_turn, turns
 from peers.servers import Server
 from peers.workloads import PENSIEVE, SYSTEMS, VLLM, Kv, Measurement, Workload, workloads
 from rich.console import Console

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -27,8 +28,8 @@ def invoke(*arguments: str) -> Result:
     return result
 
 
-def record(result: Result) -> dict[str, list[dict[str, dict[str, float]]]]:
-    found: dict[str, list[dict[str, dict[str, float]]]] = json.loads(result.stdout.splitlines()[-1])
+def record(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 

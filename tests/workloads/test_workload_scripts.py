@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_a_shape_s_conversations_differ_in_name_and_think_times_only() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"num_turns": 0}, {"new_tokens": 0}, {"output_tokens": -1}, {"first_tokens": 0}]
 )
-def test_a_shape_without_tokens_is_refused(wrong: dict[str, int]) -> None:
+def test_a_shape_without_tokens_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         Shape(**({"num_turns": 1, "new_tokens": 1, "output_tokens": 1} | wrong))
 
