@@ -154,13 +154,13 @@ def variants(
                 {"num_warps": 8},
                 {"HAS_DELTA": adds, "BLOCK": 4096},
             )
-            absent = () if adds else ("query_weight", "key_weight")
+            absent_weights = () if adds else ("query_weight", "key_weight")
             sizes = {"HALF": 64, "BLOCK": 64, "ROTATES": True, "NORMALISES": adds}
             yield (
                 f"rotate {NAMES[dtype]} {adds}",
                 row_kernels.rotate_kernel,
                 NAMES[dtype],
-                absent,
+                absent_weights,
                 {"num_warps": 1},
                 sizes,
             )

@@ -6,12 +6,14 @@ import functools
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from oracle import Lab, assert_answer_is_stateless, eager_logits, random_play
 from pensieve.core.plan import Copy, Span, StepPlan, StepResult
@@ -32,7 +34,7 @@ VOCAB = 200  # (older versions of transformers divide a vocabulary evenly or not
 DRAWN = SamplingParams(max_new_tokens=8, temperature=1.0, seed=3, repetition_penalty=1.1)
 
 
-def whole(architecture: str) -> torch.nn.Module:
+def whole(architecture: str) -> PreTrainedModel:
     model = tiny(architecture, vocab_size=VOCAB)
     model.set_attn_implementation("eager")
     return model
@@ -201,7 +203,7 @@ def follow_broken(group: Group, what: str) -> None:
     if what == "wipe":
         wipe = KVStore.wipe
 
-        def broken_wipe(self: KVStore, slots: list[int]) -> None:
+        def broken_wipe(self: KVStore, slots: Sequence[int]) -> None:
             KVStore.wipe = wipe  # type: ignore[method-assign]  # the next is a good one
             raise MemoryError("no")
 
@@ -317,9 +319,10 @@ def refused(group: Group, *_: Any) -> list[str]:
     """What both ranks say alike."""
     messages = []
     model = sharding.split(tiny("llama", vocab_size=VOCAB), group.device, group.size)
-    for options in ({"forward": "fused"}, {"int8": True}):
+    wrong: tuple[dict[str, Any], ...] = ({"forward": "fused"}, {"int8": True})
+    for options in wrong:
         with pytest.raises(ConfigError) as error:
-            admit(model, "llama", **options)  # type: ignore[arg-type]
+            admit(model, "llama", **options)
         messages.append(error.value.message)
     with pytest.raises(ConfigError) as error:
         fail_on_one(group)
@@ -340,7 +343,7 @@ def break_in_forward(group: Group, ranks: tuple[int, ...]) -> list[StepResult]:
 
     model = share(group, "llama")
     calls: list[int] = []
-    CausalModel.logits = broken  # type: ignore[method-assign]
+    CausalModel.logits = broken  # type: ignore[method-assign,assignment]
     try:
         if group.rank > 0:
             follow(group, model)

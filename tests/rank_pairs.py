@@ -57,10 +57,10 @@ class RankPair:
         results: list[Any] = [TimeoutError(f"no answer in {TIMEOUT_S} s")] * 2
         waiting = {connection: rank for rank, (_, connection) in self._children.items()}
         while waiting and (ready := wait(list(waiting), TIMEOUT_S)):
-            for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[index]
+            for connection in [child for child in waiting if child in ready]:
+                rank = waiting.pop(connection)
                 try:
-                    results[rank] = connection.recv()  # type: ignore[union-attr]
+                    results[rank] = connection.recv()
                 except EOFError as error:
                     results[rank] = error
         for rank, result in enumerate(results):

@@ -139,15 +139,17 @@ def write_gguf(
 
 
 def architecture_of(config: PretrainedConfig) -> str:
-    return _ARCHITECTURES.get(config.model_type, config.model_type)
+    kind: str = config.model_type
+    return _ARCHITECTURES.get(kind, kind)
 
 
 def keys_of(config: PretrainedConfig) -> dict[str, Any]:
     """The keys of an architecture, without its prefix, that the converter writes for this config."""
-    get, kind = (
-        lambda *names: next((v for n in names if (v := getattr(config, n, None)) is not None), None),
-        config.model_type,
-    )
+
+    def get(*names: str) -> Any:
+        return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+
+    kind = config.model_type
     heads = get("num_attention_heads", "n_head")
     head_dim = get("head_dim") or get("hidden_size", "n_embd") // heads
     keys = {
@@ -232,10 +234,10 @@ def _rotated(config: PretrainedConfig, head_dim: int) -> int:
 
 
 def _rope_keys(config: PretrainedConfig) -> dict[str, Any]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    local = rope.get("sliding_attention")
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    local = rope.get("sliding_attention", {})
     rope = rope.get("full_attention", rope)
-    keys = {"rope.freq_base": rope.get("rope_theta")}
+    keys: dict[str, Any] = {"rope.freq_base": rope.get("rope_theta")}
     if config.model_type == "gemma3_text" and local["rope_theta"] != 10_000.0:
         keys["rope.freq_base_swa"] = local["rope_theta"]
     match rope.get("rope_type"):

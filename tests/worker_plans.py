@@ -76,7 +76,8 @@ class Driver:
             next(self.steps), spans, tuple(swap_in), tuple(swap_out), tuple(self.started), tuple(self.tables), tuple(ended), (), tuple(wiped), settles
         )  # fmt: skip
         self.started, self.tables = [], []
-        return self.worker.run(pickle.loads(pickle.dumps(plan)))
+        result: StepResult = self.worker.run(pickle.loads(pickle.dumps(plan)))
+        return result
 
     def settle(self, copy_ids: set[int], results: list[StepResult] | None = None) -> list[StepResult]:
         """Run empty plans until these copies were reported."""
@@ -97,7 +98,8 @@ class Driver:
 def eager_logits(model: CausalModel, ids: Sequence[int]) -> torch.Tensor:
     """(n, V): what a fresh stateless run computes."""
     with torch.inference_mode(), model.eager() as eager:
-        return eager(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+        logits: torch.Tensor = eager(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return logits.float()
 
 
 def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:

@@ -199,7 +199,7 @@ def check(server: Served, clients: list[Client], count: Count) -> None:
 
 def kill(server: Served, what: str) -> list[psutil.Process]:
     """SIGKILL for a part of the server; what was below it."""
-    below = server.front.children(recursive=True)
+    below: list[psutil.Process] = server.front.children(recursive=True)
     if what == "engine":
         server.engine().kill()
     elif what == "front":

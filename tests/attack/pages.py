@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from promises import Notes, attack
 from served import Served, help_text
@@ -28,7 +30,7 @@ def cross_site(world: World, notes: Notes) -> None:
         port = server.address.port
         made = post(server.address, "/v1/conversations", None).json["id"]
         before = count(server)
-        foreign = {
+        foreign: dict[str, dict[str, Any]] = {
             "origin": {"Origin": EVIL},
             "origin and type": {"Origin": EVIL, "Content_Type": "text/plain"},
             "null origin": {"Origin": "null"},
@@ -229,12 +231,18 @@ def key_file(world: World, notes: Notes) -> None:
     with world.server(tenants=("bob",)) as server:
         key, path = server.keys["bob"], server.key_path
         good = path.read_text(encoding="utf-8")
-        for what, change in {
+
+        def make_a_folder() -> None:
+            path.unlink()
+            path.mkdir()
+
+        changes: dict[str, Callable[[], object]] = {
             "a line that is none": lambda: path.write_text(good + "not a key\n", encoding="utf-8"),
             "gone": path.unlink,
             "empty": lambda: path.write_text("", encoding="utf-8"),
-            "a folder": lambda: (path.unlink(), path.mkdir()),
-        }.items():
+            "a folder": make_a_folder,
+        }
+        for what, change in changes.items():
             log_size = len(logged(server))
             change()
             loud = _until(server, 503, 8.0)

@@ -530,7 +530,7 @@ def ttl(world: World, notes: Notes) -> None:
         made = post(server.address, "/v1/conversations", {}, key).json["id"]
         post(server.address, f"/v1/pensieve/conversations/{made}/ttl", {"seconds": 4}, key)
         begun_s = time.monotonic()
-        statuses = []
+        statuses: list[int] = []
         while time.monotonic() - begun_s < 13:
             turn = {
                 "input": f"turn {len(statuses)}",

@@ -23,7 +23,7 @@ TENANTS = ("alice", "bob")
 
 def ask_on(server: Served, for_s: float) -> list[Reply]:
     """What bob gets who asks again and again."""
-    replies = []
+    replies: list[Reply] = []
     end = time.monotonic() + for_s
     while time.monotonic() < end:
         replies.append(

@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from bodies import ANSWER_S, CHAT, RESPONSES, TEXT, TOKENIZE, at_once, judge
@@ -137,6 +138,10 @@ def run(path: str, make: Callable[[], Any]) -> Callable[[World, Notes], None]:
     return check
 
 
+def _put(put: Callable[[str], Any], text: Callable[[int], str], size: int) -> Any:
+    return put(text(size))
+
+
 def _add_all() -> None:
     kinds = itertools.cycle(
         ("blanks", "one-letter", "random-unicode", "control-tokens", "only-marks", "base64")
@@ -146,14 +151,14 @@ def _add_all() -> None:
             Check(
                 f"text/chat-{kind}",
                 PROMISE,
-                run(CHAT, lambda text=text: chat_of(text(SIZE))),
+                run(CHAT, partial(_put, chat_of, text, SIZE)),
                 quick=kind in QUICK,
             )
         )
     for place, (path, put) in PLACES.items():
         for kind in (next(kinds), next(kinds)):
             size = SIZE // 2 if put is PLACES["call-arguments"][1] else SIZE
-            make = lambda put=put, text=TEXTS[kind], size=size: put(text(size))  # noqa: E731
+            make = partial(_put, put, TEXTS[kind], size)
             add(
                 Check(
                     f"text/{place}-{kind}",

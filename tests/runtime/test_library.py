@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def test_leaving_a_stream_ends_the_answer_and_keeps_what_was_said(llm: Pensieve)
     chat = llm.conversation()
     stream = chat.stream("Go on.", max_tokens=400)
     said = next(stream).text
+    assert isinstance(stream, Generator)
     stream.close()
     assert chat.last is not None and chat.last.text.startswith(said)
     assert chat.last.receipt.output_tokens < 400

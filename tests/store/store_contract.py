@@ -436,7 +436,7 @@ class ConversationStoreContract:
 
     def test_a_resent_history_is_recognised(self, store: ConversationStore) -> None:
         store.create("a", "one")
-        turns = []
+        turns: list[Turn] = []
         history: list[Message] = []
         for i in range(3):
             said = [Message("user", f"q{i}"), Message("assistant", f"a{i}")]
@@ -471,7 +471,7 @@ class ConversationStoreContract:
         digests = path_digests(history)
         store.create("a", "one")
         parent: str | None = None
-        known = []
+        known: list[tuple[int, Turn]] = []
         for stop in (1, 500, 501, 700, 701, 1201):
             before = known[-1][0] if known else 0
             turn = store.append("a", "one", parent, history[before:stop], [stop]).result(timeout=30)
@@ -656,11 +656,12 @@ class ConversationStoreContract:
             store.create(namespace, name)
             assert store.set_ttl(namespace, name, ttl_s) == store.get(namespace, name)
             found = store.get(namespace, name)
-            assert found.ttl_s == ttl_s and (
-                found.expires_s is None
-                if ttl_s is None
-                else begun_s + ttl_s <= found.expires_s < begun_s + ttl_s + 5
-            )
+            assert found.ttl_s == ttl_s
+            if ttl_s is None:
+                assert found.expires_s is None
+            else:
+                assert found.expires_s is not None
+                assert begun_s + ttl_s <= found.expires_s < begun_s + ttl_s + 5
         assert store.set_pinned("a", "pinned", True).pinned
         assert store.expired(begun_s + 99.9) == []
         assert [c.id for c in store.expired(begun_s + 105)] == ["soon"]
@@ -717,9 +718,10 @@ class ConversationStoreContract:
 
     def test_ttl_and_pins_are_checked(self, store: ConversationStore) -> None:
         store.create("a", "one")
-        for attempt in (lambda: store.set_ttl("b", "one", 1.0), lambda: store.set_pinned("b", "one", True)):
-            with pytest.raises(ConversationNotFound):
-                attempt()
+        with pytest.raises(ConversationNotFound):
+            store.set_ttl("b", "one", 1.0)
+        with pytest.raises(ConversationNotFound):
+            store.set_pinned("b", "one", True)
         for wrong in (float("nan"), float("inf"), -1.0):
             with pytest.raises(InvalidRequest, match="ttl_s"):
                 store.set_ttl("a", "one", wrong)

@@ -49,7 +49,7 @@ def make_version_1(path: Path) -> None:
             "INSERT INTO conversations VALUES (?, 'a', ?, NULL, 1.5, ?, ?, ?)",
             (key, id, 10.0 + key, title, '{"k": 1}'),
         )
-        turns = {
+        trees: dict[str, list[tuple[str, str | None, str, int, list[list[str]]]]] = {
             "one": [
                 ("a", None, "a", 0, [["system", "be kind"], ["user", "hi"]]),
                 ("c", "b", "a", 4, [["user", "left"]]),
@@ -60,9 +60,9 @@ def make_version_1(path: Path) -> None:
                 ("e", "d", "a", 6, []),
             ],
             "three": [("x", None, "x", 0, [["user", "hi"]])],
-        }[id]
+        }
         connection.execute("PRAGMA defer_foreign_keys = ON")
-        for turn, parent, root, start, messages in turns:
+        for turn, parent, root, start, messages in trees[id]:
             row = (
                 turn,
                 "a",

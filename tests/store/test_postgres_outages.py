@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -44,8 +44,8 @@ def new_store(server: PostgresServer) -> Iterator[Callable[..., PostgresStore]]:
     made: list[PostgresStore] = []
 
     def make(**options: Any) -> PostgresStore:
-        options = {"schema": f"s{uuid.uuid4().hex}", "statement_s": 0.5, "busy_timeout_s": 0.2} | options
-        made.append(PostgresStore(server.url + "?connect_timeout=2", **options))
+        usual: dict[str, Any] = {"schema": f"s{uuid.uuid4().hex}", "statement_s": 0.5, "busy_timeout_s": 0.2}
+        made.append(PostgresStore(server.url + "?connect_timeout=2", **usual | options))
         return made[-1]
 
     yield make
@@ -76,7 +76,8 @@ def test_a_frozen_server_fails_everything_in_time_and_is_taken_up_again(
         with ThreadPoolExecutor(24) as pool:
             reads = [pool.submit(store.get, "a", "one") for _ in range(20)]  # more than there are connections
             writes = [store.append("a", "one", None, user("x"), [i]) for i in range(3)]
-            for future in (*reads, *writes):
+            futures: list[Future[Any]] = [*reads, *writes]
+            for future in futures:
                 error = future.exception(timeout=BOUND_S)
                 assert isinstance(error, StoreUnavailable) and error.http_status == 503
                 assert "127.0.0.1" not in error.message and "tests" not in error.message

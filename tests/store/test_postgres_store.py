@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ def test_writers_of_two_stores_take_turns(new_store: Callable[..., PostgresStore
         first.exception(timeout=30),
         waiting.exception(timeout=30),
     ]  # the second store sees what the first wrote
-    assert sorted(type(outcome) for outcome in outcomes if outcome is not None) == [ConversationConflict]
+    assert [type(outcome) for outcome in outcomes if outcome is not None] == [ConversationConflict]
     assert len(log(one, "one")) == 1
 
 
@@ -200,7 +201,8 @@ def test_a_lost_connection_fails_what_was_under_way_and_nothing_else(
 
     broken = store._writer.submit(break_)
     release.set()
-    for future in (*during, broken):
+    futures: list[Future[Any]] = [*during, broken]
+    for future in futures:
         with pytest.raises(StoreError, match=r"cannot be reached.*as not stored"):
             future.result(timeout=30)
     assert log(store, "one") == []

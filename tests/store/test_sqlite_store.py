@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from owners_contract import OwnersContract
@@ -18,6 +20,7 @@ from store_contract import ConversationStoreContract, log, say, user
 from pensieve.errors import StoreError
 from pensieve.store import SqliteStore, default_path, schema
 from pensieve.store.schema import APPLICATION_ID, MIGRATIONS, connect
+from pensieve.store.writer import Connection
 
 
 class InMemory:
@@ -84,7 +87,12 @@ def test_the_default_path_is_in_the_users_data() -> None:
 def trace(store: SqliteStore) -> list[str]:
     """The statements that the writer runs from now on."""
     statements: list[str] = []
-    store._writer.call(lambda connection: connection.set_trace_callback(statements.append))
+
+    def job(connection: Connection) -> None:
+        assert isinstance(connection, sqlite3.Connection)
+        connection.set_trace_callback(statements.append)
+
+    store._writer.call(job)
     return statements
 
 
@@ -92,7 +100,7 @@ def hold(store: SqliteStore) -> threading.Event:
     """Keep the writer busy, inside its transaction, until the event is set."""
     release, held = threading.Event(), threading.Event()
 
-    def job(connection: sqlite3.Connection) -> None:
+    def job(connection: Connection) -> None:
         held.set()
         assert release.wait(30)
 
@@ -149,7 +157,7 @@ def test_a_cancelled_append_is_not_stored(path: Path) -> None:
 
 
 def set_room(store: SqliteStore, pages: int) -> None:
-    def job(connection: sqlite3.Connection) -> None:
+    def job(connection: Connection) -> None:
         used = connection.execute("PRAGMA page_count").fetchone()[0]
         connection.execute(f"PRAGMA max_page_count = {used + pages}")
 
@@ -178,7 +186,7 @@ def test_a_commit_that_fails_is_tried_turn_by_turn(path: Path) -> None:
     with SqliteStore(path) as store:
         store.create("a", "one")
 
-        def poison(connection: sqlite3.Connection) -> None:
+        def poison(connection: Connection) -> None:
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS p (t TEXT REFERENCES turns (id) DEFERRABLE INITIALLY DEFERRED)"
             )
@@ -200,7 +208,7 @@ def test_a_job_that_fails_halfway_leaves_nothing(path: Path) -> None:
         store.create("a", "one")
         turn = say(store, "one", "x", [1])
 
-        def half(connection: sqlite3.Connection) -> None:
+        def half(connection: Connection) -> None:
             connection.execute("UPDATE conversations SET leaf = NULL")
             raise RuntimeError("halfway")
 
@@ -222,11 +230,14 @@ def test_no_caller_waits_for_a_job_that_breaks_the_writer(path: Path) -> None:
     with SqliteStore(path) as store:
         store.create("a", "one")
 
-        def broken(connection: sqlite3.Connection) -> None:
+        def broken(connection: Connection) -> None:
             raise SystemExit
 
         release = hold(store)
-        futures = [store.append("a", "one", None, user("x"), [1]), store._writer.submit(broken)]
+        futures: list[Future[Any]] = [
+            store.append("a", "one", None, user("x"), [1]),
+            store._writer.submit(broken),
+        ]
         release.set()
         for future in futures:
             assert isinstance(future.exception(timeout=30), StoreError)
@@ -348,7 +359,7 @@ def test_a_file_that_another_makes_while_we_look_is_ours(path: Path, monkeypatch
 # -- schema versions
 
 
-def add_colour(connection: sqlite3.Connection) -> None:
+def add_colour(connection: Connection) -> None:
     connection.execute("ALTER TABLE conversations ADD COLUMN colour TEXT NOT NULL DEFAULT 'grey'")
 
 
@@ -384,7 +395,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
     with SqliteStore(path) as store:
         store.create("a", "one")
 
-    def broken(connection: sqlite3.Connection) -> None:
+    def broken(connection: Connection) -> None:
         connection.execute("CREATE TABLE half (done INTEGER)")
         connection.execute("nonsense")
 
@@ -437,12 +448,13 @@ def test_a_history_is_looked_up_in_an_index(path: Path) -> None:
         assert store.find("a", [b"x", turn.digest, b"y"]) == (1, turn)
         asked = [statement for statement in statements if "turns" in statement]
         assert len(asked) == 2  # which of them is known, and the turn
-        plans = [
-            row[3]
-            for sql in asked
-            for row in store._writer.call(
-                lambda c, sql=sql: c.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
+
+        def explained(connection: Connection) -> list[str]:
+            rows = (
+                row for sql in asked for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
             )
-        ]
+            return [row[3] for row in rows]
+
+        plans = store._writer.call(explained)
         assert not any("SCAN turns" in plan or "SCAN conversations" in plan for plan in plans)
         assert sum("turns_by_digest" in plan for plan in plans) == 2

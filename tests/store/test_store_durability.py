@@ -164,8 +164,9 @@ def record(path: Path, synchronous: str = "FULL") -> Any:
                 drafting = store.draft("a", "one", None, f"draft-{number}", [], [], None, 0)
                 extending = store.extend_draft(f"draft-{number}", [number], "word")
                 extending.add_done_callback(acknowledged(("draft", f"draft-{number}")))
-                for future in (*appended, drafting, extending):
-                    future.result(timeout=30)
+                written: list[Future[Any]] = [*appended, drafting, extending]
+                for one in written:
+                    one.result(timeout=30)
     vfs.unregister()
     return disk
 

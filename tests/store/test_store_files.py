@@ -94,7 +94,7 @@ def test_a_file_that_is_lost_takes_no_more_turns(
 
 
 def test_a_turn_during_which_the_file_is_lost_is_not_acknowledged(store: SqliteStore, path: Path) -> None:
-    def job(connection: sqlite3.Connection) -> None:
+    def job(connection: writer.Connection) -> None:
         delete_all(path)
 
     deleted = store._writer.submit(job)
@@ -168,7 +168,7 @@ def test_a_write_that_does_not_end_is_trouble(store: SqliteStore, monkeypatch: p
     monkeypatch.setattr(writer, "STUCK_S", 0.05)
     hold, begun = threading.Event(), threading.Event()
 
-    def job(connection: sqlite3.Connection) -> None:
+    def job(connection: writer.Connection) -> None:
         begun.set()
         hold.wait(30)
 

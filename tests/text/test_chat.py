@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from text_tokenizers import (
     chat,
     hugging_face,
 )
+from tokenizers import Tokenizer
 
 from pensieve.errors import InvalidRequest, ModelUnavailable
 from pensieve.text import ChatText, Extension, Message
@@ -29,7 +31,7 @@ from pensieve.text import ChatText, Extension, Message
 SYSTEM = Message("system", "You are a helpful assistant.")
 ASK = Message("user", "what is the capital of France?")
 AGAIN = Message("user", "why is it Paris?")
-BACKENDS = {
+BACKENDS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": byte_level,
     "sentencepiece": byte_fallback,
     "legacy sentencepiece": lambda: byte_fallback(legacy=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,11 @@ from pensieve.errors import InvalidRequest
 from pensieve.text import ChatText, Message
 from pensieve.text.control import FIRST_MARK, LAST_MARK, ControlGuard, unused_marks
 
-BACKENDS = {"bytes": byte_level, "sentencepiece": byte_fallback, "legacy": lambda: byte_fallback(legacy=True)}
+BACKENDS: dict[str, Callable[[], Tokenizer]] = {
+    "bytes": byte_level,
+    "sentencepiece": byte_fallback,
+    "legacy": lambda: byte_fallback(legacy=True),
+}
 
 
 def specials(text: ChatText, ids: list[int]) -> list[str]:

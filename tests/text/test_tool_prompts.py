@@ -6,6 +6,7 @@ The log only grows, and no message smuggles control tokens in.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from text_tokenizers import (
     chat,
     hugging_face,
 )
+from tokenizers import Tokenizer
 
 from pensieve.errors import InvalidRequest
 from pensieve.text import (
@@ -81,7 +83,11 @@ PLAIN = {
     "mistral without tools": MISTRAL,
     "none": None,
 }
-BACKENDS = {"bytes": byte_level, "sentencepiece": byte_fallback, "legacy": lambda: byte_fallback(legacy=True)}
+BACKENDS: dict[str, Callable[[], Tokenizer]] = {
+    "bytes": byte_level,
+    "sentencepiece": byte_fallback,
+    "legacy": lambda: byte_fallback(legacy=True),
+}
 # What models write when they call, not letter by letter what the templates write.
 WRITTEN = {
     "hermes": '<tool_call>{"name":"get_weather","arguments":{"city":"Paris"}}</tool_call>',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -260,11 +261,15 @@ def test_a_short_job_that_turns_out_long_makes_room(patient: TextWorkers) -> Non
 
 def test_tenants_take_turns(patient: TextWorkers) -> None:
     ended: list[str] = []
+
+    def end(tenant: str, _: Future[Any]) -> None:
+        ended.append(tenant)
+
     first = patient.submit(ask(LONG), "alice")
     until(lambda: at_work(patient, "long"))
     futures = [patient.submit(ask("word " * 10_000), tenant) for tenant in ("alice",) * 4 + ("bob",) * 2]
     for tenant, future in zip(("alice",) * 4 + ("bob",) * 2, futures, strict=True):
-        future.add_done_callback(lambda _, tenant=tenant: ended.append(tenant))
+        future.add_done_callback(functools.partial(end, tenant))
     first.cancel()
     for future in futures:
         result(future)

@@ -220,7 +220,7 @@ def test_views_are_taken_as_they_are(variant: str, dtype: torch.dtype) -> None:
         wide.double(),
     ]
     for view in (wide, *views):
-        query, key, value = view.split([HEADS, 2, 2], dim=1)
+        query, key, value = torch.split(view, [HEADS, 2, 2], dim=1)
         viewed.store.data.fill_(0xFF)
         viewed.backend.write(prepared[1], 0, key, value)
         ours = viewed.backend.attend(prepared[1], 0, query, args_of("plain"))

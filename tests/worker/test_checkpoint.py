@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_models_whose_tensors_are_stacked_or_cut_load_too(
     same(write(tmp_path, model), model)
 
 
-def build(architecture: str, **config: object) -> PreTrainedModel:
+def build(architecture: str, **config: Any) -> PreTrainedModel:
     CONFIGS.setdefault(architecture, {})
     return tiny(architecture, **config)
 

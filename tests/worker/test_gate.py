@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,10 @@ def test_a_refused_model_is_handed_back_as_it_came(monkeypatch: pytest.MonkeyPat
     model(input_ids=torch.tensor([[1, 2]]))
 
 
-def _scale(original: Any) -> Any:
+Attend = Callable[..., torch.Tensor]  # a backend's method
+
+
+def _scale(original: Attend) -> Attend:
     def attend(
         self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
@@ -162,7 +165,7 @@ def _scale(original: Any) -> Any:
     return attend
 
 
-def _no_window(original: Any) -> Any:
+def _no_window(original: Attend) -> Attend:
     def attend(
         self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
@@ -173,7 +176,7 @@ def _no_window(original: Any) -> Any:
     return attend
 
 
-def _no_extras(original: Any) -> Any:
+def _no_extras(original: Attend) -> Attend:
     def attend(
         self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
@@ -182,7 +185,7 @@ def _no_extras(original: Any) -> Any:
     return attend
 
 
-def _one_off(original: Any) -> Any:
+def _one_off(original: Callable[..., None]) -> Callable[..., None]:
     def write(self: Any, prepared: Any, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         original(self, prepared, layer, key, value.roll(1, 0))
 
@@ -226,7 +229,7 @@ def test_the_self_test_sees_planted_bugs(
         admit(tiny(architecture, dtype=dtype))
 
 
-def _slightly(original: Any) -> Any:
+def _slightly(original: Attend) -> Attend:
     def attend(
         self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
@@ -241,7 +244,7 @@ def _slightly(original: Any) -> Any:
     return attend
 
 
-def _window_off_by_one(original: Any) -> Any:
+def _window_off_by_one(original: Attend) -> Attend:
     def attend(
         self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
@@ -253,7 +256,7 @@ def _window_off_by_one(original: Any) -> Any:
     return attend
 
 
-def _no_sinks(original: Any) -> Any:
+def _no_sinks(original: Attend) -> Attend:
     def attend(
         self: Any, prepared: Any, layer: int, query: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
@@ -264,7 +267,7 @@ def _no_sinks(original: Any) -> Any:
     return attend
 
 
-def _noise(original: Any) -> Any:
+def _noise(original: Attend) -> Attend:
     """As an additive mask of small numbers would."""
 
     def attend(
@@ -302,7 +305,7 @@ def test_small_bugs_of_the_fused_forward_alone_are_seen_in_16_bits(
 ) -> None:
     take = llama._take_layer
     if architecture == "mistral":
-        changed = {"sliding_window": WINDOW + 1}
+        changed: dict[str, Any] = {"sliding_window": WINDOW + 1}
     else:
         changed = {"scaling": 16**-0.5 * 1.05}
     monkeypatch.setattr(

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,7 +125,7 @@ def test_an_unknown_way_to_split_text_is_told(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_second_start_converts_and_hashes_nothing(
-    made: tuple[LlamaForCausalLM, Path, Path], cache: Path, monkeypatch
+    made: tuple[LlamaForCausalLM, Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_convert, "sha256_of", lambda path: pytest.fail(f"hashed {path}"))
     monkeypatch.setattr(gguf_convert, "_convert", lambda *_: pytest.fail("converted again"))
@@ -150,7 +151,7 @@ def test_a_changed_file_of_the_same_name_is_another_model(
     assert file_hash(path) == sha256_of(path)
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "truncated weights": lambda f: os.truncate(f / "model.safetensors", 1000),
     "missing tokenizer": lambda f: (f / "tokenizer.json").unlink(),
     "edited config": lambda f: (f / "config.json").write_text(
@@ -286,7 +287,7 @@ def test_no_room_on_the_disk_or_in_memory_is_said_with_sizes(
     made: tuple[LlamaForCausalLM, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path))
-    monkeypatch.setattr(gguf_convert.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(ModelUnavailable, match=r"0\.0 GB are free"):
         resolve(str(made[1]))
     monkeypatch.setattr(random_weights, "available_bytes", lambda device="cpu": 1 << 10)

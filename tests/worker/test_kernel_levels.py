@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,12 +32,12 @@ Cap = Callable[[str], None]
 
 
 @pytest.fixture
-def cap(monkeypatch: pytest.MonkeyPatch) -> Cap:
+def cap(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cap]:
     def set_cap(name: str) -> None:
         monkeypatch.setenv(kernel.CAP, name)
         kernel.levels.cache_clear()
 
-    yield set_cap  # type: ignore[misc]
+    yield set_cap
     kernel.levels.cache_clear()
 
 

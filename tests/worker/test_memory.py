@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from pensieve.core.plan import StepPlan, StepResult
 from pensieve.errors import ConfigError
 from pensieve.worker.gate import admit
 from pensieve.worker.memory import DeviceShare, device_share
@@ -57,9 +58,14 @@ def test_the_tier_gets_what_weights_step_and_graphs_leave() -> None:
 
 
 def test_the_step_that_is_run_is_the_largest_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
+    plans: list[StepPlan] = []
     run = ModelWorker.run
-    monkeypatch.setattr(ModelWorker, "run", lambda worker, plan: (plans.append(plan), run(worker, plan))[1])
+
+    def recorded(worker: ModelWorker, plan: StepPlan) -> StepResult:
+        plans.append(plan)
+        return run(worker, plan)
+
+    monkeypatch.setattr(ModelWorker, "run", recorded)
     find(FakeMeter(60 * GB, GB), tokens=100, running=7)
     (plan,) = plans
     assert [span.stop for span in plan.spans] == [15, 15, 14, 14, 14, 14, 14]

@@ -19,7 +19,8 @@ PUBLISHED = {  # what the model cards say, in weights
 
 def built(preset: Preset) -> torch.nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(preset.config())
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(preset.config())
+    return model
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -295,9 +296,9 @@ def test_a_models_own_products_in_16_bits_meet_row_counts_of_the_list_only(archi
         if hasattr(module, "weight") and type(module).__name__ in ("Linear", "Conv1D"):
             inner = module.forward
 
-            def counting(x: torch.Tensor, inner: object = inner) -> torch.Tensor:
+            def counting(x: torch.Tensor, inner: Callable[..., torch.Tensor] = inner) -> torch.Tensor:
                 met.add(x.numel() // x.shape[-1])
-                return inner(x)  # type: ignore[operator]
+                return inner(x)
 
             module.forward = counting
     fill_up_modules(filled)

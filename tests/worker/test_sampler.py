@@ -437,7 +437,7 @@ def test_penalties_remember_more_tokens_than_at_first() -> None:
     assert found == list(range(size))  # each once: the first that was not there yet
 
 
-EXTREMES = {
+EXTREMES: dict[str, list[float]] = {
     "temperature": [0.0, 5e-324, 1e-300, 1e-6, 1.0, 100.0],
     "top_p": [5e-324, 1e-300, 1e-12, 0.5, 1.0 - 1e-16, 1.0],
     "top_k": [0, 1, 2, 10**9],

@@ -41,7 +41,10 @@ class World:
         self.device.streams.compute.do(lambda: self.seen.append(int(self.stores[0].data[slot, layer, 0])))
 
     def write(self, slot: int, number: int) -> None:
-        self.device.streams.compute.do(lambda: self.stores[0].data[slot].fill_(number))
+        def fill() -> None:
+            self.stores[0].data[slot].fill_(number)
+
+        self.device.streams.compute.do(fill)
 
 
 @pytest.fixture(params=range(SEEDS))
@@ -146,8 +149,9 @@ def test_copies_of_a_layer_may_run_while_the_layer_before_computes() -> None:
 def test_on_a_cpu_everything_is_done_at_once() -> None:
     streams = streams_for(CPU)
     done: list[int] = []
-    for stream in (streams.compute, streams.copy_in, streams.copy_out):
-        assert isinstance(stream, HostStream)
+    queues = (streams.compute, streams.copy_in, streams.copy_out)
+    assert all(isinstance(stream, HostStream) for stream in queues)
+    for stream in queues:
         stream.do(lambda: done.append(1))
         stream.wait(stream.record())
         stream.drain()

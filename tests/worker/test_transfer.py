@@ -193,8 +193,16 @@ def test_a_batch_that_breaks_fails_alone_and_hangs_no_other(
             broken.set()
             raise RuntimeError("device lost")
 
-    monkeypatch.setattr(SlotCopy, "layer", lambda move, layer: (break_once(layer), copy_layer(move, layer)))
-    monkeypatch.setattr(SlotCopy, "whole", lambda move: (break_once(None), copy_whole(move)))
+    def layer_or_break(move: SlotCopy, layer: int) -> None:
+        break_once(layer)
+        copy_layer(move, layer)
+
+    def whole_or_break(move: SlotCopy) -> None:
+        break_once(None)
+        copy_whole(move)
+
+    monkeypatch.setattr(SlotCopy, "layer", layer_or_break)
+    monkeypatch.setattr(SlotCopy, "whole", whole_or_break)
     transfer = make()
     bad = swap_out(1, 1, 1) if breaking_layer is None else swap_in(1, 1, 1)
     ticket = transfer.start(
@@ -311,7 +319,12 @@ def test_wait_returns_when_everything_queued_has_settled(
     gate.open.clear()
     transfer.start((), tuple(swap_out(slot, slot, slot) for slot in range(4)))
     waited = threading.Event()
-    waiter = threading.Thread(target=lambda: (transfer.wait(), waited.set()))
+
+    def wait() -> None:
+        transfer.wait()
+        waited.set()
+
+    waiter = threading.Thread(target=wait)
     waiter.start()
     assert gate.reached.wait(PATIENCE_S)
     assert not waited.wait(0.05)

@@ -267,8 +267,8 @@ def test_every_query_meets_its_whole_context_once(
     assert not seen
     num_tiles = len({(item.span, item.first_row) for item in items})
     assert len(items) <= num_tiles + backend._wanted, "a captured graph has room for so many"
-    parts = [item.part for item in items if item.num_parts > 1]
-    assert sorted(parts) == list(range(sum(reduction.num_parts for reduction in reductions)))
+    numbers = [item.part for item in items if item.num_parts > 1]
+    assert sorted(numbers) == list(range(sum(reduction.num_parts for reduction in reductions)))
 
 
 @pytest.mark.parametrize(
