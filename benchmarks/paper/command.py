@@ -14,8 +14,8 @@ from paper.page import JSON_NAME, PAGE_NAME, comparison_rows, small_comparisons,
 from paper.small_figures import SMALL_FIGURES
 from pensieve.cli.outputs import check_paths, table_console
 from pensieve.cli.simulation_options import parse_names
+from pensieve.reporting.json_file import write_json
 from pensieve.simulator.case import Case, Outcome
-from pensieve.simulator.output import write_json
 from pensieve.simulator.progress import progress
 from pensieve.simulator.sweep import run_cases
 

@@ -12,7 +12,7 @@ from typing import Any
 from paper.figures import RUN_S, SEEDS, WARM_UP, Comparison, Result, compare
 from paper.small_figures import SmallFigure
 from pensieve import __version__
-from pensieve.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
 from pensieve.simulator.cost_model import FITTED
 
 REMARKS = Path(__file__).with_name("remarks.md")

@@ -29,11 +29,12 @@ from pensieve.cli.simulation_options import (
     trace_option,
 )
 from pensieve.errors import ConfigError
+from pensieve.reporting.json_file import write_json
 from pensieve.runtime.options import CPU_BATCH_TOKENS, CPU_CACHE_GB, Options
 from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
 from pensieve.simulator.extent import extent_of
 from pensieve.simulator.measured import load_machine
-from pensieve.simulator.output import plot, print_table, to_json, write_json
+from pensieve.simulator.output import plot, print_table, to_json
 from pensieve.simulator.progress import progress
 from pensieve.simulator.sweep import run_cases
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
