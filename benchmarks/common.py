@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from pensieve.reporting.machine import processor as cpu_name
+from pensieve.machine import cpu_name
 
 __all__ = ["commit", "cpu_name", "spread"]
 

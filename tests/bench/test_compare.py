@@ -6,8 +6,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from chat_fakes import FakeSystem
 
-from bench.chat_fakes import FakeSystem
 from pensieve.bench.compare import run_users
 from pensieve.bench.driver import RunProgress
 from pensieve.bench.runs import EarlyEnd, RunSettings

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_fakes import FakeSystem, with_token
 from rich.console import Console
 
-from bench.chat_fakes import FakeSystem, with_token
 from pensieve.bench.compare import run_users
 from pensieve.bench.driver import RunProgress, ShownRun
 from pensieve.bench.equality import compare_outputs
@@ -24,7 +24,7 @@ from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
 from pensieve.engine.messages import Receipt
 from pensieve.errors import ConfigError
 from pensieve.reporting.json_file import write_json
-from pensieve.reporting.machine import source_version
+from pensieve.reporting.provenance import source_version
 from pensieve.workloads.arrivals import ThinkClass
 from pensieve.workloads.conversations import Conversation
 

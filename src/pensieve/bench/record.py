@@ -10,7 +10,7 @@ from pensieve.bench.equality import Equality
 from pensieve.bench.report import speedups, summarize
 from pensieve.bench.runs import Run, Subject, TurnRecord
 from pensieve.reporting.json_file import plain
-from pensieve.reporting.machine import machine, source_version, versions
+from pensieve.reporting.provenance import machine, source_version, versions
 
 SCHEMA = 1  # of the file; rises when a field changes its meaning
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from pensieve.machine import write_whole
 
 
 def plain(value: Any) -> Any:
@@ -37,15 +37,5 @@ def write_json(path: str | Path, record: Mapping[str, Any]) -> Path:
         TypeError: the record holds a value that JSON lacks; see `plain`.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(record, out, indent=1, allow_nan=False, ensure_ascii=False)
-            out.write("\n")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(target, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return target

@@ -1,4 +1,4 @@
-"""What a measurement ran on: commit, processor, package versions. Knows git and /proc; never what was measured."""
+"""What a measurement ran on: commit, processor, package versions. Knows git and packages; never what was measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pensieve
+from pensieve.machine import cpu_name
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton")
 
@@ -31,7 +32,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
-        "processor": processor(),
+        "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
@@ -45,16 +46,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def processor() -> str:
-    """The processor's name; on Linux only /proc/cpuinfo has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
