@@ -17,6 +17,7 @@ from pensieve.bench.compare import run_users
 from pensieve.bench.driver import RunProgress, ShownRun
 from pensieve.bench.equality import compare_outputs
 from pensieve.bench.plot import plot_first_token
+from pensieve.bench.provenance import source_version
 from pensieve.bench.record import build_record
 from pensieve.bench.report import print_report, speedups, summarize
 from pensieve.bench.runs import EarlyEnd, Run, RunSettings, Subject, TurnRecord
@@ -24,7 +25,6 @@ from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
 from pensieve.engine.messages import Receipt
 from pensieve.errors import ConfigError
 from pensieve.reporting.json_file import write_json
-from pensieve.reporting.provenance import source_version
 from pensieve.workloads.arrivals import ThinkClass
 from pensieve.workloads.conversations import Conversation
 

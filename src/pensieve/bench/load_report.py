@@ -13,8 +13,8 @@ from rich.table import Table
 
 from pensieve.bench.load import LoadRecord, LoadRun
 from pensieve.bench.probe import Target
+from pensieve.bench.provenance import source_version
 from pensieve.reporting.json_file import plain
-from pensieve.reporting.provenance import source_version
 from pensieve.reporting.spread import Spread
 from pensieve.reporting.tables import line_printer, mean_or_none, shown_count, shown_ms, table
 

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pensieve.bench.equality import Equality
+from pensieve.bench.provenance import machine, source_version, versions
 from pensieve.bench.report import speedups, summarize
 from pensieve.bench.runs import Run, Subject, TurnRecord
 from pensieve.reporting.json_file import plain
-from pensieve.reporting.provenance import machine, source_version, versions
 
 SCHEMA = 1  # of the file; rises when a field changes its meaning
 
