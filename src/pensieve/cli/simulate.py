@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from click.core import ParameterSource
 
 from pensieve.cli.outputs import check_paths, table_console
 from pensieve.cli.simulation_options import (
-    DEFAULT_DURATION_S,
-    DEFAULT_THINK,
     POLICY_NAMES,
+    LoadChoice,
+    OutputChoice,
+    StepChoice,
     default_warm_up_s,
     load_options,
     machine_options,
@@ -26,6 +27,7 @@ from pensieve.cli.simulation_options import (
     parse_names,
     run_options,
     step_options,
+    take,
     trace_option,
 )
 from pensieve.errors import ConfigError
@@ -37,10 +39,41 @@ from pensieve.simulator.measured import load_machine
 from pensieve.simulator.output import plot, print_table, to_json
 from pensieve.simulator.progress import progress
 from pensieve.simulator.sweep import run_cases
-from pensieve.workloads.arrivals import ThinkTime, parse_rates
-from pensieve.workloads.load_plan import LoadOptions
+from pensieve.workloads.arrivals import parse_rates
 
 JSON_NAME, PLOT_NAME = "simulate.json", "simulate.png"
+
+
+@dataclass(frozen=True, slots=True)
+class MachineChoice:
+    """The machine and its tiers, as the options name them."""
+
+    model: str
+    hardware: str
+    devices: int
+    gpu_cache_gb: float | None
+    cpu_cache_gb: float | None
+    disk_cache_gb: float
+
+    def machine(self) -> Machine:
+        """The machine, with tiers of 0 GB where no size is given."""
+        return Machine(
+            self.model,
+            self.hardware,
+            self.devices,
+            self.gpu_cache_gb or 0.0,
+            self.cpu_cache_gb or 0.0,
+            self.disk_cache_gb,
+        )
+
+    def with_default_tiers(self, machine: Machine) -> Machine:
+        """`machine` with the default size of each tier that no option sizes."""
+        if self.cpu_cache_gb is None and not machine.copies_first:
+            machine = replace(machine, cpu_cache_gb=Machine().cpu_cache_gb)
+        if self.gpu_cache_gb is None:
+            size_gb = CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb()
+            machine = replace(machine, gpu_cache_gb=size_gb)
+        return machine
 
 
 @click.command()
@@ -104,93 +137,77 @@ JSON_NAME, PLOT_NAME = "simulate.json", "simulate.png"
 @output_options(JSON_NAME, PLOT_NAME)
 def simulate(
     figures: str | None,
-    model: str,
-    hardware: str,
     profile_path: Path | None,
-    devices: int,
-    gpu_cache_gb: float | None,
-    cpu_cache_gb: float | None,
-    disk_cache_gb: float,
     systems: str,
     policies: str,
-    trace: Path,
     rates: str | None,
     users: int | None,
-    duration_s: float | None,
-    warm_up_s: float | None,
-    think: str | None,
-    speed: float,
-    turns: int | None,
-    max_context: int | None,
-    seed: int,
-    jobs: int | None,
-    out_dir: Path | None,
-    json_path: Path | None,
-    **limits: Any,
+    **arguments: Any,
 ) -> None:
     """Play people in conversation through the real scheduler and cache in virtual time, on hardware that is only numbers.
 
     Every system and policy meets the same people at every rate. The same seed gives the same result, to the last digit. docs/simulator.md
     says what is modelled and how far to trust it.
     """
+    output = take(OutputChoice, arguments)
     if figures is not None:
-        _paper_figures(figures, out_dir or Path("figures"), jobs)
+        _paper_figures(figures, output.out_dir or Path("figures"), output.jobs)
         return
-    machine = Machine(model, hardware, devices, gpu_cache_gb or 0.0, cpu_cache_gb or 0.0, disk_cache_gb)
+    steps, wanted = take(StepChoice, arguments), take(MachineChoice, arguments)
+    machine = wanted.machine()
     if profile_path is not None:
-        machine = _measured(profile_path, machine, limits)
-        model, hardware = machine.model, machine.hardware
-    if cpu_cache_gb is None and not machine.copies_first:
-        machine = replace(machine, cpu_cache_gb=Machine().cpu_cache_gb)
-    if gpu_cache_gb is None:
-        machine = replace(
-            machine, gpu_cache_gb=CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb()
-        )
-    asked = parse_rates(rates) if rates is not None else ()
-    load = LoadOptions(
-        users=users, rates=asked[:1], duration_s=duration_s or (DEFAULT_DURATION_S if asked else None), turns=turns,
-        think=ThinkTime.parse(think or DEFAULT_THINK), trace=trace, speed=speed, seed=seed,
-    )  # fmt: skip
-    extent = extent_of(load, machine.first_tier_tokens(), max_context, limits.pop("chunk_tokens"))
+        machine, steps = _measured(profile_path, machine, steps)
+    machine = wanted.with_default_tiers(machine)
+    load = take(LoadChoice, arguments)
+    planned_rates = parse_rates(rates) if rates is not None else ()
+    extent = extent_of(
+        load.options(planned_rates[:1], users),
+        machine.first_tier_tokens(),
+        load.max_context,
+        steps.chunk_tokens,
+    )
     for remark in extent.remarks:
         click.secho(remark, dim=True, err=True)
     # one load a rate, all of the same seed, so that the same people come, only sooner
-    loads = [replace(extent.load, rates=(rate,)) for rate in asked] or [extent.load]
+    loads = [replace(extent.load, rates=(rate,)) for rate in planned_rates] or [extent.load]
     named = parse_names(systems, SYSTEMS, "system")
     cases = [
         Case(
-            machine, one, system, policy, warm_up_s=default_warm_up_s(warm_up_s, bool(one.rates), one.duration_s),
-            max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **limits,
+            machine, one, system, policy, warm_up_s=default_warm_up_s(load.warm_up_s, bool(one.rates), one.duration_s),
+            max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **steps.of_case(),
         )
         for system in named
         for policy in (parse_names(policies, POLICY_NAMES, "policy") if SYSTEMS[system].retain else ["retention"])
         for one in loads
     ]  # fmt: skip
-    paths = check_paths(out_dir, json_path, JSON_NAME)
+    paths = check_paths(output.out_dir, output.json_path, JSON_NAME)
     begun_s = time.perf_counter()
     with progress(cases) as tell:
-        outcomes = run_cases(cases, jobs=jobs, tell=tell)
+        outcomes = run_cases(cases, jobs=output.jobs, tell=tell)
     took_s = time.perf_counter() - begun_s
     console = table_console()
     console.print(
-        f"[bold]{model}[/bold] on {devices} × {hardware}, {trace}: {_simulated(outcomes, took_s)}\n",
+        f"[bold]{machine.model}[/bold] on {machine.devices} × {machine.hardware}, {load.trace}: {_simulated(outcomes, took_s)}\n",
         highlight=False,
     )
     print_table(outcomes, console)
     record = to_json(outcomes)
     for path in paths:
         click.echo(f"json: {write_json(path, record)}", err=True)
-    if out_dir is not None:
-        subtitle = f"{trace}, {machine.gpu_cache_gb:.3g} GB gpu + {machine.cpu_cache_gb:g} GB cpu a device"
+    if output.out_dir is not None:
+        title = f"{machine.model} on {machine.devices} × {machine.hardware}, simulated"
+        subtitle = (
+            f"{load.trace}, {machine.gpu_cache_gb:.3g} GB gpu + {machine.cpu_cache_gb:g} GB cpu a device"
+        )
         click.echo(
-            f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}",
+            f"plot: {plot(output.out_dir / PLOT_NAME, outcomes, title, subtitle)}",
             err=True,
         )
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 
-def _measured(path: Path, asked: Machine, limits: dict[str, Any]) -> Machine:
+def _measured(path: Path, asked: Machine, steps: StepChoice) -> tuple[Machine, StepChoice]:
     """The machine of a profile. On a CPU a step is as large as `pensieve serve` makes it there, unless told otherwise."""
     context = click.get_current_context()
 
@@ -204,13 +221,12 @@ def _measured(path: Path, asked: Machine, limits: dict[str, Any]) -> Machine:
             )
     measured = load_machine(path)
     if measured.tiers_in_ram:
-        for name, usual in (("max_batch_tokens", CPU_BATCH_TOKENS), ("max_running", Options().max_running)):
-            if not is_told(name):
-                limits[name] = usual
-    return replace(
-        Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb),
-        disk_cache_gb=asked.disk_cache_gb,
-    )
+        if not is_told("max_batch_tokens"):
+            steps = replace(steps, max_batch_tokens=CPU_BATCH_TOKENS)
+        if not is_told("max_running"):
+            steps = replace(steps, max_running=Options().max_running)
+    machine = Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb)
+    return replace(machine, disk_cache_gb=asked.disk_cache_gb), steps
 
 
 def _simulated(outcomes: list[Outcome], took_s: float) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -15,6 +16,8 @@ from pensieve.errors import ConfigError
 from pensieve.simulator.extent import LONG_CHUNK, LONG_CONTEXT
 from pensieve.simulator.hardware import HARDWARE
 from pensieve.simulator.policies import COMPARED
+from pensieve.workloads.arrivals import ThinkTime
+from pensieve.workloads.load_plan import LoadOptions
 
 POLICY_NAMES = sorted((*POLICIES, *COMPARED))
 DEFAULT_DURATION_S, DEFAULT_WARM_UP = (
@@ -159,6 +162,67 @@ def output_options(json_name: str, plot_name: str) -> Decorator:
             help="Verify every invariant of the cache after every step.",
         ),
     )
+
+
+Choice = TypeVar("Choice")
+
+
+def take(kind: type[Choice], arguments: dict[str, Any]) -> Choice:
+    """A dataclass made from the command's arguments of its fields' names, which are removed from `arguments`."""
+    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: arguments.pop(name) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class LoadChoice:
+    """What `trace_option`, `load_options` and --seed ask for."""
+
+    trace: Path
+    duration_s: float | None
+    warm_up_s: float | None
+    think: str | None
+    speed: float
+    turns: int | None
+    max_context: int | None
+    seed: int
+
+    def options(self, rates: tuple[float, ...], users: int | None = None) -> LoadOptions:
+        """The load; with rates, arrivals last `DEFAULT_DURATION_S` if no duration is given."""
+        return LoadOptions(
+            users=users,
+            rates=rates,
+            duration_s=self.duration_s or (DEFAULT_DURATION_S if rates else None),
+            turns=self.turns,
+            think=ThinkTime.parse(self.think or DEFAULT_THINK),
+            trace=self.trace,
+            speed=self.speed,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepChoice:
+    """What `step_options` and --debug ask for."""
+
+    max_batch_tokens: int
+    step_ms: float | None
+    admission: Literal["work", "fcfs"]
+    max_running: int
+    chunk_tokens: int | None
+    debug: bool
+
+    def of_case(self) -> dict[str, Any]:
+        """The fields that a `Case` has too; its chunk size also depends on the load."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "chunk_tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputChoice:
+    """Where results go, and how many processes make them."""
+
+    jobs: int | None
+    out_dir: Path | None
+    json_path: Path | None
 
 
 def default_warm_up_s(asked_s: float | None, rated: bool, duration_s: float | None) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pensieve.simulator.case import Machine
-from pensieve.simulator.planner import Book, Space, Trial, rate_of
+from pensieve.simulator.planner import Space, Trial, Trials, rate_of
 
 HEADROOM = 1.2  # of the load
 _FURTHER = 1.2  # how much further the first look outside of what is known
@@ -39,7 +39,7 @@ class Margin:
     more_per_s: float  # requests a second held, for each further GB
 
 
-def held_loads(book: Book, machines: Sequence[Machine]) -> list[Held]:
+def held_loads(book: Trials, machines: Sequence[Machine]) -> list[Held]:
     """Up to which load machines hold, all searched at once."""
     brackets = [_Bracket() for _ in machines]
     while asked := [
@@ -92,7 +92,7 @@ class _Bracket:
         )
 
 
-def margins(book: Book, space: Space, best: Trial) -> tuple[Held, list[Margin]]:
+def margins(book: Trials, space: Space, best: Trial) -> tuple[Held, list[Margin]]:
     """The load that a machine holds, and what more of each tier would bring. A tier that can have no more is left out."""
     more = {tier: gigabytes for tier in TIERS if (gigabytes := _more_gb(space, best.machine, tier))}
     machines = [

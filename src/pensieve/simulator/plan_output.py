@@ -13,17 +13,17 @@ from rich.table import Table
 from pensieve import __version__
 from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
 from pensieve.reporting.json_file import plain
+from pensieve.simulator.answer import Answer
 from pensieve.simulator.case import Machine
 from pensieve.simulator.goal import Goal
 from pensieve.simulator.margins import HEADROOM, TIERS, Held, Margin
-from pensieve.simulator.plan import Answer
-from pensieve.simulator.planner import Book, Trial, rate_of
+from pensieve.simulator.planner import Trial, Trials, rate_of
 
 _MOST_LINES = 6  # of a picture: the answer's, and those with most points
 _STEADY = 0.85  # of the rate asked for, sent in the window
 
 
-def sentences(book: Book, answer: Answer) -> list[str]:
+def sentences(book: Trials, answer: Answer) -> list[str]:
     """The answer in words: first what to buy, or why nothing will do."""
     words = _found(book, answer, answer.best) if answer.best is not None else _missed(book, answer)
     asked, sent = rate_of(answer.closest), answer.closest.outcome.summary.sent_per_s
@@ -35,7 +35,7 @@ def sentences(book: Book, answer: Answer) -> list[str]:
     return words
 
 
-def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
+def _found(book: Trials, answer: Answer, best: Trial) -> list[str]:
     goal, prices = book.goal, book.prices
     words = [
         f"The cheapest that holds {goal.words} within {_ms(goal, goal.latency_s)} at {rate_of(best):.3g} requests/s is {_machine_words(best.machine)}: "
@@ -65,7 +65,7 @@ def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
     return words
 
 
-def _missed(book: Book, answer: Answer) -> list[str]:
+def _missed(book: Trials, answer: Answer) -> list[str]:
     goal, closest = book.goal, answer.closest
     found = closest.outcome
     everything = f"{_machine_words(closest.machine)},"
@@ -128,7 +128,7 @@ def _ms(goal: Goal, seconds: float) -> str:
     return f"{1e3 * seconds:.4g} {goal.unit}"
 
 
-def print_trials(book: Book, console: Console, best: Trial | None) -> None:
+def print_trials(book: Trials, console: Console, best: Trial | None) -> None:
     """A line for each machine that was tried under the load itself."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in (
@@ -163,7 +163,7 @@ def print_trials(book: Book, console: Console, best: Trial | None) -> None:
     console.print(table)
 
 
-def print_margins(book: Book, answer: Answer, console: Console) -> None:
+def print_margins(book: Trials, answer: Answer, console: Console) -> None:
     """What another GB of each tier would bring."""
     if not answer.margins:
         return
@@ -189,7 +189,7 @@ def print_margins(book: Book, answer: Answer, console: Console) -> None:
     console.print(table)
 
 
-def to_json(book: Book, answer: Answer) -> dict[str, Any]:
+def to_json(book: Trials, answer: Answer) -> dict[str, Any]:
     """Everything, as plain values. Nothing in it depends on where or when it was simulated."""
     record: dict[str, Any] = {
         "benchmark": "plan",
@@ -217,7 +217,7 @@ def _order(machine: Machine) -> tuple[float, ...]:
     return machine.devices, machine.disk_cache_gb, machine.gpu_cache_gb, machine.cpu_cache_gb
 
 
-def _trial(book: Book, trial: Trial) -> dict[str, Any]:
+def _trial(book: Trials, trial: Trial) -> dict[str, Any]:
     machine, outcome = trial.machine, trial.outcome
     return {
         "model": machine.model, "hardware": machine.hardware, "devices": machine.devices, "gpu_gb": machine.gpu_cache_gb,
@@ -227,11 +227,11 @@ def _trial(book: Book, trial: Trial) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _margin(book: Book, margin: Margin) -> dict[str, Any]:
+def _margin(book: Trials, margin: Margin) -> dict[str, Any]:
     return {**asdict(margin), "tier": TIERS[margin.tier], "trial": _trial(book, margin.trial)}
 
 
-def plot(path: Path, book: Book, answer: Answer, title: str, subtitle: str) -> Path:
+def plot(path: Path, book: Trials, answer: Answer, title: str, subtitle: str) -> Path:
     """The latency over the CPU tier, a line for each first tier and disk of the answer's devices, with the target.
 
     Raises:

@@ -101,7 +101,7 @@ class Trial:
 
 
 @dataclass(slots=True)
-class Book:
+class Trials:
     """Every trial, each case once. Sole owner of what is known."""
 
     base: Case
@@ -174,7 +174,7 @@ class Found:
     everything: Trial  # with as much of every tier as there may be
 
 
-def search(book: Book, space: Space) -> Found:
+def search(book: Trials, space: Space) -> Found:
     """The cheapest machine of a space that holds the load.
 
     All columns are searched at once, a probe in each, so that a batch keeps many cores busy; what is proposed depends on outcomes alone, and
@@ -206,13 +206,13 @@ def search(book: Book, space: Space) -> Found:
     return Found(space, _best(book, everything, lucky), everything)
 
 
-def _column(book: Book, space: Space, gpu_gb: float, disk_gb: float) -> _Column:
+def _column(book: Trials, space: Space, gpu_gb: float, disk_gb: float) -> _Column:
     sizes = space.cpu_sizes()
     # (a disk is below a CPU tier, or nowhere)
     return _Column(book.machine(space.devices, gpu_gb, 0.0, disk_gb), sizes[1:] if disk_gb else sizes)
 
 
-def _narrow(book: Book, columns: Sequence[_Column], everything: Trial, lucky: set[Case]) -> Trial:
+def _narrow(book: Trials, columns: Sequence[_Column], everything: Trial, lucky: set[Case]) -> Trial:
     """The cheapest in some columns, or what is known to be cheaper. `lucky`: trials that held below one that missed; more are added."""
     while True:
         best = _best(book, everything, lucky)
@@ -230,7 +230,7 @@ def _narrow(book: Book, columns: Sequence[_Column], everything: Trial, lucky: se
         lucky.add(best.case)
 
 
-def _best(book: Book, everything: Trial, lucky: set[Case]) -> Trial:
+def _best(book: Trials, everything: Trial, lucky: set[Case]) -> Trial:
     """The cheapest that holds; of equal ones that with the smallest tiers."""
     held = [trial for trial in _known(book, everything) if book.holds(trial) and trial.case not in lucky]
     return min(
@@ -244,7 +244,7 @@ def _best(book: Book, everything: Trial, lucky: set[Case]) -> Trial:
     )
 
 
-def _known(book: Book, everything: Trial) -> list[Trial]:
+def _known(book: Trials, everything: Trial) -> list[Trial]:
     return [
         trial
         for trial in book.trials.values()
@@ -252,7 +252,7 @@ def _known(book: Book, everything: Trial) -> list[Trial]:
     ]
 
 
-def _bound(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
+def _bound(book: Trials, column: _Column, best: Trial, lucky: set[Case]) -> None:
     """Set a column's bounds by all that is known; between them lies what is unknown and cheaper than the best by enough to matter."""
     known = _known(book, best)
     missed = [trial for trial in known if not book.holds(trial) or trial.case in lucky]

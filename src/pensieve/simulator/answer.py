@@ -8,7 +8,7 @@ from typing import Literal
 
 from pensieve.simulator.case import Machine
 from pensieve.simulator.margins import HEADROOM, Held, Margin, held_loads, margins
-from pensieve.simulator.planner import Book, Found, Space, Trial, rounded, search
+from pensieve.simulator.planner import Found, Space, Trial, Trials, rounded, search
 
 Limit = Literal["memory", "link", "first tier", "computing"]
 _CURVE = (
@@ -36,7 +36,7 @@ class Answer:
     unlimited: Trial | None  # where the limit is memory: with all that could be used
 
 
-def make_plan(book: Book, spaces: Sequence[Space]) -> Answer:
+def make_plan(book: Trials, spaces: Sequence[Space]) -> Answer:
     """Search all spaces, fewest devices first, and weigh what was found."""
     found: list[Found] = []
     best: Trial | None = None
@@ -68,7 +68,7 @@ def _curve(space: Space, trial: Trial) -> list[tuple[Machine, float]]:
     ]
 
 
-def _nothing(book: Book, found: Sequence[Found]) -> Answer:
+def _nothing(book: Trials, found: Sequence[Found]) -> Answer:
     nearest = min(found, key=lambda one: one.everything.latency_s)
     closest, space = nearest.everything, nearest.space
     unlimited = None
