@@ -1,5 +1,4 @@
-"""A key file that changes, breaks, or is gone while the server runs: which keys are valid, and who is told.
-"""
+"""A key file that changes, breaks, or is gone while the server runs: which keys are valid, and who is told."""
 
 from __future__ import annotations
 

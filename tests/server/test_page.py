@@ -571,8 +571,7 @@ def test_every_control_has_a_name(page: Page, mock: PageMock) -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    """Also without a browser: no other host, no inline script or style, nothing that parses text as markup.
-    """
+    """Also without a browser: no other host, no inline script or style, nothing that parses text as markup."""
     for file in STATIC.iterdir():
         text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|//cdn|@import", text), file.name

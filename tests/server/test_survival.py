@@ -153,8 +153,7 @@ class Load:
             thread.start()
 
     def end(self) -> None:
-        """Wait for all clients; one that is in the middle of an answer reads it to its end, if there is one.
-        """
+        """Wait for all clients; one that is in the middle of an answer reads it to its end, if there is one."""
         for client in self.clients:
             client.stop.set()
         for thread in self.threads:

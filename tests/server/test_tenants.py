@@ -241,8 +241,7 @@ def test_what_belongs_to_another_tenant_looks_like_what_does_not_exist(keys: Any
 
 
 def test_what_a_key_may_see_of_the_whole_server(keys: Any) -> None:
-    """The map's rows are the asker's own. (Its tiers and counters are the server's, as `/metrics` has them.)
-    """
+    """The map's rows are the asker's own. (Its tiers and counters are the server's, as `/metrics` has them.)"""
     server, alice, bob, _ = keys
     server.post("/v1/chat/completions", chat(PROMPT), **alice)
     for path in ("/v1/pensieve/map", "/v1/pensieve/conversations"):

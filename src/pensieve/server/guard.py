@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pensieve.errors import ConfigError, PensieveError
@@ -39,6 +40,7 @@ CHANGING = ("/v1/pensieve/record",)  # GET requests that take something scarce
 ALWAYS_OPEN = ("/health", "/ready")  # for supervisors, whatever else is closed
 OPEN = ("/", "/metrics", "/openapi.json", "/version")  # without a key, unless --private
 TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # POST requests that the model answers
+CLIENT_LEFT = 499  # counted in place of a status if none was sent, as nginx does
 NUM_BODIES = 8  # largest bodies that fit into the default of `max_bodies_bytes`
 
 
@@ -134,6 +136,8 @@ class RequestGuard:
                 await refusal(scope, receive, counting_send)
                 return
             await self._app(scope, body.receive, counting_send)
+        except ClientDisconnect:
+            status = CLIENT_LEFT  # it left within its body, so no answer is sent
         except Exception as error:
             log.error("%s %s failed (%s)", scope["method"], _shown(scope["path"]), request_id, exc_info=error)
             if status:  # too late for another answer
