@@ -1,4 +1,4 @@
-"""No tenant is shut out: what one may take of places, bodies and recorders, and what is left to the others."""
+"""No tenant is shut out: what one may take of places, bodies and recorders, and what is left for others."""
 
 from __future__ import annotations
 

@@ -119,7 +119,8 @@ def test_what_another_has_cached_saves_no_work(keys: Any, path: str, body: Any) 
     ended_s = time.perf_counter()
     assert probe == cold
     print(
-        f"{path}: no tenant has it {1e3 * (middle_s - started_s):.1f} ms, others have it {1e3 * (ended_s - before_s):.1f} ms"
+        f"{path}: no tenant has it {1e3 * (middle_s - started_s):.1f} ms, "
+        f"others have it {1e3 * (ended_s - before_s):.1f} ms"
     )
     assert (
         computed(server, lambda: server.post(path, asked, **alice))[0] < cold[0]
@@ -241,7 +242,7 @@ def test_what_belongs_to_another_tenant_looks_like_what_does_not_exist(keys: Any
 
 
 def test_what_a_key_may_see_of_the_whole_server(keys: Any) -> None:
-    """The map's rows are the asker's own. (Its tiers and counters are the server's, as `/metrics` has them.)"""
+    """The map's rows are the caller's own; its tiers and counters are the server's, as in `/metrics`."""
     server, alice, bob, _ = keys
     server.post("/v1/chat/completions", chat(PROMPT), **alice)
     for path in ("/v1/pensieve/map", "/v1/pensieve/conversations"):

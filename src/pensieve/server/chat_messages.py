@@ -16,7 +16,7 @@ MAX_CALLS = 1024  # of one message
 
 
 class ContentPart(BaseModel):
-    """A part of a message. Only text is supported; the other fields belong to parts that are refused by name."""
+    """A part of a message. Only text is supported; other fields belong to parts that are refused by name."""
 
     model_config = ConfigDict(extra="allow")
     type: StrictStr

@@ -456,7 +456,8 @@ class LimitedProtocol(HttpToolsProtocol):
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
         retry = b"retry-after: 1\r\n" if status in (429, 503) else b""
         self._raw.write(
-            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
+            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+            b"%sconnection: close\r\n\r\n%s"
             % (status, HTTPStatus(status).phrase.encode(), len(body), retry, body)
         )
 

@@ -290,7 +290,7 @@ class OpenAnswers:
         )
 
     def find(self, namespace: str, turn_id: str) -> Answer | None:
-        """An answer that is open or ended a while ago; None if there is none, or only in another namespace."""
+        """An answer that is open or ended a while ago; None if this namespace has none."""
         answer = self.open.get(turn_id) or self._ended.get(turn_id)
         return answer if answer is not None and answer.namespace == namespace else None
 

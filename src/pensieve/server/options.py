@@ -18,7 +18,7 @@ OPERATION_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """The options of `pensieve serve` that are not the model's or the cache's, named as on the command line."""
+    """The options of `pensieve serve`, except those of the model and the cache."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0 for any free one
@@ -90,7 +90,7 @@ class ServeOptions:
         )
 
     def patience(self) -> Patience:
-        """How long the engine's process may be silent, and one of its steps may take, before it is replaced."""
+        """How long the engine's process may be silent, and one step may take, before it is replaced."""
         step_timeout_s = self.step_timeout_s
         if step_timeout_s is None:
             step_timeout_s = STEPS_TO_SILENCE * self.engine_timeout_s

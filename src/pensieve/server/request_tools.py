@@ -118,7 +118,7 @@ def form_for(
 
 
 def _check_size(schemas: list[dict[str, Any] | None]) -> None:
-    """Refuse tools whose schemas hold too many values: each is read several times until the prompt is made."""
+    """Refuse tools whose schemas hold too many values: each is read several times for a prompt."""
     num_values, stack = 0, list[Any](schemas)
     while stack:
         item = stack.pop()

@@ -1,4 +1,4 @@
-"""/v1/responses: turns that name the response or conversation they continue. Knows that API; never the cache."""
+"""/v1/responses: turns that name what they continue. Knows that API; never the cache."""
 
 from __future__ import annotations
 

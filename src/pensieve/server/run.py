@@ -234,7 +234,7 @@ def _start(
     on_state: Callable[[State], None],
     patience: Patience,
 ) -> Backend:
-    """Open the store, with a lease under which unfinished answers are stored, and start the engine's process."""
+    """Open the store, with a lease for unfinished answers, and start the engine's process."""
     do_without_torch()
     store = open_store(str(default_path()) if serving.store_url is None else serving.store_url)
     lease: Lease | None = None
