@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from test_service import running
 from text_tokenizers import HERMES, chat
 
 from pensieve.core.request import SamplingParams
 from pensieve.engine.messages import Token
-from pensieve.message import Message
-from pensieve.service import PendingTurn, Piece, TurnSpec
+from pensieve.service import PendingTurn, TurnSpec
 from pensieve.service.answer_parser import AnswerForm, AnswerParser
 from pensieve.service.answer_text import AnswerText
-from pensieve.store.sqlite import SqliteStore
 from pensieve.text import CallBegin, CallDelta, CallEnd, ChatText, ContentDelta
 
 TOOLS = ({"type": "function", "function": {"name": "now", "description": "", "parameters": {}}},)
 CALL = '<tool_call>\n{"name": "now", "arguments": {"zone": "UTC"}}\n</tool_call>'
-
-
-@pytest.fixture
-def store() -> Iterator[SqliteStore]:
-    store = SqliteStore(":memory:")
-    yield store
-    store.close()
 
 
 def answered(text: ChatText, form: AnswerForm, said: str, **sampling: int) -> PendingTurn:
@@ -73,20 +60,3 @@ def test_the_only_call_that_an_answer_may_hold_ends_it_also_where_it_began_befor
         )
         assert turn.cut is not None and turn.parser is not None
         assert turn.parser.message().tool_calls[0].arguments == '{"zone": "UTC"}'
-
-
-def test_readers_see_the_pieces_of_the_turn_and_the_store_gets_the_parser_s_message(
-    store: SqliteStore,
-) -> None:
-    pieces: list[Piece] = []
-    with running(store, chat(HERMES)) as service:
-        spec = TurnSpec(
-            "default", "c", (Message("user", "hi"),), SamplingParams(max_new_tokens=12), form=AnswerForm()
-        )
-        turn = service.start(spec, pieces.append)
-        done = turn.future.result(20)
-    assert len(pieces) == len(turn.pieces) and all(a is b for a, b in zip(pieces, turn.pieces, strict=True))
-    content = "".join(e.text for piece in pieces for e in piece.events if isinstance(e, ContentDelta))
-    assert done.message == Message("assistant", content) and content == done.text
-    turns = store.path("default", store.get("default", "c").leaf)
-    assert turns[-1].messages[-1] == done.message

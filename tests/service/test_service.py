@@ -35,11 +35,20 @@ from pensieve.errors import (
     PensieveError,
     PromptTooCostly,
 )
-from pensieve.service import ConversationService, Path, PendingTurn, TurnDone, TurnSpec, prompt
+from pensieve.service import ConversationService, Path, PendingTurn, Piece, TurnDone, TurnSpec, prompt
 from pensieve.service.answer_parser import AnswerForm
 from pensieve.store.base import path_messages, path_tokens
 from pensieve.store.sqlite import SqliteStore
-from pensieve.text import ChatText, EncodeRest, InlineRunner, Message, TextJob, TextRunner, WriteChat
+from pensieve.text import (
+    ChatText,
+    ContentDelta,
+    EncodeRest,
+    InlineRunner,
+    Message,
+    TextJob,
+    TextRunner,
+    WriteChat,
+)
 
 CHUNK = 8
 VOCAB = 400  # below the special tokens of the test tokenizer
@@ -614,3 +623,20 @@ def test_remembered_paths_are_bounded_by_their_characters(monkeypatch: pytest.Mo
     assert list(prompts._paths) == [("n", "t8"), ("n", "t9")]
     prompts.forget("n")
     assert prompts._num_remembered_chars == prompts._num_remembered_tokens == 0
+
+
+def test_readers_see_the_pieces_of_the_turn_and_the_store_gets_the_parser_s_message(
+    store: SqliteStore,
+) -> None:
+    pieces: list[Piece] = []
+    with running(store, chat(CHATML)) as service:
+        spec = TurnSpec(
+            "default", "c", (Message("user", "hi"),), SamplingParams(max_new_tokens=12), form=AnswerForm()
+        )
+        turn = service.start(spec, pieces.append)
+        done = turn.future.result(20)
+    assert len(pieces) == len(turn.pieces) and all(a is b for a, b in zip(pieces, turn.pieces, strict=True))
+    content = "".join(e.text for piece in pieces for e in piece.events if isinstance(e, ContentDelta))
+    assert done.message == Message("assistant", content) and content == done.text
+    turns = store.path("default", store.get("default", "c").leaf)
+    assert turns[-1].messages[-1] == done.message
