@@ -20,6 +20,7 @@ from pensieve.core.plan import StepPlan, StepResult
 from pensieve.core.request import FinishReason, Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConversationNotFound
+from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import Hooks, ModelWorker
 from tiny_models import tiny
@@ -246,4 +247,4 @@ def pair(architecture: str, seed: int = 0) -> tuple[CausalModel, torch.nn.Module
     """The same tiny random model twice: through the cache, and eager."""
     reference = tiny(architecture, seed)
     reference.set_attn_implementation("eager")
-    return CausalModel(tiny(architecture, seed), label=architecture), reference
+    return admit(tiny(architecture, seed), label=architecture), reference

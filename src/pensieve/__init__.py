@@ -1,7 +1,7 @@
 """Pensieve: stateful serving of large language models. Conversations keep their KV cache between turns.
 
-`from pensieve import Pensieve, SamplingParams` is the library's front door. Importing it imports no torch: that
-happens when a model is loaded.
+`from pensieve import Pensieve, SamplingParams` is the library's front door. Torch is imported when a model is
+loaded, not before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pensieve.runtime.library import Conversation, Pensieve
 
 __all__ = ["Conversation", "Pensieve", "SamplingParams"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Conversation": "pensieve.runtime.library",

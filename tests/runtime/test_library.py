@@ -129,7 +129,7 @@ def test_with_a_store_a_conversation_goes_on_after_a_restart(folder: str, tmp_pa
 
 
 def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown option 'gpu_cash_gb'.*gpu_cache_gb"):
+    with pytest.raises(ConfigError, match=r"unknown option 'gpu_cash_gb'.*gpu_cache_gb"):
         Pensieve(gpu_cash_gb=1)
     with pytest.raises(ConfigError, match=":memory: keeps nothing on disk"):
         Pensieve(str(tmp_path), store="memory")

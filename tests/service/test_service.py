@@ -37,7 +37,7 @@ from pensieve.errors import (
 )
 from pensieve.service import ConversationService, Path, PendingTurn, Piece, TurnDone, TurnSpec, prompt
 from pensieve.service.answer_parser import AnswerForm
-from pensieve.store.base import path_messages, path_tokens
+from pensieve.store import path_messages, path_tokens
 from pensieve.store.sqlite import SqliteStore
 from pensieve.text import (
     ChatText,

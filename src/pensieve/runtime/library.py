@@ -1,4 +1,7 @@
-"""Pensieve as a library: one model on a thread of this process, and conversations with it. Knows messages and answers; never tokens or tiers."""
+"""Pensieve as a library: one model on a thread of this process, and conversations with it.
+
+Knows messages and answers; never tokens or tiers.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ LOOK_S = 0.2  # between two looks at an answer: a wait without a timeout would n
 
 
 class Pensieve:
-    """A loaded model whose conversations keep their KV cache between turns. Close it, or use it in a `with` statement.
+    """A loaded model whose conversations keep their KV cache between turns. Close it, or use it in `with`.
 
     Conversations may be used from several threads at once; their requests are computed together.
     """
@@ -45,7 +48,7 @@ class Pensieve:
 
         Args:
             model: `smollm2`, a hub id, a folder or a `.gguf` file.
-            store: where conversations are kept, as `pensieve serve --store` takes it; None if they are kept in
+            store: where conversations are kept, as `pensieve serve --store` takes it; None to keep them in
                 memory while this object lives.
             progress: called with a line of text about whatever takes time.
             options: fields of `Options`: gpu_cache_gb, cpu_cache_gb, dtype, device, max_context, threads ...
@@ -155,7 +158,7 @@ class Conversation:
             The answer: `text`, `reason` it ended, `receipt`, `message`. It is in the store by then.
 
         Raises:
-            InvalidRequest, ContextTooLong: it cannot be answered as asked; the conversation is unchanged.
+            InvalidRequest, ContextLengthExceeded: it cannot be answered as asked; the conversation is unchanged.
             EngineClosed: the engine has ended.
         """
         turn = self._owner._start(self._spec(text, max_tokens, sampling, stop))

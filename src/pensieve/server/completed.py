@@ -16,7 +16,7 @@ from pensieve.engine.messages import Token as SampledToken
 from pensieve.message import Message
 from pensieve.server.open_answers import Answer
 from pensieve.service import TurnDone, TurnSpec
-from pensieve.store.base import Turn
+from pensieve.store import Turn
 from pensieve.text import ChatText
 
 ANSWER = "answer"  # key in a turn's meta: what its client was told

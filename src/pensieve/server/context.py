@@ -27,7 +27,7 @@ from pensieve.server.shares import Shares
 from pensieve.server.totals import Totals
 from pensieve.server.writing import Writing
 from pensieve.service import DEFAULT_NAMESPACE, ConversationService
-from pensieve.store.base import ConversationStore
+from pensieve.store import ConversationStore
 from pensieve.text import ChatText, InlineRunner, TextJob, TextRunner
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from pensieve.server.context import Caller, Context, in_thread
 from pensieve.server.errors import ApiError
 from pensieve.server.open_answers import Answer
 from pensieve.service import TurnSpec
-from pensieve.store.base import Turn
+from pensieve.store import Turn
 
 MAX_KEY = 255
 ELSEWHERE_S = 20.0  # how long a request waits for an answer of another server

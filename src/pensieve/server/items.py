@@ -14,7 +14,7 @@ from pensieve.message import Message, ToolCall
 from pensieve.server.chat_messages import Parts, text_of
 from pensieve.server.errors import ApiError, unsupported
 from pensieve.server.fields import Identifier, Name
-from pensieve.store.base import Turn
+from pensieve.store import Turn
 
 MAX_ITEMS = 4096
 

@@ -33,7 +33,7 @@ from pensieve.server.sse import STREAMED, EventStream, event, event_of, unless_g
 from pensieve.server.writing import is_long
 from pensieve.service import LEAF, TurnSpec
 from pensieve.service.answer_parser import AnswerForm
-from pensieve.store.base import Turn
+from pensieve.store import Turn
 from pensieve.text import ChatText
 
 router = APIRouter(route_class=BoundedRoute)

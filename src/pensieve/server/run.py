@@ -20,8 +20,9 @@ import uvicorn
 from pensieve.engine.process import State
 from pensieve.engine.vitals import Patience
 from pensieve.errors import ModelUnavailable, WorkerLost
-from pensieve.runtime.apart import ApartRuntime, do_without_torch, start_apart
+from pensieve.runtime.apart import ApartRuntime, start_apart
 from pensieve.runtime.options import Options
+from pensieve.runtime.torchless import do_without_torch
 from pensieve.server.app import create_app
 from pensieve.server.connections import Connections
 from pensieve.server.context import Context, ServerConfig
@@ -30,8 +31,7 @@ from pensieve.server.listener import BACKLOG, Listener, raise_file_limit
 from pensieve.server.metrics import Metrics
 from pensieve.server.open_answers import OpenAnswers
 from pensieve.server.options import ServeOptions
-from pensieve.store import MEMORY, Lease, SqliteStore, default_path, open_store
-from pensieve.store.base import ConversationStore
+from pensieve.store import MEMORY, ConversationStore, Lease, SqliteStore, default_path, open_store
 from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from pensieve.service.prompt import Prompts
 from pensieve.service.service_thread import Job
 from pensieve.service.turn import PendingTurn, TurnDone, as_pensieve_error, settle
 from pensieve.service.turn_stores import TurnStores
-from pensieve.store.base import ConversationStore, Erased
+from pensieve.store import ConversationStore, Erased
 
 ERASE_WAIT_S = 60.0  # how long an erasure waits for the turn under way to end
 

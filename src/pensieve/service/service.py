@@ -38,7 +38,7 @@ from pensieve.service.turn import (
 )
 from pensieve.service.turn_runner import TurnRunner
 from pensieve.service.turn_stores import TurnStores
-from pensieve.store.base import Conversation, ConversationStore
+from pensieve.store import Conversation, ConversationStore
 from pensieve.text import ChatText, InlineRunner, TextRunner
 
 

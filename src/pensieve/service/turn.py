@@ -18,7 +18,7 @@ from pensieve.engine.messages import Receipt, Token
 from pensieve.errors import PensieveError
 from pensieve.message import Message, chars_of
 from pensieve.service.answer_parser import AnswerEvent, AnswerForm, AnswerParser
-from pensieve.store.base import Conversation
+from pensieve.store import Conversation
 from pensieve.text import Detokenizer, StopStrings
 from pensieve.text.tool_format import Tools
 

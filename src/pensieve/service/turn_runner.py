@@ -48,7 +48,7 @@ from pensieve.service.turn import (
     settle,
 )
 from pensieve.service.turn_stores import TurnStores
-from pensieve.store.base import Conversation, Turn
+from pensieve.store import Conversation, Turn
 from pensieve.text import ChatText, EncodeRest, TextJob, TextRunner, WrittenChat
 
 log = logging.getLogger(__name__)

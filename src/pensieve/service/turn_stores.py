@@ -12,7 +12,7 @@ from pensieve.errors import ConversationNotFound
 from pensieve.message import Message, chars_of
 from pensieve.service.prompt import CHARS, INSTRUCTIONS, LEFT_OUT, TOOLS
 from pensieve.service.turn import LEAF, PendingTurn, TurnDone
-from pensieve.store.base import Conversation, ConversationStore, Turn
+from pensieve.store import Conversation, ConversationStore, Turn
 
 EPHEMERAL = "temp_"  # prefix of the ids of conversations that are kept in memory only
 EPHEMERAL_S = 3600.0  # how long such a conversation is kept after its last turn
