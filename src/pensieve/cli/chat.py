@@ -154,7 +154,7 @@ class _Chat:
             return conversation.id, True
 
     def _cache(self) -> None:
-        stats = self.runtime.service.stats().result()
+        stats = self.runtime.service.engine.stats().result()
         assert isinstance(stats, Stats)
         for tier in stats.tiers:
             click.echo(

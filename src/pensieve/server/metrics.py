@@ -1,4 +1,4 @@
-"""Prometheus metrics. Knows the engine's counters and what the routes observe; never why."""
+"""Prometheus metrics. Knows counters of the engine and of the routes; never what moves them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Metrics:
         self.registry.register(self._stats)
 
     def observe(self, receipt: Receipt) -> None:
-        """A turn ended."""
+        """Count a turn that has ended."""
         self.queue.observe(receipt.queue_s)
         if receipt.first_token_s is not None:
             self.first_token.observe(receipt.first_token_s)
@@ -76,13 +76,13 @@ class Metrics:
                 )
 
     def render(self, stats: Stats | None, restarts: int) -> bytes:
-        """The text that Prometheus reads. `stats` is None while the engine cannot say."""
+        """The text that Prometheus reads. `stats` is None while the engine does not answer."""
         self._stats.now = (stats, restarts)
         return generate_latest(self.registry)
 
 
 class _EngineCollector:
-    """The engine's own counters, as it last said them."""
+    """The engine's own counters, as last reported."""
 
     def __init__(self) -> None:
         self.now: tuple[Stats | None, int] = (None, 0)

@@ -1,10 +1,14 @@
-"""Answers under way, as an event loop sees them. Knows the conversation service; never HTTP, bodies or events' names.
+"""The answers that are open, as an event loop sees them.
 
-The service speaks on a thread of its own. What it says is collected and handed to the loop in one call, however many answers got a
-token meanwhile: a wake-up a step, not one a token.
+Knows the conversation service; never HTTP or bodies.
 
-Times out by the loop's own clock: an answer whose time is up has ended for its readers, whether or not the engine says so. It counts as open
-until the engine does, for until then it takes the engine's room; an engine that never does is replaced (`engine_vitals`).
+The service speaks on a thread of its own. Its pieces stay where they are, in the `PendingTurn`; the loop is
+told how many there are, in one call for all answers that got a token meanwhile: one wake-up a step, not one a
+token.
+
+Answers time out by the loop's clock: then an answer has ended for its readers, whether or not the engine has
+ended it. It counts as open until the engine has, because it takes room in the engine until then. An engine
+that never does is replaced (`engine.vitals`).
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import copy
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,28 +34,28 @@ DRAIN_ABORT_S = 10.0  # how long answers that were aborted at the end of a drain
 
 
 class QueueTimeout(PensieveError):
-    """A request got no first token in time."""
+    """A request had no first token in time."""
 
     code = "queue_timeout"
     http_status = 503
 
 
 class RequestTimeout(PensieveError):
-    """A request took longer than it may."""
+    """A request took longer than a request may take."""
 
     code = "request_timeout"
     http_status = 504
 
 
 class AnswerTooLarge(PensieveError):
-    """An answer under way takes more memory than all answers together may."""
+    """An open answer takes more memory than all open answers together may take."""
 
     code = "answer_too_large"
     http_status = 400
 
 
 class Draining(PensieveError):
-    """The server is going down and takes no new requests."""
+    """The server is shutting down and takes no new requests."""
 
     code = "shutting_down"
     http_status = 503
@@ -60,19 +63,18 @@ class Draining(PensieveError):
 
 @dataclass(eq=False)
 class Answer:
-    """One answer: its pieces so far and its end. Any number of readers, each from any piece on."""
+    """A view of a turn for any number of readers, each from any piece on. The turn holds the pieces."""
 
-    namespace: str
     turn: PendingTurn
-    created: int  # seconds since the epoch
-    pieces: list[Piece] = field(default_factory=list)
+    created: int  # seconds since the epoch, as its client is told
+    num_pieces: int = 0  # number of leading pieces of the turn that readers may have
     done: TurnDone | None = None
     error: BaseException | None = None
     record: Any = None  # what the API wants to remember of it
     given_up: PensieveError | None = None  # why it was ended before the engine ended it
-    ended_s: float | None = None
+    ended_s: float | None = None  # loop clock
     first_piece_s: float | None = None  # loop clock
-    num_bytes: int = 0  # of `pieces`, about
+    num_bytes: int = 0  # estimated size of its pieces
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
     @staticmethod
@@ -86,26 +88,26 @@ class Answer:
         return self.turn.spec.turn_id
 
     @property
+    def namespace(self) -> str:
+        """The namespace of its conversation."""
+        return self.turn.spec.namespace
+
+    @property
     def ended(self) -> bool:
-        """No more pieces will come."""
+        """Whether no more pieces will come."""
         return self.done is not None or self.error is not None
 
     @property
-    def settled(self) -> bool:
-        """It is known whether it is stored. One whose time was up may end before that."""
-        return self.turn.future.done()
-
-    @property
     def stored(self) -> bool:
-        """It is a turn now, and the store says what became of that."""
+        """Whether it is a stored turn now; the store knows whether that was deleted since."""
         return self.done is not None and self.done.turn_id is not None
 
     async def read(self, start: int = 0) -> AsyncIterator[Piece]:
         """The pieces from `start` on, as they come, until the end."""
         while True:
-            while start < len(self.pieces):
+            while start < self.num_pieces:
                 start += 1
-                yield self.pieces[start - 1]
+                yield self.turn.pieces[start - 1]
             if self.ended:
                 return
             await self.changed()
@@ -121,7 +123,7 @@ class Answer:
         if self.error is not None:
             raise copy.copy(
                 self.error
-            )  # (one that is raised gathers frames, and what is kept must not hold theirs)
+            )  # a raised error refers to frames, which must not stay in memory with it
         assert self.done is not None
         return self.done
 
@@ -129,7 +131,7 @@ class Answer:
         """Wait for the first piece or the end, but no longer than `within_s` seconds."""
         try:
             async with asyncio.timeout(within_s):
-                while not (self.pieces or self.ended):
+                while not (self.num_pieces or self.ended):
                     await self.changed()
         except TimeoutError:
             return
@@ -146,7 +148,8 @@ class Answer:
                     await self.changed()
         except TimeoutError:
             raise EngineSilent(
-                f"the answer did not end within {within_s:g} s: it ends when the engine has heard of it, look again later"
+                f"the answer did not end within {within_s:g} s: "
+                "it ends when the engine has heard of it, look again later"
             ) from None
 
     async def changed(self) -> None:
@@ -159,24 +162,21 @@ class Answer:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
 
+    def drop_pieces(self) -> None:
+        """Let readers have no pieces any more."""
+        self.num_pieces = self.num_bytes = 0
+
     def for_later(self) -> Answer:
-        """An ended answer without what only its making took: the prompt, the history, what its error's raising gathered."""
+        """An ended answer without what only the making of it needed: the prompt, the history, the frames of
+        its error.
+        """
         spec = self.turn.spec
         turn = PendingTurn(
-            replace(
-                spec,
-                messages=(),
-                instructions=None,
-                tools=(),
-                meta={},
-                watch=None,
-                compose=None,
-                forced=None,
-                raw=None,
-            ),
+            replace(spec, messages=(), instructions=None, form=None, answer_meta=None, forced=None, raw=None),
             self.turn.submitted_s,
             conversation_id=self.turn.conversation_id,
             sampled=self.turn.sampled if spec.sampling.logprobs is not None else [],
+            pieces=self.turn.pieces[: self.num_pieces],
             aborted=self.turn.aborted,
         )
         done = None if self.done is None else replace(self.done, prompt=(), logprobs=(), tops=())
@@ -191,8 +191,17 @@ class Answer:
                 waiter.set_result(None)
 
 
-class Turns:
-    """All answers of a server. Used by the event loop alone, but for what the service's thread hands in."""
+class OpenAnswers:
+    """All open answers of a server, and the latest that ended.
+
+    Used by the event loop only, except for `_hand_in`.
+
+    Attributes:
+        open: answers that the engine has not ended, by turn id.
+        places: how many of them each tenant has.
+        watchers: called with every answer that ends.
+        draining: whether the server is shutting down and takes no new requests.
+    """
 
     def __init__(
         self,
@@ -202,67 +211,63 @@ class Turns:
         max_open_per_tenant: int | None = None,
         queue_timeout_s: float,
         request_timeout_s: float,
-        on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> None:
-        """At most `max_open` answers at once, running and waiting, divided among tenants as `Shares` says; beyond that a request is refused.
+        """Refuse requests beyond `max_open` open answers, which are divided among tenants by `Shares`.
 
-        `max_open_per_tenant` None: there are no tenants.
+        `max_open_per_tenant` is None if there is one tenant only.
         """
         self._service = service
         self._loop = asyncio.get_running_loop()
         self.places = Shares(max_open, max_open_per_tenant)
         self._queue_timeout_s = queue_timeout_s
         self._request_timeout_s = request_timeout_s
-        self._on_end = on_end
-        self.watchers: list[Callable[[Answer], None]] = []  # more of those who are told of every end
+        self.watchers: list[Callable[[Answer], None]] = []
         self.open: dict[str, Answer] = {}
         self._open_bytes = 0
         self._ended = EndedAnswers(self._loop, ENDED_S)
-        self._inbox: list[tuple[Answer, Piece | None]] = []
+        self._inbox: list[tuple[Answer, bool]] = []  # a new piece of an answer, or (True) its end
         self._lock = threading.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
-        self._given_up = False  # what was open when the server went down did not end in time
+        self._given_up = False  # at a shutdown, open answers did not end in time
 
     def start(self, spec: TurnSpec, *, created: int | None = None, record: Any = None) -> Answer:
-        """Have a turn answered. `created` is what its client is told of when, seconds since the epoch.
+        """Have a turn answered. `created`, in seconds since the epoch, is now if it is None.
 
         Raises:
-            Overloaded: as many are open as may be.
-            Draining: the server is going down.
+            Overloaded: as many answers are open as may be.
+            Draining: the server is shutting down.
         """
         tenant = tenant_of(spec.namespace)
         self.check_room(tenant)
         if self._open_bytes > MAX_OPEN_BYTES:
             raise Overloaded(
-                f"the answers under way take {self._open_bytes >> 20} MB, at most {MAX_OPEN_BYTES >> 20} may before another begins: try again later"
+                f"the answers under way take {self._open_bytes >> 20} MB, "
+                f"at most {MAX_OPEN_BYTES >> 20} may before another begins: try again later"
             )
-        answer: Answer
-
-        def on_piece(piece: Piece) -> None:
-            self._hand_in(answer, piece)
-
-        pending = PendingTurn(spec, time.monotonic(), on_piece)
-        answer = Answer(spec.namespace, pending, Answer.now() if created is None else created, record=record)
+        turn = PendingTurn(spec, time.monotonic())
+        answer = Answer(turn, Answer.now() if created is None else created, record=record)
+        turn.on_piece = lambda piece: self._hand_in(answer, False)
         self.open[answer.id] = answer
         self.places.take(tenant)
         self._idle.clear()
-        pending.future.add_done_callback(lambda future: self._hand_in(answer, None))
-        self._service.begin(pending)
+        turn.future.add_done_callback(lambda future: self._hand_in(answer, True))
+        self._service.begin(turn)
         timers = [
             self._loop.call_later(self._queue_timeout_s, self._time_out, answer, True),
             self._loop.call_later(self._request_timeout_s, self._time_out, answer, False),
         ]
-        pending.future.add_done_callback(lambda future: self._loop.call_soon_threadsafe(_cancel, timers))
+        turn.future.add_done_callback(lambda future: self._loop.call_soon_threadsafe(_cancel, timers))
         return answer
 
     def check_room(self, tenant: str) -> None:
-        """See whether a tenant may have another turn answered now.
+        """Check that a tenant may have another turn answered now.
 
         Raises:
-            Overloaded: as many are open as may be, or all that are left are kept for tenants that have fewer.
-            Draining: the server is going down.
+            Overloaded: as many answers are open as may be, or the free places are reserved for tenants that
+            have fewer.
+            Draining: the server is shutting down.
         """
         if self.draining:
             raise Draining("the server is shutting down: ask again in a moment")
@@ -270,29 +275,31 @@ class Turns:
             return
         if len(self.open) >= self.places.total:
             raise Overloaded(
-                f"{len(self.open)} requests are running or waiting, at most {self.places.total} may: try again later"
+                f"{len(self.open)} requests are running or waiting, at most {self.places.total} may: "
+                "try again later"
             )
         held = self.places.held(tenant)
         if held >= self.places.per_tenant:
             raise Overloaded(
-                f"{held} requests of your keys are running or waiting, at most {self.places.per_tenant} may "
-                "(--max-open-per-key): try again later"
+                f"{held} requests of your keys are running or waiting, "
+                f"at most {self.places.per_tenant} may (--max-open-per-key): try again later"
             )
         raise Overloaded(
-            f"{held} requests of your keys are running or waiting, and the places that are left are for other keys: try again later"
+            f"{held} requests of your keys are running or waiting, "
+            "and the places that are left are for other keys: try again later"
         )
 
     def find(self, namespace: str, turn_id: str) -> Answer | None:
-        """An answer that is under way or ended a while ago."""
+        """An answer that is open or ended a while ago; None if this namespace has none."""
         answer = self.open.get(turn_id) or self._ended.get(turn_id)
         return answer if answer is not None and answer.namespace == namespace else None
 
     def forget(self, namespace: str, conversation_id: str) -> None:
-        """Keep nothing of a conversation's ended answers: it was erased."""
+        """Forget the ended answers of a conversation that was erased."""
         self._ended.forget(namespace, conversation_id)
 
     def forget_turn(self, namespace: str, turn_id: str) -> None:
-        """Keep nothing of an ended answer: it was deleted."""
+        """Forget an ended answer that was deleted."""
         self._ended.forget_turn(namespace, turn_id)
 
     def abort(self, answer: Answer) -> None:
@@ -301,7 +308,7 @@ class Turns:
             self._service.abort(answer.turn)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new, and wait for what is open; what is not done in time is aborted."""
+        """Take no new requests and wait for the open answers; abort those that do not end in time."""
         self.draining = True
         if self._given_up:
             return
@@ -310,36 +317,40 @@ class Turns:
         except TimeoutError:
             self._given_up = True
             for answer in list(self.open.values()):
-                if not answer.ended:  # (what is cut short now must not be taken for whole)
-                    message = "the server is shutting down, and the answer was not whole in time: ask again in a moment"
+                if not answer.ended:  # an answer that is cut short must not be taken for complete
+                    message = (
+                        "the server is shutting down, and the answer was not whole in time: "
+                        "ask again in a moment"
+                    )
                     self._give_up(answer, Draining(message))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), min(timeout_s, DRAIN_ABORT_S))
 
     # -- inside
 
-    def _hand_in(self, answer: Answer, piece: Piece | None) -> None:
+    def _hand_in(self, answer: Answer, at_end: bool) -> None:
+        """Tell the loop of a new piece, or of the end. Called on the service's thread."""
         with self._lock:
-            self._inbox.append((answer, piece))
+            self._inbox.append((answer, at_end))
             if len(self._inbox) > 1:
-                return  # the loop has been told already
+                return  # the loop has been woken already
         try:
             self._loop.call_soon_threadsafe(self._take)
-        except RuntimeError:  # the loop is closed: nobody reads any more
+        except RuntimeError:  # the loop is closed, and with it all readers
             with self._lock:
                 self._inbox.clear()
 
     def _take(self) -> None:
         with self._lock:
             inbox, self._inbox = self._inbox, []
-        for answer, piece in inbox:
-            if piece is None:
+        for answer, at_end in inbox:
+            if at_end:
                 self._end(answer)
             elif not answer.ended:
                 if answer.first_piece_s is None:
                     answer.first_piece_s = self._loop.time()
-                answer.pieces.append(piece)
-                num_bytes = bytes_of_piece(piece)
+                num_bytes = bytes_of_piece(answer.turn.pieces[answer.num_pieces])
+                answer.num_pieces += 1
                 answer.num_bytes += num_bytes
                 self._open_bytes += num_bytes
         if self._open_bytes > 2 * MAX_OPEN_BYTES:
@@ -349,7 +360,7 @@ class Turns:
 
     def _end(self, answer: Answer) -> None:
         """The service is done with an answer: it is stored, or it never will be."""
-        future: Future[TurnDone] = answer.turn.future
+        future = answer.turn.future
         if future.cancelled():
             answer.error = answer.error or PensieveError("the turn was cancelled")
         elif (error := future.exception()) is not None:
@@ -363,7 +374,6 @@ class Turns:
         if not self.open:
             self._idle.set()
         self._ended.add(answer.for_later())
-        self._on_end(answer)
         for watcher in self.watchers:
             watcher(answer)
 
@@ -381,7 +391,10 @@ class Turns:
         self._give_up(answer, error)
 
     def _give_up(self, answer: Answer, error: PensieveError) -> None:
-        """End an answer for its readers now. What was said of it is not stored, unless it is whole by now: a retry gets that, or a new answer."""
+        """End an answer for its readers now.
+
+        It is stored only if it is complete by now; a retry gets that answer, or a new one.
+        """
         answer.given_up = answer.error = error
         self._service.abort(answer.turn, keep=False)
         answer.notify()
@@ -389,15 +402,13 @@ class Turns:
     def _end_heaviest(self) -> None:
         heaviest = max(self.open.values(), key=lambda answer: 0 if answer.ended else answer.num_bytes)
         if not heaviest.ended:
-            self._give_up(
-                heaviest,
-                AnswerTooLarge(
-                    f"this answer takes {heaviest.num_bytes >> 20} MB of the {2 * MAX_OPEN_BYTES >> 20} that all answers under way may: "
-                    "ask for fewer top_logprobs, or for fewer tokens"
-                ),
+            message = (
+                f"this answer takes {heaviest.num_bytes >> 20} MB of the {2 * MAX_OPEN_BYTES >> 20} "
+                "that all answers under way may: ask for fewer top_logprobs, or for fewer tokens"
             )
+            self._give_up(heaviest, AnswerTooLarge(message))
             self._open_bytes -= heaviest.num_bytes
-            heaviest.pieces, heaviest.num_bytes = [], 0
+            heaviest.drop_pieces()
 
 
 def _cancel(timers: list[asyncio.TimerHandle]) -> None:
