@@ -21,10 +21,10 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PROJECT := pyproject.toml setup.py constraints.txt src/pensieve/__init__.py $(wildcard src/pensieve/worker/kernel/*)
 KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_kernels.py worker/test_device_rows.py worker/test_flashinfer.py worker/test_cuda.py engine/test_ahead.py)
-TREES   := $(wildcard src tests scripts benchmarks main.py)
+TREES   := $(wildcard src tests scripts benchmarks main.py setup.py docs/conf.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-soak check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers lint format model clean
+.PHONY: help demo test check-slow check-soak check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers docs dist lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -34,6 +34,7 @@ demo: $(VENV)/.ready model ## install, fetch the default model, then compare sta
 
 test: lint model ## install, fetch the default model, lint, check types and imports, run the tests but the slow ones
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not kernels" $(ARGS)
+	$(BIN)/python tests/check_tree.py
 
 check-slow: $(VENV)/.dev-ready model ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -66,7 +67,15 @@ bench-server: $(VENV)/.dev-ready model ## measure what HTTP costs; the last line
 bench-peers: $(VENV)/.dev-ready model ## set up vLLM, llama.cpp and transformers serve, and measure Pensieve beside them (hours; ARGS=--quick: minutes)
 	$(BIN)/python benchmarks/peers --peers $(PEERS) --torch "$(TORCH)" $(ARGS)
 
-lint: $(VENV)/.dev-ready ## style, format, types, which room imports which
+docs: $(VENV)/.docs-ready ## build the documentation as a site in out/docs; a dead link fails
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d out/docs-cache docs out/docs
+	@echo "open out/docs/index.html"
+
+dist: $(VENV)/.dist-ready ## build sdist and wheel in dist/, install the wheel into an empty environment and run it there
+	$(BIN)/python tests/check_dist.py --dist dist --torch "$(TORCH)" $(ARGS)
+
+lint: $(VENV)/.dev-ready ## style, format, types, which room imports which; no litter
+	$(BIN)/python tests/check_tree.py
 	$(BIN)/ruff check $(TREES)
 	$(BIN)/ruff format --check $(TREES)
 	$(BIN)/mypy
@@ -97,4 +106,12 @@ $(VENV)/.ready: $(PROJECT) | $(BIN)/python
 
 $(VENV)/.dev-ready: $(VENV)/.ready
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(PIP) -e ".[docs]"
+	@touch $@
+
+$(VENV)/.dist-ready: $(VENV)/.ready
+	$(PIP) -e ".[dist]"
 	@touch $@

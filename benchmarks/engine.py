@@ -37,6 +37,7 @@ from pensieve.engine.messages import Event, Failed, Finished, Receipt, Submit
 from pensieve.runtime.loading import load_model
 from pensieve.runtime.options import DTYPE_BYTES, Options
 from pensieve.worker.attention import BACKENDS, make_backend
+from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker
 
@@ -315,7 +316,7 @@ def tiny_model() -> CausalModel:
 
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=2048)  # fmt: skip
-    return CausalModel(LlamaForCausalLM(config).eval(), label="tiny llama")
+    return admit(LlamaForCausalLM(config).eval(), label="tiny llama")
 
 
 def main() -> None:

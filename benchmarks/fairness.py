@@ -33,6 +33,7 @@ from pensieve.core.scheduler import Scheduler
 from pensieve.engine.engine import Engine
 from pensieve.engine.messages import Event, Failed, Finished, Submit
 from pensieve.runtime.options import Options
+from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from pensieve.worker.presets import PRESETS
 from pensieve.worker.random_weights import build
@@ -108,7 +109,7 @@ def with_context(name: str, length: int, dtype: str) -> CausalModel:
     """Random weights of a preset's shape, for contexts of at least `length` tokens."""
     config = PRESETS[name].config()
     config.max_position_embeddings = max(config.max_position_embeddings, length)
-    return CausalModel(build(config, torch_dtype(dtype), "cpu"), label=name, keep_modules=False)
+    return admit(build(config, torch_dtype(dtype), "cpu"), label=name, keep_modules=False)
 
 
 def warm(bench: Bench, rng: random.Random, vocab: int) -> list[int]:

@@ -22,7 +22,7 @@ from pensieve.core.plan import StepPlan
 from pensieve.core.request import Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.core.sequence import Sequence
-from pensieve.worker.model import CausalModel
+from pensieve.worker.gate import admit
 from pensieve.worker.worker import Hooks, ModelWorker
 
 CHUNK = 8
@@ -60,7 +60,7 @@ class Lab:
         self.scheduler = Scheduler(
             SchedulerConfig(max_batch_tokens=64, max_running=8), self.cache, max_context=200
         )
-        self.worker = ModelWorker(CausalModel(tiny_llama(), label="tiny llama"), tiers, CHUNK, hooks=hooks)
+        self.worker = ModelWorker(admit(tiny_llama(), label="tiny llama"), tiers, CHUNK, hooks=hooks)
         self.reference = tiny_llama()
         self.reference.set_attn_implementation("eager")
         self.now_s = 0.0

@@ -17,6 +17,7 @@ from pensieve.core.plan import StepPlan
 from pensieve.core.request import FinishReason, Request, SamplingParams
 from pensieve.core.wipes import Erasure
 from pensieve.errors import ConversationNotFound
+from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import Hooks, ModelWorker
 from tiny_models import tiny
@@ -217,4 +218,4 @@ def pair(architecture: str, seed: int = 0) -> tuple[CausalModel, torch.nn.Module
     """The same tiny random model twice: through the cache, and eager."""
     reference = tiny(architecture, seed)
     reference.set_attn_implementation("eager")
-    return CausalModel(tiny(architecture, seed), label=architecture), reference
+    return admit(tiny(architecture, seed), label=architecture), reference

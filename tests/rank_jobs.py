@@ -18,6 +18,7 @@ from pensieve.core.plan import Copy, Span, StepPlan, StepResult
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.errors import ConfigError, WorkerLost
 from pensieve.worker import parallel, sharding
+from pensieve.worker.gate import admit
 from pensieve.worker.group import Group
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.model import CausalModel
@@ -39,9 +40,7 @@ def whole(architecture: str) -> torch.nn.Module:
 
 def share(group: Group, architecture: str) -> CausalModel:
     """A rank's share, through the gate together with the other."""
-    return CausalModel(
-        sharding.split(tiny(architecture, vocab_size=VOCAB), group.device, group.size), architecture
-    )
+    return admit(sharding.split(tiny(architecture, vocab_size=VOCAB), group.device, group.size), architecture)
 
 
 def just_follow(group: Group, architecture: str, *_: Any) -> None:
@@ -322,7 +321,7 @@ def refused(group: Group, *_: Any) -> list[str]:
     model = sharding.split(tiny("llama", vocab_size=VOCAB), group.device, group.size)
     for options in ({"forward": "fused"}, {"int8": True}):
         with pytest.raises(ConfigError) as error:
-            CausalModel(model, "llama", **options)  # type: ignore[arg-type]
+            admit(model, "llama", **options)  # type: ignore[arg-type]
         messages.append(error.value.message)
     with pytest.raises(ConfigError) as error:
         fail_on_one(group)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from oracle import Lab, assert_answer_is_stateless, eager_logits, pair, random_play
 from pensieve.core.plan import Copy
 from pensieve.core.request import FinishReason
+from pensieve.worker.gate import admit
 from pensieve.worker.kv_store import SlotCopy
-from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import Hooks
 from tiny_models import ARCHITECTURES
 
@@ -148,7 +148,7 @@ def test_bfloat16_stays_within_its_tolerance_teacher_forced(architecture: str) -
     """In bf16 the shape of a batch alone flips near-ties, so logits are compared, on the same ids; 3 % of the largest."""
     from tiny_models import tiny
 
-    model = CausalModel(tiny(architecture, 0, torch.bfloat16), label=architecture)
+    model = admit(tiny(architecture, 0, torch.bfloat16), label=architecture)
     reference = tiny(architecture, 0, torch.bfloat16)
     reference.set_attn_implementation("eager")
     lab = Lab(model, (10, 20))
@@ -172,7 +172,7 @@ def test_the_default_model_over_five_turns_equals_generate_on_the_full_history()
 
     resolved = resolve("smollm2")
     reference = load(resolved, "float32")
-    model = CausalModel(load(resolved, "float32"), label="smollm2")
+    model = admit(load(resolved, "float32"), label="smollm2")
     lab = Lab(model, (9, 12), chunk_tokens=32, max_context=512)
     log: list[int] = []
     for turn in range(5):

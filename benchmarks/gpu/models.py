@@ -23,10 +23,11 @@ from pensieve.engine.engine import Engine
 from pensieve.engine.messages import Event
 from pensieve.worker.attention import PagedAttention, make_backend
 from pensieve.worker.batch import BatchBuilder
+from pensieve.worker.gate import admit
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.model import CausalModel
 from pensieve.worker.presets import PRESETS
-from pensieve.worker.random_weights import build, require_room
+from pensieve.worker.random_weights import build, require_weights_fit
 from pensieve.worker.worker import ModelWorker
 
 MOST_GRAPH_ROWS = 256  # batches of so many decodes are captured as graphs, as `pensieve serve` does
@@ -77,7 +78,7 @@ def load(report: Report, name: str) -> Loaded:
     quick, dtype = report.options.quick, DTYPES[report.options.dtype]
     begin = time.perf_counter()
     if not quick:
-        require_room(name, PRESETS[name].num_parameters, dtype, str(report.device))
+        require_weights_fit(name, PRESETS[name].num_parameters, dtype, str(report.device))
     modules = build(config_of(name, quick=quick), dtype, str(report.device), seed=report.options.seed)
     total = sum(p.numel() * p.element_size() for p in modules.parameters())
     embedding = modules.get_input_embeddings().weight
@@ -86,7 +87,7 @@ def load(report: Report, name: str) -> Loaded:
         if modules.get_output_embeddings().weight is not embedding
         else 0
     )
-    model = CausalModel(modules, "tiny" if quick else name, keep_modules=False)
+    model = admit(modules, "tiny" if quick else name, keep_modules=False)
     loaded = Loaded(name, model, total - looked_up, time.perf_counter() - begin)
     report.say(
         f"{model.label}: {total / 1e9:.1f} GB of weights in {loaded.load_s:.0f} s, computed by {model.forward_name}"

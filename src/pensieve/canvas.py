@@ -1,4 +1,4 @@
-"""Paper for pictures: one look for all of them. Knows pixels; nothing of what is drawn. matplotlib is imported only when something is."""
+"""One look for all plots. Knows sizes and colours; never what is drawn. Imports matplotlib for the first."""
 
 from __future__ import annotations
 

@@ -48,9 +48,8 @@ class CacheConfig:
 
     tiers: tuple[TierConfig, ...]  # fastest first; the first is where the model reads
     chunk_tokens: int = 32  # tokens of one chunk (paper §4.3.1)
-    keep_share: float = (
-        0.5  # share of the slots that user keeps may hold (of the lower tiers; of the first if alone)
-    )
+    # share of the slots that user keeps may hold (of the lower tiers; of the first if alone)
+    keep_share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
@@ -59,7 +58,8 @@ class CacheConfig:
             raise ConfigError("a cache needs at least one tier, got none")
         if self.tiers[0].num_slots < 1:
             raise ConfigError(
-                f"tier {self.tiers[0].name!r} holds no chunk: give it the bytes of at least one chunk of {self.chunk_tokens} tokens"
+                f"tier {self.tiers[0].name!r} holds no chunk: "
+                f"give it the bytes of at least one chunk of {self.chunk_tokens} tokens"
             )
         if not 0.0 <= self.keep_share <= 0.9:
             raise ConfigError(f"keep_share must lie in [0, 0.9], got {self.keep_share}")
@@ -73,25 +73,24 @@ class SchedulerConfig:
     max_running: int = 64  # requests in one step
     max_waiting: int = 4096  # beyond it a submission is refused (Overloaded)
     reserve_share: float = 0.10  # first-tier share that new requests leave to running ones (paper §4.3.5)
-    copy_ahead_share: float = (
-        0.25  # below this free-or-reclaimable share, copy down ahead of time (paper §4.3.2)
-    )
+    # below this free-or-reclaimable share, copy down ahead of time (paper §4.3.2)
+    copy_ahead_share: float = 0.25
     max_copies_in_flight: int = 256  # swap-outs under way at once, chunks
-    copies_first: bool = False  # copies cost next to nothing (all tiers in RAM): those that somebody waits for are a step of their own
+    # all tiers are in RAM: copies that a request waits for run as their own short step
+    copies_first: bool = False
     retain: bool = True  # False: the stateless baseline, nothing kept between turns
-    admission: Literal["work", "fcfs"] = (
-        "work"  # who is admitted next: by work and tenant, bounded, or first come, first served
-    )
-    step_s: float | None = (
-        None  # seconds of a step while a request decodes. None: steps are bounded by tokens alone
-    )
+    # which request is admitted next: by remaining work and tenant, or first come, first served
+    admission: Literal["work", "fcfs"] = "work"
+    # seconds of a step while a request decodes; None if steps are bounded by tokens alone
+    step_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_running < 1:
             raise ConfigError(f"max_running must be at least 1, got {self.max_running}")
         if self.max_batch_tokens < self.max_running:
             raise ConfigError(
-                f"max_batch_tokens must be at least max_running ({self.max_running}), one token a running request, got {self.max_batch_tokens}"
+                f"max_batch_tokens must be at least max_running ({self.max_running}), "
+                f"one token a running request, got {self.max_batch_tokens}"
             )
         if self.admission not in ("work", "fcfs"):
             raise ConfigError(f"admission must be 'work' or 'fcfs', got {self.admission!r}")
@@ -104,7 +103,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ContextLimit:
-    """What makes the longest sequence no longer, and so what an engine would have to be started with to take a longer one."""
+    """What limits the longest sequence, and which option would allow a longer one."""
 
     tokens: int  # of the longest sequence, prompt and answer together
     model_tokens: int  # the model was built for
@@ -114,7 +113,7 @@ class ContextLimit:
     is_told: bool  # by --max-context; else it is what model and first tier hold
 
     def way_out(self, num_tokens: int | None = None, *, others: int = 0) -> str:
-        """For an error message: how to get room for a sequence of so many tokens (None: not known how many).
+        """For an error message: which option makes room for `num_tokens` (None if their number is unknown).
 
         Args:
             num_tokens: of prompt and answer.

@@ -1,4 +1,4 @@
-"""Every error a user can meet. Knows HTTP statuses and stable codes; knows nothing of who raises what.
+"""Every error a user can meet. Knows HTTP statuses and stable codes; never where one is raised.
 
 A message names the value that was wrong, the limit it broke and the way out. `assert` is for our own
 bugs; these classes are for the world's.
@@ -108,13 +108,13 @@ class StoreError(PensieveError):
 
 
 class StoreUnavailable(StoreError):
-    """The conversation store fails now and may work again without help: disk full, file locked or moved away, no connection."""
+    """The conversation store fails for now: disk full, file locked or moved away, no connection."""
 
     http_status = 503
 
 
 class AnswerLost(PensieveError):
-    """This server did not renew its lease in the store, and another one took its answers over. Asking again is safe."""
+    """This server lost its lease in the store to another server. Asking again is safe."""
 
     code = "answer_lost"
     http_status = 503

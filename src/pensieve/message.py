@@ -1,19 +1,18 @@
-"""What people and models say to each other: messages, tool calls, and the hash that recognises a history. Knows no tokens, templates or turns."""
+"""Messages, tool calls, and the hash that recognises a history. Knows roles and words; never tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pensieve.errors import InvalidRequest
 
 ROLES = ("system", "user", "assistant", "tool")
 DIGEST_BYTES = 16
-MAX_CANONICAL_CHARS = (
-    1 << 16
-)  # arguments that are longer count as they are written: reading them takes a second a megabyte
+MAX_CANONICAL_CHARS = 1 << 16  # longer arguments count as they are written: parsing takes a second a megabyte
+PIECE_CHARS = 1 << 16
 ROOT_DIGEST = hashlib.blake2b(b"", digest_size=DIGEST_BYTES, person=b"pensieve-chat").digest()
 
 
@@ -34,7 +33,8 @@ class Message:
     """One message of a chat.
 
     Raises:
-        InvalidRequest: the role is not one of `ROLES`, the content is not text, or a tool's fields stand on another role's message.
+        InvalidRequest: the role is not one of `ROLES`, the content is not text, or a message of another role
+            has a tool's fields.
     """
 
     role: str
@@ -83,12 +83,25 @@ def chars_of(messages: Iterable[Message]) -> int:
 def extend_digest(parent: bytes, message: Message) -> bytes:
     """The hash of a history with one more message: equal hashes mean the same messages from the first one on.
 
-    White space around an assistant's words does not count (clients trim it), nor do the ids of tool calls (some clients make their own).
+    White space around an assistant's words does not count (clients trim it), nor do the ids of tool calls
+    (some clients make their own).
     """
     calls = [[call.name, _canonical(call.arguments)] for call in message.tool_calls]
     content = message.content.strip() if message.role == "assistant" else message.content
-    text = json.dumps([message.role, content, calls])  # ASCII: holds any string, lone surrogates included
-    return hashlib.blake2b(parent + text.encode(), digest_size=DIGEST_BYTES).digest()
+    # the hash of json.dumps([role, content, calls]): ASCII, which holds any string, lone surrogates included
+    found = hashlib.blake2b(parent + f"[{json.dumps(message.role)}, ".encode(), digest_size=DIGEST_BYTES)
+    for piece in json_pieces(content):
+        found.update(piece.encode())
+    found.update(f", {json.dumps(calls)}]".encode())
+    return found.digest()
+
+
+def json_pieces(text: str) -> Iterator[str]:
+    """`json.dumps(text)` in pieces: at once it would keep other threads waiting, 0.1 s for 16 MB."""
+    yield '"'
+    for start in range(0, len(text), PIECE_CHARS):
+        yield json.dumps(text[start : start + PIECE_CHARS])[1:-1]
+    yield '"'
 
 
 def path_digests(messages: Iterable[Message], parent: bytes = ROOT_DIGEST) -> list[bytes]:
@@ -101,7 +114,7 @@ def path_digests(messages: Iterable[Message], parent: bytes = ROOT_DIGEST) -> li
 
 
 def _canonical(arguments: str) -> str:
-    """A call's arguments with one white space and one order of keys; as they are if they are not JSON, too deep or too long."""
+    """A call's arguments with normal white space and key order; unchanged if not JSON, too deep or long."""
     if len(arguments) > MAX_CANONICAL_CHARS:
         return arguments
     try:

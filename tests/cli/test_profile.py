@@ -14,6 +14,7 @@ from pensieve.cli import profile as profile_command
 from pensieve.cli.commands import cli
 from pensieve.runtime import profiling as profile_module
 from pensieve.simulator.measured import load_machine
+from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from tiny_models import tiny
 
@@ -21,7 +22,7 @@ from tiny_models import tiny
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> CausalModel:
     """A small model whose profile is known."""
-    model = CausalModel(tiny("llama"), "some/llama", self_test=False)
+    model = admit(tiny("llama"), "some/llama", test=False)
     resolved = SimpleNamespace(label="some/llama", weights="random", note="")
     monkeypatch.setattr(
         profile_command,

@@ -15,6 +15,7 @@ from pensieve.core.scheduler import Scheduler, StepEvents
 from pensieve.errors import ConfigError
 from pensieve.runtime import profiling as profile_module
 from pensieve.runtime.profiling import Profile, constant_of, contexts, load, load_or_measure, measure, save
+from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker
 from tiny_models import tiny
@@ -41,7 +42,7 @@ SOME = Profile(
 
 @pytest.fixture(scope="module")
 def model() -> CausalModel:
-    return CausalModel(tiny("llama"), "some/llama", self_test=False)
+    return admit(tiny("llama"), "some/llama", test=False)
 
 
 class Clock:

@@ -137,7 +137,7 @@ def test_without_memory_the_way_out_is_named(folder: str, monkeypatch: pytest.Mo
     free(monkeypatch, 0)
     with pytest.raises(
         ConfigError,
-        match=r"hardly any memory is left for the cache \(0 GB of 0 GB free\): .* at least --gpu-cache 0\.0000246",
+        match=r"too little memory is left for the cache \(0 GB of 0 GB free\): .* at least --gpu-cache 0\.0000246",
     ):
         loaded(Options(model=folder, dtype="float32"))
     with pytest.raises(
@@ -320,7 +320,7 @@ def test_what_libraries_take_is_not_left_to_the_tiers(monkeypatch: pytest.Monkey
         TierConfig("gpu", 2048),
         TierConfig("cpu", 512),
     )  # of 1 MiB: 2.5 GiB, and 0.25 are needed for computing
-    worker.require_room(tiers, 1 << 20, torch.device("cpu"))
-    worker.require_room(tiers, 1 << 20, torch.device("cpu"), beside=255 << 20)
+    worker.require_tiers_fit(tiers, 1 << 20, torch.device("cpu"))
+    worker.require_tiers_fit(tiers, 1 << 20, torch.device("cpu"), beside=255 << 20)
     with pytest.raises(ConfigError, match=r"3.22 GB are available, 0.55 GB of them needed for computing"):
-        worker.require_room(tiers, 1 << 20, torch.device("cpu"), beside=270 << 20)
+        worker.require_tiers_fit(tiers, 1 << 20, torch.device("cpu"), beside=270 << 20)

@@ -34,7 +34,7 @@ from pensieve.errors import (
     PromptTooCostly,
 )
 from pensieve.service import ConversationService, Path, PendingTurn, TurnDone, TurnSpec, prompt
-from pensieve.store.base import path_messages, path_tokens
+from pensieve.store import path_messages, path_tokens
 from pensieve.store.sqlite import SqliteStore
 from pensieve.text import ChatText, EncodeRest, InlineRunner, Message, TextJob, TextRunner, WriteChat
 

@@ -1,4 +1,7 @@
-"""What every conversation store promises of answers under way: leases, drafts and keys of servers that die, freeze or share a store."""
+"""What every conversation store promises of answers under way.
+
+Leases, drafts and keys of servers that die, freeze or share a store.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class OwnersContract:
     def test_a_lease_is_renewed_and_lapses(self, store: ConversationStore) -> None:
         store.join("me", "here")
         first = owner_of(store, "me")
-        assert (first.place, first.lapsed) == ("here", False)
+        assert (first.process, first.lapsed) == ("here", False)
         time.sleep(0.002)
         assert store.renew("me", "here")
         assert first.expires_s < owner_of(store, "me").expires_s < first.expires_s + LEASE_S
@@ -71,7 +74,7 @@ class OwnersContract:
         store.recover_drafts("me")
         assert store.owners() == []
         assert not store.renew("me", "here")
-        assert owner_of(store, "me").place == "here" and store.renew("me", "here")
+        assert owner_of(store, "me").process == "here" and store.renew("me", "here")
         assert store.leave("me") == 0 and store.owners() == []
 
     def test_a_lease_that_was_renewed_meanwhile_is_not_ended(self, store: ConversationStore) -> None:

@@ -51,7 +51,7 @@ class PostgresServer:
         self.folder = folder
         self.port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        # the server refuses to run as root: then it runs as somebody who owns nothing else that matters
+        # the server refuses to run as root: then it runs as a user that owns nothing else of importance
         self._user = _unprivileged() if os.geteuid() == 0 else None
         if self._user is not None:
             os.chown(folder, self._user, -1)
@@ -139,7 +139,7 @@ class PostgresServer:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.send_signal(signal.SIGINT)  # disconnects everybody and ends in order
+            self._process.send_signal(signal.SIGINT)  # disconnects all clients and ends in order
             self._process.wait(START_S)
             self._process = None
 

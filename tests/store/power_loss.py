@@ -1,7 +1,9 @@
-"""A disk that remembers what was written and what was flushed, so that power can be cut at any moment of a run, many times over.
+"""A disk that remembers what was written and what was flushed, so that power can be cut at any moment of a
+run, many times over.
 
-SQLite writes through `RecordingVfs` (apsw's, a second SQLite in the process that lets Python be its file system). Afterwards
-`Disk.after_power_loss` gives the files as a real disk might have them: what was flushed, and of the rest any part.
+SQLite writes through `RecordingVfs` (apsw's, a second SQLite in the process that lets Python be its file
+system). Afterwards `Disk.after_power_loss` gives the files as a real disk might have them: what was flushed,
+and of the rest any part.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from pensieve.errors import ConversationNotFound, InvalidRequest, StoreError
 from pensieve.message import Message, ToolCall, path_digests
 from pensieve.store import CLAIM_S, INTERRUPTED, Claim, ConversationStore, Turn, path_messages, path_tokens
 
-# Fixtures are shared by the examples on purpose (each begins with names or a store of its own), and so are tests by classes.
+# Fixtures are shared by the examples on purpose (each begins with names or a store of its own), and so are
+# tests by classes.
 INHERITED = [HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
 
 
@@ -762,7 +763,7 @@ class ConversationStoreContract:
         with pytest.raises(ConversationNotFound):
             store.erase("a", "one")
 
-    def test_a_turn_that_nobody_needs_can_be_deleted(self, store: ConversationStore) -> None:
+    def test_a_turn_that_is_not_needed_can_be_deleted(self, store: ConversationStore) -> None:
         store.create("a", "one")
         root = say(store, "one", "hi", [1])
         last = say(store, "one", "there", [2])

@@ -1,4 +1,6 @@
-"""Erasing on SQLite: nothing of a deleted conversation is left in the files, or it is remembered until that is so."""
+"""Erasing on SQLite: nothing of a deleted conversation is left in the files, or it is remembered until that
+is so.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from store_contract import log, say, user
 
 from pensieve.errors import ConversationNotFound
 from pensieve.store import SqliteStore
 from pensieve.store.schema import connect
-from store.store_contract import log, say, user
 
 
 @pytest.fixture
@@ -63,7 +65,9 @@ def test_without_secure_delete_it_would_be_there(path: Path) -> None:
 
 
 def come_and_go(path: Path, seed: int, last: int, rebuild_bytes: int) -> bool:
-    """Let conversations come and go, `last` steps, erase one more, and say whether it can be read in the files."""
+    """Let conversations come and go, `last` steps, erase one more, and say whether it can be read in the
+    files.
+    """
     chance, alive = random.Random(seed), list[str]()
     with SqliteStore(path, rebuild_bytes=rebuild_bytes) as store:
         store._writer.call(

@@ -1,4 +1,6 @@
-"""A server's lease: it is kept, it ends with the server, and what dead servers left is recovered by one that lives."""
+"""A server's lease: it is kept, it ends with the server, and what dead servers left is recovered by one that
+lives.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from owners_contract import begin, end, owner_of, write
 
 from pensieve.errors import ConversationNotFound
-from pensieve.store import INTERRUPTED, LEASE_S, Lease, SqliteStore, place
+from pensieve.store import INTERRUPTED, LEASE_S, Lease, SqliteStore, processes
 from pensieve.store.lease import RENEW_S
-from store.owners_contract import begin, end, owner_of, write
 
 # A server with an answer under way and a key for it, until it is killed.
 CHILD = """
@@ -175,7 +177,9 @@ def test_a_killed_server_is_recovered_at_once_and_by_one(
     assert alive.num_recovered == 0 and not interrupted(store, "t")
     child.kill()
     until(
-        lambda: place.is_gone(next(owner.place for owner in store.owners() if owner.id != alive.owner))
+        lambda: processes.has_ended(
+            next(owner.process for owner in store.owners() if owner.id != alive.owner)
+        )
     )  # (not waited for: a zombie)
     with ThreadPoolExecutor(4) as pool:
         starting = list(pool.map(lambda _: Lease(store), range(4)))
@@ -192,7 +196,7 @@ def test_a_frozen_server_is_recovered_when_its_lease_has_lapsed_and_stores_nothi
     child.send_signal(signal.SIGSTOP)
     lease = Lease(store)
     (frozen,) = [owner for owner in store.owners() if owner.id != lease.owner]
-    assert not place.is_gone(frozen.place)
+    assert not processes.has_ended(frozen.process)
     lapse(store, frozen.id)
     lease._tick()
     lease._tick()
@@ -203,31 +207,31 @@ def test_a_frozen_server_is_recovered_when_its_lease_has_lapsed_and_stores_nothi
     lease.close()
 
 
-# -- places
+# -- processes
 
 
 def test_a_process_that_runs_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = place.here()
+    here = processes.own_process()
     if not here:
         pytest.skip("there is no /proc")
-    assert not place.is_gone(here)
+    assert not processes.has_ended(here)
     boot, namespace, pid, started = here.split(" ")
     assert int(pid) == os.getpid()
-    assert place.is_gone(
+    assert processes.has_ended(
         f"{boot} {namespace} {pid} {int(started) + 1}"
     )  # the number is another process's now
-    assert not place.is_gone(f"another-machine {namespace} {pid} {int(started) + 1}")
-    assert not place.is_gone(f"{boot} pid:[1] {pid} {int(started) + 1}")  # another container
+    assert not processes.has_ended(f"another-machine {namespace} {pid} {int(started) + 1}")
+    assert not processes.has_ended(f"{boot} pid:[1] {pid} {int(started) + 1}")  # another container
     for unknown in ("", "x", "a b c d", f"{boot} {namespace} {pid}"):
-        assert not place.is_gone(unknown)
+        assert not processes.has_ended(unknown)
     with monkeypatch.context() as patched:
 
         def refused(pid: int, number: int) -> None:
             raise PermissionError
 
         patched.setattr(os, "kill", refused)
-        assert not place.is_gone(
+        assert not processes.has_ended(
             f"{boot} {namespace} {pid} {int(started) + 1}"
         )  # another user's process, which may be hidden
-    monkeypatch.setattr(place, "PROC", Path("/nowhere"))
-    assert place.here() == "" and not place.is_gone(here)
+    monkeypatch.setattr(processes, "PROC", Path("/nowhere"))
+    assert processes.own_process() == "" and not processes.has_ended(here)

@@ -1,4 +1,7 @@
-"""SQLite stores of earlier versions: what was in them is there afterwards, and what they left under way is recovered."""
+"""SQLite stores of earlier versions.
+
+What was in them is there afterwards, and what they left under way is recovered.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+from store_contract import log, say, user
 
 from pensieve.errors import StoreError
 from pensieve.message import Message, path_digests
 from pensieve.store import Lease, SqliteStore, path_messages, schema
 from pensieve.store.schema import MIGRATIONS
-from store.store_contract import log, say, user
 
 
 @pytest.fixture
@@ -125,7 +128,10 @@ def test_the_migration_test_sees_a_wrong_hash(path: Path) -> None:
 
 
 def make_version_2(path: Path) -> None:
-    """A file as the second version left it at a crash: answers under way and recovered ones, each with a key, and times to live."""
+    """A file as the second version left it at a crash.
+
+    Answers under way and recovered ones, each with a key, and times to live.
+    """
     connection = schema.open_for_writing(path, 5, (schema._create, schema._answers))
     connection.execute("BEGIN")
     conversation = "INSERT INTO conversations VALUES (?, 'a', ?, NULL, 100.0, 200.0, NULL, '{}', ?, 0)"

@@ -56,7 +56,8 @@ def test_a_store_in_memory_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mo
         ("file:///file.db", "begins with file://"),
         (
             "memory",
-            "'memory' is no URL and no file's path: :memory: keeps nothing on disk, sqlite:///memory.db is a file in this directory",
+            "'memory' is no URL and no file's path: :memory: keeps nothing on disk, sqlite:///memory.db is a "
+            "file in this directory",
         ),
         (":memory", "sqlite:///memory.db is a file in this directory"),
         ("memory:", ":memory: keeps nothing on disk"),

@@ -1,4 +1,7 @@
-"""A PostgreSQL server that freezes, dies or loses a connection under a commit: everything ends in time, and nothing is stored twice or half."""
+"""A PostgreSQL server that freezes, dies or loses a connection under a commit.
+
+Everything ends in time, and nothing is stored twice or half.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ import pytest
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
 
+from owners_contract import begin, end, owner_of  # noqa: E402
+from postgres_server import PostgresServer, find_binaries, running_server  # noqa: E402
+from store_contract import log, say, user  # noqa: E402
+
 from pensieve.errors import StoreError, StoreUnavailable  # noqa: E402
 from pensieve.message import ROOT_DIGEST  # noqa: E402
 from pensieve.store import Lease, postgres_schema  # noqa: E402
 from pensieve.store.postgres import PostgresStore  # noqa: E402
 from pensieve.store.postgres_deadline import Deadlines  # noqa: E402
-from store.owners_contract import begin, end, owner_of  # noqa: E402
-from store.postgres_server import PostgresServer, find_binaries, running_server  # noqa: E402
-from store.store_contract import log, say, user  # noqa: E402
 
 pytestmark = pytest.mark.skipif(find_binaries() is None, reason="PostgreSQL is not installed")
 
@@ -108,7 +112,10 @@ def test_a_statement_on_a_server_that_answers_is_not_cut_off(store: PostgresStor
 
 
 def cut_at_commit(store: PostgresStore, *, arrives: bool, times: int = 1) -> list[str]:
-    """Lose the connection under the next commit, before or after the server has carried it out. Gives what was cut."""
+    """Lose the connection under the next commit, before or after the server has carried it out.
+
+    Gives what was cut.
+    """
     link, done = store._writer._link, list[str]()
     connect = link._connect  # type: ignore[attr-defined]
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from owners_contract import OwnersContract
+from store_contract import ConversationStoreContract, log, say, user
 
 from pensieve.errors import StoreError
 from pensieve.store import SqliteStore, default_path, schema
 from pensieve.store.schema import APPLICATION_ID, MIGRATIONS, connect
-from store.owners_contract import OwnersContract
-from store.store_contract import ConversationStoreContract, log, say, user
 
 
 class InMemory:
@@ -218,7 +218,7 @@ def test_a_job_that_fails_halfway_leaves_nothing(path: Path) -> None:
         assert store.get("a", "one").leaf == after.result(timeout=30).id
 
 
-def test_nobody_waits_for_a_job_that_breaks_the_writer(path: Path) -> None:
+def test_no_caller_waits_for_a_job_that_breaks_the_writer(path: Path) -> None:
     with SqliteStore(path) as store:
         store.create("a", "one")
 

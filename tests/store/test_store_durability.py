@@ -1,4 +1,6 @@
-"""Whatever moment the process dies or the power fails at, every acknowledged turn is there afterwards, and none is half there."""
+"""Whatever moment the process dies or the power fails at, every acknowledged turn is there afterwards, and
+none is half there.
+"""
 
 from __future__ import annotations
 
@@ -195,7 +197,7 @@ def check_power_loss(disk: Any, at: int, chance: random.Random, folder: Path) ->
             else:
                 with pytest.raises(ConversationNotFound):
                     store.get("a", what[0])
-        for conversation in NAMES:  # and what nobody was told of is there or not, but never half
+        for conversation in NAMES:  # what was not acknowledged is there or not, but never half
             turns = store.path("a", store.get("a", conversation).leaf)
             assert [turn.messages[0].content for turn in turns] == [
                 f"{conversation} {i}" for i in range(len(turns))
@@ -203,7 +205,10 @@ def check_power_loss(disk: Any, at: int, chance: random.Random, folder: Path) ->
 
 
 def cuts(disk: Any, count: int, chance: random.Random) -> list[int]:
-    """Moments to cut the power at: half of them anywhere, half at once after an acknowledgement, the worst one."""
+    """Moments to cut the power at.
+
+    Half of them anywhere, half at once after an acknowledgement, the worst one.
+    """
     said = [number + 1 for number, operation in enumerate(disk.operations) if hasattr(operation, "what")]
     return [
         chance.randrange(len(disk.operations) + 1) if i % 2 else chance.choice(said) for i in range(count)

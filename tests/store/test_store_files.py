@@ -1,4 +1,7 @@
-"""A SQLite store whose files are deleted, replaced or moved while it is open: nothing is acknowledged into a file without a name."""
+"""A SQLite store whose files are deleted, replaced or moved while it is open.
+
+Nothing is acknowledged into a file without a name.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from store_contract import log, say, user
 
 from pensieve.errors import StoreError, StoreUnavailable
 from pensieve.store import SqliteStore, writer
 from pensieve.store.schema import connect
-from store.store_contract import log, say, user
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Tools, calls and their answers reach the model as its template writes them, or as words; the log only grows, and nobody smuggles control tokens in."""
+"""Tools, calls and their answers reach the model as its template writes them, or as words.
+
+The log only grows, and no message smuggles control tokens in.
+"""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def test_a_decoder_that_searches_is_refused() -> None:
         chat(CHATML, Tokenizer.from_str(json.dumps(spec)))
 
 
-# -- who waits for whom
+# -- which job waits for which
 
 
 def test_short_jobs_do_not_wait_for_long_ones(patient: TextWorkers) -> None:

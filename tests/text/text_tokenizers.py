@@ -1,4 +1,6 @@
-"""Small real tokenizers, trained in a moment on a few lines, and chat templates in the manner of well-known models."""
+"""Small real tokenizers, trained in a moment on a few lines, and chat templates in the manner of well-known
+models.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ SPECIAL += [
 MARKUP = ["<think>", "</think>", "<tool_response>", "</tool_response>", "<tool_call>", "</tool_call>"]
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor "
+    "%}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -44,25 +47,31 @@ LLAMA3 = (
 
 # The system prompt goes into the first user message; a system message anywhere else is refused.
 MISTRAL = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% "
+    "set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-    "{% for message in rest %}{% if message.role == 'user' %}[INST] {{ (system if loop.first else '') + message.content }} [/INST]"
+    "{% for message in rest %}{% if message.role == 'user' %}[INST] {{ (system if loop.first else '') + "
+    "message.content }} [/INST]"
     "{% elif message.role == 'assistant' %} {{ message.content | trim }}{{ eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant roles are supported') }}{% endif %}{% endfor %}"
 )
 
 # As MISTRAL, but the system prompt goes into the *newest* user message.
 MOVING_SYSTEM = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% "
+    "set rest = messages[1:] %}"
     "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-    "{% for message in rest %}{% if message.role == 'user' %}[INST] {{ (system if loop.last else '') + message.content }} [/INST]"
+    "{% for message in rest %}{% if message.role == 'user' %}[INST] {{ (system if loop.last else '') + "
+    "message.content }} [/INST]"
     "{% else %} {{ message.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
-# In the manner of Hermes and Qwen: tools behind the system prompt, the answers of several tools in one user's message.
+# In the manner of Hermes and Qwen: tools behind the system prompt, the answers of several tools in one user's
+# message.
 HERMES = (
     "{% set head = messages[0].content if messages[0].role == 'system' else 'You are a helpful assistant.' %}"
-    "<|im_start|>system\n{{ head }}{% if tools %}\n\n# Tools\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>\n"
+    "<|im_start|>system\n{{ head }}{% if tools %}\n\n# Tools\n<tools>{% for tool in tools %}\n{{ tool | "
+    "tojson }}{% endfor %}\n</tools>\n"
     "Call them within <tool_call></tool_call>.{% endif %}<|im_end|>\n"
     "{% for message in messages %}{% if message.role == 'tool' %}"
     "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
@@ -75,31 +84,37 @@ HERMES = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# In the manner of Llama 3.1: tools in the first user's message, one call an answer, which has no other words and a closing token of its own.
+# In the manner of Llama 3.1: tools in the first user's message, one call an answer, which has no other words
+# and a closing token of its own.
 LLAMA31 = (
     "{{ bos_token }}{% set ns = namespace(told=false) %}{% for message in messages %}"
     "<|start_header_id|>{{ 'ipython' if message.role == 'tool' else message.role }}<|end_header_id|>\n\n"
-    "{% if message.tool_calls %}{% if message.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}"
+    "{% if message.tool_calls %}{% if message.tool_calls | length != 1 %}{{ raise_exception('one call at a "
+    "time') }}{% endif %}"
     "{% set call = message.tool_calls[0].function %}"
     '{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}<|eom_id|>'
     "{% else %}{% if message.role == 'user' and tools and not ns.told %}{% set ns.told = true %}"
     'Answer with {"name": function, "parameters": object}.\n\n{% for tool in tools %}{{ tool | tojson(indent=2) }}\n\n{% endfor %}{% endif %}'
-    "{{ (message.content | tojson) if message.role == 'tool' else (message.content | trim) }}<|eot_id|>{% endif %}{% endfor %}"
+    "{{ (message.content | tojson) if message.role == 'tool' else (message.content | trim) }}<|eot_id|>{% "
+    "endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
 # In the manner of Mistral's third tokenizer: tools before the newest user's message, ids of nine letters.
 MISTRAL_TOOLS = (
     "{{ bos_token }}{% set ns = namespace(last=0) %}"
-    "{% for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif "
+    "%}{% endfor %}"
     "{% for message in messages %}{% if message.role == 'user' %}"
-    "{% if tools and loop.index0 == ns.last %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% if tools and loop.index0 == ns.last %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% "
+    "endif %}"
     "[INST] {{ message.content }}[/INST]"
     "{% elif message.tool_calls %}[TOOL_CALLS] [{% for call in message.tool_calls %}"
     "{% if call.id | length != 9 %}{{ raise_exception('ids have 9 letters') }}{% endif %}"
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}, "id": "{{ call.id }}"}'
     "{{ ', ' if not loop.last else '' }}{% endfor %}]{{ eos_token }}"
-    "{% elif message.role == 'tool' %}[TOOL_RESULTS] {{ {'content': message.content, 'call_id': message.tool_call_id} | tojson }}[/TOOL_RESULTS]"
+    "{% elif message.role == 'tool' %}[TOOL_RESULTS] {{ {'content': message.content, 'call_id': "
+    "message.tool_call_id} | tojson }}[/TOOL_RESULTS]"
     "{% else %} {{ message.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
@@ -109,18 +124,22 @@ MISTRAL_ARGS = (
     "{% for message in messages %}{% if message.role == 'user' %}[INST]{{ message.content }}[/INST]"
     "{% elif message.role == 'tool' %}[TOOL_RESULTS]{{ message.content }}[/TOOL_RESULTS]"
     "{% else %}{{ message.content }}{% for call in message.tool_calls %}"
-    "[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
+    "[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}{% endfor %}{{ "
+    "eos_token }}{% endif %}{% endfor %}"
 )
 
 # Thinking stays only in answers after the last question.
 THINKING = (
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = "
+    "loop.index0 %}{% endif %}{% endfor %}"
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.tool_calls %}<tool_call>\n{{ message.tool_calls[0].function | tojson }}\n</tool_call>{% endif %}"
+    "{% if message.tool_calls %}<tool_call>\n{{ message.tool_calls[0].function | tojson }}\n</tool_call>{% "
+    "endif %}"
     "{% if message.role == 'tool' %}<tool_response>\n{{ message.content }}\n</tool_response>"
     "{% elif message.role == 'assistant' and '</think>' in message.content %}"
-    "{% if loop.index0 > ns.last %}<think>\n{{ message.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}\n</think>\n\n{% endif %}"
+    "{% if loop.index0 > ns.last %}<think>\n{{ "
+    "message.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}\n</think>\n\n{% endif %}"
     "{{ message.content.split('</think>')[-1].lstrip('\n') }}"
     "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -1,4 +1,7 @@
-"""Tokenizers and templates for worker processes, honest and hostile: functions that a process finds by their names."""
+"""Tokenizers and templates for worker processes, honest and hostile.
+
+Functions that a process finds by their names.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from typing import Any
 from pensieve.text import ChatText
 
 LOOP = (
-    "{% for m in messages %}{% if 'loop' in m.content %}{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% for m in messages %}{% if 'loop' in m.content %}{% for i in range(99999) %}{% for j in range(99999) "
+    "%}"
     "{% if i + j < 0 %}x{% endif %}{% endfor %}{% endfor %}{% endif %}{% endfor %}"
 )
 DOUBLE = (

@@ -1,4 +1,6 @@
-"""The fast backends against the reference, and the reference against the definition written out number by number."""
+"""The fast backends against the reference, and the reference against the definition written out number by
+number.
+"""
 
 from __future__ import annotations
 
@@ -104,8 +106,8 @@ def test_the_kernel_serves_smaller_chunks(variant: str, dtype: torch.dtype, chun
 
 @settings(max_examples=60, deadline=None)
 @given(
-    spans_of_a_step(), st.sampled_from(["plain", "softcap", "sinks"]), st.sampled_from([None, 2, 9]), st.sampled_from([1, 2, 4]),
-    st.sampled_from([0, 600, cpu._BATCH_BYTES]), st.sampled_from([0, 128]),
+    spans_of_a_step(), st.sampled_from(["plain", "softcap", "sinks"]), st.sampled_from([None, 2, 9]),
+    st.sampled_from([1, 2, 4]), st.sampled_from([0, 600, cpu._BATCH_BYTES]), st.sampled_from([0, 128]),
 )  # fmt: skip
 def test_any_step_on_the_fast_backend(
     spans: tuple[Span, ...], kind: str, window: int | None, kv_heads: int, batch_bytes: int, fold_queries: int
@@ -131,8 +133,9 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("variant", NATIVE)
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    spans_of_a_step(8), st.sampled_from(["plain", "softcap", "sinks"]), st.sampled_from([None, 2, 30, 200]), st.sampled_from([1, 2, 4]),
-    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([8, 32]), st.sampled_from([16, 64]),
+    spans_of_a_step(8), st.sampled_from(["plain", "softcap", "sinks"]), st.sampled_from([None, 2, 30, 200]),
+    st.sampled_from([1, 2, 4]), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([8, 32]),
+    st.sampled_from([16, 64]),
 )  # fmt: skip
 def test_any_step_on_the_kernel(
     variant: str,
@@ -293,9 +296,8 @@ def test_without_a_kernel_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not NATIVE, reason="the kernel is not built")
 @pytest.mark.usefixtures("fresh_library")
 def test_a_kernel_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        native, "_Call", type("_Call", (ctypes.Structure,), {"_fields_": native._Call._fields_[1:]})
-    )
+    shorter = {"_fields_": native._AttentionCall._fields_[1:]}
+    monkeypatch.setattr(native, "_AttentionCall", type("_AttentionCall", (ctypes.Structure,), shorter))
     reason = NativeAttention.why_not(KVGeometry(1, 1, 64, torch.bfloat16), 32, CPU)
     assert reason is not None and "built from other sources" in reason
 

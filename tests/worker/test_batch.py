@@ -110,7 +110,10 @@ def test_a_decode_alone_takes_the_short_way_to_the_same_numbers() -> None:
 
 
 def test_a_batch_that_waits_to_be_run_is_out_of_reach_of_later_plans() -> None:
-    """The next plan lets a request grow, another be admitted anew, a third end and a fourth take its place: all before this batch runs."""
+    """The next plan lets a request grow, another be admitted anew, a third end and a fourth take its place.
+
+    All before this batch runs.
+    """
     made = builder(a=(1, 2), b=(3,), c=(4,))
     spans = (Span("a", 7, 8, (10,), True), Span("b", 3, 4, (11,), True), Span("c", 2, 3, (12,), True))
     waiting = made.build(spans, never)
@@ -135,7 +138,10 @@ def test_a_batch_that_waits_to_be_run_is_out_of_reach_of_later_plans() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_tables_follow_every_history_of_updates(data: st.DataObject) -> None:
-    """Against tables kept as plain lists: growth, shortening, requests that end and whose rows others take, wide and many."""
+    """Against tables kept as plain lists.
+
+    Growth, shortening, requests that end and whose rows others take, wide and many.
+    """
     made, truth = BatchBuilder(4, CPU), dict[str, list[int]]()
     for slot in range(data.draw(st.integers(1, 30))):
         name = data.draw(st.sampled_from("abcdefghijklmnop"))

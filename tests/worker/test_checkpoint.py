@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from pensieve.errors import ModelRefused, ModelUnavailable
-from pensieve.worker.model import CausalModel
+from pensieve.worker.gate import admit
 from pensieve.worker.weights import load, resolve
 from tiny_models import ARCHITECTURES, CONFIGS, tiny
 
@@ -117,14 +117,19 @@ def build(architecture: str, **config: object) -> PreTrainedModel:
     [
         (without("lm_head.weight"), r"1 tensor is in no file \(lm_head.weight\) although the config does not tie it"),
         (without("model.embed_tokens.weight"), r"1 tensor is in no file \(model.embed_tokens.weight\)"),
-        (without("model.layers.1.mlp.up_proj.weight"), r"1 tensor is in no file \(model.layers.1.mlp.up_proj.weight\)"),
+        (without("model.layers.1.mlp.up_proj.weight"),
+            r"1 tensor is in no file \(model.layers.1.mlp.up_proj.weight\)"),
         (without("model.norm.weight"), r"1 tensor is in no file \(model.norm.weight\)"),
-        (without("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"), "2 tensors are in no file"),
-        (extended(model__layers__0__self_attn__q_proj__bias=torch.ones(48)), r"1 tensor has no place in the model .*q_proj.bias"),
+        (without("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"),
+            "2 tensors are in no file"),
+        (extended(model__layers__0__self_attn__q_proj__bias=torch.ones(48)),
+            r"1 tensor has no place in the model .*q_proj.bias"),
         (extended(model__layers__0__self_attn__sinks=torch.ones(4)), "no place in the model"),
         (extended(score__weight=torch.ones(2, 48)), "score.weight"),
-        (extended(model__layers__2__mlp__up_proj__weight=torch.ones(64, 48)), "its files hold 3 layers, its config says 2"),
-        (lambda state: {n: t for n, t in state.items() if "layers.1." not in n}, "its files hold 1 layers?, its config says 2"),
+        (extended(model__layers__2__mlp__up_proj__weight=torch.ones(64, 48)),
+            "its files hold 3 layers, its config says 2"),
+        (lambda state: {n: t for n, t in state.items() if "layers.1." not in n},
+            "its files hold 1 layers?, its config says 2"),
         (
             lambda state: state | {"model.norm.weight": torch.ones(47)},
             r"model.norm.weight is \(47,\) in the files, \(48,\) by the config",
@@ -180,7 +185,7 @@ def test_an_expert_missing_between_others_is_missed(tmp_path: Path) -> None:
     assert "tensors of experts are in no file" in said and "experts.1." in said
 
 
-# --- tied heads ----------------------------------------------------------------------------------------------------
+# --- tied heads
 
 
 def test_a_tied_head_need_not_be_stored_and_may_be_stored_as_it_is(tmp_path: Path) -> None:
@@ -203,7 +208,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
     )
 
 
-# --- names ---------------------------------------------------------------------------------------------------------
+# --- names
 
 
 @pytest.mark.parametrize(
@@ -357,7 +362,7 @@ def test_layers_that_guess_ahead_are_harmless_only_if_the_config_has_them(tmp_pa
     same(tmp_path, tiny("llama"))
 
 
-# --- quantised folders ---------------------------------------------------------------------------------------------
+# --- quantised folders
 
 
 def fp8(folder: Path, change: Callable[[State], State] = lambda state: state) -> None:
@@ -391,7 +396,7 @@ def fp8(folder: Path, change: Callable[[State], State] = lambda state: state) ->
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_folder_in_8_bits_is_served(dtype: str, tmp_path: Path) -> None:
     fp8(tmp_path)
-    CausalModel(load(resolve(str(tmp_path)), dtype))
+    admit(load(resolve(str(tmp_path)), dtype))
 
 
 @pytest.mark.parametrize("suffix", ["weight", "weight_scale_inv"])
@@ -400,13 +405,13 @@ def test_a_folder_in_8_bits_with_a_tensor_missing_is_refused(suffix: str, tmp_pa
     assert "model.layers.1.mlp.up_proj" in refusal(tmp_path)
 
 
-# --- memory --------------------------------------------------------------------------------------------------------
+# --- memory
 
 _MEASURE = """
 import sys, threading, time, torch
 torch.set_num_threads(1)
 from pensieve.worker.weights import load, resolve
-from pensieve.worker.model import CausalModel
+from pensieve.worker.gate import admit
 
 def private():
     lines = open('/proc/self/status').read().splitlines()
@@ -418,7 +423,7 @@ before, seen = private(), []
 done = threading.Event()
 watch = threading.Thread(target=lambda: [seen.append(private()) for _ in iter(lambda: done.wait(0.001), True)])
 watch.start()
-model = CausalModel(load(found, sys.argv[2]), keep_modules=False)
+model = admit(load(found, sys.argv[2]), keep_modules=False)
 done.set()
 watch.join()
 print(max(seen) - before, private() - before)
@@ -443,7 +448,7 @@ def test_loading_takes_little_more_memory_than_the_model(dtype: str, tmp_path: P
     assert peak <= 1.2 * stays + (40 << 20)  # beside: stacks of threads, the library's own
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+# --- files
 
 
 @pytest.fixture

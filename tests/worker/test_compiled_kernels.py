@@ -1,4 +1,6 @@
-"""The GPU kernels pass Triton's compiler for the GPUs they are meant for, within their registers and shared memory. No GPU is needed for that."""
+"""The GPU kernels pass Triton's compiler for the GPUs they are meant for, within their registers and shared
+memory. No GPU is needed for that.
+"""
 
 from __future__ import annotations
 

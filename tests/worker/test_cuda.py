@@ -1,4 +1,7 @@
-"""What only a CUDA device can show: real streams, page-locked memory, graphs, and a step in which nothing waits for the device."""
+"""What only a CUDA device can show.
+
+Real streams, page-locked memory, graphs, and a step in which nothing waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from oracle import TOLERANCE, Lab
 from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, Copy, RequestStart, Span, StepPlan
 from pensieve.core.request import Request, SamplingParams
+from pensieve.worker.gate import admit
 from pensieve.worker.kv_store import KVStore, SlotCopy
-from pensieve.worker.memory import find_room
+from pensieve.worker.memory import device_share
 from pensieve.worker.model import CausalModel
 from pensieve.worker.transfer import Transfer
 from pensieve.worker.worker import ModelWorker
@@ -24,7 +28,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 @functools.cache
 def model(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> CausalModel:
-    return CausalModel(tiny(architecture, 0, dtype).to(CUDA))
+    return admit(tiny(architecture, 0, dtype).to(CUDA))
 
 
 def assert_answer(request: Request, architecture: str) -> None:
@@ -135,6 +139,6 @@ def test_out_and_in_again_with_checksums() -> None:
 
 
 def test_the_first_tier_that_was_found_fits() -> None:
-    room = find_room(model(), max_batch_tokens=512, max_running=16, chunk_tokens=8, graph_rows=4)
+    room = device_share(model(), max_batch_tokens=512, max_running=16, chunk_tokens=8, graph_rows=4)
     slots = room.tier // (2 * 2 * 2 * 12 * 8 * 4)
     assert 0 < room.step < room.free and slots > 1000

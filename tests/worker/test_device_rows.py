@@ -1,4 +1,6 @@
-"""The kernels between a layer's products on a GPU, and the forward made of them, against the same in torch and the modules."""
+"""The kernels between a layer's products on a GPU, and the forward made of them, against the same in torch
+and the modules.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch
 
 from pensieve.worker.attention import AttentionArgs
 from pensieve.worker.device_rows import DeviceRows
+from pensieve.worker.gate import admit
 from pensieve.worker.llama import LlamaForward
-from pensieve.worker.model import CausalModel
 from tiny_models import _MODERN, CONFIGS, WINDOW, tiny
 
 pytest.importorskip("triton")
@@ -139,7 +141,7 @@ def test_the_forward_made_of_them(monkeypatch: pytest.MonkeyPatch, member: str, 
         for parameter_name, parameter in raw.named_parameters():
             if "norm" in parameter_name:  # all ones would forgive a weight that is left out
                 parameter.copy_(torch.rand_like(parameter) + 0.5)
-    model = CausalModel(raw.to(DEVICE), forward="modules")
+    model = admit(raw.to(DEVICE), forward="modules")
     ids = torch.randint(199, (1, 40), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     positions, rows = torch.arange(40, device=DEVICE)[None], torch.tensor([39, 3, 17], device=DEVICE)
     expected = model.logits(ids, positions, rows, dense)

@@ -11,15 +11,18 @@ from pensieve.core.plan import Copy
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.worker import Hooks
 
-SECRET = [150 + i % 49 for i in range(45)]  # ids that nobody else uses, at the same positions least of all
+SECRET = [150 + i % 49 for i in range(45)]  # ids that no other conversation uses
 OTHER = [i % 140 for i in range(45)]
 PATTERN_BYTES = 32
 
 
 def patterns(lab: Lab, conversation: str) -> list[bytes]:
-    """Pieces of what lies in a conversation's slots, all over them; none that is found in the others' as well.
+    """Pieces of what lies in a conversation's slots, all over them.
 
-    The first layer is left out: a value there follows from its token alone, and somebody else may sample the same one.
+    None that is found in the others' as well.
+
+    The first layer is left out: a value there follows from its token alone, and another conversation may
+    sample the same one.
     """
     sequence = lab.cache.find("n", conversation)
     assert sequence is not None
@@ -111,10 +114,10 @@ def test_copies_that_fail_half_way_leave_nothing_either() -> None:
     lab.close()
 
 
-def test_a_partial_chunk_has_nobody_elses_bytes_behind_it() -> None:
+def test_a_partial_chunk_has_no_foreign_bytes_behind_it() -> None:
     lab = used()
     secret = patterns(lab, "a")
-    lab.scheduler.forget("n", "a", lab.now_s)  # the bytes stay, for whoever computes next
+    lab.scheduler.forget("n", "a", lab.now_s)  # the bytes stay until another request computes
     assert count(lab, secret) > 0
     taken: set[int] = set()
     for number in range(14):

@@ -1,4 +1,6 @@
-"""What FlashInfer is told: a stand-in with its calls and their documented meaning answers from them alone, by the reference."""
+"""What FlashInfer is told: a stand-in with its calls and their documented meaning answers from them alone, by
+the reference.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Models that can be served pass, the others are refused with the reason, and the self-test sees planted bugs."""
+"""Models that can be served pass, the others are refused with the reason, and the self-test sees planted
+bugs.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,21 @@ from pensieve.config import ModelShape
 from pensieve.errors import ModelRefused
 from pensieve.runtime.loading import load_model
 from pensieve.runtime.options import Options
-from pensieve.worker import gate, llama
+from pensieve.worker import gate, llama, self_test
 from pensieve.worker.attention import BACKENDS, AttentionArgs
 from pensieve.worker.batch import BatchBuilder
-from pensieve.worker.model import CausalModel, FusedDiffers, shape_of
+from pensieve.worker.gate import admit
+from pensieve.worker.model import shape_of
+from pensieve.worker.refusal import FusedDiffers
 from tiny_models import ARCHITECTURES, CONFIGS, VOCAB, WINDOW, tiny
 
 LLAMA = CONFIGS["llama"]
 GEMMA3N = {
-    **LLAMA, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 4, "intermediate_size": [64, 64, 80, 80], "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 199,
-    "laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "pad_token_id": 0,
+    **LLAMA, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 4,
+    "intermediate_size": [64, 64, 80, 80], "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 199, "laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -39,7 +45,7 @@ def build(architecture: str, **config: Any) -> PreTrainedModel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_supported_architectures_pass(architecture: str, dtype: torch.dtype) -> None:
-    model = CausalModel(tiny(architecture, dtype=dtype), architecture)
+    model = admit(tiny(architecture, dtype=dtype), architecture)
     assert model.geometry.dtype == dtype and model.geometry.num_layers == model.shape.num_layers
 
 
@@ -67,7 +73,7 @@ def test_supported_architectures_pass(architecture: str, dtype: torch.dtype) -> 
     ],
 )
 def test_further_architectures_pass(architecture: str, config: dict[str, Any]) -> None:
-    CausalModel(build(architecture, **config), architecture)
+    admit(build(architecture, **config), architecture)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +108,7 @@ def test_models_that_would_answer_wrong_are_refused(
     architecture: str, config: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ModelRefused, match=reason) as refusal:
-        CausalModel(build(architecture, **config), "the-label")
+        admit(build(architecture, **config), "the-label")
     assert refusal.value.message.startswith("the-label cannot be served: ")
 
 
@@ -110,7 +116,7 @@ def test_longrope_is_refused_where_it_stands_for_one_kind_of_layer() -> None:
     model = tiny("llama")
     model.config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
     with pytest.raises(ModelRefused, match="rope_type longrope"):
-        CausalModel(model)
+        admit(model)
 
 
 def test_a_layer_without_attention_is_refused() -> None:
@@ -118,7 +124,7 @@ def test_a_layer_without_attention_is_refused() -> None:
     del model.model.layers[1]
     model.config.num_hidden_layers = 2
     with pytest.raises(ModelRefused, match="only 1 of its 2 layers attend"):
-        CausalModel(model)
+        admit(model)
 
 
 def test_a_window_other_than_the_config_promises_is_refused() -> None:
@@ -128,15 +134,15 @@ def test_a_window_other_than_the_config_promises_is_refused() -> None:
     )
     layer.sliding_window = WINDOW + 1
     with pytest.raises(ModelRefused, match=f"attends with window {WINDOW + 1}, its config says {WINDOW}"):
-        CausalModel(model)
+        admit(model)
 
 
 def test_a_refused_model_is_handed_back_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     before = model.config._attn_implementation
-    monkeypatch.setattr(gate, "_compare", lambda *_: (float("nan"), 1e-4))
+    monkeypatch.setattr(self_test, "_compare", lambda *_: (float("nan"), 1e-4))
     with pytest.raises(ModelRefused, match="over a paged cache its logits are not finite"):
-        CausalModel(model)
+        admit(model)
     assert model.config._attn_implementation == before
     model(input_ids=torch.tensor([[1, 2]]))
 
@@ -217,7 +223,7 @@ def test_the_self_test_sees_planted_bugs(
     for owner in owners:  # whichever of them serves such heads here
         monkeypatch.setattr(owner, method, bug(getattr(owner, method)))
     with pytest.raises(ModelRefused, match="its logits differ"):
-        CausalModel(tiny(architecture, dtype=dtype))
+        admit(tiny(architecture, dtype=dtype))
 
 
 def _slightly(original: Any) -> Any:
@@ -276,7 +282,8 @@ def _noise(original: Any) -> Any:
 @pytest.mark.parametrize(
     ("architecture", "bug"),
     [
-        ("llama", _slightly), ("gpt2", _slightly), ("gemma2", _slightly), ("mistral", _window_off_by_one), ("gemma2", _window_off_by_one),
+        ("llama", _slightly), ("gpt2", _slightly), ("gemma2", _slightly), ("mistral", _window_off_by_one),
+            ("gemma2", _window_off_by_one),
         ("gpt_oss", _no_sinks), ("qwen3", _noise), ("opt", _noise),
     ],
 )  # fmt: skip
@@ -286,7 +293,7 @@ def test_small_bugs_are_seen_in_16_bits_as_in_32(
     for owner in BACKENDS.values():
         monkeypatch.setattr(owner, "attend", bug(owner.attend))
     with pytest.raises(ModelRefused, match="its logits differ"):
-        CausalModel(tiny(architecture, dtype=dtype))
+        admit(tiny(architecture, dtype=dtype))
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
@@ -307,25 +314,25 @@ def test_small_bugs_of_the_fused_forward_alone_are_seen_in_16_bits(
     if llama.LlamaForward.why_not(model) is not None:
         pytest.skip("no fused forward here")
     with pytest.raises(FusedDiffers, match="its logits differ"):
-        CausalModel(model)
+        admit(model)
 
 
 def test_a_large_model_is_computed_in_float32_over_some_layers_of_each_kind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gate, "_FLOAT_BUDGET", 1)
-    CausalModel(tiny("gemma2", dtype=torch.bfloat16))
-    CausalModel(tiny("gpt2", dtype=torch.bfloat16))
+    monkeypatch.setattr(self_test, "_FLOAT_BUDGET", 1)
+    admit(tiny("gemma2", dtype=torch.bfloat16))
+    admit(tiny("gpt2", dtype=torch.bfloat16))
     for owner in BACKENDS.values():
         monkeypatch.setattr(owner, "attend", _window_off_by_one(owner.attend))
     with pytest.raises(ModelRefused, match=r"its logits differ .*0\.0001 would be rounding"):
-        CausalModel(tiny("gemma2", dtype=torch.bfloat16))
+        admit(tiny("gemma2", dtype=torch.bfloat16))
 
 
 def test_widening_leaves_a_model_as_it_was() -> None:
     model = tiny("gemma2", dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    CausalModel(model)
+    admit(model)
     assert all(
         tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
         for name, tensor in model.state_dict().items()
@@ -342,7 +349,7 @@ def test_a_mask_that_a_module_passes_is_refused(dtype: torch.dtype) -> None:
     config = {**LLAMA, "num_key_value_heads": 4, "keep_window_size": 2048}
     model = build("doge", **config, dtype=dtype)
     with pytest.raises(ModelRefused, match="DogeAttention passes a mask of its own"):
-        CausalModel(model)
+        admit(model)
 
 
 def test_an_argument_that_is_not_known_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +358,7 @@ def test_an_argument_that_is_not_known_is_refused_by_its_name(monkeypatch: pytes
     forward = attention.forward
     attention.forward = lambda *args, **kwargs: forward(*args, **kwargs, temperature=2.0)
     with pytest.raises(ModelRefused, match="LlamaAttention passes temperature to attention"):
-        CausalModel(model)
+        admit(model)
 
 
 def test_an_encoder_is_said_to_be_one() -> None:
@@ -363,7 +370,7 @@ def test_an_encoder_is_said_to_be_one() -> None:
         "intermediate_size": 64,
     }
     with pytest.raises(ModelRefused, match="attends in both directions, as an encoder does"):
-        CausalModel(build("bert", **config))
+        admit(build("bert", **config))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -371,19 +378,20 @@ def test_logits_that_are_no_numbers_are_said_to_be_not_finite(value: float) -> N
     model = tiny("llama")
     model.model.norm.weight.data[3] = value
     with pytest.raises(ModelRefused, match="its own logits are not finite in float32"):
-        CausalModel(model)
+        admit(model)
 
 
 def test_overflow_of_float16_is_refused_with_the_way() -> None:
     model = tiny("llama", dtype=torch.float16)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(60000)
     with pytest.raises(ModelRefused, match="not finite in float16: try --dtype bfloat16"):
-        CausalModel(model)
+        admit(model)
 
 
 MLA = {
-    **LLAMA, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    **LLAMA, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 
 
@@ -392,7 +400,8 @@ MLA = {
     [
         ("deepseek_v2", MLA, "keys and values compressed"),
         ("deepseek_v3", MLA, "keys and values compressed"),
-        ("mimo_v2_flash", {**LLAMA, "head_dim": 16, "v_head_dim": 8}, "keys have 16 numbers a head and its values 8"),
+        ("mimo_v2_flash", {**LLAMA, "head_dim": 16, "v_head_dim": 8},
+            "keys have 16 numbers a head and its values 8"),
         ("gemma4_text", {}, "differ in head size"),
         ("bamba", {}, "layers of type"),
         ("mamba", {}, "layers of type|recurrent"),
@@ -404,7 +413,8 @@ MLA = {
         ("vit", {}, "no causal language model"),
         ("musicgen", {}, "several models"),
         ("nemotron", {**LLAMA}, "attention interface"),
-        ("phi3", {**LLAMA, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
+        ("phi3", {**LLAMA, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+            "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
          "original_max_position_embeddings": 64, "factor": 2.0}}, "rope_type longrope"),
         ("bert", {}, "as an encoder does"),
         ("doge", {**LLAMA}, "a mask of its own"),
@@ -471,7 +481,7 @@ def test_a_config_that_can_be_served_is_let_through_and_left_alone(architecture:
 
 
 def test_a_served_model_cannot_be_called_past_us() -> None:
-    model = CausalModel(tiny("llama"), self_test=False)
+    model = admit(tiny("llama"), test=False)
     with pytest.raises(AssertionError, match="call it through CausalModel"):
         model.model(input_ids=torch.tensor([[1, 2]]))
 

@@ -1,4 +1,7 @@
-"""A GGUF file gives the model it was made from: log-probabilities against transformers' own model, eager, float32."""
+"""A GGUF file gives the model it was made from.
+
+Log-probabilities against transformers' own model, eager, float32.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 256,
 }  # fmt: skip
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64,
@@ -56,44 +59,56 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite": (
         "granite",
-        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 4.0, "attention_bias": True},
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+            "logits_scaling": 4.0, "attention_bias": True},
     ),
-    "granitemoe": ("granitemoe", {**EXPERTS, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 4.0}),
-    "granitemoeshared": ("granitemoeshared", {**EXPERTS, "shared_intermediate_size": 24, "residual_multiplier": 0.5}),
+    "granitemoe": ("granitemoe", {**EXPERTS, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+        "logits_scaling": 4.0}),
+    "granitemoeshared": ("granitemoeshared", {**EXPERTS, "shared_intermediate_size": 24,
+        "residual_multiplier": 0.5}),
     "qwen2": ("qwen2", {}),
     "qwen2, yarn": ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "qwen2_moe": (
-        "qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+        "qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40},
     ),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3, linear": ("qwen3", {"head_dim": 16, "rope_parameters": LINEAR}),
     "qwen3_moe": (
-        "qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
+        "qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16,
+            "norm_topk_prob": True},
     ),
-    "minimax_m2": ("minimax_m2", {**EXPERTS, "head_dim": 16, "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}),
-    "gpt_oss": ("gpt_oss", {**EXPERTS, "head_dim": 8, "sliding_window": 16, "rope_parameters": {**YARN, "truncate": False}}),
+    "minimax_m2": ("minimax_m2", {**EXPERTS, "head_dim": 16, "rope_parameters": {**PLAIN,
+        "partial_rotary_factor": 0.5}}),
+    "gpt_oss": ("gpt_oss", {**EXPERTS, "head_dim": 8, "sliding_window": 16, "rope_parameters": {**YARN,
+        "truncate": False}}),
     "phi3": ("phi3", {}),
     "phi3, a window": ("phi3", {"sliding_window": 40}),
     "phi3, partial": ("phi3", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.75}}),
-    "phi3, odd share": ("phi3", {"hidden_size": 80, "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.7}}),
+    "phi3, odd share": ("phi3", {"hidden_size": 80, "rope_parameters": {**PLAIN,
+        "partial_rotary_factor": 0.7}}),
     "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
     "gemma": ("gemma", {"head_dim": 16, "tie_word_embeddings": True}),
-    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24,
+        "tie_word_embeddings": True}),
     "gemma2, low caps": (
         "gemma2",
         {
-            "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24, "tie_word_embeddings": True, "attn_logit_softcapping": 5.0,
+            "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24, "tie_word_embeddings": True,
+                "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 10.0,
         },
     ),
     "gemma3": (
         "gemma3_text",
-        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24, "num_hidden_layers": 7, "tie_word_embeddings": True},
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24, "num_hidden_layers": 7,
+            "tie_word_embeddings": True},
     ),
     "gemma3, linear in full layers": (
         "gemma3_text",
         {
-            "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24, "num_hidden_layers": 7, "final_logit_softcapping": 8.0,
+            "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24, "num_hidden_layers": 7,
+                "final_logit_softcapping": 8.0,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
                 "sliding_attention": {**PLAIN, "rope_theta": 5_000.0},
@@ -105,8 +120,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_inner": 48}),
     "gpt2, tied": ("gpt2", {"n_inner": 48, "tie_word_embeddings": True}),
     "cohere": ("cohere", {"logit_scale": 0.3, "tie_word_embeddings": True}),
-    "cohere, norms of queries and keys": ("cohere", {"logit_scale": 0.3, "tie_word_embeddings": True, "use_qk_norm": True}),
-    "cohere2": ("cohere2", {"logit_scale": 0.3, "head_dim": 8, "sliding_window": 24, "num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "cohere, norms of queries and keys": ("cohere", {"logit_scale": 0.3, "tie_word_embeddings": True,
+        "use_qk_norm": True}),
+    "cohere2": ("cohere2", {"logit_scale": 0.3, "head_dim": 8, "sliding_window": 24, "num_hidden_layers": 5,
+        "tie_word_embeddings": True}),
     "olmo": ("olmo", {"clip_qkv": 0.5}),
     "olmo2": ("olmo2", {}),
     "olmo3": (
@@ -117,14 +134,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi": ("phi", {"num_key_value_heads": 4, "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}),
-    "gpt_neox": ("gpt_neox", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25}, "hidden_size": 64}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25},
+        "hidden_size": 64}),
     "gpt_neox, serial": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_bias": True, "attention_out_bias": False}),
 }  # fmt: skip
 
 
 def converted(path: Path, into: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a file as transformers loads the conversion: nothing missing, left over or of another shape."""
+    """The model of a file as transformers loads the conversion.
+
+    Nothing missing, left over or of another shape.
+    """
     described = describe(open_model(path))
     into.mkdir()
     write(into / "model.safetensors", account(described))
@@ -157,7 +178,9 @@ def test_the_model_of_a_file_is_the_one_it_was_made_from(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
 def test_the_judge_sees_what_a_config_leaves_out(model_type: str, tmp_path: Path) -> None:
-    """Were rope scaling dropped from the file, the answers would differ past the original context, and the test above would see it."""
+    """Were rope scaling dropped from the file, the answers would differ past the original context, and the
+    test above would see it.
+    """
     model = tiny(model_type, rope_parameters=LINEAR, tie_word_embeddings=model_type == "gemma2", head_dim=8)
     path = write_gguf(tmp_path / "m.gguf", model, keys={"rope.scaling.type": "none"})
     assert worst(converted(path, tmp_path / "out"), model, LONG) > 0.1

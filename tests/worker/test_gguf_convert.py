@@ -40,7 +40,10 @@ print(ensure_converted(lambda: path, file_hash(path), lambda what, share: print(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Path, Path]:
-    """(model, its GGUF file, a cache that holds the conversion): made once, copied by tests that damage it."""
+    """(model, its GGUF file, a cache that holds the conversion).
+
+    Made once, copied by tests that damage it.
+    """
     place = tmp_path_factory.mktemp("made")
     model = tiny_llama()
     gguf = write_gguf(place / "tiny.gguf", model)
@@ -114,9 +117,9 @@ def test_numbers_are_split_digit_by_digit_where_the_file_says_so(
 
 def test_an_unknown_way_to_split_text_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path / "cache"))
-    gguf = write_gguf(tmp_path / "odd.gguf", tiny_llama(), pre="nobody-knows", eot=None)
+    gguf = write_gguf(tmp_path / "odd.gguf", tiny_llama(), pre="unknown-split", eot=None)
     found = resolve(str(gguf))
-    assert found.note is not None and "'nobody-knows'" in found.note
+    assert found.note is not None and "'unknown-split'" in found.note
     assert found.eos_token_ids == (2,)
 
 
@@ -234,7 +237,8 @@ def test_two_processes_convert_once(made: tuple[LlamaForCausalLM, Path, Path], t
 def test_llama_3_rope_factors_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSIEVE_CACHE", str(tmp_path / "cache"))
     rope = {
-        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }  # fmt: skip
     scaled = tiny_llama(rope=rope)
     plain = 1.0 / 500_000.0 ** (torch.arange(0, 8, 2).float() / 8)

@@ -1,4 +1,7 @@
-"""What a GGUF file says and cannot be carried over is refused from its header: with words, and with nothing converted."""
+"""What a GGUF file says and cannot be carried over is refused from its header.
+
+With words, and with nothing converted.
+"""
 
 from __future__ import annotations
 
@@ -92,26 +95,37 @@ def test_more_or_fewer_layers_than_it_says(said: int, held: int, tmp_path: Path,
 
 
 KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "one that is not known": ("llama", {"attention.some_new_scale": 2.0}, "llama.attention.some_new_scale = 2"),
-    "a cap llama has not": ("llama", {"attn_logit_softcapping": 30.0}, "llama.attn_logit_softcapping = 30.0 (a limit to attention scores)"),
-    "a window llama has not": ("llama", {"attention.sliding_window": 64}, "llama.attention.sliding_window = 64"),
-    "multipliers llama has not": ("llama", {"residual_scale": 0.5, "embedding_scale": 3.0}, "2 of its keys have no place"),
+    "one that is not known": ("llama", {"attention.some_new_scale": 2.0},
+        "llama.attention.some_new_scale = 2"),
+    "a cap llama has not": ("llama", {"attn_logit_softcapping": 30.0},
+        "llama.attn_logit_softcapping = 30.0 (a limit to attention scores)"),
+    "a window llama has not": ("llama", {"attention.sliding_window": 64},
+        "llama.attention.sliding_window = 64"),
+    "multipliers llama has not": ("llama", {"residual_scale": 0.5, "embedding_scale": 3.0},
+        "2 of its keys have no place"),
     "another attention scale": ("qwen2", {"attention.scale": 0.5}, "its attention.scale is 0.5"),
-    "an unknown scaling": ("llama", {"rope.scaling.type": "ntk"}, "scaled in a way that is not known here ('ntk')"),
+    "an unknown scaling": ("llama", {"rope.scaling.type": "ntk"},
+        "scaled in a way that is not known here ('ntk')"),
     "longrope without factors": ("llama", {"rope.scaling.type": "longrope"}, "it holds no factors"),
-    "attention scaled without yarn": ("llama", {"rope.scaling.attn_factor": 1.2}, "which transformers does for yarn only"),
+    "attention scaled without yarn": ("llama", {"rope.scaling.attn_factor": 1.2},
+        "which transformers does for yarn only"),
     "a yarn factor of two readings": (
         "llama",
         {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 2.0},
         "scales attention by 2 (rope.scaling.attn_factor), yarn by 4 usually by 1.139",
     ),
     "yarn that extrapolates less": (
-        "llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 0.5}, "transformers extrapolates by 1"
+        "llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+            "rope.scaling.yarn_ext_factor": 0.5}, "transformers extrapolates by 1"
     ),
-    "a partly rotated head": ("llama", {"rope.dimension_count": 4}, "it rotates 4 of the 8 numbers of a head"),
-    "keys wider than values": ("llama", {"attention.key_length": 16, "attention.value_length": 8}, "keys and values are of different sizes"),
-    "heads of another size": ("qwen2", {"attention.key_length": 16, "attention.value_length": 16}, "its heads are of size 16"),
-    "heads that differ between layers": ("llama", {"attention.head_count_kv": [2, 4]}, "attention.head_count_kv differs from layer to layer (2, 4"),
+    "a partly rotated head": ("llama", {"rope.dimension_count": 4},
+        "it rotates 4 of the 8 numbers of a head"),
+    "keys wider than values": ("llama", {"attention.key_length": 16, "attention.value_length": 8},
+        "keys and values are of different sizes"),
+    "heads of another size": ("qwen2", {"attention.key_length": 16, "attention.value_length": 16},
+        "its heads are of size 16"),
+    "heads that differ between layers": ("llama", {"attention.head_count_kv": [2, 4]},
+        "attention.head_count_kv differs from layer to layer (2, 4"),
     "no sizes": ("llama", {"embedding_length": None}, "it does not say its embedding_length"),
     "a size that is text": ("llama", {"block_count": "two"}, "its block_count is 'two', which is no count"),
     "an epsilon that is text": ("llama", {"attention.layer_norm_rms_epsilon": "small"}, "which is no number"),
@@ -120,8 +134,10 @@ KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a million layers": ("llama", {"block_count": 1 << 20}, "it says 1,048,576 layers and holds 21 tensors"),
     "no heads": ("llama", {"attention.head_count": 0}, "cannot be converted"),
     "both norms of experts": ("mixtral", {"expert_gating_func": 2}, "its expert_gating_func is 2"),
-    "a pattern for other layers": ("gpt_oss", {"attention.sliding_window_pattern": [True]}, "is for 1 layers, it has 2"),
-    "an embedding model": ("qwen3", {"pooling_type": 3}, "qwen3.pooling_type = 3 (one vector of a whole text"),
+    "a pattern for other layers": ("gpt_oss", {"attention.sliding_window_pattern": [True]},
+        "is for 1 layers, it has 2"),
+    "an embedding model": ("qwen3", {"pooling_type": 3},
+        "qwen3.pooling_type = 3 (one vector of a whole text"),
     "layers of prediction": ("qwen3", {"nextn_predict_layers": 1}, "nextn_predict_layers = 1"),
     "both directions": ("qwen3", {"attention.causal": False}, "attention.causal = False"),
 }  # fmt: skip
@@ -233,10 +249,10 @@ def test_the_notes_of_a_conversion_are_kept_for_every_start(tmp_path: Path) -> N
         "gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=24, tie_word_embeddings=True
     )
     held = {**tensors_of(model), "v.blk.0.attn_q.weight": np.ones((4, 4))}
-    path = write_gguf(tmp_path / "m.gguf", model, tensors=held, pre="nobody-knows")
+    path = write_gguf(tmp_path / "m.gguf", model, tensors=held, pre="unknown-split")
     for _ in range(2):
         note = resolve(str(path)).note
-        assert note is not None and "image encoder is left out" in note and "'nobody-knows'" in note
+        assert note is not None and "image encoder is left out" in note and "'unknown-split'" in note
 
 
 # Damaged files.

@@ -1,4 +1,6 @@
-"""PENSIEVE_ISA: every level of instructions that this CPU has, chosen from outside, computes what torch computes."""
+"""PENSIEVE_ISA: every level of instructions that this CPU has, chosen from outside, computes what torch
+computes.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from pensieve.errors import ConfigError
 from pensieve.worker import kernel
 from pensieve.worker.attention import KVGeometry, make_backend
 from pensieve.worker.attention.native import NativeAttention
+from pensieve.worker.gate import admit
 from pensieve.worker.kernel import Level
-from pensieve.worker.model import CausalModel
 from pensieve.worker.products import OneDnnLayer, PanelKind, PanelLayer, PanelProduct
 from pensieve.worker.rows import Rows
 from tiny_models import CONFIGS, tiny
@@ -66,7 +68,7 @@ def test_models_over_a_paged_cache_at_each_level(
     """The gate compares with transformers' own eager attention: pieces, holes and decodes."""
     cap(level.name)
     changes = {"n_embd": 64} if name == "gpt2" else {"head_dim": 16}
-    model = CausalModel(tiny(name, 0, dtype, **changes), forward="auto" if name == "gpt2" else "fused")
+    model = admit(tiny(name, 0, dtype, **changes), forward="auto" if name == "gpt2" else "fused")
     if model._fused is not None:
         panels = dtype == BF16 and level >= Level.AVX512_BF16
         assert isinstance(model._fused._layers[0].products, PanelLayer if panels else OneDnnLayer)
@@ -98,7 +100,7 @@ def test_weights_of_8_bits_at_each_level(cap: Cap, level: Level) -> None:
             ConfigError,
             match=r"cannot have weights of 8 bits \(this CPU has no AVX512-.*: choose --quantize none",
         ):
-            CausalModel(tiny("llama", 0, BF16), int8=True)
+            admit(tiny("llama", 0, BF16), int8=True)
         return
     module = nn.Linear(64, 40, bias=False).to(BF16).requires_grad_(False)
     x = torch.randn((3, 64), generator=torch.Generator().manual_seed(0)).to(BF16)
@@ -145,8 +147,8 @@ def test_an_empty_variable_caps_nothing(cap: Cap) -> None:
 
 def test_a_wrong_level_is_said_before_a_model_is_looked_for() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pensieve", "compare", "--model", "there/is-none"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, kernel.CAP: "sse9"}, check=False,
+        [sys.executable, "-m", "pensieve", "compare", "--model", "there/is-none"], capture_output=True,
+        text=True, timeout=120, env={**os.environ, kernel.CAP: "sse9"}, check=False,
     )  # fmt: skip
     assert (
         run.returncode != 0

@@ -105,9 +105,9 @@ def test_the_gathering_kernel_copies_one_layer(layer_bytes: int) -> None:
     source.data.copy_(
         torch.randint(256, source.data.shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     )
-    assert gather.why_not(source, target) is None
+    assert gather.why_not(source.layer_bytes) is None
     sources, targets = [6, 0, 3], [8, 1, 0]
-    gather.copy_layer(source, target, torch.tensor([sources, targets], device=device), 1)
+    gather.copy_layer(source.layer(1), target.layer(1), torch.tensor([sources, targets], device=device))
     assert torch.equal(target.data[targets, 1], source.data[sources, 1])
     others = [slot for slot in range(9) if slot not in targets]
     assert not target.data[others].any() and not target.data[:, 0].any() and not target.data[:, 2].any()
@@ -115,7 +115,7 @@ def test_the_gathering_kernel_copies_one_layer(layer_bytes: int) -> None:
 
 def test_a_layer_that_is_no_whole_number_of_words_is_left_to_plain_copies() -> None:
     store = KVStore(2, 1, 12, CPU)
-    assert gather.why_not(store, store) == "12 bytes are not whole words of 8"
+    assert gather.why_not(store.layer_bytes) == "12 bytes are not whole words of 8"
 
 
 class FakeRuntime:

@@ -14,10 +14,12 @@ from pensieve.worker import kernel
 from pensieve.worker.attention import AttentionArgs, PagedAttention, make_backend
 from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.batch import BatchBuilder
+from pensieve.worker.gate import admit
 from pensieve.worker.kv_store import KVStore
 from pensieve.worker.llama import LlamaForward
-from pensieve.worker.model import CausalModel, FusedDiffers
+from pensieve.worker.model import CausalModel
 from pensieve.worker.products import PanelProduct
+from pensieve.worker.refusal import FusedDiffers
 from tiny_models import _MODERN, CONFIGS, WINDOW, tiny
 
 pytestmark = pytest.mark.skipif(not kernel.levels(), reason="the kernels are not built")
@@ -91,7 +93,7 @@ def logits_of(model: CausalModel, ids: torch.Tensor, rows: torch.Tensor) -> torc
 @every_member
 def test_same_logits_as_the_modules(member: str) -> None:
     model = make(member)
-    fused = CausalModel(model, forward="fused", self_test=False)
+    fused = admit(model, forward="fused", test=False)
     assert fused.forward_name == "fused"
     ids, rows = torch.arange(3, 60)[None], torch.tensor([0, 13, 56])
     with fused.eager() as eager, torch.inference_mode():
@@ -108,16 +110,16 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_modules(member: st
     for target, source in zip(exact.parameters(), rounded.parameters(), strict=True):
         target.data.copy_(source.data.float())
     ids, rows = torch.arange(3, 60)[None], torch.arange(57)
-    truth = logits_of(CausalModel(exact, forward="modules", self_test=False), ids, rows).double()
-    ours = logits_of(CausalModel(rounded, forward="fused", self_test=False), ids, rows).double()
-    theirs = logits_of(CausalModel(rounded, forward="modules", self_test=False), ids, rows).double()
+    truth = logits_of(admit(exact, forward="modules", test=False), ids, rows).double()
+    ours = logits_of(admit(rounded, forward="fused", test=False), ids, rows).double()
+    theirs = logits_of(admit(rounded, forward="modules", test=False), ids, rows).double()
     assert (ours - truth).square().mean() < 1.2 * (theirs - truth).square().mean()
 
 
 @every_member
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gate_lets_it_pass(member: str, dtype: torch.dtype) -> None:
-    assert CausalModel(make(member, dtype), member).forward_name == "fused"
+    assert admit(make(member, dtype), member).forward_name == "fused"
 
 
 def test_contexts_longer_than_the_angles_made_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +128,7 @@ def test_contexts_longer_than_the_angles_made_first(monkeypatch: pytest.MonkeyPa
 
 
 def test_no_token_asked_for() -> None:
-    model = CausalModel(make("llama"), self_test=False)
+    model = admit(make("llama"), test=False)
     assert logits_of(model, torch.arange(5)[None], torch.empty(0, dtype=torch.int64)).shape == (
         0,
         model.shape.vocab_size,
@@ -135,8 +137,8 @@ def test_no_token_asked_for() -> None:
 
 def test_emptied_modules_leave_the_fused_ones_whole() -> None:
     ids, rows = torch.arange(3, 30)[None], torch.tensor([26])
-    expected = logits_of(CausalModel(make("llama, tied"), self_test=False), ids, rows)
-    model = CausalModel(make("llama, tied"), keep_modules=False)
+    expected = logits_of(admit(make("llama, tied"), test=False), ids, rows)
+    model = admit(make("llama, tied"), keep_modules=False)
     assert torch.equal(logits_of(model, ids, rows), expected)
     left = sum(parameter.numel() for parameter in model.model.parameters())
     assert left == sum(
@@ -186,7 +188,7 @@ def test_a_layer_as_one_call_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
     """As operation by operation, over several spans, decodes, and steps that emit nothing."""
     name, changes = FAMILY[member]
     monkeypatch.setitem(FAMILY, member, (name, {"head_dim": 16, **changes}))
-    model = CausalModel(make(member, torch.bfloat16), member)
+    model = admit(make(member, torch.bfloat16), member)
     calls = []
     seen = NativeAttention.run_layer
     monkeypatch.setattr(
@@ -210,7 +212,7 @@ def test_a_layer_as_one_call_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("panels")
 def test_another_backend_attends_for_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILY, "llama", ("llama", {"head_dim": 16}))
-    model = CausalModel(make("llama", torch.bfloat16))
+    model = admit(make("llama", torch.bfloat16))
     outputs = [
         Cached(model, attention).run(("a", 0, 60, True)).float()
         for attention in ("native", "cpu", "reference")
@@ -238,8 +240,8 @@ def test_a_planted_bug_is_stopped_at_the_gate(monkeypatch: pytest.MonkeyPatch, p
 
         monkeypatch.setattr(LlamaForward, "__init__", swapped)
     with pytest.raises(FusedDiffers, match=r"over a paged cache its logits differ .* --forward modules"):
-        CausalModel(make("llama"), "llama")
-    assert CausalModel(make("llama"), "llama", forward="modules").forward_name == "modules"
+        admit(make("llama"), "llama")
+    assert admit(make("llama"), "llama", forward="modules").forward_name == "modules"
 
 
 @pytest.mark.parametrize(
@@ -252,14 +254,14 @@ def test_a_planted_bug_is_stopped_at_the_gate(monkeypatch: pytest.MonkeyPatch, p
 def test_what_is_left_to_the_modules(name: str, changes: dict[str, Any], reason: str) -> None:
     model = tiny(name, **changes)
     assert LlamaForward.why_not(model) == reason
-    assert CausalModel(model, self_test=False).forward_name == "modules"
+    assert admit(model, test=False).forward_name == "modules"
     with pytest.raises(ConfigError, match="cannot be computed by fused operations") as refused:
-        CausalModel(tiny(name, **changes), "it", forward="fused", self_test=False)
+        admit(tiny(name, **changes), "it", forward="fused", test=False)
     assert reason in refused.value.message
 
 
 def test_half_precision_is_left_to_the_modules() -> None:
-    assert CausalModel(tiny("llama", dtype=torch.float16), self_test=False).forward_name == "modules"
+    assert admit(tiny("llama", dtype=torch.float16), test=False).forward_name == "modules"
 
 
 def test_products_of_another_kind_are_left_to_the_modules() -> None:
@@ -289,7 +291,7 @@ def test_a_planted_bug_in_a_layer_s_call_is_stopped_at_the_gate(
 
     monkeypatch.setattr(NativeAttention, "run_layer", wrong)
     with pytest.raises(FusedDiffers):
-        CausalModel(make("qwen3, normalised heads", torch.bfloat16), "qwen3")
+        admit(make("qwen3, normalised heads", torch.bfloat16), "qwen3")
 
 
 @pytest.mark.skipif(
@@ -297,7 +299,7 @@ def test_a_planted_bug_in_a_layer_s_call_is_stopped_at_the_gate(
 )
 @pytest.mark.parametrize("member", [name for name in FAMILY if "odd" not in name])
 def test_weights_of_8_bits_pass_the_gate(member: str) -> None:
-    model = CausalModel(make(member, torch.bfloat16), member, int8=True)
+    model = admit(make(member, torch.bfloat16), member, int8=True)
     assert model.forward_name == "fused int8"
 
 
@@ -313,5 +315,5 @@ def test_where_weights_cannot_be_of_8_bits(name: str, dtype: torch.dtype, forwar
     with pytest.raises(
         ConfigError, match=r"cannot have weights of 8 bits .* choose --quantize none"
     ) as refused:
-        CausalModel(tiny(name, dtype=dtype), "it", forward=forward, int8=True, self_test=False)
+        admit(tiny(name, dtype=dtype), "it", forward=forward, int8=True, test=False)
     assert reason in refused.value.message

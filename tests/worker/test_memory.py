@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pensieve.errors import ConfigError
-from pensieve.worker.memory import Room, find_room
+from pensieve.worker.gate import admit
+from pensieve.worker.memory import DeviceShare, device_share
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import ModelWorker
 from tiny_models import tiny
@@ -18,7 +19,7 @@ GB = 1_000_000_000
 
 @functools.cache
 def model() -> CausalModel:
-    return CausalModel(tiny("llama"))
+    return admit(tiny("llama"))
 
 
 class FakeMeter:
@@ -37,8 +38,8 @@ class FakeMeter:
         return self.peak
 
 
-def find(meter: FakeMeter, tokens: int = 100, running: int = 7, graph_rows: int = 0) -> Room:
-    return find_room(
+def find(meter: FakeMeter, tokens: int = 100, running: int = 7, graph_rows: int = 0) -> DeviceShare:
+    return device_share(
         model(),
         max_batch_tokens=tokens,
         max_running=running,

@@ -13,8 +13,8 @@ from pensieve.core.plan import Copy, CopyFailure, StepPlan
 from pensieve.core.request import SamplingParams
 from pensieve.errors import ConfigError, WorkerLost
 from pensieve.worker import sharding
+from pensieve.worker.gate import admit
 from pensieve.worker.ledger import CopyLedger
-from pensieve.worker.model import CausalModel
 from pensieve.worker.rank import Rank
 from rank_jobs import DRAWN, VOCAB
 from rank_pairs import RankPair, environment
@@ -33,7 +33,7 @@ def pair() -> Iterator[RankPair]:
 def alone(sampling: SamplingParams) -> list[int]:
     """What one process answers."""
     torch.set_num_threads(1)
-    lab = Lab(CausalModel(tiny("llama", vocab_size=VOCAB), self_test=False), (12,))
+    lab = Lab(admit(tiny("llama", vocab_size=VOCAB), test=False), (12,))
     try:
         return jobs.answer(lab, sampling)
     finally:
@@ -51,7 +51,10 @@ def test_logits_are_those_of_one_process(pair: RankPair, architecture: str) -> N
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
 def test_conversations_in_small_tiers_answer_as_a_stateless_run(pair: RankPair, architecture: str) -> None:
-    """Swapped out and in, dropped, recomputed, erased; plans, batches and tokens compared between the ranks in every step."""
+    """Swapped out and in, dropped, recomputed, erased.
+
+    Plans, batches and tokens compared between the ranks in every step.
+    """
     met, _ = pair.run(jobs.play, jobs.just_follow, architecture)
     assert all(met[name] > 0 for name in ("copied", "swapped in", "recomputed", "dropped")), met
     assert met["failed"] == met["broken requests"] == 0, met
@@ -65,7 +68,10 @@ def test_what_fails_on_either_rank_alone_is_recomputed(pair: RankPair) -> None:
 
 
 def test_what_is_drawn_is_drawn_on_both(pair: RankPair) -> None:
-    """A seed draws what it draws in one process; without one, rank 0 draws the seed (the ranks compare their tokens)."""
+    """A seed draws what it draws in one process.
+
+    Without one, rank 0 draws the seed (the ranks compare their tokens).
+    """
     (seeded, unseeded), _ = pair.run(jobs.sample, jobs.follow_llama)
     assert seeded == alone(DRAWN)
     assert len(unseeded) == 8

@@ -7,11 +7,12 @@ from transformers import AutoModelForCausalLM
 from pensieve.worker.presets import BY_HUB_ID, PRESETS, Preset
 
 PUBLISHED = {  # what the model cards say, in weights
-    "gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1.5576e9,
-    "opt-125m": 125e6, "opt-1.3b": 1.3e9, "opt-6.7b": 6.7e9, "opt-13b": 13e9, "opt-30b": 30e9, "opt-66b": 66e9,
-    "llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama2-70b": 68.98e9, "llama3-8b": 8.03e9, "llama3-70b": 70.55e9, "llama3.2-1b": 1.236e9,
-    "mistral-7b": 7.24e9, "qwen2.5-0.5b": 494e6, "qwen2.5-7b": 7.616e9, "qwen3-0.6b": 596e6, "qwen3-4b": 4.02e9, "qwen3-8b": 8.19e9,
-    "gemma2-2b": 2.614e9, "gemma2-9b": 9.242e9, "smollm2-135m": 134.5e6, "smollm2-360m": 362e6, "smollm2-1.7b": 1.711e9,
+    "gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1.5576e9, "opt-125m": 125e6,
+    "opt-1.3b": 1.3e9, "opt-6.7b": 6.7e9, "opt-13b": 13e9, "opt-30b": 30e9, "opt-66b": 66e9,
+    "llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama2-70b": 68.98e9, "llama3-8b": 8.03e9,
+    "llama3-70b": 70.55e9, "llama3.2-1b": 1.236e9, "mistral-7b": 7.24e9, "qwen2.5-0.5b": 494e6,
+    "qwen2.5-7b": 7.616e9, "qwen3-0.6b": 596e6, "qwen3-4b": 4.02e9, "qwen3-8b": 8.19e9, "gemma2-2b": 2.614e9,
+    "gemma2-9b": 9.242e9, "smollm2-135m": 134.5e6, "smollm2-360m": 362e6, "smollm2-1.7b": 1.711e9,
     "gpt-oss-20b": 20.9e9,
 }  # fmt: skip
 

@@ -27,8 +27,9 @@ from tiny_models import tiny
 BF16 = torch.bfloat16
 PANELS = bool(kernel.levels()) and kernel.levels()[-1] >= kernel.Level.AVX512_BF16
 any_shape = given(
-    count=st.integers(1, 70), num_in=st.one_of(st.integers(1, 40).map(lambda n: 2 * n), st.integers(1, 5).map(lambda n: 32 * n)), num_out=st.integers(1, 3 * PANEL), bias=st.booleans(),
-    seed=st.integers(0, 5),
+    count=st.integers(1, 70),
+    num_in=st.one_of(st.integers(1, 40).map(lambda n: 2 * n), st.integers(1, 5).map(lambda n: 32 * n)),
+    num_out=st.integers(1, 3 * PANEL), bias=st.booleans(), seed=st.integers(0, 5),
 )  # fmt: skip
 needs_panels = pytest.mark.skipif(
     not PANELS, reason="the kernels are not built, or this CPU has no AVX512-BF16"

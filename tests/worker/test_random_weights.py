@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pensieve.errors import ModelRefused
 from pensieve.worker import random_weights
-from pensieve.worker.random_weights import available_bytes, build, count_parameters, require_room
+from pensieve.worker.random_weights import available_bytes, build, count_parameters, require_weights_fit
 
 SMALL = {
     "num_hidden_layers": 2,
@@ -83,14 +83,14 @@ def test_a_model_that_does_not_fit_is_refused_with_both_sizes_and_ways_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(random_weights, "available_bytes", lambda device: 8 << 30)
-    require_room("fits", 3_000_000_000, torch.bfloat16, "cpu")
+    require_weights_fit("fits", 3_000_000_000, torch.bfloat16, "cpu")
     with pytest.raises(
         ModelRefused, match=r"12\.0 GB in float32, 8\.6 GB of memory are available.*--dtype bfloat16"
     ) as refused:
-        require_room("big", 3_000_000_000, torch.float32, "cpu")
+        require_weights_fit("big", 3_000_000_000, torch.float32, "cpu")
     assert refused.value.http_status == 400
     monkeypatch.setattr(random_weights, "available_bytes", lambda device: None)
-    require_room("nobody knows", 10**15, torch.float32, "cpu")
+    require_weights_fit("unknown", 10**15, torch.float32, "cpu")
 
 
 def test_an_unknown_family_is_refused() -> None:

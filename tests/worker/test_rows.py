@@ -106,7 +106,10 @@ def test_gate_of_very_large_numbers(level: kernel.Level, dtype: torch.dtype) -> 
 @every_kind
 @every_dtype
 def test_what_is_no_number_stays_so(level: kernel.Level, dtype: torch.dtype) -> None:
-    """A request with broken numbers is found by its logits: nothing on the way may make them look sound, or spoil a neighbour."""
+    """A request with broken numbers is found by its logits.
+
+    Nothing on the way may make them look sound, or spoil a neighbour.
+    """
     kernels = Rows(dtype, level)
     bad = random(3, 96, dtype=dtype)
     bad[1, 5] = float("nan")

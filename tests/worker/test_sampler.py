@@ -1,4 +1,6 @@
-"""Tokens follow the exact filtered distribution, a seed decides them alone, and one request's trouble is its own."""
+"""Tokens follow the exact filtered distribution, a seed decides them alone, and one request's trouble is its
+own.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,10 @@ FILTERS = {
 
 @pytest.mark.parametrize("params", FILTERS.values(), ids=FILTERS.keys())
 def test_draws_follow_the_exact_filtered_distribution(params: SamplingParams) -> None:
-    """Numbers spread evenly over [0, 1) must reproduce every probability to a grid step: no statistics needed."""
+    """Numbers spread evenly over [0, 1) must reproduce every probability to a grid step.
+
+    No statistics needed.
+    """
     steps = 4000
     counts = torch.zeros(len(LOGITS))
     for token in drawn(LOGITS, params, *((step + 0.5) / steps for step in range(steps))):
@@ -298,7 +303,10 @@ def test_nothing_to_sample() -> None:
     "how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 1}, {"repetition_penalty": 1.1}]
 )
 def test_no_stop_token_before_the_least_length(how: dict[str, Any]) -> None:
-    """Tokens 0 and 7 are the likeliest and end an answer; with two of four tokens to come, none of them is taken."""
+    """Tokens 0 and 7 are the likeliest and end an answer.
+
+    With two of four tokens to come, none of them is taken.
+    """
     sampling = SamplingParams(
         max_new_tokens=8, min_new_tokens=4, stop_token_ids=frozenset({0, 7, 999}), logprobs=2, seed=3, **how
     )
@@ -382,12 +390,15 @@ def test_rows_together_give_what_each_gives_alone(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_likeliest_is_torchs_whatever_the_signs(dtype: torch.dtype) -> None:
-    """Rows all negative, all zero of either sign, with ties, infinities and NaN of either sign, together and alone."""
+    """Rows all negative, all zero of either sign, with ties, infinities and NaN of either sign, together and
+    alone.
+    """
     nan, inf = float("nan"), float("inf")
     rows = [
-        [1.0, 3.0, 3.0, -7.0], [-4.0, -2.0, -2.0, -9.0], [-0.0, 0.0, -0.0, -1.0], [-0.0, -0.0, -1.0, -2.0], [-inf, -inf, 2.0, -inf],
-        [-inf, -inf, -5.0, -inf], [1.0, inf, 2.0, 3.0], [1.0, nan, 2.0, inf], [-1.0, -2.0, nan, -3.0], [-inf, -inf, -inf, -inf],
-        [5e-8, 1e-7, 0.0, -1.0], [1.0, 2.0, 3.0, -inf], [1.0, nan, 2.0, 3.0],
+        [1.0, 3.0, 3.0, -7.0], [-4.0, -2.0, -2.0, -9.0], [-0.0, 0.0, -0.0, -1.0], [-0.0, -0.0, -1.0, -2.0],
+        [-inf, -inf, 2.0, -inf], [-inf, -inf, -5.0, -inf], [1.0, inf, 2.0, 3.0], [1.0, nan, 2.0, inf],
+        [-1.0, -2.0, nan, -3.0], [-inf, -inf, -inf, -inf], [5e-8, 1e-7, 0.0, -1.0], [1.0, 2.0, 3.0, -inf],
+        [1.0, nan, 2.0, 3.0],
     ]  # fmt: skip
     logits = torch.tensor(rows, dtype=dtype)
     signed = torch.where(
@@ -402,7 +413,9 @@ def test_the_likeliest_is_torchs_whatever_the_signs(dtype: torch.dtype) -> None:
 
 
 def test_one_row_that_breaks_leaves_the_others_drawn_as_they_are_alone() -> None:
-    """A prompt's id that the logits do not reach breaks the penalties of one request, within a batch of several."""
+    """A prompt's id that the logits do not reach breaks the penalties of one request, within a batch of
+    several.
+    """
     params = SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=4)
     sampler = Sampler()
     sampler.start(RequestStart(name, params, (99,) if name == "b" else (1,)) for name in "abc")
@@ -441,8 +454,9 @@ a_logit = st.sampled_from(
 @settings(max_examples=300)
 @given(
     params=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in EXTREMES.items()}),
-    logits=st.lists(st.lists(a_logit, min_size=6, max_size=6), min_size=1, max_size=3), size=st.sampled_from([6, 700]),
-    seed=st.sampled_from([None, 0, -1, 2**70]), on_device=st.booleans(), stops=st.sampled_from([(), (0,), tuple(range(6)), tuple(range(700))]),
+    logits=st.lists(st.lists(a_logit, min_size=6, max_size=6), min_size=1, max_size=3),
+    size=st.sampled_from([6, 700]), seed=st.sampled_from([None, 0, -1, 2**70]), on_device=st.booleans(),
+    stops=st.sampled_from([(), (0,), tuple(range(6)), tuple(range(700))]),
 )  # fmt: skip
 def test_whatever_the_parameters_a_token_comes_out(
     params: dict[str, Any],
@@ -452,7 +466,10 @@ def test_whatever_the_parameters_a_token_comes_out(
     on_device: bool,
     stops: tuple[int, ...],
 ) -> None:
-    """Or, where all of a row is minus infinity, a reason; never an index out of range, never a token that was out of the question."""
+    """Or, where all of a row is minus infinity, a reason.
+
+    Never an index out of range, never a token that was out of the question.
+    """
     row = torch.nn.functional.pad(torch.tensor(logits), (0, size - 6), value=-5.0)
     sampling = SamplingParams(
         **params,
@@ -481,7 +498,10 @@ def test_whatever_the_parameters_a_token_comes_out(
 @pytest.mark.parametrize("penalty", [1e-300, 1e300])
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
 def test_the_last_word_of_a_repetition_penalty(penalty: float, temperature: float) -> None:
-    """As small as can be: the likeliest of what was there comes again. As large as can be: nothing of it that is below zero ever does."""
+    """As small as can be: the likeliest of what was there comes again.
+
+    As large as can be: nothing of it that is below zero ever does.
+    """
     logits = torch.tensor([0.5, 2.0, 3.0, -1.0, 0.1, 2.5])
     for seed in range(20):
         sampling = SamplingParams(temperature=temperature, repetition_penalty=penalty, seed=seed)

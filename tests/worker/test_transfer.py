@@ -1,4 +1,7 @@
-"""The copying thread: order, layers, failures, waking. No test here sleeps to be right: events say when things happen."""
+"""The copying thread: order, layers, failures, waking.
+
+No test here sleeps to be right: events say when things happen.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +180,7 @@ def test_one_copy_fails_and_the_others_go_on(stores: list[KVStore], make: Callab
 
 
 @pytest.mark.parametrize("breaking_layer", [0, 2, None])
-def test_a_batch_that_breaks_fails_alone_and_hangs_nobody(
+def test_a_batch_that_breaks_fails_alone_and_hangs_no_other(
     monkeypatch: pytest.MonkeyPatch, make: Callable[..., Transfer], breaking_layer: int | None
 ) -> None:
     """None: a batch of swap-outs."""
@@ -318,7 +321,7 @@ def test_wait_returns_when_everything_queued_has_settled(
     assert transfer.end_step() == ((0, 1, 2, 3), ())
 
 
-def test_nobody_waits_for_copies_that_closing_leaves_undone(make: Callable[..., Transfer]) -> None:
+def test_closing_waits_for_no_copy_that_it_leaves_undone(make: Callable[..., Transfer]) -> None:
     gate = Gate()
     transfer = make(gate.pass_through)
     gate.open.clear()

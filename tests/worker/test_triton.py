@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from attention_bench import CPU, HEADS, LONG_STORY, STORY, Bench, args_of, contexts_of, ids, spans_of_a_step
 from pensieve.core.plan import Span
 from pensieve.worker.attention import AttentionArgs, KVGeometry, make_backend
-from pensieve.worker.attention.triton import Item, Reduction, Tiling, TritonAttention
+from pensieve.worker.attention.triton import Reduction, Tiling, TritonAttention, WorkItem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton")
@@ -23,7 +23,10 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def also(*arguments: Any) -> Any:
-    """A variant that differs from its neighbours in nothing that they do not try together: for `make check-kernels`."""
+    """A variant that differs from its neighbours in nothing that they do not try together.
+
+    For `make check-kernels`.
+    """
     return pytest.param(*arguments, marks=pytest.mark.kernels)
 
 
@@ -38,8 +41,10 @@ def bench(
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        ("plain", torch.float32), ("softcap", torch.bfloat16), ("sinks", torch.float16), also("plain", torch.bfloat16),
-        also("plain", torch.float16), also("softcap", torch.float32), also("softcap", torch.float16), also("sinks", torch.float32),
+        ("plain", torch.float32), ("softcap", torch.bfloat16), ("sinks", torch.float16), also("plain",
+            torch.bfloat16),
+        also("plain", torch.float16), also("softcap", torch.float32), also("softcap", torch.float16),
+            also("sinks", torch.float32),
         also("sinks", torch.bfloat16),
     ],
 )  # fmt: skip
@@ -50,7 +55,8 @@ def test_ragged_spans_over_scattered_slots(kind: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize(
     ("window", "kind"),
     [
-        (1, "plain"), (7, "sinks"), (40, "plain"), (200, "sinks"), also(1, "sinks"), also(7, "plain"), also(40, "sinks"), also(200, "plain"),
+        (1, "plain"), (7, "sinks"), (40, "plain"), (200, "sinks"), also(1, "sinks"), also(7, "plain"),
+            also(40, "sinks"), also(200, "plain"),
     ],
 )  # fmt: skip
 def test_windows(window: int, kind: str) -> None:
@@ -87,8 +93,8 @@ def test_long_contexts_are_divided_and_put_together(window: int | None, kind: st
 
 
 any_step = given(
-    spans_of_a_step(3), st.sampled_from(["plain", "softcap", "sinks"]), st.sampled_from([None, 2, 30, 70]), st.sampled_from([1, 2, 4]),
-    st.sampled_from(FLOATS), st.sampled_from([8, 32]), st.sampled_from([1, 1000]),
+    spans_of_a_step(3), st.sampled_from(["plain", "softcap", "sinks"]), st.sampled_from([None, 2, 30, 70]),
+    st.sampled_from([1, 2, 4]), st.sampled_from(FLOATS), st.sampled_from([8, 32]), st.sampled_from([1, 1000]),
 )  # fmt: skip
 
 
@@ -151,7 +157,7 @@ def test_views_are_taken_as_they_are() -> None:
     assert torch.equal(viewed.backend.attend(prepared[1], 0, by_head[:, :HEADS], args_of("plain")), expected)
     own = torch.tensor(sorted(viewed.builder.slots_of(spans[0]).tolist()))
     others = [slot for slot in range(viewed.store.num_slots) if slot not in own.tolist()]
-    assert bool((viewed.store.data[others] == 0xFF).all()), "a slot of nobody was written"
+    assert bool((viewed.store.data[others] == 0xFF).all()), "a slot that no chunk has was written"
 
 
 def test_a_fixed_step_takes_other_spans() -> None:
@@ -215,7 +221,8 @@ def divider(programs: int, kv_heads: int = 2) -> TritonAttention:
 def test_short_spans_are_whole() -> None:
     items, reductions = divider(1000).divide((ids("a", 0, 20), ids("b", 100, 101)), Tiling(16, 64), group=2)
     assert items == [
-        Item(1, 20, 1, 100, 0, 101, 0, 1), Item(0, 16, 4, 16, 0, 20, 0, 1), Item(0, 8, 8, 8, 0, 16, 0, 1), Item(0, 0, 8, 0, 0, 8, 0, 1),
+        WorkItem(1, 20, 1, 100, 0, 101, 0, 1), WorkItem(0, 16, 4, 16, 0, 20, 0, 1), WorkItem(0, 8, 8, 8, 0, 16, 0, 1),
+        WorkItem(0, 0, 8, 0, 0, 8, 0, 1),
     ]  # fmt: skip
     assert reductions == []
 
@@ -224,8 +231,8 @@ def test_a_long_context_is_cut_at_blocks() -> None:
     items, reductions = divider(8).divide((ids("a", 1000, 1001),), Tiling(16, 64), group=4)
     assert reductions == [Reduction(0, 1, 0, 4)]
     assert sorted(items, key=lambda item: item.first) == [
-        Item(0, 0, 1, 1000, 0, 256, 0, 4), Item(0, 0, 1, 1000, 256, 512, 1, 4), Item(0, 0, 1, 1000, 512, 768, 2, 4),
-        Item(0, 0, 1, 1000, 768, 1001, 3, 4),
+        WorkItem(0, 0, 1, 1000, 0, 256, 0, 4), WorkItem(0, 0, 1, 1000, 256, 512, 1, 4),
+        WorkItem(0, 0, 1, 1000, 512, 768, 2, 4), WorkItem(0, 0, 1, 1000, 768, 1001, 3, 4),
     ]  # fmt: skip
 
 

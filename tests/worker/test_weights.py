@@ -18,10 +18,12 @@ from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable
+from pensieve.machine import cache_folder
 from pensieve.worker import embedded, gguf_convert, hub, random_weights, weights
 from pensieve.worker.gguf_convert import converted_path, is_sound
+from pensieve.worker.model_table import describe_models
 from pensieve.worker.presets import PRESETS
-from pensieve.worker.weights import describe_models, load, resolve
+from pensieve.worker.weights import load, resolve
 from tiny_gguf import tiny_llama, write_gguf
 
 IDS = torch.tensor([[1, 40, 90, 7, 200]])
@@ -85,7 +87,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache and a hub whose port nobody listens on."""
+    """An empty cache and a hub on a port without listener."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
@@ -110,7 +112,7 @@ def fake_hub(folder: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch) -> Ite
     server.server_close()
 
 
-# --- names ---------------------------------------------------------------------------------------------------------
+# --- names
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_other_settings_are_checked() -> None:
         resolve("gpt2", "random", allow_random=False)
 
 
-# --- folders -------------------------------------------------------------------------------------------------------
+# --- folders
 
 
 def test_a_folder_is_loaded_with_its_stop_tokens(folder: Path) -> None:
@@ -197,7 +199,7 @@ def test_broken_weights_are_refused_with_the_reason(folder: Path, tmp_path: Path
         load(resolve(str(tmp_path)))
 
 
-# --- presets and the hub -------------------------------------------------------------------------------------------
+# --- presets and the hub
 
 
 def test_a_preset_without_a_hub_runs_on_random_weights_and_says_so(no_hub: None) -> None:
@@ -363,7 +365,8 @@ def test_only_what_a_model_loads_from_is_fetched() -> None:
         "chat_template.jinja",
     ]
     assert set(hub.wanted_files(names)) == {
-        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model", "chat_template.jinja",
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
+        "chat_template.jinja",
     }  # fmt: skip
     assert hub.wanted_files(["pytorch_model.bin", "config.json"]) == ["config.json", "pytorch_model.bin"]
 
@@ -386,7 +389,7 @@ def test_random_weights_load_in_the_dtype_asked_for() -> None:
     assert torch.isfinite(model(IDS).logits).all()
 
 
-# --- the embedded default ------------------------------------------------------------------------------------------
+# --- the embedded default
 
 
 @pytest.fixture
@@ -456,7 +459,7 @@ def test_a_file_that_is_not_the_pinned_one_is_refused_and_not_kept(
     monkeypatch.setattr(embedded, pinned, "f" * 64)
     with pytest.raises(ModelUnavailable, match=f"its SHA-256 is {actual}, expected {'f' * 64}"):
         resolve()
-    fetched = gguf_convert.cache_dir() / "fetched"
+    fetched = cache_folder() / "fetched"
     assert [path.name for path in fetched.iterdir()] == [f"{embedded.GGUF_NAME}.lock"]
     assert not converted_path("f" * 64).exists()
 
@@ -494,14 +497,17 @@ def test_the_fetch_command_prints_the_folder_or_the_reason(
     assert said.out.strip() == str(converted_path(embedded.GGUF_SHA256))
     assert "converting" in said.err
     fake_default.unlink()
-    (gguf_convert.cache_dir() / "fetched" / embedded.GGUF_NAME).unlink()
+    (cache_folder() / "fetched" / embedded.GGUF_NAME).unlink()
     (converted_path(embedded.GGUF_SHA256) / "manifest.json").unlink()
     assert weights.main(["fetch"]) == 1
     assert "error: the default model" in capsys.readouterr().err
 
 
 def test_fetching_and_listing_need_no_torch() -> None:
-    code = "import sys; from pensieve.worker.weights import describe_models; describe_models(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from pensieve.worker.model_table import describe_models; import pensieve.worker.weights; "
+        "describe_models(); print('torch' in sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -522,7 +528,7 @@ def test_the_list_of_models_has_sizes_and_says_how_to_name_others(
     assert [row.name for row in rows if row.kind == "how-to"] == ["ORG/NAME", "FOLDER", "FILE.gguf"]
 
 
-# --- the real default ----------------------------------------------------------------------------------------------
+# --- the real default
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pensieve.core.plan import BlockTableUpdate, Copy, Span, StepPlan, StepResul
 from pensieve.core.request import SamplingParams
 from pensieve.errors import ConfigError
 from pensieve.worker.attention import BACKENDS
+from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from pensieve.worker.transfer import SourceLost
 from pensieve.worker.worker import Hooks, ModelWorker, memory_available_bytes
@@ -23,12 +24,14 @@ from worker_plans import CHUNK, GREEDY, Driver, eager_logits, relative_error, so
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest) -> CausalModel:
     torch.set_num_threads(1)
-    return CausalModel(tiny(request.param), request.param, self_test=False)
+    return admit(tiny(request.param), request.param, test=False)
 
 
 @pytest.mark.parametrize("attention", sorted(BACKENDS))
 def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention: str) -> None:
-    """In pieces, decoding, out and in, with a dropped prefix and a hole computed in the same forward as the new prompt."""
+    """In pieces, decoding, out and in, with a dropped prefix and a hole computed in the same forward as the
+    new prompt.
+    """
     if reason := BACKENDS[attention].why_not(model.geometry, CHUNK, model.device):
         pytest.skip(reason)
     driver = Driver(model, 20, 8, attention=attention)
@@ -46,7 +49,8 @@ def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention
         result = driver.run(
             Span("a", len(a) - 1, len(a), (a[-1],), True), Span("b", len(b) - 1, len(b), None, True)
         )
-    # "a" leaves the first tier but for chunk 2; chunks 0, 4 and 6 are dropped, the others come back to other slots.
+    # "a" leaves the first tier but for chunk 2; chunks 0, 4 and 6 are dropped, the others come back to other
+    # slots.
     out = [driver.copy((0, slot), (1, place)) for slot, place in ((2, 6), (5, 0), (11, 3))]  # chunks 1, 3, 5
     driver.settle({copy.copy_id for copy in out}, [driver.run(swap_out=out)])
     for slot in (9, 2, 5, 0, 11, 16):
@@ -56,9 +60,9 @@ def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention
     driver.start("a2", a, (4, 7, 14, 10, 6, 12, 13, 15, 2))
     back = [driver.copy((1, place), (0, slot)) for slot, place in ((7, 6), (10, 0), (12, 3))]
     result = driver.run(
-        Span("a2", 0, 4, tuple(a[:4]), False), Span("a2", 16, 20, tuple(a[16:20]), False), Span("a2", 24, 35, tuple(a[24:]), True),
-        Span("b", len(b) - 1, len(b), None, True),
-        swap_in=back, ended=["a"],
+        Span("a2", 0, 4, tuple(a[:4]), False), Span("a2", 16, 20, tuple(a[16:20]), False),
+        Span("a2", 24, 35, tuple(a[24:]), True), Span("b", len(b) - 1, len(b), None, True), swap_in=back,
+        ended=["a"],
     )  # fmt: skip
     assert set(result.copies_done) == {copy.copy_id for copy in back}
     driver.close()
@@ -71,7 +75,7 @@ def test_a_history_of_plans_equals_a_stateless_run(model: CausalModel, attention
 @pytest.fixture
 def llama() -> CausalModel:
     torch.set_num_threads(1)
-    return CausalModel(tiny("llama"), "llama", self_test=False)
+    return admit(tiny("llama"), "llama", test=False)
 
 
 def answer(model: CausalModel, prompt: list[int], count: int, sampling: SamplingParams = GREEDY) -> list[int]:
@@ -105,7 +109,7 @@ def test_a_forward_that_raises_is_a_result_and_poisons_nothing(llama: CausalMode
     failed = driver.run(Span("r", 9, 10, None, True), swap_in=[copy])
     assert failed.forward_error == "MemoryError: out of activations"
     assert failed.tokens == () and failed.copies_done == (copy.copy_id,)
-    void = driver.run(Span("r", 10, 11, None, True))  # planned before anybody knew
+    void = driver.run(Span("r", 10, 11, None, True))  # planned before that was known
     assert void.forward_error is None
     again = driver.run(Span("r", 9, 10, (first.tokens[0].token_id,), True))
     more = [
@@ -148,7 +152,7 @@ def test_a_swap_in_that_fails_silences_only_those_who_attend_it(llama: CausalMod
     back = [driver.copy((1, 0), (0, 4)), driver.copy((1, 1), (0, 5))]
     failing += [copy.copy_id for copy in back]
     driver.worker._stores[0].data[[4, 5]] = (
-        0xFF  # what the failed copies leave is NaN: still nobody fails over it
+        0xFF  # what the failed copies leave is NaN: no other request fails because of it
     )
     result = driver.run(Span("r", 9, 10, None, True), Span("o", 6, 7, None, True), swap_in=back)
     assert [token.request_id for token in result.tokens] == ["o"] and result.requests_failed == ()

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ import pensieve
 from pensieve.bench.equality import Equality
 from pensieve.bench.report import speedups, summarize
 from pensieve.bench.runs import Run, Subject, TurnRecord
+from pensieve.machine import cpu_name, write_whole
 
 SCHEMA = 1  # of the file; goes up when a field changes its meaning
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton")
@@ -86,17 +86,7 @@ def build_record(
 def write_record(path: str | Path, record: Mapping[str, Any]) -> Path:
     """Write it whole or not at all; folders on the way are made."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(record, out, indent=1, allow_nan=False, ensure_ascii=False)
-            out.write("\n")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(target, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return target
 
 
@@ -117,7 +107,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
@@ -184,15 +174,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
-
-
-def _processor() -> str:
-    """The processor's name; Linux tells it in /proc/cpuinfo only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = next(
-        (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")), ""
-    )
-    return named or platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The command line: `pensieve serve | chat | compare | bench | record | conversations | keys | models | profile`. Chooses, wires, starts; the rooms do the work."""
+"""The command line. Knows click and exit codes; the rooms below do the work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from pensieve.worker.rank import Rank
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
-    from pensieve.cli.commands import (
-        cli,
-    )  # here, because an engine's own process comes by this file and needs none of them
+    from pensieve.cli.commands import cli  # here: an engine's own process imports this file and no command
 
     run_command(cli, "pensieve", arguments)
 
@@ -22,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run_command(command: click.Command, name: str, arguments: list[str] | None = None) -> None:
     """Run a click command as a program; a `PensieveError` becomes one line on stderr and exit status 2.
 
-    Of several processes that torchrun started with the same words, the first alone says what is wrong with them, and exits so.
+    Under torchrun, rank 0 alone prints errors of the command line and exits with their status.
     """
     try:
         command.main(arguments, prog_name=name, standalone_mode=False)

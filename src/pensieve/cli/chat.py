@@ -1,4 +1,7 @@
-"""`pensieve chat`: a streaming terminal chat that outlives the process, with a receipt after every turn."""
+"""`pensieve chat`: a streaming chat in the terminal, with a receipt after every turn.
+
+Knows a terminal and a service; never tokens.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an 
     "store_url",
     envvar="PENSIEVE_STORE",
     default=None,
-    help="Where conversations are kept, as for `serve`: a file's path, sqlite:///FILE or postgresql://… (default: a file in your data "
-    "directory; :memory: keeps none).",
+    help="Where conversations are kept, as for `serve`: a file's path, sqlite:///FILE or postgresql://… "
+    "(default: a file in your data directory; :memory: keeps none).",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True)
@@ -91,7 +94,8 @@ def run_chat(
         mode = "stateful" if retain else "stateless (Pensieve's engine, nothing kept between turns)"
         computing = f" ({loaded.instructions})" if loaded.instructions else ""
         click.secho(
-            f"{loaded.resolved.label}, {loaded.dtype} on {options.device}{computing}; {mode}; {tiers}; context {runtime.sizes.max_context} tokens",
+            f"{loaded.resolved.label}, {loaded.dtype} on {options.device}{computing}; {mode}; {tiers}; "
+            f"context {runtime.sizes.max_context} tokens",
             fg="cyan",
         )
         for note in notes_of(loaded.resolved.note, loaded.text.note if loaded.text is not None else None):
@@ -154,11 +158,13 @@ class _Chat:
         assert isinstance(stats, Stats)
         for tier in stats.tiers:
             click.echo(
-                f"{tier.name}: {tier.used} of {tier.num_slots} chunks used, {tier.reclaimable} of them reclaimable at no cost"
+                f"{tier.name}: {tier.used} of {tier.num_slots} chunks used, "
+                f"{tier.reclaimable} of them reclaimable at no cost"
             )
         click.echo(
-            f"since the start: gpu {stats.gpu_tokens}, cpu {stats.cpu_tokens}, recomputed {stats.recomputed_tokens}, new {stats.new_tokens}, "
-            f"out {stats.output_tokens} tokens; {_bytes(stats.bytes_in)} swapped in, {_bytes(stats.bytes_out)} out; "
+            f"since the start: gpu {stats.gpu_tokens}, cpu {stats.cpu_tokens}, "
+            f"recomputed {stats.recomputed_tokens}, new {stats.new_tokens}, out {stats.output_tokens} "
+            f"tokens; {_bytes(stats.bytes_in)} swapped in, {_bytes(stats.bytes_out)} out; "
             f"{stats.chunks_dropped} chunks dropped, {stats.suspensions} suspensions, {stats.steps} steps"
         )
 
@@ -189,7 +195,7 @@ class _Chat:
         if done.warning:
             click.secho(f"note: {done.warning}", fg="yellow")
         if done.turn_id is None:
-            click.secho("nothing was answered yet: this turn was not kept", fg="yellow")
+            click.secho("no token was answered yet: this turn was not kept", fg="yellow")
         click.secho(receipt_line(done), dim=True)
         return done.turn_id is not None
 
@@ -199,7 +205,8 @@ def receipt_line(done: TurnDone) -> str:
     r = done.receipt
     first = "-" if r.first_token_s is None else f"{1e3 * r.first_token_s:.0f} ms"
     parts = [
-        f"prompt {r.prompt_tokens} tokens = gpu {r.gpu_tokens} + cpu {r.cpu_tokens} + recomputed {r.recomputed_tokens} + new {r.new_tokens}",
+        f"prompt {r.prompt_tokens} tokens = gpu {r.gpu_tokens} + cpu {r.cpu_tokens} + recomputed "
+        f"{r.recomputed_tokens} + new {r.new_tokens}",
         f"out {r.output_tokens} ({done.reason.value})",
         f"moved {_bytes(r.bytes_in)} in, {_bytes(r.bytes_out)} out",
         f"queue {1e3 * r.queue_s:.0f} ms, first token {first}, total {1e3 * r.total_s:.0f} ms",
@@ -212,7 +219,10 @@ def _extras(r: Receipt) -> str:
     if r.truncated_tokens:
         extras += f" | left out {r.truncated_tokens} tokens"
     if r.suspensions:
-        extras += f" | suspended {r.suspensions}x: {r.resume_cpu_tokens} swapped in, {r.resume_recomputed_tokens} recomputed again"
+        extras += (
+            f" | suspended {r.suspensions}x: {r.resume_cpu_tokens} swapped in, "
+            f"{r.resume_recomputed_tokens} recomputed again"
+        )
     return extras
 
 

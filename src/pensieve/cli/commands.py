@@ -1,4 +1,4 @@
-"""The commands of `pensieve`, gathered."""
+"""The commands of `pensieve`, in the order of its help."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pensieve.cli.simulate import simulate
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="pensieve")
 def cli() -> None:
-    """Pensieve serves large language models to people in conversation, and remembers: the KV cache of a chat is kept between its turns."""
+    """Pensieve serves large language models and keeps the KV cache of each conversation between its turns."""
 
 
 for _command in (serve, chat, conversations, keys, compare, bench, record, simulate, plan, models, profile):

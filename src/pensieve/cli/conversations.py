@@ -1,4 +1,7 @@
-"""`pensieve conversations`: look at and act on the conversations of a running server."""
+"""`pensieve conversations`: show and change conversations of a running server.
+
+Knows its HTTP API; never a store.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _PLACES = {
 
 
 class Client:
-    """A server's own API."""
+    """Calls a server's own API."""
 
     def __init__(self, url: str, key: str | None) -> None:
         try:
@@ -38,12 +41,18 @@ class Client:
         self._client = httpx.Client(headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=120.0)
 
     def call(self, method: str, path: str, **keywords: Any) -> dict[str, Any]:
-        """One call; a refusal becomes the error it is."""
+        """One call and its JSON answer.
+
+        Raises:
+            ConfigError: no server answers at this address.
+            ConversationNotFound, PensieveError: the server refused.
+        """
         try:
             response = self._client.request(method, self._url + path, **keywords)
         except self._httpx.HTTPError as error:
             raise ConfigError(
-                f"no server answers at {self._url} ({error}): start one with `pensieve serve`, or name another with --url"
+                f"no server answers at {self._url} ({error}): "
+                "start one with `pensieve serve`, or name another with --url"
             ) from error
         try:
             body: dict[str, Any] = response.json()
@@ -178,13 +187,13 @@ def fork(make: Any, conversation_id: str, at: str | None) -> None:
 def delete(make: Any, conversation_id: str, yes: bool) -> None:
     """Delete a conversation and overwrite what it left."""
     client = make()
-    client.call("GET", _path(conversation_id))  # before anybody is asked anything
+    client.call("GET", _path(conversation_id))  # before the user is asked to confirm
     if not yes:
         click.confirm(f"delete {conversation_id} for good?", abort=True)
     answer = client.call("DELETE", _path(conversation_id))
     click.echo(
-        f"{conversation_id} is deleted: {answer['turns']} turns, {answer['store_bytes']:,} bytes of text and tokens and "
-        f"{answer['kv_bytes']:,} bytes of KV overwritten"
+        f"{conversation_id} is deleted: {answer['turns']} turns, {answer['store_bytes']:,} bytes of text and "
+        f"tokens and {answer['kv_bytes']:,} bytes of KV overwritten"
         + ("" if answer["complete"] else "; the database's log could not be truncated yet")
     )
 

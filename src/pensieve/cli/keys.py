@@ -28,7 +28,8 @@ def keys() -> None:
 def add(tenant: str, path: Path, remark: str) -> None:
     """Make a key for TENANT and print it, once: the file holds only its hash.
 
-    Conversations and cache belong to the tenant. Several keys may name one tenant, so that a key can be replaced without a gap.
+    Conversations and cache belong to the tenant. Several keys may name one tenant, so that a key can be
+    replaced without a gap.
     """
     from pensieve.server.keys import key_line, new_key
 
@@ -62,6 +63,7 @@ def _close_to_others(path: Path, fd: int) -> None:
         )
     except OSError as error:
         click.echo(
-            f"{path} can be read or written by other users (mode {mode:03o}), and that cannot be changed: {error.strerror}",
+            f"{path} can be read or written by other users (mode {mode:03o}), and that cannot be changed: "
+            f"{error.strerror}",
             err=True,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """For `asyncio.Runner`: uvloop's where it is installed, which reads and writes sockets with half the work; None: asyncio's own."""
+    """A factory for `asyncio.Runner`: uvloop if installed, which halves the work per socket; else None."""
     try:
         import uvloop
     except ImportError:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pensieve.machine import cache_folder
 from pensieve.worker import conversions
-from pensieve.worker.gguf_convert import cache_dir
-from pensieve.worker.weights import describe_models
+from pensieve.worker.model_table import describe_models
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,7 @@ def _show_cached(as_json: bool) -> None:
     from rich import box
     from rich.table import Table
 
-    place = cache_dir() / "converted"
+    place = cache_folder() / "converted"
     if not found:
         click.echo(f"Nothing converted lies in {place}.")
         return

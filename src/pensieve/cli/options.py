@@ -1,4 +1,4 @@
-"""Options that several commands share, once. Knows click; never models or engines."""
+"""Options that several commands share. Knows click; never models or engines."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _MODEL = (
         type=click.Choice(["auto", "random"]),
         default="auto",
         show_default=True,
-        help="auto: real weights where they can be had, else random ones of that shape; random: random ones.",
+        help="auto: real weights if they are found, else random weights of that shape.",
     ),
     click.option(
         "--dtype",
         type=click.Choice(["auto", *sorted(DTYPE_BYTES)]),
         default=_DEFAULTS.dtype,
         show_default=True,
-        help="Number type. auto: bfloat16 where this CPU multiplies it fast (measured at the start) and on a GPU, else float32.",
+        help="Number type. auto: bfloat16 on a GPU and where this CPU multiplies it fast (measured), else "
+        "float32.",
     ),
     click.option("--device", default=_DEFAULTS.device, show_default=True, help="cpu or cuda."),
     click.option(
@@ -48,14 +49,16 @@ _MODEL = (
         type=click.Choice(["auto", "fused", "modules"]),
         default=_DEFAULTS.forward,
         show_default=True,
-        help="What computes the model: fused operations (the Llama family on a CPU) or transformers' modules; auto: the first that can.",
+        help="What computes the model: fused operations (the Llama family on a CPU) or transformers' "
+        "modules. auto: fused where possible.",
     ),
     click.option(
         "--quantize",
         type=click.Choice(["none", "int8"]),
         default=_DEFAULTS.quantize,
         show_default=True,
-        help="int8: weights of 8 bits, fused forward only: faster for few users at once, slightly other answers.",
+        help="int8: weights of 8 bits, fused forward only. Faster for few users at once; answers differ "
+        "slightly.",
     ),
 )
 _CACHE = (
@@ -64,16 +67,17 @@ _CACHE = (
         "gpu_cache_gb",
         type=float,
         default=None,
-        help="First tier, GB; under torchrun of each process (default: on a CPU half of the free memory, never more than "
-        f"{_DEFAULTS.max_running} contexts take; on a GPU what is left beside the weights and the largest step).",
+        help="First tier, GB; under torchrun of each process (default on a CPU: half of the free memory, at "
+        f"most what {_DEFAULTS.max_running} contexts take; on a GPU: what the weights and the largest step "
+        "leave).",
     ),
     click.option(
         "--cpu-cache",
         "cpu_cache_gb",
         type=float,
         default=None,
-        help=f"Second tier, GB; under torchrun of each process (default: {HOST_CACHE_GB:g} beside a GPU; on a CPU none, since both would "
-        "be the same memory and a request has to fit in the first).",
+        help=f"Second tier, GB; under torchrun of each process (default: {HOST_CACHE_GB:g} beside a GPU; "
+        "none on a CPU, where both would be the same memory and a request has to fit in the first).",
     ),
     click.option(
         "--max-context",
@@ -93,8 +97,9 @@ _CACHE = (
         type=click.Choice(sorted(POLICIES)),
         default=_DEFAULTS.policy,
         show_default=True,
-        help="What is evicted first. retention: least recompute cost / idle time; lru: longest idle; sharers: retention weighed by how many "
-        "share a chunk; hazard: retention with a learned rate of return in place of 1 / idle time.",
+        help="Eviction policy. retention: evicts the least recompute cost / idle time; lru: the longest "
+        "idle; sharers: retention, weighed by how many conversations share a chunk; hazard: retention with a "
+        "learned rate of return in place of 1 / idle time.",
     ),
     click.option(
         "--max-batch-tokens",
@@ -106,27 +111,30 @@ _CACHE = (
         "--step-ms",
         type=float,
         default=None,
-        help=f"What a step may take while an answer is being made: what others compute beside it is cut accordingly (default: {CPU_STEP_MS:g} on a "
-        f"CPU, {CUDA_STEP_MS:g} on CUDA). Less: steadier answers; more: long prompts are done sooner.",
+        help="Milliseconds of a step while a request decodes; prefills beside it are cut to fit (default: "
+        f"{CPU_STEP_MS:g} on a CPU, {CUDA_STEP_MS:g} on CUDA). Smaller: steadier answers; larger: long "
+        "prompts finish sooner.",
     ),
     click.option(
         "--admission",
         type=click.Choice(["work", "fcfs"]),
         default=_DEFAULTS.admission,
         show_default=True,
-        help="Who is admitted next. work: short turns pass long prompts, a bounded number of times, and tenants take turns; fcfs: first come, "
-        "first served, in steps bounded by tokens alone, as in the paper.",
+        help="Which request is admitted next. work: short turns overtake long prompts a bounded number of "
+        "times, and tenants take turns; fcfs: first come, first served, in steps bounded by tokens alone, as "
+        "in the paper.",
     ),
     click.option(
         "--attention",
         default=_DEFAULTS.attention,
         show_default=True,
-        help="What computes attention: native (CPU), triton (GPU), flashinfer (GPU, where installed), cpu, reference; auto: the fastest that can.",
+        help="Attention backend: native (CPU), triton (GPU), flashinfer (GPU, if installed), cpu, reference; "
+        "auto: the fastest that runs here.",
     ),
     click.option(
         "--verify-transfers",
         is_flag=True,
-        help="Compare checksums of chunks that come back from a lower tier; what differs is computed again.",
+        help="Compare checksums of chunks swapped in from a lower tier; recompute those that differ.",
     ),
     click.option(
         "--graphs/--no-graphs",
@@ -149,7 +157,7 @@ _TEMPLATE = (
 
 
 def template_options(function: F) -> F:
-    """--chat-template, for commands that talk."""
+    """--chat-template, for commands that answer text."""
     return _apply(_TEMPLATE, function)
 
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from pensieve.server.connections import Connections
     from pensieve.server.context import Context, ServerConfig
     from pensieve.server.keys import KeyFile
-    from pensieve.store import Lease
-    from pensieve.store.base import ConversationStore
+    from pensieve.store import ConversationStore, Lease
     from pensieve.text import ChatText
 
 log = logging.getLogger(__name__)
@@ -425,7 +424,8 @@ def _start(
     prompt_timeout_s: float | None = None,
 ) -> _Parts:
     """Open the store, with a lease under which answers are kept while they are made, and start the engine's process."""
-    from pensieve.runtime.apart import do_without_torch, start_apart
+    from pensieve.runtime.apart import start_apart
+    from pensieve.runtime.torchless import do_without_torch
     from pensieve.store import MEMORY, Lease, SqliteStore, default_path, open_store
 
     do_without_torch()

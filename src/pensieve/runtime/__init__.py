@@ -1,1 +1,4 @@
-"""From options to something that answers: finds a model, sizes the tiers, wires worker, scheduler, engine, text and store. Knows all of them; never clients."""
+"""From options to a running engine: finds a model, sizes tiers, wires worker, scheduler, engine, text, store.
+
+Knows how every room below is made; never clients.
+"""

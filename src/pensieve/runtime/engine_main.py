@@ -1,4 +1,4 @@
-"""An engine's own process: model, cache, scheduler, worker. Needs no tokenizer, no store and nobody's requests to start."""
+"""The main function of an engine's own process. Knows models and engines; never tokenizers or stores."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from pensieve.runtime.options import Options
 if TYPE_CHECKING:
     from pensieve.worker.group import Group
 
-MAX_FAILED_STEPS = (
-    8  # in a row. One request whose forward always fails is given up after two (see `Scheduler`)
-)
+# in a row. One request whose forward always fails is given up after two (see `Scheduler`)
+MAX_FAILED_STEPS = 8
 
 
 def run(connection: Connection, options: Options, must_talk: bool = True, retain: bool = True) -> None:

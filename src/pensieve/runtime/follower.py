@@ -1,6 +1,8 @@
-"""What a process above rank 0 does instead of its command: it loads its share of the model and follows. Chooses, wires; says nothing.
+"""Processes above rank 0 load their share of a model and compute what rank 0 plans.
 
-Rank 0 reports whatever there is to report, failures of other ranks too. A follower speaks only when rank 0 is gone without a word.
+Knows ranks; never commands.
+
+Rank 0 reports all failures, those of other ranks too. A follower prints only that rank 0 has disappeared.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from pensieve.worker.rank import Rank
 
 
 def follow_unless_first(options: Options) -> Rank | None:
-    """Asked by every command that loads a model, before it does anything else: a rank above 0 follows rank 0, and this does not return.
+    """Follow rank 0 and exit, if this is a rank above 0. Every command calls it before it loads a model.
 
     Returns:
-        Rank 0 of several processes; None for a process that is alone.
+        Rank 0 of several processes; None if the process is alone.
     """
     rank = Rank.from_environment()
     if rank is not None and rank.index > 0:
@@ -51,4 +53,6 @@ def _follow(options: Options, rank: Rank) -> NoReturn:
     sys.stderr.flush()
     os._exit(
         code
-    )  # nothing is left to close, and libraries that take themselves apart would only keep rank 0's starter waiting
+        # nothing is left to close, and libraries that take themselves apart would only keep rank 0's starter
+        # waiting
+    )

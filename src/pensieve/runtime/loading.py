@@ -1,4 +1,6 @@
-"""Loads a model, its share of one among several processes, and its tokenizer. Knows files, memory and the gate; never engines.
+"""Loads a model, or its share of one among several processes, and its tokenizer.
+
+Knows files, memory and the load-time gate; never engines.
 
 torch is imported when weights are loaded: a server's front process takes the tokenizer alone.
 """
@@ -33,9 +35,9 @@ class LoadedModel:
     resolved: ResolvedModel
     model: CausalModel
     shape: ModelShape  # with the key/value heads that this process caches
-    text: ChatText | None  # None: no tokenizer can be had (token ids are drawn then), or it was not asked for
+    text: ChatText | None  # None if the model has no tokenizer, or it was not asked for
     gpu_cache_gb: float  # of the first tier, as told or as found
-    group: Group | None = None  # the processes it is split over; None: it is here as a whole
+    group: Group | None = None  # the processes it is split over; None if this one has it all
     remarks: tuple[str, ...] = ()  # what was found where nothing was told, for people
 
     @property
@@ -111,9 +113,9 @@ def load_model(options: Options, *, must_talk: bool, say: Say, with_text: bool =
             )
 
     def text_of(resolved: ResolvedModel) -> ChatText | None:
-        """Before any weights are loaded: a model that must talk and cannot is refused at once.
+        """Called before weights are loaded, to refuse a model without the tokenizer it needs at once.
 
-        Not where another process has the text: a template that never ends must not hold up an engine, which has no limit of time for it.
+        Not called in an engine's own process: a chat template that loops would block the engine.
         """
         return load_text(resolved.tokenizer_dir, resolved.weights, template) if with_text else None
 
@@ -148,14 +150,15 @@ def load_together(
         group: the ranks.
         find: finds the model; called on rank 0 first, which may download or convert it, then on the others.
         dtype: number type it is loaded in.
-        forward: see `CausalModel`; fused operations cannot compute a share.
-        int8: see `CausalModel`; neither can weights of 8 bits.
+        forward: see `gate.admit`; fused operations cannot compute a share.
+        int8: see `gate.admit`; neither can weights of 8 bits.
         say: told what takes time.
 
     Raises:
-        ModelUnavailable, ModelRefused, ConfigError: as in one process, or for a model that cannot be split. The message names the rank.
+        ModelUnavailable, ModelRefused, ConfigError: as in one process, or the model cannot be split. The
+            message names the rank.
     """
-    from pensieve.worker.model import CausalModel
+    from pensieve.worker.gate import admit
     from pensieve.worker.weights import load
 
     found: list[ResolvedModel] = []
@@ -170,23 +173,27 @@ def load_together(
     if len(set(names)) > 1:
         listed = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(names))
         raise ConfigError(
-            f"the processes found different models under one name ({listed}): give every machine the same files"
+            f"the processes found different models under one name ({listed}): "
+            "give every machine the same files"
         )
     say(f"loading {resolved.label} over {group.size} processes")
     with group.agreeing():
         model = load(resolved, dtype, group=group)
     with group.agreeing():
-        causal = CausalModel(model, resolved.label, forward=forward, int8=int8)
+        causal = admit(model, resolved.label, forward=forward, int8=int8)
     return resolved, causal
 
 
 def _first_tier_gb(
     options: Options, shape: ModelShape, model: CausalModel, group: Group | None
 ) -> tuple[float, str]:
-    """As told; else a share of the free memory, or on a GPU what is left there. And what to say of it."""
+    """The first tier's size in GB and a remark for the user.
+
+    The user's size; else a share of the free memory on a CPU, or what is left on a GPU.
+    """
     if options.gpu_cache_gb is not None:
         return options.gpu_cache_gb, ""
-    from pensieve.worker.memory import find_room, host_share
+    from pensieve.worker.memory import device_share, host_share
 
     if not options.is_on_gpu:
         context = min(shape.max_positions, options.max_context or shape.max_positions)
@@ -205,26 +212,31 @@ def _first_tier_gb(
             share = min(group.exchange(share), key=lambda each: each.tier)
         if share.tier < (least := 2 * options.chunk_tokens * shape.kv_bytes_per_token(model.dtype.itemsize)):
             raise ConfigError(
-                f"hardly any memory is left for the cache ({share}): end other programs, take a smaller model, "
+                f"too little memory is left for the cache ({share}): end programs, take a smaller model, "
                 f"or give it what there is, at least --gpu-cache {gigabytes(least)}"
             )
         return share.tier / GB, f"first tier: {share}"
-    room = find_room(
-        model, max_batch_tokens=options.batch_tokens, max_running=options.max_running, chunk_tokens=options.chunk_tokens,
-        graph_rows=options.graph_rows, attention=options.attention,
-    )  # fmt: skip
+    room = device_share(
+        model,
+        max_batch_tokens=options.batch_tokens,
+        max_running=options.max_running,
+        chunk_tokens=options.chunk_tokens,
+        graph_rows=options.graph_rows,
+        attention=options.attention,
+    )
     return room.tier / GB, str(room)
 
 
 def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Say) -> CausalModel:
-    """Weights in memory once, through the gate; by the model's own modules where fused operations turn out wrong."""
-    from pensieve.worker.model import CausalModel, FusedDiffers
+    """Load weights and pass the gate; fall back to the model's own modules if fused operations differ."""
+    from pensieve.worker.gate import admit
+    from pensieve.worker.refusal import FusedDiffers
     from pensieve.worker.weights import load
 
     def make(forward: Forward) -> CausalModel:
         with _refusing(resolved.label):
             model = load(resolved, dtype, options.device)
-            return CausalModel(
+            return admit(
                 model, resolved.label, forward=forward, int8=options.quantize == "int8", keep_modules=False
             )
 
@@ -239,7 +251,7 @@ def _causal_model(resolved: ResolvedModel, dtype: str, options: Options, say: Sa
 
 @contextmanager
 def _refusing(label: str) -> Iterator[None]:
-    """What a library raises over numbers and names in a model's files that do not go together: another start would fail the same way.
+    """Turn what a library raises over an inconsistent config.json into a refusal: a retry would fail as well.
 
     Raises:
         ModelRefused: naming it.
@@ -250,12 +262,13 @@ def _refusing(label: str) -> Iterator[None]:
         log.debug("%s cannot be loaded", label, exc_info=True)
         reason = " ".join(str(error).split())[:300]
         raise ModelRefused(
-            f"{label} cannot be loaded ({type(error).__name__}: {reason}): its config.json does not describe a model that can be built"
+            f"{label} cannot be loaded ({type(error).__name__}: {reason}): "
+            "its config.json does not describe a model that can be built"
         ) from error
 
 
 def read_chat_template(options: Options) -> str | None:
-    """What `--chat-template` names, tried out; None: the model's own.
+    """The chat template that `--chat-template` names, tried out; None to use the model's own.
 
     Raises:
         ConfigError: it cannot be read, or does not write chats; the message names file and line.
@@ -270,7 +283,7 @@ def read_chat_template(options: Options) -> str | None:
 def load_text(
     tokenizer_dir: Path | None, weights: Literal["real", "random"], template: str | None = None
 ) -> ChatText | None:
-    """The tokenizer of a model that talks, with a chat template in place of its own if one is given; None for one that does not talk.
+    """A model's tokenizer with its chat template, or with `template`; None without tokenizer or real weights.
 
     Raises:
         ModelUnavailable: its tokenizer cannot be read.

@@ -1,4 +1,7 @@
-"""An engine on a thread of this process: sizes the tiers, then wires worker, cache, scheduler, engine and service. Knows them all; never clients."""
+"""An engine on a thread of this process: sizes the tiers, wires worker, cache, scheduler, engine and service.
+
+Knows how each is made; never clients.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,14 @@ from pensieve.runtime.options import DTYPE_BYTES, GB, Options
 
 if TYPE_CHECKING:
     from pensieve.service import ConversationService
-    from pensieve.store.base import ConversationStore
+    from pensieve.store import ConversationStore
     from pensieve.worker.parallel import ParallelWorker
     from pensieve.worker.worker import ModelWorker
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large the tiers came out."""
+    """Sizes of the tiers."""
 
     chunk_bytes: int
     tiers: tuple[TierConfig, ...]
@@ -58,7 +61,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class StartedEngine:
-    """An engine, and how it came out."""
+    """An engine, and what was chosen for it."""
 
     engine: Engine
     sizes: Sizes
@@ -91,10 +94,11 @@ def size_tiers(
         options: the second tier's budget, dtype (settled), context.
         shape: what a chunk's size follows from.
         gpu_cache_gb: the first tier's budget.
-        total_as_one: the first tier gets the bytes of both, the second none (the stateless baseline, which has no use for a second).
+        total_as_one: the first tier gets the bytes of both (the stateless baseline needs no second tier).
 
     Raises:
-        ConfigError: the first tier cannot hold two chunks, or --max-context is more than model or first tier can hold.
+        ConfigError: the first tier holds less than two chunks, or --max-context is more than the model or the
+            first tier can hold.
     """
     chunk_bytes = shape.kv_bytes_per_token(DTYPE_BYTES[options.dtype]) * options.chunk_tokens
     gpu_bytes, cpu_bytes = int(gpu_cache_gb * GB), int(options.second_tier_gb * GB)
@@ -103,8 +107,8 @@ def size_tiers(
     gpu_slots, cpu_slots = slots_for_bytes(gpu_bytes, chunk_bytes), slots_for_bytes(cpu_bytes, chunk_bytes)
     if gpu_slots < 2:
         raise ConfigError(
-            f"--gpu-cache {gpu_cache_gb:g} holds {gpu_slots} chunks of {chunk_bytes / 1e6:.2f} MB; at least 2 are needed: "
-            f"give it {gigabytes(2 * chunk_bytes)} GB or more"
+            f"--gpu-cache {gpu_cache_gb:g} holds {gpu_slots} chunks of {chunk_bytes / 1e6:.2f} MB; "
+            f"at least 2 are needed: give it {gigabytes(2 * chunk_bytes)} GB or more"
         )
     tiers = [TierConfig("gpu", gpu_slots)]
     if cpu_slots:
@@ -112,9 +116,13 @@ def size_tiers(
     holds = slots_for_bytes(int(gpu_cache_gb * GB), chunk_bytes) * options.chunk_tokens
     longest = min(shape.max_positions, holds)
     limit = ContextLimit(
-        options.max_context or longest, shape.max_positions, holds // options.chunk_tokens, options.chunk_tokens, chunk_bytes,
+        options.max_context or longest,
+        shape.max_positions,
+        holds // options.chunk_tokens,
+        options.chunk_tokens,
+        chunk_bytes,
         is_told=options.max_context is not None,
-    )  # fmt: skip
+    )
     if limit.tokens > longest:
         what = (
             "the model was built for"
@@ -126,7 +134,7 @@ def size_tiers(
 
 
 def _sizes_of(options: Options, loaded: LoadedModel, retain: bool) -> Sizes:
-    """The stateless baseline gets both tiers' bytes as one where both are RAM: it has no use for a second."""
+    """Tier sizes; the stateless baseline gets both tiers' bytes as one if both are RAM."""
     return size_tiers(
         settled(options, loaded),
         loaded.shape,
@@ -166,7 +174,7 @@ def start_engine(
     retain: bool = True,
     max_failed_steps: int | None = None,
 ) -> StartedEngine:
-    """The engine alone, its thread running; `emit` gets its events. It ends by itself after `max_failed_steps`, see `Engine`."""
+    """Make an engine and start its thread. Arguments as for `make_engine`."""
     made = make_engine(options, loaded, emit=emit, retain=retain, max_failed_steps=max_failed_steps)
     made.engine.start()
     return made
@@ -181,7 +189,15 @@ def make_engine(
     clock: Callable[[], float] = time.monotonic,
     max_failed_steps: int | None = None,
 ) -> StartedEngine:
-    """The engine alone, for whoever steps it by hand or starts its thread; `emit` gets its events."""
+    """Make an engine whose thread is not started, so that the caller can step it by hand.
+
+    Args:
+        options, loaded: what to serve.
+        emit: called with the engine's events.
+        retain: False for the stateless baseline.
+        clock: seconds.
+        max_failed_steps: failed steps in a row after which the engine ends; None for no limit.
+    """
     sizes = _sizes_of(options, loaded, retain)
     cost, cost_source, copy_bytes_per_s = cost_profile(options, loaded)
     worker = _make_worker(options, loaded, sizes)
@@ -192,9 +208,12 @@ def make_engine(
         CacheConfig(sizes.tiers, options.chunk_tokens), POLICIES[options.policy](cost.of_chunk)
     )
     config = SchedulerConfig(
-        max_batch_tokens=options.batch_tokens, max_running=options.max_running, retain=retain, admission=options.admission,
+        max_batch_tokens=options.batch_tokens,
+        max_running=options.max_running,
+        retain=retain,
+        admission=options.admission,
         step_s=options.step_s if options.admission == "work" else None,
-    )  # fmt: skip
+    )
     pace = Pace(cost, measured=copy_bytes_per_s is not None)
     if (
         loaded.model.device.type == "cpu"
@@ -205,9 +224,16 @@ def make_engine(
     )
     quote = None if copy_bytes_per_s is None else ResumeQuote(cost, sizes.chunk_bytes, copy_bytes_per_s)
     engine = Engine(
-        scheduler, worker, chunk_bytes=sizes.chunk_bytes, emit=emit, clock=clock, debug=options.debug, quote=quote,
-        ahead=options.is_on_gpu and loaded.group is None, max_failed_steps=max_failed_steps,
-    )  # fmt: skip
+        scheduler,
+        worker,
+        chunk_bytes=sizes.chunk_bytes,
+        emit=emit,
+        clock=clock,
+        debug=options.debug,
+        quote=quote,
+        ahead=options.is_on_gpu and loaded.group is None,
+        max_failed_steps=max_failed_steps,
+    )
     return StartedEngine(engine, sizes, cost_source, worker.attention, loaded.model.forward_name)
 
 
@@ -216,19 +242,31 @@ def _make_worker(options: Options, loaded: LoadedModel, sizes: Sizes) -> ModelWo
         from pensieve.worker.worker import ModelWorker
 
         return ModelWorker(
-            loaded.model, sizes.tiers, options.chunk_tokens, attention=options.attention, verify=options.verify_transfers,
+            loaded.model,
+            sizes.tiers,
+            options.chunk_tokens,
+            attention=options.attention,
+            verify=options.verify_transfers,
             graph_rows=options.graph_rows,
-        )  # fmt: skip
+        )
     from pensieve.worker.parallel import ParallelWorker
 
     return ParallelWorker(
-        loaded.group, loaded.model, sizes.tiers, options.chunk_tokens, attention=options.attention, verify=options.verify_transfers,
+        loaded.group,
+        loaded.model,
+        sizes.tiers,
+        options.chunk_tokens,
+        attention=options.attention,
+        verify=options.verify_transfers,
         debug=options.debug,
-    )  # fmt: skip
+    )
 
 
 def cost_profile(options: Options, loaded: LoadedModel) -> tuple[CostProfile, str, float | None]:
-    """Cost(l) as measured on this machine by `pensieve profile`, or else from arithmetic; which of the two; and, measured, bytes a second upwards."""
+    """Cost(l), where it came from, and the measured copy speed into the first tier in bytes a second.
+
+    Measured on this machine by `pensieve profile`, or else estimated from the model's shape (speed: None).
+    """
     from pensieve.runtime import profiling
 
     measured = (

@@ -1,4 +1,4 @@
-"""What a user may choose when an engine is started, and its defaults. Knows names, units and limits; never models."""
+"""The options of an engine, and their defaults. Knows names, units and limits; never models."""
 
 from __future__ import annotations
 
@@ -12,42 +12,35 @@ from pensieve.errors import ConfigError
 
 GB = 1_000_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_CACHE_GB = (
-    1.0  # of the first tier on a CPU that does not say how much memory is free, and of one that is simulated
-)
-HOST_CACHE_GB = (
-    2.0  # of the second tier beside a GPU, unless told otherwise; on a CPU both would be the same memory
-)
+# first tier on a CPU whose free memory is unknown, and of a simulated one
+CPU_CACHE_GB = 1.0
+# second tier beside a GPU; a CPU has none by default, since both would be the same memory
+HOST_CACHE_GB = 2.0
 MOST_GRAPH_ROWS = 256  # larger batches compute for so long that their launches do not show
-CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = (
-    512,
-    4096,
-)  # one step's budget: a CPU computes some thousand tokens a second, a GPU some ten thousand
-
+# tokens of one step: a CPU computes some thousand a second, a GPU some ten thousand
+CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 4096
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a user may choose when an engine is started."""
+    """How an engine is started: one field an option of the command line."""
 
     model: str = "smollm2"
     weights: Literal["auto", "random"] = "auto"
-    dtype: str = (
-        "auto"  # of `DTYPE_BYTES`, or auto: what this CPU multiplies fast, as measured; bfloat16 on a GPU
-    )
+    # a key of `DTYPE_BYTES`, or auto: the type that this CPU multiplies fast, as measured; bfloat16 on a GPU
+    dtype: str = "auto"
     device: str = "cpu"
-    gpu_cache_gb: float | None = (
-        None  # None: on a CPU a share of the free memory, on a GPU what is left beside the weights and the largest step
-    )
-    cpu_cache_gb: float | None = None  # None: on a CPU none, on a GPU `HOST_CACHE_GB`
+    # None for a share of the free memory on a CPU; on a GPU what weights and the largest step leave
+    gpu_cache_gb: float | None = None
+    cpu_cache_gb: float | None = None  # None for 0 on a CPU and `HOST_CACHE_GB` beside a GPU
     max_context: int | None = None
     overflow: Literal["refuse", "truncate"] = "refuse"
     policy: str = "retention"
     chunk_tokens: int = 32
     max_batch_tokens: int | None = None
-    step_ms: float | None = None  # None: `CPU_STEP_MS`, on a GPU `CUDA_STEP_MS`
+    step_ms: float | None = None  # None for `CPU_STEP_MS`, or `CUDA_STEP_MS` on a GPU
     admission: Literal["work", "fcfs"] = "work"
     max_running: int = 64
     threads: int | None = None
@@ -78,13 +71,13 @@ class Options:
 
     @property
     def step_s(self) -> float:
-        """What a step may take while a request decodes."""
+        """Seconds that a step may take while a request decodes."""
         default = CUDA_STEP_MS if self.is_on_gpu else CPU_STEP_MS
         return (default if self.step_ms is None else self.step_ms) / 1e3
 
     @property
     def graph_rows(self) -> int:
-        """Batches of so many decodes are captured as graphs."""
+        """The largest batch of decodes that is captured as a CUDA graph."""
         return min(self.max_running, MOST_GRAPH_ROWS) if self.is_on_gpu and self.graphs else 0
 
     def __post_init__(self) -> None:
@@ -92,9 +85,8 @@ class Options:
             raise ConfigError(f"--dtype must be auto or one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         for name in ("gpu_cache_gb", "cpu_cache_gb"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ConfigError(
-                    f"--{name.replace('_gb', '').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}"
-                )
+                option = name.removesuffix("_gb").replace("_", "-")
+                raise ConfigError(f"--{option} must be at least 0 GB, got {getattr(self, name)}")
         if self.step_ms is not None and not self.step_ms > 0:
             raise ConfigError(f"--step-ms must be positive, got {self.step_ms:g}")
         if self.device != "cpu" and not self.is_on_gpu:

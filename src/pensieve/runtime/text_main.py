@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pensieve.runtime.apart import do_without_torch, import_tokenizers
+from pensieve.runtime.torchless import do_without_torch, import_tokenizers
 from pensieve.text import ChatText
 from pensieve.text.nursery import Nursery, new_nursery
 

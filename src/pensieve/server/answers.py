@@ -14,7 +14,7 @@ from pensieve.message import Message
 from pensieve.server.output import OutputForm, read_whole
 from pensieve.server.turns import Answer
 from pensieve.service import Composed, TurnDone, TurnSpec
-from pensieve.store.base import Turn
+from pensieve.store import Turn
 from pensieve.text import ChatText
 
 ANSWER = "answer"  # a turn's meta: what its client was told

@@ -23,7 +23,7 @@ from pensieve.server.totals import Totals
 from pensieve.server.turns import QueueTimeout, Turns
 from pensieve.server.writing import Writing
 from pensieve.service import DEFAULT_NAMESPACE, ConversationService
-from pensieve.store.base import ConversationStore
+from pensieve.store import ConversationStore
 from pensieve.text import ChatText, InlineRunner, TextJob, TextRunner
 
 T = TypeVar("T")

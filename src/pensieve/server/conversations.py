@@ -25,7 +25,7 @@ from pensieve.server.items import (
 )
 from pensieve.server.schemas import Body, Metadata
 from pensieve.service.prompt import CHARS, check_stored, stored_chars
-from pensieve.store.base import Conversation, Turn
+from pensieve.store import Conversation, Turn
 
 router = APIRouter(route_class=BoundedRoute)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pensieve.errors import ConfigError, PensieveError
@@ -39,6 +40,7 @@ CHANGING = ("/v1/pensieve/record",)  # what is a GET and takes something that is
 ALWAYS_OPEN = ("/health", "/ready")  # to supervisors, whatever else is closed
 OPEN = ("/", "/metrics", "/openapi.json", "/version")  # without a key, unless --private
 TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # POST: these have the model work
+CLIENT_LEFT = 499  # counted in place of a status where none was sent, as nginx does
 NUM_BODIES = 8  # of the largest kind, that may be under way at once, if nothing else is said
 
 
@@ -134,6 +136,8 @@ class Door:
                 await refusal(scope, receive, counting_send)
                 return
             await self._app(scope, body.receive, counting_send)
+        except ClientDisconnect:
+            status = CLIENT_LEFT  # before its body had come: nothing is sent
         except Exception as error:
             log.error("%s %s failed (%s)", scope["method"], _shown(scope["path"]), request_id, exc_info=error)
             if status:  # too late for another answer

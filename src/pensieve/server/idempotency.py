@@ -23,7 +23,7 @@ from pensieve.server.context import Caller, Context, in_thread
 from pensieve.server.errors import ApiError
 from pensieve.server.turns import Answer
 from pensieve.service import TurnSpec
-from pensieve.store.base import Turn
+from pensieve.store import Turn
 
 MAX_KEY = 255
 ELSEWHERE_S = 20.0  # how long a request waits for another server's answer

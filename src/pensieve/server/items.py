@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 from pensieve.message import Message, ToolCall
 from pensieve.server.errors import ApiError, unsupported
 from pensieve.server.schemas import Identifier, Name, Parts, text_of
-from pensieve.store.base import Turn
+from pensieve.store import Turn
 
 MAX_ITEMS = 4096
 

@@ -24,7 +24,7 @@ from pensieve.server.responses import turn_of
 from pensieve.server.schemas import ForkRequest, TtlRequest
 from pensieve.server.sse import EventStream
 from pensieve.server.totals import SOURCES, tiers_json
-from pensieve.store.base import Conversation, Turn
+from pensieve.store import Conversation, Turn
 
 router = APIRouter(prefix="/v1/pensieve", route_class=BoundedRoute)
 

@@ -32,7 +32,7 @@ from pensieve.server.sse import STREAMED, EventStream, event, event_of, unless_g
 from pensieve.server.turns import Answer
 from pensieve.server.writing import is_long
 from pensieve.service import LEAF, TurnSpec
-from pensieve.store.base import Turn
+from pensieve.store import Turn
 from pensieve.text import ChatText
 
 router = APIRouter(route_class=BoundedRoute)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from pensieve.errors import ConversationNotFound, PensieveError
 from pensieve.server.context import Context
-from pensieve.store.base import CLAIM_S, Conversation
+from pensieve.store import CLAIM_S, Conversation
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pensieve.config import ContextLimit
 from pensieve.errors import ConversationNotFound, InvalidRequest
 from pensieve.message import Message, chars_of, path_digests
 from pensieve.service.turn import LEAF, Path, Place, Prompt, TurnSpec
-from pensieve.store.base import ConversationStore, Turn, path_messages, path_tokens
+from pensieve.store import ConversationStore, Turn, path_messages, path_tokens
 from pensieve.text import ChatText, WriteChat, WrittenChat, check_length, newest, size_of
 
 ANSWER_SHARE = 0.25  # of the context, at most, that truncating makes free for the answer

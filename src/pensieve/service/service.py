@@ -67,7 +67,7 @@ from pensieve.service.turn import (
     TurnSpec,
     settle,
 )
-from pensieve.store.base import Conversation, ConversationStore, Erased, Turn
+from pensieve.store import Conversation, ConversationStore, Erased, Turn
 from pensieve.text import ChatText, EncodeRest, InlineRunner, TextJob, TextRunner, WrittenChat
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.engine.messages import Receipt, Token
 from pensieve.message import Message, chars_of
-from pensieve.store.base import Conversation
+from pensieve.store import Conversation
 from pensieve.text import Detokenizer, StopStrings
 
 Tools = tuple[Mapping[str, object], ...]

@@ -3,22 +3,22 @@
 Knows trees of turns in a database; never models, caches or text rendering.
 """
 
-from pensieve.store.base import (
+from pensieve.store.conversation_store import ConversationStore
+from pensieve.store.lease import Lease
+from pensieve.store.opening import open_store, sqlite_path
+from pensieve.store.sqlite import MEMORY, SqliteStore, default_path
+from pensieve.store.values import (
     CLAIM_S,
     INTERRUPTED,
     LEASE_S,
     Claim,
     Conversation,
-    ConversationStore,
     Erased,
     Owner,
     Turn,
     path_messages,
     path_tokens,
 )
-from pensieve.store.lease import Lease
-from pensieve.store.opening import open_store, sqlite_path
-from pensieve.store.sqlite import MEMORY, SqliteStore, default_path
 
 __all__ = [
     "CLAIM_S",

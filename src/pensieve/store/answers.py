@@ -1,6 +1,7 @@
-"""Answers under way in SQL, as steps inside a transaction: drafts, which survive a crash, and claims, which say which turn answers a retry.
+"""Answers under way in SQL, as steps inside a transaction: drafts and claims.
 
-A claim stands for a whole answer, or for one under way; what was cut short answers no retry. Knows tables; never threads or processes.
+Drafts survive a crash. A claim says which turn answers a retry: a whole answer, or one under way; an
+interrupted answer answers no retry. Knows tables; never threads or processes.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import logging
 
 from pensieve.errors import AnswerLost, ConversationNotFound, InvalidRequest
 from pensieve.message import Message
-from pensieve.store import rows, trees
+from pensieve.store import encoding, trees
 from pensieve.store.values import CLAIM_S, INTERRUPTED, Claim
 from pensieve.store.writer import Connection
 
 log = logging.getLogger(__name__)
 
-# Of a claim: its answer is being made, and has begun.
+# Condition on a claim: its answer is under way.
 _DRAFTED = "EXISTS (SELECT 1 FROM drafts WHERE drafts.turn_id = claims.turn_id)"
 
 
 def check_free(connection: Connection, turn_id: str, conversation: int) -> None:
-    """Refuse an id that a turn has, or a draft of another conversation."""
+    """Refuse a turn id that a turn, or a draft of another conversation, has."""
     taken = connection.execute("SELECT reply_reason FROM turns WHERE id = ?", (turn_id,)).fetchone()
     if taken is not None and taken[0] == INTERRUPTED:
         raise _lost()
@@ -31,7 +32,7 @@ def check_free(connection: Connection, turn_id: str, conversation: int) -> None:
 
 
 def check_claimed(connection: Connection, namespace: str, turn_id: str) -> None:
-    """Refuse a turn whose key stands for another turn by now: two answers to one key."""
+    """Refuse a turn whose key is claimed for another turn by now: one key must not get two answers."""
     if (
         connection.execute(
             "SELECT 1 FROM claims WHERE turn_id = ? AND namespace = ?", (turn_id, namespace)
@@ -43,29 +44,32 @@ def check_claimed(connection: Connection, namespace: str, turn_id: str) -> None:
 
 def _lost() -> AnswerLost:
     return AnswerLost(
-        "this server was out of touch with its store for too long, and its answers were given up as interrupted: this one was not stored; ask again"
+        "this server was out of touch with its store for too long, and its answers were given up as "
+        "interrupted: this one was not stored; ask again"
     )
 
 
 def begin_draft(
     connection: Connection,
-    at: trees.Place,
+    at: trees.InsertPoint,
     turn_id: str,
-    content: rows.Content,
+    content: encoding.Content,
     output_start: int,
     owner: str,
     now_s: float,
 ) -> None:
-    """Keep the prompt side of a turn; what an earlier draft of this id had goes."""
+    """Keep the prompt of a turn; removes an earlier draft of this id."""
     stop = at.start + len(content.token_ids)
     if not at.start <= output_start <= stop:
         raise InvalidRequest(
-            f"a draft's output_start must lie in [{at.start}, {stop}], as its token ids do, got {output_start}"
+            f"a draft's output_start must lie in [{at.start}, {stop}], as its token ids do, got "
+            f"{output_start}"
         )
     check_free(connection, turn_id, at.conversation)
     discard_draft(connection, turn_id)
     connection.execute(
-        "INSERT INTO drafts (turn_id, owner, conversation, parent, start, token_ids, messages, meta, created_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO drafts (turn_id, owner, conversation, parent, start, token_ids, messages, meta, "
+        "created_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             turn_id,
             owner,
@@ -81,7 +85,7 @@ def begin_draft(
 
 
 def extend_draft(connection: Connection, turn_id: str, ids: bytes, text: str) -> None:
-    """Keep more of an answer, behind what is there."""
+    """Append to a draft's answer."""
     if connection.execute("SELECT 1 FROM drafts WHERE turn_id = ?", (turn_id,)).fetchone() is None:
         raise ConversationNotFound(
             f"there is no answer {turn_id!r} under way: it ended, or its conversation was deleted"
@@ -102,7 +106,10 @@ def discard_draft(connection: Connection, turn_id: str) -> None:
 
 
 def recover_drafts(connection: Connection, owner: str | None) -> int:
-    """Make turns of an owner's drafts (None: of all that have no lease), and free the keys that stood for them: how many drafts."""
+    """Make turns of an owner's drafts and free the keys claimed for them; returns the number of drafts.
+
+    None stands for all owners without a lease.
+    """
     whose, values = (
         ("NOT EXISTS (SELECT 1 FROM owners WHERE owners.id = {0}.owner)", ())
         if owner is None
@@ -110,7 +117,8 @@ def recover_drafts(connection: Connection, owner: str | None) -> int:
     )
     found = connection.execute(
         "SELECT turn_id, conversation, namespace, parent, start, token_ids, messages, meta, drafts.created_s"
-        f" FROM drafts JOIN conversations ON conversations.key = drafts.conversation WHERE {whose.format('drafts')}",
+        " FROM drafts JOIN conversations ON conversations.key = drafts.conversation WHERE "
+        f"{whose.format('drafts')}",
         values,
     ).fetchall()
     for turn_id, conversation, namespace, parent, start, prompt, messages, meta, created_s in found:
@@ -118,20 +126,26 @@ def recover_drafts(connection: Connection, owner: str | None) -> int:
             "SELECT ids, text FROM draft_tokens WHERE turn_id = ? ORDER BY position", (turn_id,)
         ).fetchall()
         try:
-            token_ids = rows.unpack(bytes(prompt) + b"".join(bytes(ids) for ids, _ in pieces))
+            token_ids = encoding.unpack(bytes(prompt) + b"".join(bytes(ids) for ids, _ in pieces))
             answer = Message("assistant", "".join(json.loads(text) for _, text in pieces))
-            content = rows.Content.of((*rows.messages_from(messages), answer), token_ids, json.loads(meta))
+            content = encoding.Content.of(
+                (*encoding.messages_from(messages), answer), token_ids, json.loads(meta)
+            )
         except (
             ValueError,
             TypeError,
         ) as error:  # damaged on the disk: it must not keep the others from being recovered
             log.error("what was stored of the answer %s cannot be read, and is dropped: %s", turn_id, error)
         else:
-            at = trees.place(connection, namespace, conversation, parent, start, turn_id)
+            at = trees.insert_point(connection, namespace, conversation, parent, start, turn_id)
             trees.insert_turn(connection, namespace, at, turn_id, content, INTERRUPTED, created_s)
         discard_draft(connection, turn_id)
-    # Not stored, or stored as a fragment just now. (A whole turn whose client was not told yet keeps its key: it is the answer.)
-    whole = f"EXISTS (SELECT 1 FROM turns WHERE turns.id = claims.turn_id AND coalesce(reply_reason, '') <> '{INTERRUPTED}')"
+    # Not stored, or stored as a fragment just now. A whole turn whose client did not get the answer keeps its
+    # key.
+    whole = (
+        "EXISTS (SELECT 1 FROM turns WHERE turns.id = claims.turn_id "
+        f"AND coalesce(reply_reason, '') <> '{INTERRUPTED}')"
+    )
     connection.execute(f"DELETE FROM claims WHERE {whose.format('claims')} AND NOT {whole}", values)
     return len(found)
 
@@ -145,10 +159,11 @@ def claim(
     owner: str,
     now_s: float,
 ) -> Claim:
-    """Claim a key, or learn which turn it stands for."""
+    """Claim a key, or return the claim that it has."""
     row = connection.execute(
         f"""
-        SELECT claims.turn_id, fingerprint, claims.owner, claims.created_s, turns.id IS NOT NULL, turns.reply_reason, {_DRAFTED},
+        SELECT claims.turn_id, fingerprint, claims.owner, claims.created_s,
+            turns.id IS NOT NULL, turns.reply_reason, {_DRAFTED},
             EXISTS (SELECT 1 FROM owners WHERE owners.id = claims.owner)
         FROM claims LEFT JOIN turns ON turns.id = claims.turn_id AND turns.namespace = claims.namespace
         WHERE claims.namespace = ? AND key = ?
@@ -163,14 +178,15 @@ def claim(
             return Claim(first, bytes(print_), fresh=False, stored=stored, owner=first_owner)
     release(connection, namespace, key)
     connection.execute(
-        "INSERT INTO claims (namespace, key, fingerprint, turn_id, created_s, owner) VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO claims (namespace, key, fingerprint, turn_id, created_s, owner) VALUES (?, ?, ?, ?, ?, "
+        "?)",
         (namespace, key, fingerprint, turn_id, now_s, owner),
     )
     return Claim(turn_id, fingerprint, fresh=True, owner=owner)
 
 
 def release(connection: Connection, namespace: str, key: str, turn_id: str | None = None) -> None:
-    """Let go of a key, if it stands for this turn."""
+    """Free a key, if it is claimed for this turn."""
     if turn_id is None:
         connection.execute("DELETE FROM claims WHERE namespace = ? AND key = ?", (namespace, key))
     else:
@@ -180,7 +196,7 @@ def release(connection: Connection, namespace: str, key: str, turn_id: str | Non
 
 
 def purge(connection: Connection, before_s: float) -> int:
-    """Remove old claims, but for those of answers under way: how many."""
+    """Remove old claims, except those of answers under way; returns how many there were."""
     old = f"created_s < ? AND NOT {_DRAFTED}"
     (count,) = connection.execute(f"SELECT count(*) FROM claims WHERE {old}", (before_s,)).fetchone()
     if count:

@@ -1,6 +1,7 @@
-"""Whether a database's files are still those that were opened. Knows names and inodes; never what is in the files.
+"""Checks that a database's files are still those that were opened.
 
-A file that was deleted or replaced goes on taking writes under no name, and all of them are lost when it is closed.
+Knows names and inodes; never what is in the files. A file that was deleted or replaced still takes writes,
+without a name; all of them are lost when it is closed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class StoreFiles:
     """The files of one open SQLite database.
 
     Args:
-        path: the database; its log and index lie beside it.
+        path: the database; its log and index are beside it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,10 +28,10 @@ class StoreFiles:
         self._opened = [(name, identity) for name in names if (identity := _identity(name)) is not None]
 
     def check(self) -> None:
-        """Look whether the files are there, the same ones.
+        """Check that the same files are still there.
 
         Raises:
-            FileGone: one is not. It passes if they were moved away and are moved back.
+            FileGone: one is not. This ends if the files were moved away and are moved back.
         """
         for name, identity in self._opened:
             found = _identity(name)

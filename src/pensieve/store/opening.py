@@ -1,4 +1,4 @@
-"""From a URL to a store. Knows which databases there are; nothing of what they do."""
+"""Opens the store that a URL names. Knows which databases there are; never what they do."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pensieve.errors import ConfigError
-from pensieve.store.base import ConversationStore
+from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.sqlite import MEMORY, SqliteStore
 
-FORMS = "sqlite:///relative.db, sqlite:////absolute.db, sqlite://:memory:, postgresql://user@host/database, or a file's path (with a / or a suffix)"
-_SCHEMES = ("sqlite:", "postgresql:", "postgres:", "file:")  # what URLs begin with, whatever follows
+FORMS = (
+    "sqlite:///relative.db, sqlite:////absolute.db, sqlite://:memory:, postgresql://user@host/database, "
+    "or a file's path (with a / or a suffix)"
+)
+_SCHEMES = ("sqlite:", "postgresql:", "postgres:", "file:")  # beginnings of URLs, right or wrong
 
 
 def open_store(
     url: str, *, busy_timeout_s: float = 5.0, clock: Callable[[], float] = time.time
 ) -> ConversationStore:
-    """Open the conversation store that a URL names; SQLite's is made if it is not there, PostgreSQL's tables are.
+    """Open the conversation store that a URL names.
+
+    SQLite's file, or PostgreSQL's tables, are made if they are missing.
 
     Args:
         url: one of `FORMS`.
@@ -26,7 +31,7 @@ def open_store(
 
     Raises:
         ConfigError: the URL has another form, or the database's driver is not installed.
-        StoreError: the store cannot be opened, is another program's or a newer one's.
+        StoreError: the store cannot be opened, or belongs to another program or a newer version.
     """
     if (path := sqlite_path(url)) is not None:
         return SqliteStore(path, busy_timeout_s=busy_timeout_s, clock=clock)
@@ -40,10 +45,11 @@ def open_store(
 
 
 def sqlite_path(url: str) -> str | None:
-    """The file that a store's URL names, or ":memory:"; None for PostgreSQL. Nothing is opened.
+    """The file that a store's URL names, or ":memory:"; None for PostgreSQL. Opens nothing.
 
-    Without a scheme it is a path, if it looks like one: with a separator or a suffix, or the name of a file that is there. A bare word is more
-    likely meant for something else (`memory`), and would become a file of that name.
+    A URL without a scheme is a path, if it looks like one: with a separator or a suffix, or the name of an
+    existing file. A bare word is more likely meant for something else (`memory`), and would become a file of
+    that name.
 
     Raises:
         ConfigError: the URL has another form.
@@ -55,14 +61,16 @@ def sqlite_path(url: str) -> str | None:
         path = Path(url).expanduser()
         if url != MEMORY and not ("/" in url or path.suffix or path.is_file()):
             raise ConfigError(
-                f"a conversation store {url!r} is no URL and no file's path: {MEMORY} keeps nothing on disk, sqlite:///{url.strip(':')}.db is a file in "
+                f"a conversation store {url!r} is no URL and no file's path: {MEMORY} keeps nothing on disk, "
+                f"sqlite:///{url.strip(':')}.db is a file in "
                 f"this directory; or one of {FORMS}"
             )
         return url if url == MEMORY else str(path)
     if scheme == "sqlite":
         if rest != MEMORY and (not rest.startswith("/") or rest == "/"):
             raise ConfigError(
-                f"a SQLite store's URL has three slashes and a path, or four for an absolute one: sqlite:///file.db, got {url!r}"
+                "a SQLite store's URL has three slashes and a path, or four for an absolute one: "
+                f"sqlite:///file.db, got {url!r}"
             )
         return rest if rest == MEMORY else rest[1:]
     if scheme in ("postgresql", "postgres"):

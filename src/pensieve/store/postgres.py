@@ -1,6 +1,7 @@
-"""Conversations in a PostgreSQL database. Knows PostgreSQL's ways with connections and transactions; never what conversations are.
+"""Conversations in a PostgreSQL database.
 
-Imported only where a store's URL asks for it: psycopg comes with the extra `postgres`.
+Knows PostgreSQL's connections and transactions; never what conversations are. Imported only if a store's URL
+asks for it: psycopg comes with the extra `postgres`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 
 from pensieve.errors import ConfigError, StoreError, StoreUnavailable
+from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.postgres_deadline import Deadlines
 from pensieve.store.postgres_outage import Outage, Outages
 from pensieve.store.postgres_schema import MIGRATIONS, TABLES, Migration, bring_up_to_date, lock_key
-from pensieve.store.sql import SqlStore
-from pensieve.store.writer import Connection, GroupWriter, Job, Kind, Rows
+from pensieve.store.writer import Connection, Cursor, GroupWriter, Job, Kind
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,10 @@ MARK = """
     ON CONFLICT (id) DO UPDATE SET transaction = excluded.transaction, used_s = excluded.used_s
     """
 STATEMENT_S = 10.0
-MARGIN_S = 2.0  # after which the connection is closed under a statement that the server should have ended
-MIGRATION_S = 3600.0  # of a statement that goes through whole tables
-# What libpq is told unless the URL says otherwise: a server that is gone is noticed within half a minute.
+# seconds after which the connection is closed under a statement that the server should have ended
+MARGIN_S = 2.0
+MIGRATION_S = 3600.0  # seconds for a statement that goes through whole tables
+# libpq's settings unless the URL has others: a lost server is noticed within half a minute.
 CONNECTION_DEFAULTS: dict[str, Any] = {
     "application_name": "pensieve",
     "client_encoding": "UTF8",
@@ -52,11 +54,11 @@ CONNECTION_DEFAULTS: dict[str, Any] = {
 
 
 class PostgresConnection:
-    """A psycopg connection in autocommit mode that takes `?` for values, as the store's SQL has it.
+    """A psycopg connection in autocommit mode that takes `?` for values, as the store's SQL does.
 
     Args:
         raw: psycopg's.
-        deadlines: what ends a statement that takes longer than `statement_s` seconds, by closing the connection.
+        deadlines: closes the connection under a statement that takes longer than `statement_s` seconds.
     """
 
     def __init__(
@@ -66,10 +68,10 @@ class PostgresConnection:
         self._deadlines = deadlines
         self._statement_s = statement_s
 
-    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Rows:
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement."""
         if self.raw.closed:
-            return self.raw.execute(_translated(sql), values or None)  # (which says so)
+            return self.raw.execute(_translated(sql), values or None)  # which raises
         with self._deadlines.within(self._statement_s, self.raw.fileno()):
             return self.raw.execute(_translated(sql), values or None)
 
@@ -84,9 +86,9 @@ class PostgresLink:
 
     Args:
         connect: makes a connection.
-        lock: the advisory lock that every writer takes, so that they write one after the other as SQLite's do: what a transaction has
-            looked at stays true until it commits.
-        patience_s: how long to try to connect anew.
+        lock: the advisory lock that every writer takes: they write one after the other, as SQLite's writers
+            do, and what a transaction has read stays true until it commits.
+        patience_s: how long to try to reconnect.
     """
 
     errors: tuple[type[Exception], ...] = (psycopg.Error, Outage)
@@ -96,12 +98,11 @@ class PostgresLink:
         self._connect = connect
         self._lock = lock
         self._patience_s = patience_s
-        self._id = uuid.uuid4().hex  # of the row in `writers` by which a commit is found again
-        self._transaction = ""  # what that row holds once the last transaction is committed
+        self._id = uuid.uuid4().hex  # of the row in `writers` that shows whether a commit came through
+        self._transaction = ""  # the content of that row once the last transaction is committed
 
     @property
     def in_transaction(self) -> bool:
-        """Whether one is open."""
         return self.connection.raw.info.transaction_status in (
             TransactionStatus.INTRANS,
             TransactionStatus.INERROR,
@@ -109,11 +110,13 @@ class PostgresLink:
 
     @property
     def lost(self) -> bool:
-        """Whether the connection is gone."""
         return self.connection.raw.closed
 
     def begin(self) -> None:
-        """Begin a transaction that no other writer runs beside. Nothing was written yet, so a lost connection may be replaced here."""
+        """Begin a transaction that no other writer runs beside.
+
+        Nothing is written yet, so a lost connection may be replaced here.
+        """
         try:
             self._begin()
         except psycopg.OperationalError:
@@ -129,12 +132,13 @@ class PostgresLink:
         self.connection.execute(MARK, (self._id, self._transaction))
 
     def check(self) -> None:
-        """Nothing: what a server has committed is found by the next connection."""
+        """Nothing to check: the next connection finds what a server has committed."""
 
     def outcome(self) -> bool | None:
-        """Whether the transaction's mark is there. The lock is waited for: the process that served the old connection may not be done yet.
+        """Whether the row of the lost transaction is there.
 
-        (PostgreSQL's own numbers of transactions cannot tell: after a crash they may be given to others.)
+        Waits for the lock first: the process that served the old connection may still be at work.
+        PostgreSQL's own transaction numbers cannot tell, since they may be used again after a crash.
         """
         try:
             self._reconnect()
@@ -152,15 +156,13 @@ class PostgresLink:
             return None
 
     def kind(self, error: BaseException) -> Kind:
-        """See `Link.kind`."""
         return kind_of(error)
 
     def words(self, error: BaseException) -> str:
-        """See `Link.words`."""
         return words_of(error)
 
     def _reconnect(self) -> None:
-        """The server may be starting again: give it a while, but not each time while it is away."""
+        """Reconnect. Waits for a server that restarts, but not each time while the server is away."""
         deadline_s = time.monotonic() + self._patience_s
         while True:
             try:
@@ -175,14 +177,13 @@ class PostgresLink:
             time.sleep(RETRY_S)
 
     def close(self) -> None:
-        """Close the connection."""
         with contextlib.suppress(*self.errors):
             self.connection.execute("DELETE FROM writers WHERE id = ?", (self._id,))
         self.connection.raw.close()
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Whether a failure of PostgreSQL may pass, means damaged data, or is a mistake of ours."""
+    """Whether a failure of PostgreSQL may pass, means damaged data, or is our mistake."""
     if isinstance(error, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted):
         return "broken"
     return (
@@ -193,7 +194,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def words_of(error: BaseException) -> str:
-    """A failure in words without hosts, users, files or values: the server's own have them."""
+    """A failure in words without the hosts, users, files and values that the server's own message has."""
     if isinstance(error, psycopg.errors.DiskFull):
         return "the database's disk is full"
     if isinstance(error, psycopg.errors.LockNotAvailable):
@@ -203,29 +204,30 @@ def words_of(error: BaseException) -> str:
     return f"the database refused it ({type(error).__name__})"
 
 
-class PostgresStore(SqlStore[PostgresConnection]):
+class PostgresStore(ConversationStore):
     """A `ConversationStore` in a PostgreSQL database, in a schema of its own.
 
-    A connection that is lost, or on which a statement takes longer than `statement_s`, is replaced, and what was under way on it is tried once
-    more unless it was committed. While the server cannot be reached everything fails at once; a thread looks for it meanwhile. Session settings are used: between this and the
-    server there may be no pooler that hands out connections by the transaction. A commit is as durable as the server's settings
-    make it: `fsync=off` there loses acknowledged turns with the power.
+    A connection that is lost, or on which a statement takes longer than `statement_s`, is replaced, and the
+    work on it is tried once more unless it was committed. While the server cannot be reached, everything
+    fails at once; a thread tries to connect meanwhile. The store uses session settings: no pooler that hands
+    out connections by the transaction may stand before the server. A commit is as durable as the server's
+    settings make it: `fsync=off` loses acknowledged turns with the power.
 
-    `erase` deletes the rows and vacuums the tables. It cannot promise that the bytes are gone: PostgreSQL frees the space of a row without
-    overwriting it, the write-ahead log and its archive hold what was written, and so do replicas and backups. So it
-    never says that it was complete.
+    `erase` deletes the rows and vacuums the tables. It cannot promise that the bytes are gone: PostgreSQL
+    frees the space of a row without overwriting it, and the write-ahead log, its archive, replicas and
+    backups hold what was written. So it never reports that it was complete.
 
     Args:
         url: `postgresql://user:password@host:port/database?parameters`, whatever libpq knows.
-        schema: where the tables are, made if it is not there.
-        busy_timeout_s: how long to wait for other writers, and for a server that starts again.
-        statement_s: how long the server may take to answer a statement; not that of `erase`, nor to bring the tables up to date.
-        clock: seconds since the epoch; leases go by the server's.
+        schema: the schema of the tables, made if it is missing.
+        busy_timeout_s: how long to wait for other writers, and for a server that restarts.
+        statement_s: how long the server may take to answer a statement, except for `erase` and migrations.
+        clock: seconds since the epoch; leases go by the server's clock.
         migrations: the schema's history.
 
     Raises:
-        ConfigError: the URL is none, or the schema's name.
-        StoreError: there is no connection, or the schema is another program's or a newer one's.
+        ConfigError: the URL or the schema's name is malformed.
+        StoreError: there is no connection, or the schema belongs to another program or a newer version.
     """
 
     def __init__(
@@ -256,7 +258,7 @@ class PostgresStore(SqlStore[PostgresConnection]):
         self._busy_timeout_s = busy_timeout_s
         self._statement_s = max(
             statement_s, 2 * busy_timeout_s
-        )  # (the server gives up waiting for locks by itself)
+        )  # the server gives up waiting for locks by itself
         self._clock = clock
         self._deadlines = Deadlines()
         self._outages = Outages(self._reach)
@@ -285,7 +287,6 @@ class PostgresStore(SqlStore[PostgresConnection]):
         self._closed = False
 
     def close(self) -> None:
-        """See `ConversationStore.close`."""
         self._outages.close()
         super().close()
         with self._idle_lock:
@@ -294,19 +295,18 @@ class PostgresStore(SqlStore[PostgresConnection]):
         self._deadlines.close()
 
     def trouble(self) -> str | None:
-        """See `ConversationStore.trouble`."""
         return self._outages.trouble() or super().trouble()
 
     def _now_s(self, connection: Connection) -> float:
-        """The server's clock: that of the machines that share it may differ."""
+        """The server's clock: those of the machines that share the store may differ."""
         return float(connection.execute("SELECT extract(epoch FROM clock_timestamp())").fetchone()[0])
 
     def _reach(self) -> None:
-        """Connect as `_connect` does, whatever was found before."""
+        """Connect, whether or not an outage is known."""
         self._open(self._statement_s).raw.close()
 
     def _connect(self, statement_s: float | None = None) -> PostgresConnection:
-        """A new connection; at once an `Outage` while the server is known to be away."""
+        """A new connection; raises `Outage` at once while the server is known to be away."""
         self._outages.check()
         try:
             return self._open(self._statement_s if statement_s is None else statement_s)
@@ -317,10 +317,11 @@ class PostgresStore(SqlStore[PostgresConnection]):
     def _open(self, statement_s: float) -> PostgresConnection:
         raw = psycopg.connect(**self._parameters, autocommit=True)
         connection = PostgresConnection(raw, self._deadlines, statement_s + MARGIN_S)
-        # A transaction of a process that is frozen must not hold the writers' lock. A commit returns when it would survive a power loss; a stronger
-        # setting of the server's is left alone.
+        # A transaction of a frozen process must not hold the writers' lock. A commit must return only when it
+        # survives a power loss; a stronger setting of the server stays.
         connection.execute(
-            "SELECT set_config('search_path', ?, false), set_config('lock_timeout', ?, false), set_config('statement_timeout', ?, false),"
+            "SELECT set_config('search_path', ?, false), set_config('lock_timeout', ?, false), "
+            "set_config('statement_timeout', ?, false),"
             " set_config('idle_in_transaction_session_timeout', ?, false),"
             " CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')"
             " THEN set_config('synchronous_commit', 'on', false) END",
@@ -328,8 +329,11 @@ class PostgresStore(SqlStore[PostgresConnection]):
         )
         return connection
 
-    def _read(self, query: Job[Connection, T]) -> T:
-        """Run a query on a connection that nobody else uses meanwhile; once more if the server was gone since the connection's last use."""
+    def _read(self, query: Job[T]) -> T:
+        """Run a query on a connection of its own.
+
+        Tries once more if the server was gone since the connection's last use.
+        """
         with self._reading:
             try:
                 connection, used = self._take()
@@ -355,7 +359,7 @@ class PostgresStore(SqlStore[PostgresConnection]):
                 return self._idle.pop(), True
         return self._connect(), False
 
-    def _read_with(self, connection: PostgresConnection, query: Job[Connection, T]) -> T:
+    def _read_with(self, connection: PostgresConnection, query: Job[T]) -> T:
         try:
             connection.execute(
                 "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
@@ -378,17 +382,20 @@ class PostgresStore(SqlStore[PostgresConnection]):
                 self._idle.pop().raw.close()
 
     def _scrub(self) -> tuple[bool, bool]:
-        """Give the space of deleted rows back to the tables, beside the writer; whether bytes are left cannot be told."""
+        """Give the space of deleted rows back to the tables, beside the writer.
+
+        Whether bytes are left is unknown.
+        """
         try:
             with contextlib.closing(self._connect(MIGRATION_S).raw) as raw:
                 PostgresConnection(raw, self._deadlines, MIGRATION_S).execute(f"VACUUM {', '.join(TABLES)}")
-        except (psycopg.Error, Outage):  # no connection, or a lock on a table: the rows are gone all the same
+        except (psycopg.Error, Outage):  # no connection, or a lock on a table: the rows are deleted anyway
             return False, False
         return True, False
 
 
 def _ms(seconds: float) -> str:
-    """A time as PostgreSQL's settings take it."""
+    """A duration in PostgreSQL's notation."""
     return f"{max(1, round(seconds * 1000))}ms"
 
 

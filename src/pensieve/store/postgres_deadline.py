@@ -1,7 +1,10 @@
-"""Operations on PostgreSQL connections that end in time, whatever the server does. Knows sockets and clocks; never SQL.
+"""Ends operations on PostgreSQL connections in time, whatever the server does.
 
-A server that is stopped, or whose machine is frozen, keeps its connections: it neither answers nor breaks them, and its own timeouts do not run.
-So the client's end is closed under an operation that takes too long, which then fails as on any lost connection.
+Knows sockets and clocks; never SQL.
+
+A server that is stopped, or whose machine is frozen, keeps its connections: it neither answers nor breaks
+them, and its own timeouts do not run. So our end is closed under an operation that takes too long, and the
+operation fails as on any lost connection.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from collections.abc import Iterator
 
 
 class Deadlines:
-    """Watches operations, each on a socket of its own, from one thread that sleeps while none is late."""
+    """Watches operations, each on a socket of its own, from one thread that sleeps until the next is due."""
 
     def __init__(self) -> None:
-        self._due: dict[int, tuple[float, int]] = {}  # by operation: when (monotonic), and its socket
+        # by operation: when it is due (monotonic), and its socket
+        self._due: dict[int, tuple[float, int]] = {}
         self._next = 0
-        self._wakes_s: float | None = None  # when the thread looks next; None = when it is told to
+        self._wakes_s: float | None = None  # when the thread wakes up; None while it waits to be notified
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -40,7 +44,7 @@ class Deadlines:
         try:
             yield
         finally:
-            with self._changed:  # from here on the socket's number may be another one's
+            with self._changed:  # from here on the socket's number may belong to another
                 self._due.pop(number, None)
 
     def close(self) -> None:
@@ -62,7 +66,7 @@ class Deadlines:
 
 
 def _shut_down(fileno: int) -> None:
-    with contextlib.suppress(OSError):  # it broke by itself
+    with contextlib.suppress(OSError):  # the connection broke by itself
         copy = socket.socket(fileno=os.dup(fileno))
         try:
             copy.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,7 @@
-"""Times in which a PostgreSQL server cannot be reached. Knows when one began and whether it has ended; never SQL.
+"""Outages: times in which a PostgreSQL server cannot be reached.
 
-While a server is away each try to connect takes seconds. So only one thread tries, and everything else fails at once.
+Knows when an outage began and whether it has ended; never SQL. While a server is away, each attempt to
+connect takes seconds. So only one thread tries, and everything else fails at once.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # between two tries
+LOOK_S = 1.0  # seconds between two attempts
 
 
 class Outage(Exception):
     """The server is known to be away.
 
     Args:
-        since_s: when it was first missed, monotonic seconds.
+        since_s: when that was first noticed, monotonic seconds.
     """
 
     def __init__(self, since_s: float) -> None:
@@ -28,16 +29,16 @@ class Outage(Exception):
 
 
 class Outages:
-    """Whether the server is away.
+    """Knows whether the server is away.
 
     Args:
-        reach: connects to the server and lets go of it again; raises if it cannot.
+        reach: connects to the server and closes the connection; raises if it cannot.
     """
 
     def __init__(self, reach: Callable[[], None]) -> None:
         self._reach = reach
         self._lock = threading.Lock()
-        self._since_s: float | None = None  # monotonic; None = it can be reached, as far as is known
+        self._since_s: float | None = None  # monotonic; None while no outage is known
         self._closed = threading.Event()
 
     def check(self) -> None:
@@ -52,11 +53,12 @@ class Outages:
         return (
             None
             if since_s is None
-            else f"the conversation store's database has not been reached for {time.monotonic() - since_s:.0f} s"
+            else "the conversation store's database has not been reached for "
+            f"{time.monotonic() - since_s:.0f} s"
         )
 
     def begin(self) -> None:
-        """The server could not be reached: look for it from now on."""
+        """Note that the server could not be reached, and try to connect from now on."""
         with self._lock:
             if self._since_s is not None or self._closed.is_set():
                 return
@@ -64,14 +66,14 @@ class Outages:
         threading.Thread(target=self._look, name="store-outage", daemon=True).start()
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop trying."""
         self._closed.set()
 
     def _look(self) -> None:
         while not self._closed.wait(LOOK_S):
             try:
                 self._reach()
-            except Exception as error:  # whatever it is, the server cannot be used
+            except Exception as error:  # whatever the error is, the server cannot be used
                 log.debug("the database cannot be reached: %s", error)
             else:
                 self._since_s = None

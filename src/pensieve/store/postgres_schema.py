@@ -1,7 +1,8 @@
-"""The PostgreSQL tables and how old ones are brought up to date. Knows connections and columns; never what uses them.
+"""The PostgreSQL tables, and the migration of old ones.
 
-All tables lie in a schema of their own. Its table `schema_version` holds the version. To change the schema, append a
-function to `MIGRATIONS`; never edit one that was released.
+Knows connections and columns; never what uses them. All tables are in a schema of their own. Its table
+`schema_version` holds the version. To change the schema, append a function to `MIGRATIONS`; never edit one
+that was released.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pensieve.store.writer import Connection
 
 
 def _create(connection: Connection) -> None:
-    """From an empty schema to version 1. What the columns mean stands in `schema`, SQLite's."""
+    """From an empty schema to version 1. `schema`, SQLite's, says what the columns mean."""
     connection.execute(
         """
         CREATE TABLE turns (
@@ -113,7 +114,8 @@ def _owners(connection: Connection) -> None:
     )
     connection.execute("ALTER TABLE claims ADD COLUMN owner TEXT NOT NULL DEFAULT 'before version 2'")
     connection.execute(
-        "DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))"
+        "DELETE FROM claims WHERE turn_id IN "
+        "(SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))"
     )
     connection.execute("CREATE INDEX claims_by_owner ON claims (owner)")
     connection.execute("ALTER TABLE conversations ADD COLUMN ttl_s DOUBLE PRECISION")
@@ -123,45 +125,48 @@ def _owners(connection: Connection) -> None:
     connection.execute("UPDATE conversations SET ttl_s = greatest(0, expires_s - created_s) WHERE ttl_s = 0")
     connection.execute("ALTER TABLE turns ADD COLUMN checksum BYTEA")
     connection.execute(
-        "CREATE TABLE erasures (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, requested_s DOUBLE PRECISION NOT NULL)"
+        "CREATE TABLE erasures (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY, "
+        "requested_s DOUBLE PRECISION NOT NULL)"
     )
     connection.execute("CREATE TABLE probe (filler BYTEA NOT NULL)")
-    # What a process's last transaction wrote: by that it finds out whether a commit came through under which its connection was lost.
+    # What a process's last transaction wrote: it shows whether a commit came through when the connection was
+    # lost.
     connection.execute(
-        "CREATE TABLE writers (id TEXT PRIMARY KEY, transaction TEXT NOT NULL, used_s DOUBLE PRECISION NOT NULL)"
+        "CREATE TABLE writers (id TEXT PRIMARY KEY, transaction TEXT NOT NULL, used_s DOUBLE PRECISION NOT "
+        "NULL)"
     )
 
 
-WRITERS_S = 7 * 86400.0  # after which the mark of a process that was killed is forgotten
+WRITERS_S = 7 * 86400.0  # seconds after which the row of a process that was killed is deleted
 TABLES = (
     "conversations",
     "turns",
     "drafts",
     "draft_tokens",
     "claims",
-)  # those with users' words, and what stands for them
+)  # the tables with users' text, and what refers to them
 Migration = Callable[[Connection], None]
-MIGRATIONS: tuple[Migration, ...] = (_create, _owners)  # the n-th brings version n to n + 1
+MIGRATIONS: tuple[Migration, ...] = (_create, _owners)  # the n-th migrates version n to n + 1
 
 
 def lock_key(schema: str) -> int:
-    """The number of the advisory lock that everybody who writes to this schema holds."""
+    """The number of the advisory lock of this schema's writers."""
     return int.from_bytes(
         hashlib.blake2b(f"pensieve.{schema}".encode(), digest_size=8).digest(), "big", signed=True
     )
 
 
 def bring_up_to_date(connection: Connection, name: str, schema: str, migrations: Sequence[Migration]) -> None:
-    """Make the schema and run the migrations that are missing, all or none, alone.
+    """Make the schema and run the missing migrations, all or none, under a lock.
 
     Args:
         connection: in a transaction, its search path on the schema.
         name: what messages call the database.
-        schema: where the tables are.
+        schema: the schema of the tables.
         migrations: the schema's history.
 
     Raises:
-        StoreError: the schema holds another program's tables, or those of a newer one of ours.
+        StoreError: the schema holds another program's tables, or those of a newer version.
     """
     connection.execute("SELECT pg_advisory_xact_lock(?)", (lock_key(schema),))
     if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = ?", (schema,)).fetchone() is None:
@@ -174,7 +179,8 @@ def bring_up_to_date(connection: Connection, name: str, schema: str, migrations:
         (version,) = connection.execute("SELECT version FROM schema_version").fetchone()
     elif tables:
         raise StoreError(
-            f"the schema {schema} of {name} holds tables of some other program: choose another database for the conversation store"
+            f"the schema {schema} of {name} holds tables of some other program: choose another database for "
+            "the conversation store"
         )
     else:
         version = 0
@@ -182,7 +188,8 @@ def bring_up_to_date(connection: Connection, name: str, schema: str, migrations:
         connection.execute("INSERT INTO schema_version VALUES (0)")
     if version > len(migrations):
         raise StoreError(
-            f"the conversation store {name} has schema version {version}, this program knows versions up to {len(migrations)}:"
+            f"the conversation store {name} has schema version {version}, this program knows versions up to "
+            f"{len(migrations)}:"
             " use the newer program that wrote it, or another database"
         )
     if version < len(migrations):

@@ -1,7 +1,7 @@
-"""The SQLite database's tables and how old files are brought up to date. Knows connections and columns; never what uses them.
+"""The SQLite database's tables, and the migration of old files.
 
-`PRAGMA user_version` holds the version. To change the schema, append a function to `MIGRATIONS`; never edit one that
-was released.
+Knows connections and columns; never what uses them. `PRAGMA user_version` holds the version. To change the
+schema, append a function to `MIGRATIONS`; never edit one that was released.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RETRY_S = 0.01
 
 def _create(connection: sqlite3.Connection) -> None:
     """From an empty file to version 1."""
-    # A turn goes when its owner does, unless another conversation needs it and so inherits it.
+    # A turn is deleted with its owner, unless another conversation needs it and inherits it.
     connection.execute(
         """
         CREATE TABLE turns (
@@ -65,10 +65,10 @@ def _create(connection: sqlite3.Connection) -> None:
 
 
 def _answers(connection: sqlite3.Connection) -> None:
-    """Version 1 to 2: histories can be recognised, answers under way survive, retries are told, conversations expire."""
+    """Version 1 to 2: digests to recognise histories, drafts, claims, expiry."""
     connection.execute(
         "ALTER TABLE turns ADD COLUMN digest BLOB NOT NULL DEFAULT x''"
-    )  # chat.extend_digest over the path's messages
+    )  # message.extend_digest over the path's messages
     connection.execute("ALTER TABLE turns ADD COLUMN meta TEXT NOT NULL DEFAULT '{}'")  # JSON object
     for (root,) in connection.execute("SELECT id FROM turns WHERE parent IS NULL").fetchall():
         _add_digests(connection, root)
@@ -152,27 +152,30 @@ def _add_digests(connection: sqlite3.Connection, root: str) -> None:
 
 
 def _owners(connection: sqlite3.Connection) -> None:
-    """Version 2 to 3: owners with leases, times to live since the last use, turns with checksums, erasures to be completed."""
+    """Version 2 to 3: owners with leases, times to live, checksums of turns, erasures to complete."""
     connection.execute(
         """
         CREATE TABLE owners (
             id        TEXT PRIMARY KEY NOT NULL,  -- of one start of a server; drafts and claims name it
-            place     TEXT NOT NULL,  -- `place.here` of its process
+            place     TEXT NOT NULL,  -- its process, as `processes.own_process` identifies it
             expires_s REAL NOT NULL   -- when its lease ends
         )
         """
     )
-    # Claims of before have an owner that has no lease, as drafts of before have: what is not stored whole is recovered.
+    # Older claims, as older drafts, have an owner without a lease: an answer that is not stored whole is
+    # recovered.
     connection.execute("ALTER TABLE claims ADD COLUMN owner TEXT NOT NULL DEFAULT 'before version 3'")
     connection.execute(
-        "DELETE FROM claims WHERE turn_id IN (SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))"
+        "DELETE FROM claims WHERE turn_id IN "
+        "(SELECT id FROM turns WHERE reply_reason IN ('interrupted', 'abort'))"
     )
     connection.execute("CREATE INDEX claims_by_owner ON claims (owner)")
 
     connection.execute(
         "ALTER TABLE conversations ADD COLUMN ttl_s REAL"
     )  # NULL = for ever; expires_s is that long after the last use
-    # Version 2 did not keep how long was asked for, nor when. What was asked for ends when it would have ended, if no turn comes.
+    # Version 2 kept neither the time to live nor when it was set: the conversation expires when it would
+    # have, if no turn comes.
     connection.execute(
         "UPDATE conversations SET ttl_s = max(0, expires_s - updated_s) WHERE expires_s IS NOT NULL"
     )
@@ -180,24 +183,25 @@ def _owners(connection: sqlite3.Connection) -> None:
 
     connection.execute(
         "ALTER TABLE turns ADD COLUMN checksum BLOB"
-    )  # rows.checksum; NULL = written by version 2 or before
+    )  # encoding.checksum; NULL = written by version 2 or before
 
     connection.execute(
         "CREATE TABLE erasures (id INTEGER PRIMARY KEY, requested_s REAL NOT NULL)"
-    )  # of what, is not kept
-    connection.execute("CREATE TABLE probe (filler BLOB NOT NULL)")  # written to see whether writing works
+    )  # which conversation it was is not kept
+    # written to find out whether writing works
+    connection.execute("CREATE TABLE probe (filler BLOB NOT NULL)")
 
 
 Migration = Callable[[sqlite3.Connection], None]
-MIGRATIONS: tuple[Migration, ...] = (_create, _answers, _owners)  # the n-th brings version n to n + 1
+MIGRATIONS: tuple[Migration, ...] = (_create, _answers, _owners)  # the n-th migrates version n to n + 1
 
 
 def connect(path: Path | None, busy_timeout_s: float, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection in autocommit mode that may be handed from thread to thread. It never makes a file.
+    """A connection in autocommit mode that any thread may use, one at a time. Never makes a file.
 
     Args:
-        path: the file; None = in memory.
-        busy_timeout_s: how long to wait for a lock that another process holds.
+        path: the file; None for a database in memory.
+        busy_timeout_s: how long to wait for another process's lock.
         read_only: refuse to write.
     """
     name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode=rw"
@@ -206,9 +210,9 @@ def connect(path: Path | None, busy_timeout_s: float, *, read_only: bool = False
     )
     connection.execute(f"PRAGMA busy_timeout = {round(busy_timeout_s * 1000)}")
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA synchronous = FULL")  # a commit returns when it would survive a power loss
+    connection.execute("PRAGMA synchronous = FULL")  # a commit returns only when it survives a power loss
     connection.execute("PRAGMA fullfsync = ON")  # on macOS a plain fsync stops at the drive's cache
-    connection.execute("PRAGMA secure_delete = ON")  # what a user deleted is overwritten, not just unlinked
+    connection.execute("PRAGMA secure_delete = ON")  # overwrites what a user deletes
     if read_only:
         connection.execute("PRAGMA query_only = ON")
     return connection
@@ -217,22 +221,22 @@ def connect(path: Path | None, busy_timeout_s: float, *, read_only: bool = False
 def open_for_writing(
     path: Path | None, busy_timeout_s: float, migrations: Sequence[Migration]
 ) -> sqlite3.Connection:
-    """Open a database, made if it is not there, and bring it up to date.
+    """Open a database, made if it is missing, and migrate it.
 
     Raises:
-        StoreError: it cannot be opened, is not ours, or was written by a newer program.
+        StoreError: it cannot be opened, is not ours, or was written by a newer version.
     """
     name = ":memory:" if path is None else str(path)
     connection: sqlite3.Connection | None = None
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # conversations are their owner's to read
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # only the owner may read conversations
         connection = connect(path, busy_timeout_s)
         connection.execute(
             "BEGIN"
-        )  # one state for all that is looked at: another process may be making the tables right now
-        _check(connection, name, len(migrations))  # before anything is changed, the journal mode included
+        )  # one state for all checks: another process may be making the tables right now
+        _check(connection, name, len(migrations))  # before anything changes, the journal mode included
         connection.execute("ROLLBACK")
         _use_wal(connection, busy_timeout_s)
         _migrate(connection, name, migrations)
@@ -256,14 +260,18 @@ def _check(connection: sqlite3.Connection, name: str, newest: int) -> int:
         )
     if version > newest:
         raise StoreError(
-            f"the conversation store {name} has schema version {version}, this program knows versions up to {newest}:"
+            f"the conversation store {name} has schema version {version}, this program knows versions up to "
+            f"{newest}:"
             " use the newer program that wrote it, or another path"
         )
     return version
 
 
 def _use_wal(connection: sqlite3.Connection, busy_timeout_s: float) -> None:
-    """Let readers read while the writer writes. Two processes may try this at once, and SQLite does not wait here."""
+    """Switch to write-ahead logging, so that readers read while the writer writes.
+
+    Two processes may try this at once, and SQLite does not wait here.
+    """
     deadline_s = time.monotonic() + busy_timeout_s
     while True:
         try:
@@ -276,11 +284,11 @@ def _use_wal(connection: sqlite3.Connection, busy_timeout_s: float) -> None:
 
 
 def _migrate(connection: sqlite3.Connection, name: str, migrations: Sequence[Migration]) -> None:
-    """Run the migrations that are missing, all or none."""
+    """Run the missing migrations, all or none."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         version = _check(connection, name, len(migrations))  # again: another process may have been faster
-        if version < len(migrations):  # (a store that is up to date opens on a full disk, too)
+        if version < len(migrations):  # a store that is up to date opens on a full disk, too
             for migration in migrations[version:]:
                 migration(connection)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")

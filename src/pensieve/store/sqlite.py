@@ -1,7 +1,8 @@
-"""Conversations in one SQLite file. Knows SQLite's ways with connections and files; never what conversations are.
+"""Conversations in one SQLite file.
 
-Readers have connections of their own and never wait for the writer. An in-memory database has a single connection, so
-there the writer's thread reads too.
+Knows SQLite's connections and files; never what conversations are. Readers have connections of their own and
+never wait for the writer. An in-memory database has a single connection, on which the writer's thread reads,
+too.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from pensieve.errors import StoreError, StoreUnavailable
+from pensieve.store.conversation_store import ConversationStore
 from pensieve.store.files import FileGone, StoreFiles
 from pensieve.store.schema import MIGRATIONS, Migration, connect, open_for_writing
-from pensieve.store.sql import SqlStore
-from pensieve.store.writer import Connection, GroupWriter, Job, Kind
+from pensieve.store.writer import GroupWriter, Job, Kind
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 MEMORY = ":memory:"
-REBUILD_BYTES = 256 << 20  # rebuilding takes some 6 s a GB, and nothing is written meanwhile
-CHECKPOINT_S = 0.05  # how long a checkpoint waits, and writers for it, before it is tried again
+REBUILD_BYTES = 256 << 20  # rebuilding takes about 6 s a GB, and nothing is written meanwhile
+CHECKPOINT_S = 0.05  # seconds that a checkpoint waits, and writers for it, before it is tried again
 
 
 def default_path() -> Path:
-    """Where conversations are kept unless the user says otherwise: in their data directory."""
+    """The default file of conversations, in the user's data directory."""
     import platformdirs
 
     return Path(platformdirs.user_data_dir("pensieve", appauthor=False)) / "conversations.db"
@@ -41,11 +42,11 @@ class SqliteLink:
 
     Args:
         connection: as `schema.connect` makes them.
-        files: where it writes; None = in memory.
+        files: the files that it writes; None in memory.
     """
 
     errors: tuple[type[Exception], ...] = (sqlite3.Error, FileGone)
-    lost = False  # there is no connection that could break between a commit and its answer
+    lost = False  # no connection can break between a commit and its answer
 
     def __init__(self, connection: sqlite3.Connection, files: StoreFiles | None) -> None:
         self.connection = connection
@@ -53,7 +54,6 @@ class SqliteLink:
 
     @property
     def in_transaction(self) -> bool:
-        """Whether one is open."""
         return self.connection.in_transaction
 
     def begin(self) -> None:
@@ -62,52 +62,51 @@ class SqliteLink:
         self.connection.execute("BEGIN IMMEDIATE")
 
     def check(self) -> None:
-        """Raise `FileGone` if the files that are written to are not those that the next process would find."""
+        """Raise `FileGone` if the next process would not find the files that this one writes."""
         if self._files is not None:
             self._files.check()
 
     def outcome(self) -> bool | None:
-        """Never asked: `lost` is False."""
+        """Never called: `lost` is False."""
         return None
 
     def kind(self, error: BaseException) -> Kind:
-        """See `Link.kind`."""
         return kind_of(error)
 
     def words(self, error: BaseException) -> str:
-        """See `Link.words`: SQLite's own name no path."""
+        """SQLite's own messages name no path."""
         return str(error).strip() or type(error).__name__
 
     def close(self) -> None:
-        """Close the connection."""
         self.connection.close()
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Whether a failure of SQLite may pass, means a damaged file, or is a mistake of ours."""
+    """Whether a failure of SQLite may pass, means a damaged file, or is our mistake."""
     if isinstance(error, FileGone):
         return "passing"
     if isinstance(
         error, sqlite3.OperationalError
-    ):  # no room, locked, input/output; and words that no UTF-8 decodes
+    ):  # no space, locked, input/output; also text that is not UTF-8
         return "broken" if "UTF-8" in str(error) else "passing"
     return "broken" if type(error) is sqlite3.DatabaseError else "mistake"
 
 
-class SqliteStore(SqlStore[sqlite3.Connection]):
+class SqliteStore(ConversationStore):
     """A `ConversationStore` in a SQLite file.
 
-    Several processes may use the same file; a write waits for the others' for `busy_timeout_s` and then fails.
+    Several processes may use the same file. A write waits for the others for `busy_timeout_s`, then fails.
 
     Args:
-        path: the file, made if it is not there; ":memory:" for a store that ends with this object.
+        path: the file, made if it is missing; ":memory:" for a store that ends with this object.
         busy_timeout_s: how long to wait for another process's lock.
-        rebuild_bytes: `erase` rebuilds a file up to this size, so that nothing of what was deleted is left in it (see `_scrub`).
+        rebuild_bytes: `erase` rebuilds a file up to this size, so that no deleted bytes are left in it (see
+            `_scrub`).
         clock: seconds since the epoch.
         migrations: the schema's history.
 
     Raises:
-        StoreError: the file cannot be opened, is not a conversation store, or is one of a newer program.
+        StoreError: the file cannot be opened, is not a conversation store, or belongs to a newer version.
     """
 
     def __init__(
@@ -127,20 +126,19 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
         connection = open_for_writing(self._path, busy_timeout_s, migrations)
         self._files = None if self._path is None else StoreFiles(self._path)
         self._writer = GroupWriter(SqliteLink(connection, self._files), self._name)
-        self._readers: list[sqlite3.Connection] = []  # idle ones; as many as were ever in use at once
+        self._readers: list[sqlite3.Connection] = []  # idle connections: as many as were ever in use at once
         self._readers_lock = threading.Lock()
         self._closed = False
 
     def close(self) -> None:
-        """See `ConversationStore.close`."""
         super().close()
         with self._readers_lock:
             self._closed = True
             while self._readers:
                 self._readers.pop().close()
 
-    def _read(self, query: Job[Connection, T]) -> T:
-        """Run a query on a connection that nobody else uses meanwhile."""
+    def _read(self, query: Job[T]) -> T:
+        """Run a query on a connection of its own."""
         if self._path is None:
             return self._writer.call(query)
         with self._readers_lock:
@@ -149,7 +147,7 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
             connection = self._readers.pop() if self._readers else None
         try:
             assert self._files is not None
-            self._files.check()  # what another process reads, and the next start, is read here
+            self._files.check()  # reads must see the file that other processes and the next start see
             if connection is None:
                 connection = connect(self._path, self._busy_timeout_s, read_only=True)
             connection.execute("BEGIN")  # all of a query's statements see one state
@@ -173,11 +171,12 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
                 self._readers.append(connection)
 
     def _scrub(self) -> tuple[bool, bool]:
-        """Leave nothing of deleted rows in the file and its log.
+        """Remove the bytes of deleted rows from the file and its log.
 
-        `secure_delete` overwrites rows where they were deleted, but not the copies that SQLite leaves in a page's free space when
-        it moves rows to another page. Rebuilding the file does away with those. The log holds old pages until it is truncated.
-        A file that is too large to be rebuilt is done once its log is truncated, though copies may be left.
+        `secure_delete` overwrites rows where they were deleted, but not the copies that SQLite leaves in a
+        page's free space when it moves rows to another page. Rebuilding the file removes those. The log holds
+        old pages until it is truncated. A file that is too large to be rebuilt counts as done once its log is
+        truncated, though copies may be left.
         """
         if self._path is None:
             return True, True
@@ -185,19 +184,23 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
             may_rebuild = self._path.stat().st_size <= self._rebuild_bytes
             rebuilt = may_rebuild and self._rebuild()
             truncated = self._truncate_log(self._path)
-        except (sqlite3.Error, OSError):  # no connection, or no file: the rows are gone all the same
+        except (sqlite3.Error, OSError):  # no connection, or no file: the rows are deleted anyway
             return False, False
         return truncated and (rebuilt or not may_rebuild), truncated and rebuilt
 
     def _rebuild(self) -> bool:
         try:
             self._writer.call(lambda connection: connection.execute("VACUUM").fetchone(), alone=True)
-        except StoreError:  # another process writes all the time, or there is no room for a second file: the rows are gone all the same
+        # another process keeps writing, or there is no space for a second file: the rows are deleted anyway
+        except StoreError:
             return False
         return True
 
     def _truncate_log(self, path: Path) -> bool:
-        """Bring the log's pages into the file and cut it to nothing, which needs a moment in which nobody reads an older state."""
+        """Bring the log's pages into the file and truncate the log.
+
+        Needs a moment without readers of older states.
+        """
         deadline_s = time.monotonic() + self._busy_timeout_s
         connection = connect(path, CHECKPOINT_S)
         try:

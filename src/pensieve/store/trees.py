@@ -1,4 +1,7 @@
-"""Conversations and their trees of turns in SQL, as steps inside a transaction. Knows tables; never threads, nor which database it is."""
+"""Conversations and their trees of turns in SQL, as steps inside a transaction.
+
+Knows tables; never threads, nor which database it is.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 
 from pensieve.errors import ConversationNotFound, InvalidRequest
 from pensieve.message import ROOT_DIGEST, path_digests
-from pensieve.store import rows
+from pensieve.store import encoding
 from pensieve.store.values import Conversation, Turn
 from pensieve.store.writer import Connection
 
@@ -16,7 +19,7 @@ MAX_ASKED = 500  # digests in one query: each takes two of the values that a sta
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class InsertPoint:
     """Where in a tree a new turn goes."""
 
     conversation: int  # key
@@ -27,21 +30,30 @@ class Place:
 
 
 def get(connection: Connection, namespace: str, id: str) -> Conversation:
-    """A conversation, or `ConversationNotFound`."""
+    """A conversation.
+
+    Raises:
+        ConversationNotFound: there is none of this id.
+    """
     row = None
-    if rows.is_name(namespace) and rows.is_name(id):
+    if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
-            f"SELECT {rows.CONVERSATION} FROM conversations WHERE namespace = ? AND id = ?", (namespace, id)
+            f"SELECT {encoding.CONVERSATION} FROM conversations WHERE namespace = ? AND id = ?",
+            (namespace, id),
         ).fetchone()
     if row is None:
         raise ConversationNotFound(f"there is no conversation {id!r}")
-    return rows.conversation(row)
+    return encoding.conversation(row)
 
 
 def key_of(connection: Connection, namespace: str, id: str) -> int:
-    """A conversation's key, or `ConversationNotFound`."""
+    """A conversation's key.
+
+    Raises:
+        ConversationNotFound: there is none of this id.
+    """
     row = None
-    if rows.is_name(namespace) and rows.is_name(id):
+    if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
             "SELECT key FROM conversations WHERE namespace = ? AND id = ?", (namespace, id)
         ).fetchone()
@@ -51,7 +63,11 @@ def key_of(connection: Connection, namespace: str, id: str) -> int:
 
 
 def insert_conversation(connection: Connection, made: Conversation) -> Conversation:
-    """Add a conversation, or `InvalidRequest` if its id is taken."""
+    """Add a conversation.
+
+    Raises:
+        InvalidRequest: its id is taken.
+    """
     taken = connection.execute(
         "SELECT 1 FROM conversations WHERE namespace = ? AND id = ?", (made.namespace, made.id)
     ).fetchone()
@@ -60,15 +76,15 @@ def insert_conversation(connection: Connection, made: Conversation) -> Conversat
             f"there is a conversation {made.id!r} already: choose another id, or go on with that one"
         )
     connection.execute(
-        f"INSERT INTO conversations ({rows.CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO conversations ({encoding.CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             made.id,
             made.namespace,
             made.leaf,
             made.created_s,
             made.updated_s,
-            rows.title_text(made.title),
-            rows.json_text(made.metadata, "a conversation's metadata"),
+            encoding.title_text(made.title),
+            encoding.json_text(made.metadata, "a conversation's metadata"),
             made.expires_s,
             int(made.pinned),
             made.ttl_s,
@@ -78,21 +94,29 @@ def insert_conversation(connection: Connection, made: Conversation) -> Conversat
 
 
 def get_turn(connection: Connection, namespace: str, turn_id: str) -> Turn:
-    """A turn, or `ConversationNotFound`."""
+    """A turn.
+
+    Raises:
+        ConversationNotFound: there is none of this id.
+    """
     row = None
-    if rows.is_name(namespace) and rows.is_name(turn_id):
+    if encoding.is_name(namespace) and encoding.is_name(turn_id):
         row = connection.execute(
-            f"SELECT {rows.TURN} FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)
+            f"SELECT {encoding.TURN} FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)
         ).fetchone()
     if row is None:
         raise ConversationNotFound(f"there is no turn {turn_id!r} in any conversation here")
-    return rows.turn(row)
+    return encoding.turn(row)
 
 
 def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[str, int, bytes]:
-    """The root of a turn's tree, and the number of tokens and the digest of its path; or `ConversationNotFound`."""
+    """The root of a turn's tree, and the number of tokens and the digest of its path.
+
+    Raises:
+        ConversationNotFound: there is no such turn.
+    """
     row = None
-    if rows.is_name(namespace) and rows.is_name(turn_id):
+    if encoding.is_name(namespace) and encoding.is_name(turn_id):
         row = connection.execute(
             "SELECT root, stop, digest FROM turns WHERE id = ? AND namespace = ?", (turn_id, namespace)
         ).fetchone()
@@ -101,15 +125,20 @@ def check_turn(connection: Connection, namespace: str, turn_id: str) -> tuple[st
     return str(row[0]), int(row[1]), bytes(row[2])
 
 
-def place(
+def insert_point(
     connection: Connection,
     namespace: str,
     conversation: int,
     parent: str | None,
     start: int | None,
     turn_id: str,
-) -> Place:
-    """Where a turn behind `parent` goes; `ConversationNotFound` or `InvalidRequest` if it cannot."""
+) -> InsertPoint:
+    """Where a turn after `parent` goes.
+
+    Raises:
+        ConversationNotFound: there is no such parent.
+        InvalidRequest: `start` is out of range.
+    """
     root, parent_stop, digest = (
         (turn_id, 0, ROOT_DIGEST) if parent is None else check_turn(connection, namespace, parent)
     )
@@ -118,22 +147,22 @@ def place(
         raise InvalidRequest(
             f"a turn's start must lie in [0, {parent_stop}], the tokens of its parent's path, got {start}"
         )
-    return Place(conversation, parent, root, begins, digest)
+    return InsertPoint(conversation, parent, root, begins, digest)
 
 
 def insert_turn(
     connection: Connection,
     namespace: str,
-    at: Place,
+    at: InsertPoint,
     turn_id: str,
-    content: rows.Content,
+    content: encoding.Content,
     reply_reason: str | None,
     created_s: float,
 ) -> Turn:
-    """Add a turn. No conversation's leaf moves."""
+    """Add a turn; leaves stay where they are."""
     digest = path_digests(content.messages, at.digest)[-1] if content.messages else at.digest
     stop = at.start + len(content.token_ids)
-    checksum = rows.checksum(
+    checksum = encoding.checksum(
         turn_id,
         at.parent,
         at.start,
@@ -144,7 +173,8 @@ def insert_turn(
         content.meta_text,
     )
     connection.execute(
-        f"INSERT INTO turns ({rows.TURN}, namespace, owner, root) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO turns ({encoding.TURN}, namespace, owner, root) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             *(
                 turn_id,
@@ -175,7 +205,7 @@ def insert_turn(
 
 
 def set_leaf(connection: Connection, conversation: int, turn_id: str | None, now_s: float) -> None:
-    """Let a conversation end with a turn, which is a use of it."""
+    """Make a turn a conversation's leaf, which counts as a use."""
     connection.execute(
         "UPDATE conversations SET leaf = ?, updated_s = ? WHERE key = ?", (turn_id, now_s, conversation)
     )
@@ -183,7 +213,7 @@ def set_leaf(connection: Connection, conversation: int, turn_id: str | None, now
 
 
 def touch(connection: Connection, conversation: int, now_s: float) -> None:
-    """A conversation is used: its time to live, if it has one, begins anew."""
+    """Note a use of a conversation: its time to live, if it has one, restarts."""
     connection.execute(
         "UPDATE conversations SET expires_s = ? + ttl_s WHERE key = ? AND ttl_s IS NOT NULL",
         (now_s, conversation),
@@ -191,7 +221,7 @@ def touch(connection: Connection, conversation: int, now_s: float) -> None:
 
 
 def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]:
-    """The turns from the root to this one, each checked to be what was written."""
+    """The turns from the root to this one, each with its checksum verified."""
     check_turn(connection, namespace, turn_id)
     found = connection.execute(
         f"""
@@ -199,16 +229,17 @@ def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]
             SELECT id, parent, 0 FROM turns WHERE id = ?
             UNION ALL SELECT turns.id, turns.parent, height + 1 FROM turns JOIN up ON turns.id = up.parent
         )
-        SELECT {rows.columns(rows.TURN, "turns")} FROM up JOIN turns ON turns.id = up.id ORDER BY height DESC
+        SELECT {encoding.columns(encoding.TURN, "turns")} FROM up
+        JOIN turns ON turns.id = up.id ORDER BY height DESC
         """,
         (turn_id,),
     )
     turns, digest = [], ROOT_DIGEST
     for row in found:
-        turn = rows.turn(row)
+        turn = encoding.turn(row)
         digest = path_digests(turn.messages, digest)[-1] if turn.messages else digest
         if turn.digest != digest:
-            raise rows.damaged(turn.id, "the messages of its path have another hash")
+            raise encoding.damaged(turn.id, "the messages of its path have another hash")
         turns.append(turn)
     return turns
 
@@ -216,9 +247,10 @@ def path(connection: Connection, namespace: str, turn_id: str) -> Sequence[Turn]
 def home(connection: Connection, namespace: str, turn_id: str) -> str | None:
     """The conversation that has a turn."""
     row = None
-    if rows.is_name(namespace) and rows.is_name(turn_id):
+    if encoding.is_name(namespace) and encoding.is_name(turn_id):
         row = connection.execute(
-            "SELECT conversations.id FROM turns JOIN conversations ON conversations.key = turns.owner WHERE turns.id = ? AND turns.namespace = ?",
+            "SELECT conversations.id FROM turns JOIN conversations ON conversations.key = turns.owner WHERE "
+            "turns.id = ? AND turns.namespace = ?",
             (turn_id, namespace),
         ).fetchone()
     return None if row is None else str(row[0])
@@ -226,18 +258,22 @@ def home(connection: Connection, namespace: str, turn_id: str) -> str | None:
 
 def leaves(connection: Connection, namespace: str, turn_id: str) -> Sequence[Conversation]:
     """The conversations that end with a turn."""
-    if not (rows.is_name(namespace) and rows.is_name(turn_id)):
+    if not (encoding.is_name(namespace) and encoding.is_name(turn_id)):
         return []
     found = connection.execute(
-        f"SELECT {rows.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? ORDER BY updated_s DESC, key DESC",
+        f"SELECT {encoding.CONVERSATION} FROM conversations WHERE leaf = ? AND namespace = ? "
+        "ORDER BY updated_s DESC, key DESC",
         (turn_id, namespace),
     )
-    return [rows.conversation(row) for row in found]
+    return [encoding.conversation(row) for row in found]
 
 
 def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tuple[int, Turn] | None:
-    """The longest part of a history that a turn ends with. Its end is looked at first: most histories are known but for the last message."""
-    if not rows.is_name(namespace):
+    """The longest beginning of a history that a turn ends with.
+
+    Searches from its end: most histories are known except for the last message.
+    """
+    if not encoding.is_name(namespace):
         return None
     for stop in range(len(digests), 0, -MAX_ASKED):
         asked = {
@@ -249,7 +285,8 @@ def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tu
             f"""
             WITH asked (number, digest) AS (VALUES {values})
             SELECT number, digest FROM asked
-            WHERE EXISTS (SELECT 1 FROM turns WHERE turns.namespace = ? AND turns.digest = asked.digest) ORDER BY number DESC LIMIT 1
+            WHERE EXISTS (SELECT 1 FROM turns WHERE turns.namespace = ? AND turns.digest = asked.digest)
+            ORDER BY number DESC LIMIT 1
             """,
             (*(value for digest, index in asked.items() for value in (index, digest)), namespace),
         ).fetchone()
@@ -259,25 +296,30 @@ def find(connection: Connection, namespace: str, digests: Sequence[bytes]) -> tu
 
 
 def _best(connection: Connection, namespace: str, digest: bytes) -> Turn:
-    """Of the turns with this digest a leaf, then the newest. Each query walks an index from the newest on and stops at the first."""
+    """Of the turns with this digest, the newest that is a leaf, or else the newest.
+
+    Each query walks an index from the newest turn on and stops at the first hit.
+    """
     for condition in ("AND EXISTS (SELECT 1 FROM conversations WHERE conversations.leaf = turns.id)", ""):
         row = connection.execute(
-            f"SELECT {rows.TURN} FROM turns WHERE namespace = ? AND digest = ? {condition} ORDER BY created_s DESC LIMIT 1",
+            f"SELECT {encoding.TURN} FROM turns WHERE namespace = ? AND digest = ? {condition} ORDER BY "
+            "created_s DESC LIMIT 1",
             (namespace, digest),
         ).fetchone()
         if row is not None:
-            return rows.turn(row)
+            return encoding.turn(row)
     raise AssertionError("a turn vanished inside a transaction")
 
 
 def delete_unused(connection: Connection, namespace: str, id: str) -> bool:
-    """Delete a conversation without turns and drafts: whether it went."""
+    """Delete a conversation without turns and drafts; returns whether it was deleted."""
     row = None
-    if rows.is_name(namespace) and rows.is_name(id):
+    if encoding.is_name(namespace) and encoding.is_name(id):
         row = connection.execute(
             """
             SELECT key FROM conversations WHERE namespace = ? AND id = ? AND leaf IS NULL
-            AND NOT EXISTS (SELECT 1 FROM turns WHERE owner = key) AND NOT EXISTS (SELECT 1 FROM drafts WHERE conversation = key)
+            AND NOT EXISTS (SELECT 1 FROM turns WHERE owner = key)
+            AND NOT EXISTS (SELECT 1 FROM drafts WHERE conversation = key)
             """,
             (namespace, id),
         ).fetchone()
@@ -288,7 +330,11 @@ def delete_unused(connection: Connection, namespace: str, id: str) -> bool:
 
 
 def delete_conversation(connection: Connection, namespace: str, id: str) -> tuple[int, int]:
-    """Delete a conversation, its drafts and claims, and its turns that nobody else needs: how many, and their bytes with the drafts'."""
+    """Delete a conversation, its drafts and claims, and its turns that no other conversation needs.
+
+    Returns:
+        The number of turns deleted, and their bytes with those of the drafts.
+    """
     key = key_of(connection, namespace, id)
     drafts = "SELECT turn_id FROM drafts WHERE conversation = ?"
     size = _sum(
@@ -324,7 +370,10 @@ def _sum(connection: Connection, sql: str, key: int) -> int:
 
 
 def _heirs(connection: Connection, key: int) -> Sequence[tuple[int, str]]:
-    """Turns of a conversation that others need, each with the first who does: those with turns or drafts below it, or their leaf."""
+    """Turns of a conversation that another one needs, each with the first one that does.
+
+    A conversation needs the turns above its own turns, its drafts and its leaf.
+    """
     return connection.execute(
         """
         WITH RECURSIVE
@@ -332,10 +381,12 @@ def _heirs(connection: Connection, key: int) -> Sequence[tuple[int, str]]:
             users (id, parent, key) AS (
                 SELECT id, parent, owner FROM turns WHERE root IN (SELECT root FROM trees)
                 UNION
-                SELECT turns.id, turns.parent, conversations.key FROM turns JOIN conversations ON conversations.leaf = turns.id
+                SELECT turns.id, turns.parent, conversations.key FROM turns
+                JOIN conversations ON conversations.leaf = turns.id
                 WHERE turns.root IN (SELECT root FROM trees)
                 UNION
-                SELECT turns.id, turns.parent, drafts.conversation FROM turns JOIN drafts ON drafts.parent = turns.id
+                SELECT turns.id, turns.parent, drafts.conversation FROM turns
+                JOIN drafts ON drafts.parent = turns.id
                 WHERE turns.root IN (SELECT root FROM trees)
             ),
             needed (id, parent, key) AS (
@@ -343,19 +394,20 @@ def _heirs(connection: Connection, key: int) -> Sequence[tuple[int, str]]:
                 UNION
                 SELECT turns.id, turns.parent, needed.key FROM turns JOIN needed ON turns.id = needed.parent
             )
-        SELECT min(needed.key), turns.id FROM needed JOIN turns ON turns.id = needed.id WHERE turns.owner = ? GROUP BY turns.id
+        SELECT min(needed.key), turns.id FROM needed JOIN turns ON turns.id = needed.id
+        WHERE turns.owner = ? GROUP BY turns.id
         """,
         (key, key, key),
     ).fetchall()
 
 
 def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: float) -> bool:
-    """Delete a turn that nothing but its own conversation depends on, or mark it: whether it went."""
+    """Delete a turn that only its own conversation depends on, or mark it; returns whether it was deleted."""
     turn = get_turn(connection, namespace, turn_id)
     (owner,) = connection.execute("SELECT owner FROM turns WHERE id = ?", (turn_id,)).fetchone()
     connection.execute(
         "DELETE FROM claims WHERE turn_id = ?", (turn_id,)
-    )  # a key does not bring back what was deleted
+    )  # a key must not bring back what was deleted
     needed = connection.execute(
         """
         SELECT 1 FROM turns WHERE parent = ?
@@ -375,11 +427,11 @@ def delete_turn(connection: Connection, namespace: str, turn_id: str, now_s: flo
 
 
 def _mark_deleted(connection: Connection, turn: Turn) -> None:
-    meta = rows.json_text({**turn.meta, "deleted": True}, "a turn's meta")
+    meta = encoding.json_text({**turn.meta, "deleted": True}, "a turn's meta")
     messages, blob = connection.execute(
         "SELECT messages, token_ids FROM turns WHERE id = ?", (turn.id,)
     ).fetchone()
-    checksum = rows.checksum(
+    checksum = encoding.checksum(
         turn.id, turn.parent, turn.start, turn.reply_reason, messages, bytes(blob), turn.digest, meta
     )
     connection.execute("UPDATE turns SET meta = ?, checksum = ? WHERE id = ?", (meta, checksum, turn.id))

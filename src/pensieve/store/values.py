@@ -1,4 +1,4 @@
-"""What a store keeps and says: turns, conversations, claims, owners. Knows messages and token ids; never databases."""
+"""The store's values: turns, conversations, claims, owners. Knows messages and token ids; never databases."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from pensieve.message import Message
 
-INTERRUPTED = "interrupted"  # the reply_reason of an answer that a crash cut short
-CLAIM_S = 24 * 3600.0  # how long a claim holds
-LEASE_S = 15.0  # a server that has not renewed its lease for so long is taken for dead
+INTERRUPTED = "interrupted"  # the reply_reason of an answer that a crash interrupted
+CLAIM_S = 24 * 3600.0  # seconds that a claim holds
+LEASE_S = 15.0  # seconds after which a server that has not renewed its lease is taken for dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +17,17 @@ class Turn:
     """One step of a conversation: usually a user's message and the answer. Immutable."""
 
     id: str  # unique in the store; not a credential
-    parent: str | None  # turn id; None = the first of its path
+    parent: str | None  # turn id; None for the first turn of its path
     messages: tuple[Message, ...]  # what this turn added to the chat
     token_ids: tuple[
         int, ...
-    ]  # what this turn added to the token log: its prompt's new ids, then the sampled ones
-    start: int  # position in the path's token log of the first of `token_ids`; what the parent's path has after it is void
-    reply_reason: (
-        str | None
-    )  # why the answer ended, such as "stop" or "length"; None = no answer in this turn
+    ]  # this turn's part of the token log: its prompt's new ids, then the sampled ones
+    # position in the path's token log of the first of `token_ids`; later ids of the parent's path are void
+    start: int
+    # why the answer ended, such as "stop" or "length"; None if the turn has no answer
+    reply_reason: str | None
     created_s: float  # seconds since the epoch
-    digest: bytes  # `chat.extend_digest` over all messages of the path that ends with this turn
+    digest: bytes  # `message.extend_digest` over all messages of the path that ends with this turn
     meta: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
 
     @property
@@ -42,16 +42,16 @@ class Conversation:
 
     id: str  # unique in its namespace; not a credential
     namespace: str
-    leaf: str | None  # id of the newest turn; None = nothing said yet
+    leaf: str | None  # id of the newest turn; None if there is none yet
     created_s: float  # seconds since the epoch
     updated_s: float  # when the leaf last moved, seconds since the epoch
     title: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)  # the caller's, anything JSON can hold
     expires_s: float | None = (
-        None  # when it may be erased, seconds since the epoch: `ttl_s` after its last use; None = never
+        None  # when it may be erased, in seconds since the epoch: `ttl_s` after its last use; None for never
     )
-    pinned: bool = False  # to be kept: does not expire while it is
-    ttl_s: float | None = None  # how long it is kept without a turn that begins or ends; None = for ever
+    pinned: bool = False  # a pinned conversation does not expire
+    ttl_s: float | None = None  # seconds that it is kept after the begin or end of a turn; None for ever
 
     @property
     def key(self) -> str:
@@ -61,13 +61,13 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What an idempotency key stands for."""
+    """The turn that an idempotency key is claimed for."""
 
     turn_id: str  # the turn of the first request with this key
     fingerprint: bytes  # of that request
     fresh: bool  # the key was free: this request is the first
-    stored: bool = False  # the turn is stored, whole: it is the answer
-    owner: str = ""  # the server that answers the first request, while the turn is not stored
+    stored: bool = False  # whether the turn is stored whole, and so is the answer
+    owner: str = ""  # the server that generates the answer, while the turn is not stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +75,20 @@ class Owner:
     """A server that has answers under way in the store."""
 
     id: str  # drawn anew at each start of a server
-    place: str  # where its process runs, as `place.here` writes it
+    process: str  # its process, as `processes.own_process` identifies it
     expires_s: float  # when its lease ends, by the store's clock
-    lapsed: bool  # that time has passed
+    lapsed: bool  # whether that time has passed
 
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What was erased with a conversation."""
+    """The result of erasing a conversation."""
 
-    turns: int  # those that no other conversation's paths run through
+    turns: int  # turns that no other conversation needs
     bytes: int  # of their messages, token ids and meta, and of drafts
-    complete: bool  # nothing of it is left in the store's files; False = not yet (see `overwrite`), or (PostgreSQL) cannot be known
+    # whether nothing of it is left in the store's files; False if bytes are left (see `overwrite`), or if
+    # that is unknown (PostgreSQL)
+    complete: bool
 
 
 def path_tokens(turns: Iterable[Turn]) -> list[int]:

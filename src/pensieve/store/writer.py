@@ -1,7 +1,9 @@
-"""One thread that writes to a database, many jobs a transaction. Knows links and jobs; never conversations, nor which database it is.
+"""One thread that writes to a database, many jobs in a transaction.
 
-A durable commit costs a flush of the disk, milliseconds, however much it holds. So all jobs that wait when the writer
-is free go into one transaction, and their futures resolve together when it is durable.
+Knows links and jobs; never conversations, nor which database it is.
+
+A durable commit costs a flush of the disk, milliseconds, whatever its size. So all jobs that wait when the
+writer is free go into one transaction, and their futures resolve together when it is durable.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pensieve.errors import StoreError, StoreUnavailable
 
@@ -23,11 +25,11 @@ T = TypeVar("T")
 Kind = Literal["passing", "broken", "mistake"]
 
 MAX_GROUP = 256  # jobs in one transaction
-STUCK_S = 10.0  # a write that takes longer is told as trouble
+STUCK_S = 10.0  # seconds; a longer write is reported as trouble
 
 
-class Rows(Protocol):
-    """What a statement gave."""
+class Cursor(Protocol):
+    """The result of a statement."""
 
     def fetchone(self) -> Any:
         """The next row, or None."""
@@ -41,60 +43,66 @@ class Rows(Protocol):
 
 
 class Connection(Protocol):
-    """What a job is given: something that runs SQL with `?` for values."""
+    """Runs SQL with `?` for values."""
 
-    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Rows:
+    def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement."""
         ...
 
 
-C = TypeVar("C", bound=Connection)
-C_co = TypeVar("C_co", bound=Connection, covariant=True)
-Job = Callable[[C], T]
+Job = Callable[[Connection], T]
 
 
-class Link(Protocol[C_co]):
-    """A connection in autocommit mode and how its database goes about transactions. Used by one thread at a time."""
+class Link(Protocol):
+    """A connection in autocommit mode, with its database's transactions. For one thread at a time."""
 
-    errors: tuple[type[Exception], ...]  # what the database raises
+    errors: tuple[type[Exception], ...]  # the exceptions that the database raises
 
     @property
-    def connection(self) -> C_co:
-        """What jobs are given."""
+    def connection(self) -> Connection:
+        """The connection, for jobs."""
         ...
 
     @property
     def in_transaction(self) -> bool:
-        """Whether one is open. A database may end it by itself, on a full disk for instance."""
+        """Whether a transaction is open. A database may end it by itself, for instance on a full disk."""
         ...
 
     @property
     def lost(self) -> bool:
-        """Whether the connection is gone: then nobody knows what became of a commit that was under way."""
+        """Whether the connection is lost: the outcome of a commit under way is unknown then."""
         ...
 
     def begin(self) -> None:
-        """Begin a transaction that no other writer of any process runs beside; connect anew if the connection was lost."""
+        """Begin a transaction that no other writer of any process runs beside.
+
+        Reconnects if the connection was lost.
+        """
         ...
 
     def check(self) -> None:
-        """Raise one of `errors` if what is written now would not be found afterwards: the file has no name any more, for instance."""
+        """Raise one of `errors` if what is written now would be lost, as in a deleted file."""
         ...
 
     def outcome(self) -> bool | None:
-        """What became of the commit under which the connection was lost: True = it is durable, False = nothing of it is, None = unknown."""
+        """The outcome of the commit under which the connection was lost.
+
+        True if it is durable, False if nothing of it is stored, None if that is unknown.
+        """
         ...
 
     def kind(self, error: BaseException) -> Kind:
-        """What a failure is: one that may pass (no room, a lock, no connection), a broken database, or a mistake of a job."""
+        """The kind of a failure: may pass (no space, a lock, no connection), a broken database, or a job's
+        mistake.
+        """
         ...
 
     def words(self, error: BaseException) -> str:
-        """A failure in words that name no path, host or user: clients are told them."""
+        """A failure in words for clients, without path, host or user."""
         ...
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         ...
 
 
@@ -102,43 +110,53 @@ class TransactionLost(Exception):
     """The database ended the transaction under a job."""
 
 
+def failed(error: Exception) -> Future[Any]:
+    """A future that has failed already."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
 @dataclass(frozen=True, slots=True)
 class _Item:
-    job: Job[Any, Any]
+    job: Job[Any]
     future: Future[Any]
     alone: bool  # outside any transaction
 
 
-class GroupWriter(Generic[C]):
+class GroupWriter:
     """Owns the only connection that writes, and the thread that uses it.
 
-    Each job runs in a savepoint: one that raises is undone and fails alone. If the transaction itself cannot be
-    committed, its jobs are tried again one by one, so that only the one at fault fails. If the connection was lost, the database is
-    asked what became of the commit: the jobs have succeeded, or are tried once more, or it is unknown and they fail saying so.
+    Each job runs in a savepoint: one that raises is undone and fails alone. If the transaction itself cannot
+    be committed, its jobs are tried again one by one, so that only the faulty one fails. If the connection
+    was lost, the database is asked for the commit's outcome: the jobs have succeeded, or are tried once more,
+    or the outcome is unknown and they fail saying so.
 
     Args:
         link: closed by `close`.
-        name: what the log calls the database, its path for instance.
+        name: the database's name in the log, such as its path.
     """
 
-    def __init__(self, link: Link[C], name: str) -> None:
+    def __init__(self, link: Link, name: str) -> None:
         self._link = link
         self._name = name
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # so that no job is queued behind the end mark
+        self._gate = threading.Lock()  # no job may be queued behind the end mark
         self._closed = False
-        self._trouble: str | None = None  # the last failure of the storage, until a probe succeeds
-        self._busy_since_s: float | None = None  # monotonic
+        # the last failure of the storage, until a probe succeeds; None if there is none
+        self._trouble: str | None = None
+        self._busy_since_s: float | None = None  # monotonic; None while the thread is idle
         self._thread = threading.Thread(target=self._loop, name="conversation-store", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job[C, T], *, alone: bool = False) -> Future[T]:
+    def submit(self, job: Job[T], *, alone: bool = False) -> Future[T]:
         """Queue a job; its future has the job's result once that is durable.
 
-        A job may run more than once, each time from the same state, and must touch nothing but the connection.
+        A job may run more than once, each time from the same state, and must touch nothing but the
+        connection.
 
         Args:
-            job: is given the connection.
+            job: takes the connection.
             alone: run it outside any transaction, once.
         """
         future: Future[T] = Future()
@@ -149,8 +167,8 @@ class GroupWriter(Generic[C]):
                 self._queue.put(_Item(job, future, alone))
         return future
 
-    def call(self, job: Job[C, T], *, alone: bool = False) -> T:
-        """Run a job and wait for it. From the writer's own thread (a future's callback) it runs at once."""
+    def call(self, job: Job[T], *, alone: bool = False) -> T:
+        """Run a job and wait for it. On the writer's own thread (in a future's callback) it runs at once."""
         if threading.current_thread() is not self._thread:
             return self.submit(job, alone=alone).result()
         future: Future[T] = Future()
@@ -158,21 +176,27 @@ class GroupWriter(Generic[C]):
         return future.result()
 
     def trouble(self) -> str | None:
-        """Why the next job would fail, in a sentence: the storage failed and no `probe` succeeded since, or a write does not end. None = nothing known."""
+        """Why the next job would fail, in a sentence; None if no trouble is known.
+
+        There is trouble if the storage failed and no `probe` has succeeded since, or if a write does not end.
+        """
         since_s = self._busy_since_s
         if since_s is not None and (busy_s := time.monotonic() - since_s) > STUCK_S:
             return f"the conversation store has not ended a write for {busy_s:.0f} s"
         return self._trouble
 
-    def probe(self, job: Job[C, object]) -> None:
-        """Run a job that shows whether the storage works: trouble ends with it."""
+    def probe(self, job: Job[object]) -> None:
+        """Run a job that finds out whether the storage works; if it succeeds, the trouble is over."""
         self.call(job)
         if self._trouble is not None:
             log.info("the conversation store %s works again", self._name)
         self._trouble = None
 
     def close(self) -> None:
-        """Run what is queued, then close the connection. May be called again; not from a future's callback."""
+        """Run what is queued, then close the connection.
+
+        May be called again, but not from a future's callback.
+        """
         with self._gate:
             if not self._closed:
                 self._closed = True
@@ -188,12 +212,12 @@ class GroupWriter(Generic[C]):
                 items.append(self._queue.get())
             open_ = items[-1] is not None
             for group in _groups(item for item in items if item is not None):
-                # a job that was cancelled while it waited is left out
+                # without jobs that were cancelled while they waited
                 self._run_safely([item for item in group if item.future.set_running_or_notify_cancel()])
         self._link.close()
 
     def _run_safely(self, group: list[_Item]) -> None:
-        """Run a group whatever happens: no future may wait for a thread that died."""
+        """Run a group and resolve its futures whatever happens: the thread must not die."""
         self._busy_since_s = time.monotonic()
         try:
             if group and group[0].alone:
@@ -219,7 +243,7 @@ class GroupWriter(Generic[C]):
     def _run(self, group: list[_Item], again: bool = True) -> None:
         """Run a group in one transaction and resolve its futures; if that fails, in one transaction each.
 
-        `again`: if the connection is lost, and nothing of the group was stored, try it once more.
+        `again`: try once more if the connection is lost and nothing of the group was stored.
         """
         if not group:
             return
@@ -227,7 +251,8 @@ class GroupWriter(Generic[C]):
             self._link.begin()
         except (
             self._link.errors
-        ) as error:  # locked by another process, or no connection: no job is at fault, and waiting was done
+            # locked by another process, or no connection: no job is at fault, and we have waited already
+        ) as error:
             self._roll_back()
             self._fail(group, error)
             return
@@ -254,7 +279,7 @@ class GroupWriter(Generic[C]):
     def _after_failure(
         self, group: list[_Item], error: Exception, lost: bool, *, unknown: bool, again: bool
     ) -> None:
-        """A transaction failed: try its jobs again, or fail them."""
+        """Try a failed transaction's jobs again, or fail them."""
         if lost and again and not unknown:
             self._run(group, again=False)
         elif lost or len(group) == 1:
@@ -267,14 +292,17 @@ class GroupWriter(Generic[C]):
         for item in group:
             item.future.set_exception(self._failure(error, unknown))
 
-    def _run_one(self, job: Job[C, Any]) -> tuple[Any, Exception | None]:
-        """One job in its savepoint: its result or its failure. Raises only if the whole transaction is lost."""
+    def _run_one(self, job: Job[Any]) -> tuple[Any, Exception | None]:
+        """Run one job in its savepoint; returns its result or its failure.
+
+        Raises only if the whole transaction is lost.
+        """
         connection = self._link.connection
         connection.execute("SAVEPOINT job")
         try:
             result = job(connection)
         except Exception as error:
-            if not self._link.in_transaction:  # a full disk makes SQLite undo everything
+            if not self._link.in_transaction:  # a full disk makes SQLite undo the whole transaction
                 raise TransactionLost(str(error)) from error
             connection.execute("ROLLBACK TO job")
             connection.execute("RELEASE job")
@@ -287,7 +315,7 @@ class GroupWriter(Generic[C]):
             self._link.connection.execute("ROLLBACK")
 
     def _failure(self, error: BaseException, unknown: bool = False) -> StoreError:
-        """What a job's caller is told of a failure of the storage; the log has the details."""
+        """The error for a job's caller after a failure of the storage; the log has the details."""
         if isinstance(error, TransactionLost) and error.__cause__ is not None:
             error = error.__cause__
         outcome = (

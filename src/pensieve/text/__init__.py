@@ -1,11 +1,13 @@
-"""Text in and out of models: tokenizer, chat template, incremental detokeniser, stop strings, tool calls, reasoning.
+"""Text in and out of models.
 
-Knows text and token ids; never weights, caches or conversations on disk. Importing it loads no library: transformers
-is imported when a tokenizer is.
+Tokenizer, chat template, incremental detokeniser, stop strings, tool calls, reasoning.
+
+Knows text and token ids; never weights, caches or conversations on disk. Importing it loads no library:
+transformers is imported when a tokenizer is.
 """
 
 from pensieve.message import ROLES, Message, ToolCall
-from pensieve.text.chat import ChatText, Extension
+from pensieve.text.chat_text import ChatText
 from pensieve.text.detokenize import Detokenizer
 from pensieve.text.jobs import (
     DecodeIds,
@@ -20,6 +22,7 @@ from pensieve.text.jobs import (
     check_length,
 )
 from pensieve.text.overflow import Truncated, newest, size_of, surely_exceed, truncate
+from pensieve.text.prompt_writer import Extension
 from pensieve.text.reasoning import ReasoningDelta, ReasoningSplitter
 from pensieve.text.stop import StopStrings, keep_tokens
 from pensieve.text.template import read_template

@@ -1,4 +1,7 @@
-"""Reads one tool call while it arrives. Knows a call's JSON and the tools' names; never markers around calls, or what stands between them."""
+"""Parses one tool call while it arrives.
+
+Knows a call's JSON and the tools' names; never the markers around calls, or the text between them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _BEHIND_NAME = re.compile(r"\[CALL_ID\]\w{0,64}(\[A?R?G?S?\]?)?")
 
 
 class Verdict(enum.Enum):
-    """What a character made of a call."""
+    """The parser's state after a character."""
 
     MORE = "taken; more is to come"
     DONE = "taken; the call is complete"
@@ -25,11 +28,12 @@ class Verdict(enum.Enum):
 
 
 class CallBody(ABC):
-    """One call on its way.
+    """One call, parsed while it arrives.
 
     Attributes:
-        name: the function's; None until the call has begun. It begins when the name of a known tool and the
-            beginning of its arguments are there, or, if it does not stream, when it is whole and valid.
+        name: the function's; None until the call has begun. A call begins once the name of a known tool and
+            the first character of its arguments are there. A call that does not stream begins when it is
+            complete and valid.
     """
 
     def __init__(self, names: Collection[str], streams: bool) -> None:
@@ -44,10 +48,10 @@ class CallBody(ABC):
 
     @abstractmethod
     def stop(self) -> Verdict:
-        """The answer ended: DONE_BEFORE, REFUSED or BROKEN."""
+        """End the answer here: DONE_BEFORE, REFUSED or BROKEN."""
 
     def take(self) -> str:
-        """The arguments' text that has come since the last time."""
+        """The arguments' text since the last call of `take`."""
         text, self._ready = "".join(self._ready), []
         return text
 
@@ -57,18 +61,19 @@ class CallBody(ABC):
 
 
 class ObjectBody(CallBody):
-    """A call of the form `{"name": "f", "arguments": {}}`, members in any order; `parameters` is another word for `arguments`."""
+    """A call of the form `{"name": "f", "arguments": {}}`, with members in any order.
+
+    `parameters` is accepted for `arguments`.
+    """
 
     def __init__(self, names: Collection[str], streams: bool, needs_arguments: bool) -> None:
-        """Without `needs_arguments`, a call that has none is one of a function without parameters."""
+        """Without `needs_arguments`, a call may lack arguments: its function takes no parameters."""
         super().__init__(names, streams)
         self._needs_arguments = needs_arguments
         self._scanner = MemberScanner()
         self._known: str | None = None
-        self._max_name = 2 + 12 * max(
-            map(len, names), default=0
-        )  # characters, when each is written as two escapes
-        self._in_arguments = False  # of the begun call
+        self._max_name = 2 + 12 * max(map(len, names), default=0)  # characters, each written as two escapes
+        self._in_arguments = False  # of the call that has begun
 
     def push(self, char: str) -> Verdict:
         """Take the next character."""
@@ -92,7 +97,7 @@ class ObjectBody(CallBody):
         return Verdict.MORE
 
     def stop(self) -> Verdict:
-        """The object goes no further. If only its last bracket is missing, it is a call nevertheless."""
+        """End the object here. It is still a call if only its last bracket is missing."""
         if self._in_arguments:
             return Verdict.BROKEN
         if self.name is not None or (
@@ -102,7 +107,7 @@ class ObjectBody(CallBody):
         return Verdict.REFUSED
 
     def _may_be_known(self) -> bool:
-        """Whether the name, as far as it goes, is a known tool's."""
+        """Whether the name so far is the beginning of a known tool's."""
         scanner = self._scanner
         if self._known is not None:
             return True
@@ -127,7 +132,7 @@ class ObjectBody(CallBody):
         return next((self._scanner.members[key] for key in _ARGUMENTS if key in self._scanner.members), None)
 
     def _begin_early(self) -> None:
-        """Begin, if the name is there and an object of arguments has begun."""
+        """Begin the call if its name and the first character of an arguments object are there."""
         if self._known is None:
             return
         arguments, scanner = self._arguments(), self._scanner
@@ -138,13 +143,13 @@ class ObjectBody(CallBody):
             self._in_arguments = True
 
     def _begin_whole(self, text: str) -> bool:
-        """Begin and end with the object's text, if it is a call."""
+        """Begin and end the call with the object's whole text, if it is a call."""
         name, arguments = self._known, self._arguments()
         if name is None or not is_object(text) or (arguments is None and self._needs_arguments):
             return False
         if arguments is None or arguments == "null":
             arguments = "{}"
-        elif arguments[0] == '"':  # some models write the object into a string
+        elif arguments[0] == '"':  # some models write the object as a string
             arguments = str(json.loads(arguments))
         if not is_object(arguments):
             return False
@@ -158,9 +163,9 @@ class NamedBody(CallBody):
     def __init__(self, names: Collection[str], streams: bool) -> None:
         super().__init__(names, streams)
         self._heading = ""
-        self._known: str | None = None  # once the heading is complete
+        self._known: str | None = None  # None until the heading is complete
         self._scanner: ContainerScanner | None = None
-        self._held: list[str] = []  # arguments, if they do not stream
+        self._held: list[str] = []  # arguments so far, if they do not stream
 
     def push(self, char: str) -> Verdict:
         """Take the next character."""
@@ -187,7 +192,7 @@ class NamedBody(CallBody):
         return Verdict.DONE if complete else Verdict.MORE
 
     def stop(self) -> Verdict:
-        """The call goes no further."""
+        """End the call here."""
         return Verdict.REFUSED if self.name is None else Verdict.BROKEN
 
     def _push_heading(self, char: str) -> Verdict:

@@ -1,11 +1,13 @@
-"""Control tokens belong to the template. Knows a tokenizer's vocabulary and rendered text; never messages or logs.
+"""Keeps control tokens for the template: text of a message never becomes one.
 
-A tokenizer finds `<|im_end|>` wherever it stands, also where a user typed it, and so lets a user end their own
-turn and speak as somebody else. Here, control text in a message is swapped for a placeholder before the template
-sees it. After rendering, what still looks like a control token is the template's own. If there were placeholders,
-the text is encoded by a *twin* of the tokenizer in which every control token goes by a secret name: the template's
-are written by that name, and the user's stay what they are, plain text. Text without placeholders is encoded by the
-tokenizer itself, so that ordinary prompts get exactly the ids that they get everywhere else.
+Knows a tokenizer's vocabulary and rendered text; never messages or logs.
+
+A tokenizer finds `<|im_end|>` anywhere, also where a user typed it: a user could end their own turn and speak
+as another role. So control text in a message is replaced by a placeholder before the template sees it. What
+still looks like a control token after rendering is the template's own. If there are placeholders, the text is
+encoded by a *twin* of the tokenizer in which every control token has a secret name: the template's tokens are
+written by that name, and the user's text stays plain text. Text without placeholders is encoded by the
+tokenizer itself, so that ordinary prompts get exactly their usual ids.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from typing import Any
 
 from pensieve.errors import InvalidRequest
 
-# Unassigned by Unicode, for private use. Only the pair (a mark chosen per rendering, an index) is a placeholder.
+# Private-use characters. Only the pair of a mark, chosen for each rendering, and an index is a placeholder.
 FIRST_MARK = 0xF0000
 LAST_MARK = 0xFFFFD
 FIRST_INDEX = 0x100000
 
-# Roles whose words are not the operator's or the model's: for them, tokens like <tool_response> are control tokens too.
+# Roles whose text is neither the operator's nor the model's: tokens like <tool_response> are control tokens
+# there too.
 UNTRUSTED_ROLES = frozenset({"user", "tool"})
 
 
@@ -44,8 +47,9 @@ def unused_marks(texts: Iterable[str], count: int) -> list[str]:
 class ControlGuard:
     """Encodes rendered templates; text that came from messages never becomes a control token.
 
-    Control tokens are the tokenizer's special tokens, in every role, and for untrusted roles also its other added
-    tokens that the template writes (`<think>`, `</tool_response>`). A model's own words may hold the latter.
+    Control tokens are the tokenizer's special tokens, in every role. For untrusted roles they are also the
+    other added tokens that the template writes (`<think>`, `</tool_response>`), which a model's own text may
+    contain.
 
     Args:
         backend: a `tokenizers.Tokenizer`.
@@ -70,12 +74,12 @@ class ControlGuard:
         self._twin_lock = threading.Lock()
 
     def hide(self, text: str, role: str, mark: str) -> str:
-        """A message's text with placeholders for its control tokens; `mark` occurs in no message of the rendering."""
+        """A message's text with placeholders for its control tokens. No message may contain `mark`."""
         pattern = self._untrusted if role in UNTRUSTED_ROLES else self._trusted
         return pattern.sub(lambda match: mark + chr(FIRST_INDEX + self._index[match[0]]), text)
 
     def show(self, rendered: str, mark: str) -> str:
-        """A rendering with the placeholders replaced by what they stand for."""
+        """A rendering with the control text in place of its placeholders."""
         return re.sub(
             re.escape(mark) + "(.)",
             lambda match: self._controls[ord(match[1]) - FIRST_INDEX],
@@ -87,7 +91,7 @@ class ControlGuard:
         """Token ids of a rendering whose messages went through `hide` with the same mark.
 
         Raises:
-            InvalidRequest: it holds placeholders, and this tokenizer has no way to spell control tokens as text.
+            InvalidRequest: it has placeholders, and this tokenizer cannot spell control tokens as text.
         """
         if mark not in rendered:
             return list(self._backend.encode(rendered, add_special_tokens=False).ids)
@@ -96,19 +100,22 @@ class ControlGuard:
         return list(twin.encode(self.show(aliased, mark), add_special_tokens=False).ids)
 
     def prepare(self) -> None:
-        """Make the twin now, if this tokenizer can have one."""
-        with contextlib.suppress(InvalidRequest):  # (said to the requests that need it)
+        """Build the twin now, if this tokenizer can have one."""
+        with contextlib.suppress(InvalidRequest):  # requests that need it get the error
             self._get_twin()
 
     def leading_control(self, text: str) -> tuple[str, int] | None:
-        """The control token that `text` begins with, leading white space aside: its text and id."""
+        """The control token that `text` begins with after white space: its text and id.
+
+        None if there is none.
+        """
         match = self._untrusted.match(text, len(text) - len(text.lstrip()))
         return None if match is None else (match[0], self._backend.token_to_id(match[0]))
 
     def _get_twin(self) -> Any:
         with (
             self._twin_lock
-        ):  # building takes about as long as loading the tokenizer did: once, and only if needed
+        ):  # built only if needed, and once: it takes about as long as loading the tokenizer
             if self._twin is None:
                 self._aliases = [f"\U0010ff00{secrets.token_hex(8)}\U0010ff01" for _ in self._controls]
                 try:
@@ -123,7 +130,8 @@ class ControlGuard:
 
     def _no_twin(self, reason: str) -> InvalidRequest:
         return InvalidRequest(
-            f"a message spells out one of the model's control tokens ({', '.join(self._controls[:4])}, ...), and this tokenizer cannot"
+            f"a message spells out one of the model's control tokens ({', '.join(self._controls[:4])}, ...), "
+            "and this tokenizer cannot"
             f" encode them as plain text ({reason}): write them differently, with a space inside for instance"
         )
 
@@ -140,14 +148,14 @@ class ControlGuard:
             model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        if "merges" in model:  # some vocabularies know how to merge plain text into a control token
+        if "merges" in model:  # some vocabularies merge plain text into a control token
             pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
             model["merges"] = [[left, right] for left, right in pairs if left + right not in names]
         return Tokenizer.from_str(json.dumps(spec))
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the texts, the longest possible; matches nothing if there are none."""
+    """A pattern for any of the texts, the longest first; it matches nothing if there are none."""
     return re.compile(
         "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text) or r"(?!)"
     )

@@ -1,8 +1,10 @@
-"""What is asked of a tokenizer and template, as values that can be sent to another process. Knows text; never processes, stores or requests.
+"""Jobs for a tokenizer and template, as values that can be sent to another process.
 
-A tokenizer keeps Python's interpreter to itself while it works, and a chat template can loop for ever. So nothing of a client's is rendered
-or tokenized where others wait: it is a job for a `TextRunner`. A server's runs jobs in processes of their own (`pensieve.text.workers`), a
-terminal's runs them at once (`InlineRunner`).
+Knows text; never processes, stores or requests.
+
+A tokenizer holds Python's interpreter lock while it works, and a chat template can loop for ever. So a
+client's text is never rendered or tokenized on a shared thread: it is a job for a `TextRunner`. A server runs
+jobs in processes of their own (`pensieve.text.workers`), a terminal runs them at once (`InlineRunner`).
 """
 
 from __future__ import annotations
@@ -16,35 +18,36 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pensieve.errors import ContextLengthExceeded, InvalidRequest, PensieveError
 from pensieve.message import Message, chars_of
-from pensieve.text.chat import ChatText
+from pensieve.text.chat_text import ChatText
 from pensieve.text.overflow import Truncated, size_of, surely_exceed, truncate
 
 log = logging.getLogger(__name__)
 
-MESSAGE_CHARS = 64  # that are tokenized in the time that a template takes to write a message
-SIZED_CHARS = 1 << 17  # of tools; what is longer is as long as this
+MESSAGE_CHARS = 64  # characters that are tokenized in the time in which a template writes a message
+SIZED_CHARS = 1 << 17  # characters of tools; longer ones count as this many
 CONTEXT_HOLDS = "that the context holds: send less"
 T = TypeVar("T")
 Tools = tuple[Mapping[str, object], ...]
 
-# After an overflow the chat is cut to this share of the context, so that the next turns append again instead of cutting (and recomputing) each time.
+# After an overflow the chat is cut to this share of the context, so that the next turns append again instead
+# of cutting, and prefilling anew, each time.
 TRUNCATE_TO = 0.75
 
 
 class TextJob(ABC, Generic[T]):
-    """A question to a tokenizer and template. Pickles, and so does its answer."""
+    """A job for a tokenizer and template. It pickles, and so does its result."""
 
     @property
     @abstractmethod
     def num_chars(self) -> int:
-        """About how many characters have to be rendered and tokenized."""
+        """Roughly the characters to be rendered and tokenized."""
 
     @abstractmethod
     def run(self, text: ChatText) -> T:
-        """The answer.
+        """Run the job and return its result.
 
         Raises:
-            PensieveError: the question has none.
+            PensieveError: the job has no result.
         """
 
 
@@ -52,33 +55,33 @@ def run_job(job: TextJob[T], text: ChatText) -> T:
     """Run a job.
 
     Raises:
-        InvalidRequest: the tokenizer itself fails at this text: the Rust library panics, for one when a search needs too many tries.
+        InvalidRequest: the tokenizer itself fails on this text: the Rust library panics, for example if a
+            search needs too many tries.
         PensieveError: what the job raises.
     """
     try:
         return job.run(text)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # (of a module without a file, and no `Exception`)
+        if type(error).__name__ != "PanicException":  # its module has no file, and it is no `Exception`
             raise
         raise InvalidRequest(f"the model's tokenizer fails at this text: {error}") from None
 
 
 class TextRunner(Protocol):
-    """Who runs jobs."""
+    """Runs jobs."""
 
     def submit(self, job: TextJob[T], tenant: str = "") -> Future[T]:
-        """Run a job for a tenant; cancelling the future ends it. The future fails with a `PensieveError`."""
+        """Run a job for a tenant. Cancelling the future ends it. The future fails with a `PensieveError`."""
         ...
 
 
 class InlineRunner:
-    """Runs each job at once, in the thread that asks: for one user at a time, whose model is trusted."""
+    """Runs each job at once, in the calling thread: for a single user whose model is trusted."""
 
     def __init__(self, text: ChatText) -> None:
         self._text = text
 
     def submit(self, job: TextJob[T], tenant: str = "") -> Future[T]:
-        """See `TextRunner`."""
         future: Future[T] = Future()
         try:
             future.set_result(run_job(job, self._text))
@@ -94,24 +97,18 @@ class InlineRunner:
 
 @dataclass(frozen=True, slots=True)
 class EncodeText(TextJob[tuple[int, ...]]):
-    """The token ids of text that is no chat."""
+    """The token ids of text that is not a chat."""
 
     text: str
-    max_tokens: int | None = None  # more are an error
+    max_tokens: int | None = None  # more raise an error
     add_special_tokens: bool = True
     way_out: str = CONTEXT_HOLDS  # for the error: whose limit it is, and what helps
 
     @property
     def num_chars(self) -> int:
-        """Its length."""
         return len(self.text)
 
     def run(self, text: ChatText) -> tuple[int, ...]:
-        """Its ids.
-
-        Raises:
-            ContextLengthExceeded: they are more than `max_tokens`.
-        """
         if self.max_tokens is not None:
             many = len(self.text) > text.most_chars(self.max_tokens)
             if many or surely_exceed(
@@ -125,23 +122,21 @@ class EncodeText(TextJob[tuple[int, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class EncodeRest(TextJob[tuple[int, ...]]):
-    """The token ids of an answer's last words, where it was cut within a token."""
+    """The token ids of an answer's last text, if it was cut inside a token."""
 
     text: str
 
     @property
     def num_chars(self) -> int:
-        """Its length."""
         return len(self.text)
 
     def run(self, text: ChatText) -> tuple[int, ...]:
-        """Its ids."""
         return tuple(text.encode_text(self.text))
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeChat(TextJob[tuple[int, ...]]):
-    """The token ids of a chat as it would be put before the model."""
+    """The token ids of a chat as the model's prompt."""
 
     messages: tuple[Message, ...]
     max_tokens: int
@@ -150,11 +145,11 @@ class EncodeChat(TextJob[tuple[int, ...]]):
 
     @property
     def num_chars(self) -> int:
-        """Of all messages, and what a template takes to write each."""
+        """The characters of all messages, and the cost of writing each."""
         return chars_of(self.messages) + MESSAGE_CHARS * len(self.messages)
 
     def run(self, text: ChatText) -> tuple[int, ...]:
-        """Their ids.
+        """The ids.
 
         Raises:
             InvalidRequest: the template refuses these messages.
@@ -171,17 +166,16 @@ class EncodeChat(TextJob[tuple[int, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class DecodeIds(TextJob[str]):
-    """The text of token ids, control tokens written out."""
+    """The text of token ids, with control tokens."""
 
     ids: tuple[int, ...]
 
     @property
     def num_chars(self) -> int:
-        """About as many as a token has."""
+        """Roughly as many as a token has."""
         return 4 * len(self.ids)
 
     def run(self, text: ChatText) -> str:
-        """Their text."""
         return text.decode_all(self.ids)
 
 
@@ -189,34 +183,34 @@ class DecodeIds(TextJob[str]):
 class WrittenChat:
     """A turn's prompt."""
 
-    tokens: tuple[int, ...]  # behind those of the log that stay
+    tokens: tuple[int, ...]  # after the tokens of the log that stay
     reused_tokens: int = 0  # leading tokens of the log that stay
     history_tokens: int = 0  # of all tokens, those of earlier turns
-    warning: str | None = None  # the template writes earlier turns differently: a sentence
-    dropped: int = 0  # messages left out because the context is full, oldest first
-    dropped_tokens: int = 0  # how many tokens those have (about, if they are many times the context)
+    warning: str | None = None  # a sentence if the template writes earlier turns differently; None if not
+    dropped: int = 0  # messages left out because the context is full, the oldest first
+    dropped_tokens: int = 0  # tokens of those messages; an estimate if they have many times the context's
 
 
 @dataclass(frozen=True, slots=True)
 class WriteChat(TextJob[WrittenChat]):
-    """Put a turn before the model: append it to its conversation's token log, or write the chat as a whole."""
+    """Write a turn's prompt: append to its conversation's token log, or render the chat as a whole."""
 
-    history: tuple[Message, ...]  # what the log holds
-    new: tuple[Message, ...]  # what follows it
-    log: tuple[int, ...]  # empty: there is none, or it cannot be gone on from
+    history: tuple[Message, ...]  # the messages in the log
+    new: tuple[Message, ...]  # the messages after it
+    log: tuple[int, ...]  # empty if there is none, or if it cannot be continued
     max_context: int
-    answer_tokens: int = 0  # to be left for the answer, when truncating
+    answer_tokens: int = 0  # tokens to leave for the answer, when truncating
     truncating: bool = False
-    left_out: int = 0  # messages in front of `history` that are not even sent here, since they cannot fit
+    left_out: int = 0  # messages before `history` that are not even sent here, since they cannot fit
     left_out_chars: int = 0
-    num_own: int = 0  # of `new`, the newest that the turn itself brings
+    num_own: int = 0  # of `new`, the newest messages, which this turn itself brings
     tools: Tools = ()
-    prefix: str = ""  # what the answer is made to begin with
+    prefix: str = ""  # text that the answer must begin with
     way_out: str = "start with a larger --max-context"
 
     @property
     def num_chars(self) -> int:
-        """The new ones; what the log holds is rendered, but not tokenized."""
+        """The characters of the new messages; those of the log are rendered, but not tokenized."""
         history = chars_of(self.history)
         written = MESSAGE_CHARS * (len(self.history) + len(self.new))
         return (
@@ -236,7 +230,8 @@ class WriteChat(TextJob[WrittenChat]):
         must_fit = _newest_turn(self.new) if self.truncating else self.new
         if text.exceeds(must_fit, self.max_context, self.tools):
             raise ContextLengthExceeded(
-                f"the new messages have more than the {self.max_context} tokens that the context holds: shorten them, or {self.way_out}"
+                f"the new messages have more than the {self.max_context} tokens that the context holds: "
+                f"shorten them, or {self.way_out}"
             )
         whole = (*self.history, *self.new)
         if self.truncating and (self.left_out or text.exceeds(whole, self.max_context, self.tools)):
@@ -256,7 +251,7 @@ class WriteChat(TextJob[WrittenChat]):
         return {"tools": self.tools} if self.tools else {}
 
     def _write(self, text: ChatText) -> tuple[WrittenChat, int]:
-        """Everything, and how many tokens it has."""
+        """The whole chat as a prompt, and its number of tokens."""
         if not (self.log and self.history and self.history[-1].role == "assistant"):
             tokens = text.first([*self.history, *self.new], **self._options())
             return WrittenChat(tuple(tokens)), len(tokens)
@@ -271,9 +266,10 @@ class WriteChat(TextJob[WrittenChat]):
         return len(text.first(messages, add_generation_prompt=False, **self._options())) if messages else 0
 
     def _truncate(self, text: ChatText, num_tokens: int | None) -> WrittenChat | None:
-        """Without the oldest turns, computed anew behind the system prompt; None if none need be left out.
+        """The chat without its oldest turns, rendered anew after the system prompt.
 
-        `num_tokens` is of the whole; None if there are too many to be counted.
+        `num_tokens` is the number of tokens of the whole; None if they are too many to be counted. Returns
+        None if no turn must be left out.
         """
         messages = [*self.history, *self.new]
         room = self.max_context - self.answer_tokens
@@ -281,7 +277,8 @@ class WriteChat(TextJob[WrittenChat]):
         def count(some: Sequence[Message]) -> int:
             if text.exceeds(some, self.max_context, self.tools):
                 raise ContextLengthExceeded(
-                    f"the system prompt and the newest turn alone have more than the {self.max_context} tokens that the context holds:"
+                    f"the system prompt and the newest turn alone have more than the {self.max_context} "
+                    "tokens that the context holds:"
                     f" shorten the message, or {self.way_out}"
                 )
             return len(text.first(some, **self._options()))
@@ -302,7 +299,7 @@ class WriteChat(TextJob[WrittenChat]):
         return WrittenChat(tokens, 0, min(len(tokens), self._count(text, earlier)), None, dropped, gone)
 
     def _num_gone(self, kept: Truncated, num_tokens: int) -> int:
-        """About how many tokens were left out, where counting them would take too long: as many a character as what is kept has."""
+        """Tokens that were left out, estimated from the tokens a character of `kept`."""
         chars = max(1, chars_of(kept.messages))
         return max(
             0,
@@ -314,11 +311,11 @@ class WriteChat(TextJob[WrittenChat]):
         )
 
 
-_TURN_TOKENS = 5  # about what a template writes around a message
+_TURN_TOKENS = 5  # roughly what a template writes around a message
 
 
 def _newest_turn(messages: Sequence[Message]) -> Sequence[Message]:
-    """From the last user's message on: what is never left out."""
+    """The messages from the last user's on: they are never left out."""
     return messages[next((i for i in range(len(messages) - 1, -1, -1) if messages[i].role == "user"), 0) :]
 
 
@@ -329,13 +326,14 @@ def check_length(
 
     Raises:
         ContextLengthExceeded: it has more characters than the context's tokens can hold.
-        InvalidRequest: there is nothing to answer.
+        InvalidRequest: there is no message to answer.
     """
     if not messages:
         raise InvalidRequest("there is nothing to answer: send at least one message")
     size = chars_of(messages) + tools_chars
     if size > max_chars:
         raise ContextLengthExceeded(
-            f"the messages and tools have {size} characters or more, and the {max_context} tokens of the context hold at most {max_chars}:"
+            f"the messages and tools have {size} characters or more, and the {max_context} tokens of the "
+            f"context hold at most {max_chars}:"
             f" shorten them, or {way_out}"
         )

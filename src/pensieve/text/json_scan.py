@@ -1,6 +1,7 @@
-"""Follows JSON while it arrives, character by character. Knows the grammar of brackets and strings; never what the JSON means.
+"""Follows JSON while it arrives, character by character.
 
-Numbers and words inside values are not checked: whoever has the whole text can ask a JSON parser.
+Knows the grammar of brackets and strings; never what the JSON means. Numbers and words inside values are not
+checked: a JSON parser checks the complete text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ _CLOSERS = {"{": "}", "[": "]"}
 
 
 class Malformed(Exception):
-    """The character does not go on the JSON so far; the scanner did not take it."""
+    """The character cannot follow the JSON so far; the scanner did not take it."""
 
 
 class ContainerScanner:
@@ -24,10 +25,10 @@ class ContainerScanner:
         self._escaped = False
 
     def push(self, char: str) -> bool:
-        """Take a character; says whether the container is complete.
+        """Take a character and say whether the container is complete.
 
         Raises:
-            Malformed: a bracket closes another kind.
+            Malformed: a bracket closes one of another kind.
         """
         if self._in_string:
             if self._escaped:
@@ -48,20 +49,20 @@ class ContainerScanner:
 
 
 class MemberScanner:
-    """Follows one object and says what its members are as soon as they are there.
+    """Follows one object and reports its members as soon as they are there.
 
     Attributes:
         text: the object so far.
-        members: of each complete member, the key and the text of the value; the first wins.
-        key: of the member whose value is on its way (None between members).
-        value_start: where in `text` that value begins (None until it does).
-        done: the object is complete.
+        members: key and value text of each complete member; the first of a key wins.
+        key: of the member whose value is arriving; None between members.
+        value_start: where in `text` that value begins; None until it does.
+        done: whether the object is complete.
     """
 
     def __init__(self) -> None:
         self._chars: list[str] = []
-        self._expects = "{"  # or: key, first key, :, value, rest (of a value), comma
-        self._start = 0  # of the key or value on its way
+        self._expects = "{"  # or one of: key, first key, :, value, rest (of a value), comma
+        self._start = 0  # of the key or value that is arriving
         self._escaped = False
         self._container: ContainerScanner | None = None
         self.members: dict[str, str] = {}
@@ -76,23 +77,23 @@ class MemberScanner:
 
     @property
     def value_begin(self) -> str:
-        """The first character of the value on its way; empty if there is none."""
+        """The first character of the value that is arriving; empty if there is none."""
         return "" if self.value_start is None else self._chars[self.value_start]
 
     @property
     def value_length(self) -> int:
-        """Characters that are there of the value on its way."""
+        """Characters so far of the value that is arriving."""
         return 0 if self.value_start is None else len(self._chars) - self.value_start
 
     def partial_value(self) -> str:
-        """What is there of the value on its way."""
+        """The value that is arriving, as far as it goes."""
         return "" if self.value_start is None else "".join(self._chars[self.value_start :])
 
     def push(self, char: str) -> None:
         """Take a character.
 
         Raises:
-            Malformed: no object goes on like that.
+            Malformed: it cannot follow the object so far.
         """
         self._take(char)
         self._chars.append(char)

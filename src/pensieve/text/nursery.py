@@ -1,7 +1,8 @@
-"""Where text workers come from: a process that loads tokenizer and template once and forks a worker in milliseconds.
+"""Makes text workers: a process that loads tokenizer and template once and forks a worker in milliseconds.
 
-Knows processes, sockets and how to load; never jobs or queues. It loads first what the server is going to load itself, within a time and a
-size: a template that loops for ever when it is tried is found out here. Where processes cannot fork (Windows), each worker loads for itself.
+Knows processes, sockets and how to load; never jobs or queues. The process loads what the server is going to
+load, before the server does, within a limit of time and memory: a template that loops for ever is found here.
+Where processes cannot fork (Windows), each worker loads for itself.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
 from pensieve.errors import ModelRefused, PensieveError, error_from
-from pensieve.text.chat import ChatText
+from pensieve.text.chat_text import ChatText
 from pensieve.text.worker_process import HARD_ALARM, TimeLimit, alarms, limit_memory, serve_jobs, set_alarms
 
 log = logging.getLogger(__name__)
 
-LOAD_S = 10.0  # of processor time, to load a tokenizer and try its template
-LOAD_WALL_S = 300.0  # the same on a slow disk and a busy machine
+LOAD_S = 10.0  # seconds of processor time to load a tokenizer and try its template
+LOAD_WALL_S = 300.0  # seconds of real time for the same, on a slow disk and a busy machine
 LOAD_BYTES = 3 << 29
-FORK_S = 60.0  # the first one waits for the tokenizer's twin
+FORK_S = 60.0  # the first fork waits for the tokenizer's twin
 CAN_FORK = hasattr(os, "fork")
 _PR_SET_PDEATHSIG = 1
 
@@ -42,12 +43,12 @@ Load = Callable[[], ChatText]  # pickled; imports what it needs
 class WorkerLimits:
     """What a worker may take."""
 
-    memory_bytes: int  # beyond what it begins with
+    memory_bytes: int  # beyond what it has at its start
     niceness: int = 0
 
 
 class NurseryLost(Exception):
-    """It ended, or does not answer. Another one is needed."""
+    """The nursery's process ended, or does not answer: another one is needed."""
 
 
 class Worker(Protocol):
@@ -57,7 +58,11 @@ class Worker(Protocol):
     pid: int
 
     def end(self) -> int | None:
-        """Make sure that it is over; its exit code (negative: a signal), None if that is not known."""
+        """Make sure that the worker has ended.
+
+        Returns:
+            Its exit code (negative: a signal), or None if that is unknown.
+        """
         ...
 
 
@@ -73,30 +78,30 @@ class Nursery(Protocol):
         ...
 
     def make(self, limits: WorkerLimits) -> Worker:
-        """A fresh worker. For one thread at a time.
+        """Make a fresh worker. One thread may call this at a time.
 
         Raises:
-            NurseryLost: it cannot make any more.
+            NurseryLost: the nursery cannot make workers any more.
         """
         ...
 
     def close(self) -> None:
-        """End it. Workers end when their connections do."""
+        """End the nursery. Workers end when their connections do."""
         ...
 
 
 def new_nursery(prepare: Callable[[], None], load_s: float = LOAD_S) -> Nursery:
-    """One of the kind that this system can have.
+    """The kind of nursery that this system supports.
 
     Args:
-        prepare: pickled; imports what loading needs, before it is asked for.
+        prepare: pickled; imports what loading needs, before loading begins.
         load_s: processor time that loading may take.
     """
     return ForkingNursery(prepare, load_s) if CAN_FORK else SpawningNursery()
 
 
 class ForkingNursery:
-    """A process with the tokenizer in its memory, which forks."""
+    """A process with the tokenizer in its memory, which forks workers."""
 
     def __init__(self, prepare: Callable[[], None], load_s: float = LOAD_S) -> None:
         self._load_s = load_s
@@ -115,11 +120,10 @@ class ForkingNursery:
 
     @property
     def pid(self) -> int | None:
-        """Of the process."""
+        """The process's id."""
         return self._process.pid
 
     def load(self, load: Load) -> None:
-        """See `Nursery`."""
         try:
             self._control.send(("load", (load, self._load_s)))
             outcome = self._receive(LOAD_WALL_S)
@@ -138,7 +142,6 @@ class ForkingNursery:
             raise error_from(*outcome)
 
     def make(self, limits: WorkerLimits) -> Worker:
-        """See `Nursery`."""
         ours, theirs = socket.socketpair()
         try:
             self._control.send(("fork", limits))
@@ -152,16 +155,15 @@ class ForkingNursery:
         return _Forked(ours, pid, self)
 
     def reap(self, pid: int) -> int | None:
-        """End a worker; its exit code."""
+        """End a worker and return its exit code; None if that is unknown."""
         try:
             self._control.send(("end", pid))
             code: int | None = self._receive(FORK_S)
         except (NurseryLost, OSError):
-            return None  # it ends by itself: its connection is closed, or its time runs out
+            return None  # the worker ends by itself: its connection is closed, or its time runs out
         return code
 
     def close(self) -> None:
-        """See `Nursery`."""
         self._control.close()
         self._process.join(1.0)
         if self._process.is_alive():
@@ -190,17 +192,16 @@ class _Forked:
 
 
 class SpawningNursery:
-    """Workers that load for themselves: seconds each, where no process can fork."""
+    """Workers that each load for themselves, which takes seconds: for systems that cannot fork."""
 
     def __init__(self) -> None:
         self._load: Load | None = None
 
     def load(self, load: Load) -> None:
-        """See `Nursery`. Nothing is tried: the first worker tells."""
+        """Load nothing yet: the first worker shows whether loading works."""
         self._load = load
 
     def make(self, limits: WorkerLimits) -> Worker:
-        """See `Nursery`."""
         assert self._load is not None
         ours, theirs = socket.socketpair()
         context = multiprocessing.get_context("spawn")
@@ -214,11 +215,11 @@ class SpawningNursery:
         return _Spawned(ours, process)
 
     def close(self) -> None:
-        """See `Nursery`."""
+        pass
 
 
 class _Spawned:
-    """A worker with a process object of its own."""
+    """A worker that was started as a process of its own."""
 
     def __init__(self, connection: socket.socket, process: SpawnProcess) -> None:
         self.connection, self.pid = connection, process.pid or 0
@@ -265,7 +266,8 @@ def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
         control.send(
             (
                 ModelRefused.code,
-                f"the model cannot be used: {error.what} takes more than {load_s:g} s of processor time to be tried",
+                f"the model cannot be used: {error.what} takes more than {load_s:g} s of processor time to "
+                "be tried",
             )
         )
         return None
@@ -276,7 +278,8 @@ def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
         control.send(
             (
                 ModelRefused.code,
-                f"the model's tokenizer or chat template takes more than {LOAD_BYTES >> 20} MiB of memory to load",
+                f"the model's tokenizer or chat template takes more than {LOAD_BYTES >> 20} MiB of memory to "
+                "load",
             )
         )
         return None
@@ -288,9 +291,9 @@ def _load(control: Connection, load: Load, load_s: float) -> ChatText | None:
         return None
     control.send(None)
     with alarms(load_s):
-        text.prepare_twin()  # (while the server loads the same)
+        text.prepare_twin()  # while the server loads the same
     gc.collect()
-    gc.freeze()  # what is there stays, so that the workers' collectors do not copy its pages
+    gc.freeze()  # what is loaded stays: the workers' collectors must not copy its pages
     return text
 
 
@@ -303,7 +306,7 @@ def _fork(control: Connection, limits: WorkerLimits, text: ChatText) -> None:
             serve_jobs(socket.socket(fileno=handle), text, limits.memory_bytes, limits.niceness)
             os._exit(0)
         finally:
-            os._exit(1)  # (what a fork raises must not reach what its parent was doing)
+            os._exit(1)  # an exception of a fork must not reach its parent's code
     os.close(handle)
     control.send(pid)
 
@@ -312,7 +315,7 @@ def _end(pid: int) -> int | None:
     try:
         done, status = os.waitpid(pid, os.WNOHANG)
         if not done:
-            os.kill(pid, signal.SIGKILL)  # (a child that was not waited for: no other process has its number)
+            os.kill(pid, signal.SIGKILL)  # a child that was not waited for: no other process has its id
             _, status = os.waitpid(pid, 0)
     except ChildProcessError:
         return None
@@ -328,11 +331,11 @@ def _run_spawned(connection: socket.socket, load: Load, limits: WorkerLimits) ->
 
 
 def _settle_in(parent_pid: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads would not live through a fork
-    os.environ["RUST_BACKTRACE"] = "0"  # a tokenizer that fails at a text fails again at the next
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
+    os.environ["RUST_BACKTRACE"] = "0"  # a tokenizer that fails on a text fails again on the next
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to the whole group; when to end is the parent's decision
+    )  # Ctrl-C reaches the whole group; the parent decides when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,7 +1,9 @@
-"""A chat that outgrew its context: whether it did, and which messages to leave out. Knows messages and a way to count; never tokens themselves.
+"""Finds out whether a chat outgrew its context, and which messages to leave out.
 
-Lengths are looked at in three steps, each dearer than the one before: characters (`size_of`, `newest`), the tokens of a beginning
-(`surely_exceed`), all tokens (`truncate`).
+Knows messages and a way to count; never tokens themselves.
+
+Lengths are measured in three steps, each more expensive than the one before: characters (`size_of`,
+`newest`), the tokens of a beginning (`surely_exceed`), all tokens (`truncate`).
 """
 
 from __future__ import annotations
@@ -26,19 +28,21 @@ class Truncated:
 
 
 def surely_exceed(texts: Iterable[str], max_tokens: int, count: Callable[[str], int]) -> bool:
-    """Whether texts have by far more than `max_tokens` tokens, found out in about the time that so many take.
+    """Whether texts have far more than `max_tokens` tokens, in about the time of tokenizing that many.
 
-    Tokenizing 16 MB takes a minute, and to learn that they are too many a look at their beginning is enough. A text is counted piece by
-    piece; a token that a cut goes through is counted as up to `CUT_TOKENS`, which is left out of the sum: no text that fits is refused.
+    Tokenizing 16 MB takes a minute; the beginning is enough to learn that there are too many. Texts are
+    counted piece by piece. A token that a cut splits may count as up to `CUT_TOKENS`, which are left out of
+    the sum: no text that fits is refused.
 
     Args:
-        texts: what is to be put before a model, whatever stands around it.
+        texts: texts of a prompt, whatever is written around them.
         max_tokens: the limit.
-        count: text -> its tokens, nothing added to it.
+        count: gives a text's tokens, with nothing added to it.
     """
     texts = list(texts)
     if sum(map(len, texts)) <= max(FREE_CHARS, FREE_CHARS_PER_TOKEN * max_tokens):
-        return False  # (mostly so; the whole is soon counted then, and whoever does it can say how many they are)
+        # In most cases: the whole is counted soon then, and that count can say how many there are.
+        return False
     num_tokens = 0
     for text in texts:
         for start in range(0, len(text), PIECE_CHARS):
@@ -49,7 +53,10 @@ def surely_exceed(texts: Iterable[str], max_tokens: int, count: Callable[[str], 
 
 
 def size_of(value: object, limit: int) -> int:
-    """Characters of JSON data as it is written at least, one for each value that is no text; looked at until they are more than `limit`."""
+    """The least characters of JSON data when written, with one for each value that is not text.
+
+    Stops counting once they are more than `limit`.
+    """
     size, stack = 0, [value]
     while stack and size <= limit:
         item = stack.pop()
@@ -63,7 +70,10 @@ def size_of(value: object, limit: int) -> int:
 
 
 def newest(messages: Sequence[Message], max_chars: int) -> Truncated:
-    """Leave out the oldest turns until the rest has at most `max_chars` characters; what `truncate` keeps stays, however long it is."""
+    """Leave out the oldest turns until the rest has at most `max_chars` characters.
+
+    What `truncate` always keeps stays, however long it is.
+    """
     head, cuts = _cuts(messages)
     size, start = chars_of(messages[:head]), len(messages)
     kept = cuts[-1]
@@ -84,16 +94,16 @@ def truncate(
 ) -> Truncated:
     """Leave out the oldest turns until the rest fits.
 
-    A turn is a user message and everything up to the next one, and goes as a whole, so that no answer is left
-    without its question. The system messages at the beginning stay, and so does the newest turn.
+    A turn is a user message and everything up to the next one. It is left out as a whole, so that no answer
+    stays without its question. The system messages at the beginning and the newest turn always stay.
 
     Args:
         messages: the chat, oldest first.
-        max_tokens: the most tokens that `count` may say.
-        count: messages -> tokens of their rendering; must not grow when a turn is left out. Raises `ContextLengthExceeded` of
-            what surely has too many.
-        way_out: what would make room for more, for the error message.
-        weigh: about how many tokens one message has; what is to be left out is then found in a few counts, however long the chat is.
+        max_tokens: the most tokens that `count` may give.
+        count: gives the tokens of the messages' rendering; must not grow when a turn is left out. Raises
+            `ContextLengthExceeded` for messages that surely have too many.
+        way_out: for the error message: what would make room.
+        weigh: gives roughly a message's tokens; with it a few counts are enough, however long the chat is.
 
     Raises:
         ContextLengthExceeded: not even the system messages and the newest turn fit.
@@ -109,11 +119,12 @@ def truncate(
         except ContextLengthExceeded:
             return False
 
-    low, high = 0, len(cuts) - 1  # the answer lies in [low, high], if there is one
+    low, high = 0, len(cuts) - 1  # the first cut that fits is in [low, high], if there is one
     smallest = count(without(cuts[high]))
     if smallest > max_tokens:
         raise ContextLengthExceeded(
-            f"the system prompt and the newest turn alone have {smallest} tokens, the context holds {max_tokens}:"
+            f"the system prompt and the newest turn alone have {smallest} tokens, the context holds "
+            f"{max_tokens}:"
             f" shorten the message, or {way_out}"
         )
     at = (
@@ -123,7 +134,7 @@ def truncate(
     )
     step = (
         None if weigh is None else 1
-    )  # from the guess in growing steps, until the answer lies between two counts; then by halves
+    )  # from the guess in growing steps until the first fitting cut is between two counts; then by halves
     went_down: bool | None = None
     while low < high:
         fit = fits(at)
@@ -139,7 +150,10 @@ def truncate(
 
 
 def _cuts(messages: Sequence[Message]) -> tuple[int, list[int]]:
-    """How many system messages a chat begins with, and where it may be cut: the messages [head, cut) are left out."""
+    """The number of system messages that a chat begins with, and where it may be cut.
+
+    A cut leaves out the messages [head, cut).
+    """
     head = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
     return head, [head, *(i for i in range(head + 1, len(messages)) if messages[i].role == "user")]
 
@@ -151,7 +165,7 @@ def _guess(
     max_tokens: int,
     weigh: Callable[[Message], int],
 ) -> int:
-    """About which cut is the first that fits."""
+    """A guess which cut is the first that fits."""
     weight, stop = sum(map(weigh, messages[:head])), len(messages)
     for at in range(len(cuts) - 1, -1, -1):
         weight += sum(map(weigh, messages[cuts[at] : stop]))

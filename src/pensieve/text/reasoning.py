@@ -1,4 +1,4 @@
-"""Sets what a model thinks apart from what it says. Knows text pieces; never tokens or templates."""
+"""Splits a model's reasoning from its answer. Knows text pieces; never tokens or templates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ END_REASONING = "</think>"
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """A piece of what the model thinks."""
+    """A piece of reasoning."""
 
     text: str
 
@@ -20,21 +20,22 @@ class ReasoningDelta:
 class ReasoningSplitter:
     """Splits an answer that begins `<think>...</think>` into reasoning and content.
 
-    White space around the markers goes to neither. An answer that does not begin with `<think>` is content, every
-    character of it, and so are such markers later on. Text that may still become a marker is held back, no more than that.
+    White space around the markers belongs to neither. An answer that does not begin with `<think>` is
+    content, every character of it, and so are later markers. Only text that may still become a marker is held
+    back.
 
     Args:
         enabled: if not, everything is content.
-        inside: the template wrote `<think>` already, so the answer begins with reasoning.
+        inside: whether the template wrote `<think>` already, so that the answer begins with reasoning.
     """
 
     def __init__(self, enabled: bool = True, inside: bool = False) -> None:
         self._state = "content" if not enabled else "reasoning" if inside else "start"
-        self._trims = enabled and inside  # white space that comes next belongs to a marker
+        self._trims = enabled and inside  # whether the next white space belongs to a marker
         self._held = ""
 
     def feed(self, text: str) -> list[ReasoningDelta | ContentDelta]:
-        """Take the next piece; returns the pieces that are settled by it."""
+        """Take the next piece; returns the pieces that are settled now."""
         self._held += text
         out: list[ReasoningDelta | ContentDelta] = []
         if self._state == "start":
@@ -60,7 +61,7 @@ class ReasoningSplitter:
         return out
 
     def finish(self) -> list[ReasoningDelta | ContentDelta]:
-        """The answer ended: what was held back and turned out to be no marker."""
+        """End the answer; returns the text that was held back and is no marker."""
         held, self._held = self._held, ""
         if self._state == "reasoning":
             held = held.rstrip()
@@ -77,7 +78,7 @@ class ReasoningSplitter:
 
 
 def _may_end(text: str) -> int:
-    """Length of the end of reasoning that may belong to its end marker: the marker's beginning, and white space before it."""
+    """Length of the end of the reasoning that may belong to its end marker, white space included."""
     marker = next(
         (n for n in range(min(len(END_REASONING) - 1, len(text)), 0, -1) if text.endswith(END_REASONING[:n])),
         0,

@@ -1,4 +1,7 @@
-"""Stop strings in a stream of text. Knows text pieces and, for the cut, a detokeniser; never requests or models."""
+"""Finds stop strings in a stream of text.
+
+Knows text pieces and, for the cut, a detokeniser; never requests or models.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from pensieve.text.detokenize import Detokenizer
 
 
 class StopStrings:
-    """Looks for the first stop string in text that arrives in pieces.
+    """Finds the first stop string in text that arrives in pieces.
 
-    The stop string that is complete first wins, so the result does not depend on where the pieces are cut; of
-    several that end at the same character, the one that begins first. Text that may be the beginning of a stop
-    string is held back, no more than that, and less than the longest stop string.
+    The stop string that is complete first wins, so that the result does not depend on where the pieces are
+    cut; of several that end at the same character, the one that begins first. Only text that may be the
+    beginning of a stop string is held back, always less than the longest stop string.
 
     Args:
-        stops: the strings; may be empty, then everything passes.
+        stops: the strings; if there are none, everything passes.
 
     Raises:
         InvalidRequest: one of them is empty.
@@ -34,15 +37,15 @@ class StopStrings:
 
     @property
     def hit(self) -> str | None:
-        """The stop string that was found, if any."""
+        """The stop string that was found; None if none was."""
         return self._hit
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """Take the next piece of text.
 
         Returns:
-            What may be shown now, and the stop string if it is complete now or was before. The stop string
-            itself and what follows it are never shown.
+            The text that may be shown now, and the stop string once it is complete. Neither the stop string
+            nor the text after it is ever shown.
         """
         if self._hit is not None:
             return "", self._hit
@@ -60,28 +63,29 @@ class StopStrings:
         return text[:keep], None
 
     def finish(self) -> str:
-        """The text ended: what was held back and turned out to be no stop string."""
+        """End the text; returns what was held back and is no stop string."""
         held, self._held = self._held, ""
         return held
 
 
 class _Search:
-    """Follows a text for one stop string, in the same time for each character, whatever the two look like (Knuth, Morris, Pratt).
+    """Follows a text for one stop string in constant time a character (Knuth, Morris, Pratt).
 
     Attributes:
         stop: the string.
-        matched: how many characters the longest end of the text has that the string begins with.
+        matched: length of the longest end of the text that is a beginning of the string.
     """
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.matched = 0
-        self._shorter = [0] * len(stop)  # of each beginning: the longest shorter one that it ends with
+        # for each beginning: the length of the longest shorter beginning that it ends with
+        self._shorter = [0] * len(stop)
         for length in range(1, len(stop)):
             self._shorter[length] = self._go_on(self._shorter[length - 1], stop[length])
 
     def push(self, char: str) -> bool:
-        """Take a character; whether the string is complete with it."""
+        """Take a character and say whether the string is complete now."""
         self.matched = self._go_on(self.matched, char)
         return self.matched == len(self.stop)
 
@@ -92,18 +96,18 @@ class _Search:
 
 
 def keep_tokens(detokenizer: Detokenizer, output_ids: Sequence[int], kept_text: str) -> tuple[int, str]:
-    """How much of an answer cut at a stop string can stay in the token log as it was sampled.
+    """How much of an answer cut at a stop string can stay in the token log as sampled.
 
     Args:
-        detokenizer: a fresh one of the tokenizer that made the answer.
-        output_ids: the answer's token ids, all of them.
+        detokenizer: a fresh one, of the tokenizer of the answer.
+        output_ids: all of the answer's token ids.
         kept_text: the beginning of the answer's text that is kept.
 
     Returns:
-        The number of leading tokens that lie wholly inside the kept text, and the rest of the kept text, which
-        shares a token with what was cut and has to be encoded anew (often empty).
+        The number of leading tokens that are wholly inside the kept text, and the rest of the kept text. The
+        rest shares a token with the text that was cut off and must be encoded anew; it is often empty.
     """
-    num_tokens, num_chars = 0, 0  # the longest cut at which no character is half done
+    num_tokens, num_chars = 0, 0  # the longest cut at which no character is incomplete
     text = ""
     for count, token_id in enumerate(output_ids, start=1):
         text += detokenizer.push((token_id,))

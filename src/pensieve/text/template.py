@@ -1,6 +1,7 @@
-"""A chat template and what it can: messages and tools to text. Knows templates and template variables; never token ids, logs or whose text it is.
+"""Renders messages and tools with a chat template, and finds out what the template can do.
 
-What a template can do with tools is found out by trying: a tool and a call of it are rendered, and what comes out tells.
+Knows templates and template variables; never token ids, logs or whose text it is. What a template can do with
+tools is found out by rendering a tool and a call of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pensieve.errors import ConfigError, InvalidRequest, ModelUnavailable
 from pensieve.message import Message
 from pensieve.text.tool_format import ToolFormat, Tools, format_of_call, map_texts, write_calls, write_plainly
 
-# For models without a template. Each message is a paragraph that begins with its speaker's name.
+# For models without a template: each message is a paragraph that begins with its speaker's name.
 PLAIN_TEMPLATE = (
     "{{ plain_bos }}{% for message in messages %}"
     "{% if message.role == 'system' %}{{ message.content }}\n\n"
@@ -24,7 +25,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 PLAIN_STOPS = ("\nUser:",)
-MAX_REASON = 500  # characters of a template's own words about what it refuses
+MAX_REASON = 500  # characters of a template's own error that are shown
 
 Turn = dict[str, Any]  # a message as templates take it
 
@@ -36,7 +37,7 @@ PROBE_TOOLS: list[dict[str, Any]] = [
     }
 ]
 _ASK: Turn = {"role": "user", "content": "?"}
-# Mistral's templates insist on ids of nine letters and digits.
+# Mistral's templates require ids of nine letters and digits.
 _CALL: Turn = {
     "role": "assistant",
     "content": "",
@@ -46,7 +47,7 @@ _CALL: Turn = {
 }
 
 
-# What every template should be able to write, by name; the first is what no chat can do without.
+# Chats that every template should be able to write, by name. No chat works without the first.
 _CHATS: dict[str, list[Turn]] = {
     "a user's message": [{"role": "user", "content": _PROBE}],
     "a system message": [{"role": "system", "content": "?"}, {"role": "user", "content": _PROBE}],
@@ -61,11 +62,11 @@ _OTHER_TOKENS = {
     "eos_token": "</s>",
     "unk_token": "<unk>",
     "pad_token": "<pad>",
-}  # where no tokenizer is known yet
+}  # until a tokenizer is known
 
 
 def read_template(path: Path) -> str:
-    """A chat template out of a file, tried out.
+    """Read a chat template from a file and try it.
 
     Raises:
         ConfigError: it cannot be read, or does not write chats; the message names file and line.
@@ -80,11 +81,13 @@ def read_template(path: Path) -> str:
         ) from error
     if not source.strip():
         raise ConfigError(
-            f"--chat-template {path} is empty: it must be a Jinja template, as in a model's chat_template.jinja"
+            f"--chat-template {path} is empty: it must be a Jinja template, as in a model's "
+            "chat_template.jinja"
         )
     if source.lstrip().startswith('{"'):
         raise ConfigError(
-            f"--chat-template {path} is JSON: it must be the Jinja template itself, as in a model's chat_template.jinja"
+            f"--chat-template {path} is JSON: it must be the Jinja template itself, as in a model's "
+            "chat_template.jinja"
         )
     troubles = what_fails(source, _OTHER_TOKENS)
     for what in ("a user's message", "a second question"):
@@ -96,7 +99,11 @@ def read_template(path: Path) -> str:
 
 
 def what_fails(source: str, variables: Mapping[str, object]) -> dict[str, tuple[int | None, str]]:
-    """Which of a few plain chats a template does not write: (its line, if one is known, and why), by what each has."""
+    """Which of a few plain chats a template cannot write.
+
+    Returns:
+        By the chat's name, the template's line (None if unknown) and the reason.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     troubles: dict[str, tuple[int | None, str]] = {}
@@ -105,9 +112,9 @@ def what_fails(source: str, variables: Mapping[str, object]) -> dict[str, tuple[
             (rendered,), _ = render_jinja_template(
                 [turns], chat_template=source, add_generation_prompt=True, **variables
             )
-        except MemoryError:  # (a limit of the caller, not what the template has to say)
+        except MemoryError:  # a limit of the caller, not an error of the template
             raise
-        except Exception as error:  # a template is foreign code and fails in any way it likes
+        except Exception as error:  # a template is foreign code and may raise anything
             troubles[name] = (_line_of(error), " ".join(str(error).split()) or type(error).__name__)
             continue
         if _PROBE not in rendered:
@@ -116,7 +123,7 @@ def what_fails(source: str, variables: Mapping[str, object]) -> dict[str, tuple[
 
 
 def _line_of(error: Exception) -> int | None:
-    """The template's line in which it failed."""
+    """The template's line in which it failed; None if unknown."""
     if (line := getattr(error, "lineno", None)) is not None:
         return int(line)
     found = None
@@ -138,11 +145,12 @@ class PromptTemplate:
 
     Attributes:
         source: the template's source.
-        tools_source: of the template in use when there are tools; nearly always the same.
-        supports_tools: whether the template writes a list of tools that it is given.
-        writes_calls: whether it also writes calls, in a form that can be read. If not, tools and calls are written plainly.
+        tools_source: the source of the template that is used with tools; nearly always the same.
+        supports_tools: whether the template writes a list of tools.
+        writes_calls: whether it also writes calls, in a form that we can parse. If not, tools and calls are
+            written as text.
         tool_format: how the model writes calls.
-        trouble: what of a plain chat the template cannot write, and why; None if nothing.
+        trouble: which plain chats the template cannot write, and why; None if it can write all.
         moves_tools: whether the list of tools moves to later messages as the chat goes on.
 
     Raises:
@@ -200,7 +208,7 @@ class PromptTemplate:
         return turns
 
     def render(self, turns: Sequence[Turn], tools: Tools | None, add_generation_prompt: bool = True) -> str:
-        """The template's text.
+        """The template's text for these messages.
 
         Raises:
             InvalidRequest: the template refuses these messages.
@@ -213,18 +221,18 @@ class PromptTemplate:
             return self._write(write_plainly(turns, tools, self._takes_system), None, add_generation_prompt)
         except MemoryError:
             raise
-        except Exception as error:  # a template is foreign code and fails in any way it likes
+        except Exception as error:  # a template is foreign code and may raise anything
             roles = ", ".join(turn["role"] for turn in turns[:8]) + (", …" if len(turns) > 8 else "")
             raise InvalidRequest(
                 f"the model's chat template refuses these messages ({roles}): {str(error)[:MAX_REASON]}"
             ) from error
 
     def said(self, turn: Turn) -> str:
-        """What an assistant's message has as content when it is rendered."""
+        """The content of an assistant's message when it is rendered."""
         return str(turn["content"]) if self.writes_calls else write_calls(turn)
 
     def probe_call(self) -> str:
-        """A call of a function as the template ends it; empty if it does not write calls."""
+        """A rendered call after the function's name; empty if the template cannot write calls."""
         written = (
             self._try([_ASK, _CALL], PROBE_TOOLS, add_generation_prompt=False) if self.writes_calls else ""
         )
@@ -235,7 +243,7 @@ class PromptTemplate:
         return self._try([_ASK], None), self._try([_ASK], PROBE_TOOLS)
 
     def begins_thinking(self) -> bool:
-        """Whether an answer begins inside `<think>`, because the template wrote that already."""
+        """Whether an answer begins inside `<think>`, because the template wrote the marker."""
         asked = self._try([_ASK], None)
         return asked.rfind("<think>") > asked.rfind("</think>")
 
@@ -266,12 +274,13 @@ class PromptTemplate:
         )
 
     def _try(self, turns: Sequence[Turn], tools: Tools | None, add_generation_prompt: bool = True) -> str:
-        """What the template makes of a probe; empty if it refuses."""
+        """The template's text for a probe; empty if it refuses."""
         try:
             return self._write(turns, tools, add_generation_prompt)
         except MemoryError:
             raise
-        except Exception:  # foreign code, as above; a template that refuses a probe cannot do what was asked
+        # foreign code, as above; a template that refuses a probe cannot do what it asks for
+        except Exception:
             return ""
 
     def _id(self, call_id: str) -> str:
@@ -284,7 +293,7 @@ class PromptTemplate:
 
 
 def parsed(arguments: str) -> Any:
-    """A call's arguments as data; the text itself where it is not JSON that can be written again."""
+    """A call's arguments as data; their text if it is not JSON that can be written again."""
     if not arguments.strip():
         return {}
     try:
@@ -302,5 +311,5 @@ def _no_constant(name: str) -> object:
 def _source_of(tokenizer: Any) -> str:
     try:
         return str(tokenizer.get_chat_template())
-    except ValueError as error:  # several templates, none of them the default
+    except ValueError as error:  # several templates and no default
         raise ModelUnavailable(f"the tokenizer's chat template cannot be used: {error}") from error

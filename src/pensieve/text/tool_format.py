@@ -1,8 +1,10 @@
-"""How models write tool calls, and how they are told to. Knows the written forms; never tokenizers, templates or streams.
+"""How models write tool calls, and how a prompt asks them to.
 
-Most templates that know tools write them their own way. For the others there is a text, `tools_prompt`, that goes into the
-system message, and everything else is written into messages that any template takes: an assistant's calls into its
-words, a tool's answer into a user's message.
+Knows the written forms; never tokenizers, templates or streams.
+
+Most templates that know tools write them in their own form. For the others there is a text for the system
+message, `tools_prompt`, and everything else is written into messages that any template takes: an assistant's
+calls into its content, a tool's result into a user's message.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 
 from pensieve.errors import InvalidRequest
 
-# Function tools as the OpenAI API has them: {"type": "function", "function": {"name", "description", "parameters"}}
+# Function tools as the OpenAI API has them: {"type": "function", "function": {"name", "description",
+# "parameters"}}
 Tools = Sequence[Mapping[str, object]]
 
 
@@ -24,7 +27,7 @@ class ToolFormat(enum.Enum):
 
     HERMES = "hermes"  # <tool_call>{"name": "f", "arguments": {}}</tool_call>, one after another
     LLAMA3 = (
-        "llama3"  # {"name": "f", "parameters": {}}, perhaps behind <|python_tag|>; several with ; between
+        "llama3"  # {"name": "f", "parameters": {}}, perhaps after <|python_tag|>; several are separated by ;
     )
     MISTRAL = "mistral"  # [TOOL_CALLS][{"name": "f", "arguments": {}}, ...]
     MISTRAL_ARGS = (
@@ -33,19 +36,20 @@ class ToolFormat(enum.Enum):
 
     @property
     def begin(self) -> str:
-        """The text that a call begins with; Llama 3's may be missing."""
+        """The text that a call begins with; Llama 3 may leave it out."""
         return {"hermes": "<tool_call>", "llama3": "<|python_tag|>"}.get(self.value, "[TOOL_CALLS]")
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """The texts that set calls apart from words. A vocabulary may have them as tokens, special or not."""
+        """The texts that delimit calls. They may be tokens of the vocabulary, special or not."""
         return {
             "hermes": (self.begin, "</tool_call>"),
             "mistral-args": (self.begin, "[CALL_ID]", "[ARGS]"),
         }.get(self.value, (self.begin,))
 
 
-# What `write_plainly` puts around things: no user's text may hold these as tokens, if the vocabulary has them.
+# Delimiters that `write_plainly` writes: no user's text may contain them as tokens, if the vocabulary has
+# them.
 PLAIN_MARKUP = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
@@ -53,7 +57,7 @@ def tool_names(tools: Tools) -> tuple[str, ...]:
     """The functions' names.
 
     Raises:
-        InvalidRequest: something is not a function tool with a name, or two have the same.
+        InvalidRequest: a tool is not a function with a name, or two have the same name.
     """
     names: list[str] = []
     for index, tool in enumerate(tools):
@@ -72,13 +76,14 @@ def tool_names(tools: Tools) -> tuple[str, ...]:
 
 
 def force_prefix(format: ToolFormat, name: str | None) -> str:
-    """The text that an answer which has to call a function begins with: the model goes on from there.
+    """The text that an answer begins with which must call a function; the model continues it.
 
     Args:
         format: the model's.
         name: the function; None leaves the choice to the model.
     """
-    # No white space at the end: where a token usually holds it together with what follows, models go astray after a lone one.
+    # No white space at the end: a token usually holds it together with what follows, and models fail after a
+    # lone one.
     if format is ToolFormat.MISTRAL_ARGS:
         return "[TOOL_CALLS]" if name is None else f"[TOOL_CALLS]{name}[ARGS]"
     opening, key = {
@@ -94,13 +99,16 @@ def force_prefix(format: ToolFormat, name: str | None) -> str:
 
 
 def tools_prompt(tools: Tools, format: ToolFormat = ToolFormat.HERMES) -> str:
-    """The text that tells a model about tools whose template does not: what there is, and how to call it.
+    """The text that describes tools, and how to call them, to a model whose template does not.
 
-    The form is the one that Hermes and Qwen models were trained on, since models made for neither have often seen it.
+    The form is the one that Hermes and Qwen models were trained on: other models have often seen it, too.
     """
     signatures = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     calls = {
-        ToolFormat.HERMES: 'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>',
+        ToolFormat.HERMES: (
+            "within <tool_call></tool_call> XML tags:\n"
+            '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+        ),
         ToolFormat.LLAMA3: 'and nothing else:\n{"name": <function-name>, "parameters": <args-json-object>}',
         ToolFormat.MISTRAL: 'in a list:\n[TOOL_CALLS][{"name": <function-name>, "arguments": <args-json-object>}]',
         ToolFormat.MISTRAL_ARGS: "behind the function's name:\n[TOOL_CALLS]<function-name>[ARGS]<args-json-object>",
@@ -108,13 +116,14 @@ def tools_prompt(tools: Tools, format: ToolFormat = ToolFormat.HERMES) -> str:
     what = "its arguments" if format is ToolFormat.MISTRAL_ARGS else "function name and arguments"
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{signatures}\n</tools>\n\n"
+        "You are provided with function signatures within <tools></tools> XML "
+        f"tags:\n<tools>\n{signatures}\n</tools>\n\n"
         f"For each function call, return a json object with {what} {calls}"
     )
 
 
 def write_calls(turn: Mapping[str, Any]) -> str:
-    """An assistant's words with its calls behind them, in the form that `tools_prompt` asks for."""
+    """An assistant's content followed by its calls, in the form that `tools_prompt` asks for."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
     return "\n".join(
         [
@@ -127,11 +136,11 @@ def write_calls(turn: Mapping[str, Any]) -> str:
 def write_plainly(
     turns: Sequence[Mapping[str, Any]], tools: Tools | None, takes_system: bool
 ) -> list[dict[str, Any]]:
-    """The same chat in messages of system, user and assistant that hold only words.
+    """The same chat in system, user and assistant messages that hold only text.
 
     Args:
         turns: template variables of messages.
-        tools: described in the system message, or where there can be none, in front of the first user's words.
+        tools: described in the system message, or before the first user's text if there can be none.
         takes_system: whether the template takes system messages.
     """
     plain: list[dict[str, Any]] = []
@@ -182,7 +191,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def format_of_call(written: str, name: str) -> ToolFormat | None:
-    """The form in which a template wrote a call of the function `name`; None if it is none that can be read back."""
+    """The form in which a template wrote a call of the function `name`; None if we cannot parse it."""
     quoted = re.escape(json.dumps(name))
     forms = {
         ToolFormat.HERMES: r'<tool_call>\s*\{\s*"name"\s*:\s*' + quoted,

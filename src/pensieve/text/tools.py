@@ -1,9 +1,11 @@
-"""Finds tool calls in an answer while it arrives. Knows the markers around calls and what stands between them; never tokens, templates or requests.
+"""Finds tool calls in an answer while it arrives.
 
-Every character is looked at once (a few of a marker twice), and nothing depends on where the pieces are cut. What may still
-become a call is held back. It is one as soon as a known tool's name and the beginning of an object of arguments are
-there: from then on the arguments are passed on as they come, and cannot be taken back. Whatever turns out to be no
-call before that is content, unchanged.
+Knows the markers around calls and the text between them; never tokens, templates or requests.
+
+Every character is read once (a few of a marker twice), and nothing depends on where the pieces are cut. Text
+that may still become a call is held back. It is a call once a known tool's name and the first character of an
+arguments object are there: from then on its arguments are passed on as they arrive and cannot be taken back.
+Text that turns out before that to be no call is content, unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _END_MARKER = "</tool_call>"
 
 @dataclass(frozen=True, slots=True)
 class ContentDelta:
-    """A piece of what the model says."""
+    """A piece of the answer's text."""
 
     text: str
 
@@ -39,7 +41,7 @@ class CallBegin:
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """A piece of a call's arguments; all of them together are their JSON text, as the model wrote it."""
+    """A piece of a call's arguments. All pieces together are their JSON text, as the model wrote it."""
 
     index: int
     arguments: str
@@ -47,7 +49,7 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """A call's arguments are complete, or the answer ended within them."""
+    """A call's arguments are complete, or the answer ended inside them."""
 
     index: int
 
@@ -56,20 +58,21 @@ ToolEvent = ContentDelta | CallBegin | CallDelta | CallEnd
 
 
 class ToolCallParser:
-    """Turns one answer's text into content and calls.
+    """Splits one answer's text into content and calls.
 
-    White space around calls is dropped, but for a little between two pieces of content that calls stand between. A call
-    whose arguments break off, or whose brackets do not match, has them as far as they go: to the end marker where
-    the format has one, otherwise to the end of the answer.
+    White space around calls is dropped, except a little between two pieces of content with calls between
+    them. A call whose arguments break off, or whose brackets do not match, keeps them as far as they go: to
+    the end marker if the format has one, otherwise to the end of the answer.
 
     Args:
         format: how the model writes calls.
         tools: those that may be called; a call of anything else is content.
-        max_calls: the answer is `done` after so many; what follows is left out.
-        stream_arguments: False holds each call back until it is whole; one that is no valid JSON is content then.
+        max_calls: the answer is `done` after so many calls; the text after them is left out.
+        stream_arguments: False holds each call back until it is complete; a call that is not valid JSON is
+            content then.
 
     Raises:
-        InvalidRequest: a tool is none.
+        InvalidRequest: a tool is malformed.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class ToolCallParser:
         self._streams = stream_arguments
         self._marker = (
             format.begin
-        )  # its first character occurs in it once: after a mismatch nothing before can begin another
+        )  # its first character occurs in it once: after a mismatch, no earlier character can begin another
         self._separator = {"llama3": ";", "mistral": ",", "mistral-args": ","}.get(format.value)
         self._words = re.compile(rf"[^\s{re.escape(self._marker[0])}]+")
         self._state: Callable[[str], bool] = self._in_content
@@ -90,18 +93,18 @@ class ToolCallParser:
         self._held: list[str] = []  # content if it turns out to be no call
         self._gap: list[
             str
-        ] = []  # white space that came last: content if content follows, dropped next to a call
+        ] = []  # the latest white space: content if content follows, dropped next to a call
         self._call_in_gap = False
         self._has_content = False
-        self._num_calls = 0  # that have begun
+        self._num_calls = 0  # calls that have begun
         self._num_ended = 0
         self._position = 0  # characters fed
-        self._call_stop = 0  # where the last call's last bracket was
+        self._call_stop = 0  # position of the last call's last bracket
         self._done = False
         self._closing = ""
         self._events: list[ToolEvent] = []
         self._pieces: list[str] = []  # of the delta that is being put together
-        self._pieces_of: int | None = None  # the call that they belong to; None: content
+        self._pieces_of: int | None = None  # the call that they belong to; None for content
 
     @property
     def num_calls(self) -> int:
@@ -115,16 +118,16 @@ class ToolCallParser:
 
     @property
     def taken(self) -> int:
-        """Leading characters of what was fed that belong to the answer; fewer than all only if it is `done`."""
+        """Leading characters of the input that belong to the answer: fewer than all only if it is `done`."""
         return self._position
 
     @property
     def closing(self) -> str:
-        """What an answer cut where it is `done` lacks to be well formed, such as a list's bracket."""
+        """The text that completes an answer cut where it is `done`, such as a list's bracket."""
         return self._closing
 
     def feed(self, text: str) -> list[ToolEvent]:
-        """Take the next piece of the answer; returns what is settled by it."""
+        """Take the next piece of the answer; returns the events that are settled now."""
         at = 0
         while at < len(text) and not self._done:
             if (
@@ -142,7 +145,7 @@ class ToolCallParser:
         return self._drain()
 
     def finish(self) -> list[ToolEvent]:
-        """The answer ended: what was held back and turned out to be no call, or the end of a call that broke off."""
+        """End the answer; returns text held back that is no call, or the end of a broken call."""
         if self._done:
             return []
         if self._body is not None:
@@ -152,7 +155,7 @@ class ToolCallParser:
             self._end_call()
         elif (
             self._state != self._in_opening or not self._num_calls or self._held[0] != self._separator
-        ):  # a lone separator is of no use
+        ):  # a lone separator has no meaning
             self._say("".join(self._held))
         if not self._call_in_gap:
             self._write(None, "".join(self._gap))
@@ -172,7 +175,7 @@ class ToolCallParser:
             and not self._has_content
             and not self._num_calls
         ):
-            self._state = self._in_opening  # an answer may be nothing but a call, without a marker
+            self._state = self._in_opening  # an answer may be only a call, without a marker
             return False
         if char == self._marker[0]:
             self._state = self._in_marker
@@ -189,7 +192,7 @@ class ToolCallParser:
         return True
 
     def _in_opening(self, char: str) -> bool:
-        """Before a call: its marker, or the separator behind another, was there."""
+        """Before a call, after its marker or the separator behind another call."""
         is_mistral = self._marker == "[TOOL_CALLS]"
         if char in JSON_SPACE:
             self._held.append(char)
@@ -218,7 +221,7 @@ class ToolCallParser:
         return verdict in (Verdict.MORE, Verdict.DONE)
 
     def _in_broken(self, char: str) -> bool:
-        """In arguments that are no JSON: whatever comes is theirs, up to an end marker."""
+        """In arguments that are not JSON: everything up to an end marker belongs to them."""
         if self._format is ToolFormat.HERMES and char == _END_MARKER[len(self._held)]:
             self._held.append(char)
             if len(self._held) == len(_END_MARKER):
@@ -259,7 +262,10 @@ class ToolCallParser:
     # -- what states do
 
     def _judge(self, verdict: Verdict, position: int) -> None:
-        """Do what a call's newest character, or its absence, made of it; a call that is complete ends at `position`."""
+        """Act on what a call's parser says of its newest character, or of the end of the answer.
+
+        A call that is complete ends at `position`.
+        """
         body = self._body
         assert body is not None
         if verdict is Verdict.REFUSED:
@@ -276,7 +282,7 @@ class ToolCallParser:
             self._end_call()
 
     def _refuse(self) -> bool:
-        """What was held back is content after all; the character that showed it is looked at anew."""
+        """The text held back is content after all; the character that showed it is read again."""
         held, self._held, self._body, self._state = self._held, [], None, self._in_content
         self._say("".join(held))
         return False
@@ -292,18 +298,18 @@ class ToolCallParser:
         self._events.append(CallEnd(self._num_ended))
         self._num_ended += 1
         if self._format is not ToolFormat.HERMES and not self._in_list:
-            self._leave(self._call_stop)  # nothing closes it
+            self._leave(self._call_stop)  # no marker closes it
         self._held, self._body, self._state = [], None, self._behind_call
 
     def _leave(self, position: int) -> None:
-        """A call and what closes it are over."""
+        """A call and its closing marker are complete."""
         self._held, self._state = [], self._in_content
         if self._max_calls is not None and self._num_ended >= self._max_calls:
             self._done, self._position = True, position
             self._closing = "]" if self._in_list and position == self._call_stop else ""
 
     def _say(self, text: str) -> None:
-        """Pass content on; white space waits for what comes behind it."""
+        """Pass content on; white space waits for the text after it."""
         for run in _RUNS.findall(text):
             if not run.isspace():
                 if self._has_content or not self._call_in_gap:

@@ -1,7 +1,10 @@
-"""A process that does text jobs, one at a time, within limits of time and memory that the operating system holds it to. Knows jobs; never queues.
+"""A process that runs text jobs, one at a time, within limits of time and memory.
 
-Two alarms measure its own processor time. The first raises in Python, so that a template that loops is stopped where it is, and is named.
-The second ends the process: a regular expression in a tokenizer takes no notice of the first.
+Knows jobs; never queues. The operating system enforces the limits.
+
+Two alarms measure the process's own processor time. The first raises in Python, so that a template that loops
+is stopped and named. The second ends the process, since a regular expression in a tokenizer does not notice
+the first.
 """
 
 from __future__ import annotations
@@ -20,22 +23,23 @@ from types import FrameType
 from typing import Any, Literal
 
 from pensieve.errors import PensieveError
-from pensieve.text.chat import ChatText
+from pensieve.text.chat_text import ChatText
 from pensieve.text.jobs import TextJob, run_job
 
-GRACE_S = 0.25  # between the two alarms
-GROWN_BYTES = (
-    64 << 20
-)  # a worker that keeps so much more memory than it began with is replaced by a fresh one
-HAS_ALARMS = hasattr(signal, "setitimer")  # not on Windows: there the parent's clock is the only one
+GRACE_S = 0.25  # seconds between the two alarms
+GROWN_BYTES = 64 << 20  # a worker that keeps so much more memory than at its start is replaced by a fresh one
+HAS_ALARMS = hasattr(signal, "setitimer")  # not on Windows: there, only the parent's clock limits a job
 HARD_ALARM = getattr(signal, "SIGVTALRM", None)
 
 _LENGTH = struct.Struct("!Q")
-_TEMPLATE = "<template>"  # how jinja names a template's code
+_TEMPLATE = "<template>"  # jinja's name for a template's code
 
 
 class TimeLimit(BaseException):
-    """The time of a job is up. No `Exception`, so that nothing between takes it for a template's own error."""
+    """A job's time is up.
+
+    Not an `Exception`, so that no code takes it for a template's own error.
+    """
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -44,15 +48,15 @@ class TimeLimit(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of a job."""
+    """The outcome of a job."""
 
     kind: Literal["done", "error", "slow", "memory", "bug"]
-    value: Any = None  # done: the answer; error: code and message; slow: what was; bug: a traceback
-    leaves: bool = False  # the process ends after it: another is to take its place
+    value: Any = None  # done: the result; error: code and message; slow: what was running; bug: a traceback
+    leaves: bool = False  # the process ends after this reply and must be replaced
 
 
 def send_frame(connection: socket.socket, data: bytes) -> None:
-    """Write a message, as long as the socket's timeout allows."""
+    """Write a message, within the socket's timeout."""
     connection.sendall(_LENGTH.pack(len(data)))
     connection.sendall(data)
 
@@ -62,7 +66,7 @@ def receive_frame(connection: socket.socket) -> bytes:
 
     Raises:
         EOFError: the other side is gone.
-        TimeoutError: nothing came within the socket's timeout.
+        TimeoutError: no data came within the socket's timeout.
     """
     (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
     return _receive(connection, length)
@@ -80,13 +84,13 @@ def _receive(connection: socket.socket, length: int) -> bytes:
 
 
 def serve_jobs(connection: socket.socket, text: ChatText, memory_bytes: int, niceness: int) -> None:
-    """Do jobs until the other side is gone: the main function of a worker.
+    """Run jobs until the other side is gone: the main function of a worker.
 
     Args:
         connection: gives (seconds, job), pickled, and takes a `Reply`.
         text: the model's.
         memory_bytes: what jobs may take beyond what the process has now.
-        niceness: how much others come first on the processor.
+        niceness: the process's niceness, as the operating system counts it.
     """
     _settle_in(memory_bytes, niceness)
     begun_with = _memory_now()
@@ -125,7 +129,10 @@ def _do(data: bytes, text: ChatText) -> Reply:
 
 @contextlib.contextmanager
 def alarms(limit_s: float) -> Iterator[None]:
-    """Let what is done here take so much processor time: then `TimeLimit` is raised, or the process ends. `set_alarms` comes first."""
+    """Limit the processor time of the block: beyond it, `TimeLimit` is raised or the process ends.
+
+    Call `set_alarms` first.
+    """
     if not HAS_ALARMS:
         yield
         return
@@ -154,26 +161,33 @@ def _settle_in(memory_bytes: int, niceness: int) -> None:
 
 
 def set_alarms() -> None:
-    """Say what `alarms` do."""
+    """Install the handlers that `alarms` needs."""
     if HAS_ALARMS:
         signal.signal(signal.SIGPROF, _on_alarm)
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let this process take so much more memory than it has; what asks for more fails. Does nothing where the system cannot."""
+    """Limit this process to so much more memory than it has now; larger requests fail.
+
+    Does nothing if the system cannot.
+    """
     if not sys.platform.startswith("linux"):
         return
     import resource
 
-    with contextlib.suppress(ValueError, OSError):  # (a lower limit is set already)
+    with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + more_bytes, hard))
 
 
 @contextlib.contextmanager
 def memory_limited(more_bytes: int) -> Iterator[None]:
-    """`limit_memory` for what is done here: jinja computes a template's constants when it reads it, and takes no memory for an answer."""
+    """`limit_memory` for the block.
+
+    Jinja computes a template's constants when it parses it, and reports running out of memory as any other
+    error.
+    """
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -192,7 +206,7 @@ def _memory_now() -> int:
 
 
 def _status(name: str) -> int:
-    """A number of bytes that Linux knows of this process."""
+    """A number of bytes that Linux reports of this process."""
     with open("/proc/self/status", "rb") as file:
         for line in file:
             if line.startswith(name.encode() + b":"):

@@ -1,7 +1,10 @@
-"""Runs text jobs in worker processes, none of which holds up another's job for long. Knows queues, times and tenants; never text.
+"""Runs text jobs in worker processes, so that no job delays another for long.
 
-There are two kinds of lanes, each a thread with a worker. Short jobs have lanes of their own, so they never wait for a long one. A job that turns
-out to be long in a short lane is ended after `SHORT_S` and begun again as a long one. Jobs of one kind are taken from the tenants in turn.
+Knows queues, times and tenants; never text.
+
+There are two kinds of lanes, each a thread with a worker process. Short jobs have lanes of their own and
+never wait for a long one. A job that turns out to be long in a short lane is ended after `SHORT_S` and run
+again as a long one. Jobs of one kind are taken from the tenants in turn.
 """
 
 from __future__ import annotations
@@ -35,18 +38,18 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Kind = Literal["short", "long"]
 
-SHORT_CHARS = 1 << 15  # a job of no more characters is begun as a short one
-SHORT_S = 0.25  # of processor time, in a short lane
-SHORT_WALL_S = 20.0  # a worker that does not answer for so long is stopped, or its machine is
+SHORT_CHARS = 1 << 15  # a job of at most so many characters begins as a short one
+SHORT_S = 0.25  # seconds of processor time in a short lane
+SHORT_WALL_S = 20.0  # a worker that does not reply for so long is stopped, or its machine is
 LONG_WALL_FACTOR = (
-    12.0  # the same for long jobs, in their limits of processor time: they come last on a busy machine
+    12.0  # the same for long jobs, as a multiple of their processor time: they come last on a busy machine
 )
 NICENESS = 5  # of long jobs: the engine comes first
 MAX_WAITING = 4096  # jobs
-MAX_WAITING_CHARS = 1 << 26  # of all jobs that wait
+MAX_WAITING_CHARS = 1 << 26  # of all waiting jobs
 BASE_MEMORY_BYTES, MEMORY_A_CHAR = 160 << 20, 128  # tokenizing takes about 100 bytes a character
 MAX_MEMORY_BYTES = 2 << 30
-PAUSES_S = (0.5, 2.0, 10.0, 30.0)  # between tries to start again what makes workers
+PAUSES_S = (0.5, 2.0, 10.0, 30.0)  # seconds between attempts to restart the nursery
 
 
 def lanes_for(num_cpus: int | None) -> tuple[Kind, ...]:
@@ -59,34 +62,34 @@ def lanes_for(num_cpus: int | None) -> tuple[Kind, ...]:
 
 
 def memory_for(max_chars: int) -> int:
-    """Bytes that a job may take where prompts have at most so many characters."""
+    """Bytes that a job may take if prompts have at most so many characters."""
     return min(MAX_MEMORY_BYTES, BASE_MEMORY_BYTES + MEMORY_A_CHAR * max_chars)
 
 
 @dataclass(eq=False)
 class _Task:
-    """A job on its way."""
+    """A job that waits or runs."""
 
     job: TextJob[Any]
     tenant: str
     future: Future[Any]
     kind: Kind
     chars: int
-    lost: bool = False  # its worker was killed from outside: it is tried once more
-    lane: _Lane | None = field(default=None, repr=False)  # that is at it
+    lost: bool = False  # its worker was killed from outside: the job is run once more
+    lane: _Lane | None = field(default=None, repr=False)  # the lane that runs it; None while it waits
 
 
 class TextWorkers:
     """A `TextRunner` over processes.
 
     Args:
-        start_nursery: makes what workers come from, loaded. Called now, and again when it is lost.
+        start_nursery: starts a loaded nursery. Called now, and again when the nursery is lost.
         job_s: processor time that a job may take.
-        memory_bytes: and memory; see `memory_for`.
-        lanes: one worker each; at least one of each kind.
+        memory_bytes: memory that a job may take; see `memory_for`.
+        lanes: one worker each; at least one of each kind. None takes those that suit the machine.
 
     Raises:
-        PensieveError: what `start_nursery` raises; ModelRefused if no worker can be had.
+        PensieveError: what `start_nursery` raises; ModelRefused if no worker can be made.
     """
 
     def __init__(
@@ -108,18 +111,18 @@ class TextWorkers:
         }  # by tenant
         self._num_waiting = self._waiting_chars = 0
         self._closed = threading.Event()
-        self.trouble: str | None = None  # why no worker can be had now
+        self.trouble: str | None = None  # why no worker can be made now; None if they can
         self._lanes = [_Lane(self, kind) for kind in lanes or lanes_for(os.cpu_count())]
         for lane in self._lanes:
             lane.thread.start()
 
     def submit(self, job: TextJob[T], tenant: str = "") -> Future[T]:
-        """See `TextRunner`. The future may also fail with these:
+        """Queue a job; see `TextRunner`. The future may also fail with these:
 
         Raises:
-            Overloaded: too much waits already.
+            Overloaded: too many jobs wait already.
             PromptTooCostly: the job took more time or memory than it may.
-            TextUnavailable: no worker can be had.
+            TextUnavailable: no worker can be made.
         """
         future: Future[T] = Future()
         chars = job.num_chars
@@ -132,12 +135,13 @@ class TextWorkers:
             ):
                 future.set_exception(
                     Overloaded(
-                        f"{self._num_waiting} prompts of {self._waiting_chars} characters wait to be made: try again later"
+                        f"{self._num_waiting} prompts of {self._waiting_chars} characters wait to be made: "
+                        "try again later"
                     )
                 )
             else:
                 self._put(task)
-        ours = weakref.ref(task)  # (a future keeps its callbacks, and would keep the job)
+        ours = weakref.ref(task)  # a future keeps its callbacks, and would keep the job
 
         def cancelled(done: Future[T]) -> None:
             if done.cancelled() and (left := ours()) is not None:
@@ -147,7 +151,7 @@ class TextWorkers:
         return future
 
     def close(self) -> None:
-        """End all workers; jobs that are not done fail with `EngineClosed`."""
+        """End all workers. Jobs that are not done fail with `EngineClosed`."""
         with self._changed:
             self._closed.set()
             waiting = [task for queue in self._waiting.values() for tasks in queue.values() for task in tasks]
@@ -173,7 +177,7 @@ class TextWorkers:
         self._changed.notify_all()
 
     def take(self, kind: Kind, lane: _Lane) -> _Task | None:
-        """The next task for a lane, of the tenant whose turn it is; None at the end. Waits for one."""
+        """Wait for the next task of a lane, from the tenant whose turn it is; None at the end."""
         queue = self._waiting[kind]
         with self._changed:
             while not queue and not self._closed.is_set():
@@ -184,14 +188,14 @@ class TextWorkers:
             task = tasks.popleft()
             del queue[tenant]
             if tasks:
-                queue[tenant] = tasks  # behind the others
+                queue[tenant] = tasks  # behind the other tenants
             self._num_waiting -= 1
             self._waiting_chars -= task.chars
             task.lane = lane
             return task
 
     def again(self, task: _Task, kind: Kind) -> None:
-        """Have a task done anew."""
+        """Queue a task again."""
         with self._changed:
             task.lane, task.kind = None, kind
             if self._closed.is_set():
@@ -200,7 +204,7 @@ class TextWorkers:
                 self._put(task)
 
     def _end(self, task: _Task) -> None:
-        """A task was cancelled: it leaves its queue, or its worker is ended."""
+        """Take a cancelled task from its queue, or end the worker that runs it."""
         with self._changed:
             queue = self._waiting[task.kind]
             tasks = queue.get(task.tenant)
@@ -214,25 +218,25 @@ class TextWorkers:
                 task.lane.interrupt(task)
 
     def release(self, task: _Task) -> None:
-        """A lane is done with a task."""
+        """Forget a task that a lane is done with."""
         with self._changed:
             task.lane = None
 
     # -- workers
 
     def limit_s(self, kind: Kind) -> float:
-        """Processor time of a job in a lane of a kind."""
+        """Processor time of a job in a lane of this kind."""
         return min(SHORT_S, self._job_s) if kind == "short" else self._job_s
 
     def is_long(self, limit_s: float) -> bool:
-        """Whether a job that took so long had all the time that one may have."""
+        """Whether a job with this limit had all the time that a job may have."""
         return limit_s >= self._job_s
 
     def make(self, kind: Kind) -> Worker:
-        """A fresh worker.
+        """Make a fresh worker.
 
         Raises:
-            PensieveError: there is none to be had now.
+            PensieveError: none can be made now.
         """
         limits = WorkerLimits(self._memory_bytes, NICENESS if kind == "long" else 0)
         with self._nursery_lock:
@@ -257,25 +261,27 @@ class TextWorkers:
         raise AssertionError
 
     def end(self, worker: Worker) -> int | None:
-        """Make sure that a worker is over; its exit code, None if that is not known."""
+        """Make sure that a worker has ended; its exit code, None if that is unknown."""
         with self._nursery_lock:
             return worker.end()
 
     def wait(self, seconds: float) -> bool:
-        """Wait; True if it all ends meanwhile."""
+        """Wait for some seconds; True if the runner closes meanwhile."""
         return self._closed.wait(seconds)
 
     def too_costly(self, what: str) -> PensieveError:
         """The error of a job that took too much time."""
         return PromptTooCostly(
-            f"making the prompt was stopped: {what} took more than {self._job_s:g} s of processor time (--prompt-timeout). Send less; "
+            f"making the prompt was stopped: {what} took more than {self._job_s:g} s of processor time "
+            "(--prompt-timeout). Send less; "
             "if short messages fail as well, the model's chat template or tokenizer is at fault"
         )
 
     def too_large(self) -> PensieveError:
         """The error of a job that took too much memory."""
         return PromptTooCostly(
-            f"making the prompt was stopped: it took more than {self._memory_bytes >> 20} MiB of memory. Send less; if short messages fail "
+            f"making the prompt was stopped: it took more than {self._memory_bytes >> 20} MiB of memory. "
+            "Send less; if short messages fail "
             "as well, the model's chat template or tokenizer is at fault"
         )
 
@@ -292,13 +298,13 @@ class _Lane:
         self.thread = threading.Thread(target=self._run, name=f"pensieve-text-{kind}", daemon=True)
 
     def interrupt(self, task: _Task | None = None) -> None:
-        """End the worker's connection, if it is at this task (None: at whatever)."""
+        """Close the worker's connection if it runs this task; None closes it whatever it runs."""
         with self._lock:
             if self._worker is not None and (task is None or task is self._task):
                 try:
                     self._worker.connection.shutdown(2)
                 except OSError:
-                    return  # the other side was faster
+                    return  # the worker was faster
 
     def _run(self) -> None:
         self._ensure_worker()
@@ -318,7 +324,11 @@ class _Lane:
             self._pool.end(self._worker)
 
     def _ensure_worker(self) -> PensieveError | None:
-        """Have a worker; the reason if there is none to be had, after a pause that grows."""
+        """Make sure that there is a worker.
+
+        Returns:
+            Why there is none, after a pause that grows; None if there is one.
+        """
         if self._worker is not None:
             return None
         try:
@@ -389,7 +399,7 @@ class _Lane:
             _fail(task.future, self._pool.too_costly(what))
 
     def _lost(self, task: _Task, stopped: bool, limit_s: float) -> None:
-        """The worker ended under a task, or does not answer."""
+        """Handle a worker that ended during a task, or does not reply."""
         code = self._replace()
         if task.future.cancelled():
             return
@@ -397,7 +407,7 @@ class _Lane:
             _fail(task.future, EngineClosed("the server is shutting down"))
         elif stopped or (HARD_ALARM is not None and code == -HARD_ALARM):
             self._slow(task, "the tokenizer", limit_s)
-        elif code == -signal.SIGABRT:  # as libraries end that are given no memory
+        elif code == -signal.SIGABRT:  # libraries that get no memory end so
             _fail(task.future, self._pool.too_large())
         elif not task.lost:
             task.lost = True
@@ -411,7 +421,7 @@ class _Lane:
             )
 
     def _replace(self) -> int | None:
-        """End the worker, and have another one; the exit code of the old one."""
+        """End the worker and make another one; returns the old one's exit code."""
         with self._lock:
             worker, self._worker = self._worker, None
         code = None if worker is None else self._pool.end(worker)

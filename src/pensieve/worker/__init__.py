@@ -1,1 +1,4 @@
-"""How a step is done: tensors, attention, copies, sampling. The only room, with `text`, that imports torch and transformers."""
+"""How a step is run: tensors, attention, copies, sampling.
+
+Only this room and `text` import torch and transformers.
+"""

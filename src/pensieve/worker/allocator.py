@@ -1,4 +1,7 @@
-"""Main memory, as it serves best: kept when a step frees it, in huge pages where it is read all through. Knows the system; never models or tiers."""
+"""Main memory as it is fastest: kept when a step frees it, in huge pages if it is read all through.
+
+Knows the system; never models or tiers.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,20 @@ from pensieve.errors import ConfigError
 
 # Names and numbers from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_TRIM_BYTES = 1 << 30  # most that is held back from the system
-_MMAP_BYTES = 32 << 20  # allocations from here on go back to the system when freed; glibc takes no more
+_TRIM_BYTES = 1 << 30  # the most that is held back from the system
+# allocations of this size and more go back to the system when freed; glibc takes no larger number
+_MMAP_BYTES = 32 << 20
 _LOADING_MMAP_BYTES = 256 << 10  # the same while weights are loaded
 _REGION_BYTES = 64 << 20
 _CACHE_LINE = 64
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library to hold on to freed memory, up to 1 GB of it. Returns whether it listened (glibc does).
+    """Tell the C library to keep up to 1 GB of freed memory; returns whether it does (glibc does).
 
-    Every layer of every step allocates and frees the same few megabytes. By default glibc gives them back to the system and gets them again
-    as fresh pages, zeroed one fault at a time: 130,000 to 170,000 faults in a batch of six prompts of 700 tokens (docs/performance.md).
+    Every layer of every step allocates and frees the same few megabytes. By default glibc gives them back to
+    the system and gets them again as fresh pages, zeroed one fault at a time: 130,000 to 170,000 faults in a
+    batch of six prompts of 700 tokens (docs/performance.md).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -38,8 +43,10 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Tell the C library to give freed memory back to the system at once, and to do so with what it holds: while weights are loaded and laid
-    out anew, what was freed must not be held beside what takes its place. `keep_freed_memory` ends it.
+    """Tell the C library to give freed memory back to the system at once, now and from now on.
+
+    While weights are loaded and laid out, freed memory must not be held beside its replacement.
+    `keep_freed_memory` undoes it.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -50,44 +57,49 @@ def return_freed_memory() -> None:
 
 
 def fresh_pages(num_bytes: int) -> torch.Tensor:
-    """Main memory straight from the system, which zeroes a page when it is first written: a start waits for none of them.
+    """Main memory straight from the system, which zeroes a page when it is first written.
 
-    Writing 3 GB of zeros instead took 0.7 to 3.3 s of each start. Huge pages, where the system has them, make first writes 5 times cheaper.
+    So no start waits for zeroing: writing 3 GB of zeros took 0.7 to 3.3 s of each start. Huge pages, if the
+    system has them, make first writes 5 times cheaper.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(num_bytes, dtype=torch.uint8)  # no Unix
+        return torch.zeros(num_bytes, dtype=torch.uint8)  # not Unix
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)  # keeps the mapping for as long as it lives
+    return torch.frombuffer(pages, dtype=torch.uint8)  # keeps the mapping while the tensor lives
 
 
 def lock_pages(memory: torch.Tensor) -> None:
-    """Page-lock main memory for CUDA, until nobody has it any more: copies to and from a device then need no staging.
+    """Page-lock main memory for CUDA while its tensor lives: copies then need no staging.
 
     Raises:
-        ConfigError: the system does not let this process have so much.
+        ConfigError: the system does not let this process lock so much.
     """
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     address, num_bytes = memory.data_ptr(), memory.numel()
     status = int(runtime.cudaHostRegister(address, num_bytes, 0))
     if status != 0:
         raise ConfigError(
-            f"{num_bytes / 1e9:.2f} GB of main memory cannot be page-locked for the device (CUDA error {status}): give the tiers below the first less"
+            f"{num_bytes / 1e9:.2f} GB of main memory cannot be page-locked for the device (CUDA error "
+            f"{status}): give the tiers below the first less"
         )
     weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
 
 
 class HugeRegions:
-    """Hands out memory from large regions of fresh pages: reading weights through huge pages is some 10 % faster, and few weights fill one alone."""
+    """Hands out memory from large regions of fresh pages.
+
+    Reading weights through huge pages is about 10 % faster, and few weights fill a huge page alone.
+    """
 
     def __init__(self) -> None:
         self._region = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor that begins with a cache line, its contents 0. It keeps its region for as long as it lives."""
+        """A tensor of zeros that begins with a cache line. It keeps its region while it lives."""
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size

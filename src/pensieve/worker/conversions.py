@@ -1,4 +1,4 @@
-"""What was converted from GGUF files and lies in the user's cache: listed, and removed. Knows folders and locks; reads no model."""
+"""Lists and removes conversions of GGUF files in the user's cache. Knows folders and locks; never models."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Literal
 import filelock
 
 from pensieve.errors import ConfigError
+from pensieve.machine import cache_folder
 from pensieve.worker import embedded
-from pensieve.worker.gguf_convert import FORMAT, cache_dir, read_manifest
+from pensieve.worker.gguf_convert import FORMAT, read_manifest
 
 _FOLDER = re.compile(r"(?P<sha256>[0-9a-f]{64})-v(?P<format>\d+)")
 _UNFINISHED = re.compile(r"\.(?P<sha256>[0-9a-f]{16})-.*")
-_SHORT_HASH = 12  # digits shown; any number of them from four on names a conversion
+_SHORT_HASH = 12  # digits that are shown; four or more of them identify a conversion
 _MIN_HASH = 4
 
 State = Literal["ready", "old format", "damaged", "unfinished"]
@@ -29,31 +30,32 @@ State = Literal["ready", "old format", "damaged", "unfinished"]
 class Conversion:
     """One converted model, or what is left of one."""
 
-    name: str  # of the file it was made from; the default model has the name --model takes
-    sha256: str  # of that file; of unfinished ones, its first digits
-    state: State  # an old format is never loaded again
-    format: int | None  # None: unfinished
+    name: str  # of the file that was converted; the default model has its name for --model
+    sha256: str  # of that file; of unfinished ones, the first digits
+    state: State  # conversions of an old format are never loaded
+    format: int | None  # None if unfinished
     num_bytes: int  # on disk
     changed: str  # when it was made, ISO 8601 in UTC
     path: str
 
 
 def converted() -> list[Conversion]:
-    """Everything under the cache's folder of conversions, by name; those of older formats and unfinished ones too."""
+    """All conversions in the cache, by name, also unfinished ones and those of older formats."""
     return sorted(_found(), key=lambda one: (one.name, one.sha256, one.path))
 
 
 def remove(which: str) -> list[Conversion]:
-    """Remove conversions from the disk; what is still wanted is converted again when it is next used.
+    """Remove conversions from the disk; those still in use are converted again on next use.
 
     Args:
         which: a name or the first digits of a hash, as `converted` gives them, or "all".
 
     Returns:
-        Those removed. One that another process is building is left alone and not among them.
+        The conversions removed, without those that another process is building.
 
     Raises:
-        ConfigError: nothing is called so, the name stands for several files, or all that is meant is being built now.
+        ConfigError: no conversion has this name or hash, the name stands for several files, or all that are
+            meant are being built now.
     """
     there = converted()
     wanted = [one for one in there if which == "all" or _is_meant(which, one)]
@@ -80,9 +82,9 @@ def _is_meant(which: str, one: Conversion) -> bool:
 
 
 def _remove(one: Conversion) -> bool:
-    """Whether it could be removed: not while the lock under which it is built is held."""
+    """Remove a conversion, unless a process that builds it holds its lock; returns whether it was removed."""
     path = Path(one.path)
-    # Of an unfinished one only the beginning of the hash is known.
+    # of an unfinished conversion only the beginning of the hash is known
     locks = (
         [path.parent / f"{one.sha256}.lock"]
         if one.format is not None
@@ -99,7 +101,7 @@ def _remove(one: Conversion) -> bool:
 
 
 def _found() -> Iterator[Conversion]:
-    folder = cache_dir() / "converted"
+    folder = cache_folder() / "converted"
     names: dict[str, str] = {}
     unfinished = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():

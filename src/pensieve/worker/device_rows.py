@@ -1,7 +1,8 @@
-"""What a Llama-like layer does between its products, on a GPU: the same as `worker/rows.py` by Triton kernels. Knows tensors; never layers or attention.
+"""Norms, rotations and gates of a Llama-like layer on a GPU: `worker/rows.py` as Triton kernels.
 
-A model's modules take some fifteen small kernels for a layer's norms, rotations and gate; of a decode step of a few requests that would be more time than
-reading all weights. Here it is four.
+Knows tensors; never layers or attention. A model's modules launch about fifteen small kernels for a layer's
+norms, rotations and gate; in a decode step of a few requests that would take longer than reading all weights.
+Here it is four.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class DeviceRows:
 
     @staticmethod
     def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why these kernels cannot compute in this dtype on this device; None: they can."""
+        """Why these kernels cannot compute in this dtype on this device; None if they can."""
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{dtype} is none of float32, bfloat16, float16"
         if importlib.util.find_spec("triton") is None:
@@ -36,7 +37,6 @@ class DeviceRows:
     def norm(
         self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
     ) -> torch.Tensor:
-        """See `Rows.norm`."""
         rows, width = residual.shape
         output = torch.empty_like(residual)
         if rows:
@@ -54,19 +54,19 @@ class DeviceRows:
         return output
 
     def rotate(
-        self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int, angles: torch.Tensor | None, positions: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor] | None, epsilon: float,
+        self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+        angles: torch.Tensor | None, positions: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor] | None,
+        epsilon: float,
     ) -> None:  # fmt: skip
-        """See `Rows.rotate`."""
         query_weight, key_weight = (None, None) if norms is None else norms
         half = head_dim // 2
         self._kernels.rotate_kernel[len(heads), num_heads + num_kv_heads](
             heads, angles, positions, query_weight, key_weight, heads.stride(0), num_heads, epsilon,
-            HALF=half, BLOCK=_power(half), ROTATES=angles is not None, NORMALISES=norms is not None, num_warps=1,
+            HALF=half, BLOCK=_power(half), ROTATES=angles is not None, NORMALISES=norms is not None,
+            num_warps=1,
         )  # fmt: skip
 
     def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See `Rows.gate`."""
         rows, width = gate_up.shape
         output = gate_up.new_empty((rows, width // 2))
         if rows:
@@ -78,7 +78,7 @@ class DeviceRows:
 
 
 def _power(number: int) -> int:
-    """The least power of two that is not below."""
+    """The smallest power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
 
 

@@ -1,7 +1,10 @@
-"""Rows of logits to token ids: the likeliest, or drawn with a given random number. Knows numbers only; never requests.
+"""Rows of logits to token ids: the likeliest, or sampled with a given random number.
 
-Every row is worked on as if it were alone: sums run along rows, and rows share an operation only where it treats each by itself.
-On a device nothing here waits for it: what depends on the numbers themselves is computed for all rows there.
+Knows numbers; never requests.
+
+Every row is computed as if it were alone: sums run along rows, and rows share an operation only if it treats
+each by itself. On a device nothing here waits: what depends on the numbers themselves is computed for all
+rows there.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from pensieve.worker.pinned import to_device
 
 _MASK = (1 << 64) - 1
 _LEAST_TEMPERATURE = 1e-6  # below it only exact ties would differ, and fp32 would divide by 0
-_TOP_GUESS = 512  # candidates tried first for top_p; a full sort only where they hold too little
-_BLOCK = 256  # weights whose sum is looked at before they are
+_TOP_GUESS = 512  # candidates tried first for top_p; all are sorted only if these hold too little probability
+_BLOCK = 256  # weights whose sum is read before the weights themselves
 _INFINITY = {
     torch.bfloat16: 0x7F80,
     torch.float16: 0x7C00,
-}  # its bits; NaN has more, a sign is the highest bit
+}  # its bits; NaN has larger ones, and the sign is the highest bit
 
 
 def uniform(seed: int, position: int) -> float:
@@ -43,10 +46,13 @@ def _mix(state: int) -> int:
 
 
 def likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
-    """Of each row of logits (n, V): whether its maximum is a number (no NaN in the row, no infinity at the top), and where it stands first.
+    """The likeliest token of each row of logits (n, V).
 
-    On a CPU with numpy, in one thread: it compares 16-bit floats as the integers that their bits are, a whole vector at a time, where
-    torch takes ten times as long (docs/performance.md) and would wake other threads.
+    Returns:
+        Whether the row's maximum is a number (no NaN in the row, no infinity at the top), and the first token
+        that has it. On a CPU this uses numpy, in one thread: it compares 16-bit floats as the integers that
+        their bits are, a whole vector at a time; torch takes ten times as long (docs/performance.md) and
+        would wake other threads.
     """
     if logits.device.type != "cpu":
         best, ids = logits.max(dim=-1)  # NaN wins a maximum
@@ -58,7 +64,8 @@ def likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
     bits = logits.view(torch.int16).numpy()
     places = bits.argmax(-1)
     highest = bits[np.arange(len(places)), places]
-    # Positive floats are in the order of their bits, and above them NaN; as unsigned numbers, NaN of the other sign is above everything.
+    # Positive floats are in the order of their bits, with NaN above them; as unsigned numbers, NaN of the
+    # other sign is above everything.
     is_simple = (highest > 0) & (highest < infinity) & (bits.view(np.uint16).max(-1) <= infinity | 0x8000)
     if is_simple.all():
         return is_simple.tolist(), places.tolist()
@@ -72,30 +79,33 @@ def likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
 
 
 class _Rules(NamedTuple):
-    """What rows are drawn by, after temperature and top_k. Each (n, 1), float64."""
+    """The rules by which rows are sampled after temperature and top_k. Each (n, 1), float64."""
 
     number: torch.Tensor
-    top_p: torch.Tensor  # infinite where there is none: sums of probabilities pass 1 by rounding
-    min_p: torch.Tensor | None  # None: no row has one
+    top_p: torch.Tensor  # infinite without top_p: sums of probabilities exceed 1 by rounding
+    min_p: torch.Tensor | None  # None if no row has one
 
 
 def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
-    """Sample from each row of logits by inverting its cumulative distribution at a number in [0, 1): (n,) int64.
+    """Sample from each row of logits by inverting its cumulative distribution at a number in [0, 1).
 
-    Temperature, then top_k, then top_p of what is left, then min_p against the likeliest; each renormalises. Candidates are ordered
-    by falling probability where top_k or top_p is set, else by id.
+    Temperature, then top_k, then top_p of what is left, then min_p relative to the likeliest; each
+    renormalises. Candidates are ordered by falling probability with top_k or top_p, else by id.
 
     Args:
         logits: (n, V), float32; overwritten.
         params: n of them, each with a temperature.
         numbers: n of them.
+
+    Returns:
+        (n,) int64, token ids.
     """
     size, device = logits.shape[1], logits.device
     temperatures = to_device(
         np.array([max(each.temperature, _LEAST_TEMPERATURE) for each in params], np.float32), device
     )
     scaled = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
-    by_order: dict[int, list[int]] = {}  # how many candidates have to be put in order -> rows
+    by_order: dict[int, list[int]] = {}  # rows by the number of candidates to sort
     for row, each in enumerate(params):
         in_order = min(each.top_k, size) or (size if each.top_p < 1.0 else 0)
         by_order.setdefault(in_order, []).append(row)
@@ -123,7 +133,7 @@ def _rules(params: Sequence[SamplingParams], numbers: Sequence[float], device: t
 
 
 def _among_all(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Draw from (n, V) probabilities by id. Whole blocks are passed over by their sums, and only one is looked into."""
+    """Sample from (n, V) probabilities by id. Skips whole blocks by their sums and reads only one."""
     weights = probabilities
     if rules.min_p is not None:
         weights = probabilities * (
@@ -143,7 +153,11 @@ def _among_all(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
 
 
 def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Draw from (n, V) probabilities by rank. Where a few hold all that top_p asks for, the others need no order (a device would have to be asked)."""
+    """Sample from (n, V) probabilities by rank.
+
+    If a few candidates hold all that top_p asks for, the others are not sorted. On a device that would have
+    to be asked first, so all are sorted there.
+    """
     size = probabilities.shape[1]
     if size <= _TOP_GUESS or probabilities.device.type != "cpu":
         return _among(*_sorted(probabilities), rules)
@@ -160,10 +174,10 @@ def _among_likeliest(probabilities: torch.Tensor, rules: _Rules) -> torch.Tensor
 
 
 def _among(probabilities: torch.Tensor, ids: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Draw from candidates in falling order, (n, k) each: what top_p and min_p leave of them, at least the first."""
+    """Sample from candidates in falling order, (n, k) each, among those that top_p and min_p leave."""
     keep = (
         probabilities.cumsum(-1, dtype=torch.float64) - probabilities < rules.top_p
-    )  # the one that reaches top_p is kept too
+    )  # the candidate that reaches top_p is kept, too
     if rules.min_p is not None:
         keep &= probabilities >= rules.min_p.float() * probabilities[:, :1]
     cumulative = (probabilities * keep).cumsum(-1, dtype=torch.float64)
@@ -175,10 +189,11 @@ def _sorted(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if probabilities.device.type != "cpu":
         values, ids = probabilities.sort(dim=-1, descending=True, stable=True)
         return values, ids
-    # On a CPU as integers that hold both, which numpy sorts ten times as fast: positive floats are in the order of their bits.
+    # On a CPU as integers that hold both, which numpy sorts ten times as fast: positive floats are in the
+    # order of their bits.
     bits = probabilities.numpy().view(np.uint32)
     keys = np.empty(bits.shape, np.uint64)
-    for key, row in zip(keys, bits, strict=True):  # (row by row they stay in the processor's cache)
+    for key, row in zip(keys, bits, strict=True):  # row by row they stay in the processor's cache
         np.left_shift(~row, 32, out=key, dtype=np.uint64)
         key |= np.arange(len(row), dtype=np.uint64)
         key.sort()
@@ -187,9 +202,10 @@ def _sorted(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _first_past(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """In each row of rising sums (n, k), float64, the first that is past a target (n, 1): never one that added nothing.
+    """In each row of rising sums (n, k), float64, the index of the first that exceeds a target (n, 1).
 
-    A target that rounding has put at the end or behind it means the one that reaches the end.
+    Never one that added nothing. A target at the end or beyond, by rounding, means the one that reaches the
+    end.
     """
     end = cumulative[:, -1:]
     return torch.searchsorted(

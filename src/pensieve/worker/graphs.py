@@ -1,8 +1,10 @@
-"""Decode steps as captured graphs: one launch instead of some hundreds. Knows batches and models; never plans, streams of copies or sampling.
+"""Decode steps as captured graphs: one launch instead of hundreds.
 
-A step that only decodes is the same work every time, on other numbers. It is captured once for each of a few batch sizes, over tensors that stay where they are;
-a step's own are copied into those, and what is left of the rows computes a token of nobody into a slot of nobody. Steps that do anything else are
-long enough to hide their launches.
+Knows batches and models; never plans, copies or sampling.
+
+A step of decodes is the same work every time, on other numbers. It is captured once for each of a few batch
+sizes, over tensors that stay in place; a step's numbers are copied into those. Rows beyond the batch compute
+a token that is not used, in a slot that no chunk has. Other steps are long enough to hide their launches.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from typing import Any, Protocol
 
 import torch
 
-from pensieve.worker.attention import AttentionBackend, PagedAttention
+from pensieve.worker.attention import CapturableBackend, PagedAttention
 from pensieve.worker.batch import Batch
 from pensieve.worker.model import CausalModel
 
 logger = logging.getLogger(__name__)
 
-_WARM_UPS = 2  # before a capture: libraries choose their kernels and get their workspaces
+_WARM_UPS = 2  # before a capture: libraries choose their kernels and allocate their workspaces
 
 Replay = Callable[[], torch.Tensor]
 
@@ -30,7 +32,11 @@ class Recorder(Protocol):
     """Captures work."""
 
     def record(self, work: Callable[[], torch.Tensor]) -> Replay:
-        """Do `work` a few times and capture it; what is returned does the same again, over the same memory."""
+        """Run `work` a few times and capture it.
+
+        Returns:
+            A function that does the same work again, over the same memory.
+        """
         ...
 
     @property
@@ -48,7 +54,6 @@ class CudaRecorder:
         self._num_bytes = 0
 
     def record(self, work: Callable[[], torch.Tensor]) -> Replay:
-        """See `Recorder`."""
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -58,7 +63,7 @@ class CudaRecorder:
         torch.cuda.synchronize(self._device)
         before, _ = torch.cuda.mem_get_info(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on copying chunks meanwhile, which is none of the graph's business.
+        # other threads may go on copying chunks meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = work()
         self._pool = graph.pool() if self._pool is None else self._pool
@@ -73,7 +78,6 @@ class CudaRecorder:
 
     @property
     def num_bytes(self) -> int:
-        """See `Recorder`."""
         return self._num_bytes
 
 
@@ -81,8 +85,8 @@ class CudaRecorder:
 class _Captured:
     """A graph and the tensors it reads."""
 
-    batch: Batch  # of so many rows
-    step: Any  # the backend's
+    batch: Batch  # of a fixed number of rows
+    step: Any  # the backend's prepared step
     replay: Replay
 
 
@@ -92,7 +96,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: CausalModel,
-        backend: AttentionBackend[Any],
+        backend: CapturableBackend[Any],
         recorder: Recorder,
         *,
         max_rows: int,
@@ -102,18 +106,18 @@ class DecodeGraphs:
         """Capture nothing yet.
 
         Args:
-            model: whose decodes.
-            backend: its attention, one with `FixedSteps`.
+            model: computes the decodes.
+            backend: its attention.
             recorder: captures.
-            max_rows: larger batches are computed as any other.
+            max_rows: larger batches are computed without graphs.
             max_chunks: of the longest context.
-            spare_slot: of the first tier, that holds nobody's chunk.
+            spare_slot: a slot of the first tier that no chunk has.
         """
         self._model, self._backend, self._recorder = model, backend, recorder
         self._max_chunks, self._spare_slot = max_chunks, spare_slot
         self._sizes = _sizes(max_rows)
         self._captured: dict[int, _Captured] = {}
-        self._why_not: str | None = None  # capturing failed once, and would again
+        self._why_not: str | None = None  # why capturing failed: it would fail again; None while it works
 
     @property
     def num_bytes(self) -> int:
@@ -122,11 +126,14 @@ class DecodeGraphs:
 
     @property
     def num_captured(self) -> int:
-        """How many there are."""
+        """The number of graphs."""
         return len(self._captured)
 
     def forward(self, batch: Batch) -> torch.Tensor | None:
-        """Logits (E, V) of a batch of decodes, valid until the next call; None: it is something else, or no graph can be had."""
+        """Logits (E, V) of a batch of decodes, valid until the next call.
+
+        None if the batch is something else, or if there is no graph for it.
+        """
         num_rows = len(batch.spans)
         is_decode = batch.num_tokens == num_rows == len(batch.emitting)
         if (
@@ -141,22 +148,22 @@ class DecodeGraphs:
         if captured is None:
             return self._capture(batch, size)
         self._fill(captured.batch, batch)
-        self._backend.refill(captured.step, batch.spans)  # type: ignore[attr-defined]
+        self._backend.refill(captured.step, batch.spans)
         return captured.replay()[:num_rows]
 
     def _capture(self, batch: Batch, size: int) -> torch.Tensor:
-        """This batch as any other; and a graph for the next of its size."""
+        """Compute this batch without a graph, and capture one for the next batch of this size."""
         attending = PagedAttention(self._backend, batch)
         logits = self._model.forward(batch, attending)
         with torch.inference_mode():
             fixed = self._empty(size, batch)
             self._fill(fixed, batch)
-            step = self._backend.fixed(fixed, attending.prepared)  # type: ignore[attr-defined]
-            self._backend.refill(step, batch.spans)  # type: ignore[attr-defined]
+            step = self._backend.fixed(fixed, attending.prepared)
+            self._backend.refill(step, batch.spans)
         again = PagedAttention(self._backend, fixed, prepared=step)
         try:
             replay = self._recorder.record(lambda: self._model.forward(fixed, again))
-        except Exception as error:  # a model that looks at its own numbers, say
+        except Exception as error:  # for example a model that reads its own numbers
             self._why_not = f"{type(error).__name__}: {error}"
             logger.warning(
                 "decode steps of %s are not captured as graphs: %s", self._model.label, self._why_not
@@ -166,7 +173,7 @@ class DecodeGraphs:
         return logits
 
     def _empty(self, size: int, like: Batch) -> Batch:
-        """A batch of `size` rows that compute nobody's token."""
+        """A batch of `size` rows of unused tokens."""
         device = like.input_ids.device
 
         def numbers(*shape: int) -> torch.Tensor:
@@ -174,13 +181,14 @@ class DecodeGraphs:
 
         rows = torch.arange(size + 1, device=device)
         return Batch(
-            spans=(), input_ids=numbers(1, size), position_ids=numbers(1, size), slot_mapping=numbers(size), cu_seqlens_q=rows,
-            context_lens=numbers(size), block_tables=numbers(size, self._max_chunks), logit_rows=rows[:size], emitting_rows=numbers(0),
-            unknown=numbers(0), unknown_rows=numbers(0), emitting=(), chunk_tokens=like.chunk_tokens,
+            spans=(), input_ids=numbers(1, size), position_ids=numbers(1, size), slot_mapping=numbers(size),
+            cu_seqlens_q=rows, context_lens=numbers(size), block_tables=numbers(size, self._max_chunks),
+            logit_rows=rows[:size], emitting_rows=numbers(0), unknown=numbers(0), unknown_rows=numbers(0),
+            emitting=(), chunk_tokens=like.chunk_tokens,
         )  # fmt: skip
 
     def _fill(self, fixed: Batch, batch: Batch) -> None:
-        """Copy a batch's numbers into a fixed one; the rows beyond write where nobody reads."""
+        """Copy a batch's numbers into a fixed batch; further rows write into the spare slot."""
         num_rows = len(batch.spans)
         fixed.input_ids[:, :num_rows].copy_(batch.input_ids)
         fixed.position_ids[:, :num_rows].copy_(batch.position_ids)
@@ -191,7 +199,7 @@ class DecodeGraphs:
 
 
 def _sizes(most: int) -> list[int]:
-    """Batch sizes that are captured: no batch computes more than a third more rows than it has, from 3 on."""
+    """Batch sizes to capture: from 3 rows on, a batch computes at most a third more rows than it has."""
     sizes = [
         size
         for size in (1, 2, 3, 4, 6, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 64))

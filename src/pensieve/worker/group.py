@@ -1,7 +1,10 @@
-"""The processes that compute one model together: who they are, and how they agree. Knows ranks and bytes; never models or plans.
+"""The processes that compute one model together, and how they agree.
 
-Numbers of tensors go through torch's default group (nccl on CUDA, gloo on a CPU), where transformers' collectives run. What is said here, a few
-bytes a step, goes through a gloo group of its own, so that it can never be paired with a collective of a forward.
+Knows ranks and bytes; never models or plans.
+
+Tensors go through torch's default group (nccl on CUDA, gloo on a CPU), where transformers' collectives run.
+Messages, a few bytes a step, go through a gloo group of their own, so that they can never be paired with a
+collective of a forward.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ from pensieve.worker.rank import Rank
 
 _IDLE = timedelta(
     days=365
-)  # a rank may wait so long for the next word; that another one died is noticed by its connection, at once
-_SHORT_BYTES = 2048  # what is usually said fits, and takes one collective; more takes two
+)  # how long a rank may wait for the next message; a rank that died is noticed at once, by its connection
+_SHORT_BYTES = 2048  # most messages fit, and take one collective; longer ones take two
 _LENGTH_BYTES = 4
 
 
 class Group:
-    """The ranks, connected. Every method is called by all of them at the same point, by one thread of each."""
+    """The connected ranks. All of them call each method at the same point, from one thread each."""
 
     def __init__(self, rank: Rank, device: torch.device, control: dist.ProcessGroup) -> None:
         self.rank, self.size, self.local_size, self.device = rank.index, rank.size, rank.local_size, device
@@ -71,17 +74,17 @@ class Group:
     # -- what is said
 
     def tell(self, message: object) -> None:
-        """Rank 0: what all others `hear`."""
+        """On rank 0: send a message to all others, which call `hear`."""
         assert self.rank == 0
         self._broadcast(pickle.dumps(message, protocol=5))
 
     def hear(self) -> Any:
-        """Ranks above 0: what rank 0 tells next, whenever that is."""
+        """On ranks above 0: wait for the next message of rank 0."""
         assert self.rank > 0
         return pickle.loads(self._broadcast(None))
 
     def exchange(self, message: object, patience: timedelta | None = None) -> list[Any]:
-        """What each rank says, in the order of ranks.
+        """Exchange a message with all ranks; returns their messages in the order of ranks.
 
         Raises:
             WorkerLost: a rank is gone, or did not come within `patience`.
@@ -96,11 +99,11 @@ class Group:
 
     @contextlib.contextmanager
     def agreeing(self) -> Iterator[None]:
-        """What is done in this block is done by all ranks, or fails on all.
+        """Run a block on all ranks; if it fails on one, it fails on all.
 
         Raises:
-            Exception: what the block raised here.
-            PensieveError: of the kind and with the words that it raised elsewhere, naming the rank.
+            Exception: what the block raised on this rank.
+            PensieveError: of the kind and with the words that it raised on another rank, which is named.
         """
         error: Exception | None = None
         try:
@@ -120,14 +123,14 @@ class Group:
     # -- the end
 
     def dismiss(self) -> None:
-        """Rank 0: tell the others that nothing more will come. Safe to call again, and when nobody is left."""
+        """On rank 0: tell the others that no message will follow. Safe to call again or without ranks."""
         if self._control is not None:
             with contextlib.suppress(WorkerLost):
                 self.tell(Leave())
             self.leave()
 
     def leave(self) -> None:
-        """Give the connections up: whoever waits for this rank learns that it is gone. Safe to call again."""
+        """Close the connections: ranks that wait for this one learn that it is gone. Safe to call twice."""
         if self._control is None:
             return
         self._control = None
@@ -147,13 +150,13 @@ class Group:
         return first[_LENGTH_BYTES : _LENGTH_BYTES + length].numpy().tobytes()
 
     def _gather(self, data: bytes, num_bytes: int, patience: timedelta | None) -> list[tuple[int, bytes]]:
-        """(how many bytes it would say, those of them that fitted) of each rank."""
+        """Of each rank, the length of its message and as many of its bytes as fitted."""
         own = _padded(data, num_bytes)
         rows = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(self.size)]
         options = AllgatherOptions()
         options.timeout = (
             patience or _IDLE
-        )  # the collective's own: a wait that ends before it would leave a thread in it for ever
+        )  # the collective's own limit: a wait that ends earlier would leave a thread in it for ever
         self._collect(lambda control: control.allgather([rows], [own], options))
         lengths = [int.from_bytes(row[:_LENGTH_BYTES].numpy().tobytes(), "little") for row in rows]
         return [
@@ -175,7 +178,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Rank 0 to all: the end."""
+    """Rank 0's last message."""
 
 
 def _own_device(rank: Rank, device: str) -> torch.device:
@@ -184,12 +187,14 @@ def _own_device(rank: Rank, device: str) -> torch.device:
         return kind
     if kind.index is not None:
         raise ConfigError(
-            f"--device {device} names one device for {rank.size} processes: each takes its own, give --device {kind.type}"
+            f"--device {device} names one device for {rank.size} processes: each takes its own, give "
+            f"--device {kind.type}"
         )
     count = torch.cuda.device_count()
     if rank.local_rank >= count:
         raise ConfigError(
-            f"rank {rank.index} is number {rank.local_rank + 1} of {rank.local_size} processes here, and there are {count} CUDA devices: "
+            f"rank {rank.index} is number {rank.local_rank + 1} of {rank.local_size} processes here, and "
+            f"there are {count} CUDA devices: "
             f"start at most {count} a machine (torchrun --nproc-per-node)"
         )
     return torch.device("cuda", rank.local_rank)
@@ -202,7 +207,7 @@ def _in_words(error: Exception) -> tuple[str, str]:
 
 
 def _padded(data: bytes | None, num_bytes: int) -> torch.Tensor:
-    """Length and bytes, cut or filled up to `num_bytes`."""
+    """Length and bytes, cut or padded to `num_bytes`."""
     row = torch.zeros(num_bytes, dtype=torch.uint8)
     if data is not None:
         packed = (len(data).to_bytes(_LENGTH_BYTES, "little") + data)[:num_bytes]

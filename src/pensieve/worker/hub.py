@@ -1,6 +1,7 @@
-"""Getting a model's folder from the Hugging Face hub or its local cache. Knows repositories and files, no presets.
+"""Gets a model's folder from the Hugging Face hub or its local cache.
 
-The local cache answers first, without the network. A hub that cannot be reached is given up within seconds.
+Knows repositories and files; never presets. The local cache answers first, without the network. A hub that
+cannot be reached is given up within seconds.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 from pensieve.errors import ConfigError, ModelUnavailable
 from pensieve.worker import naming
 from pensieve.worker.gguf_convert import Progress
-from pensieve.worker.random_weights import require_room
+from pensieve.worker.random_weights import require_weights_fit
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-_PROBE_S = 3.0  # how long the hub may take to answer at all
+_PROBE_S = 3.0  # seconds that the hub may take to answer at all
 _SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -36,11 +37,11 @@ _SIDE_PREFIXES = ("tokenizer", "special_tokens_map", "chat_template", "spiece", 
 
 
 class HubOutOfReach(Exception):
-    """The repository may exist, but its weights cannot be had now; the text says why, for people."""
+    """The repository may exist, but its weights cannot be fetched now; the message says why."""
 
 
 class HubUnknown(Exception):
-    """The hub says that there is no such repository (or hides it)."""
+    """The hub has no such repository, or hides it."""
 
 
 class OnlyGguf(Exception):
@@ -52,12 +53,13 @@ class OnlyGguf(Exception):
 
 
 def cached_folder(repo: str) -> Path | None:
-    """The folder of a repository in the local cache, if it holds a config; no network."""
+    """The folder of a repository in the local cache; None if it holds no config. Uses no network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        # Not snapshot_download(local_files_only=True): that wants the repository's every file, also those never asked for.
+        # Not snapshot_download(local_files_only=True): that requires the repository's every file, also those
+        # never fetched.
         config = try_to_load_from_cache(repo, "config.json")
     except HFValidationError as error:
         raise ConfigError(f"{repo!r} is not a hub id (ORG/NAME): {error}") from error
@@ -96,11 +98,12 @@ def fetch(
 
     Args:
         repo: hub id.
-        dtype: number type it will be loaded in: a model too large for `device` is refused before it is fetched.
+        dtype: number type in which it will be loaded: a model too large for `device` is refused before it is
+            fetched.
         device: where it will be loaded.
-        progress: told when the download starts.
-        with_weights: False: only the small files.
-        check: given the folder with the small files, before any weights are fetched; may raise.
+        progress: called when the download starts.
+        with_weights: False fetches only the small files.
+        check: called with the folder of the small files, before any weights are fetched; may raise.
 
     Raises:
         HubOutOfReach: no answer, an answer that denies access, or a download that broke.
@@ -121,7 +124,7 @@ def fetch(
         raise OnlyGguf(repo)
     size = sum(sizes[name] for name in names)
     if with_weights:
-        require_room(
+        require_weights_fit(
             repo, info.safetensors.total if info.safetensors is not None else size // 2, dtype, device
         )
     _require_disk(repo, size)
@@ -133,12 +136,12 @@ def fetch(
 
 
 def fetch_gguf(wanted: naming.HubName, progress: Progress | None = None) -> Path:
-    """Download a GGUF file of a repository, all its parts, into the local cache; returns the first part.
+    """Download a GGUF file of a repository, with all its parts; returns the first part.
 
-    The cache answers first, where it holds what is meant.
+    The local cache answers first, if it holds the file.
 
     Raises:
-        ConfigError: the repository holds none such, or several.
+        ConfigError: the repository holds no such file, or several.
         HubOutOfReach, HubUnknown, ModelUnavailable: as `fetch`.
     """
     if (here := cached_gguf(wanted)) is not None:
@@ -155,7 +158,10 @@ def fetch_gguf(wanted: naming.HubName, progress: Progress | None = None) -> Path
 
 
 def cached_gguf(wanted: naming.HubName) -> Path | None:
-    """The first part of a GGUF model in the local cache, if all of it is there and it is clear which is meant; no network."""
+    """The first part of a GGUF model in the local cache. Uses no network.
+
+    None if a part is missing, or if it is not clear which file is meant.
+    """
     cached = _cached_ggufs(wanted.repo)
     try:
         first = naming.choose_gguf(wanted.repo, list(cached), wanted)
@@ -188,7 +194,8 @@ def _require_disk(repo: str, size: int) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(cache).free) < size:
         raise ModelUnavailable(
-            f"{repo} is {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {cache}: make room, or set HF_HOME"
+            f"{repo} is {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {cache}: make room, or set "
+            "HF_HOME"
         )
 
 
@@ -202,7 +209,7 @@ def _download(repo: str, names: list[str]) -> Path:
 
 
 def _ask(repo: str) -> ModelInfo:
-    """What the hub knows of a repository, or why it does not say, within seconds."""
+    """The hub's information on a repository, within seconds, or the reason why there is none."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -211,10 +218,10 @@ def _ask(repo: str) -> ModelInfo:
     def ask() -> None:
         try:
             answers.put(HfApi().model_info(repo, timeout=_PROBE_S, files_metadata=True))
-        except Exception as error:  # whichever HTTP library the hub client is built on raises its own kinds
+        except Exception as error:  # the hub client's HTTP libraries raise errors of their own
             answers.put(error)
 
-    # A thread, because looking a name up without a name server takes as long as it takes and heeds no timeout.
+    # A thread, because looking a name up without a name server ignores timeouts.
     threading.Thread(target=ask, name="hub-probe", daemon=True).start()
     try:
         answer = answers.get(timeout=3 * _PROBE_S)
@@ -237,7 +244,7 @@ def _ask(repo: str) -> ModelInfo:
 
 
 def wanted_files(names: Iterable[str], *, with_weights: bool = True) -> list[str]:
-    """Of a repository's files, those a model is loaded from: one kind of weights, safetensors first, and no folders."""
+    """The files of a repository to load a model from: one kind of weights, safetensors first."""
     top = [name for name in names if "/" not in name]
     side = [name for name in top if name in _SIDE_FILES or name.startswith(_SIDE_PREFIXES)]
     if not with_weights:

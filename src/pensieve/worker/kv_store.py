@@ -1,7 +1,9 @@
-"""The bytes of one tier, and how slots move between tiers. Knows slots, layers and sizes; never what lies inside a slot.
+"""The bytes of one tier, and copies of slots between tiers.
 
-A slot holds one chunk: all its layers, one after the other, each `layer_bytes` long. What is in them is the attention
-backend's business; here they are opaque. A store allocates once, exactly `num_slots * slot_bytes`.
+Knows slots, layers and sizes; never what is inside a slot.
+
+A slot holds one chunk: all its layers, one after the other, each `layer_bytes` long. Only the attention
+backend knows their contents. A store allocates once, exactly `num_slots * slot_bytes`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from pensieve.worker.pinned import to_device
 
 PIECE_BYTES = (
     32 << 20
-)  # most that one copy call stages: bounds memory beyond the stores, and how long a swap-in waits
-_GOLDEN = 0x9E3779B97F4A7C15 // 4  # (an odd number's bits well mixed; what overflows is meant to)
+)  # bytes that one copy call stages at most: bounds memory beyond the stores, and how long a swap-in waits
+_GOLDEN = 0x9E3779B97F4A7C15 // 4  # well-mixed bits, from which the odd factors are made; they may overflow
 
 
 class KVStore:
-    """One tier's slots, zero at the start, so that a cell never written is a finite number in every dtype."""
+    """One tier's slots, zero at first, so that an unwritten cell is a finite number in every dtype."""
 
     def __init__(
         self, num_slots: int, num_layers: int, layer_bytes: int, device: torch.device, *, pinned: bool = False
@@ -33,7 +35,7 @@ class KVStore:
             num_slots: chunks it holds, at least 0.
             num_layers: L.
             layer_bytes: bytes of one layer of one chunk, K and V.
-            device: where the bytes lie.
+            device: where the bytes are.
             pinned: page-locked host memory, for fast copies to a CUDA device; needs one.
         """
         self.num_slots, self.num_layers, self.layer_bytes, self.device = (
@@ -45,7 +47,7 @@ class KVStore:
         shape = (num_slots, num_layers, layer_bytes)
         if device.type == "cpu" and num_slots:
             pages = fresh_pages(num_slots * num_layers * layer_bytes)
-            if pinned:  # torch's own page-locked memory is rounded up to a power of two: of 140 GB, 256
+            if pinned:  # torch's own page-locked memory is rounded up to a power of two: 140 GB to 256
                 lock_pages(pages)
             self.data = pages.view(shape)
         else:
@@ -68,9 +70,10 @@ class KVStore:
         return self.data[:, layer]
 
     def checksums(self, slots: Sequence[int]) -> torch.Tensor:
-        """A number for each slot that another content very likely does not have, (n,) int64. CUDA work is queued on the current stream.
+        """A checksum of each slot's bytes, (n,) int64. CUDA work is queued on the current stream.
 
-        A sum of its words, each times an odd number of its own, modulo 2**64: one wrong bit always changes it, as do exchanged words.
+        The sum of the slot's words, each times an odd factor of its own, modulo 2**64: one wrong bit always
+        changes it, and so do exchanged words.
         """
         words = self.data.view(self.num_slots, -1).view(torch.int64)
         if self._factors is None:
@@ -82,17 +85,20 @@ class KVStore:
         for slot in slots:
             if self._host is None:
                 self.data[slot].zero_()
-            else:  # one thread writes at memory speed; waking torch's others can take far longer than the work
+            else:  # one thread writes at memory speed; waking torch's others can take longer
                 self._host[slot].fill(0)
 
 
 class SlotCopy:
-    """Slots of one tier that go to slots of another (or of the same), whole or layer by layer. CUDA work is queued on the current stream."""
+    """Slots of one tier to copy to slots of another (or the same), whole or layer by layer.
+
+    CUDA work is queued on the current stream.
+    """
 
     def __init__(
         self, source: KVStore, source_slots: Sequence[int], target: KVStore, target_slots: Sequence[int]
     ) -> None:
-        """Nothing is copied yet.
+        """Prepare the copy.
 
         Args:
             source: where the bytes are.
@@ -109,7 +115,7 @@ class SlotCopy:
         self._source, self._target = source, target
         self._source_slots, self._target_slots = tuple(source_slots), tuple(target_slots)
         self._is_on_host = source.device.type == target.device.type == "cpu"
-        self._slots: torch.Tensor | None = None  # (2, n) on the device, once a kernel has asked for them
+        self._slots: torch.Tensor | None = None  # (2, n) on the device; None until a kernel needs them
 
     def whole(self) -> None:
         """Copy everything, in few large calls."""
@@ -119,15 +125,18 @@ class SlotCopy:
             self._copy_runs(None)
 
     def layer(self, layer: int) -> None:
-        """Copy one layer. Across to a device its pieces are gathered by a kernel that reads page-locked memory where it lies."""
+        """Copy one layer.
+
+        To or from a device, a kernel gathers the pieces and reads page-locked memory in place.
+        """
         if self._is_on_host:
             self._copy_on_host(layer)
-        elif gather.why_not(self._source, self._target) is None:
+        elif gather.why_not(self._source.layer_bytes) is None:
             if self._slots is None:
                 self._slots = to_device(
                     np.array((self._source_slots, self._target_slots), np.int64), self._target.device
                 )
-            gather.copy_layer(self._source, self._target, self._slots, layer)
+            gather.copy_layer(self._source.layer(layer), self._target.layer(layer), self._slots)
         else:
             self._copy_runs(layer)
 
@@ -143,18 +152,18 @@ class SlotCopy:
             )
 
     def _copy_runs(self, layer: int | None) -> None:
-        """One call for all neighbouring slots whose targets are neighbours, too."""
+        """Copy with one call for all neighbouring slots whose targets are neighbours, too."""
         for source, target, count in runs(self._source_slots, self._target_slots):
             from_, to = self._source.data[source : source + count], self._target.data[target : target + count]
             if layer is None:
                 to.copy_(from_, non_blocking=True)
             else:
-                for index in range(count):  # (a strided copy across devices would be staged by torch)
+                for index in range(count):  # torch would stage a strided copy across devices
                     to[index, layer].copy_(from_[index, layer], non_blocking=True)
 
 
 def runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first source, first target, count) of pairs that follow each other in both."""
+    """Runs of pairs that follow each other on both sides: (first source, first target, count)."""
     first = 0
     for index in range(1, len(sources) + 1):
         if (
@@ -167,7 +176,7 @@ def runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def _rows(store: KVStore, layer: int | None) -> torch.Tensor:
-    """The store as a matrix of contiguous rows: slots, or layers of slots. Whole contiguous rows are what copies fastest."""
+    """The store as a matrix of contiguous rows, which copy fastest: slots, or layers of slots."""
     shape = (
         (store.num_slots, store.slot_bytes)
         if layer is None

@@ -1,10 +1,14 @@
-"""The forward of the Llama family in fewer and larger operations. Knows transformers' modules and weights; never plans, slots or sampling.
+"""The forward of the Llama family in fewer and larger operations.
 
-Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one model with small differences: RMS norms, rotary positions (in SmolLM3 not in every layer), grouped
-queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode step takes two to three times as long as it must (docs/performance.md). Here q, k and v
-are one product, gate and up another; weights lie as they are read fastest; what lies between the products is one kernel each; and where everything is
-a kernel of ours on a CPU, attention too, a layer is one call. Rounded less often than by the modules, results differ from theirs within the tolerance of
-`worker.gate`, whose self-test stands between a mistake here and a user.
+Knows transformers' modules and weights; never plans, slots or sampling.
+
+Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one model with small differences: RMS norms, rotary positions (in
+SmolLM3 not in every layer), grouped queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode
+step takes two to three times as long as it must (docs/performance.md). Here q, k and v are one product, gate
+and up another; weights are laid out for fast reading; the operations between the products are one kernel
+each. On a CPU where all of them, attention included, are our own kernels, a layer is one call. Results are
+rounded less often than by the modules and differ from theirs within the tolerance of `worker.self_test`,
+which protects users from a mistake here.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ _FAMILY = {
     "Qwen3ForCausalLM",
     "SmolLM3ForCausalLM",
 }
-_FIRST_POSITIONS = 4096  # rows of angles made at once; more when a longer context comes
+_FIRST_POSITIONS = 4096  # rows of angles made at once; more once a longer context comes
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, AttentionArgs], torch.Tensor]
 
@@ -76,11 +80,12 @@ class LlamaForward:
         """Lay the weights out.
 
         Args:
-            model: one that `why_not` has nothing against.
+            model: one that `why_not` accepts.
             args: how each layer attends.
-            keep_modules: leave the modules as they are, at the price of all weights twice; else they are emptied and compute no more.
-            int8: weights of 8 bits (`why_not_int8` must have nothing against it). The embedding stays as it is.
-            on_device: by the operations for a GPU; by default where the model is on one.
+            keep_modules: leave the modules as they are, with all weights in memory twice; otherwise they are
+                emptied and cannot compute any more.
+            int8: weights of 8 bits, if `why_not_int8` accepts the model. The embedding stays as it is.
+            on_device: compute by the operations for a GPU; None if the model is on one.
         """
         config, decoder = model.config.get_text_config(), model.model
         assert len(args) == len(decoder.layers)
@@ -110,12 +115,12 @@ class LlamaForward:
             if not keep_modules:
                 _empty(module)
         if not keep_modules:
-            _empty(model.lm_head)  # the embedding, where it is the same, stays: its rows are looked up
+            _empty(model.lm_head)  # a tied embedding stays: its rows are looked up
         self._last_norm = float_weight(decoder.norm.weight)
         rotary = decoder.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float()
         self._angle_scale = float(rotary.attention_scaling)
-        # On a device all at once: to look how far a step's positions go would be to wait for it.
+        # On a device all at once: reading how far a step's positions go would wait for it.
         self._angles = self._angles_to(
             config.max_position_embeddings
             if self._on_device
@@ -126,7 +131,7 @@ class LlamaForward:
 
     @staticmethod
     def why_not(model: PreTrainedModel) -> str | None:
-        """Why this model must be computed by its modules; None: it need not."""
+        """Why this model must be computed by its modules; None if it need not be."""
         config = model.config.get_text_config()
         if (num_ranks := model.tp_size or 1) > 1:
             return f"its weights are split over {num_ranks} processes"
@@ -148,7 +153,7 @@ class LlamaForward:
 
     @classmethod
     def why_not_int8(cls, model: PreTrainedModel) -> str | None:
-        """Why this model's weights cannot be of 8 bits; None: they can."""
+        """Why this model's weights cannot have 8 bits; None if they can."""
         return cls.why_not(model) or _why_no_panels(model, int8=True)
 
     def logits(
@@ -174,7 +179,7 @@ class LlamaForward:
     def _run_layers(
         self, residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        """All layers over (T, h), operation by operation: (E, h), normalised."""
+        """Run all layers over (T, h), operation by operation; returns (E, h), normalised."""
         kernel, heads, kv_heads, head_dim, epsilon = (
             self._rows,
             self._num_heads,
@@ -197,7 +202,7 @@ class LlamaForward:
                 by_head[:, heads + kv_heads :],
             )
             attended = attend(index, query, key, value, layer.args)  # (T, H, D)
-            if index == len(self._layers) - 1:  # what is not asked for needs only to be attended to
+            if index == len(self._layers) - 1:  # the last layer's further tokens need only K and V
                 attended, residual = attended[rows], residual[rows]
             delta = layer.products.out(attended.reshape(len(attended), heads * head_dim), residual)
             gated = layer.products.gated(kernel.norm(residual, delta, layer.mlp_norm, epsilon))  # (T, I)
@@ -205,10 +210,10 @@ class LlamaForward:
         return kernel.norm(residual, delta, self._last_norm, epsilon)
 
     def _run_calls(
-        self, calls: list[LayerCall], residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, attend: PagedAttention,
-        backend: NativeAttention,
+        self, calls: list[LayerCall], residual: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor,
+        attend: PagedAttention, backend: NativeAttention,
     ) -> None:  # fmt: skip
-        """All layers over (T, h) in place, a call each. The rows asked for end up in front."""
+        """Run all layers over (T, h) in place, one call each. The rows asked for end up first."""
         count, hidden_size = residual.shape
         heads_width = self._num_heads * self._head_dim
         widths = (
@@ -246,15 +251,16 @@ class LlamaForward:
             backend.run_layer(attend.prepared, index, self._num_heads, layer.args, call)
 
     def _call_of(self, layer: _Layer) -> LayerCall:
-        """What stays the same of a layer's call."""
+        """The constant part of a layer's call."""
         products = layer.products
         assert isinstance(products, PanelLayer)
         query_norm, key_norm = (
             (None, None) if layer.head_norms is None else (norm.data_ptr() for norm in layer.head_norms)
         )
         return LayerCall(
-            attention_norm=layer.attention_norm.data_ptr(), mlp_norm=layer.mlp_norm.data_ptr(), query_norm=query_norm, key_norm=key_norm,
-            epsilon=self._epsilon, qkv=products.qkv.weights, out=products.out_product.weights, gate_up=products.gated.weights,
+            attention_norm=layer.attention_norm.data_ptr(), mlp_norm=layer.mlp_norm.data_ptr(),
+            query_norm=query_norm, key_norm=key_norm, epsilon=self._epsilon, qkv=products.qkv.weights,
+            out=products.out_product.weights, gate_up=products.gated.weights,
             down=products.down_product.weights,
         )  # fmt: skip
 
@@ -295,7 +301,7 @@ def _take_layer(module: Any, args: AttentionArgs, products: LayerProducts) -> _L
 
 
 def _empty(module: nn.Module) -> None:
-    """Let go of a module's weights."""
+    """Free a module's weights."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))

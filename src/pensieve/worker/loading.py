@@ -1,4 +1,7 @@
-"""One folder of weight files -> a model whose every tensor came from them, in memory of its own. Knows files; never what a user typed."""
+"""Loads a folder of weight files as a model whose every tensor came from them, in memory of its own.
+
+Knows files; never what a user typed.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pensieve.errors import ModelRefused
-from pensieve.worker import checkpoint
+from pensieve.worker import checkpoint, weight_files
 from pensieve.worker.gguf_convert import quiet
+from pensieve.worker.tensor_names import key_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,14 +33,14 @@ def inspect(folder: Path, outline: PreTrainedModel, label: str) -> tuple[dict[st
         label: for messages.
 
     Returns:
-        How the names in the files must be rewritten, and a note on what is left out.
+        How to rewrite the names in the files, and a note on tensors that are left out (None if all are used).
 
     Raises:
         ModelRefused: a tensor is missing, left over or of another shape, or the files are damaged.
     """
-    stored = checkpoint.stored_tensors(folder, label)
+    stored = weight_files.stored_tensors(folder, label)
     checkpoint.require_experts(stored, label)
-    mapping = checkpoint.key_mapping(stored, outline, label)
+    mapping = key_mapping(stored, outline, label)
     differences = checkpoint.expected_differences(stored, mapping, outline)
     if differences is None:
         return mapping, None
@@ -45,7 +49,7 @@ def inspect(folder: Path, outline: PreTrainedModel, label: str) -> tuple[dict[st
 
 
 def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
-    """The model in a folder, without gradients, in evaluation mode.
+    """Load the model of a folder, without gradients, in evaluation mode.
 
     Args:
         folder: with config.json and weight files.
@@ -62,7 +66,7 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         mapping, _ = inspect(folder, outline(config), label)
-        stored = checkpoint.stored_tensors(folder, label)
+        stored = weight_files.stored_tensors(folder, label)
         with quiet(), _silent(), checkpoint.watching() as reports:
             try:
                 model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -76,7 +80,7 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
                 for report in reports:
                     checkpoint.judge(
                         checkpoint.differences_of(report), stored, outline(config), label
-                    )  # in words, if there are any
+                    )  # differences explain the failure better, if there are any
                 raise
         for report in reports:
             checkpoint.judge(checkpoint.differences_of(report), stored, model, label)
@@ -86,7 +90,7 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
         checkpoint.require_finite(model, label)
     except ModelRefused:
         raise
-    except Exception as error:  # safetensors, pickle and transformers each have their own kinds
+    except Exception as error:  # safetensors, pickle and transformers each raise errors of their own
         raise ModelRefused(
             f"{label} could not be loaded from {folder}: {type(error).__name__}: {error}"
         ) from error
@@ -94,16 +98,17 @@ def load_folder(folder: Path, label: str, **options: Any) -> PreTrainedModel:
 
 
 def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) -> None:
-    """Cast what was made of 8 bits to the number type asked for; transformers leaves it in one of its own.
+    """Cast the number types that transformers leaves after dequantising 8 bits to the one asked for.
 
     Raises:
-        ModelRefused: a plain matrix is still of 8 bits, which its scale would have widened.
+        ModelRefused: a plain matrix still has 8 bits, because its scale is missing.
     """
     plain = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     if narrow := [f"{name}.weight" for name, module in plain if module.weight.dtype.itemsize == 1]:
-        raise checkpoint.refused(
+        raise weight_files.refused(
             label,
-            f"the scales of {', '.join(narrow[:4])} are in no file ({len(narrow)} of its matrices stay in 8 bits)",
+            f"the scales of {', '.join(narrow[:4])} are in no file ({len(narrow)} of its matrices stay in 8 "
+            "bits)",
         )
     for parameter in model.parameters():
         if (
@@ -115,7 +120,10 @@ def _in_one_type(model: PreTrainedModel, dtype: torch.dtype | None, label: str) 
 
 
 def _unmap(model: PreTrainedModel) -> None:
-    """Copy what still lies in a file: weights must not change, or be gone, because another process writes to the file."""
+    """Copy the tensors that are mapped from a file.
+
+    Weights must not change, or vanish, because another process writes to the file.
+    """
     ranges = _file_mappings()
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for module in model.modules():
@@ -132,7 +140,7 @@ def _unmap(model: PreTrainedModel) -> None:
 
 
 def _file_mappings() -> list[tuple[int, int]] | None:
-    """Where files lie in this process's memory; None: the system does not say."""
+    """The address ranges of mapped files in this process; None if the system does not say."""
     try:
         lines = _MAPS.read_text().splitlines()
     except OSError:
@@ -144,7 +152,7 @@ def _file_mappings() -> list[tuple[int, int]] | None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without transformers' table of what did not fit: it is told as an error, by us."""
+    """Silence transformers' table of tensors that did not fit: we raise an error instead."""
     logger = logging.getLogger("transformers.modeling_utils")
     before, logger.disabled = logger.disabled, True
     try:

@@ -1,6 +1,7 @@
-"""What was measured of a model on a machine, as plain numbers, and their form as JSON. Knows no tensors, clocks or files.
+"""The measurements of a model on a machine, as plain numbers and as JSON.
 
-Kept apart from `worker.profile`, which measures, so that whoever only reads a profile (the simulator) needs no model library.
+Knows numbers; never tensors, clocks or files. Kept apart from `runtime.profiling`, which measures, so that
+reading a profile, as the simulator does, needs no model library.
 """
 
 from __future__ import annotations
@@ -11,46 +12,47 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FORMAT = 2  # of the JSON, and of what is measured: raised when either changes its meaning
+FORMAT = 2  # of the JSON, and of what is measured: raised when the meaning of either changes
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """Plain numbers, each a median after warm-up.
 
-    A step costs `step_points` at its tokens, `answer_points` at the answers it gives a token to, and attention span by span, see
-    `attention_costs`. What planning it takes beside the worker comes on top.
+    A step costs `step_points` at its tokens, `answer_points` at the answers that get a token in it, and
+    attention span by span, see `attention_costs`. Planning comes on top.
     """
 
     chunk_tokens: int
     points: tuple[
         tuple[int, float], ...
-    ]  # (context tokens, seconds to compute one chunk whose last token sees so many), ascending
+    ]  # (context tokens, seconds to compute the chunk at their end), ascending
     rest_s: (
-        float  # of these seconds, what does not depend on the context: where their line meets a context of 0
+        float  # the part of these seconds that does not depend on the context: their line at a context of 0
     )
-    prefill_tokens_per_s: float  # one prompt of up to 512 tokens
+    prefill_tokens_per_s: float  # of one prompt of up to 512 tokens
     decode_step_s: float  # one token of one request at a context of up to 1,024 tokens
     copy_bytes_per_s: dict[str, float]  # by direction, "gpu->cpu" and "cpu->gpu", a few chunks at a time
     step_points: tuple[
         tuple[int, float], ...
-    ]  # (tokens of a step, seconds of it beside attention if nobody is answered), ascending
+    ]  # (tokens of a step, its seconds without attention if no answer gets a token), ascending
     answer_points: tuple[
         tuple[int, float], ...
-    ]  # (answers that get a token in a step, seconds more: the output layer, sampling), ascending
-    decode_token_s: float  # attention of one query, seconds a token it sees
-    chunk_token_s: float  # attention of a chunk's queries together, seconds a token before it
-    plan_step_s: float  # the scheduler plans a step
-    plan_request_s: float  # of that, more for each request in it
-    commit_step_s: float  # the engine takes a step's result in: from there to the next plan
-    commit_request_s: float  # of that, more for each request in it
-    commit_end_s: float  # and more for each answer that ends
+    ]  # (answers that get a token in a step, seconds that they add: output layer, sampling), ascending
+    decode_token_s: float  # attention of one query, seconds for each token that it sees
+    chunk_token_s: float  # attention of all of a chunk's queries, seconds for each token before the chunk
+    plan_step_s: float  # seconds to plan a step
+    plan_request_s: float  # seconds more for each request in it
+    commit_step_s: float  # seconds to take a step's result in, up to the next plan
+    commit_request_s: float  # seconds more for each request in it
+    commit_end_s: float  # seconds more for each answer that ends
 
 
 def attention_costs(decode_token_s: float, chunk_token_s: float, chunk_tokens: int) -> tuple[float, float]:
-    """Of a span's attention: seconds for each token it sees (its K and V are read), and for each pair of a query and a token it sees.
+    """A span's attention: seconds for each token that it sees, and for each pair of a query and a token seen.
 
-    One query of n tokens takes n (read + pair), a chunk of C queries n (read + C pair): two measurements, two numbers.
+    K and V of a token are read once; each pair is computed. One query over n tokens takes n (read + pair), a
+    chunk of C queries n (read + C pair): two measurements give the two numbers.
     """
     if chunk_tokens < 2:
         return 0.0, decode_token_s
@@ -59,19 +61,24 @@ def attention_costs(decode_token_s: float, chunk_token_s: float, chunk_tokens: i
 
 
 def attention_s(read_s: float, pair_s: float, queries: int, context: int) -> float:
-    """Seconds of all layers' attention for one span of `queries` tokens whose last sees `context`; see `attention_costs`."""
+    """Seconds of all layers' attention for one span of `queries` tokens whose last one sees `context` tokens.
+
+    See `attention_costs`.
+    """
     return context * read_s + queries * (context - (queries - 1) / 2) * pair_s
 
 
 def parse(content: Mapping[str, Any]) -> Profile:
-    """A profile out of its JSON, `dataclasses.asdict` the other way round.
+    """A profile from its JSON, the inverse of `dataclasses.asdict`.
 
     Raises:
-        ValueError: it has another format, something is missing, or a number makes no sense; the message says which.
+        ValueError: it has another format, a field is missing, or a number makes no sense; the message says
+            which.
     """
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"its format is {content.get('format')!r}, this version reads {FORMAT}: measure again (`pensieve profile --fresh`)"
+            f"its format is {content.get('format')!r}, this version reads {FORMAT}: measure again (`pensieve "
+            "profile --fresh`)"
         )
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Profile):

@@ -1,7 +1,10 @@
-"""How many bytes the first tier may have: on a device what is left beside the weights, the largest step, and captured graphs; in main memory a share.
+"""Decides how many bytes the first tier may have.
 
-Knows models and what a device says of its memory; never requests or policies. The largest step is run, not reckoned: what a model's own modules
-keep between two operations, and what sampling takes, is theirs to know.
+Knows models and a device's memory; never requests or policies.
+
+On a device it is what the weights, the largest step and captured graphs leave; in main memory it is a share.
+The largest step is run, not calculated: only a model's own modules know what they keep between two
+operations, and only sampling knows what it takes.
 """
 
 from __future__ import annotations
@@ -19,20 +22,23 @@ from pensieve.worker.model import CausalModel
 from pensieve.worker.random_weights import available_bytes
 from pensieve.worker.worker import ModelWorker
 
-_LEFT_SHARE = 0.04  # of the device, for what no run shows: fragments, libraries' workspaces, other processes that breathe
+# share of the device for what no run shows: fragmentation, libraries' workspaces, other processes
+_LEFT_SHARE = 0.04
 _GRAPH_BYTES_A_ROW = 2 << 20  # of captured graphs, which share one pool
 
 
-HOST_SHARE = 0.5  # of the free main memory for a first tier there: what steps, others, and a second engine started at once want is left
-_STEP_BYTES = 512 << 20  # never taken: what a step, text and a store need beside the weights
+# share of the free main memory for a first tier there; steps, other programs and a second engine take the
+# rest
+HOST_SHARE = 0.5
+_STEP_BYTES = 512 << 20  # left for a step, text and a store beside the weights
 
 
 @dataclass(frozen=True, slots=True)
 class HostShare:
-    """What main memory has for a first tier, bytes."""
+    """Main memory for a first tier, in bytes."""
 
     tier: int
-    free: int | None  # None: the system does not say
+    free: int | None  # None if the system does not say
 
     def __str__(self) -> str:
         return f"{self.tier / 1e9:.3g} GB" + (
@@ -41,12 +47,14 @@ class HostShare:
 
 
 def host_share(most: int, second: int, unknown: int, *, sharers: int = 1) -> HostShare:
-    """How large a first tier in main memory is unless told otherwise. Pages are taken as they are first written, so a large one costs nothing at the start.
+    """The default size of a first tier in main memory.
+
+    Pages are taken when they are first written, so a large tier costs nothing at the start.
 
     Args:
         most: bytes that would ever be used.
-        second: bytes of a second tier that was asked for, which lies in the same memory.
-        unknown: bytes to take where the system does not say what is free.
+        second: bytes of the second tier, which is in the same memory.
+        unknown: bytes to take if the system does not say what is free.
         sharers: processes on this machine that want as much.
     """
     free = available_bytes("cpu")
@@ -57,18 +65,18 @@ def host_share(most: int, second: int, unknown: int, *, sharers: int = 1) -> Hos
 
 
 class Meter(Protocol):
-    """What a device says of its memory."""
+    """Reads a device's memory use."""
 
     def free_bytes(self) -> tuple[int, int]:
-        """(free, total)."""
+        """Bytes (free, total)."""
         ...
 
     def start(self) -> None:
-        """Begin to look for a peak."""
+        """Begin to watch for a peak."""
         ...
 
     def peak_bytes(self) -> int:
-        """The most that was allocated at once since `start`, beyond what was then."""
+        """The most bytes allocated at once since `start`, beyond those allocated then."""
         ...
 
 
@@ -80,46 +88,46 @@ class CudaMeter:
         self._before = 0
 
     def free_bytes(self) -> tuple[int, int]:
-        """See `Meter`. What the allocator holds and does not use is given back first."""
+        """Bytes (free, total), after the allocator has given unused memory back."""
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         return free, total
 
     def start(self) -> None:
-        """See `Meter`."""
         torch.cuda.synchronize(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         self._before = torch.cuda.memory_allocated(self._device)
 
     def peak_bytes(self) -> int:
-        """See `Meter`."""
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What a device's memory is for, bytes."""
+class DeviceShare:
+    """The use of a device's memory, in bytes."""
 
     total: int
-    free: int  # beside the weights
+    free: int  # free beside the weights
     step: int  # peak of the largest step
     graphs: int
     left: int  # never used
 
     @property
     def tier(self) -> int:
-        """For the first tier."""
+        """Bytes for the first tier."""
         return self.free - self.step - self.graphs - self.left
 
     def __str__(self) -> str:
         return (
-            f"{self.tier / 1e9:.2f} GB of {self.total / 1e9:.2f} for the first tier: {self.free / 1e9:.2f} GB are free beside the weights, the largest "
-            f"step takes {self.step / 1e9:.2f}, graphs up to {self.graphs / 1e9:.2f}, {self.left / 1e9:.2f} stay free"
+            f"{self.tier / 1e9:.2f} GB of {self.total / 1e9:.2f} for the first tier: {self.free / 1e9:.2f} "
+            "GB are free beside the weights, the largest "
+            f"step takes {self.step / 1e9:.2f}, graphs up to {self.graphs / 1e9:.2f}, {self.left / 1e9:.2f} "
+            "stay free"
         )
 
 
-def find_room(
+def device_share(
     model: CausalModel,
     *,
     max_batch_tokens: int,
@@ -128,17 +136,17 @@ def find_room(
     graph_rows: int,
     attention: str = "auto",
     meter: Meter | None = None,
-) -> Room:
-    """Run the largest step there can be, and say what is left for the first tier.
+) -> DeviceShare:
+    """Run the largest possible step, and find out what is left for the first tier.
 
     Args:
         model: on its device.
         max_batch_tokens: of a step.
-        max_running: requests of a step: so many rows of logits are sampled from at most.
+        max_running: requests of a step, and so the most rows of logits to sample from.
         chunk_tokens: of a slot.
-        graph_rows: batches of so many decodes are captured.
+        graph_rows: decode batches of up to so many rows are captured.
         attention: a backend's name, or "auto".
-        meter: of the device; by default CUDA's.
+        meter: of the device; None takes CUDA's.
 
     Raises:
         ConfigError: nothing is left, or not even the step fits; with the sizes and the way out.
@@ -149,11 +157,12 @@ def find_room(
     except torch.OutOfMemoryError as error:
         free, total = meter.free_bytes()
         raise ConfigError(
-            f"a step of {max_batch_tokens} tokens does not fit beside the weights: {free / 1e9:.2f} of {total / 1e9:.2f} GB are free. "
+            f"a step of {max_batch_tokens} tokens does not fit beside the weights: {free / 1e9:.2f} of "
+            f"{total / 1e9:.2f} GB are free. "
             "Give --max-batch-tokens less, or take a smaller model"
         ) from error
     free, total = meter.free_bytes()
-    room = Room(total, free, step, _GRAPH_BYTES_A_ROW * graph_rows, int(_LEFT_SHARE * total))
+    room = DeviceShare(total, free, step, _GRAPH_BYTES_A_ROW * graph_rows, int(_LEFT_SHARE * total))
     if room.tier <= 0:
         raise ConfigError(
             f"no memory is left for the cache ({room}). Give --max-batch-tokens less, or take a smaller model"
@@ -169,7 +178,7 @@ def _peak(
     attention: str,
     meter: Meter,
 ) -> int:
-    """Bytes of a step of so many tokens, shared by so many requests that all sample in the most expensive way."""
+    """Bytes of a step of so many tokens, shared by requests that all sample in the most expensive way."""
     requests = min(max_running, max_batch_tokens)
     lengths = [
         max_batch_tokens // requests + (index < max_batch_tokens % requests) for index in range(requests)

@@ -1,4 +1,7 @@
-"""What a user typed after `--model`, read: which file, which repository of the hub, which of Ollama's models. Knows names and places; loads nothing."""
+"""Parses what a user typed after `--model`: a file, a repository of the hub, a model of Ollama's.
+
+Knows names and places; never loads anything.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,17 @@ _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 _QUANT = re.compile(
     r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|BF16|F16|F32|FP16|FP32|MXFP4\w*|TQ\d\w*))\.gguf$", re.IGNORECASE
 )
-_PICTURES = "mmproj"  # begins the names of files that hold the part that sees
+_PICTURES = "mmproj"  # begins the names of files that hold the vision part
 _OTHER_FORMATS = {
-    ".onnx": "an ONNX file, which holds a graph instead of a model's weights",
-    ".pt": "a PyTorch file", ".pth": "a PyTorch file", ".ckpt": "a checkpoint of a training", ".pkl": "a pickle",
+    ".onnx": "an ONNX file, which holds a graph instead of a model's weights", ".pt": "a PyTorch file",
+    ".pth": "a PyTorch file", ".ckpt": "a checkpoint of a training", ".pkl": "a pickle",
     ".h5": "a TensorFlow file", ".msgpack": "a Flax file", ".tflite": "a TensorFlow Lite file",
     ".mlmodel": "a Core ML file", ".zip": "an archive", ".gz": "an archive", ".tar": "an archive",
 }  # fmt: skip
-_WAYS = "Name a folder with config.json, weights (model.safetensors) and a tokenizer, a .gguf file, or a hub id (ORG/NAME)"
+_WAYS = (
+    "Name a folder with config.json, weights (model.safetensors) and a tokenizer, a .gguf file, "
+    "or a hub id (ORG/NAME)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +39,12 @@ class HubName:
     """A repository of the hub, and which of its files is meant."""
 
     repo: str
-    file: str | None = None  # named by a URL
-    quant: str | None = None  # named after a colon: Q4_K_M
+    file: str | None = None  # from a URL; None if it names no file
+    quant: str | None = None  # from after a colon, such as Q4_K_M; None if there is none
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do, whatever it is called (Ollama's have no suffix)."""
+    """Whether a file begins as GGUF files do, whatever its name (Ollama's have no suffix)."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
@@ -47,12 +53,12 @@ def is_gguf(path: Path) -> bool:
 
 
 def require_gguf(spec: str, path: Path) -> Path:
-    """The GGUF file that was named.
+    """Check that a named file is a GGUF file.
 
     Raises:
         ConfigError: it is a file of another kind; the message says the way out.
     """
-    if is_gguf(path) or path.suffix.lower() == ".gguf":  # (a damaged one is refused by the reader)
+    if is_gguf(path) or path.suffix.lower() == ".gguf":  # the reader refuses a damaged one
         return path
     beside = path.parent / "config.json"
     if path.suffix.lower() in (".safetensors", ".bin"):
@@ -69,7 +75,7 @@ def require_gguf(spec: str, path: Path) -> Path:
 
 
 def gguf_in(spec: str, folder: Path) -> Path | None:
-    """The one GGUF file of a folder that holds no model of another kind; of one in several parts the first. None: it holds none.
+    """The one GGUF model of a folder without other models, by its first part; None if there is none.
 
     Raises:
         ConfigError: there are several; the message lists them.
@@ -84,7 +90,7 @@ def gguf_in(spec: str, folder: Path) -> Path | None:
 
 
 def first_parts(names: Iterable[str]) -> list[str]:
-    """GGUF models among file names: each by its first part, those that see left out."""
+    """The first parts of the GGUF models among file names, without vision parts."""
     found = sorted(name for name in names if not name.rpartition("/")[2].lower().startswith(_PICTURES))
     sets: dict[str, str] = {}
     for name in found:
@@ -93,13 +99,16 @@ def first_parts(names: Iterable[str]) -> list[str]:
 
 
 def parts_of(first: str, names: Iterable[str]) -> list[str]:
-    """All parts of the model whose first part is called so."""
+    """All parts of the model whose first part has this name."""
     stem = _SPLIT.sub("", first)
     return [name for name in names if name == first or _SPLIT.sub("", name) == stem != name]
 
 
 def hub_name(spec: str) -> HubName | None:
-    """A hub id as it is, with `:QUANT`, or as hf.co/... and https://huggingface.co/... write it; None: it is none."""
+    """The hub repository that a text names; None if it names none.
+
+    It may be a hub id, with `:QUANT` or without, or in the form of hf.co/... or https://huggingface.co/...
+    """
     match = _HUB_HOST.match(spec.strip())
     rest = (match[1] or match[2]).partition("?")[0].strip("/") if match else spec
     pieces = rest.split("/")
@@ -118,10 +127,10 @@ def hub_name(spec: str) -> HubName | None:
 
 
 def choose_gguf(repo: str, names: Sequence[str], wanted: HubName) -> str:
-    """The first part of the GGUF model that is meant, of those a repository holds.
+    """The first part of the GGUF model that is meant, of those in a repository.
 
     Raises:
-        ConfigError: there is none such, or it is not clear which; the message lists what can be named.
+        ConfigError: there is no such file, or it is not clear which; the message lists what can be named.
     """
     sets = first_parts(name for name in names if name.lower().endswith(".gguf"))
     if wanted.file is not None:
@@ -151,16 +160,16 @@ def choose_gguf(repo: str, names: Sequence[str], wanted: HubName) -> str:
 
 
 def quant_of(name: str) -> str:
-    """What a GGUF file's name says of its number type, in capitals; empty if nothing."""
+    """The number type in a GGUF file's name, in capitals; empty if the name has none."""
     match = _QUANT.search(_SPLIT.sub(".gguf", name))
     return match[1].upper() if match else ""
 
 
 def ollama_model(spec: str) -> Path | None:
-    """The GGUF blob of a model that Ollama has here, by the name Ollama gives it; None: it has none of that name.
+    """The GGUF blob of a model in Ollama's folder, by Ollama's name for it; None if there is no such model.
 
     Raises:
-        ConfigError: what Ollama has of that name is no model of one file.
+        ConfigError: Ollama's model of that name is not one GGUF file.
     """
     root = ollama_root()
     name, _, tag = spec.partition(":")
@@ -190,12 +199,12 @@ def ollama_model(spec: str) -> Path | None:
 
 
 def ollama_root() -> Path:
-    """Where Ollama keeps its models."""
+    """The folder in which Ollama keeps its models."""
     return Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
 
 
 def looks_like_ollama(spec: str) -> bool:
-    """NAME:TAG."""
+    """Whether a text has the form NAME:TAG."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?:[\w.-]+", spec) is not None
 
 

@@ -1,7 +1,10 @@
-"""What `--dtype auto` means on this machine: measured in milliseconds, as torch will really compute. Knows matrices and a clock; never models.
+"""Decides what `--dtype auto` means on this machine: measured in milliseconds, as torch will compute.
 
-Not what the CPU's list of features says: libraries can be capped from outside (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY, PENSIEVE_ISA), and some CPUs have
-instructions that are slower than doing without. Time is that of one thread, on the processor: what others compute meanwhile does not count.
+Knows matrices and a clock; never models.
+
+The CPU's list of features is not enough: libraries can be capped (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY,
+PENSIEVE_ISA), and some CPUs have instructions that are slower than doing without. Time is that of one thread
+on the processor, so that other load does not count.
 """
 
 from __future__ import annotations
@@ -21,21 +24,21 @@ if TYPE_CHECKING:
     from pensieve.worker.group import Group
 
 AUTO = "auto"
-_INPUTS, _OUTPUTS = 576, 1536  # of the matrix: an MLP's of a small model, small enough to lie in a cache
-_ROWS = (1, 8, 32)  # decodes of one and of several users, and (a part of) a prompt
+_INPUTS, _OUTPUTS = 576, 1536  # of the matrix: an MLP's of a small model, small enough for a cache
+_ROWS = (1, 8, 32)  # decodes of one and of several users, and (part of) a prompt
 _ROUNDS = 5  # the fastest counts
-_PATIENCE_S = 0.05  # no further round after so long, for each number of rows
-_WORTH = 1.25  # bfloat16 takes half the memory, of weights and of cache: it may be a little slower
+_PATIENCE_S = 0.05  # for each number of rows, no further round after this time
+_WORTH = 1.25  # bfloat16 halves the memory of weights and cache, so it may be a little slower
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class NumberType:
-    """What to compute in, and why."""
+    """The number type to compute in, and why."""
 
     name: str  # of a torch dtype
-    reason: str = ""  # for people; empty where it was told
+    reason: str = ""  # for people; empty if the user chose it
 
 
 def choose(
@@ -46,7 +49,7 @@ def choose(
     group: Group | None = None,
     clock: Clock = time.thread_time,
 ) -> NumberType:
-    """The number type that was asked for, or with "auto" the one to compute in; of a group, what rank 0 finds.
+    """The number type that was asked for, or with "auto" the one to compute in. A group takes rank 0's.
 
     Args:
         asked: a torch dtype's name, or "auto".
@@ -79,9 +82,9 @@ def _fastest(clock: Clock) -> NumberType:
 
 
 def slowdown(clock: Clock = time.thread_time) -> float:
-    """How many times as long as in float32 products take in bfloat16: the geometric mean over few rows and many."""
+    """How many times as long as in float32 products take in bfloat16: the mean over few rows and many."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other would measure who else computes here
+    torch.set_num_threads(1)  # threads that wait for each other would measure the other load here
     try:
         narrow, wide = _product(torch.bfloat16), _product(torch.float32)
         ratios = [_time_ratio(narrow, wide, rows, clock) for rows in _ROWS]
@@ -90,11 +93,11 @@ def slowdown(clock: Clock = time.thread_time) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-Product = Callable[[int], object]  # rows -> their product
+Product = Callable[[int], object]  # rows to their product
 
 
 def _product(dtype: torch.dtype) -> Product:
-    """As a model's layer would have it (`worker.products`)."""
+    """A product as in a model's layer (`worker.products`)."""
     module: nn.Linear = nn.utils.skip_init(
         nn.Linear, _INPUTS, _OUTPUTS, bias=False, device="cpu", dtype=dtype
     )  # type: ignore[no-untyped-call]
@@ -112,7 +115,10 @@ def _product(dtype: torch.dtype) -> Product:
 
 
 def _time_ratio(narrow: Product, wide: Product, rows: int, clock: Clock) -> float:
-    """By turns, the fastest of each; the first of each, which prepares, does not count."""
+    """The ratio of the fastest rounds, measured in turns.
+
+    The first round of each, which prepares, does not count.
+    """
     fastest = [math.inf, math.inf]
     begun_s = clock()
     for index in range(_ROUNDS + 1):

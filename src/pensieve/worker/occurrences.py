@@ -1,4 +1,7 @@
-"""How often a request has had each token, as arrays, and what penalties make of it. Knows token ids; never positions or requests."""
+"""Counts how often a request has had each token, and applies penalties.
+
+Knows token ids; never positions or requests.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,25 @@ import torch
 
 from pensieve.core.request import SamplingParams
 
-# Beyond it a repetition penalty decides alone, as it does at it, and float32 overflows: its order of the tokens would be lost.
+# A larger repetition penalty changes nothing more, but overflows float32: the order of the tokens would be
+# lost.
 _MOST_PENALTY = 1e9
 
 
 class Occurrences:
-    """Distinct tokens in the order they first came, so that a penalty takes all of them in a few operations."""
+    """Distinct tokens in the order in which they first came, so that a penalty takes few operations."""
 
     def __init__(self, prompt: Iterable[int]) -> None:
-        """`prompt`: the tokens that count as seen from the start; empty where only the output counts."""
+        """`prompt` are the tokens that count as seen from the start; empty if only the output counts."""
         seen = np.fromiter(dict.fromkeys(prompt), np.int64)
-        self._size = len(seen)  # of the arrays, this much is in use
+        self._size = len(seen)  # the part of the arrays that is in use
         self._ids = np.concatenate([seen, np.zeros(64, np.int64)])
         self._times = np.zeros(len(self._ids), np.float32)  # in the output
         self._in_prompt = np.arange(len(self._ids)) < self._size
         self._place = {int(token): index for index, token in enumerate(seen)}
 
     def counts(self) -> dict[int, int]:
-        """Tokens of the output and how often each came."""
+        """The tokens of the output, and how often each came."""
         return {
             int(self._ids[index]): int(self._times[index])
             for index in range(self._size)
@@ -34,7 +38,7 @@ class Occurrences:
         }
 
     def add(self, token: int) -> None:
-        """One more in the output."""
+        """Count one more token of the output."""
         place = self._place.get(token)
         if place is None:
             place = self._place[token] = self._size
@@ -48,12 +52,15 @@ class Occurrences:
         self._times[place] += 1
 
     def remove(self, tokens: Iterable[int]) -> None:
-        """These were not in the output after all."""
+        """Take back tokens that are not in the output after all."""
         for token in tokens:
             self._times[self._place[token]] -= 1
 
     def penalise(self, logits: torch.Tensor, params: SamplingParams) -> None:
-        """Change a row of logits (V,), float32, in place: repetition over everything, then presence and frequency over the output."""
+        """Change a row of logits (V,), float32, in place.
+
+        The repetition penalty counts everything, presence and frequency penalties the output.
+        """
         ids, times, in_prompt = (
             torch.from_numpy(array[: self._size]).to(logits.device)
             for array in (self._ids, self._times, self._in_prompt)

@@ -1,9 +1,12 @@
-"""One model computed by several processes. Every rank runs every plan, on its own share of the heads and over tiers of its own; rank 0 is
-the `Worker` that an engine drives, the others `follow`. Knows plans, results and what ranks say; never how weights are cut.
+"""One model computed by several processes.
 
-Plans name slots and token ids, and those are the same on all ranks: nobody but rank 0's scheduler decides. What can differ is what happens
-(a copy fails here, memory runs out there), so the ranks tell each other before a forward whether all can take part in it, and after it whether
-all of what it attended was there. A rank that breaks in the middle of a forward leaves the others in a collective of it: then all end.
+Knows plans, results and the ranks' messages; never how weights are split.
+
+Every rank runs every plan, on its own share of the heads and over its own tiers. Rank 0 is the `Worker` that
+an engine drives; the others `follow`. Plans name slots and token ids, which are the same on all ranks: only
+rank 0's scheduler decides. Outcomes can differ (a copy fails, memory runs out), so the ranks tell each other
+before a forward whether all can take part in it, and after it whether everything that it attended was there.
+A rank that breaks in the middle of a forward leaves the others in a collective of it: then all end.
 """
 
 from __future__ import annotations
@@ -28,18 +31,18 @@ from pensieve.worker.ledger import CopyLedger
 from pensieve.worker.model import CausalModel
 from pensieve.worker.sampler import Choice, Sampled, nothing
 from pensieve.worker.transfer import SwapIn
-from pensieve.worker.worker import Begun, Hooks, ModelWorker, require_room
+from pensieve.worker.worker import Begun, Hooks, ModelWorker, require_tiers_fit
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = timedelta(seconds=30)  # of a rank that broke in a forward, for the others to break in it as well
+_PATIENCE = timedelta(seconds=30)  # the time in which all ranks must have noticed one that broke in a forward
 
 
 # -- what rank 0 tells
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class _OpenTiers:
     """Allocate tiers."""
 
     tiers: tuple[TierConfig, ...]
@@ -50,16 +53,16 @@ class _Open:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _RunPlan:
     """Run a plan."""
 
     plan: StepPlan
     sampled: tuple[Sampled, ...]  # by rank 0, since the step before
-    reports: bool  # all say afterwards what they copied
+    reports: bool  # whether all ranks report their copies afterwards
 
 
 @dataclass(frozen=True, slots=True)
-class _Close:
+class _CloseTiers:
     """Give the tiers back."""
 
 
@@ -67,12 +70,12 @@ class _Close:
 
 
 @dataclass(frozen=True, slots=True)
-class _Word:
-    """How it went up to here."""
+class _Status:
+    """How a rank has fared so far."""
 
     error: str | None = None
     lost: tuple[CopyFailure, ...] = ()  # swap-ins of this plan that failed
-    print: bytes | None = None  # in debug, a hash of what the ranks must have in common
+    print: bytes | None = None  # in debug, a hash of what must be the same on all ranks; else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,27 +88,30 @@ class _Report:
 
 
 class RankFailed(Exception):
-    """Something went wrong on a rank before anything was computed, or after everything: no rank's work counts, and all go on."""
+    """A rank failed before the forward began or after it ended: no rank's result counts, and all continue."""
 
 
 class RankWorker(ModelWorker):
-    """A rank's own worker. It says how it fares where the others must know, and goes no further than all of them can."""
+    """A rank's own worker.
+
+    It reports its status at each point where the ranks must agree, and goes on only if all can.
+    """
 
     def __init__(
-        self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int, *, attention: str, hooks: Hooks,
-        verify: bool, debug: bool,
+        self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int, *,
+        attention: str, hooks: Hooks, verify: bool, debug: bool,
     ) -> None:  # fmt: skip
         super().__init__(
             model, tiers, chunk_tokens, attention=attention, hooks=hooks, verify=verify, on_device=False
         )
         self._group = group
         self._debug = debug
-        self._words_due = 0  # how often the others still wait in this step for a word of this rank
+        self._words_due = 0  # statuses of this step that the other ranks still wait for
         self._lost: WorkerLost | None = None
         self._step_id = 0
 
     def run(self, plan: StepPlan) -> StepResult:
-        """This rank's part of a plan; see `core.plan.Worker.run`.
+        """Run this rank's part of a plan; see `core.plan.Worker.run`.
 
         Raises:
             WorkerLost: the ranks are out of step, for good.
@@ -116,12 +122,12 @@ class RankWorker(ModelWorker):
             result = super().run(plan)
         except (
             Exception
-        ) as error:  # our own bug, in what comes before all else: the others must hear of it where they wait
+        ) as error:  # our own bug, before the first status: the others must hear of it where they wait
             log.exception("rank %d raised in step %d", self._group.rank, plan.step_id)
             message = f"{type(error).__name__}: {error}"
             with contextlib.suppress(RankFailed, WorkerLost):
                 while self._words_due:
-                    self._say(_Word(message))
+                    self._say(_Status(message))
             lost = tuple(
                 CopyFailure(copy.copy_id, False, message) for copy in (*plan.swap_in, *plan.swap_out)
             )
@@ -136,11 +142,11 @@ class RankWorker(ModelWorker):
         return result
 
     def accept(self, sampled: tuple[Sampled, ...]) -> None:
-        """What rank 0 sampled is what counts."""
+        """Take over the tokens that rank 0 sampled."""
         self._sampler.accept(sampled)
 
     def report(self, result: StepResult) -> list[_Report]:
-        """Say what came of the copies, and in debug of the sampling; returns what each rank says.
+        """Report this rank's copies, and in debug its samples; returns the reports of all ranks.
 
         Raises:
             WorkerLost: the ranks are out of step, or, in debug, sampled differently.
@@ -158,7 +164,7 @@ class RankWorker(ModelWorker):
                 super()._wipe(wiped)
 
     def _prepare(self, plan: StepPlan) -> Batch:
-        """Nobody begins a forward that somebody cannot take part in: it would wait in a collective for ever."""
+        """Build the batch on all ranks, or on none: a forward without a rank would wait for ever."""
         prints: list[bytes] = []
         with self._together(prints):
             batch = super()._prepare(plan)
@@ -172,14 +178,14 @@ class RankWorker(ModelWorker):
             if self._model.device.type == "cuda":
                 torch.cuda.current_stream(
                     self._model.device
-                ).synchronize()  # it has not gone well before it is done
+                ).synchronize()  # only now is it known to have succeeded
         except (RankFailed, WorkerLost):
-            raise  # all know
+            raise  # all ranks know already
         except Exception as error:
-            self._say(_Word(f"{type(error).__name__}: {error}"), _PATIENCE)
+            self._say(_Status(f"{type(error).__name__}: {error}"), _PATIENCE)
             raise
         swap_in.wait()
-        words = self._say(_Word(lost=tuple(swap_in.failures)))
+        words = self._say(_Status(lost=tuple(swap_in.failures)))
         known = {failure.copy_id for failure in swap_in.failures}
         for word in words:
             swap_in.failures += [failure for failure in word.lost if failure.copy_id not in known]
@@ -193,18 +199,18 @@ class RankWorker(ModelWorker):
 
     @contextlib.contextmanager
     def _together(self, prints: list[bytes] | None = None) -> Iterator[None]:
-        """What is done in this block is done by all ranks; `RankFailed` where one could not."""
+        """Run a block on all ranks; raises `RankFailed` on all if it fails on one."""
         error: Exception | None = None
         try:
             yield
         except Exception as own:
             error = own
         print_ = prints[0] if prints else None
-        self._say(_Word(None if error is None else f"{type(error).__name__}: {error}", print=print_))
+        self._say(_Status(None if error is None else f"{type(error).__name__}: {error}", print=print_))
 
-    def _say(self, word: _Word, patience: timedelta | None = None) -> list[_Word]:
+    def _say(self, word: _Status, patience: timedelta | None = None) -> list[_Status]:
         self._words_due -= 1
-        words: list[_Word] = self._exchange(word, patience)
+        words: list[_Status] = self._exchange(word, patience)
         errors = [f"rank {rank}: {each.error}" for rank, each in enumerate(words) if each.error is not None]
         if errors:
             self._words_due = 0
@@ -223,12 +229,17 @@ class RankWorker(ModelWorker):
         if others := [f"rank {rank}" for rank, each in enumerate(prints) if each != prints[0]]:
             raise self._give_up(
                 WorkerLost(
-                    f"in step {self._step_id} {', '.join(others)} {what} than rank 0: the processes must be started again"
+                    f"in step {self._step_id} {', '.join(others)} {what} than rank 0: the processes must be "
+                    "started again"
                 )
             )
 
     def _give_up(self, error: WorkerLost) -> WorkerLost:
-        """Remembered, since a step turns what is raised in it into its result; whoever waits for this rank learns that it is gone."""
+        """Remember an error and leave the group.
+
+        A step turns exceptions into results, so the error is kept; ranks that wait for this one learn that it
+        is gone.
+        """
         self._lost = error
         self._words_due = 0
         self._group.leave()
@@ -236,7 +247,10 @@ class RankWorker(ModelWorker):
 
 
 class ParallelWorker:
-    """The worker that an engine sees, on rank 0. See `core.plan.Worker`; besides, everything raises `WorkerLost` once the ranks are out of step."""
+    """The worker that an engine sees, on rank 0; see `core.plan.Worker`.
+
+    Once the ranks are out of step, every method raises `WorkerLost`.
+    """
 
     def __init__(
         self, group: Group, model: CausalModel, tiers: tuple[TierConfig, ...], chunk_tokens: int = 32, *,
@@ -245,7 +259,7 @@ class ParallelWorker:
         """Allocate all tiers, on every rank.
 
         Args:
-            group: its rank 0; the others are in `follow`.
+            group: this is its rank 0; the others are in `follow`.
             model: this rank's share of it.
             tiers: of each rank, see `ModelWorker`.
             chunk_tokens: tokens of one slot.
@@ -257,13 +271,13 @@ class ParallelWorker:
         Raises:
             PensieveError: a rank cannot; the message says which.
         """
-        order = _Open(tiers, chunk_tokens, attention, verify, debug)
+        order = _OpenTiers(tiers, chunk_tokens, attention, verify, debug)
         group.tell(order)
         self._group = group
         self._debug = debug
         self._local = _open(group, model, order, hooks)
         self._ledger = CopyLedger(group.size)
-        self._sampled: tuple[Sampled, ...] = ()  # not told yet
+        self._sampled: tuple[Sampled, ...] = ()  # not sent to the other ranks yet
         self._closed = False
 
     @property
@@ -277,7 +291,9 @@ class ParallelWorker:
         return self._local.attention
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Let all ranks run a plan; see `core.plan.Worker.run`. A copy is done when it is on all ranks, and failed when it is on one.
+        """Run a plan on all ranks; see `core.plan.Worker.run`.
+
+        A copy is done when it is done on all ranks, and failed when it is failed on one.
 
         Raises:
             WorkerLost: the ranks are out of step, for good.
@@ -288,9 +304,7 @@ class ParallelWorker:
         told = not idle and self._tell(plan)
         result = self._local.run(plan)
         self._ledger.settle(0, result.copies_done, result.copies_failed)
-        if (
-            idle and self._ledger.others_owe
-        ):  # they had time enough; and rank 0, with nothing to do, may as well wait for them
+        if idle and self._ledger.others_owe:  # the others had time enough, and rank 0 has nothing else to do
             told = self._tell(replace(plan, settles=True))
         if told:
             for rank, report in enumerate(self._local.report(result)):
@@ -305,7 +319,7 @@ class ParallelWorker:
         return replace(result, copies_done=done, copies_failed=failed)
 
     def set_waker(self, wake: Callable[[], None]) -> None:
-        """See `core.plan.Worker.set_waker`. The `run` that follows waits for the other ranks where they are late."""
+        """See `core.plan.Worker.set_waker`. The next `run` waits for the other ranks' copies."""
         self._local.set_waker(wake)
 
     def close(self) -> None:
@@ -315,46 +329,46 @@ class ParallelWorker:
         self._closed = True
         self._local.close()
         with contextlib.suppress(WorkerLost):
-            self._group.tell(_Close())
-            self._group.exchange(None)  # whoever allocates next finds the room
+            self._group.tell(_CloseTiers())
+            self._group.exchange(None)  # the next allocation finds the memory free
 
     def _tell(self, plan: StepPlan) -> bool:
-        """Hand a plan to the others; returns whether they report."""
+        """Send a plan to the other ranks; returns whether they report."""
         reports = self._debug or self._ledger.num_open > 0
-        self._group.tell(_Step(plan, self._sampled, reports))
+        self._group.tell(_RunPlan(plan, self._sampled, reports))
         self._sampled = ()
         return reports
 
 
 def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
-    """What a rank above 0 does: whatever rank 0 says, until it says that this was all.
+    """Run rank 0's orders on a rank above 0 until rank 0 says that none will follow.
 
     Args:
-        group: of which this is not rank 0.
+        group: this is not its rank 0.
         model: this rank's share of it.
         hooks: for tests of failures on this rank.
 
     Raises:
-        WorkerLost: rank 0 is gone without a word, or the ranks are out of step.
+        WorkerLost: rank 0 is gone without a message, or the ranks are out of step.
     """
     worker: RankWorker | None = None
     try:
         while True:
             match group.hear():
-                case _Open() as order:
+                case _OpenTiers() as order:
                     try:
                         worker = _open(group, model, order, hooks)
                     except WorkerLost:
                         raise
-                    except Exception as error:  # rank 0 has heard of it, and says so
+                    except Exception as error:  # rank 0 knows, and reports it
                         log.debug("no worker on rank %d: %s", group.rank, error)
-                case _Step() as step:
+                case _RunPlan() as step:
                     assert worker is not None, "a plan before the tiers were opened"
                     worker.accept(step.sampled)
                     result = worker.run(step.plan)
                     if step.reports:
                         worker.report(result)
-                case _Close():
+                case _CloseTiers():
                     assert worker is not None
                     worker.close()
                     worker = None
@@ -367,8 +381,8 @@ def follow(group: Group, model: CausalModel, *, hooks: Hooks = Hooks()) -> None:
         group.leave()
 
 
-def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankWorker:
-    """This rank's worker, once all ranks have theirs."""
+def _open(group: Group, model: CausalModel, order: _OpenTiers, hooks: Hooks) -> RankWorker:
+    """Make this rank's worker; returns when all ranks have theirs."""
     geometry = model.geometry
     chunk_bytes = (
         order.chunk_tokens
@@ -378,15 +392,16 @@ def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankW
         * geometry.head_dim
         * geometry.dtype.itemsize
     )
-    with group.agreeing():  # before anybody allocates: the ranks of a machine share its memory
-        require_room(
+    with group.agreeing():  # before any rank allocates: the ranks of a machine share its memory
+        require_tiers_fit(
             order.tiers, chunk_bytes, model.device, sharers=group.local_size, beside=model.library_bytes
         )
     worker: RankWorker | None = None
     try:
         with group.agreeing():
             worker = RankWorker(
-                group, model, order.tiers, order.chunk_tokens, attention=order.attention, hooks=hooks, verify=order.verify, debug=order.debug
+                group, model, order.tiers, order.chunk_tokens, attention=order.attention, hooks=hooks,
+                verify=order.verify, debug=order.debug
             )  # fmt: skip
     except BaseException:
         if worker is not None:
@@ -397,14 +412,14 @@ def _open(group: Group, model: CausalModel, order: _Open, hooks: Hooks) -> RankW
 
 
 def _with_seed(start: RequestStart) -> RequestStart:
-    """A seed that is left to the worker is drawn here, where all ranks can be told."""
+    """Draw the seed that a request leaves open: all ranks must have the same."""
     if start.sampling.temperature == 0.0 or start.sampling.seed is not None:
         return start
     return replace(start, sampling=replace(start.sampling, seed=secrets.randbits(63)))
 
 
 def _print_of(plan: StepPlan, batch: Batch) -> bytes:
-    """A plan and what a rank makes of it. (Sets are sorted: those that came through a pipe may be in another order.)"""
+    """A hash of a plan and this rank's batch. Sets are sorted: a pipe may have changed their order."""
     started = [
         (
             start.request_id,

@@ -1,7 +1,9 @@
-"""Small arrays on their way between host and device, without waiting. Knows numpy and torch; never what the numbers mean.
+"""Moves small arrays between host and device without waiting.
 
-A copy from ordinary memory to a CUDA device waits for everything the device still has to do; from page-locked memory it is queued like a kernel.
-torch keeps page-locked memory that was freed, and gives it out again only when the copies that read it are over.
+Knows numpy and torch; never what the numbers mean.
+
+A copy from ordinary memory to a CUDA device waits for all work on the device; from page-locked memory it is
+queued like a kernel. torch reuses freed page-locked memory only once the copies that read it are over.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 
 
 def staging(count: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, npt.NDArray[Any]]:
-    """Host memory for `count` numbers that will go to `device`, as a tensor and as an array over the same bytes."""
+    """Host memory for `count` numbers that will go to `device`: a tensor and an array over the same bytes."""
     tensor = torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
     return tensor, tensor.numpy()
 
@@ -30,7 +32,10 @@ def to_device(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in page-locked memory, queued on the current stream: it is there when a mark behind it was reached. On a CPU the tensor itself."""
+    """A copy in page-locked memory, queued on the current stream; on a CPU the tensor itself.
+
+    It is complete once an event recorded after it is reached.
+    """
     if tensor.device.type != "cuda":
         return tensor
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,8 +1,10 @@
-"""Named architectures with their published shapes. Knows numbers only; never weights, files, tensors or the network.
+"""Named architectures with their published shapes.
 
-A preset says how to build a model of exactly that shape (family and Hugging Face config arguments), which sizes and
-costs follow (`ModelShape`), and where real weights can be had (hub id). Sources: each model's published `config.json`;
-for `llama2-13b-gqa` the paper's own variant (§6.1: 10 KV heads, contexts up to 16,384 tokens).
+Knows numbers; never weights, files, tensors or the network.
+
+A preset says how to build a model of exactly that shape (family and Hugging Face config arguments), its sizes
+and costs (`ModelShape`), and where to get real weights (hub id). Sources: each model's published
+`config.json`; for `llama2-13b-gqa` the paper's own variant (§6.1: 10 KV heads, contexts up to 16,384 tokens).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class Preset:
 
     name: str
     family: str  # the `model_type` of transformers
-    hub_id: str | None  # where real weights are published; None: never published
+    hub_id: str | None  # where real weights are published; None if they never were
     num_parameters: int  # exact count, tied matrices once
     shape: ModelShape
     config_kwargs: Mapping[str, Any] = field(compare=False)  # arguments of the family's config class
@@ -116,8 +118,8 @@ def _llama2(
     context: int = 4096,
 ) -> Preset:
     return _modern(
-        name, "llama", hub_id, num_parameters, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, mlp=mlp,
-        vocab=32000, context=context, rope_theta=10_000.0, rms_norm_eps=1e-5,
+        name, "llama", hub_id, num_parameters, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads,
+        mlp=mlp, vocab=32000, context=context, rope_theta=10_000.0, rms_norm_eps=1e-5,
     )  # fmt: skip
 
 
@@ -134,9 +136,9 @@ def _smollm2(
 ) -> Preset:
     size = name.rsplit("-", 1)[1].upper()
     return _modern(
-        name, "llama", f"HuggingFaceTB/SmolLM2-{size}-Instruct", num_parameters, layers=layers, hidden=hidden, heads=heads,
-        kv_heads=kv_heads, mlp=mlp, vocab=49152, context=8192, rope_theta=rope_theta, tied=True, rms_norm_eps=1e-5,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        name, "llama", f"HuggingFaceTB/SmolLM2-{size}-Instruct", num_parameters, layers=layers, hidden=hidden,
+        heads=heads, kv_heads=kv_heads, mlp=mlp, vocab=49152, context=8192, rope_theta=rope_theta, tied=True,
+        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
 
 
@@ -152,9 +154,10 @@ def _gemma2(
     mlp: int,
 ) -> Preset:
     return _modern(
-        name, "gemma2", hub_id, num_parameters, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, mlp=mlp, head_dim=256,
-        vocab=256_000, context=8192, rope_theta=10_000.0, tied=True, rms_norm_eps=1e-6, sliding_window=4096,
-        query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh",
+        name, "gemma2", hub_id, num_parameters, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads,
+        mlp=mlp, head_dim=256, vocab=256_000, context=8192, rope_theta=10_000.0, tied=True, rms_norm_eps=1e-6,
+        sliding_window=4096, query_pre_attn_scalar=256, attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh",
     )  # fmt: skip
 
 
@@ -199,10 +202,14 @@ _ALL: tuple[Preset, ...] = (
     _opt("opt-13b", 12_853_473_280, layers=40, hidden=5120, heads=40),
     _opt("opt-30b", 29_974_540_288, layers=48, hidden=7168, heads=56),
     _opt("opt-66b", 65_719_701_504, layers=64, hidden=9216, heads=72),
-    _llama2("llama2-7b", "meta-llama/Llama-2-7b-chat-hf", 6_738_415_616, layers=32, hidden=4096, heads=32, kv_heads=32, mlp=11008),
-    _llama2("llama2-13b", "meta-llama/Llama-2-13b-chat-hf", 13_015_864_320, layers=40, hidden=5120, heads=40, kv_heads=40, mlp=13824),
-    _llama2("llama2-13b-gqa", None, 11_443_000_320, layers=40, hidden=5120, heads=40, kv_heads=10, mlp=13824, context=16_384),
-    _llama2("llama2-70b", "meta-llama/Llama-2-70b-chat-hf", 68_976_648_192, layers=80, hidden=8192, heads=64, kv_heads=8, mlp=28672),
+    _llama2("llama2-7b", "meta-llama/Llama-2-7b-chat-hf", 6_738_415_616, layers=32, hidden=4096, heads=32,
+        kv_heads=32, mlp=11008),
+    _llama2("llama2-13b", "meta-llama/Llama-2-13b-chat-hf", 13_015_864_320, layers=40, hidden=5120, heads=40,
+        kv_heads=40, mlp=13824),
+    _llama2("llama2-13b-gqa", None, 11_443_000_320, layers=40, hidden=5120, heads=40, kv_heads=10, mlp=13824,
+        context=16_384),
+    _llama2("llama2-70b", "meta-llama/Llama-2-70b-chat-hf", 68_976_648_192, layers=80, hidden=8192, heads=64,
+        kv_heads=8, mlp=28672),
     _modern(
         "llama3-8b", "llama", "meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248,
         layers=32, hidden=4096, heads=32, kv_heads=8, mlp=14336, context=8192, **_LLAMA3,
@@ -213,7 +220,8 @@ _ALL: tuple[Preset, ...] = (
     ),
     _modern(
         "llama3.2-1b", "llama", "meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400,
-        layers=16, hidden=2048, heads=32, kv_heads=8, head_dim=64, mlp=8192, context=131_072, tied=True, rope=_LLAMA32_ROPE, **_LLAMA3,
+        layers=16, hidden=2048, heads=32, kv_heads=8, head_dim=64, mlp=8192, context=131_072, tied=True,
+            rope=_LLAMA32_ROPE, **_LLAMA3,
     ),
     _modern(
         "mistral-7b", "mistral", "mistralai/Mistral-7B-Instruct-v0.1", 7_241_732_096,
@@ -231,21 +239,30 @@ _ALL: tuple[Preset, ...] = (
         rope_theta=1_000_000.0, rms_norm_eps=1e-6,
     ),
     _modern(
-        "qwen3-0.6b", "qwen3", "Qwen/Qwen3-0.6B", 596_049_920, layers=28, hidden=1024, heads=16, kv_heads=8, mlp=3072, tied=True, **_QWEN3,
+        "qwen3-0.6b", "qwen3", "Qwen/Qwen3-0.6B", 596_049_920, layers=28, hidden=1024, heads=16, kv_heads=8,
+            mlp=3072, tied=True, **_QWEN3,
     ),
     _modern(
-        "qwen3-4b", "qwen3", "Qwen/Qwen3-4B", 4_022_468_096, layers=36, hidden=2560, heads=32, kv_heads=8, mlp=9728, tied=True, **_QWEN3,
+        "qwen3-4b", "qwen3", "Qwen/Qwen3-4B", 4_022_468_096, layers=36, hidden=2560, heads=32, kv_heads=8,
+            mlp=9728, tied=True, **_QWEN3,
     ),
-    _modern("qwen3-8b", "qwen3", "Qwen/Qwen3-8B", 8_190_735_360, layers=36, hidden=4096, heads=32, kv_heads=8, mlp=12288, **_QWEN3),
-    _gemma2("gemma2-2b", "google/gemma-2-2b-it", 2_614_341_888, layers=26, hidden=2304, heads=8, kv_heads=4, mlp=9216),
-    _gemma2("gemma2-9b", "google/gemma-2-9b-it", 9_241_705_984, layers=42, hidden=3584, heads=16, kv_heads=8, mlp=14336),
-    _smollm2("smollm2-135m", 134_515_008, layers=30, hidden=576, heads=9, kv_heads=3, mlp=1536, rope_theta=100_000.0),
-    _smollm2("smollm2-360m", 361_821_120, layers=32, hidden=960, heads=15, kv_heads=5, mlp=2560, rope_theta=100_000.0),
-    _smollm2("smollm2-1.7b", 1_711_376_384, layers=24, hidden=2048, heads=32, kv_heads=32, mlp=8192, rope_theta=130_000.0),
+    _modern("qwen3-8b", "qwen3", "Qwen/Qwen3-8B", 8_190_735_360, layers=36, hidden=4096, heads=32, kv_heads=8,
+        mlp=12288, **_QWEN3),
+    _gemma2("gemma2-2b", "google/gemma-2-2b-it", 2_614_341_888, layers=26, hidden=2304, heads=8, kv_heads=4,
+        mlp=9216),
+    _gemma2("gemma2-9b", "google/gemma-2-9b-it", 9_241_705_984, layers=42, hidden=3584, heads=16, kv_heads=8,
+        mlp=14336),
+    _smollm2("smollm2-135m", 134_515_008, layers=30, hidden=576, heads=9, kv_heads=3, mlp=1536,
+        rope_theta=100_000.0),
+    _smollm2("smollm2-360m", 361_821_120, layers=32, hidden=960, heads=15, kv_heads=5, mlp=2560,
+        rope_theta=100_000.0),
+    _smollm2("smollm2-1.7b", 1_711_376_384, layers=24, hidden=2048, heads=32, kv_heads=32, mlp=8192,
+        rope_theta=130_000.0),
     _modern(
         "gpt-oss-20b", "gpt_oss", "openai/gpt-oss-20b", 20_914_757_184,
         layers=24, hidden=2880, heads=64, kv_heads=8, head_dim=64, mlp=2880, vocab=201_088, context=131_072,
-        rope_theta=150_000.0, rope=_GPT_OSS_ROPE, rms_norm_eps=1e-5, sliding_window=128, num_local_experts=32, num_experts_per_tok=4,
+        rope_theta=150_000.0, rope=_GPT_OSS_ROPE, rms_norm_eps=1e-5, sliding_window=128, num_local_experts=32,
+            num_experts_per_tok=4,
     ),
 )  # fmt: skip
 

@@ -1,7 +1,11 @@
-"""The products of a Llama-like layer with its weights, laid out for what computes them. Knows matrices and layouts; never models, attention or positions.
+"""The products of a Llama-like layer with its weights, each with the layout that it is computed from.
 
-On a CPU two ways. Panels are read by our own kernel, on CPUs that multiply bfloat16 in vectors or in whole tiles (AMX): it is faster than oneDNN at every size in vectors, and in tiles for up to some sixty rows
-(docs/performance.md). Weights may have 8 bits there, which halves what few rows have to read. oneDNN's own layout serves float32, and CPUs without such instructions. On a GPU products are the library's own.
+Knows matrices and layouts; never models, attention or positions.
+
+On a CPU there are two ways. Panels are read by our own kernel, on CPUs that multiply bfloat16 in vectors or
+in whole tiles (AMX): it is faster than oneDNN at every size in vectors, and in tiles for up to about sixty
+rows (docs/performance.md). Weights may have 8 bits there, which halves what few rows have to read. oneDNN's
+own layout serves float32, and CPUs without such instructions. On a GPU products are the library's own.
 """
 
 from __future__ import annotations
@@ -23,14 +27,15 @@ from pensieve.worker.rows import Rows
 PANEL = 32  # outputs of a panel, see kernel/products.h
 _PLAIN, _ADDED, _GATED, _FLOAT = range(4)
 _INT8_MOST = 127  # symmetric: -128 is not used
-_LEAST_SCALE = 1e-30  # of an output all of whose weights are 0
-_USUAL_ROWS = 64  # oneDNN is told how many rows to expect when it lays weights out
-# oneDNN meets so many row counts between a power of two and the next, evenly spaced, and all below that. It compiles and keeps a primitive for
-# each, about 3 MB for a layer's four products; for 512 counts (with the holes that they left in the heap) that was 1.9 GB.
+_LEAST_SCALE = 1e-30  # of an output whose weights are all 0
+_USUAL_ROWS = 64  # the number of rows that oneDNN is told to expect when it lays weights out
+# Row counts between a power of two and the next, evenly spaced, and all below. oneDNN compiles and keeps a
+# primitive for each row count that it meets, about 3 MB for a layer's four products; for 512 counts (with the
+# holes that they left in the heap) that was 1.9 GB.
 _SIZES_AN_OCTAVE = 8
 ONEDNN_BYTES = (
     192 << 20
-)  # what those primitives come to take beside the weights, whatever the model's size: 157 MB for up to 512 rows
+)  # main memory of those primitives beside the weights, whatever the model's size: 157 MB for up to 512 rows
 
 
 class LayerProducts(Protocol):
@@ -41,7 +46,7 @@ class LayerProducts(Protocol):
         ...
 
     def out(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
-        """(T, H D) -> (T, h): what is to be added to `residual`; None if that was done."""
+        """(T, H D) -> (T, h): what to add to `residual`; None if it was added already."""
         ...
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,20 +59,21 @@ class LayerProducts(Protocol):
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """Tensors as one; a single one as it is: to copy an output layer takes as much memory again as it has."""
+    """Tensors as one. A single one is not copied: an output layer would be in memory twice."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def grid_rows(num_rows: int) -> int:
-    """The least row count of the grid that is not below `num_rows` (1 or more)."""
+    """The smallest row count of the grid that is at least `num_rows` (1 or more)."""
     step = max(1, (1 << (num_rows.bit_length() - 1)) // _SIZES_AN_OCTAVE)
     return -(-num_rows // step) * step
 
 
 class OneDnnProduct:
-    """x -> x W^T + b for the weights of some linear modules, one below the other, as oneDNN likes them where this CPU has what it takes.
+    """x -> x W^T + b by oneDNN, for the weights of some linear modules, one below the other.
 
-    Clients choose how many rows there are, and oneDNN keeps something for each number: rows are filled up with zeros to a short list of numbers.
+    Clients choose how many rows there are, and oneDNN keeps memory for each number: so rows of zeros are
+    added up to a number of a short list.
     """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
@@ -83,7 +89,7 @@ class OneDnnProduct:
         """(T, in), contiguous -> (T, out)."""
         if not self._packed:
             return nn.functional.linear(x, self._weight, self._bias)
-        if not len(x):  # oneDNN's way has no products of nothing
+        if not len(x):  # oneDNN has no products of no rows
             return x.new_empty((0, self._num_out))
         if (num_padded := grid_rows(num_rows := len(x))) == num_rows:
             return self._multiply(x)
@@ -107,15 +113,12 @@ class OneDnnLayer:
         self._rows = Rows(mlp.down_proj.weight.dtype)
 
     def out(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """See `LayerProducts`."""
         return self._out(attended)
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
-        """See `LayerProducts`."""
         return self._rows.gate(self._gate_up(x))
 
     def down(self, gated: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """See `LayerProducts`."""
         return self._down(gated)
 
 
@@ -126,7 +129,7 @@ class DeviceProduct:
         weights = [module.weight.detach() for module in modules]
         self._weight = (
             weights[0] if len(weights) == 1 else torch.cat(weights)
-        )  # (out, in); what is alone stays where it is
+        )  # (out, in); the weights of a single module stay where they are
         self._bias = _bias_of(modules)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,15 +147,12 @@ class DeviceLayer:
         self._rows = DeviceRows()
 
     def out(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """See `LayerProducts`."""
         return self._out(attended)
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
-        """See `LayerProducts`."""
         return self._rows.gate(self._gate_up(x))
 
     def down(self, gated: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """See `LayerProducts`."""
         return self._down(gated)
 
 
@@ -160,8 +160,8 @@ class Weights(ctypes.Structure):
     """`struct weights` of kernel/products.h, field by field."""
 
     _fields_ = [
-        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT), ("num_outputs", INT), ("level", INT),
-        ("store", INT),
+        ("panels", POINTER), ("scales", POINTER), ("bias", POINTER), ("num_inputs", INT),
+        ("num_outputs", INT), ("level", INT), ("store", INT),
     ]  # fmt: skip
 
 
@@ -180,19 +180,22 @@ _BYTES = ctypes.sizeof(Weights) + ctypes.sizeof(_Multiply)
 
 @dataclass(frozen=True, slots=True)
 class PanelKind:
-    """How panels are made, and where they go."""
+    """How panels are made."""
 
-    int8: bool = False  # weights of 8 bits, one scale an output; else bfloat16
+    int8: bool = False  # weights of 8 bits with one scale for each output; else bfloat16
     memory: HugeRegions = field(default_factory=HugeRegions)
 
 
 class PanelProduct:
-    """x -> x W^T + b by our kernel, x in bfloat16. `weights` is what the kernel knows of it, for as long as this lives."""
+    """x -> x W^T + b by our kernel, x in bfloat16.
+
+    `weights` is the kernel's description of it, valid while this object lives.
+    """
 
     def __init__(
         self, modules: Sequence[nn.Linear], store: int = _PLAIN, kind: PanelKind | None = None
     ) -> None:
-        """Lay the weights out, one module's below the other's; for `_GATED` two modules', interleaved."""
+        """Lay the weights out: one module's below the other's, or for `_GATED` two modules' interleaved."""
         library = library_for("products", _BYTES)
         assert not isinstance(library, str), library
         self._kernel = library
@@ -200,7 +203,7 @@ class PanelProduct:
         parts = [module.weight.detach() for module in modules]
         if store != _GATED:
             parts = [_joined(parts)]
-        width = PANEL // len(parts)  # outputs that a part has in each panel
+        width = PANEL // len(parts)  # outputs of one part in each panel
         num_inputs, num_outputs = parts[0].shape[1], len(parts[0])
         bias = _bias_of(modules)
         self._bias = None if bias is None else _by_panel(bias.float().chunk(len(parts)), width)
@@ -217,13 +220,14 @@ class PanelProduct:
             pairs = _woven(pairs)
         self._panels = kind.memory.take(tuple(pairs.shape), pairs.dtype).copy_(pairs)
         self.weights = Weights(
-            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs, levels()[-1], store,
+            self._panels.data_ptr(), _address(self._scales), _address(self._bias), num_inputs, num_outputs,
+            levels()[-1], store,
         )  # fmt: skip
         self._weights_address = ctypes.addressof(self.weights)
 
     @staticmethod
     def why_not(dtype: torch.dtype, *sizes: int, int8: bool = False) -> str | None:
-        """Why panels (of 8 bits) would not do for products of this dtype, or of rows of these sizes; None if they do."""
+        """Why panels (of 8 bits) cannot compute products of this dtype or these sizes; None if they can."""
         if dtype != torch.bfloat16:
             return f"panels are of bfloat16, not of {dtype}"
         if odd := [size for size in sizes if size % 2]:
@@ -242,7 +246,10 @@ class PanelProduct:
         )
 
     def __call__(self, x: torch.Tensor, results: torch.Tensor | None = None) -> torch.Tensor:
-        """(T, in) -> (T, out), into `results` if they are given: added to them, where this product adds. In fp32 where it was made so."""
+        """(T, in) -> (T, out), into `results` if they are given, or added to them if this product adds.
+
+        In fp32 if it was made so.
+        """
         if results is None:
             dtype = torch.float32 if self.weights.store == _FLOAT else x.dtype
             results = x.new_empty((len(x), self.weights.num_outputs), dtype=dtype)
@@ -252,8 +259,10 @@ class PanelProduct:
 
 
 def head_product(module: nn.Linear, kind: PanelKind) -> PanelProduct | OneDnnProduct:
-    """The output layer's product. bfloat16 has steps of an eighth where logits often lie (16 to 32), and the two likeliest tokens are often
-    closer than that; so logits stay as they were summed, in fp32, wherever our kernel can compute them.
+    """The output layer's product, in fp32 if our kernel can compute it.
+
+    bfloat16 has steps of an eighth in the usual range of logits (16 to 32), and the two likeliest tokens are
+    often closer than that.
     """
     if PanelProduct.why_not(module.weight.dtype, module.in_features, int8=kind.int8) is None:
         return PanelProduct([module], _FLOAT, kind)
@@ -270,18 +279,17 @@ class PanelLayer:
         self.down_product = PanelProduct([mlp.down_proj], _ADDED, kind)
 
     def out(self, attended: torch.Tensor, residual: torch.Tensor) -> None:
-        """See `LayerProducts`."""
         self.out_product(attended, residual)
 
     def down(self, gated: torch.Tensor, residual: torch.Tensor) -> None:
-        """See `LayerProducts`."""
         self.down_product(gated, residual)
 
 
 def lay_out_modules(model: nn.Module) -> None:
-    """Put the weights of GPT-2's kind of product, (in, out) in 16 bits, in a linear module's order in memory; nothing else changes.
+    """Lay the weights of GPT-2's kind of product, (in, out) in 16 bits, out like a linear module's.
 
-    Where a CPU does not multiply bfloat16, torch takes ten times as long for them otherwise (docs/performance.md).
+    On a CPU that does not multiply bfloat16, torch takes ten times as long for them otherwise
+    (docs/performance.md).
     """
     for module in model.modules():
         if (
@@ -293,7 +301,10 @@ def lay_out_modules(model: nn.Module) -> None:
 
 
 def fill_up_modules(model: nn.Module) -> None:
-    """Have a model's own products in 16 bits on a CPU, which are oneDNN's, called with row counts of the grid only, see `grid_rows`."""
+    """Let a model's own 16-bit products on a CPU, which oneDNN computes, use only the grid's row counts.
+
+    See `grid_rows`.
+    """
     for module in model.modules():
         if (
             isinstance(module, (nn.Linear, Conv1D))
@@ -318,7 +329,7 @@ def _on_grid(multiply: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torc
 
 
 def _filled(rows: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Rows of zeros at the end, until their number is a multiple."""
+    """Add rows of zeros until their number is a multiple."""
     return nn.functional.pad(rows, (0, 0, 0, -len(rows) % multiple))
 
 
@@ -328,13 +339,13 @@ def _pairs(weight: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _woven(pairs: torch.Tensor) -> torch.Tensor:
-    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c: 4 outputs of the first half by turns with 4 of the second."""
+    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c: 4 outputs of each half by turns."""
     halves = pairs.view(*pairs.shape[:2], 2, 4, 4, 2)
     return halves.transpose(2, 3).reshape(pairs.shape)
 
 
 def _by_panel(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
-    """A number for each output, fp32, as the panels have their outputs, filled up."""
+    """A number for each output, fp32, in the panels' order, padded."""
     return (
         torch.cat([_filled(part[:, None], width).view(-1, width) for part in parts], dim=1)
         .flatten()
@@ -363,11 +374,12 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 class LayerCall(ctypes.Structure):
-    """`struct layer` of kernel/layer.h, field by field: a whole layer as one call, for layers of `PanelProduct`s."""
+    """`struct layer` of kernel/layer.h, field by field: a whole layer of `PanelProduct`s as one call."""
 
     _fields_ = [
-        ("num_threads", INT), ("num_tokens", INT), ("residual", POINTER), ("attention_norm", POINTER), ("mlp_norm", POINTER),
-        ("query_norm", POINTER), ("key_norm", POINTER), ("angles", POINTER), ("positions", POINTER), ("epsilon", REAL),
-        ("qkv", Weights), ("out", Weights), ("gate_up", Weights), ("down", Weights), ("rows", POINTER), ("num_rows", INT),
-        ("normed", POINTER), ("heads", POINTER), ("attended", POINTER), ("gated", POINTER),
+        ("num_threads", INT), ("num_tokens", INT), ("residual", POINTER), ("attention_norm", POINTER),
+        ("mlp_norm", POINTER), ("query_norm", POINTER), ("key_norm", POINTER), ("angles", POINTER),
+        ("positions", POINTER), ("epsilon", REAL), ("qkv", Weights), ("out", Weights), ("gate_up", Weights),
+        ("down", Weights), ("rows", POINTER), ("num_rows", INT), ("normed", POINTER), ("heads", POINTER),
+        ("attended", POINTER), ("gated", POINTER),
     ]  # fmt: skip

@@ -1,7 +1,10 @@
-"""Random weights of a given shape, fast, and whether weights fit in memory at all. Knows no names, files or network.
+"""Random weights of a given shape, made fast, and whether weights fit in memory at all.
 
-Random weights time what real ones would: the same matrices at the same sizes. They are drawn once as a block of a few
-million normals and tiled over every matrix, at the speed of memory; drawing billions one by one takes minutes.
+Knows shapes and memory; never names, files or the network.
+
+Random weights take the same time as real ones: the same matrices at the same sizes. A block of a few million
+normals is drawn once and tiled over every matrix, at the speed of memory; drawing billions one by one takes
+minutes.
 """
 
 from __future__ import annotations
@@ -20,23 +23,24 @@ if TYPE_CHECKING:
 
 # A prime, so that no matrix width divides it: rows of a matrix start at different places of the block.
 _BLOCK_NUMBERS = 4_194_301
-_STD = 0.02  # of every matrix: with normalised inputs, logits come out of order 1
+_STD = 0.02  # of every matrix: with normalised inputs, logits have a deviation of about 1
 _SLACK_BYTES = 256 << 20  # what a process needs besides its weights before it can do anything
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def outline(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config on `meta`: modules, names and shapes; nothing is allocated.
+    """The model of a config on `meta`: modules, names and shapes. Allocates nothing.
 
     Raises:
-        ModelRefused: transformers has no causal language model for this config, or cannot build it; in words.
+        ModelRefused: transformers has no causal language model for this config, or cannot build it.
     """
     from transformers import AutoModelForCausalLM
 
     if getattr(config, "is_encoder_decoder", False):
         raise ModelRefused(
-            f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, such as Llama or Qwen"
+            f"{config.model_type!r} models have an encoder and a decoder: Pensieve serves decoders only, "
+            "such as Llama or Qwen"
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         code = (
@@ -45,22 +49,24 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
             else ""
         )
         raise ModelRefused(
-            f"transformers has no causal language model for model_type {config.model_type!r}{code}: it sees, hears, embeds or translates, or is newer "
+            f"transformers has no causal language model for model_type {config.model_type!r}{code}: it sees, "
+            "hears, embeds or translates, or is newer "
             "than this transformers. Name a text model"
         )
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever a model's own code raises over numbers that do not go together
+    except Exception as error:  # a model's own code may raise anything for numbers that do not fit together
         reason = " ".join(str(error).split())
         raise ModelRefused(
-            f"transformers cannot build the {config.model_type!r} model of this config ({type(error).__name__}: {reason[:300]})"
+            f"transformers cannot build the {config.model_type!r} model of this config "
+            f"({type(error).__name__}: {reason[:300]})"
         ) from error
     return model
 
 
 def count_parameters(config: PretrainedConfig) -> int:
-    """Number of weights of this architecture, tied matrices once; nothing is allocated.
+    """Number of weights of this architecture, tied matrices once. Allocates nothing.
 
     Raises:
         ModelRefused: as `outline`.
@@ -74,10 +80,10 @@ def num_weights(model: PreTrainedModel) -> int:
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of this architecture with seeded random weights; the same seed gives the same weights on the same device.
+    """A model of this architecture with seeded random weights: the same on each run on the same device.
 
-    Norms and biases start as training would start them, matrices are normal with deviation 0.02.
-    The caller checks first that it fits (`require_room`).
+    Norms and biases have their initial values for training, matrices are normal with deviation 0.02. The
+    caller checks first that the model fits (`require_weights_fit`).
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -96,7 +102,10 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str, *, seed: in
 
 
 def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
-    """Tile `block` (N,) over all matrices, one continuing where the last stopped; vectors get the model's own start."""
+    """Tile `block` (N,) over all matrices, each continuing where the last stopped.
+
+    Vectors get the model's own initial values.
+    """
     offset = 0
     seen: set[int] = set()
     for module in model.modules():
@@ -105,7 +114,7 @@ def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
         if not any(p.ndim >= 2 for p in own):
             model._init_weights(
                 module
-            )  # norms, attention sinks, buffers: small, and only the model knows their start
+            )  # norms, attention sinks, buffers: small, and only the model knows their initial values
             continue
         for parameter in own:
             if parameter.ndim < 2:
@@ -120,7 +129,7 @@ def _fill(model: PreTrainedModel, block: torch.Tensor) -> None:
 def _pieces(
     flat: torch.Tensor, block: torch.Tensor, offset: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (part of `flat`, part of `block`) that cover `flat`, reading `block` round and round from `offset`."""
+    """Pairs (part of `flat`, part of `block`) that cover `flat`, reading `block` cyclically from `offset`."""
     start = 0
     while start < flat.numel():
         length = min(flat.numel() - start, block.numel() - offset)
@@ -130,8 +139,10 @@ def _pieces(
 
 
 def bytes_beside(config: PretrainedConfig, num_parameters: int, dtype: torch.dtype, device: str) -> int:
-    """What loading takes for a while, or for good, beside a model's weights: the output layer laid out anew while its first form is still
-    there (where it is tied to the embedding, both stay), and in 16 bits one layer in float32.
+    """Bytes that loading takes beside a model's weights, briefly or for good.
+
+    The output layer laid out anew while its first form is still there (both stay if it is tied to the
+    embedding), and in 16 bits one layer in float32.
     """
     from pensieve.worker.llama import MODEL_TYPES
 
@@ -145,13 +156,13 @@ def bytes_beside(config: PretrainedConfig, num_parameters: int, dtype: torch.dty
     return copied + widened
 
 
-def require_room(
+def require_weights_fit(
     label: str, num_parameters: int, dtype: torch.dtype, device: str, *, beside: int = 0
 ) -> None:
     """Refuse a model whose weights do not fit, before anything is allocated.
 
     Args:
-        label: its name for people.
+        label: its name in messages.
         num_parameters: of the whole model.
         dtype: number type it is loaded in.
         device: where.
@@ -166,18 +177,21 @@ def require_room(
         return
     name = str(dtype).removeprefix("torch.")
     raise ModelRefused(
-        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in {name}"
+        f"{label} does not fit: its {num_parameters / 1e9:.2f} billion weights take {need / 1e9:.1f} GB in "
+        f"{name}"
         + (f" and {beside / 1e9:.1f} GB more while they are laid out" if beside >= 5e7 else "")
-        + f", {room / 1e9:.1f} GB of memory are available on {device!r}. Ways out: a smaller model (`pensieve models` lists their sizes)"
+        + f", {room / 1e9:.1f} GB of memory are available on {device!r}. "
+        "Ways out: a smaller model (`pensieve models` lists their sizes)"
         + (", --dtype bfloat16" if dtype.itemsize > 2 else "")
         + ", or a machine with more memory"
     )
 
 
 def available_bytes(device: str = "cpu") -> int | None:
-    """Memory this process may still take on a device; None where the system does not say.
+    """Memory this process may still take on a device; None if the system does not say.
 
-    In main memory: what the kernel calls available, or what is left under the tightest control group, whichever is less.
+    In main memory: what the kernel calls available, or what is left under the tightest control group,
+    whichever is less.
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(torch.device(device))
@@ -199,7 +213,7 @@ def _system_room() -> int | None:
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """What is left under each limit from this process's control group up to the root (version 2, then version 1)."""
+    """What is left under each limit from this process's control group up to the root, version 2, then 1."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -234,6 +248,6 @@ def _group_room(group: Path, limit: str, used: str, cache: str) -> int | None:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return max(
             0, int(most) - int((group / used).read_text()) + int(stat.get(cache, 0))
-        )  # cached files give way
+        )  # the system drops cached files when memory is needed
     except (OSError, ValueError):
         return None

@@ -1,4 +1,7 @@
-"""Where this process stands among several that serve one model together. Knows torchrun's environment; never torch, so that anybody may ask."""
+"""This process's rank among several that serve one model together.
+
+Knows torchrun's environment; never torch, so that any process may ask.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class Rank:
     """One process of several that serve one model together."""
 
-    index: int  # 0 decides and speaks, the others follow
+    index: int  # rank 0 decides, the others follow
     size: int  # at least 2
-    local_rank: int  # among the processes of this machine: which device is its own
+    local_rank: int  # among the processes of this machine: the number of its device
     local_size: int  # processes of this machine
 
     @classmethod
     def from_environment(cls) -> Rank | None:
-        """What torchrun, or whoever sets the same variables, says; None: this process is alone.
+        """The rank that torchrun's variables give; None if this process is alone.
 
         Raises:
-            ConfigError: a variable is no number, or out of its range.
+            ConfigError: a variable is not a number, or out of its range.
         """
         if any(name not in os.environ for name in _NEEDED):
             return None

@@ -1,4 +1,7 @@
-"""The Triton kernels of `worker/device_rows.py`: what a Llama-like layer does between its products. Sums are of floats, each result is rounded once."""
+"""The Triton kernels of `worker/device_rows.py`: norms, rotations and gates of a Llama-like layer.
+
+Sums are in float32; each result is rounded once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def norm_kernel(
     residual,  # (T, h)
-    delta,  # (T, h), added to `residual` first; None: nothing is
+    delta,  # (T, h), added to `residual` first; None adds nothing
     weight,  # (h,) float32
     output,  # (T, h)
     width,

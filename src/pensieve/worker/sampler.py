@@ -1,11 +1,15 @@
-"""Logits to tokens, each request by its own rules. Knows token ids and positions; never models, slots or plans.
+"""Samples tokens from logits, each request by its own rules.
 
-What is drawn for a position depends on the request's seed and on the position alone: the random number is a hash of both. So a seed
-gives the same tokens whatever else is in the batch, and a token sampled again (after a failed forward, a suspension) comes out the same.
-Rows are worked on together all the same: nothing here adds up across rows, so no row can tell its neighbours.
+Knows token ids and positions; never models, slots or plans.
 
-Sampling has two halves. `launch` chooses; on a device it only queues that, and the next step may be launched on the tokens that lie there. `collect` says
-what was chosen, when the device has come so far. Only penalties need a token here before the next can be chosen (`needs_history`).
+A sampled token depends only on the request's seed and the position: the random number is a hash of both. So a
+seed gives the same tokens whatever else is in the batch, and a token sampled again (after a failed forward, a
+suspension) is the same. Rows are still computed together: nothing here sums across rows, so no row affects
+another.
+
+Sampling has two halves. `launch` chooses tokens; on a device it only queues that, and the next step may be
+launched on the tokens there. `collect` returns them once the device is done. Only penalties need a token on
+the host before the next can be chosen (`needs_history`).
 """
 
 from __future__ import annotations
@@ -24,15 +28,17 @@ from pensieve.worker.draws import draw, likeliest, uniform
 from pensieve.worker.occurrences import Occurrences
 from pensieve.worker.pinned import to_device, to_host
 
-_FORBIDDEN = -1e38  # the logit of a token that may not come, yet a number: were all forbidden, there would be a token all the same
-_ROWS_TOGETHER = 16  # their logits as fp32 still fit in a processor's cache (3 MB at 49,152 tokens)
+# the logit of a forbidden token. It is a finite number: if all tokens were forbidden, one would still be
+# sampled.
+_FORBIDDEN = -1e38
+_ROWS_TOGETHER = 16  # rows whose logits as fp32 still fit in a processor's cache (3 MB at 49,152 tokens)
 
 
 Sampled = tuple[str, int, int]  # request id, position, token id
 
 
 class _State:
-    """What is remembered of one request: its tokens by position, and how often each occurred where penalties need that."""
+    """A request's tokens by position, and with penalties how often each occurred."""
 
     __slots__ = ("num_prompt", "occurrences", "params", "seed", "tokens")
 
@@ -51,23 +57,23 @@ class _State:
 
     @property
     def is_plain(self) -> bool:
-        """Greedy, and nothing but the token is wanted."""
+        """Whether the request is greedy and wants only the token."""
         return self.params.temperature == 0.0 and self.occurrences is None
 
     def must_go_on(self, position: int) -> bool:
-        """The token at `position` may not be one that would end the answer."""
+        """Whether the token at `position` must not end the answer."""
         return bool(self.params.stop_token_ids) and position - self.num_prompt < self.params.min_new_tokens
 
     def truncate(self, length: int) -> None:
-        """Forget tokens from this position on: their step was void, they are sampled again."""
+        """Forget tokens from this position on: their step was void, and they will be sampled again."""
         if length < len(self.tokens):
             if self.occurrences is not None:
                 self.occurrences.remove(self.tokens[max(length, self.num_prompt) :])
             del self.tokens[length:]
 
     def append(self, position: int, token: int) -> None:
-        """The token at `position` is known now; what stood there and behind it has been forgotten."""
-        if position == len(self.tokens):  # else a step before this one was void, and so is this one
+        """Add the token at `position`; tokens from there on were forgotten before."""
+        if position == len(self.tokens):  # else an earlier step was void, and so is this one
             self.tokens.append(token)
             if self.occurrences is not None and position >= self.num_prompt:
                 self.occurrences.add(token)
@@ -75,63 +81,67 @@ class _State:
 
 @dataclass(slots=True)
 class Choice:
-    """What was chosen for the rows of a step, here or still on the device."""
+    """The tokens chosen for the rows of a step, here or still on the device."""
 
     spans: tuple[Span, ...]
     tokens: torch.Tensor  # (E,) int64
     failures: dict[int, Exception] = field(default_factory=dict)  # by row
     words: list[tuple[int, int]] = field(
         default_factory=list
-    )  # (row, how many of the likeliest) that want logprobs
+    )  # (row, number of likeliest tokens), of rows that want logprobs
     told: dict[str, torch.Tensor] = field(
         default_factory=dict
-    )  # what `collect` reads, in host memory once its mark was reached
+    )  # what `collect` reads, in host memory once its event is reached
 
 
 def nothing() -> Choice:
-    """Of no span."""
+    """The choice for no span."""
     return Choice((), torch.empty(0, dtype=torch.int64))
 
 
 class Sampler:
-    """Sole owner of what is remembered of a request between its tokens; forgotten only when it has ended."""
+    """Sole owner of each request's tokens so far, until the request has ended."""
 
     def __init__(
         self, *, before_sample: Callable[[str], None] | None = None, on_device: bool = False
     ) -> None:
-        """Remember nobody.
+        """Start without requests.
 
         Args:
-            before_sample: called for each request that emits; when it raises, that request fails and the others go on.
-            on_device: choose without looking at the logits from here, so that nothing waits for them. Without it the host looks, which on a CPU is faster.
+            before_sample: called for each request that emits; if it raises, only that request fails.
+            on_device: choose without reading logits on the host, so that nothing waits for them. Otherwise
+                the host reads them, which is faster on a CPU.
         """
         self._before_sample = before_sample
         self._on_device = on_device
         self._states: dict[str, _State] = {}
 
     def start(self, requests: Iterable[RequestStart]) -> None:
-        """New requests."""
+        """Add new requests."""
         for request in requests:
             self._states[request.request_id] = _State(request)
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Requests that ended."""
+        """Forget requests that ended."""
         for request_id in request_ids:
             self._states.pop(request_id, None)
 
     def last_token(self, span: Span) -> int | None:
-        """The token at a span's start; None where it is not known here: still on the device, or never sampled because its step was void."""
+        """The token at a span's start.
+
+        None if it is not known here: still on the device, or never sampled because its step was void.
+        """
         tokens = self._states[span.request_id].tokens
         return tokens[span.start] if span.start < len(tokens) else None
 
     def needs_history(self, spans: Sequence[Span]) -> bool:
-        """Whether any of these can be sampled only when all earlier tokens are known here."""
+        """Whether any of these spans can be sampled only once all earlier tokens are known here."""
         return any(
             span.emits_token and self._states[span.request_id].occurrences is not None for span in spans
         )
 
     def accept(self, sampled: Iterable[Sampled]) -> None:
-        """Tokens that somebody else sampled for these requests; what was known of their positions, and behind, is forgotten."""
+        """Take over tokens that another rank sampled for these requests, in place of those known so far."""
         for request_id, position, token in sampled:
             if (state := self._states.get(request_id)) is not None:
                 state.truncate(position)
@@ -140,7 +150,7 @@ class Sampler:
     def sample(
         self, spans: Sequence[Span], logits: torch.Tensor
     ) -> tuple[list[SampledToken], list[RequestFailure]]:
-        """Both halves at once."""
+        """Launch and collect at once."""
         choice = self.launch(spans, logits)
         return self.collect(choice)
 
@@ -154,14 +164,14 @@ class Sampler:
         if not spans:
             return nothing()
         if self._on_device or logits.device.type != "cpu":
-            best, tokens = logits.max(dim=-1)  # (of a greedy request, that is its token; NaN wins a maximum)
+            best, tokens = logits.max(dim=-1)  # a greedy request's token; NaN wins a maximum
             finite = torch.isfinite(best)
-            are_finite = [True] * len(spans)  # nobody knows yet
+            are_finite = [True] * len(spans)  # unknown yet
         else:
             are_finite, ids = likeliest(logits)
             tokens, finite = torch.tensor(ids), torch.tensor(are_finite)
         choice = Choice(tuple(spans), tokens)
-        involved: list[int] = []  # rows that want more than the likeliest
+        involved: list[int] = []  # rows that want more than the likeliest token
         for row, span in enumerate(spans):
             try:
                 if self._before_sample is not None:
@@ -172,7 +182,7 @@ class Sampler:
                         involved.append(row)
                     if state.params.logprobs is not None:
                         choice.words.append((row, state.params.logprobs))
-            except Exception as error:  # one request's trouble must not reach its neighbours
+            except Exception as error:  # one request's failure must not affect the others
                 choice.failures[row] = error
         if involved or choice.words:
             with _one_thread() if logits.device.type == "cpu" else nullcontext():
@@ -186,14 +196,14 @@ class Sampler:
     def collect(
         self, choice: Choice, is_good: Callable[[Span], bool] = lambda span: True
     ) -> tuple[list[SampledToken], list[RequestFailure]]:
-        """What was chosen, once the device has come so far.
+        """The chosen tokens, once the device is done.
 
         Args:
             choice: of `launch`.
-            is_good: False where a span's context was not there after all: its token means nothing.
+            is_good: False for a span whose context was not there after all: its token means nothing.
 
         Returns:
-            Tokens, and the requests that failed instead: broken alone, or with logits that are no numbers.
+            Tokens, and the requests that failed instead: alone, or with logits that are not numbers.
         """
         if not choice.spans:
             return [], []
@@ -207,7 +217,8 @@ class Sampler:
             error = choice.failures.get(row)
             if error is None and not are_finite[row]:
                 error = ArithmeticError(
-                    "the model's logits are not finite (NaN or infinity): its weights or dtype do not carry this prompt"
+                    "the model's logits are not finite (NaN or infinity): its weights or dtype do not carry "
+                    "this prompt"
                 )
             if error is not None:
                 broken.append(
@@ -227,7 +238,10 @@ class Sampler:
         return tokens, broken
 
     def _choose(self, choice: Choice, logits: torch.Tensor, rows: list[int]) -> None:
-        """Choose for rows with penalties or a temperature. Should that fail, once more one by one: whose fault it was fails alone."""
+        """Choose for rows with penalties or a temperature.
+
+        If that fails, choose once more row by row, so that only the faulty ones fail.
+        """
         try:
             tokens = self._choose_together([choice.spans[row] for row in rows], _floats(logits, rows))
         except Exception as error:
@@ -275,8 +289,12 @@ Said = tuple[
 
 
 def _logprobs(logits: torch.Tensor, choice: Choice) -> dict[str, torch.Tensor]:
-    """What is to be said of the model's own distribution: "own", of the tokens of all rows that want it, in the order of `choice.words`; and "values k" and
-    "ids k", the k likeliest of each row that wants so many. (Not the first k of more: of equal ones, another might be told.)"""
+    """Logprobs of the model's own distribution.
+
+    "own" has the tokens of all rows that want it, in the order of `choice.words`; "values k" and "ids k" have
+    the k likeliest of each row that wants so many. (Not the first k of more: of equal ones, another might be
+    named.)
+    """
     owns: list[torch.Tensor] = []
     tops: dict[int, list[torch.return_types.topk]] = {}
     for first in range(0, len(choice.words), _ROWS_TOGETHER):
@@ -302,7 +320,7 @@ def _logprobs(logits: torch.Tensor, choice: Choice) -> dict[str, torch.Tensor]:
 
 
 def _said(choice: Choice) -> dict[int, Said]:
-    """By row."""
+    """The logprobs by row."""
     if not choice.words:
         return {}
     told = {name: tensor.tolist() for name, tensor in choice.told.items()}
@@ -320,7 +338,7 @@ def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 def _floats(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Some rows, ascending, in float32, to be written on."""
+    """Some rows, ascending, in float32, to be overwritten."""
     return (logits if len(rows) == len(logits) else logits.index_select(0, _index(rows, logits.device))).to(
         torch.float32, copy=True
     )
@@ -328,7 +346,10 @@ def _floats(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch use this thread only: work of some 10 us that waits for another thread to be woken is not faster on a busy machine."""
+    """Let torch use this thread only.
+
+    On a busy machine, about 10 us of work is not faster if it waits for another thread to wake up.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,7 +1,8 @@
-"""A model's weights over several processes, each with its share of heads and columns. Knows transformers' tensor parallel plans; never plans of steps.
+"""Splits a model's weights over several processes, each with its share of heads and columns.
 
-Which matrix is cut, and how, is transformers' business (`base_model_tp_plan`). Whatever it cuts, attention comes to us with the heads of this
-rank only, and the load-time gate compares the result with eager attention, all ranks together.
+Knows transformers' tensor parallel plans; never plans of steps. transformers decides which matrix is cut, and
+how (`base_model_tp_plan`). Attention gets only this rank's heads, and the gate compares the result with eager
+attention, all ranks together.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ if TYPE_CHECKING:
 
 
 def require_divisible(config: PretrainedConfig, label: str, num_ranks: int) -> None:
-    """Refuse a model that cannot be divided by its heads.
+    """Refuse a model that cannot be split by its heads.
 
     Raises:
-        ConfigError: transformers has no plan for it, or its heads cannot be dealt out evenly; the message says the ways out.
+        ConfigError: transformers has no plan for it, or the number of ranks does not divide its heads; the
+            message says the ways out.
     """
     text, shape = config.get_text_config(), shape_of(config)
     start_otherwise = "start Pensieve without torchrun, in one process"
     if not getattr(text, "base_model_tp_plan", None):
         raise ConfigError(
-            f"{label} cannot be split over {num_ranks} processes: transformers has no tensor parallel plan for {text.model_type!r} models. "
+            f"{label} cannot be split over {num_ranks} processes: transformers has no tensor parallel plan "
+            f"for {text.model_type!r} models. "
             f"Choose another model, or {start_otherwise}"
         )
     for what, count in (("key/value heads", shape.num_kv_heads), ("query heads", shape.num_heads)):
@@ -51,7 +54,7 @@ def require_divisible(config: PretrainedConfig, label: str, num_ranks: int) -> N
 def load_split(
     folder: Path, label: str, dtype: torch.dtype, device: torch.device, num_ranks: int
 ) -> PreTrainedModel:
-    """This rank's share of the weights in a folder; only the share is read.
+    """Load this rank's share of the weights in a folder; reads only the share.
 
     Raises:
         ModelRefused: the folder is not what its config says, or cannot be loaded.
@@ -65,7 +68,10 @@ def load_split(
 
 
 def split(model: PreTrainedModel, device: torch.device, num_ranks: int) -> PreTrainedModel:
-    """Cut a whole model, the same on every rank, in place: each matrix goes to `device` and is left with this rank's share."""
+    """Cut a whole model, the same on every rank, in place.
+
+    Each matrix goes to `device` and keeps this rank's share.
+    """
     from transformers.distributed import DistributedConfig
 
     with _meshes_on(device):
@@ -74,7 +80,7 @@ def split(model: PreTrainedModel, device: torch.device, num_ranks: int) -> PreTr
     if is_tied := head is not None and head.weight is model.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(
             head.weight.detach(), requires_grad=False
-        )  # plans name both, and each once
+        )  # plans name both, and each must be cut once
     divided: PreTrainedModel = model.maybe_distribute_model(model, config, mesh)
     if is_tied:
         divided.tie_weights()
@@ -83,7 +89,7 @@ def split(model: PreTrainedModel, device: torch.device, num_ranks: int) -> PreTr
 
 @contextlib.contextmanager
 def _meshes_on(device: torch.device) -> Iterator[None]:
-    """transformers spreads a model over accelerators wherever PyTorch was built for one, asked for or not."""
+    """Make transformers split the model over `device`, not over accelerators, its default."""
     if device.type != "cpu":
         yield
         return

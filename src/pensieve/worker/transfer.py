@@ -1,11 +1,13 @@
-"""Moves chunks between tiers while the model computes. Knows copies and stores; never plans, requests or attention.
+"""Copies chunks between tiers while the model computes.
 
-One thread does all copies, on lanes of their own (`worker/lanes.py`: streams, where there is CUDA). Swap-ins go layer by layer, so that attention in
-layer l waits for that layer only (paper §4.3.3), and always before swap-outs (§5: both directions at once slow each other): a swap-out never starts while
-a swap-in is queued or under way. Swap-outs go in whole slots.
+Knows copies and stores; never plans, requests or attention.
 
-What a lane copies comes after everything the model computed before the copies were queued: a swap-out reads what was written by then, a swap-in writes
-where nobody reads any more.
+One thread does all copies, on streams of their own (`worker/streams.py`). Swap-ins go layer by layer, so that
+attention in layer l waits for that layer only (paper §4.3.3). Swap-outs go in whole slots, and none starts
+while a swap-in is queued or under way: both directions at once slow each other (§5).
+
+A copy comes after everything that the model computed before the copy was queued: a swap-out reads what was
+written by then, and a swap-in writes where no forward reads any more.
 """
 
 from __future__ import annotations
@@ -19,23 +21,23 @@ from typing import Any
 
 from pensieve.core.plan import Copy, CopyFailure
 from pensieve.worker.kv_store import PIECE_BYTES, KVStore, SlotCopy
-from pensieve.worker.lanes import Lane, Lanes, lanes_for, on_device
+from pensieve.worker.streams import Stream, Streams, on_device, streams_for
 
 logger = logging.getLogger(__name__)
 
 
 class SourceLost(Exception):
-    """A copy failed because its source cannot be read, now or later."""
+    """A copy failed because its source cannot be read, neither now nor later."""
 
 
 class ChecksumDiffers(SourceLost):
-    """What arrived is not what was sent."""
+    """The bytes that arrived are not those that were sent."""
 
 
 class SwapIn:
-    """The swap-ins of one plan, as the forward sees them: layer by layer."""
+    """The swap-ins of one plan, which a forward waits for layer by layer."""
 
-    def __init__(self, copies: tuple[Copy, ...], num_layers: int, compute: Lane) -> None:
+    def __init__(self, copies: tuple[Copy, ...], num_layers: int, compute: Stream) -> None:
         self.copies = copies
         self._compute = compute
         self.failures: list[CopyFailure] = []  # complete once `wait` has returned
@@ -43,7 +45,7 @@ class SwapIn:
         self._ready = num_layers if not copies else 0  # layers [0, _ready) may be read
         self._settled = not copies
         self._changed = threading.Condition()
-        self._marks: list[Any] = []  # one a layer, of the lane that copies
+        self._events: list[Any] = []  # one for each copied layer, of the stream that copies
 
     @property
     def failed_slots(self) -> frozenset[tuple[int, int]]:
@@ -52,12 +54,15 @@ class SwapIn:
         return frozenset((copy.dst_tier, copy.dst_slot) for copy in self.copies if copy.copy_id in failed)
 
     def wait_layer(self, layer: int) -> None:
-        """Return when attention may read this layer. Failed copies are waited for like good ones: their bytes are not valid."""
+        """Return when attention may read this layer.
+
+        Waits for failed copies too, whose bytes are not valid.
+        """
         if self._ready <= layer:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready > layer)
-        if layer < len(self._marks):
-            self._compute.wait(self._marks[layer])
+        if layer < len(self._events):
+            self._compute.wait(self._events[layer])
 
     def wait(self) -> None:
         """Return when every copy has settled."""
@@ -65,15 +70,15 @@ class SwapIn:
             with self._changed:
                 self._changed.wait_for(lambda: self._settled)
 
-    def layer_done(self, mark: Any) -> None:
-        """One more layer will have been copied when its lane has reached this mark."""
+    def layer_done(self, event: Any) -> None:
+        """Note that one more layer has been copied once its stream has reached this event."""
         with self._changed:
-            self._marks.append(mark)
+            self._events.append(event)
             self._ready += 1
             self._changed.notify_all()
 
     def settle(self) -> None:
-        """Nothing more will come, good or bad: let everybody go on."""
+        """Note that every copy has succeeded or failed, and wake all waiting threads."""
         with self._changed:
             self._ready = self._num_layers
             self._settled = True
@@ -81,62 +86,63 @@ class SwapIn:
 
 
 class Transfer:
-    """The copying thread. Sole writer of lower tiers; writes the first tier only where a swap-in says so."""
+    """The copying thread.
+
+    Sole writer of lower tiers; writes the first tier only into the slots of swap-ins.
+    """
 
     def __init__(
         self,
         stores: Sequence[KVStore],
         *,
         before_copy: Callable[[Copy], None] = lambda copy: None,
-        lanes: Lanes | None = None,
+        streams: Streams | None = None,
         verify: bool = False,
     ) -> None:
         """Start the thread.
 
         Args:
             stores: the tiers, fastest first.
-            before_copy: called for each copy; when it raises, that copy fails and the others go on.
-            lanes: what computes and copies; by default those of the first tier's device.
-            verify: compare checksums: what comes back from a lower tier and is not what was sent there is lost, and said so.
+            before_copy: called for each copy; if it raises, only that copy fails.
+            streams: for computing and copying; None takes those of the first tier's device.
+            verify: compare checksums: a chunk that comes back changed from a lower tier is reported as lost.
         """
         self._stores = tuple(stores)
         self._num_layers = self._stores[0].num_layers
         self._before_copy = before_copy
         self._wake: Callable[[], None] = lambda: None
         self._device = self._stores[0].device
-        self._lanes = lanes_for(self._device) if lanes is None else lanes
-        self._sums: dict[tuple[int, int], int] | None = (
-            {} if verify else None
-        )  # of what was sent, by (tier, slot) below the first
+        self._streams = streams_for(self._device) if streams is None else streams
+        # Checksums of what was sent, by (tier, slot) below the first tier; None without `verify`.
+        self._sums: dict[tuple[int, int], int] | None = {} if verify else None
         lock = threading.Lock()  # guards everything below
-        self._work = threading.Condition(lock)  # there is something to do
-        self._idle = threading.Condition(lock)  # there is nothing to do any more
-        self._swap_ins: deque[tuple[SwapIn, Any]] = deque()  # with the mark of what was computed before
+        self._work = threading.Condition(lock)  # notified when there is work
+        self._idle = threading.Condition(lock)  # notified when all work is done
+        self._swap_ins: deque[tuple[SwapIn, Any]] = deque()  # with the event of what was computed before
         self._swap_outs: deque[tuple[Copy, Any]] = deque()
         self._done: list[int] = []
         self._failed: list[CopyFailure] = []
         self._copying = False
         self._num_steps = 0  # under way
         self._closing = False
-        self._nothing = SwapIn((), self._num_layers, self._lanes.compute)
+        self._nothing = SwapIn((), self._num_layers, self._streams.compute)
         self._thread = threading.Thread(target=self._loop, name="pensieve-transfer", daemon=True)
         self._thread.start()
 
     def set_waker(self, wake: Callable[[], None]) -> None:
-        """`wake` is called, from the copying thread, when a swap-out settles between `end_step` and the next `start`."""
+        """Set what the copying thread calls when a swap-out settles while no step is under way."""
         self._wake = wake
 
     def start(self, swap_in: tuple[Copy, ...], swap_out: tuple[Copy, ...]) -> SwapIn:
-        """Queue a plan's copies; a step is under way from now on."""
-        if not (
-            swap_in or swap_out
-        ):  # as in nearly every step: the thread is left asleep, it would only ask for the interpreter
+        """Queue a plan's copies. A step is under way until `end_step`."""
+        # as in nearly every step: waking the thread would only cost the interpreter
+        if not (swap_in or swap_out):
             with self._work:
                 assert not self._closing, "the worker is closed"
                 self._num_steps += 1
             return self._nothing
-        ticket = SwapIn(swap_in, self._num_layers, self._lanes.compute)
-        computed = self._lanes.compute.mark()
+        ticket = SwapIn(swap_in, self._num_layers, self._streams.compute)
+        computed = self._streams.compute.record()
         with self._work:
             assert not self._closing, "the worker is closed"
             self._num_steps += 1
@@ -147,14 +153,18 @@ class Transfer:
         return ticket
 
     def wait(self) -> None:
-        """Return when every copy queued so far has settled (or will not be begun any more: see `close`)."""
+        """Return when every copy queued so far has settled, or the thread has been told to close."""
         with self._idle:
             self._idle.wait_for(
                 lambda: self._closing or not (self._copying or self._swap_ins or self._swap_outs)
             )
 
     def end_step(self) -> tuple[tuple[int, ...], tuple[CopyFailure, ...]]:
-        """What settled since the last call: ids of good copies, and failures. The oldest step under way is over."""
+        """End the oldest step under way.
+
+        Returns:
+            The ids of the copies that were done since the last call, and the copies that failed.
+        """
         with self._work:
             self._num_steps = max(0, self._num_steps - 1)
             done, self._done = tuple(self._done), []
@@ -162,7 +172,7 @@ class Transfer:
         return done, failed
 
     def close(self) -> None:
-        """Finish the copies under way, leave those queued, and join the thread. Safe to call twice."""
+        """Finish the copies under way, drop those queued, and join the thread. Safe to call twice."""
         with self._work:
             self._closing = True
             self._work.notify()
@@ -192,7 +202,10 @@ class Transfer:
             ticket.settle()
 
     def _take_piece(self) -> tuple[list[Copy], Any]:
-        """The next swap-outs between one pair of tiers, few enough that a swap-in arriving now waits for little."""
+        """The next swap-outs between one pair of tiers.
+
+        Few, so that a swap-in that arrives now waits briefly.
+        """
         first, computed = self._swap_outs.popleft()
         piece = [first]
         most = max(1, PIECE_BYTES // self._stores[0].slot_bytes)
@@ -210,19 +223,17 @@ class Transfer:
         good: list[Copy] = []
         try:
             good = self._admit(ticket.copies, failures)
-            lane = self._lanes.copy_in
-            lane.wait(computed)
+            stream = self._streams.copy_in
+            stream.wait(computed)
             moves = self._moves(good)
             for layer in range(self._num_layers):
                 for move in moves:
-                    lane.do(partial(move.layer, layer))
-                ticket.layer_done(lane.mark())
-            arrived = self._checksums(lane, [(copy.dst_tier, copy.dst_slot) for copy in good])
-            lane.drain()
+                    stream.do(partial(move.layer, layer))
+                ticket.layer_done(stream.record())
+            arrived = self._checksums(stream, [(copy.dst_tier, copy.dst_slot) for copy in good])
+            stream.drain()
             good = self._verified(good, arrived, failures)
-        except (
-            Exception
-        ) as error:  # whatever it was, it must not hang the forward or take other batches along
+        except Exception as error:  # no failure may hang the forward or fail another plan's copies
             failures += [_failure(copy, error) for copy in good]
             good = []
         ticket.failures = failures
@@ -236,12 +247,12 @@ class Transfer:
         good: list[Copy] = []
         try:
             good = self._admit(piece, failures)
-            lane = self._lanes.copy_out
-            lane.wait(computed)
-            sent = self._checksums(lane, [(copy.src_tier, copy.src_slot) for copy in good])
+            stream = self._streams.copy_out
+            stream.wait(computed)
+            sent = self._checksums(stream, [(copy.src_tier, copy.src_slot) for copy in good])
             for move in self._moves(good):
-                lane.do(move.whole)
-            lane.drain()
+                stream.do(move.whole)
+            stream.drain()
             good = self._verified(good, sent, failures)
             self._remember(good, sent)
         except Exception as error:
@@ -258,7 +269,7 @@ class Transfer:
                 logger.exception("the waker of finished swap-outs raised")
 
     def _admit(self, copies: Sequence[Copy], failures: list[CopyFailure]) -> list[Copy]:
-        """The copies whose hook lets them; the others are failures."""
+        """The copies that the hook lets through; the others are appended to `failures`."""
         good = []
         for copy in copies:
             try:
@@ -270,7 +281,7 @@ class Transfer:
         return good
 
     def _moves(self, copies: Sequence[Copy]) -> list[SlotCopy]:
-        """What is to be moved between each pair of tiers."""
+        """One `SlotCopy` for each pair of tiers."""
         by_pair: dict[tuple[int, int], list[Copy]] = {}
         for copy in copies:
             by_pair.setdefault((copy.src_tier, copy.dst_tier), []).append(copy)
@@ -284,28 +295,34 @@ class Transfer:
             for (source, target), pair in by_pair.items()
         ]
 
-    # -- checksums, where they are asked for
+    # -- checksums, if asked for
 
-    def _checksums(self, lane: Lane, places: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
-        """By (tier, slot), a tensor that will hold the checksum when the lane has come so far; nothing where nobody asks."""
+    def _checksums(self, stream: Stream, slots: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+        """Tensors that hold the checksums once the stream has reached them, by (tier, slot).
+
+        Empty without `verify`.
+        """
         sums: dict[tuple[int, int], Any] = {}
         if self._sums is None:
             return sums
 
-        def reckon() -> None:
-            for tier in {tier for tier, _ in places}:
-                slots = [slot for place, slot in places if place == tier]
+        def sum_up() -> None:
+            for tier in {tier for tier, _ in slots}:
+                own = [slot for slot_tier, slot in slots if slot_tier == tier]
                 sums.update(
-                    zip([(tier, slot) for slot in slots], self._stores[tier].checksums(slots), strict=True)
+                    zip([(tier, slot) for slot in own], self._stores[tier].checksums(own), strict=True)
                 )
 
-        lane.do(reckon)
+        stream.do(sum_up)
         return sums
 
     def _verified(
         self, copies: list[Copy], found: dict[tuple[int, int], Any], failures: list[CopyFailure]
     ) -> list[Copy]:
-        """The copies whose bytes are those that were once sent to their source, as far as that is known. The others are failures."""
+        """The copies whose bytes have the checksum of their source, if it is known.
+
+        The others are appended to `failures`.
+        """
         if self._sums is None:
             return copies
         good = []
@@ -320,18 +337,12 @@ class Transfer:
                 copy.src_slot,
                 copy.src_tier,
             )
-            failures.append(
-                _failure(
-                    copy,
-                    ChecksumDiffers(
-                        f"slot {copy.src_slot} of tier {copy.src_tier} does not hold what was sent there"
-                    ),
-                )
-            )
+            message = f"slot {copy.src_slot} of tier {copy.src_tier} does not hold what was sent there"
+            failures.append(_failure(copy, ChecksumDiffers(message)))
         return good
 
     def _remember(self, copies: list[Copy], sent: dict[tuple[int, int], Any]) -> None:
-        """What the targets of good swap-outs hold from now on."""
+        """Keep the checksums of what the targets of good swap-outs hold now."""
         if self._sums is not None:
             for copy in copies:
                 self._sums[copy.dst_tier, copy.dst_slot] = int(sent[copy.src_tier, copy.src_slot])

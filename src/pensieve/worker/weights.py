@@ -1,7 +1,8 @@
-"""Where weights come from: the embedded default, a folder, the hub, a GGUF file, or random ones of a known shape.
+"""Finds and loads weights: the embedded default, a folder, the hub, a GGUF file, or random ones.
 
-Turns what a user typed after `--model` into a `ResolvedModel`, and that into a Hugging Face model. Knows nothing of
-attention, batches or caches. `python -m pensieve.worker.weights fetch` gets the default model ahead of time.
+Knows model names and folders; never attention, batches or caches. Turns what a user typed after `--model`
+into a `ResolvedModel`, and that into a Hugging Face model. `python -m pensieve.worker.weights fetch` gets the
+default model ahead of time.
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pensieve.errors import ConfigError, ModelRefused, ModelUnavailable, PensieveError
 from pensieve.worker import embedded, naming
 from pensieve.worker.gguf_convert import Progress, ensure_file_converted, is_sound, read_manifest
+from pensieve.worker.model_folder import (
+    TOKENIZER_FILES,
+    config_of,
+    holds_model,
+    require_model_folder,
+    stop_ids,
+)
 from pensieve.worker.presets import BY_HUB_ID, PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -27,50 +34,29 @@ if TYPE_CHECKING:
 
     from pensieve.worker.group import Group
 
-# torch and transformers are imported where they are used: listing models and fetching the default need neither.
+# torch and transformers are imported where they are used: listing models and fetching the default need
+# neither.
 
 Source = Literal["embedded", "folder", "hub", "gguf", "random"]
 DTYPES = ("float32", "bfloat16", "float16")
-_EMBEDDED_PRESET = "smollm2-135m"  # the architecture of the embedded default
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "spiece.model",
-)
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model found, not yet loaded. Picklable."""
+    """A model that was found, but not loaded yet. Picklable."""
 
     spec: str  # as the user named it
-    label: str  # for people
+    label: str  # its name in messages
     source: Source
     weights: Literal["real", "random"]
-    folder: Path | None  # config.json + weights + tokenizer files; None for random weights
+    folder: Path | None  # config.json, weights and tokenizer files; None for random weights
     config: PretrainedConfig
-    tokenizer_dir: Path | None  # None: there is no tokenizer, token ids must be drawn
-    eos_token_ids: tuple[
-        int, ...
-    ]  # sampled ones end an answer; empty for random weights, which never mean it
+    tokenizer_dir: Path | None  # None without a tokenizer: token ids must be drawn
+    eos_token_ids: tuple[int, ...]  # ids that end an answer when sampled; empty for random weights
     num_parameters: int
-    note: str | None = None  # what the user should know, why the weights are random for instance
-    gguf: Path | None = None  # the file it was converted from
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRow:
-    """One line of `pensieve models`."""
-
-    name: str
-    kind: Literal["embedded", "preset", "how-to"]
-    num_parameters: int | None
-    weight_bytes: int | None  # in bfloat16
-    kv_bytes_per_token: int | None  # in bfloat16
-    max_context: int | None  # tokens
-    detail: str
+    # what the user should know, for example why the weights are random; None if nothing
+    note: str | None = None
+    gguf: Path | None = None  # the file it was converted from; None if it was not
 
 
 def resolve(
@@ -82,22 +68,23 @@ def resolve(
     allow_random: bool = True,
     progress: Progress | None = None,
 ) -> ResolvedModel:
-    """Find the model a user named.
+    """Find the model that a user named.
 
     Args:
-        spec: `smollm2`, a GGUF file (by its first bytes), a preset's name, a folder (of a model, or with one GGUF file), a hub id (also as
-            ORG/NAME:QUANT, hf.co/... or a URL), or a name that Ollama has here; the first that fits, in this order (`./gpt2` names a folder
-            that is called as a preset is).
-        weights: "auto" takes real weights where they can be had and random ones of the same shape where they cannot
-            (`note` says why); "random" asks for random ones, for which a config suffices.
+        spec: `smollm2`, a GGUF file (by its first bytes), a preset's name, a folder (of a model, or with one
+            GGUF file), a hub id (also as ORG/NAME:QUANT, hf.co/... or a URL), or Ollama's name for a model
+            here; the first that fits, in this order (`./gpt2` names a folder that has a preset's name).
+        weights: "auto" takes real weights, or random ones of the same shape if there are none (`note` says
+            why); "random" takes random ones, for which a config is enough.
         dtype: number type it will be loaded in; with `device`, decides whether a download would fit.
         device: where it will be loaded.
-        allow_random: False for callers that talk: no real weights, no model.
-        progress: called with (what takes time, share done or None).
+        allow_random: False refuses random weights.
+        progress: called with (slow work, share done or None).
 
     Raises:
-        ConfigError: no such model; the message lists names that are near.
-        ModelUnavailable: real weights cannot be had and random ones will not do; the message says the ways out.
+        ConfigError: no such model; the message lists similar names.
+        ModelUnavailable: real weights cannot be had and random ones are not allowed; the message says the
+            ways out.
         ModelRefused: found, but too large or of a kind transformers cannot build.
     """
     if weights not in ("auto", "random"):
@@ -111,14 +98,14 @@ def resolve(
     number_type = torch_dtype(dtype)
     if spec == embedded.NAME:
         if weights == "random":
-            return _random(spec, PRESETS[_EMBEDDED_PRESET].config(), "asked for")
+            return _random(spec, PRESETS[embedded.PRESET].config(), "asked for")
         return _from_conversion(spec, "embedded", embedded.ensure_default(progress))
     path = Path(spec).expanduser()
     if path.is_file():
         return _from_gguf(spec, naming.require_gguf(spec, path), weights, number_type, device, progress)
     preset = PRESETS.get(spec.lower())
     if preset is None and path.is_dir():
-        gguf = None if _holds_model(path) else naming.gguf_in(spec, path)
+        gguf = None if holds_model(path) else naming.gguf_in(spec, path)
         return (
             _from_folder(spec, path, "folder", weights, allow_random)
             if gguf is None
@@ -150,9 +137,10 @@ def load(
     device: str = "cpu",
     group: Group | None = None,
 ) -> PreTrainedModel:
-    """The model itself, in evaluation mode, without gradients, on `device`; with a group, this rank's share of it, on the rank's device.
+    """Load a model, in evaluation mode, without gradients, on `device`.
 
-    A damaged conversion is found here at the latest, built again, and loaded.
+    With a group, load this rank's share of it, on the rank's device. A damaged conversion is found here at
+    the latest, built again, and loaded.
 
     Raises:
         ModelRefused: the weights do not fit in memory (nothing was allocated), or the files cannot be loaded.
@@ -160,14 +148,14 @@ def load(
         ConfigError: the model cannot be split over the group.
     """
     from pensieve.worker.allocator import return_freed_memory
-    from pensieve.worker.random_weights import build, bytes_beside, require_room
+    from pensieve.worker.random_weights import build, bytes_beside, require_weights_fit
 
     number_type = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     return_freed_memory()
     if group is not None:
         return _load_share(resolved, number_type, group)
     beside = bytes_beside(resolved.config, resolved.num_parameters, number_type, device)
-    require_room(resolved.label, resolved.num_parameters, number_type, device, beside=beside)
+    require_weights_fit(resolved.label, resolved.num_parameters, number_type, device, beside=beside)
     if resolved.weights == "random":
         return build(resolved.config, number_type, device)
     assert resolved.folder is not None
@@ -188,30 +176,6 @@ def fetch_default(progress: Progress | None = None) -> Path:
     return embedded.ensure_default(progress)
 
 
-def describe_models() -> list[ModelRow]:
-    """What can be loaded, for `pensieve models`: the embedded default, the presets, and how to name other models."""
-    rows = [
-        _preset_row(
-            PRESETS[_EMBEDDED_PRESET],
-            embedded.NAME,
-            "embedded",
-            f"SmolLM2-135M-Instruct, the default: {embedded.state()}",
-        )
-    ]
-    for preset in PRESETS.values():
-        detail = (
-            f"real weights: {preset.hub_id}" if preset.hub_id else "random weights only (never published)"
-        )
-        rows.append(_preset_row(preset, preset.name, "preset", detail))
-    how_to = {
-        "ORG/NAME": "a hub id: fetched into the Hugging Face cache, used from there when offline; ORG/NAME:Q4_K_M a GGUF file of it",
-        "FOLDER": "a local folder with config.json, safetensors (or .bin) files and a tokenizer",
-        "FILE.gguf": "a GGUF file, or any part of a split one: converted once, kept in the cache (needs pensieve-serve[gguf])",
-    }
-    rows.extend(ModelRow(name, "how-to", None, None, None, None, detail) for name, detail in how_to.items())
-    return rows
-
-
 def torch_dtype(name: str) -> torch.dtype:
     """A torch dtype by its name.
 
@@ -224,11 +188,6 @@ def torch_dtype(name: str) -> torch.dtype:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _preset_row(preset: Preset, name: str, kind: Literal["embedded", "preset"], detail: str) -> ModelRow:
-    count, shape = preset.num_parameters, preset.shape
-    return ModelRow(name, kind, count, 2 * count, shape.kv_bytes_per_token(2), shape.max_positions, detail)
 
 
 def _random(
@@ -254,7 +213,7 @@ def _from_conversion(spec: str, source: Source, folder: Path) -> ResolvedModel:
         source,
         "real",
         folder,
-        _config_of(folder),
+        config_of(folder),
         folder,
         stop,
         manifest["num_parameters"],
@@ -273,31 +232,25 @@ def _from_gguf(
     label: str | None = None,
 ) -> ResolvedModel:
     from pensieve.worker import gate
-    from pensieve.worker.random_weights import require_room
+    from pensieve.worker.random_weights import require_weights_fit
 
     name = label or path.name
     folder = ensure_file_converted(
         path,
         progress,
         check=lambda config: gate.check_config(config, name),
-        room=lambda count: require_room(name, count, dtype, device),
+        room=lambda count: require_weights_fit(name, count, dtype, device),
     )
     found = replace(_from_conversion(spec, "gguf", folder), label=name, gguf=path)
     return found if weights == "auto" else _random(spec, found.config, "asked for", found.tokenizer_dir)
 
 
-def _holds_model(folder: Path) -> bool:
-    """A folder that is a Hugging Face model, or whose only GGUF would not be one: its config.json is what counts, where weights go with it."""
-    from pensieve.worker.hub import has_weights
-
-    return (folder / "config.json").exists() and (has_weights(folder) or not any(folder.glob("*.gguf")))
-
-
 def _unknown(spec: str) -> str:
-    """Why a name is no model, and what is near."""
+    """Why a name is not a model, and which names are similar."""
     if naming.looks_like_ollama(spec):
         return (
-            f"there is no model {spec!r}: it reads like an Ollama name, and none such is in {naming.ollama_root()}. Get it there "
+            f"there is no model {spec!r}: it reads like an Ollama name, and none such is in "
+            f"{naming.ollama_root()}. Get it there "
             f"(`ollama pull {spec}`), or name a .gguf file, a folder or a hub id (ORG/NAME, ORG/NAME:Q4_K_M)"
         )
     return (
@@ -314,23 +267,25 @@ def _reached(spec: str, fetch: Callable[[], Path]) -> Path:
         raise ConfigError(f"{error}.{_near(spec)}") from error
     except HubOutOfReach as error:
         raise ModelUnavailable(
-            f"{spec!r} cannot be had ({error}). Ways out: --model FILE.gguf with a copy of it, or --model {embedded.NAME}"
+            f"{spec!r} cannot be had ({error}). Ways out: --model FILE.gguf with a copy of it, or --model "
+            f"{embedded.NAME}"
         ) from error
 
 
 def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_random: bool) -> ResolvedModel:
-    from pensieve.worker import checkpoint, gate, loading
+    from pensieve.worker import gate, loading
     from pensieve.worker.hub import has_weights
     from pensieve.worker.random_weights import num_weights, outline
+    from pensieve.worker.weight_files import missing_shards
 
-    _require_model_folder(spec, folder)
-    config = _config_of(folder)
+    require_model_folder(spec, folder)
+    config = config_of(folder)
     gate.check_config(config, spec)
-    tokenizer_dir = folder if any((folder / name).exists() for name in _TOKENIZER_FILES) else None
+    tokenizer_dir = folder if any((folder / name).exists() for name in TOKENIZER_FILES) else None
     if weights == "random":
         return _random(spec, config, "asked for", tokenizer_dir)
     if not has_weights(folder):
-        gone = checkpoint.missing_shards(folder)
+        gone = missing_shards(folder)
         lacking = (
             ", ".join(gone[:4]) + (", ..." if len(gone) > 4 else "")
             if gone
@@ -342,7 +297,8 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
         return _random(spec, config, reason, tokenizer_dir)
     if not allow_random and tokenizer_dir is None:
         raise ModelUnavailable(
-            f"{spec} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), so it cannot talk: put its tokenizer files into {folder}"
+            f"{spec} has no tokenizer ({', '.join(TOKENIZER_FILES)}), so it cannot talk: put its tokenizer "
+            f"files into {folder}"
         )
     model = outline(config)
     _, note = loading.inspect(folder, model, spec)
@@ -354,28 +310,9 @@ def _from_folder(spec: str, folder: Path, source: Source, weights: str, allow_ra
         folder,
         config,
         tokenizer_dir,
-        _stop_ids(folder, config),
+        stop_ids(folder, config),
         num_weights(model),
         note,
-    )
-
-
-def _require_model_folder(spec: str, folder: Path) -> None:
-    """Refuse a folder that is no model, by what lies in it.
-
-    Raises:
-        ConfigError: there is no config.json.
-    """
-    if (folder / "config.json").exists():
-        return
-    if (folder / "adapter_config.json").exists():
-        raise ConfigError(
-            f"the folder {spec!r} holds a LoRA adapter, no whole model: merge it into its base model (`merge_and_unload` of peft), save that, "
-            "and name its folder"
-        )
-    raise ConfigError(
-        f"the folder {spec!r} holds no config.json, so it is no Hugging Face model: name a folder that holds one, its weight files and its tokenizer, "
-        "or a .gguf file"
     )
 
 
@@ -389,7 +326,10 @@ def _from_hub(
     allow_random: bool,
     progress: Progress | None,
 ) -> ResolvedModel:
-    """From the local cache, else the hub, else random weights of the shape that the preset or a cached config gives."""
+    """A model from the local cache, else from the hub.
+
+    Else random weights of the shape that the preset or a cached config gives.
+    """
     from pensieve.worker.hub import (
         HubOutOfReach,
         HubUnknown,
@@ -429,54 +369,20 @@ def _from_hub(
             reason = str(error)
     if not allow_random or (preset is None and folder is None):
         raise ModelUnavailable(
-            f"no real weights for {spec!r} ({reason}). Ways out: --model FOLDER with a copy of it, --model FILE.gguf, "
+            f"no real weights for {spec!r} ({reason}). Ways out: --model FOLDER with a copy of it, --model "
+            "FILE.gguf, "
             f"or the embedded default, --model {embedded.NAME}"
         )
     if preset is not None:
         return _random(spec, preset.config(), reason)
     assert folder is not None
-    return _random(spec, _config_of(folder), reason)
+    return _random(spec, config_of(folder), reason)
 
 
 def _check_folder(spec: str, folder: Path) -> None:
     from pensieve.worker import gate
 
-    gate.check_config(_config_of(folder), spec)
-
-
-def _config_of(folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # each config class checks in its own way, and raises its own kinds
-        raise ModelRefused(
-            f"transformers cannot read {folder / 'config.json'}: {' '.join(str(error).split())}"
-        ) from error
-    return config
-
-
-def _stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """Token ids that end an answer: those of generation_config.json, the config and the tokenizer, in this order."""
-    named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
-    named.append(getattr(config.get_text_config(), "eos_token_id", None))
-    text = _read_json(folder / "tokenizer_config.json").get("eos_token")
-    text = text.get("content") if isinstance(text, dict) else text
-    added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
-    named.append([token["id"] for token in added if token.get("content") == text and "id" in token])
-    flat = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
-    return tuple(dict.fromkeys(flat))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()).items())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError) as error:
-        raise ModelRefused(f"{path} is not JSON ({error}): fetch the model again") from error
+    gate.check_config(config_of(folder), spec)
 
 
 def _load_folder(folder: Path, label: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -488,13 +394,16 @@ def _load_folder(folder: Path, label: str, dtype: torch.dtype, device: str) -> P
 
 
 def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> PreTrainedModel:
-    """A rank's share. Random weights are made whole first, in main memory, so that they are those of a single process."""
+    """A rank's share of a model.
+
+    Random weights are made whole first, in main memory, so that they are those of a single process.
+    """
     from pensieve.worker import sharding
-    from pensieve.worker.random_weights import build, require_room
+    from pensieve.worker.random_weights import build, require_weights_fit
 
     sharding.require_divisible(resolved.config, resolved.label, group.size)
     if resolved.weights == "random":
-        require_room(resolved.label, resolved.num_parameters * group.local_size, dtype, "cpu")
+        require_weights_fit(resolved.label, resolved.num_parameters * group.local_size, dtype, "cpu")
         whole = build(resolved.config, dtype, "cpu")
         try:
             return sharding.split(whole, group.device, group.size)
@@ -503,13 +412,15 @@ def _load_share(resolved: ResolvedModel, dtype: torch.dtype, group: Group) -> Pr
                 f"{resolved.label} cannot be split over {group.size} processes: {error}"
             ) from error
     sharers = group.local_size if group.device.type == "cpu" else 1
-    require_room(resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device))
+    require_weights_fit(
+        resolved.label, resolved.num_parameters * sharers // group.size, dtype, str(group.device)
+    )
     assert resolved.folder is not None
     return sharding.load_split(resolved.folder, resolved.label, dtype, group.device, group.size)
 
 
 def _rebuilt(resolved: ResolvedModel) -> Path | None:
-    """A fresh conversion in place of a damaged one; None when it is whole, so that the failure was not its fault."""
+    """A fresh conversion in place of a damaged one; None if it is whole: the failure had another cause."""
     assert resolved.folder is not None
     if is_sound(resolved.folder, full=True):
         return None
@@ -520,7 +431,7 @@ def _rebuilt(resolved: ResolvedModel) -> Path | None:
 
 
 def _near(spec: str) -> str:
-    """A sentence with the known names that resemble `spec`, or with where to find them."""
+    """A sentence with the known names similar to `spec`, or with where to find them."""
     names = [embedded.NAME, *PRESETS]
     near = difflib.get_close_matches(spec.lower().rsplit("/", 1)[-1], names, n=4, cutoff=0.5)
     return f" Near: {', '.join(near)}." if near else " `pensieve models` lists what can be loaded."

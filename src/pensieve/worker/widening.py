@@ -1,7 +1,9 @@
-"""A 16-bit model computed in float32, one layer widened at a time. Knows modules and parameters; never attention or caches.
+"""Computes a 16-bit model in float32, one layer widened at a time.
 
-Rounding to 16 bits hides small mistakes. In float32 a right forward agrees with the model's own to a few digits, a wrong one does not;
-and no more memory is needed than one layer's.
+Knows modules and parameters; never attention or caches.
+
+Rounding to 16 bits hides small mistakes. In float32 a correct forward agrees with the model's own to several
+digits, a wrong one does not. It takes no more memory than one layer in float32.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ _HEAD_ROWS = 8192  # rows of an output layer that are widened at once
 def widened(
     model: PreTrainedModel, layers: Sequence[nn.Module], skipped: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
-    """Within, the model's forward computes in float32 from its 16-bit weights.
+    """Within the block, the model's forward computes in float32 from its 16-bit weights.
 
     Args:
         model: with parameters of 16 bits.
         layers: its decoder layers, each widened as a whole while it computes.
-        skipped: of them, those that hand their input on instead.
+        skipped: those of them that only pass their input on.
     """
     inside = {id(module) for layer in layers for module in layer.modules()}
     with contextlib.ExitStack() as undo:
@@ -39,9 +41,7 @@ def widened(
         for module in model.modules():
             if id(module) in inside:
                 continue
-            if isinstance(
-                module, nn.Embedding
-            ):  # rows are looked up as they are; what was looked up is widened
+            if isinstance(module, nn.Embedding):  # rows are looked up in 16 bits and then widened
                 undo.callback(module.register_forward_hook(_float_output).remove)
             elif type(module) is nn.Linear:
                 undo.enter_context(_replaced(module, _by_rows(module)))
@@ -78,7 +78,7 @@ def _widen(module: nn.Module, parts: Sequence[nn.Module], undo: contextlib.ExitS
 
 
 def _by_rows(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A product with a large matrix, never widened whole."""
+    """A product with a large matrix that is never widened as a whole."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         parts = [x.float() @ rows.float().T for rows in torch.split(module.weight, _HEAD_ROWS)]
@@ -120,12 +120,12 @@ def decoder_layers(model: PreTrainedModel, num_layers: int) -> list[nn.Module] |
 
 
 def choose(layers: Sequence[nn.Module], kinds: Sequence[object], budget: int) -> list[int]:
-    """Which layers are computed if all would be too many: of each kind the first, then more of each in turn.
+    """The layers to compute if all are too many: the first of each kind, then more of each in turn.
 
     Args:
         layers: all of them.
         kinds: how each attends.
-        budget: weights of the layers that are chosen, together; the first of each kind may exceed it.
+        budget: weights of the chosen layers together; the first of each kind may exceed it.
     """
     groups: dict[object, list[int]] = {}
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):

@@ -1,4 +1,4 @@
-"""One step, done: data moved, the model run, tokens sampled. Wires the room together; decides nothing."""
+"""Runs one step: copies data, runs the model, samples tokens. Connects the room's parts; decides nothing."""
 
 from __future__ import annotations
 
@@ -14,47 +14,50 @@ from pensieve.config import TierConfig
 from pensieve.core.plan import Copy, CopyFailure, RequestFailure, SampledToken, Span, StepPlan, StepResult
 from pensieve.errors import ConfigError
 from pensieve.worker.allocator import keep_freed_memory
-from pensieve.worker.attention import PagedAttention, make_backend
+from pensieve.worker.attention import AttentionBackend, CapturableBackend, PagedAttention, make_backend
 from pensieve.worker.batch import Batch, BatchBuilder
 from pensieve.worker.graphs import CudaRecorder, DecodeGraphs, Recorder
 from pensieve.worker.kv_store import KVStore
-from pensieve.worker.lanes import lanes_for
 from pensieve.worker.model import CausalModel
 from pensieve.worker.random_weights import available_bytes
 from pensieve.worker.sampler import Choice, Sampler, nothing
+from pensieve.worker.streams import streams_for
 from pensieve.worker.transfer import SwapIn, Transfer
 
-_SLACK_BYTES = 256 << 20  # activations and staging, which the tiers must leave room for
+_SLACK_BYTES = 256 << 20  # activations and staging, for which the tiers must leave memory
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Where a test may make things fail: each is called before the thing, and may raise."""
+    """Hooks by which a test makes things fail: each is called before the thing, and may raise."""
 
     before_copy: Callable[[Copy], None] = lambda copy: None
     before_forward: Callable[[StepPlan], None] = lambda plan: None
-    before_sample: Callable[[str], None] = lambda request_id: None  # request id
+    before_sample: Callable[[str], None] = lambda request_id: None  # the argument is a request id
 
 
 @dataclass(slots=True)
 class Begun:
-    """A plan that was begun and not finished."""
+    """A plan that was begun and is not finished."""
 
     plan: StepPlan
     begun_s: float  # by `time.perf_counter`
-    swap_in: SwapIn | None = None  # None: nothing was begun
+    swap_in: SwapIn | None = None  # None if nothing was begun
     choice: Choice = field(default_factory=nothing)
     contexts: dict[str, frozenset[int]] = field(
         default_factory=dict
-    )  # slots that each emitting request attends, where some are being swapped in
+    )  # slots that each emitting request attends, if some are being swapped in
     error: str | None = None  # of the forward
     wipe_error: str | None = None
-    mark: Any = None  # of the compute lane, behind all of it
-    outcome: tuple[list[SampledToken], list[RequestFailure]] | None = None  # None: not collected yet
+    computed: Any = None  # event of the compute stream, after all of its work
+    outcome: tuple[list[SampledToken], list[RequestFailure]] | None = None  # None if not collected yet
 
 
 class ModelWorker:
-    """The worker that computes with a real model; see `core.plan.PipelinedWorker`. One thread may call it at a time."""
+    """The worker that computes with a real model; see `core.plan.PipelinedWorker`.
+
+    Only one thread at a time may call it.
+    """
 
     def __init__(
         self,
@@ -73,71 +76,66 @@ class ModelWorker:
 
         Args:
             model: a model that passed the gate.
-            tiers: fastest first; the first lies on the model's device, the others in main memory.
+            tiers: fastest first; the first is on the model's device, the others in main memory.
             chunk_tokens: tokens of one slot.
             attention: a backend's name, or "auto".
             hooks: for tests of failures.
             verify: compare checksums of what comes back from lower tiers, see `Transfer`.
-            on_device: sample without looking at the logits from here, so that steps can be begun ahead of results; by default where there is CUDA.
-            graph_rows: batches of so many decodes are captured as graphs, where the attention backend can; 0: none.
-            recorder: captures them; by default CUDA does.
+            on_device: sample without reading the logits on the host, so that steps can be begun ahead of
+                results; None does so on CUDA.
+            graph_rows: decode batches of up to so many rows are captured as graphs, if the attention backend
+                can; 0 for none.
+            recorder: captures them; None takes CUDA's.
 
         Raises:
             ConfigError: the tiers do not fit in memory, or the backend cannot serve this model.
         """
         self._model = model
-        self._backend: Any = make_backend(
-            attention, model.geometry, chunk_tokens, model.device, model.attention_args
-        )
+        backend = make_backend(attention, model.geometry, chunk_tokens, model.device, model.attention_args)
+        self._backend: AttentionBackend[Any] | None = backend  # None once closed
+        self.attention = backend.name
+        self.layer_bytes = backend.layer_bytes  # of one slot
         self._hooks = hooks
         if model.device.type == "cpu":
             keep_freed_memory()
-        has_graphs = graph_rows > 0 and self._backend.captures
-        stored = (
-            TierConfig(tiers[0].name, tiers[0].num_slots + has_graphs),
-            *tiers[1:],
-        )  # with a slot of nobody
-        require_room(stored, self.chunk_bytes, model.device, beside=model.library_bytes)
+        capturable = backend if graph_rows > 0 and isinstance(backend, CapturableBackend) else None
+        spare = 0 if capturable is None else 1  # a slot for the rows of a graph that compute nothing
+        stored = (TierConfig(tiers[0].name, tiers[0].num_slots + spare), *tiers[1:])
+        require_tiers_fit(stored, self.chunk_bytes, model.device, beside=model.library_bytes)
         self._stores = tuple(self._make_store(tier, first=index == 0) for index, tier in enumerate(stored))
-        self._backend.bind(self._stores[0])
+        backend.bind(self._stores[0])
         self._builder = BatchBuilder(chunk_tokens, model.device)
         self._on_device = model.device.type == "cuda" if on_device is None else on_device
         self._sampler = Sampler(before_sample=hooks.before_sample, on_device=self._on_device)
-        self._lanes = lanes_for(model.device)
+        self._streams = streams_for(model.device)
         self._transfer = Transfer(
-            self._stores, before_copy=hooks.before_copy, lanes=self._lanes, verify=verify
+            self._stores, before_copy=hooks.before_copy, streams=self._streams, verify=verify
         )
         self._begun: deque[Begun] = deque()
         self._finished_s = 0.0  # when the last step was finished
         self._latest = torch.zeros(
             0, dtype=torch.int64, device=model.device
-        )  # by row among requests, the token sampled last
+        )  # the token sampled last, by the request's row
         self._graphs: DecodeGraphs | None = None
-        if has_graphs:
+        if capturable is not None:
             self._graphs = DecodeGraphs(
-                model, self._backend, CudaRecorder(model.device) if recorder is None else recorder, max_rows=graph_rows,
-                max_chunks=-(-model.shape.max_positions // chunk_tokens), spare_slot=tiers[0].num_slots,
+                model, capturable, CudaRecorder(model.device) if recorder is None else recorder,
+                max_rows=graph_rows, max_chunks=-(-model.shape.max_positions // chunk_tokens),
+                spare_slot=tiers[0].num_slots,
             )  # fmt: skip
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one slot, in every tier."""
-        num_bytes: int = self._backend.layer_bytes * self._model.geometry.num_layers
-        return num_bytes
-
-    @property
-    def attention(self) -> str:
-        """Name of the attention backend in use."""
-        name: str = self._backend.name
-        return name
+        return self.layer_bytes * self._model.geometry.num_layers
 
     @property
     def graphs(self) -> DecodeGraphs | None:
-        """Decode steps captured so far, if any are."""
+        """The captured decode steps; None if none are captured."""
         return self._graphs
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Wipe, start the plan's copies, run its spans, sample; see `core.plan.Worker.run`."""
+        """Wipe slots, start the plan's copies, run its spans, sample; see `core.plan.Worker.run`."""
         assert not self._begun, "steps that were begun must be finished first"
         self.begin(plan)
         return self.finish()
@@ -152,7 +150,7 @@ class ModelWorker:
         self._begun.append(begun)
         try:
             self._wipe(plan.wiped)
-        except Exception as error:  # what was to be zero is not: nothing may be computed or copied over it
+        except Exception as error:  # slots are not zero: nothing may be computed or copied over them
             begun.wipe_error = f"{type(error).__name__}: {error}"
             self._transfer.start((), ())
             return
@@ -166,11 +164,11 @@ class ModelWorker:
             begun.error = f"{type(error).__name__}: {error}"
         swap_in.wait_layer(
             self._model.geometry.num_layers - 1
-        )  # (also where no span attends it yet: the next plan's may)
-        begun.mark = self._lanes.compute.mark()
+        )  # also if no span of this plan attends it: the next plan's may
+        begun.computed = self._streams.compute.record()
 
     def finish(self) -> StepResult:
-        """See `core.plan.PipelinedWorker.finish`."""
+        """Finish the oldest plan that was begun; see `core.plan.PipelinedWorker.finish`."""
         begun = self._begun[0]
         plan = begun.plan
         if begun.swap_in is None:
@@ -185,7 +183,7 @@ class ModelWorker:
             )
         self._collect(begun)
         self._begun.popleft()
-        now_s = time.perf_counter()  # (before swap-outs are waited for)
+        now_s = time.perf_counter()  # before waiting for swap-outs
         seconds = now_s - max(begun.begun_s, self._finished_s) if plan.spans and begun.error is None else None
         self._finished_s = now_s
         if plan.settles:
@@ -197,23 +195,24 @@ class ModelWorker:
         )
 
     def set_waker(self, wake: Callable[[], None]) -> None:
-        """`wake` is called from the copying thread when a swap-out settles while no `run` is under way."""
+        """Set what the copying thread calls when a swap-out settles while no `run` is under way."""
         self._transfer.set_waker(wake)
 
     def close(self) -> None:
-        """Stop the copying thread and give the tiers' memory back. Safe to call twice."""
+        """Stop the copying thread and free the tiers' memory. Safe to call twice."""
         self._transfer.close()
         self._stores = ()
         self._backend = self._graphs = None
         if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()  # another worker may want the room, and asks the device whether it is there
+            # another worker may ask the device for this memory
+            torch.cuda.empty_cache()
 
     def _wipe(self, wiped: tuple[tuple[int, int], ...]) -> None:
         for tier, store in enumerate(self._stores) if wiped else ():
             store.wipe([slot for place, slot in wiped if place == tier])
 
     def _launch(self, begun: Begun, swap_in: SwapIn) -> None:
-        """The forward of a plan with spans, and its sampling."""
+        """Run the forward of a plan with spans, and sample."""
         plan = begun.plan
         with torch.inference_mode():
             batch, logits = self._forward(plan, swap_in)
@@ -223,7 +222,7 @@ class ModelWorker:
                     for span in batch.emitting
                 }
             if not self._on_device:
-                swap_in.wait()  # nobody samples from what was lost: it may not even be numbers
+                swap_in.wait()  # what was lost may not even be numbers: never sample from it
             begun.choice = self._choose(begun, batch, logits)
             if self._on_device:
                 if len(self._latest) < self._builder.num_rows:
@@ -240,7 +239,7 @@ class ModelWorker:
         return batch, self._logits(batch, swap_in)
 
     def _prepare(self, plan: StepPlan) -> Batch:
-        """What can be done, and go wrong, before the model is called."""
+        """Do everything that may fail before the model is called."""
         self._hooks.before_forward(plan)
         return self._builder.build(
             plan.spans, self._sampler.last_token if self._on_device else self._known_token
@@ -252,10 +251,11 @@ class ModelWorker:
             logits = self._graphs.forward(batch)
             if logits is not None:
                 return logits
+        assert self._backend is not None, "the worker is closed"
         return self._model.forward(batch, PagedAttention(self._backend, batch, swap_in.wait_layer))
 
     def _choose(self, begun: Begun, batch: Batch, logits: torch.Tensor) -> Choice:
-        """Sample for the spans whose context came in whole, as far as that is known by now."""
+        """Sample for the spans whose whole context has arrived, as far as that is known now."""
         spans = batch.emitting
         if self._on_device or all(self._is_whole(begun, span) for span in spans):
             return self._sampler.launch(spans, logits)
@@ -263,29 +263,32 @@ class ModelWorker:
         return self._sampler.launch(tuple(spans[row] for row in good), logits[good])
 
     def _is_whole(self, begun: Begun, span: Span) -> bool:
-        """Whether a span attended nothing that a swap-in failed to bring; if it did, the scheduler plans it again."""
+        """Whether no swap-in failed to bring a chunk that a span attended. (The scheduler plans it again.)"""
         if not begun.contexts:
             return True
         assert begun.swap_in is not None
         return begun.contexts[span.request_id].isdisjoint(slot for _, slot in begun.swap_in.failed_slots)
 
     def _known_token(self, span: Span) -> int:
-        """The token at a span's start. 0 where none was sampled: then that step was void, and so will be this one."""
+        """The token at a span's start.
+
+        0 if none was sampled: that step was void, and so will this one be.
+        """
         return self._sampler.last_token(span) or 0
 
     def _collect(self, begun: Begun) -> None:
-        """Wait for what was begun, and take its tokens in."""
+        """Wait for a begun plan, and keep its tokens."""
         if begun.outcome is not None or begun.swap_in is None:
             return
         begun.swap_in.wait()
         try:
-            self._lanes.compute.reach(begun.mark)
+            self._streams.compute.reach(begun.computed)
             begun.outcome = (
                 self._sampler.collect(begun.choice, lambda span: self._is_whole(begun, span))
                 if begun.error is None
                 else ([], [])
             )
-        except Exception as error:  # what a device reports, it reports late
+        except Exception as error:  # a device reports errors late
             begun.error = f"{type(error).__name__}: {error}"
             begun.outcome = ([], [])
 
@@ -298,16 +301,16 @@ class ModelWorker:
         device = self._model.device if first else torch.device("cpu")
         pinned = not first and self._model.device.type == "cuda"  # without CUDA, torch cannot pin
         return KVStore(
-            tier.num_slots, self._model.geometry.num_layers, self._backend.layer_bytes, device, pinned=pinned
+            tier.num_slots, self._model.geometry.num_layers, self.layer_bytes, device, pinned=pinned
         )
 
 
 def memory_available_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Memory this process may still take on a device, limits of its control groups included; None where nobody says."""
+    """Memory this process may still take on a device, under its control groups' limits; None if unknown."""
     return available_bytes(str(device))
 
 
-def require_room(
+def require_tiers_fit(
     tiers: tuple[TierConfig, ...],
     chunk_bytes: int,
     device: torch.device,
@@ -315,9 +318,10 @@ def require_room(
     sharers: int = 1,
     beside: int = 0,
 ) -> None:
-    """Refuse tiers that do not fit, before anything is allocated. `sharers` processes want as much of the same main memory.
+    """Refuse tiers that do not fit, before anything is allocated.
 
-    `beside` bytes of main memory go, in each, to what computes (`CausalModel.library_bytes`).
+    `sharers` processes want as much of the same main memory. In each, `beside` bytes of it go to libraries
+    (`CausalModel.library_bytes`).
 
     Raises:
         ConfigError: with the size of each tier, the size there is, and the way out.
@@ -340,6 +344,8 @@ def require_room(
             )
             each = f" for each of {times} processes" if times > 1 else ""
             raise ConfigError(
-                f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are available, "
-                f"{slack / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes (--gpu-cache, --cpu-cache)"
+                f"the cache does not fit in the memory of {name}: {sizes}{each}; {room / 1e9:.2f} GB are "
+                "available, "
+                f"{slack / 1e9:.2f} GB of them needed for computing. Give the tiers fewer bytes "
+                "(--gpu-cache, --cpu-cache)"
             )

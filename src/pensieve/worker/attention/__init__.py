@@ -1,4 +1,7 @@
-"""Multi-token attention over paged KV: the registry of backends. Knows their names and what they can serve, not how they work."""
+"""The registry of attention backends: multi-token attention over paged KV.
+
+Knows their names and what they can serve; never how they work.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,28 @@ from typing import Any
 import torch
 
 from pensieve.errors import ConfigError
-from pensieve.worker.attention.base import AttentionArgs, AttentionBackend, KVGeometry, PagedAttention
+from pensieve.worker.attention.base import (
+    AttentionArgs,
+    AttentionBackend,
+    CapturableBackend,
+    KVGeometry,
+    PagedAttention,
+)
 from pensieve.worker.attention.cpu import CpuAttention
 from pensieve.worker.attention.flashinfer import FlashInferAttention
 from pensieve.worker.attention.native import NativeAttention
 from pensieve.worker.attention.reference import ReferenceAttention
 from pensieve.worker.attention.triton import TritonAttention
 
-__all__ = ["BACKENDS", "AttentionArgs", "AttentionBackend", "KVGeometry", "PagedAttention", "make_backend"]
+__all__ = [
+    "BACKENDS",
+    "AttentionArgs",
+    "AttentionBackend",
+    "CapturableBackend",
+    "KVGeometry",
+    "PagedAttention",
+    "make_backend",
+]
 
 BACKENDS: dict[str, type[AttentionBackend[Any]]] = {
     backend.name: backend
@@ -30,10 +47,10 @@ def make_backend(
     device: torch.device,
     args: Sequence[AttentionArgs] = (),
 ) -> AttentionBackend[Any]:
-    """The backend of this name, or with "auto" the first that can serve such a cache, and layers that attend like `args`.
+    """The backend of this name, or with "auto" the first that can serve this cache and these layers.
 
     Raises:
-        ConfigError: no such backend, or it cannot.
+        ConfigError: there is no such backend, or it cannot serve them.
     """
     if name != "auto" and name not in BACKENDS:
         raise ConfigError(
@@ -46,10 +63,11 @@ def make_backend(
             return candidate(geometry, chunk_tokens)
         reasons.append(f"{candidate.name}: {reason}")
     raise ConfigError(
-        f"no attention backend can serve this cache ({'; '.join(reasons)}): choose another model, dtype or device"
+        f"no attention backend can serve this cache ({'; '.join(reasons)}): choose another model, dtype or "
+        "device"
     )
 
 
 def _automatic(device: torch.device) -> tuple[type[AttentionBackend[Any]], ...]:
-    """What "auto" tries, the fastest first."""
+    """The backends that "auto" tries, the fastest first."""
     return (TritonAttention if device.type == "cuda" else NativeAttention, CpuAttention, ReferenceAttention)

@@ -1,7 +1,8 @@
-"""What an attention backend is: a layout of KV inside a slot, and multi-token attention over it. Knows no models and no plans.
+"""What an attention backend is: a layout of KV inside a slot, and multi-token attention over it.
 
-In each layer the new K and V of all spans are written first, then every token attends `[0, its own position]` of its sequence, in
-whatever slots those chunks lie (paper §4.4). A backend chooses the layout that its kernel reads fastest; nobody else looks inside.
+Knows slots and spans; never models or plans. In each layer the new K and V of all spans are written first,
+then every token attends `[0, its own position]` of its sequence, in whatever slots those chunks are (paper
+§4.4). A backend chooses the layout that its kernel reads fastest; no other code reads a slot.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -20,7 +21,7 @@ from pensieve.worker.kv_store import KVStore
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
-    """What one token leaves behind in each layer."""
+    """The KV of one token in each layer."""
 
     num_layers: int  # L
     num_kv_heads: int  # Hkv
@@ -36,18 +37,18 @@ class AttentionArgs:
     sliding_window: int | None = None  # a key is visible iff 0 <= query position - key position < window
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     sinks: torch.Tensor | None = (
-        None  # (H,), a logit per head that takes part in the softmax and carries no value
+        # (H,), a logit for each head that takes part in the softmax and carries no value; None without sinks
+        None
     )
 
 
-Prepared = TypeVar("Prepared")  # what a backend works out once per step and shares between layers
+Prepared = TypeVar("Prepared")  # what a backend computes once a step and shares between layers
 
 
 class AttentionBackend(ABC, Generic[Prepared]):
-    """One way to write and attend paged KV."""
+    """Writes and attends paged KV in one way."""
 
     name: ClassVar[str]
-    captures: ClassVar[bool] = False  # its steps can be captured in graphs: it has `FixedSteps`
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int) -> None:
         self.geometry = geometry
@@ -56,11 +57,11 @@ class AttentionBackend(ABC, Generic[Prepared]):
     @classmethod
     @abstractmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """Why this backend cannot serve such a cache on such a device; None: it can."""
+        """Why this backend cannot serve such a cache on such a device; None if it can."""
 
     @classmethod
     def why_not_args(cls, args: Sequence[AttentionArgs]) -> str | None:
-        """Why this backend cannot compute layers that attend so; None: it can."""
+        """Why this backend cannot compute layers that attend so; None if it can."""
         return None
 
     @property
@@ -71,11 +72,11 @@ class AttentionBackend(ABC, Generic[Prepared]):
 
     @abstractmethod
     def bind(self, store: KVStore) -> None:
-        """Take the first tier's store: where KV is written and read from now on."""
+        """Take the first tier's store, to write and read KV from now on."""
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Prepared:
-        """Everything that all layers of this step share: indices, masks."""
+        """Compute everything that all layers of this step share: indices, masks."""
 
     @abstractmethod
     def write(self, prepared: Prepared, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -85,23 +86,38 @@ class AttentionBackend(ABC, Generic[Prepared]):
     def attend(
         self, prepared: Prepared, layer: int, query: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
-        """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D). Cells beyond a context are never used."""
+        """Attention of all new tokens over their own contexts: (T, H, D) -> (T, H, D).
+
+        Cells beyond a context are never used.
+        """
 
 
-class FixedSteps(Protocol):
-    """A backend whose steps of one-token spans can be captured in a graph: their tensors stay where they are, and get other numbers."""
+class CapturableBackend(AttentionBackend[Prepared]):
+    """A backend whose steps of one-token spans can be captured in a graph.
 
-    def fixed(self, batch: Batch, like: Any) -> Any:
-        """A step over a batch whose tensors stay where they are; `like` is a prepared step that has been through a forward of the same model."""
-        ...
+    Their tensors stay in place and get other numbers.
+    """
 
-    def refill(self, step: Any, spans: tuple[Span, ...]) -> None:
-        """Give a fixed step other spans of one token each, at most as many as it was made with; the rows beyond them do nothing."""
-        ...
+    @abstractmethod
+    def fixed(self, batch: Batch, like: Prepared) -> Prepared:
+        """A step over a batch whose tensors stay in place.
+
+        `like` is a prepared step that went through the same model's forward.
+        """
+
+    @abstractmethod
+    def refill(self, step: Prepared, spans: tuple[Span, ...]) -> None:
+        """Give a fixed step other spans of one token each, at most as many as it was made with.
+
+        Further rows compute nothing.
+        """
 
 
 class PagedAttention:
-    """A step's attention, as a model's forward calls it: wait until a layer's KV is there, write what is new, attend."""
+    """A step's attention, called by a model's forward.
+
+    Waits until a layer's KV has arrived, writes the new K and V, attends.
+    """
 
     def __init__(
         self,
@@ -111,13 +127,13 @@ class PagedAttention:
         *,
         prepared: Any = None,
     ) -> None:
-        """Get ready.
+        """Prepare the step, if `prepared` is None.
 
         Args:
             backend: writes and attends.
-            batch: what is computed.
-            wait_layer: returns when what is copied into a layer has arrived, or what is computed from now on will wait for it.
-            prepared: of the backend, for this batch; None: prepare it.
+            batch: the step's batch.
+            wait_layer: returns when copies into a layer have arrived, or when later work will wait for them.
+            prepared: the backend's, for this batch.
         """
         self.backend = backend
         self.wait_layer = wait_layer

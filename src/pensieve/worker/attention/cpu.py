@@ -1,8 +1,11 @@
-"""Gather, then `scaled_dot_product_attention`: built for a CPU, right on any device. Knows layouts and masks; never plans or models.
+"""Gathers K and V, then calls `scaled_dot_product_attention`: built for a CPU, correct on any device.
 
-What is worked out once per step and kind of layer (full, or of one window): which spans go together, the rows to gather, the masks.
-Query heads that share a key head are folded into the query dimension, so that K and V are never repeated. Spans of one token with
-contexts of similar length go as one batch; spans of one request read their common context once.
+Knows layouts and masks; never plans or models.
+
+Once a step and kind of layer (full, or of one window) it works out which spans go together, the rows to
+gather, the masks. Query heads that share a key head are folded into the query dimension, so that K and V are
+never repeated. Spans of one token with contexts of similar length go as one batch; spans of one request read
+their common context once.
 """
 
 from __future__ import annotations
@@ -23,15 +26,15 @@ from pensieve.worker.kv_store import KVStore
 _FOLD_QUERIES = (
     128  # folded queries need a mask row each; beyond this many the kernel's own grouping costs less
 )
-# Single tokens go in one batch while the K they read, padded, stays in a core's cache: up to 2 times as fast as one by one for
-# contexts of 40 tokens, 1.3 times for 500; beyond it slower (SmolLM2's shape, one core).
+# Single tokens go in one batch while the K they read, padded, stays in a core's cache: up to 2 times as fast
+# as one by one for contexts of 40 tokens, 1.3 times for 500; beyond it slower (SmolLM2's shape, one core).
 _BATCH_BYTES = 2 << 20
 _MOST_SCORES = 32 << 20  # of one span that are held at once, 64 MB each of scores and of weights
 _MIN_VALUE = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RequestQueries:
     """The spans of one request: its queries, and the keys they may see."""
 
     first: int  # rows [first, stop) of T
@@ -39,7 +42,7 @@ class Run:
     slots: torch.Tensor  # (N,), chunks that hold visible keys
     key_start: int  # of the gathered cells, [key_start, key_stop) are the keys
     key_stop: int
-    mask: torch.Tensor | None  # (Q, K) to be added to the scores; None: every query sees every key
+    mask: torch.Tensor | None  # (Q, K), added to the scores; None if every query sees every key
     masked_from: int  # every query sees all keys before this one
     is_causal: bool  # query i sees keys 0 to i: the kernel needs no mask for that
 
@@ -51,26 +54,26 @@ class TokenBatch:
     rows: torch.Tensor  # (N,), rows of T
     slots: torch.Tensor  # (N * B,), chunks of one after the other
     unused: torch.Tensor  # cells of the gathered N * B * C that hold no key of their request
-    mask: torch.Tensor  # (N, 1, 1, B * C) to be added to the scores
+    mask: torch.Tensor  # (N, 1, 1, B * C), added to the scores
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One step's batch and, by window, how its spans are attended."""
+class CpuStep:
+    """One step's batch and, by window, how its spans attend."""
 
     batch: Batch
     first_rows: torch.Tensor  # (T,)
-    work: dict[int | None, list[Run | TokenBatch]] = field(default_factory=dict)
+    work: dict[int | None, list[RequestQueries | TokenBatch]] = field(default_factory=dict)
 
 
-class CpuAttention(AttentionBackend[Step]):
-    """The default where no kernel of our own runs."""
+class CpuAttention(AttentionBackend[CpuStep]):
+    """The default if no kernel of our own runs."""
 
     name = "cpu"
 
     @classmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """It can serve every floating dtype that torch's attention takes."""
+        """It serves every floating dtype that torch's attention takes."""
         if geometry.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             return f"{geometry.dtype} is none of float32, bfloat16, float16, float64"
         return None
@@ -79,25 +82,25 @@ class CpuAttention(AttentionBackend[Step]):
         """See the store as rows of tokens and chunks."""
         self._rows = TokenRows(store, self.geometry, self.chunk_tokens)
 
-    def prepare(self, batch: Batch) -> Step:
-        """Where the new tokens go; the rest when the first layer of each kind asks."""
-        return Step(batch, self._rows.first_rows(batch))
+    def prepare(self, batch: Batch) -> CpuStep:
+        """Only the rows of the new tokens; the rest when the first layer of each kind needs it."""
+        return CpuStep(batch, self._rows.first_rows(batch))
 
-    def write(self, prepared: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, prepared: CpuStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, each (T, Hkv, D), into their slots."""
         self._rows.write(prepared.first_rows, layer, key, value)
 
-    def attend(self, prepared: Step, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(self, prepared: CpuStep, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
         """(T, H, D) -> (T, H, D)."""
         work = prepared.work.get(args.sliding_window)
         if work is None:
             work = list(self._plan(prepared.batch, args.sliding_window, query.dtype))
             prepared.work[args.sliding_window] = work
-        if len(work) == 1 and isinstance(work[0], Run):
+        if len(work) == 1 and isinstance(work[0], RequestQueries):
             return self._attend_run(work[0], layer, query, args)
         output = torch.empty_like(query)
         for item in work:
-            if isinstance(item, Run):
+            if isinstance(item, RequestQueries):
                 output[item.first : item.stop] = self._attend_run(
                     item, layer, query[item.first : item.stop], args
                 )
@@ -107,7 +110,9 @@ class CpuAttention(AttentionBackend[Step]):
                 )
         return output
 
-    def _attend_run(self, run: Run, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def _attend_run(
+        self, run: RequestQueries, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(Q, H, D) -> (Q, H, D)."""
         key, value = self._rows.gather(run.slots, layer)
         key = key[run.key_start : run.key_stop].transpose(0, 1)[None]  # (1, Hkv, K, D)
@@ -148,7 +153,8 @@ class CpuAttention(AttentionBackend[Step]):
     ) -> torch.Tensor:
         """(N, H, D) -> (N, H, D)."""
         key, value = self._rows.gather(tokens.slots, layer)
-        # A masked cell still meets a weight of 0, and 0 * NaN is NaN: what another request left there must not be read.
+        # A masked cell still meets a weight of 0, and 0 * NaN is NaN: another request's bytes there must not
+        # be read.
         key.index_fill_(0, tokens.unused, 0)
         value.index_fill_(0, tokens.unused, 0)
         count, num_heads, head_dim = query.shape
@@ -165,7 +171,9 @@ class CpuAttention(AttentionBackend[Step]):
 
     # -- once per step and window
 
-    def _plan(self, batch: Batch, window: int | None, dtype: torch.dtype) -> Iterator[Run | TokenBatch]:
+    def _plan(
+        self, batch: Batch, window: int | None, dtype: torch.dtype
+    ) -> Iterator[RequestQueries | TokenBatch]:
         runs: list[tuple[int, int, list[Span]]] = []  # (row in T, row in S, spans of one request)
         row = index = 0
         for _, group in groupby(batch.spans, key=lambda span: span.request_id):
@@ -186,7 +194,7 @@ class CpuAttention(AttentionBackend[Step]):
 
     def _run(
         self, batch: Batch, row: int, index: int, spans: list[Span], window: int | None, dtype: torch.dtype
-    ) -> Run:
+    ) -> RequestQueries:
         size, device = self.chunk_tokens, batch.input_ids.device
         lowest = _first_visible(spans[0].start, window)
         first_chunk, context = lowest // size, spans[-1].stop
@@ -208,7 +216,7 @@ class CpuAttention(AttentionBackend[Step]):
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, _MIN_VALUE)
         offset = first_chunk * size
         masked_from = spans[0].start - lowest if window is None else 0
-        return Run(
+        return RequestQueries(
             row, row + num_queries, slots, lowest - offset, context - offset, mask, masked_from, is_causal
         )
 
@@ -219,8 +227,8 @@ class CpuAttention(AttentionBackend[Step]):
         most: int,
         window: int | None,
         dtype: torch.dtype,
-    ) -> Iterator[Run | TokenBatch]:
-        """Batches of at most `most` chunks, of contexts so near in length that padding stays under a third of what is read."""
+    ) -> Iterator[RequestQueries | TokenBatch]:
+        """Batches of at most `most` chunks, of contexts of similar length: padding is under a third."""
         singles.sort(key=lambda single: single[0])
         while singles:
             longest = singles[-1][0]
@@ -274,12 +282,13 @@ def _causal_mask(num_queries: int, like: torch.Tensor) -> torch.Tensor:
     return torch.full((num_queries, num_queries), _MIN_VALUE, dtype=like.dtype, device=like.device).triu_(1)
 
 
-def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
+def _products_pay(query: torch.Tensor, run: RequestQueries, num_keys: int) -> bool:
     """Whether two plain matrix products beat torch's fused kernel.
 
-    Its blocks are small, and for bfloat16 each is a call into oneDNN: 60 queries over 1,084 keys take 1.4 ms a layer against 0.8 (SmolLM2's
-    shape, 2 cores of an EPYC with AVX512-BF16). In float32, and where it can skip the half above the diagonal, it wins; and it never holds
-    all scores at once, which for many queries over a long context would be more memory than a step may take.
+    Its blocks are small, and for bfloat16 each is a call into oneDNN: 60 queries over 1,084 keys take 1.4 ms
+    a layer against 0.8 (SmolLM2's shape, 2 cores of an EPYC with AVX512-BF16). In float32, and where it can
+    skip the half above the diagonal, it wins; and it never holds all scores at once, which for many queries
+    over a long context would be more memory than a step may take.
     """
     if query.dtype != torch.bfloat16 or run.is_causal or (run.mask is None and num_keys < 1024):
         return False
@@ -287,9 +296,11 @@ def _products_pay(query: torch.Tensor, run: Run, num_keys: int) -> bool:
 
 
 def _attend_by_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: Run, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: RequestQueries, scaling: float
 ) -> torch.Tensor:
-    """Softmax(query key^T scaling + mask) value, as two batched products; scores are rounded as eager attention rounds them.
+    """Softmax(query key^T scaling + mask) value, as two batched products.
+
+    Scores are rounded as eager attention rounds them.
 
     Args:
         query: (1, Hkv, G * Q, D).
@@ -317,7 +328,7 @@ def _attend_by_hand(
     group: int,
     args: AttentionArgs,
 ) -> torch.Tensor:
-    """What the kernel does not know: softcap and sinks.
+    """Softcap and sinks, which torch's kernel does not support.
 
     Args:
         query: (N, Hkv, G * Q, D).

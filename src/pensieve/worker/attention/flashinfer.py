@@ -1,8 +1,9 @@
-"""Attention by FlashInfer, where it is installed and asked for. Knows its calls; never plans or models.
+"""Attention by FlashInfer, if it is installed and asked for. Knows its calls; never plans or models.
 
-K and V are written by our own kernel, into the same layout as `triton`'s (FlashInfer calls it HND, a page being a chunk). Each span is a "request" to FlashInfer whose
-context ends where the span does: its causal mask is aligned there, which is what a span means. Layers of one kind (window, softcap, scaling, heads) share a
-plan, made once a step; it is made on the host, so decodes are not captured as graphs.
+Our own kernel writes K and V, in the same layout as `triton`'s (FlashInfer calls it HND, with a chunk as
+page). Each span is a "request" to FlashInfer whose context ends where the span does: its causal mask is
+aligned there, as a span's is. Layers of one kind (window, softcap, scaling, heads) share a plan, made once a
+step on the host, so decodes are not captured as graphs.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from pensieve.worker.attention.triton import TritonAttention
 from pensieve.worker.batch import Batch
 from pensieve.worker.kv_store import KVStore
 
-_HEAD_DIMS = (64, 128, 256)  # that its prebuilt and generated kernels both have
+_HEAD_DIMS = (64, 128, 256)  # head sizes for which it has both prebuilt and generated kernels
 _WORKSPACE_BYTES = 256 << 20
 
-Kind = tuple[int, float, int, float]  # query heads, scaling, window (-1: none), softcap (0: none)
+Kind = tuple[int, float, int, float]  # query heads, scaling, window (-1 for none), softcap (0 for none)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,9 @@ class Plans:
 
 
 class FlashInferAttention(TritonAttention):
-    """By name only: `auto` takes our own kernel."""
+    """Used by name only: "auto" takes our own kernel."""
 
     name = "flashinfer"
-    captures = False
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int) -> None:
         super().__init__(geometry, chunk_tokens)
@@ -73,7 +73,7 @@ class FlashInferAttention(TritonAttention):
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=store.device)
 
     def prepare(self, batch: Batch) -> Any:
-        """Only the batch; the plans when the first layer of each kind asks."""
+        """Only the batch; the plans when the first layer of each kind needs them."""
         return Plans(batch)
 
     def write(self, prepared: Any, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:

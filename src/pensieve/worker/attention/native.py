@@ -1,10 +1,13 @@
-"""Attention in place, by a kernel of our own in C (`worker/kernel`): for x86-64 CPUs with AVX2 or more. Knows pointers; never plans or models.
+"""Attention in place, by our own kernel in C (`worker/kernel`): for x86-64 CPUs with AVX2 or more.
 
-Nothing is gathered: the kernel follows the block tables and reads each chunk where it lies, in a layout made for its products, so that a decode
-costs what reading K and V from memory costs. All spans of a step go in one call a layer.
+Knows pointers; never plans or models.
 
-In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][C][2] and V [C/2][D][2], in float32 [D][C] and [C][D]. It is
-fastest with C = 32, the kernel's own width; smaller chunks serve tests.
+Nothing is gathered: the kernel follows the block tables and reads each chunk in place, in a layout made for
+its products, so that a decode costs the same as reading K and V from memory. All spans of a step go in one
+call a layer.
+
+In a slot's layer, KV head by KV head: K, then V. In bfloat16 K is [D/2][C][2] and V [C/2][D][2], in float32
+[D][C] and [C][D]. It is fastest with C = 32, the kernel's own width; smaller chunks serve tests.
 """
 
 from __future__ import annotations
@@ -27,39 +30,38 @@ _UNBOUNDED = 1 << 40  # a window that hides nothing
 _PART_CHUNKS = 8  # a context is divided among threads into parts of at least so many chunks
 
 
-class _Call(ctypes.Structure):
+class _AttentionCall(ctypes.Structure):
     """`struct call` of worker/kernel/call.h, field by field."""
 
     _fields_ = [
-        ("store", POINTER), ("slot_bytes", INT), ("layer_bytes", INT), ("kind", INT), ("num_kv_heads", INT), ("head_dim", INT),
-        ("chunk_tokens", INT), ("level", INT), ("num_threads", INT), ("part_chunks", INT),
+        ("store", POINTER), ("slot_bytes", INT), ("layer_bytes", INT), ("kind", INT), ("num_kv_heads", INT),
+        ("head_dim", INT), ("chunk_tokens", INT), ("level", INT), ("num_threads", INT), ("part_chunks", INT),
         ("first_rows", POINTER), ("stops", POINTER), ("tables", POINTER), ("slot_mapping", POINTER),
-        ("num_spans", INT), ("table_width", INT), ("num_tokens", INT),
-        ("layer", INT), ("key", POINTER), ("value", POINTER),
-        ("key_token_stride", INT), ("key_head_stride", INT), ("value_token_stride", INT), ("value_head_stride", INT),
-        ("query", POINTER), ("query_token_stride", INT), ("query_head_stride", INT), ("num_heads", INT),
-        ("output", POINTER), ("sinks", POINTER), ("scaling", REAL), ("softcap", REAL), ("window", INT),
-        ("scratch", POINTER), ("scratch_bytes", INT),
+        ("num_spans", INT), ("table_width", INT), ("num_tokens", INT), ("layer", INT), ("key", POINTER),
+        ("value", POINTER), ("key_token_stride", INT), ("key_head_stride", INT), ("value_token_stride", INT),
+        ("value_head_stride", INT), ("query", POINTER), ("query_token_stride", INT),
+        ("query_head_stride", INT), ("num_heads", INT), ("output", POINTER), ("sinks", POINTER),
+        ("scaling", REAL), ("softcap", REAL), ("window", INT), ("scratch", POINTER), ("scratch_bytes", INT),
     ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class NativeStep:
     """One step's batch, whose tensors the call points into."""
 
     batch: Batch
-    call: _Call
+    call: _AttentionCall
 
 
-class NativeAttention(AttentionBackend[Step]):
-    """The default on a CPU, where it was compiled."""
+class NativeAttention(AttentionBackend[NativeStep]):
+    """The default on a CPU, if it was compiled."""
 
     name = "native"
 
     def __init__(self, geometry: KVGeometry, chunk_tokens: int, level: Level | None = None) -> None:
-        """Take the highest level of this CPU, or the one that is named."""
+        """`level` None takes the highest level of this CPU."""
         super().__init__(geometry, chunk_tokens)
-        library = library_for("call", ctypes.sizeof(_Call))
+        library = library_for("call", ctypes.sizeof(_AttentionCall))
         assert not isinstance(library, str), library
         self._kernel = library
         self._level = levels()[-1] if level is None else level
@@ -68,7 +70,7 @@ class NativeAttention(AttentionBackend[Step]):
 
     @classmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """It serves bfloat16 and float32, heads of a multiple of 16, chunks of up to 32 tokens, on a CPU it was compiled for."""
+        """It serves bfloat16 and float32, heads of a multiple of 16, chunks of up to 32 tokens."""
         if device.type != "cpu":
             return f"it runs on a CPU, not on {device}"
         if geometry.dtype not in KINDS:
@@ -77,17 +79,17 @@ class NativeAttention(AttentionBackend[Step]):
             return f"chunks of {chunk_tokens} tokens are no even number from {_CHUNKS[0]} to {_CHUNKS[-1]}"
         if geometry.head_dim % _HEAD_STEP:
             return f"heads of {geometry.head_dim} numbers are no multiple of {_HEAD_STEP}"
-        library = library_for("call", ctypes.sizeof(_Call))
+        library = library_for("call", ctypes.sizeof(_AttentionCall))
         return library if isinstance(library, str) else None
 
     def bind(self, store: KVStore) -> None:
-        """Remember where the slots lie."""
+        """Remember where the slots are."""
         self._store = store
 
-    def prepare(self, batch: Batch) -> Step:
-        """All that the layers share, as the kernel reads it."""
+    def prepare(self, batch: Batch) -> NativeStep:
+        """Everything that the layers share, as the kernel reads it."""
         geometry, store = self.geometry, self._store
-        call = _Call(
+        call = _AttentionCall(
             store=store.data.data_ptr(),
             slot_bytes=store.slot_bytes,
             layer_bytes=store.layer_bytes,
@@ -106,9 +108,9 @@ class NativeAttention(AttentionBackend[Step]):
             table_width=batch.block_tables.shape[1],
             num_tokens=batch.num_tokens,
         )
-        return Step(batch, call)
+        return NativeStep(batch, call)
 
-    def write(self, prepared: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, prepared: NativeStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, each (T, Hkv, D), into their slots."""
         key, value = self._plain(key), self._plain(value)
         call = prepared.call
@@ -118,7 +120,9 @@ class NativeAttention(AttentionBackend[Step]):
         call.value_token_stride, call.value_head_stride, _ = value.stride()
         self._kernel.pensieve_write(ctypes.byref(call))
 
-    def attend(self, prepared: Step, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self, prepared: NativeStep, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(T, H, D) -> (T, H, D), in one call for all spans."""
         rows = self._plain(query)
         output = torch.empty(query.shape, dtype=rows.dtype)
@@ -132,9 +136,9 @@ class NativeAttention(AttentionBackend[Step]):
         return output.to(query.dtype)
 
     def run_layer(
-        self, prepared: Step, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall
+        self, prepared: NativeStep, layer: int, num_heads: int, args: AttentionArgs, work: LayerCall
     ) -> None:
-        """A whole layer of a model in one call, writing and attending included. The model has no sinks."""
+        """Run a whole layer of a model without sinks in one call, writing and attending included."""
         call = prepared.call
         _set_layer(call, layer, num_heads, args, None)
         while need := self._with_scratch(
@@ -142,20 +146,25 @@ class NativeAttention(AttentionBackend[Step]):
         ):
             self._scratch = torch.empty(need, dtype=torch.uint8)
 
-    def _with_scratch(self, call: _Call, function: Any, *arguments: Any) -> int:
-        """0; or the bytes of scratch that the kernel needs first. It is kept: the next layer needs as much."""
+    def _with_scratch(self, call: _AttentionCall, function: Any, *arguments: Any) -> int:
+        """Call a kernel with the scratch memory; returns the bytes of it that the kernel needs first, or 0.
+
+        The memory is kept: the next layer needs as much.
+        """
         call.scratch, call.scratch_bytes = self._scratch.data_ptr(), len(self._scratch)
         need: int = function(*arguments)
         return need
 
     def _plain(self, rows: torch.Tensor) -> torch.Tensor:
-        """In the cache's dtype, each head's numbers side by side; as it is if it is so."""
+        """Rows in the cache's dtype with each head's numbers contiguous; copied only if they are not so."""
         if rows.dtype != self.geometry.dtype or rows.stride(2) != 1:
             return rows.to(self.geometry.dtype).contiguous()
         return rows
 
 
-def _set_layer(call: _Call, layer: int, num_heads: int, args: AttentionArgs, sinks: int | None) -> None:
+def _set_layer(
+    call: _AttentionCall, layer: int, num_heads: int, args: AttentionArgs, sinks: int | None
+) -> None:
     call.layer, call.num_heads, call.sinks = layer, num_heads, sinks
     call.scaling, call.softcap = args.scaling, args.softcap or 0.0
     call.window = _UNBOUNDED if args.sliding_window is None else args.sliding_window

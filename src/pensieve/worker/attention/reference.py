@@ -1,4 +1,7 @@
-"""Attention as its definition says, one span at a time, in fp32. The judge of the fast backends; knows no speed."""
+"""Attention as its definition says, one span at a time, in fp32.
+
+The reference for the fast backends; knows no speed.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +16,38 @@ from pensieve.worker.kv_store import KVStore
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ReferenceStep:
     """One step's batch, and the row of each new token."""
 
     batch: Batch
     first_rows: torch.Tensor  # (T,)
 
 
-class ReferenceAttention(AttentionBackend[Step]):
+class ReferenceAttention(AttentionBackend[ReferenceStep]):
     """Plain torch, on any device and in any floating dtype."""
 
     name = "reference"
 
     @classmethod
     def why_not(cls, geometry: KVGeometry, chunk_tokens: int, device: torch.device) -> str | None:
-        """It can serve everything that has a dtype of real numbers."""
+        """It serves every dtype of real numbers."""
         return None if geometry.dtype.is_floating_point else f"{geometry.dtype} holds no fractions"
 
     def bind(self, store: KVStore) -> None:
         """See the store as rows of tokens."""
         self._rows = TokenRows(store, self.geometry, self.chunk_tokens)
 
-    def prepare(self, batch: Batch) -> Step:
-        """Only where the new tokens go."""
-        return Step(batch, self._rows.first_rows(batch))
+    def prepare(self, batch: Batch) -> ReferenceStep:
+        """Only the rows of the new tokens."""
+        return ReferenceStep(batch, self._rows.first_rows(batch))
 
-    def write(self, prepared: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, prepared: ReferenceStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put the new K and V, each (T, Hkv, D), into their slots."""
         self._rows.write(prepared.first_rows, layer, key, value)
 
-    def attend(self, prepared: Step, layer: int, query: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    def attend(
+        self, prepared: ReferenceStep, layer: int, query: torch.Tensor, args: AttentionArgs
+    ) -> torch.Tensor:
         """(T, H, D) -> (T, H, D), span by span."""
         batch = prepared.batch
         outputs = []
@@ -64,13 +69,13 @@ class ReferenceAttention(AttentionBackend[Step]):
 def attend_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, args: AttentionArgs
 ) -> torch.Tensor:
-    """Tokens of one sequence attend its context.
+    """Let tokens of one sequence attend its context.
 
     Args:
         query: (Q, H, D).
         key: (K, Hkv, D), of positions 0 to K - 1.
         value: (K, Hkv, D).
-        positions: (Q,), where each query stands.
+        positions: (Q,), of the queries.
         args: scaling, window, softcap and sinks.
 
     Returns:

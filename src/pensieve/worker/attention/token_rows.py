@@ -1,7 +1,9 @@
-"""A layout shared by the plain torch backends: in a slot's layer all K, then all V, each token's heads side by side.
+"""A layout that the plain torch backends share.
 
-The store is then one matrix whose contiguous rows are tokens (Hkv * D numbers) or chunks (C * Hkv * D numbers), so that writing is one
-`index_copy_` of tokens and reading one `index_select` of chunks. Gathered chunks follow each other, hence read as (context, Hkv, D).
+In a slot's layer all K, then all V, each token's heads side by side. The store is then one matrix whose
+contiguous rows are tokens (Hkv * D numbers) or chunks (C * Hkv * D numbers): writing is one `index_copy_` of
+tokens and reading one `index_select` of chunks. Gathered chunks follow each other, hence read as (context,
+Hkv, D).
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class TokenRows:
         width = geometry.num_kv_heads * geometry.head_dim
         self._tokens = numbers.view(-1, width)
         self._chunks = numbers.view(-1, chunk_tokens * width)
-        # Room for gathered chunks, kept: fresh memory for every layer would cost more in page faults than the copying itself.
+        # Memory for gathered chunks, kept: fresh memory for every layer would cost more in page faults than
+        # the copying itself.
         self._gathered = self._chunks.new_empty((2, 0, chunk_tokens * width))
 
     def first_rows(self, batch: Batch) -> torch.Tensor:
@@ -33,13 +36,16 @@ class TokenRows:
         return slot * (2 * self._geometry.num_layers * self._chunk_tokens) + offset
 
     def write(self, first_rows: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put K and V, each (T, Hkv, D), where `first_rows` says, in this layer."""
+        """Write K and V, each (T, Hkv, D), into the rows `first_rows` of this layer."""
         rows = first_rows + 2 * layer * self._chunk_tokens
         self._tokens.index_copy_(0, rows, key.reshape(len(rows), -1))
         self._tokens.index_copy_(0, rows + self._chunk_tokens, value.reshape(len(rows), -1))
 
     def gather(self, slots: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the chunks in these slots (N,), each (N * C, Hkv, D); cells beyond the context included. Valid until the next call."""
+        """K and V of the chunks in these slots (N,), each (N * C, Hkv, D), with cells beyond the context.
+
+        Valid until the next call.
+        """
         geometry = self._geometry
         rows = slots * (2 * geometry.num_layers) + 2 * layer
         count = len(slots)

@@ -1,10 +1,12 @@
-"""The Triton kernels: write K and V to their slots, attend from any number of new tokens over scattered chunks, put split contexts together.
+"""The Triton kernels: they write K and V, attend over scattered chunks, and combine split contexts.
 
-Knows pointers and strides only; `attention/triton.py` decides what each program does. One program of `attend_kernel` takes a tile of queries
-of one span, all query heads of one key head together (rows are (query, head) pairs), and a range of its context. It is the paper's multi-token
-paged attention (§4.4) in the online softmax of FlashAttention-2 (arXiv:2307.08691), with the split over keys of Flash-Decoding.
+Knows pointers and strides; never plans. `attention/triton.py` decides what each program does. One program of
+`attend_kernel` takes a tile of queries of one span, all query heads of one key head together (rows are
+(query, head) pairs), and a range of its context. It is the paper's multi-token paged attention (§4.4) with
+the online softmax of FlashAttention-2 (arXiv:2307.08691) and the split over keys of Flash-Decoding.
 
-Scores live in base 2. In Triton's interpreter products of bfloat16 are wrong, so there operands become float32 first (AS_FLOAT).
+Scores are in base 2. In Triton's interpreter products of bfloat16 are wrong, so operands become float32 first
+(AS_FLOAT).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-ITEM_FIELDS: tl.constexpr = tl.constexpr(8)  # see `triton.Item`
+ITEM_FIELDS: tl.constexpr = tl.constexpr(8)  # see `triton.WorkItem`
 REDUCTION_FIELDS: tl.constexpr = tl.constexpr(4)  # see `triton.Reduction`
 
 
@@ -78,7 +80,10 @@ def _over_keys(
     BLOCK_N: tl.constexpr,
     AS_FLOAT: tl.constexpr,
 ):
-    """Some of the context. Without MASKED every row sees all of it, and it is a whole number of blocks."""
+    """Attend a range of the context.
+
+    Without MASKED every row sees all of it, and it is a whole number of blocks.
+    """
     column = tl.arange(0, DIM_PADDED)
     is_number = (column < DIM)[None, :]
     for block in range(first, stop, BLOCK_N):
@@ -88,7 +93,7 @@ def _over_keys(
         else:
             slot = tl.load(table + token // CHUNK)
         place = cells + (slot * slot_stride + (token % CHUNK) * DIM)[:, None] + column[None, :]
-        if MASKED:  # cells beyond the context hold anything, and 0 times NaN is NaN
+        if MASKED:  # cells beyond the context may hold NaN, and 0 times NaN is NaN
             is_cell = (token < stop)[:, None] & is_number
             k = tl.load(place, mask=is_cell, other=0.0)
             v = tl.load(place + NUM_KV_HEADS * CHUNK * DIM, mask=is_cell, other=0.0)
@@ -112,7 +117,7 @@ def _over_keys(
             scores = tl.where(is_visible, scores, float("-inf"))
         now_highest = tl.maximum(highest, tl.max(scores, 1))
         base = now_highest
-        if MASKED:  # a row may have seen nothing yet
+        if MASKED:  # a row may have seen no key yet
             base = tl.where(now_highest == float("-inf"), 0.0, now_highest)
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(highest - base)
@@ -133,7 +138,7 @@ def attend_kernel(
     store,  # as above
     items,  # (items, 8) int32
     tables,  # (S, B) int64
-    partials,  # (parts, Hkv, M, D padded) float32, of items that have only a part of their context
+    partials,  # (parts, Hkv, M, D padded) float32, of items with a part of their context
     sums,  # (parts, Hkv, 2, M) float32: their highest scores and their sums of weights
     sinks,  # (H,) float32
     query_token_stride,
@@ -187,26 +192,29 @@ def attend_kernel(
     acc = tl.zeros((BLOCK_M, DIM_PADDED), tl.float32)
     cells = store + head * CHUNK * DIM
     table = tables + span.to(tl.int64) * table_width
-    # Blocks [whole_first, whole_stop) are seen in whole by every query; before them lies the windows' edge, behind them the diagonal.
+    # Every query sees all of the blocks [whole_first, whole_stop); before them is the windows' edge, after
+    # them the diagonal.
     whole_first = first
     whole_stop = tl.maximum(first, tl.minimum(stop, first_position + 1) // BLOCK_N * BLOCK_N)
     if HAS_WINDOW:
-        oldest = tl.maximum(0, first_position - window + 1)  # that the first query sees
+        oldest = tl.maximum(0, first_position - window + 1)  # the first key that the first query sees
         first = tl.maximum(first, oldest // BLOCK_N * BLOCK_N)
-        all_see = tl.maximum(0, first_position + num_queries - window)  # from here on the last query sees all
+        # the last query sees all keys from here on
+        all_see = tl.maximum(0, first_position + num_queries - window)
         whole_first = tl.minimum(tl.maximum(first, (all_see + BLOCK_N - 1) // BLOCK_N * BLOCK_N), stop)
         whole_stop = tl.maximum(whole_first, whole_stop)
         highest, total, acc = _over_keys(
-            highest, total, acc, q, position, cells, table, first, whole_first, slot_stride, scaling, softcap, window,
-            True, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
+            highest, total, acc, q, position, cells, table, first, whole_first, slot_stride, scaling, softcap,
+            window, True, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
         )  # fmt: skip
     highest, total, acc = _over_keys(
-        highest, total, acc, q, position, cells, table, whole_first, whole_stop, slot_stride, scaling, softcap, window,
-        False, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
+        highest, total, acc, q, position, cells, table, whole_first, whole_stop, slot_stride, scaling,
+        softcap, window, False, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N,
+        AS_FLOAT,
     )  # fmt: skip
     highest, total, acc = _over_keys(
-        highest, total, acc, q, position, cells, table, whole_stop, stop, slot_stride, scaling, softcap, window,
-        True, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
+        highest, total, acc, q, position, cells, table, whole_stop, stop, slot_stride, scaling, softcap,
+        window, True, HAS_WINDOW, HAS_SOFTCAP, NUM_KV_HEADS, CHUNK, DIM, DIM_PADDED, BLOCK_N, AS_FLOAT,
     )  # fmt: skip
 
     if num_parts == 1:
@@ -272,7 +280,7 @@ def reduce_kernel(
         part_highest = tl.load(sums + tile * 2 * BLOCK_M + row)
         part_total = tl.load(sums + (tile * 2 + 1) * BLOCK_M + row)
         now_highest = tl.maximum(highest, part_highest)
-        base = tl.where(now_highest == float("-inf"), 0.0, now_highest)  # (a window may hide whole parts)
+        base = tl.where(now_highest == float("-inf"), 0.0, now_highest)  # a window may hide whole parts
         fade, part_fade = tl.exp2(highest - base), tl.exp2(part_highest - base)
         total = total * fade + part_total * part_fade
         numbers = tl.load(partials + (tile * BLOCK_M + row[:, None]) * DIM_PADDED + column[None, :])

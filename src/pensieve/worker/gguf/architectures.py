@@ -1,8 +1,10 @@
-"""What each architecture's keys and tensors mean to transformers. Knows names and conventions; reads no tensor but factors of rotation.
+"""What each architecture's keys and tensors mean to transformers.
 
-One function an architecture takes the keys it knows (all others are refused by `plan`) and gives a config and where llama.cpp's
-converter arranged tensors otherwise than transformers. Tensors that are only named otherwise are found by llama.cpp's own table of
-names. Where a file leaves something out, llama.cpp's default holds.
+Knows names and conventions; never tensors, except factors of rotation.
+
+Each architecture has one function. It takes the keys that it knows (`plan` refuses all others) and gives a
+config, and the tensors that llama.cpp's converter arranges differently from transformers. Tensors that only
+have other names are found by llama.cpp's own table. If a file lacks a key, llama.cpp's default holds.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pensieve.worker.gguf.unserved import UNSERVED, require_model
 _ROTATED = (
     "attn_q",
     "attn_k",
-)  # their rotary pairs lie side by side where an architecture is written as llama is
+)  # their rotary pairs are side by side in an architecture that is written as llama is
 _NORMS = (
     "output_norm",
     "attn_norm",
@@ -35,10 +37,11 @@ _NORMS_PLUS_ONE: Mapping[str, Transform] = dict.fromkeys(_NORMS, transforms.minu
 
 
 def meaning_of(source: Source) -> Meaning:
-    """What a file means.
+    """The meaning of a file.
 
     Raises:
-        ModelRefused: no model at all, or of an architecture or with numbers that cannot be carried over; the message says which.
+        ModelRefused: not a model, or of an architecture or with numbers that cannot be converted; the message
+            says which.
     """
     require_model(source.model)
     architecture = source.model.architecture
@@ -46,10 +49,11 @@ def meaning_of(source: Source) -> Meaning:
     if known is None:
         why = UNSERVED.get(architecture, "it is not known here")
         raise ModelRefused(
-            f"{source.model.name} is of the architecture {architecture!r}: {why}. Name another model, or a folder with safetensors of this "
+            f"{source.model.name} is of the architecture {architecture!r}: {why}. Name another model, or a "
+            "folder with safetensors of this "
             f"one; GGUF files of these architectures are read: {', '.join(sorted(_KNOWN))}"
         )
-    if (layers := source.keys.whole("block_count")) > len(source.tensors):  # nothing is built for so many
+    if (layers := source.keys.whole("block_count")) > len(source.tensors):  # so many layers are not built
         raise source.keys.refused(f"it says {layers:,} layers and holds {len(source.tensors)} tensors")
     return known(source)
 
@@ -63,7 +67,7 @@ def _layer(pattern: str, sources: tuple[str, ...], transform: Transform) -> Rule
 
 
 def _expert_rules(source: Source, count: int, *, gating: int = 1) -> tuple[Rule, ...]:
-    """Experts in stacks, as they are written now; gate and up in one; or one by one, as in 2023."""
+    """Rules for experts: in stacks, as written now; gate and up in one; or one by one, as in 2023."""
     source.keys.require("expert_gating_func", gating, f"transformers chooses experts in the way {gating}")
     if source.has("ffn_gate.0.weight"):
         gate_up = tuple(f"ffn_{kind}.{e}.weight" for e in range(count) for kind in ("gate", "up"))
@@ -108,7 +112,7 @@ def _llama(source: Source) -> Meaning:
         config |= {
             "model_type": "qwen2",
             "use_sliding_window": False,
-        }  # the same model, with biases of queries, keys and values only
+        }  # the same model, with biases only for queries, keys and values
     else:
         config |= {"attention_bias": biased, "mlp_bias": source.has("ffn_up.bias")}
     return Meaning(config, _rotated(config), ignored=ignored)
@@ -239,9 +243,8 @@ def _qwen3moe(source: Source) -> Meaning:
         "num_experts": count,
         "num_experts_per_tok": keys.whole("expert_used_count"),
         "moe_intermediate_size": keys.whole("expert_feed_forward_length"),
-        "norm_topk_prob": bool(
-            keys.get("expert_weights_norm", True)
-        ),  # llama.cpp norms them whatever the file says
+        # llama.cpp normalises them whatever the file says
+        "norm_topk_prob": bool(keys.get("expert_weights_norm", True)),
     }
     return Meaning(config, {}, _expert_rules(source, count))
 
@@ -249,14 +252,14 @@ def _qwen3moe(source: Source) -> Meaning:
 def _minimax_m2(source: Source) -> Meaning:
     keys = source.keys
     count = keys.whole("expert_count")
+    of_experts = "expert_feed_forward_length"
+    width = of_experts if keys.has(of_experts) else "feed_forward_length"
     config = {
-        **source.common("minimax_m2", feed_forward="expert_feed_forward_length" if keys.has("expert_feed_forward_length") else "feed_forward_length"),
-        "head_dim": source.head_dim,
-        "rope_parameters": source.rope(partial=True),
-        "num_local_experts": count,
+        **source.common("minimax_m2", feed_forward=width),
+        "head_dim": source.head_dim, "rope_parameters": source.rope(partial=True), "num_local_experts": count,
         "num_experts_per_tok": keys.whole("expert_used_count"),
     }  # fmt: skip
-    keys.whole("feed_forward_length", 0)  # experts only: said, and of no use
+    keys.whole("feed_forward_length", 0)  # experts only: the key is written, but has no use
     bias = _layer(r"mlp\.e_score_correction_bias", ("exp_probs_b.bias",), transforms.as_is)
     return Meaning(config, {}, (*_expert_rules(source, count, gating=2), bias))
 
@@ -320,7 +323,8 @@ def _phi3(source: Source) -> Meaning:
         )
         if len(long) != len(short) or 2 * len(long) != keys.whole("rope.dimension_count", source.head_dim):
             raise keys.refused(
-                f"it has {len(long)} long and {len(short)} short rotary factors for half as many dimensions as it rotates"
+                f"it has {len(long)} long and {len(short)} short rotary factors for half as many dimensions "
+                "as it rotates"
             )
     else:
         rope = rope_parameters(keys, source.head_dim, source.context, partial=True)
@@ -489,7 +493,7 @@ def _seed_oss(source: Source) -> Meaning:
 
 
 def _windows(source: Source, period: int) -> list[str]:
-    """The kind of each layer: with a window, but every `period`-th; or as the file says, by a period or by a list."""
+    """The kind of each layer: with a window except every `period`-th, or as the file says."""
     layers, said = (
         source.keys.whole("block_count"),
         source.keys.get("attention.sliding_window_pattern", period),
@@ -504,7 +508,10 @@ def _windows(source: Source, period: int) -> list[str]:
 
 
 def _query_scalar(source: Source, *, layers_of_27b: int) -> int:
-    """What Gemma divides queries by, squared. No key says it: llama.cpp knows the one size that differs by its number of layers."""
+    """The number by whose root Gemma divides queries.
+
+    No key says it: llama.cpp recognises the one size that differs by its number of layers.
+    """
     if (scale := source.keys.number("attention.scale", 0.0)) > 0:
         squared = round(scale**-2)
         source.keys.require("attention.scale", squared**-0.5, "transformers has the root of a whole number")
@@ -515,7 +522,7 @@ def _query_scalar(source: Source, *, layers_of_27b: int) -> int:
 
 
 def _require_square(source: Source, config: dict[str, Any]) -> None:
-    """Of architectures whose config has no size of heads: it must be the usual one."""
+    """Require the usual head size: the config of these architectures has none."""
     usual = config["hidden_size"] // config["num_attention_heads"]
     if source.head_dim != usual:
         raise source.keys.refused(

@@ -1,7 +1,9 @@
-"""A GGUF file as it lies on the disk: its keys, and its tensors one by one. Knows the format; never what a model is.
+"""A GGUF file on the disk: its keys, and its tensors one by one.
 
-Tensors are records; their bytes are read when asked for, as they are stored or as float32. A model that was split into several
-files is opened by any of them.
+Knows the format; never what a model is.
+
+Tensors are records; their bytes are read on demand, as they are stored or as float32. A model that was split
+into several files is opened by any of them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pensieve.errors import ModelRefused
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # bytes, of tensor data, where the file does not say
+_ALIGNMENT = 32  # bytes, of tensor data, if the file does not say
 _MAX_DIMENSIONS = 4
 _SCALARS = {
     0: "<B",
@@ -44,8 +46,8 @@ _SCALARS = {
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _FETCH_AGAIN = "fetch it again"
-_AT_ONCE = 1 << 16  # values widened at a time: what they go through stays in the processor's cache
-_SHOWN = 4  # names shown of a long list
+_AT_ONCE = 1 << 16  # values widened at a time: their buffers stay in the processor's cache
+_SHOWN = 4  # names of a long list that are shown
 
 PLAIN_TYPES = frozenset(
     {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64}
@@ -81,7 +83,7 @@ class GgufTensor:
         return math.prod(self.shape)
 
     def raw(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """The bytes of the slices [start, stop) of the first dimension, as stored: (slices, bytes of a slice).
+        """The bytes of some slices of the first dimension, as stored: (slices, bytes of a slice).
 
         A vector is one slice: it cannot be cut.
 
@@ -98,7 +100,7 @@ class GgufTensor:
         return data.reshape(stop - start, size)
 
     def values(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
-        """The numbers of the slices [start, stop) of the first dimension, as float32: (slices, *shape[1:])."""
+        """The numbers of the slices [start, stop) of the first dimension: float32, (slices, *shape[1:])."""
         data = self.raw(start, stop)
         shape = self.shape if len(self.shape) == 1 else (data.shape[0], *self.shape[1:])
         match self.type:
@@ -115,7 +117,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """What one GGUF file says, or all parts of a split one together."""
+    """The header of one GGUF file, or of all parts of a split one together."""
 
     parts: tuple[Path, ...]  # in order; the first holds the keys
     metadata: dict[str, Any]  # numbers, texts, lists of numbers, `Strings`
@@ -123,12 +125,12 @@ class GgufModel:
 
     @property
     def name(self) -> str:
-        """Of its first file, for people."""
+        """The name of its first file, for messages."""
         return self.parts[0].name
 
     @property
     def architecture(self) -> str:
-        """As llama.cpp calls it, the prefix of its keys."""
+        """llama.cpp's name for it, the prefix of its keys."""
         return str(self.metadata["general.architecture"])
 
 
@@ -151,10 +153,11 @@ def _widened(data: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDA
 
 
 def open_model(path: Path) -> GgufModel:
-    """Read the keys and the list of tensors of the model in this file; if it is one part of a split model, of all parts.
+    """Read the keys and the list of tensors of the model in this file, or in all parts of a split one.
 
     Raises:
-        ModelRefused: no GGUF file, cut short, damaged, or a part without the others; the message says which and what to do.
+        ModelRefused: not a GGUF file, cut short, damaged, or a part without the others; the message says
+            which and what to do.
     """
     named = _read(path)
     parts = _all_parts(named) if _count(named, "split.count") > 1 else [named]
@@ -167,7 +170,8 @@ def open_model(path: Path) -> GgufModel:
     metadata = parts[0].metadata
     if not isinstance(metadata.get("general.architecture"), str):
         raise ModelRefused(
-            f"{path} does not say what it is (no general.architecture): {_FETCH_AGAIN}, or name a folder or a hub id"
+            f"{path} does not say what it is (no general.architecture): {_FETCH_AGAIN}, or name a folder or "
+            "a hub id"
         )
     return GgufModel(
         tuple(part.path for part in parts), metadata, {tensor.name: tensor for tensor in tensors}
@@ -175,7 +179,7 @@ def open_model(path: Path) -> GgufModel:
 
 
 def listed(names: list[str]) -> str:
-    """The first few of many names, for people."""
+    """The first few of many names, for messages."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
@@ -192,14 +196,16 @@ def _all_parts(named: _Part) -> list[_Part]:
     match = _PART_NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count or int(match["number"]) != number + 1:
         raise ModelRefused(
-            f"{path} is part {number + 1} of {count} of a split model, and its name does not say so: give the parts their names back "
+            f"{path} is part {number + 1} of {count} of a split model, and its name does not say so: give "
+            "the parts their names back "
             f"(NAME-{number + 1:05}-of-{count:05}.gguf for this one) and put them into one folder"
         )
     paths = [path.with_name(f"{match['stem']}-{i + 1:05}-of-{count:05}{path.suffix}") for i in range(count)]
     missing = [other.name for other in paths if not other.is_file()]
     if missing:
         raise ModelRefused(
-            f"{path} is part {number + 1} of {count}, and {len(missing)} parts are not beside it: {listed(missing)}. "
+            f"{path} is part {number + 1} of {count}, and {len(missing)} parts are not beside it: "
+            f"{listed(missing)}. "
             f"Put all parts into {path.parent}"
         )
     parts = [named if other == path else _read(other) for other in paths]
@@ -207,7 +213,8 @@ def _all_parts(named: _Part) -> list[_Part]:
         said = (_count(part, "split.count"), _count(part, "split.no"))
         if said != (count, i):
             raise ModelRefused(
-                f"{part.path} calls itself part {said[1] + 1} of {said[0]}, its name says {i + 1} of {count}: it belongs to another model, "
+                f"{part.path} calls itself part {said[1] + 1} of {said[0]}, its name says {i + 1} of "
+                f"{count}: it belongs to another model, "
                 f"or was renamed. {_FETCH_AGAIN.capitalize()}"
             )
         for key, value in part.metadata.items():
@@ -218,7 +225,8 @@ def _all_parts(named: _Part) -> list[_Part]:
     expected, found = _count(parts[0], "split.tensors.count"), sum(len(part.tensors) for part in parts)
     if expected and expected != found:
         raise ModelRefused(
-            f"the {count} parts of {path} hold {found} tensors, the model has {expected}: a part belongs to another model"
+            f"the {count} parts of {path} hold {found} tensors, the model has {expected}: a part belongs to "
+            "another model"
         )
     return parts
 
@@ -274,7 +282,7 @@ class _Reader:
         return _Part(self.path, metadata, tensors)
 
     def take(self, count: int) -> int:
-        """Where the next `count` bytes begin; they are passed over."""
+        """Skip the next `count` bytes; returns where they begin."""
         begin, self.at = self.at, self.at + count
         if self.at > self.size:
             raise _unreadable(self.path, f"it is cut short: its header goes on after its {self.size:,} bytes")
@@ -324,7 +332,7 @@ class _Reader:
         name, dimensions = self.text(), self.scalar("<I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise _unreadable(self.path, f"its tensor {name!r} has {dimensions} dimensions")
-        shape = tuple(self.scalar("<Q") for _ in range(dimensions))[::-1]  # innermost first in the file
+        shape = tuple(self.scalar("<Q") for _ in range(dimensions))[::-1]  # the file has the innermost first
         return name, shape, self.scalar("<I"), self.scalar("<Q")
 
     def tensor(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
@@ -332,7 +340,8 @@ class _Reader:
             type_ = GGMLQuantizationType(kind)
         except ValueError as error:
             raise ModelRefused(
-                f"{self.path}: {name} is of a number type ({kind}) that the installed package gguf does not know: "
+                f"{self.path}: {name} is of a number type ({kind}) that the installed package gguf does not "
+                "know: "
                 "`pip install --upgrade gguf`, or take the same model in another quantization"
             ) from error
         block, block_bytes = GGML_QUANT_SIZES[type_]
@@ -345,12 +354,13 @@ class _Reader:
         )
 
     def require_whole(self, tensors: list[GgufTensor]) -> None:
-        """Every tensor lies within the file, and none over another."""
+        """Check that every tensor is within the file, and none overlaps another."""
         beyond = [tensor.name for tensor in tensors if tensor.offset + tensor.num_bytes > self.size]
         if beyond:
             need = max(tensor.offset + tensor.num_bytes for tensor in tensors)
             raise ModelRefused(
-                f"{self.path} is cut short: the data of {len(beyond)} of its {len(tensors)} tensors ({listed(beyond)}) lie beyond its end "
+                f"{self.path} is cut short: the data of {len(beyond)} of its {len(tensors)} tensors "
+                f"({listed(beyond)}) lie beyond its end "
                 f"({self.size:,} bytes, {need:,} are needed): {_FETCH_AGAIN}"
             )
         ordered = sorted(tensors, key=lambda tensor: tensor.offset)

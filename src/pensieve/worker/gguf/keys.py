@@ -1,4 +1,7 @@
-"""The keys of one architecture, each to be used or known to be harmless. Knows which were asked for; never what they mean."""
+"""The keys of one architecture, each to be used or known to be harmless.
+
+Knows which were asked for; never what they mean.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 from pensieve.errors import ModelRefused
 from pensieve.worker.gguf.file import Strings
 
-# Keys that say nothing while they have one of these values, with what they would say otherwise.
+# Keys that mean nothing while they have one of these values, with what they would mean otherwise.
 _NEUTRAL: dict[str, tuple[Container[Any], str]] = {
     "attention.causal": ((True,), "whether tokens see only those before them"),
     "attention.clamp_kqv": ((0,), "a limit to keys and values"),
@@ -31,10 +34,10 @@ _NEUTRAL: dict[str, tuple[Container[Any], str]] = {
     "pooling_type": ((0,), "one vector of a whole text, as embedding models give"),
     "use_parallel_residual": ((False,), "attention and MLP side by side"),
 }
-# Keys that never change an answer, each with what it says.
+# Keys that never change an answer, each with its meaning.
 _HARMLESS = {
     "rope.scaling.finetuned": "whether training went on after the rotary positions were scaled",
-    "tensor_data_layout": "a remark of the first converter on the order of rows, which the architecture says too",
+    "tensor_data_layout": "the first converter's order of rows, which the architecture says too",
 }
 
 
@@ -42,7 +45,8 @@ class Keys:
     """The `{architecture}.*` keys of a file. Remembers which were asked for."""
 
     def __init__(self, metadata: dict[str, Any], architecture: str, label: str) -> None:
-        """
+        """Take a file's keys.
+
         Args:
             metadata: of the file.
             architecture: the prefix of the keys.
@@ -57,7 +61,7 @@ class Keys:
         self._used: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """Whether the file says it."""
+        """Whether the file has the key."""
         return name in self._values
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -66,18 +70,18 @@ class Keys:
         return self._values.get(name, default)
 
     def ignore(self, *names: str) -> None:
-        """These change nothing here."""
+        """Note that these keys change nothing here."""
         self._used.update(names)
 
     def ignore_under(self, *prefixes: str) -> None:
-        """All keys that begin so change nothing here."""
+        """Note that no key with one of these prefixes changes anything here."""
         self._used.update(name for name in self._values if name.startswith(prefixes))
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """An integer; a list with one number a layer, if all are the same.
+        """An integer; of a list with one number a layer, their common value.
 
         Raises:
-            ModelRefused: not there and without a default, or not such a number.
+            ModelRefused: missing and without a default, or not such a number.
         """
         value = self.get(name, default)
         if isinstance(value, list) and value and len(set(value)) == 1:
@@ -96,7 +100,7 @@ class Keys:
         """A number.
 
         Raises:
-            ModelRefused: not there and without a default, or no number.
+            ModelRefused: missing and without a default, or not a number.
         """
         value = self.get(name, default)
         if value is None:
@@ -108,17 +112,17 @@ class Keys:
         return float(value)
 
     def require(self, name: str, value: float, why: str) -> None:
-        """If the key is there it must have this value, which transformers computes with whatever the file says."""
+        """Require this value of a key, if the file has it: transformers always computes with it."""
         if name in self._values and abs(self.number(name) - value) > 1e-5 * abs(value):
             raise self.refused(f"its {name} is {self.number(name):g}; {why}")
 
     def require_if_unused(self, name: str, value: float, why: str) -> None:
-        """The same, unless the key was used otherwise."""
+        """Require this value of a key, unless the key was used otherwise."""
         if name not in self._used:
             self.require(name, value, why)
 
     def unused(self) -> list[str]:
-        """Keys that nothing asked for and that are not known to be harmless, with their values."""
+        """Keys that were not asked for and are not known to be harmless, with their values."""
         left = []
         for name, value in self._values.items():
             if name in self._used or name in _HARMLESS:
@@ -131,7 +135,8 @@ class Keys:
         return left
 
     def refused(self, reason: str) -> ModelRefused:
-        """A refusal to raise, with the way out."""
+        """The error for a refusal, with the way out."""
         return ModelRefused(
-            f"{self.label} cannot be converted: {reason}. Name a folder with safetensors of the same model, or its hub id, instead"
+            f"{self.label} cannot be converted: {reason}. Name a folder with safetensors of the same model, "
+            "or its hub id, instead"
         )

@@ -1,7 +1,8 @@
-"""Whether a file holds a whole model and nothing else: each parameter gets its numbers, each tensor and key has its use. Knows no disk.
+"""Checks that a file holds a whole model and nothing else.
 
-The parameters are those of transformers' own model, built from the config without memory for weights. A parameter that no tensor
-fills, a tensor or a key that nothing needs, or a difference in shape is a refusal with names.
+Knows tensors' names and shapes; never the disk. The parameters are those of transformers' own model, built
+from the config without memory for weights. A parameter that no tensor fills, a tensor or a key that has no
+use, or a difference in shape is refused, with names.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _ARCHITECTURES = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a file's header says: cheap, no tensor was read."""
+    """The contents of a file's header. Cheap: no tensor was read."""
 
     source: Source
     meaning: Meaning
@@ -46,7 +47,7 @@ class Described:
 class Parameter:
     """One parameter of the model, to be written."""
 
-    name: str  # as transformers calls it
+    name: str  # transformers' name for it
     made: Made
 
 
@@ -54,7 +55,8 @@ def describe(model: GgufModel) -> Described:
     """The config that a file's header gives.
 
     Raises:
-        ModelRefused: no model, an architecture that is not known, or keys that cannot be carried over; the message says which.
+        ModelRefused: not a model, an architecture that is not known, or keys that cannot be converted; the
+            message says which.
     """
     from transformers import AutoConfig
 
@@ -65,7 +67,7 @@ def describe(model: GgufModel) -> Described:
         ArithmeticError,
         TypeError,
         ValueError,
-    ) as error:  # a value of another kind than the key's, where it is used
+    ) as error:  # a value of another kind than its key's, where it is used
         raise source.keys.refused(
             f"its keys contradict each other or are damaged ({_first_line(error)})"
         ) from error
@@ -75,7 +77,8 @@ def describe(model: GgufModel) -> Described:
     unused = source.keys.unused()
     if unused:
         raise source.keys.refused(
-            f"{len(unused)} of its keys have no place in transformers' {meaning.config['model_type']} ({listed(unused)})"
+            f"{len(unused)} of its keys have no place in transformers' {meaning.config['model_type']} "
+            f"({listed(unused)})"
         )
     try:
         config: PretrainedConfig = AutoConfig.for_model(**meaning.config, dtype="bfloat16")
@@ -90,12 +93,14 @@ def account(described: Described) -> list[Parameter]:
     """Every parameter of the model with the tensors that fill it.
 
     Raises:
-        ModelRefused: tensors are missing, left over, of another shape, or of a number type that cannot be read.
+        ModelRefused: tensors are missing, left over, of another shape, or of a number type that cannot be
+            read.
     """
     model = described.source.model
     if model.architecture not in _ARCHITECTURES:
         raise ModelRefused(
-            f"{model.name} is of an architecture ({model.architecture}) that came after the installed package gguf: "
+            f"{model.name} is of an architecture ({model.architecture}) that came after the installed "
+            "package gguf: "
             "`pip install --upgrade gguf`"
         )
     expected = _parameters(described)
@@ -118,7 +123,8 @@ def account(described: Described) -> list[Parameter]:
     ]
     if wrong:
         raise ModelRefused(
-            f"{model.name} does not hold what it says: {len(wrong)} tensors are of another shape ({listed(wrong)}). {_INSTEAD}"
+            f"{model.name} does not hold what it says: {len(wrong)} tensors are of another shape "
+            f"({listed(wrong)}). {_INSTEAD}"
         )
     return found
 
@@ -131,7 +137,7 @@ def _parameters(described: Described) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(described.config)
-    except Exception as error:  # whatever a class of models says of a config it cannot build
+    except Exception as error:  # a model's class may raise anything for a config that it cannot build
         raise described.source.keys.refused(f"transformers cannot build it ({_first_line(error)})") from error
     described.config.architectures = [type(model).__name__]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -181,20 +187,22 @@ def _incomplete(
     if len(layers) != said:
         reasons.append(f"it says {said} layers and holds {len(layers)}")
     return ModelRefused(
-        f"{source.model.name} is not a whole {described.config.model_type} model of {num_parameters} parameters: {'; '.join(reasons)}. "
+        f"{source.model.name} is not a whole {described.config.model_type} model of {num_parameters} "
+        f"parameters: {'; '.join(reasons)}. "
         f"Fetch it again, or: {_INSTEAD[0].lower()}{_INSTEAD[1:]}"
     )
 
 
 def _require_readable(model: GgufModel, used: set[str]) -> None:
-    """The package gguf can widen every number type of the file: tried on one block of zeros each."""
+    """Check that the package gguf can widen every number type of the file, on one block of zeros each."""
     for kind in {model.tensors[name].type for name in used} - PLAIN_TYPES:
         try:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except (NotImplementedError, ValueError, KeyError) as error:
             some = listed([name for name in used if model.tensors[name].type is kind])
             raise ModelRefused(
-                f"{model.name} holds tensors of the number type {kind.name} ({some}), which the installed package gguf cannot widen: "
+                f"{model.name} holds tensors of the number type {kind.name} ({some}), which the installed "
+                "package gguf cannot widen: "
                 "take the same model in another quantization (Q4_K_M, Q8_0)"
             ) from error
 

@@ -1,6 +1,7 @@
-"""Rotary positions: what a GGUF file says of them as transformers' `rope_parameters`. Knows keys and factors; never layers.
+"""Rotary positions of a GGUF file as transformers' `rope_parameters`.
 
-The defaults for what a file leaves out are llama.cpp's: base 10,000, all of a head rotated, scaling linear if only a factor is given.
+Knows keys and factors; never layers. Defaults for missing keys are llama.cpp's: base 10,000, all of a head
+rotated, linear scaling if only a factor is given.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from pensieve.worker.gguf.keys import Keys
 
 _CLOSE = 1e-4  # two factors that differ less, relatively, are the same: files keep them as float32
-_LLAMA3_CONTEXTS = tuple(2**n for n in range(8, 21))  # tokens, of the training before frequencies were scaled
+_LLAMA3_CONTEXTS = tuple(2**n for n in range(8, 21))  # tokens of context before frequencies were scaled
 
 
 def rope_parameters(
@@ -25,12 +26,13 @@ def rope_parameters(
     Args:
         keys: of the file.
         head_dim: size of a head.
-        context: tokens the file says the model takes.
+        context: the model's context in the file, tokens.
         partial: whether the model can leave a part of each head unrotated.
-        scaled: False leaves out the scaling, of which the caller takes care.
+        scaled: False leaves out the scaling, which the caller handles.
 
     Raises:
-        ModelRefused: a kind of scaling that transformers has not, or a partly rotated head where the model can have none.
+        ModelRefused: a kind of scaling that transformers lacks, or a partly rotated head in a model that can
+            have none.
     """
     parameters = {
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
@@ -41,7 +43,8 @@ def rope_parameters(
         parameters["partial_rotary_factor"] = _share(dimensions, head_dim)
     elif dimensions != head_dim:
         raise keys.refused(
-            f"it rotates {dimensions} of the {head_dim} numbers of a head, and transformers rotates all for this kind"
+            f"it rotates {dimensions} of the {head_dim} numbers of a head, and transformers rotates all for "
+            "this kind"
         )
     return parameters
 
@@ -67,7 +70,8 @@ def _scaling(keys: Keys, context: int) -> dict[str, Any]:
             raise keys.refused(f"its rotary positions are scaled in a way that is not known here ({kind!r})")
     if abs(attention - 1) > _CLOSE:
         raise keys.refused(
-            f"it scales attention by {attention:g} (rope.scaling.attn_factor), which transformers does for yarn only"
+            f"it scales attention by {attention:g} (rope.scaling.attn_factor), which transformers does for "
+            "yarn only"
         )
     return {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
 
@@ -89,13 +93,14 @@ def _yarn(keys: Keys, factor: float, original: int, attention: float) -> dict[st
     if multiplier := keys.number("rope.scaling.yarn_log_multiplier", 0.0):
         usual /= _mscale(factor, multiplier)
         parameters["attention_factor"] = usual
-    # Converters write the whole factor into yarn_attn_factor and, in some architectures, into attn_factor; llama.cpp multiplies the
-    # latter with the usual one. Only where both readings agree is it known what is meant.
+    # Converters write the whole factor into yarn_attn_factor and, in some architectures, into attn_factor;
+    # llama.cpp multiplies the latter with the usual one. The meaning is certain only if both readings agree.
     if (whole := keys.number("rope.scaling.yarn_attn_factor", 0.0)) > 0:
         parameters["attention_factor"] = whole
     elif not (math.isclose(attention, 1.0, rel_tol=_CLOSE) or math.isclose(attention, usual, rel_tol=_CLOSE)):
         raise keys.refused(
-            f"it scales attention by {attention:g} (rope.scaling.attn_factor), yarn by {factor:g} usually by {usual:.4g}"
+            f"it scales attention by {attention:g} (rope.scaling.attn_factor), yarn by {factor:g} usually by "
+            f"{usual:.4g}"
         )
     return parameters
 
@@ -107,7 +112,10 @@ def _mscale(factor: float, multiplier: float) -> float:
 def longrope(
     keys: Keys, parameters: dict[str, Any], long: list[float], short: list[float], context: int
 ) -> dict[str, Any]:
-    """`parameters` of kind longrope with its two lists of factors (dimensions / 2,), and its attention factor if it is not the usual one."""
+    """`parameters` of kind longrope with its lists of factors (dimensions / 2,) and its attention factor.
+
+    The attention factor is left out if it is the usual one.
+    """
     original = parameters["original_max_position_embeddings"]
     attention = keys.number("rope.scaling.attn_factor", 0.0)
     ratio = context / original
@@ -119,10 +127,12 @@ def longrope(
 
 
 def llama3(keys: Keys, plain: dict[str, Any], factors: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """`plain` parameters with the scaling that a file stores as one factor for each frequency, `rope_freqs.weight` (dimensions / 2,).
+    """`plain` parameters with Llama 3's scaling, found from its factors `rope_freqs.weight` (dimensions /
+    2,).
 
-    Llama 3.1 and later divide long wavelengths by a factor, leave short ones as they are, and go over in a ramp between
-    (transformers' `rope_type` "llama3"). The file keeps what comes of it; the rule is found again, or the file refused.
+    Llama 3.1 and later divide long wavelengths by a factor, leave short ones as they are, and blend between
+    (transformers' `rope_type` "llama3"). The file keeps only the resulting factors; we find the rule again,
+    or refuse the file.
 
     Raises:
         ModelRefused: no rule that transformers has gives these factors.
@@ -139,8 +149,8 @@ def llama3(keys: Keys, plain: dict[str, Any], factors: npt.NDArray[np.float32]) 
         smooth = np.clip((context / wavelengths - 1.0) / 3.0, 0.0, 1.0)
         if np.allclose(1.0 / ((1 - smooth) / factor + smooth), factors, rtol=_CLOSE):
             return {
-                **plain, "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": context,
+                **plain, "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": context,
             }  # fmt: skip
     raise keys.refused(
         "its rotary frequency factors (rope_freqs.weight) follow no rule that transformers has"
@@ -148,6 +158,8 @@ def llama3(keys: Keys, plain: dict[str, Any], factors: npt.NDArray[np.float32]) 
 
 
 def _share(dimensions: int, head_dim: int) -> float:
-    """The share of a head that is rotated, so that transformers finds the same number of dimensions by rounding down."""
+    """The share of a head that is rotated, such that transformers rounds it down to the same number of
+    dimensions.
+    """
     share = dimensions / head_dim
     return share if int(head_dim * share) == dimensions else math.nextafter(share, 2.0)

@@ -1,4 +1,7 @@
-"""What every architecture reads of a file alike, and what it gives back. Knows keys and names that all share; never one architecture."""
+"""The keys and names that all architectures share, and what each makes of a file.
+
+Knows keys and names that all share; never one architecture.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,12 @@ class Meaning:
         default_factory=dict
     )  # by the name of a tensor without "blk.N." and ".weight"
     rules: tuple[Rule, ...] = ()
-    ignored: tuple[str, ...] = ()  # beginnings of names of tensors that change nothing
-    note: str | None = None  # what the user should know
+    ignored: tuple[str, ...] = ()  # prefixes of the names of tensors that change nothing
+    note: str | None = None  # what the user should know; None if nothing
 
 
 class Source:
-    """The keys of a file and its tensors' names and shapes, with what all architectures have in common."""
+    """A file's keys and its tensors' names and shapes, with what all architectures have in common."""
 
     def __init__(self, model: GgufModel) -> None:
         self.model = model
@@ -50,13 +53,13 @@ class Source:
         return name in self.tensors or f"blk.0.{name}" in self.tensors
 
     def vector(self, name: str) -> list[float] | None:
-        """A tensor's numbers, if it is there."""
+        """A tensor's numbers; None if it is missing."""
         tensor = self.tensors.get(name)
         return None if tensor is None else [float(value) for value in tensor.values().reshape(-1)]
 
     @property
     def context(self) -> int:
-        """Tokens the model was made for."""
+        """The context that the model was made for, tokens."""
         return self.keys.whole("context_length")
 
     @property
@@ -71,7 +74,10 @@ class Source:
     def common(
         self, model_type: str, *, norm: str = "rms_norm_eps", feed_forward: str = "feed_forward_length"
     ) -> dict[str, Any]:
-        """The config that is written alike for all: sizes, counts, the norms' epsilon (under transformers' name for it), special tokens."""
+        """The part of the config that is the same for all architectures.
+
+        Sizes, counts, the norms' epsilon (under transformers' name for it), special tokens.
+        """
         keys = self.keys
         heads = keys.whole("attention.head_count")
         epsilon = (
@@ -90,7 +96,7 @@ class Source:
         }
 
     def vocabulary(self) -> dict[str, Any]:
-        """The part of a config that speaks of tokens."""
+        """The part of a config that concerns tokens."""
         embedding = self._embedding()
         size, tokens = embedding.shape[0], self.model.metadata.get("tokenizer.ggml.tokens")
         counts = [

@@ -1,6 +1,7 @@
-"""From tensors as llama.cpp arranges them to one parameter as transformers has it. Knows shapes and orders; never names.
+"""Transforms tensors in llama.cpp's arrangement into one parameter in transformers'.
 
-Each transform gives the parameter's shape at once and its numbers in pieces, so that no more than a piece is in memory.
+Knows shapes and orders; never names. Each transform gives the parameter's shape at once and its numbers in
+pieces, so that only one piece is in memory.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ _NUMBER_TYPES: dict[GGMLQuantizationType, NumberType] = {
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A parameter, not computed yet."""
+    """A parameter that is not computed yet."""
 
     shape: tuple[int, ...]
-    number_type: NumberType  # it is kept in: what the file has, bfloat16 for quantized tensors
+    # the number type that it is kept in: the file's, or bfloat16 for quantized tensors
+    number_type: NumberType
     pieces: Callable[[], Iterator[Array]]  # one after another they are the parameter, row by row
     largest: int  # values of the largest piece
 
@@ -57,7 +59,10 @@ def minus_one(tensors: list[GgufTensor]) -> Made:
 
 
 def in_halves(num_heads: int) -> Transform:
-    """A query or key projection whose rotary pairs lie side by side in each head: (heads * D, ...); transformers has two halves."""
+    """A query or key projection whose rotary pairs are side by side in each head: (heads * D, ...).
+
+    Transformers has them in two halves.
+    """
 
     def transform(tensors: list[GgufTensor]) -> Made:
         (tensor,) = tensors
@@ -76,7 +81,10 @@ def in_halves(num_heads: int) -> Transform:
 
 
 def by_head(num_heads: int) -> Transform:
-    """Queries, keys and values one after the other (3 * heads * D, ...); transformers has the three of each head together."""
+    """Queries, keys and values one after the other (3 * heads * D, ...).
+
+    Transformers has the three of each head together.
+    """
 
     def transform(tensors: list[GgufTensor]) -> Made:
         (tensor,) = tensors
@@ -186,7 +194,10 @@ def single_experts(per_expert: int) -> Transform:
 
 
 def interleaved(tensors: list[GgufTensor]) -> Made:
-    """Gate and up of experts with columns taken in turn: two (E, M, N) become (E, N, 2 M), two biases (E, M) become (E, 2 M)."""
+    """Gate and up of experts with columns taken in turn.
+
+    Two (E, M, N) become (E, N, 2 M), two biases (E, M) become (E, 2 M).
+    """
     gate, up = tensors
     if gate.shape != up.shape or len(gate.shape) not in (2, 3):
         raise WrongShape(f"{gate.name} and {up.name} are of shapes {gate.shape} and {up.shape}")
@@ -222,7 +233,7 @@ def _whole(tensors: list[GgufTensor], shape: tuple[int, ...], compute: Callable[
 
 
 def _number_type(tensors: list[GgufTensor]) -> NumberType:
-    """The type that holds all of these exactly, but bfloat16 for what is quantized."""
+    """The type that holds all of these exactly, or bfloat16 for quantized tensors."""
     kinds = {_NUMBER_TYPES.get(tensor.type, "BF16") for tensor in tensors}
     if len(kinds) == 1:
         return kinds.pop()

@@ -1,6 +1,7 @@
-"""Parameters into a safetensors file, piece by piece. Knows the format and number types; never names' meanings or where files lie.
+"""Writes parameters into a safetensors file, piece by piece.
 
-The file is laid out before the first number is computed, so that no more than one piece is ever in memory.
+Knows the format and number types; never names' meanings or where files are. The file is laid out before the
+first number is computed, so that only one piece is in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pensieve.worker.gguf.transforms import Array
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ALIGNMENT = 8  # bytes, of the data
-# Bytes in memory for each value of a piece: as it is stored, in float32, twice while it is widened or reordered, and as written.
+# Bytes in memory for each value of a piece: as stored, in float32, twice while it is widened or reordered,
+# and as written.
 _WORK_BYTES = 20
 
 
@@ -30,17 +32,17 @@ def file_bytes(parameters: list[Parameter]) -> int:
 
 
 def working_bytes(parameters: list[Parameter]) -> int:
-    """The most memory that `write` needs at a time."""
+    """The most memory that `write` needs at a time, in bytes."""
     return _WORK_BYTES * max(parameter.made.largest for parameter in parameters)
 
 
 def num_values(parameters: list[Parameter]) -> int:
-    """How many weights the model has."""
+    """The model's number of weights."""
     return sum(math.prod(parameter.made.shape) for parameter in parameters)
 
 
 def write(path: Path, parameters: list[Parameter], done: Callable[[float], None] | None = None) -> None:
-    """Write all parameters to one file; `done` is told the share that is written.
+    """Write all parameters to one file; calls `done` with the share that is written.
 
     Raises:
         ModelRefused: the GGUF file changed meanwhile.

@@ -1,8 +1,11 @@
-"""The kernels, plain C that is built with the package and loaded through ctypes. Knows pointers and threads; never models or plans.
+"""The kernels: plain C, built with the package and loaded through ctypes.
 
-One shared object serves every x86-64 CPU: each level of instructions is compiled in and chosen when it runs. It is not linked to torch; the threads
-are torch's own all the same, since a second pool would spin against the first. Nothing here is needed: without a compiler at installation, or on
-another processor, everything is computed in torch.
+Knows pointers and threads; never models or plans.
+
+One shared object serves every x86-64 CPU: each level of instructions is compiled in and chosen at run time.
+It is not linked to torch, but runs on torch's own threads, since a second pool would spin against the first.
+The kernels are optional: without a compiler at installation, or on another processor, torch computes
+everything.
 """
 
 from __future__ import annotations
@@ -19,18 +22,20 @@ import torch
 
 from pensieve.errors import ConfigError
 
-CAP = "PENSIEVE_ISA"  # environment variable: the highest level that the kernels may use, so that any CPU tests all of them
+# environment variable: the highest level that the kernels may use, so that any CPU tests all of them
+CAP = "PENSIEVE_ISA"
 POINTER, INT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-KINDS = {torch.float32: 0, torch.bfloat16: 1}  # KIND_... of call.h: what the kernels compute with
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # KIND_... of call.h: the dtypes that the kernels compute in
 
-_FUNCTIONS = {  # with what they return
-    "level": INT, "has_amx": INT, "has_bytes": INT, "use_threads": None, "call_bytes": INT, "attend": INT, "count_parts": INT, "write": None,
-    "rows_bytes": INT, "norm": None, "rotate": None, "gate": None, "products_bytes": INT, "multiply": None, "layer_bytes": INT, "layer": INT,
+_FUNCTIONS = {  # and the type of their results
+    "level": INT, "has_amx": INT, "has_bytes": INT, "use_threads": None, "call_bytes": INT, "attend": INT,
+    "count_parts": INT, "write": None, "rows_bytes": INT, "norm": None, "rotate": None, "gate": None,
+    "products_bytes": INT, "multiply": None, "layer_bytes": INT, "layer": INT,
 }  # fmt: skip
 
 
 class Level(IntEnum):
-    """Instructions that the kernels are compiled for; each includes those before it."""
+    """Instructions that the kernels are compiled for; each level includes those before it."""
 
     AVX2 = 1
     AVX512 = 2
@@ -40,7 +45,9 @@ class Level(IntEnum):
 
 @cache
 def levels() -> tuple[Level, ...]:
-    """The levels that the kernels may use, ascending: those of this CPU, up to the one that PENSIEVE_ISA names; none where the kernels are missing.
+    """The levels that the kernels may use, ascending; none if the kernels are missing.
+
+    These are this CPU's levels, up to the one that PENSIEVE_ISA names.
 
     Raises:
         ConfigError: PENSIEVE_ISA names no level, or one that this CPU lacks.
@@ -53,24 +60,28 @@ def levels() -> tuple[Level, ...]:
         return here
     if most > here[-1]:
         raise ConfigError(
-            f"{CAP}={most.name.lower()}: this CPU has {_listed(here)} only; name one of them, or leave the variable out"
+            f"{CAP}={most.name.lower()}: this CPU has {_listed(here)} only; name one of them, or leave the "
+            "variable out"
         )
     return tuple(level for level in here if level <= most)
 
 
 def name() -> str:
-    """The instructions that the kernels compute with, for people; "no" where they are missing."""
+    """The name of the instructions that the kernels use; "no" if the kernels are missing."""
     return levels()[-1].name.replace("_", "-") if levels() else "no"
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies tiles of matrices in hardware, as oneDNN does and our attention. Under a cap it counts as one that does not."""
+    """Whether this CPU multiplies tiles of matrices in hardware (AMX).
+
+    False if PENSIEVE_ISA names a lower level.
+    """
     found = library()
     return not isinstance(found, str) and _cap() in (None, Level.AMX) and bool(found.pensieve_has_amx())
 
 
 def _cap() -> Level | None:
-    """The level that PENSIEVE_ISA names; None where it is not set."""
+    """The level that PENSIEVE_ISA names; None if it is not set."""
     if not (asked := os.environ.get(CAP, "")):
         return None
     for level in Level:
@@ -85,10 +96,10 @@ def _listed(some: Iterable[Level]) -> str:
 
 @cache
 def library() -> ctypes.CDLL | str:
-    """The kernels, ready to be called; or why there are none."""
-    places = [
-        Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES
-    ]
+    """The kernel library, or the reason why there is none."""
+    # the shortest name first: a build of an earlier version may lie beside it under a longer one
+    suffixes = sorted(importlib.machinery.EXTENSION_SUFFIXES, key=len)
+    places = [Path(__file__).with_name("_native" + suffix) for suffix in suffixes]
     path = next((place for place in places if place.exists()), None)
     if path is None:
         return "built without a C compiler: install one (gcc or clang), then this package again"
@@ -105,7 +116,10 @@ def library() -> ctypes.CDLL | str:
 
 
 def library_for(call: str, num_bytes: int) -> ctypes.CDLL | str:
-    """The kernels, if what they take for a call of this name is as large as what we would hand over; or why there are none."""
+    """The kernel library, or the reason why it is unusable.
+
+    It is unusable if it is missing, or if its struct for a call of this name is not `num_bytes` long.
+    """
     found = library()
     if not isinstance(found, str) and getattr(found, f"pensieve_{call}_bytes")() != num_bytes:
         return "the kernels were built from other sources: install this package again"
@@ -113,13 +127,13 @@ def library_for(call: str, num_bytes: int) -> ctypes.CDLL | str:
 
 
 def num_threads() -> int:
-    """How many threads a kernel may ask for."""
+    """The number of threads that a kernel may use."""
     return torch.get_num_threads() if threads() else 1
 
 
 @cache
 def threads() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch itself runs on; None: torch uses another kind of threads."""
+    """Address of `GOMP_parallel` in torch's OpenMP runtime; None if torch uses another kind of threads."""
     if not torch._C.has_openmp:
         return None
     for path in (None, *sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))):

@@ -371,7 +371,7 @@ static void attend_item(void *data, int64_t index, int64_t thread)
     if (part->num_parts > 1) {
         int32_t *settled = attending->settled + part->block * call->num_kv_heads + kv_head;
         if (__atomic_add_fetch(settled, 1, __ATOMIC_ACQ_REL) < part->num_parts)
-            return; /* whoever comes last puts them together, in their order */
+            return; /* the thread that finishes last combines them, in their order */
     }
     attending->variant.finish(call, part, kv_head, partials, sum);
 }

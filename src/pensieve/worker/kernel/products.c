@@ -1,7 +1,7 @@
 /* Rows times weights, in bfloat16: sums of floats in registers, each result rounded once, or left a float.
  *
  * A tile is some rows by one panel of outputs, and all inputs: few rows read the weights at the speed of memory, many compute at the speed of the
- * multipliers. Threads take tiles in turn, so that one that is held up (other programs want processors, too) holds up nobody else.
+ * multipliers. Threads take tiles in turn, so that one that is held up (other programs want processors, too) delays no other.
  */
 #include "products.h"
 

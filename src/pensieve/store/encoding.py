@@ -1,6 +1,7 @@
-"""How messages, token ids and names are written in a database's columns. Knows values; never tables or connections.
+"""Encodes messages, token ids and names for a database's columns.
 
-All JSON is ASCII: it holds any string, lone surrogates and NUL included, in a column of any database.
+Knows values; never tables or connections. All JSON is ASCII: it holds any string, lone surrogates and NUL
+included, in a column of any database.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from pensieve.errors import InvalidRequest, StoreError
-from pensieve.message import Message, ToolCall
+from pensieve.message import Message, ToolCall, json_pieces
 from pensieve.store.values import Conversation, Turn
 
-MAX_NAME_BYTES = 1024  # two of them fit an entry of a PostgreSQL index, which may have some 2,700
+MAX_NAME_BYTES = 1024  # two of them fit into an entry of a PostgreSQL index, which may have about 2,700 bytes
 
-# The columns that make a value, in the order in which `conversation` and `turn` take them.
+# The columns of a value, in the order in which `conversation` and `turn` read them.
 CONVERSATION = "id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, pinned, ttl_s"
 TURN = "id, parent, messages, token_ids, start, reply_reason, created_s, digest, meta, stop, checksum"
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a turn adds to its parent's path: the values, and how they are written. Made before a writer's time is spent on it."""
+    """A turn's values and their encoding, made before the writer's thread works on them."""
 
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
@@ -38,7 +39,11 @@ class Content:
     def of(
         cls, messages: Sequence[Message], token_ids: Sequence[int], meta: Mapping[str, object] | None
     ) -> Content:
-        """Copies: the caller's lists may change afterwards. Raises `InvalidRequest` for a token id that is none, or meta that JSON cannot hold."""
+        """Encode copies of the values.
+
+        Raises:
+            InvalidRequest: a token id is out of range, or JSON cannot hold the meta.
+        """
         messages, token_ids = tuple(messages), tuple(token_ids)
         return cls(
             messages, token_ids, messages_text(messages), pack(token_ids), json_text(meta, "a turn's meta")
@@ -51,7 +56,7 @@ def columns(names: str, table: str) -> str:
 
 
 def conversation(row: Sequence[Any]) -> Conversation:
-    """From the columns of `CONVERSATION`.
+    """A conversation from the columns of `CONVERSATION`.
 
     Raises:
         StoreError: its title or metadata is not what was written.
@@ -61,7 +66,8 @@ def conversation(row: Sequence[Any]) -> Conversation:
         title, metadata = None if title is None else title_from(title), json.loads(metadata)
     except ValueError as error:
         raise StoreError(
-            f"conversation {id!r} is damaged in the store ({error}): restore the store from a backup, or delete it"
+            f"conversation {id!r} is damaged in the store ({error}): restore the store from a backup, or "
+            "delete it"
         ) from error
     return Conversation(
         id, namespace, leaf, created_s, updated_s, title, metadata, expires_s, bool(pinned), ttl_s
@@ -69,7 +75,7 @@ def conversation(row: Sequence[Any]) -> Conversation:
 
 
 def turn(row: Sequence[Any]) -> Turn:
-    """From the columns of `TURN`.
+    """A turn from the columns of `TURN`.
 
     Raises:
         StoreError: they are not what was written.
@@ -112,7 +118,7 @@ def checksum(
     digest: bytes,
     meta: str,
 ) -> bytes:
-    """The hash of a turn's columns, as they are written: what is read with another one is not served."""
+    """The hash of a turn's encoded columns. A turn that is read with another hash is not served."""
     hashed = hashlib.blake2b(
         json.dumps([id, parent, start, reply_reason]).encode(), digest_size=16, person=b"pensieve-turn"
     )
@@ -125,13 +131,14 @@ def checksum(
 def damaged(turn_id: str, why: str) -> StoreError:
     """The error for a turn that is not what was written."""
     return StoreError(
-        f"turn {turn_id!r} is not what was written to the store ({why}): it is not served; restore the store from a backup, or delete its conversation"
+        f"turn {turn_id!r} is not what was written to the store ({why}): it is not served; restore the store "
+        "from a backup, or delete its conversation"
     )
 
 
 def messages_text(messages: Sequence[Message]) -> str:
-    """Messages as JSON: `[role, content]` each, and an object with the tools' fields where there are any."""
-    rows: list[list[object]] = []
+    """Messages as JSON: `[role, content]` each, with an object of the tool fields if there are any."""
+    rows = []
     for message in messages:
         extra: dict[str, object] = {}
         if message.tool_calls:
@@ -140,8 +147,10 @@ def messages_text(messages: Sequence[Message]) -> str:
             extra["tool_call_id"] = message.tool_call_id
         if message.name is not None:
             extra["name"] = message.name
-        rows.append([message.role, message.content, extra] if extra else [message.role, message.content])
-    return json.dumps(rows)
+        content = "".join(json_pieces(message.content))
+        rest = f", {json.dumps(extra)}]" if extra else "]"
+        rows.append(f"[{json.dumps(message.role)}, {content}{rest}")
+    return f"[{', '.join(rows)}]"  # (as json.dumps writes it)
 
 
 def messages_from(text: str) -> tuple[Message, ...]:
@@ -158,7 +167,7 @@ def pack(token_ids: Sequence[int]) -> bytes:
     """Token ids as little-endian uint32.
 
     Raises:
-        InvalidRequest: one is none.
+        InvalidRequest: one is no integer in that range.
     """
     try:
         return struct.pack(f"<{len(token_ids)}I", *token_ids)
@@ -173,10 +182,10 @@ def unpack(blob: bytes) -> tuple[int, ...]:
 
 
 def json_text(value: Mapping[str, object] | None, what: str) -> str:
-    """A caller's mapping as JSON; None = an empty one.
+    """A caller's mapping as JSON; None gives an empty one.
 
     Raises:
-        InvalidRequest: JSON cannot hold it. `what` it is, says the message.
+        InvalidRequest: JSON cannot hold it; the message calls it `what`.
     """
     try:
         return json.dumps(dict(value or {}), allow_nan=False)
@@ -185,7 +194,7 @@ def json_text(value: Mapping[str, object] | None, what: str) -> str:
 
 
 def title_text(title: str | None) -> str | None:
-    """A title as JSON: it may hold anything."""
+    """A title as JSON, which can hold any text."""
     return None if title is None else json.dumps(title)
 
 
@@ -195,7 +204,7 @@ def title_from(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a column that is compared can hold a text: not a lone surrogate, which has no UTF-8 form, nor NUL, which PostgreSQL lacks."""
+    """Whether any database can compare this text: it has neither lone surrogates nor NUL."""
     try:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:
@@ -203,17 +212,18 @@ def is_name(text: str) -> bool:
 
 
 def check_names(**names: str | None) -> None:
-    """Refuse what `is_name` says no to.
+    """Refuse texts that are not names as `is_name` defines them, or too long for an index.
 
     Raises:
-        InvalidRequest: with the name of the argument, spaces for underscores. Also if it is too long for an index.
+        InvalidRequest: with the name of the argument, spaces for underscores.
     """
     for name, text in names.items():
         if text is not None and not is_name(text):
             raise InvalidRequest(f"{name.replace('_', ' ')} must be valid Unicode without NUL, got {text!r}")
         if text is not None and len(text.encode()) > MAX_NAME_BYTES:
             raise InvalidRequest(
-                f"{name.replace('_', ' ')} must be at most {MAX_NAME_BYTES} bytes long, got {len(text.encode())}"
+                f"{name.replace('_', ' ')} must be at most {MAX_NAME_BYTES} bytes long, got "
+                f"{len(text.encode())}"
             )
 
 

@@ -1,4 +1,7 @@
-"""What waits for what between computing and copying: on lanes that are as late as they may be, a wait that is missing gives wrong bytes."""
+"""What waits for what between computing and copying.
+
+On streams as late as events allow, a missing wait gives wrong bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from functools import partial
 import pytest
 import torch
 
-from late_lanes import LateDevice, LateLane
+from late_streams import LateDevice, LateStream
 from pensieve.core.plan import Copy
 from pensieve.worker.kv_store import KVStore
-from pensieve.worker.lanes import HostLane, lanes_for
+from pensieve.worker.streams import HostStream, streams_for
 from pensieve.worker.transfer import SwapIn, Transfer
 
 LAYERS, SEEDS = 4, 30
@@ -19,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class World:
-    """Two tiers, a transfer, and a model that reads and writes the first tier on the compute lane."""
+    """Two tiers, a transfer, and a model that reads and writes the first tier on the compute stream."""
 
     def __init__(self, seed: int) -> None:
         self.device = LateDevice(seed)
@@ -27,7 +30,7 @@ class World:
         for tier, store in enumerate(self.stores):
             for slot in range(6):
                 store.data[slot] = 100 * tier + slot
-        self.transfer = Transfer(self.stores, lanes=self.device.lanes)
+        self.transfer = Transfer(self.stores, streams=self.device.streams)
         self.seen: list[int] = []
 
     def close(self) -> None:
@@ -35,10 +38,10 @@ class World:
         self.transfer.close()
 
     def read(self, slot: int, layer: int) -> None:
-        self.device.lanes.compute.do(lambda: self.seen.append(int(self.stores[0].data[slot, layer, 0])))
+        self.device.streams.compute.do(lambda: self.seen.append(int(self.stores[0].data[slot, layer, 0])))
 
     def write(self, slot: int, number: int) -> None:
-        self.device.lanes.compute.do(lambda: self.stores[0].data[slot].fill_(number))
+        self.device.streams.compute.do(lambda: self.stores[0].data[slot].fill_(number))
 
 
 @pytest.fixture(params=range(SEEDS))
@@ -70,7 +73,7 @@ def copy_what_was_computed(world: World) -> int:
     return int(world.stores[1].data[4, 0, 0])
 
 
-def swap_in_where_somebody_reads(world: World) -> list[int]:
+def swap_in_where_a_forward_reads(world: World) -> list[int]:
     """A slot is given to another chunk while the forward that read the first one is still queued."""
     for layer in range(LAYERS):
         world.read(0, layer)
@@ -90,7 +93,7 @@ def test_a_chunk_is_copied_out_after_it_was_computed(world: World) -> None:
 
 
 def test_a_chunk_comes_in_after_the_last_reader_of_its_slot(world: World) -> None:
-    assert swap_in_where_somebody_reads(world) == [0] * LAYERS
+    assert swap_in_where_a_forward_reads(world) == [0] * LAYERS
     assert int(world.stores[0].data[0, 0, 0]) == 103
 
 
@@ -113,17 +116,17 @@ def test_a_missing_wait_for_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("story", "right"), [(copy_what_was_computed, 77), (swap_in_where_somebody_reads, [0] * LAYERS)]
+    ("story", "right"), [(copy_what_was_computed, 77), (swap_in_where_a_forward_reads, [0] * LAYERS)]
 )
 def test_a_missing_wait_for_what_was_computed_is_seen(
     monkeypatch: pytest.MonkeyPatch, story: object, right: object
 ) -> None:
-    monkeypatch.setattr(LateLane, "wait", lambda lane, mark: None)
+    monkeypatch.setattr(LateStream, "wait", lambda stream, event: None)
     assert wrong_in_some(story, right)
 
 
 def test_copies_of_a_layer_may_run_while_the_layer_before_computes() -> None:
-    """The lanes are not put in one order: some seed copies a later layer before an earlier one is read."""
+    """The streams are not put in one order: some seed copies a later layer before an earlier one is read."""
     orders = set()
     for seed in range(SEEDS):
         world = World(seed)
@@ -131,9 +134,9 @@ def test_copies_of_a_layer_may_run_while_the_layer_before_computes() -> None:
         ticket = world.transfer.start((Copy(1, 1, 3, 0, 5),), ())
         for layer in range(LAYERS):
             ticket.wait_layer(layer)
-            world.device.lanes.compute.do(partial(order.append, f"read {layer}"))
+            world.device.streams.compute.do(partial(order.append, f"read {layer}"))
         world.device.when_drained(1)
-        world.device.lanes.copy_in.do(partial(order.append, "copied"))
+        world.device.streams.copy_in.do(partial(order.append, "copied"))
         world.device.catch_up()
         orders.add(tuple(order))
         world.close()
@@ -141,13 +144,13 @@ def test_copies_of_a_layer_may_run_while_the_layer_before_computes() -> None:
 
 
 def test_on_a_cpu_everything_is_done_at_once() -> None:
-    lanes = lanes_for(CPU)
+    streams = streams_for(CPU)
     done: list[int] = []
-    for lane in (lanes.compute, lanes.copy_in, lanes.copy_out):
-        assert isinstance(lane, HostLane)
-        lane.do(lambda: done.append(1))
-        lane.wait(lane.mark())
-        lane.drain()
+    for stream in (streams.compute, streams.copy_in, streams.copy_out):
+        assert isinstance(stream, HostStream)
+        stream.do(lambda: done.append(1))
+        stream.wait(stream.record())
+        stream.drain()
     assert done == [1, 1, 1]
 
 
