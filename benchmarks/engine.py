@@ -30,10 +30,11 @@ from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.pace import Pace
+from pensieve.core.receipt import Receipt
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine.engine import Engine
-from pensieve.engine.messages import Event, Failed, Finished, Receipt, Submit
+from pensieve.engine.messages import Event, Failed, Finished, Submit
 from pensieve.runtime.loading import load_model
 from pensieve.runtime.options import DTYPE_BYTES, Options
 from pensieve.worker.attention import BACKENDS, make_backend

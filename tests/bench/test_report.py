@@ -20,7 +20,7 @@ from pensieve.bench.record import build_record, source_version, write_record
 from pensieve.bench.report import print_report, speedups, summarize
 from pensieve.bench.runs import EarlyEnd, Run, RunSettings, Subject, TurnRecord
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
-from pensieve.engine.messages import Receipt
+from pensieve.core.receipt import Receipt
 from pensieve.errors import ConfigError
 from pensieve.workloads.arrivals import ThinkClass
 from pensieve.workloads.conversations import Conversation

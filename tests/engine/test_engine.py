@@ -15,6 +15,7 @@ from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.plan import StepPlan, StepResult
+from pensieve.core.receipt import Miss
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine.engine import Engine
@@ -33,7 +34,6 @@ from pensieve.engine.messages import (
     GetStats,
     HintAnswer,
     Idle,
-    Miss,
     Stats,
     Submit,
     Warm,

@@ -14,8 +14,8 @@ from pensieve.core.request import SamplingParams
 from pensieve.engine.messages import Token
 from pensieve.errors import PensieveError
 from pensieve.server import open_answers
+from pensieve.server.answer import Answer
 from pensieve.server.ended import MAX_ENDED, EndedAnswers, bytes_of, bytes_of_piece
-from pensieve.server.open_answers import Answer
 from pensieve.service import PendingTurn, Piece, TurnSpec
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"

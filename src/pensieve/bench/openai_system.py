@@ -15,7 +15,7 @@ from typing import Any
 
 from pensieve.bench.chat_stream import EventSplitter, StreamedAnswer, TurnFailed, refusal
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
-from pensieve.engine.messages import Receipt
+from pensieve.core.receipt import Receipt
 from pensieve.errors import ConfigError, ModelUnavailable
 
 

@@ -54,3 +54,21 @@ class Receipt:
     total_s: float = 0.0  # from submission to the end
     truncated_tokens: int = 0  # of the history, left out by --overflow truncate
     misses: tuple[Miss, ...] = ()  # ascending; they cover exactly what was not found in the first tier
+
+    def __str__(self) -> str:
+        first = "-" if self.first_token_s is None else f"{1e3 * self.first_token_s:.0f} ms"
+        parts = [
+            f"prompt {self.prompt_tokens} tokens = gpu {self.gpu_tokens} + cpu {self.cpu_tokens} "
+            f"+ recomputed {self.recomputed_tokens} + new {self.new_tokens}",
+            f"out {self.output_tokens}",
+            f"moved {self.bytes_in / 1e6:.1f} MB in, {self.bytes_out / 1e6:.1f} MB out",
+            f"queue {1e3 * self.queue_s:.0f} ms, first token {first}, total {1e3 * self.total_s:.0f} ms",
+        ]
+        if self.truncated_tokens:
+            parts.append(f"left out {self.truncated_tokens} tokens")
+        if self.suspensions:
+            parts.append(
+                f"suspended {self.suspensions}x: {self.resume_cpu_tokens} swapped in, "
+                f"{self.resume_recomputed_tokens} recomputed again"
+            )
+        return " | ".join(parts)

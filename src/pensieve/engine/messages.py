@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from pensieve.core.overview import MapRow as MapRow
 from pensieve.core.plan import SampledToken
-from pensieve.core.receipt import Miss as Miss
-from pensieve.core.receipt import Receipt as Receipt
+from pensieve.core.receipt import Receipt
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.core.sequence import tenant_of as tenant_of
 

@@ -18,10 +18,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from pensieve import __version__
 from pensieve.server import chat, completions, conversations, errors, ops, pensieve_api, responses
+from pensieve.server.answer import Answer
 from pensieve.server.context import Context
 from pensieve.server.guard import GuardRules, RequestGuard
 from pensieve.server.metrics import Metrics
-from pensieve.server.open_answers import Answer
 from pensieve.server.sweeper import Sweeper
 
 log = logging.getLogger(__name__)

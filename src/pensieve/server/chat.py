@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from pensieve import __version__
 from pensieve.server import idempotency
+from pensieve.server.answer import Answer
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat_request import ChatRequest
 from pensieve.server.completed import (
@@ -26,7 +27,6 @@ from pensieve.server.completed import (
 )
 from pensieve.server.context import Asking, Caller, Context, Server
 from pensieve.server.errors import ApiError
-from pensieve.server.open_answers import Answer
 from pensieve.server.request_tools import ChosenTool, form_for, functions_of
 from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
 from pensieve.server.writing import is_long

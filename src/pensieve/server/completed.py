@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pensieve.core.receipt import Miss, Receipt
 from pensieve.core.request import FinishReason
-from pensieve.engine.messages import Miss, Receipt
 from pensieve.engine.messages import Token as SampledToken
 from pensieve.message import Message
-from pensieve.server.open_answers import Answer
+from pensieve.server.answer import Answer
 from pensieve.service import TurnDone, TurnSpec
 from pensieve.store import Turn
 from pensieve.text import ChatText

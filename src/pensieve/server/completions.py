@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from pensieve.engine.messages import Token
 from pensieve.errors import ContextLengthExceeded
+from pensieve.server.answer import Answer
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S, usage_json
 from pensieve.server.completed import receipt_json, usage_of
 from pensieve.server.completion_request import CompletionRequest
 from pensieve.server.context import Asking, Context, Server
-from pensieve.server.open_answers import Answer
 from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
 from pensieve.server.writing import is_long
 from pensieve.service import TurnDone, TurnSpec

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pensieve.service import Piece
 
 if TYPE_CHECKING:
-    from pensieve.server.open_answers import Answer
+    from pensieve.server.answer import Answer
 
 MAX_ENDED = 512  # ended answers that are kept
 MAX_ENDED_BYTES = 64 << 20  # of all ended answers

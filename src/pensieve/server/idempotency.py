@@ -21,9 +21,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pensieve.server.answer import Answer
 from pensieve.server.context import Caller, Context, in_thread
 from pensieve.server.errors import ApiError
-from pensieve.server.open_answers import Answer
 from pensieve.service import TurnSpec
 from pensieve.store import Turn
 

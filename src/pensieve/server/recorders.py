@@ -18,7 +18,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from pensieve.engine.messages import tenant_of
-from pensieve.server.open_answers import Answer, OpenAnswers
+from pensieve.server.answer import Answer
+from pensieve.server.open_answers import OpenAnswers
 from pensieve.server.sse import event
 
 MAX_WAITING = 256  # finished turns that wait for a recorder; each holds the tokens of its prompt

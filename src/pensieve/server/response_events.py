@@ -12,12 +12,12 @@ from typing import Any
 from pensieve.core.request import FinishReason
 from pensieve.errors import PensieveError
 from pensieve.message import ToolCall
+from pensieve.server.answer import Answer
 from pensieve.server.chat import cache_json, pensieve_json
 from pensieve.server.completed import Completed, completed_now, logprob_items
 from pensieve.server.context import Context
 from pensieve.server.errors import error_body, status_of
 from pensieve.server.items import call_item, message_item, output_items, text_part
-from pensieve.server.open_answers import Answer
 from pensieve.server.writing import is_long
 from pensieve.service import TurnDone
 from pensieve.service.answer_parser import AnswerEvent

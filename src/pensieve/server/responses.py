@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from pensieve.errors import ConversationNotFound
 from pensieve.server import idempotency
+from pensieve.server.answer import Answer
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S
 from pensieve.server.completed import Completed, completed_before, with_answer_meta
@@ -17,7 +18,6 @@ from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found
 from pensieve.server.fields import DEFAULT_NEW_TOKENS, sampling_params
 from pensieve.server.items import Order, items_of, messages_of, page, path_items
-from pensieve.server.open_answers import Answer
 from pensieve.server.request_tools import FunctionSpec, form_for, functions_of
 from pensieve.server.response_events import (
     PREFIX,

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from pensieve.engine.messages import Stats, tenant_of
-from pensieve.server.open_answers import Answer
+from pensieve.server.answer import Answer
 
 SOURCES = ("gpu", "cpu", "recomputed", "new")
 COUNTED = (*(f"{name}_tokens" for name in SOURCES), "output_tokens", "bytes_in", "bytes_out")

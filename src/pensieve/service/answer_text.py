@@ -9,8 +9,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pensieve.core.receipt import Miss, Receipt
 from pensieve.core.request import FinishReason
-from pensieve.engine.messages import Finished, Miss, Receipt, Token
+from pensieve.engine.messages import Finished, Token
 from pensieve.message import Message
 from pensieve.service.answer_parser import AnswerParser
 from pensieve.service.turn import PendingTurn, Piece, TurnDone, TurnSpec

@@ -13,8 +13,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from pensieve.core.receipt import Receipt
 from pensieve.core.request import FinishReason, SamplingParams
-from pensieve.engine.messages import Receipt, Token
+from pensieve.engine.messages import Token
 from pensieve.errors import PensieveError
 from pensieve.message import Message, chars_of
 from pensieve.service.answer_parser import AnswerEvent, AnswerForm, AnswerParser
