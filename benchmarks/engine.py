@@ -26,6 +26,7 @@ import torch
 
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.pace import Pace
@@ -285,7 +286,7 @@ def growth(model: CausalModel, num_turns: int = 10_000, attention: str = "auto")
         prompt = log + drawn(rng, 30, vocab)
         logs[name] = prompt + list(bench.turn(name, prompt, len(log), 2).output)
         if (number + 1) % (num_turns // 10) == 0:
-            bench.cache.check()
+            check(bench.cache)
             places = bench.cache.places
             samples.append({"turns": number + 1, "rss_mb": psutil.Process().memory_info().rss / 1e6, "chunks": places.num_chunks,
                             "sequences": len(bench.cache.sequences), "index": len(bench.cache.index)})  # fmt: skip

@@ -39,6 +39,7 @@ from pensieve.engine.messages import (
     Warm,
     tenant_of,
 )
+from pensieve.errors import ConversationNotFound
 
 CHUNK, CHUNK_BYTES = 4, 100
 COST = CostProfile([(4, 1.0), (64, 2.0)], CHUNK)
@@ -211,8 +212,9 @@ def test_hints_are_answered() -> None:
     assert desk.ask(Idle("b", "n", "i"), HintAnswer) == HintAnswer("i", 5)
     assert desk.ask(Warm("a", "n", "w"), HintAnswer) == HintAnswer("w", num_below)
     assert all(chunk is None or chunk.slots[0] is not None for chunk in below)
-    refused = desk.ask(Warm("nobody", "n", "x"), HintAnswer)
-    assert refused.error is not None and "nothing is cached for conversation 'nobody'" in refused.error
+    refused = desk.ask(Warm("unknown", "n", "x"), HintAnswer)
+    assert refused.code == ConversationNotFound.code
+    assert refused.error is not None and "nothing is cached for conversation 'unknown'" in refused.error
     assert desk.ask(Idle("a", "other", "y"), HintAnswer).error is not None
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from serving import Serving, serving
 
-from pensieve.core.misses import SOMEBODY_ELSE
+from pensieve.core.misses import ANOTHER_TENANT
 from pensieve.core.plan import StepPlan
 from pensieve.server.keys import key_line, new_key
 
@@ -295,6 +295,6 @@ def test_room_made_for_another_tenant_names_no_tenant(tmp_path: Path) -> None:
             "the one that will be forgotten " * 3, first["choices"][0]["message"]["content"], "back", n=4
         )
         by = {miss["by"] for miss in back["pensieve"]["misses"] if miss["why"] == "dropped"}
-        assert SOMEBODY_ELSE in by and by <= {SOMEBODY_ELSE, back["pensieve"]["conversation"]}, by
+        assert ANOTHER_TENANT in by and by <= {ANOTHER_TENANT, back["pensieve"]["conversation"]}, by
         assert not any(id in str(back) for id in ids)
         server.until_idle()

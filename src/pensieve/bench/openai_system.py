@@ -255,16 +255,9 @@ def _result(answer: StreamedAnswer, history: _History, submitted_s: float, total
         receipt = Receipt(
             prompt_tokens=prompt_tokens,
             gpu_tokens=cached,
-            cpu_tokens=0,
             recomputed_tokens=recomputed,
             new_tokens=prompt_tokens - cached - recomputed,
             output_tokens=output_tokens or answer.num_pieces,
-            bytes_in=0,
-            bytes_out=0,
-            suspensions=0,
-            resume_cpu_tokens=0,
-            resume_recomputed_tokens=0,
-            queue_s=0.0,
             first_token_s=first_token_s,
             total_s=total_s,
         )

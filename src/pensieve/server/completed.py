@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pensieve.core.request import FinishReason
@@ -102,23 +102,14 @@ def usage_of(done: TurnDone) -> dict[str, int]:
 
 def receipt_json(receipt: Receipt, warning: str | None) -> dict[str, Any]:
     """A receipt for clients: milliseconds, wall-clock times, reasons of misses."""
-    return {
-        "prompt_tokens": receipt.prompt_tokens,
-        "gpu_tokens": receipt.gpu_tokens,
-        "cpu_tokens": receipt.cpu_tokens,
-        "recomputed_tokens": receipt.recomputed_tokens,
-        "new_tokens": receipt.new_tokens,
-        "output_tokens": receipt.output_tokens,
-        "truncated_tokens": receipt.truncated_tokens,
-        "bytes_in": receipt.bytes_in,
-        "bytes_out": receipt.bytes_out,
-        "suspensions": receipt.suspensions,
-        "queue_ms": round(1e3 * receipt.queue_s, 3),
-        "first_token_ms": None if receipt.first_token_s is None else round(1e3 * receipt.first_token_s, 3),
-        "total_ms": round(1e3 * receipt.total_s, 3),
-        "misses": [_miss_json(miss) for miss in receipt.misses],
-        "warning": warning,
-    }
+    shown = asdict(receipt)
+    for name in ("resume_cpu_tokens", "resume_recomputed_tokens"):  # (for operators)
+        del shown[name]
+    for name in ("queue", "first_token", "total"):
+        seconds = shown.pop(f"{name}_s")
+        shown[f"{name}_ms"] = None if seconds is None else round(1e3 * seconds, 3)
+    shown["misses"] = [_miss_json(miss) for miss in receipt.misses]
+    return shown | {"warning": warning}
 
 
 def finish_reason(reason: str, message: Message) -> str:

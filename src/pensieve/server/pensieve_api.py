@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -151,7 +152,7 @@ async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str
         context.service.engine.keep(conversation_id, True, namespace=caller.namespace)
     )
     assert isinstance(answer, KeepAnswer)
-    if answer.error is not None and not answer.error.startswith("nothing is cached"):
+    if answer.error is not None and answer.code != ConversationNotFound.code:
         raise KeepRefused(answer.error)
     await in_thread(context.store.set_pinned, caller.namespace, conversation.id, True)
     row = (await _rows(context, caller, [conversation_id])).get(conversation_id)
@@ -350,27 +351,10 @@ def _hit_rates(counts: Mapping[str, int]) -> dict[str, float]:
 
 
 def _stats_json(stats: Stats, context: Context) -> dict[str, Any]:
-    return {
-        "waiting": stats.waiting,
-        "running": stats.running,
-        "sequences": stats.sequences,
-        "chunks": stats.chunks,
-        "steps": stats.steps,
-        "gpu_tokens": stats.gpu_tokens,
-        "cpu_tokens": stats.cpu_tokens,
-        "recomputed_tokens": stats.recomputed_tokens,
-        "new_tokens": stats.new_tokens,
-        "output_tokens": stats.output_tokens,
-        "bytes_in": stats.bytes_in,
-        "bytes_out": stats.bytes_out,
-        "chunks_dropped": stats.chunks_dropped,
-        "chunks_reclaimed": stats.chunks_reclaimed,
-        "suspensions": stats.suspensions,
-        "copies_failed": stats.copies_failed,
-        "forwards_failed": stats.forwards_failed,
+    shown = asdict(stats)
+    del shown["tag"], shown["tiers"]
+    return shown | {
         "evictions": dict(stats.evictions),
-        "kept_chunks": stats.kept_chunks,
-        "keep_limit": stats.keep_limit,
         "engine_restarts": context.engine.restarts,
-        "hit_rates": _hit_rates({f"{name}_tokens": getattr(stats, f"{name}_tokens") for name in SOURCES}),
+        "hit_rates": _hit_rates(shown),
     }
