@@ -42,13 +42,14 @@ def test_a_turn_s_pieces_hold_the_events_that_one_parser_finds_in_the_whole_text
     assert turn.text == f"Well. {CALL}"
 
 
-def test_what_is_put_before_an_answer_is_parsed_with_its_first_piece() -> None:
+def test_what_an_answer_is_made_to_begin_with_is_parsed_and_not_streamed_as_text() -> None:
     text = chat(HERMES)
     prefix = '<tool_call>\n{"name": "now", "arguments":'
     turn = answered(text, AnswerForm(TOOLS, prefix=prefix), CALL.removeprefix(prefix))
     assert turn.parser is not None and not turn.text.startswith("<")
     assert [call.name for call in turn.parser.message().tool_calls] == ["now"]
-    assert any(isinstance(event, CallBegin) for event in turn.pieces[0].events)
+    events = [event for piece in turn.pieces for event in piece.events]
+    assert isinstance(events[0], CallBegin) and not any(isinstance(event, ContentDelta) for event in events)
 
 
 def test_the_only_call_that_an_answer_may_hold_ends_it_also_where_it_began_before_its_least_length() -> None:
