@@ -6,8 +6,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from chat_fakes import FakeSystem
 
-from bench.chat_fakes import FakeSystem
 from pensieve.bench.compare import run_users
 from pensieve.bench.runs import EarlyEnd, RunSettings, TurnRecord
 from pensieve.bench.systems import CONTEXT_FULL, TurnRequest, TurnResult, failed_turn

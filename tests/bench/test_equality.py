@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from chat_fakes import FakeSystem, shifted, with_token
 
-from bench.chat_fakes import FakeSystem, shifted, with_token
 from pensieve.bench.compare import compare_outputs, run_users
 from pensieve.bench.equality import Equality, Tolerance, Verdict, default_tolerance
 from pensieve.bench.runs import Run, RunSettings

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import Model, Reply, Server, chat_server, chunk, refuse, stream, usage
 from serving import serving
 
-from bench.chat_server import Model, Reply, Server, chat_server, chunk, refuse, stream, usage
 from pensieve.bench.chat_client import ChatClient
 from pensieve.bench.http_client import HttpClient
 from pensieve.bench.probe import Target, probe

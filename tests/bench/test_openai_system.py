@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
+from chat_server import WAIT_S, Reply, Server, chat_server, chunk, refuse, say, stream, usage
 
-from bench.chat_server import WAIT_S, Reply, Server, chat_server, chunk, refuse, say, stream, usage
 from pensieve.bench.openai_system import OpenAISystem
 from pensieve.bench.systems import TurnRequest
 from pensieve.errors import ConfigError, ModelUnavailable

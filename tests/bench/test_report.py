@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_fakes import FakeSystem, with_token
 from rich.console import Console
 
-from bench.chat_fakes import FakeSystem, with_token
 from pensieve.bench.compare import compare_outputs, run_users
 from pensieve.bench.plot import plot_first_token
 from pensieve.bench.progress import open_progress

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from store_contract import log, say, user
 
 from pensieve.errors import ConversationNotFound
 from pensieve.store import SqliteStore
 from pensieve.store.schema import connect
-from store.store_contract import log, say, user
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from owners_contract import begin, end, owner_of, write
 
 from pensieve.errors import ConversationNotFound
 from pensieve.store import INTERRUPTED, LEASE_S, Lease, SqliteStore, processes
 from pensieve.store.lease import RENEW_S
-from store.owners_contract import begin, end, owner_of, write
 
 # A server with an answer under way and a key for it, until it is killed.
 CHILD = """

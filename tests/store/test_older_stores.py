@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+from store_contract import log, say, user
 
 from pensieve.errors import StoreError
 from pensieve.message import Message, path_digests
 from pensieve.store import Lease, SqliteStore, path_messages, schema
 from pensieve.store.schema import MIGRATIONS
-from store.store_contract import log, say, user
 
 
 @pytest.fixture

@@ -18,14 +18,15 @@ import pytest
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
 
+from owners_contract import begin, end, owner_of  # noqa: E402
+from postgres_server import PostgresServer, find_binaries, running_server  # noqa: E402
+from store_contract import log, say, user  # noqa: E402
+
 from pensieve.errors import StoreError, StoreUnavailable  # noqa: E402
 from pensieve.message import ROOT_DIGEST  # noqa: E402
 from pensieve.store import Lease, postgres_schema  # noqa: E402
 from pensieve.store.postgres import PostgresStore  # noqa: E402
 from pensieve.store.postgres_deadline import Deadlines  # noqa: E402
-from store.owners_contract import begin, end, owner_of  # noqa: E402
-from store.postgres_server import PostgresServer, find_binaries, running_server  # noqa: E402
-from store.store_contract import log, say, user  # noqa: E402
 
 pytestmark = pytest.mark.skipif(find_binaries() is None, reason="PostgreSQL is not installed")
 

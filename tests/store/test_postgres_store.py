@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from owners_contract import OwnersContract
+from postgres_server import PostgresServer, find_binaries, running_server
+from store_contract import ConversationStoreContract, log, say, user
 
 from pensieve.errors import ConfigError, ConversationConflict, StoreError
 from pensieve.store import path_tokens
 from pensieve.store.writer import Connection
-from store.owners_contract import OwnersContract
-from store.postgres_server import PostgresServer, find_binaries, running_server
-from store.store_contract import ConversationStoreContract, log, say, user
 
 psycopg = pytest.importorskip(
     "psycopg", reason="psycopg is not installed (pip install 'pensieve-serve[postgres]')"

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from owners_contract import OwnersContract
+from store_contract import ConversationStoreContract, log, say, user
 
 from pensieve.errors import StoreError
 from pensieve.store import SqliteStore, default_path, schema
 from pensieve.store.schema import APPLICATION_ID, MIGRATIONS, connect
-from store.owners_contract import OwnersContract
-from store.store_contract import ConversationStoreContract, log, say, user
 
 
 class InMemory:

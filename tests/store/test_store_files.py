@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from store_contract import log, say, user
 
 from pensieve.errors import StoreError, StoreUnavailable
 from pensieve.store import SqliteStore, writer
 from pensieve.store.schema import connect
-from store.store_contract import log, say, user
 
 
 @pytest.fixture
