@@ -339,7 +339,7 @@ def _pairs(weight: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _woven(pairs: torch.Tensor) -> torch.Tensor:
-    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c: 4 outputs of each half by turns."""
+    """(panels, in / 2, PANEL, 2) of int8 as kernel/products.c reads them: 4 outputs of each half by turns."""
     halves = pairs.view(*pairs.shape[:2], 2, 4, 4, 2)
     return halves.transpose(2, 3).reshape(pairs.shape)
 
