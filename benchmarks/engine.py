@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from typing import Any
 
 import psutil
 import torch
+from common import commit, cpu_name, spread
 
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
@@ -132,11 +131,6 @@ class Bench:
 
 def drawn(rng: random.Random, length: int, vocab: int) -> list[int]:
     return [rng.randrange(vocab) for _ in range(length)]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {"median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1], "n": len(ordered)}
 
 
 def ttft(
@@ -300,17 +294,6 @@ def growth(model: CausalModel, num_turns: int = 10_000, attention: str = "auto")
             "rss_growth_second_half_mb": samples[-1]["rss_mb"] - samples[len(samples) // 2 - 1]["rss_mb"]}  # fmt: skip
 
 
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=os.path.dirname(__file__),
-    )
-    return result.stdout.strip() or "unknown"
-
-
 def tiny_model() -> CausalModel:
     """For growth: what counts is turns, not arithmetic."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -363,14 +346,6 @@ def main() -> None:
             report[name] = part()
             print(f"{name}: {json.dumps(report[name])}", file=sys.stderr)
     print(json.dumps(report))
-
-
-def cpu_name() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next(
-            (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")),
-            platform.processor(),
-        )
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pensieve.canvas import COLOURS, MARKERS, canvas
 from pensieve.config import CacheConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.sequence import extend_digests
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
 from pensieve.simulator.case import Case, Machine, run_case
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions

@@ -28,7 +28,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import commit
 
 from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, RequestStart, Span, StepPlan, StepResult
@@ -500,17 +500,6 @@ def run_real(
     }
     calibrate.sample()
     return found, calibrate.take()
-
-
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=os.path.dirname(__file__),
-    )
-    return result.stdout.strip() or "unknown"
 
 
 def settings_of(arguments: argparse.Namespace, token_bytes: int, seed: int) -> dict[int, Setting]:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulator_worlds import LOAD, MACHINE, small
 
+from pensieve.reporting.spread import Spread
 from pensieve.simulator.case import Case, Machine, Outcome, run_case
 from pensieve.simulator.goal import Goal, Lateness, Metric, Quantile, Waiting
 from pensieve.simulator.planner import Book, Prices
-from pensieve.simulator.records import Spread
 from pensieve.workloads.load_plan import LoadOptions
 from pensieve.workloads.scripts import Player, Script, ScriptTurn
 

@@ -13,13 +13,14 @@ from click.testing import CliRunner
 
 from pensieve.cli.plan import plan
 from pensieve.errors import ConfigError
+from pensieve.reporting.spread import Spread
 from pensieve.simulator.case import Case, Machine, Outcome
 from pensieve.simulator.demand import alone, demand_of, room_gb
 from pensieve.simulator.margins import held_loads
 from pensieve.simulator.plan import make_plan
 from pensieve.simulator.plan_output import sentences, to_json
 from pensieve.simulator.planner import Book, Goal, Prices, Space, at_load, rounded, search
-from pensieve.simulator.records import Spread, Summary
+from pensieve.simulator.records import Summary
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
 

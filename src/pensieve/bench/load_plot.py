@@ -8,8 +8,8 @@ from pathlib import Path
 from pensieve.bench.load import LoadRun
 from pensieve.bench.load_report import RunFigures, figures
 from pensieve.bench.probe import Target
-from pensieve.canvas import COLOURS, MARKERS, canvas, whole_numbers
 from pensieve.errors import ConfigError
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas, whole_numbers
 
 _QUANTILES = ("p50", "p90")
 

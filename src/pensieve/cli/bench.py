@@ -16,15 +16,15 @@ import click
 from rich.console import Console
 
 from pensieve.bench.chat_client import ChatClient
+from pensieve.bench.driver import ShownRun
 from pensieve.bench.http_client import HttpClient
 from pensieve.bench.load import LoadDriver, LoadRun
 from pensieve.bench.load_plot import plot_load
-from pensieve.bench.load_progress import open_load_progress
 from pensieve.bench.load_report import build_json, failure_lines, print_load_report
 from pensieve.bench.probe import Target, find_model, probe, server_version, warm_up
-from pensieve.bench.record import write_record
 from pensieve.cli.loops import loop_factory
 from pensieve.cli.outputs import check_paths
+from pensieve.reporting.json_file import write_json
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
 from pensieve.workloads.generators import LIKENESSES
 from pensieve.workloads.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
@@ -223,7 +223,7 @@ def bench(
     console = Console()
     print_load_report(runs, target, console)
     for path in paths:
-        _say(f"json: {write_record(path, record)}")
+        _say(f"json: {write_json(path, record)}")
     if out_dir is not None and any(one.ok for run in runs for one in run.records):
         _say(f"plot: {plot_load(out_dir / PLOT_NAME, runs, target, _words(options, planned))}")
     failures = failure_lines(runs)
@@ -260,7 +260,7 @@ async def _measure(
             words,
             min(WARM_UP_TOKENS, options.output_tokens or DEFAULT_OUTPUT_TOKENS),
         )
-        driver = LoadDriver(chat, target, writer, open_load_progress())
+        driver = LoadDriver(chat, target, writer, ShownRun())
         gc.collect()
         gc.freeze()  # what is there now is looked at no more: no long pauses in the middle of a run
         runs = [

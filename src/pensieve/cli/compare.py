@@ -12,17 +12,18 @@ from typing import Any
 import click
 
 from pensieve.bench.compare import run_users
+from pensieve.bench.driver import ShownRun
 from pensieve.bench.equality import Equality, compare_outputs
 from pensieve.bench.local_system import LocalSystem
 from pensieve.bench.openai_system import OpenAISystem
 from pensieve.bench.plot import plot_first_token
-from pensieve.bench.progress import open_progress
-from pensieve.bench.record import build_record, write_record
+from pensieve.bench.record import build_record
 from pensieve.bench.report import print_report, summarize
 from pensieve.bench.runs import Run, RunSettings, Subject
 from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.core.request import SamplingParams
 from pensieve.engine.messages import Stats
+from pensieve.reporting.json_file import write_json
 from pensieve.runtime.follower import follow_unless_first
 from pensieve.runtime.loading import LoadedModel, load_model, notes_of, settled
 from pensieve.runtime.local import Runtime, start
@@ -115,7 +116,7 @@ def run_compare(
     selection = workload.conversations()
     loaded = _load(options)
     settings = workload.settings(loaded)
-    listener = open_progress()
+    listener = ShownRun()
     with _system(options, loaded, retain=True) as (stateful, runtime):
         first = run_users(stateful, selection.conversations, settings, listener)
         stats, sizes = (
@@ -148,7 +149,7 @@ def run_one(options: Options, workload: Workload, *, retain: bool, out_dir: str 
     selection = workload.conversations()
     loaded = _load(options)
     with _system(options, loaded, retain=retain) as (system, runtime):
-        run = run_users(system, selection.conversations, workload.settings(loaded), open_progress())
+        run = run_users(system, selection.conversations, workload.settings(loaded), ShownRun())
         stats, sizes = (
             runtime.service.engine.stats().result(),
             runtime.sizes.as_json() | {"cost": runtime.cost_source},
@@ -243,7 +244,7 @@ def _report(
         "stats": asdict(stats),
     }
     record = build_record(runs, subject, config, equality=equality, notes=notes)
-    json_path = write_record(folder / f"{stem}.json", record)
+    json_path = write_json(folder / f"{stem}.json", record)
     if any(True for run in runs for _ in run.answered()):
         click.echo(f"plot: {plot_first_token(folder / f'{stem}.png', runs, subject)}")
     else:

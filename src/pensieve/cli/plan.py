@@ -27,12 +27,12 @@ from pensieve.cli.simulation_options import (
     trace_option,
 )
 from pensieve.errors import ConfigError
+from pensieve.reporting.json_file import write_json
 from pensieve.simulator.case import Case, Machine, Outcome
 from pensieve.simulator.demand import Demand, alone, demand_of, on_devices, room_gb
 from pensieve.simulator.extent import extent_of
 from pensieve.simulator.goal import Goal, Quantile
 from pensieve.simulator.hardware import GB
-from pensieve.simulator.output import write_json
 from pensieve.simulator.plan import make_plan
 from pensieve.simulator.plan_output import plot, print_margins, print_trials, sentences, to_json
 from pensieve.simulator.planner import Book, Prices, Space, rounded

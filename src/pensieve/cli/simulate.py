@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.table import Table
 
 from pensieve.cli.outputs import check_paths, table_console
 from pensieve.cli.simulation_options import (
@@ -25,40 +23,24 @@ from pensieve.cli.simulation_options import (
     machine_options,
     option,
     output_options,
+    parse_names,
     run_options,
     step_options,
     trace_option,
 )
 from pensieve.errors import ConfigError
+from pensieve.reporting.json_file import write_json
 from pensieve.runtime.options import CPU_BATCH_TOKENS, CPU_CACHE_GB, Options
 from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
 from pensieve.simulator.extent import extent_of
-from pensieve.simulator.figures import FIGURES, compare, simulate_figures
 from pensieve.simulator.measured import load_machine
-from pensieve.simulator.output import plot, print_table, to_json, write_json
+from pensieve.simulator.output import plot, print_table, to_json
 from pensieve.simulator.progress import progress
-from pensieve.simulator.report import JSON_NAME as FIGURES_JSON_NAME
-from pensieve.simulator.report import PAGE_NAME, comparison_rows, small_comparisons, write_page
-from pensieve.simulator.report import to_json as figures_to_json
-from pensieve.simulator.small_figures import SMALL_FIGURES
 from pensieve.simulator.sweep import run_cases
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
 from pensieve.workloads.load_plan import LoadOptions
 
 JSON_NAME, PLOT_NAME = "simulate.json", "simulate.png"
-
-
-def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
-    """Several names with commas, or `all`."""
-    if text == "all":
-        return list(known)
-    names = [name.strip() for name in text.split(",")]
-    unknown = next((name for name in names if name not in known), None)
-    if unknown is not None:
-        raise ConfigError(
-            f"no {what} is called {unknown!r}: take {', '.join(known)} (several with commas) or all"
-        )
-    return names
 
 
 @click.command()
@@ -152,7 +134,7 @@ def simulate(
     says what is modelled and how far to trust it.
     """
     if figures is not None:
-        _figures(figures, out_dir or Path("figures"), jobs)
+        _paper_figures(figures, out_dir or Path("figures"), jobs)
         return
     machine = Machine(model, hardware, devices, gpu_cache_gb or 0.0, cpu_cache_gb or 0.0, disk_cache_gb)
     if profile_path is not None:
@@ -174,14 +156,14 @@ def simulate(
         click.secho(remark, dim=True, err=True)
     # one load a rate, all of the same seed, so that the same people come, only sooner
     loads = [replace(extent.load, rates=(rate,)) for rate in asked] or [extent.load]
-    named = _names(systems, SYSTEMS, "system")
+    named = parse_names(systems, SYSTEMS, "system")
     cases = [
         Case(
             machine, one, system, policy, warm_up_s=default_warm_up_s(warm_up_s, bool(one.rates), one.duration_s),
             max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **limits,
         )
         for system in named
-        for policy in (_names(policies, dict.fromkeys(POLICY_NAMES), "policy") if SYSTEMS[system].retain else ["retention"])
+        for policy in (parse_names(policies, POLICY_NAMES, "policy") if SYSTEMS[system].retain else ["retention"])
         for one in loads
     ]  # fmt: skip
     paths = check_paths(out_dir, json_path, JSON_NAME)
@@ -237,41 +219,13 @@ def _simulated(outcomes: list[Outcome], took_s: float) -> str:
     return f"{requests:,} requests in {hours:.1f} simulated hours, in {took_s:.0f} s"
 
 
-def figure_names(name: str, known: Iterable[str]) -> list[str]:
-    """`10b-d` and `10` are all the parts they stand for; what is none of these stays as it is."""
-    if (span := re.fullmatch(r"(\d+)([a-z])-([a-z])", name)) is not None:
-        number, first, last = span.groups()
-        found = [figure for figure in known if figure[:-1] == number and first <= figure[-1] <= last]
-    else:
-        found = [figure for figure in known if name.isdigit() and figure.rstrip("abcd") == name]
-    return found or [name]
-
-
-def _figures(names: str, folder: Path, jobs: int | None) -> None:
-    """Simulate figures of the paper, and write what they show."""
-    known = dict.fromkeys((*SMALL_FIGURES, *FIGURES))
-    asked = dict.fromkeys(part for name in names.split(",") for part in figure_names(name.strip(), known))
-    wanted = _names(",".join(asked), known, "figure")
-    check_paths(folder, None, PAGE_NAME)
-
-    def run(cases: Sequence[Case]) -> list[Outcome]:
-        with progress(cases) as tell:
-            return run_cases(cases, jobs=jobs, tell=tell)
-
-    small = [SMALL_FIGURES[name]() for name in wanted if name in SMALL_FIGURES]
-    results = simulate_figures([FIGURES[name] for name in wanted if name in FIGURES], run)
-    console = table_console()
-    for title, comparisons in [
-        *((f"Figure {figure.name}: {figure.title}", small_comparisons(figure)) for figure in small),
-        *((f"Figure {result.figure.name}: {result.figure.title}", compare(result)) for result in results),
-    ]:
-        console.print(f"[bold]{title}[/bold]", highlight=False)
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for heading in ("", "paper", "simulated", "difference", "as it should be"):
-            table.add_column(heading, justify="right" if heading else "left")
-        for row in comparison_rows(comparisons):
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-    click.echo(f"page: {write_page(folder, results, small)}", err=True)
-    click.echo(f"json: {write_json(folder / FIGURES_JSON_NAME, figures_to_json(results, small))}", err=True)
+def _paper_figures(names: str, folder: Path, jobs: int | None) -> None:
+    """Call `benchmarks/paper`, which is in the repository and not in the installed package."""
+    benchmarks = Path(__file__).resolve().parents[3] / "benchmarks"
+    if not (benchmarks / "paper" / "command.py").is_file():
+        raise ConfigError(
+            "--figure needs benchmarks/paper, which is not part of the installed package: clone the repository "
+            "and run `make paper-figures` there"
+        )
+    sys.path.append(str(benchmarks))
+    importlib.import_module("paper.command").write_figures(names, folder, jobs)

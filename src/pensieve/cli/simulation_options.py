@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import click
 
 from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS
 from pensieve.core.eviction import POLICIES
+from pensieve.errors import ConfigError
 from pensieve.simulator.extent import LONG_CHUNK, LONG_CONTEXT
 from pensieve.simulator.hardware import HARDWARE
 from pensieve.simulator.policies import COMPARED
@@ -36,6 +37,24 @@ def together(*decorators: Decorator) -> Decorator:
         return function
 
     return decorate
+
+
+def parse_names(text: str, known: Iterable[str], what: str) -> list[str]:
+    """Names separated by commas, or all that are known for `all`.
+
+    Raises:
+        ConfigError: a name is not known.
+    """
+    known = list(known)
+    if text == "all":
+        return known
+    names = [name.strip() for name in text.split(",")]
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"no {what} is called {unknown!r}: take {', '.join(known)} (several with commas) or all"
+        )
+    return names
 
 
 machine_options = together(

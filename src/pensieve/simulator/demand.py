@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from pensieve.core.plan import Span
 from pensieve.errors import ConfigError
+from pensieve.reporting.spread import Spread
 from pensieve.simulator.case import Case, Machine
 from pensieve.simulator.hardware import GB
-from pensieve.simulator.records import Spread
 from pensieve.workloads.scripts import Script, contexts
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pensieve.errors import ConfigError
-from pensieve.simulator.records import RequestRecord, Spread, Summary
+from pensieve.reporting.spread import Spread
+from pensieve.simulator.records import RequestRecord, Summary
 from pensieve.workloads.scripts import Player
 
 Quantile = Literal["p50", "p90", "p99"]

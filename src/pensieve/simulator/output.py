@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pensieve import __version__
-from pensieve.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.json_file import plain
 from pensieve.simulator.case import Outcome
 
 
@@ -25,26 +24,6 @@ def to_json(outcomes: Sequence[Outcome], **more: Any) -> dict[str, Any]:
         **more,
         "outcomes": [plain(asdict(outcome)) for outcome in outcomes],
     }
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> Path:
-    """Write a record; folders on the way are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: keys are words, what is not finite is null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def print_table(outcomes: Sequence[Outcome], console: Console) -> None:

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pensieve import __version__
-from pensieve.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.json_file import plain
 from pensieve.simulator.case import Machine
 from pensieve.simulator.goal import Goal
 from pensieve.simulator.margins import HEADROOM, TIERS, Held, Margin
-from pensieve.simulator.output import plain
 from pensieve.simulator.plan import Answer
 from pensieve.simulator.planner import Book, Trial, rate_of
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from pensieve.core.receipt import Receipt
+from pensieve.reporting.spread import Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +36,6 @@ class RequestRecord:
         """Time to first token."""
         assert self.receipt.first_token_s is not None
         return self.receipt.first_token_s
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A mean and percentiles (nearest rank); NaN of nothing."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of some numbers."""
-        if not values:
-            return cls(math.nan, math.nan, math.nan, math.nan)
-        ordered = sorted(values)
-        last = len(ordered) - 1
-        return cls(
-            fmean(ordered),
-            *(ordered[min(last, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99)),
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from paper.figures import RUN_S, SEEDS, WARM_UP, Comparison, Result, compare
+from paper.small_figures import SmallFigure
 from pensieve import __version__
-from pensieve.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
 from pensieve.simulator.cost_model import FITTED
-from pensieve.simulator.figures import RUN_S, SEEDS, WARM_UP, Comparison, Result, compare
-from pensieve.simulator.remarks import HOW, REMARKS
-from pensieve.simulator.small_figures import SmallFigure
 
+REMARKS = Path(__file__).with_name("remarks.md")
 PAGE_NAME, JSON_NAME = "report.html", "report.json"
 READING = 0.03  # the paper's points are read off its plots within so much of an axis
 _DIFFERENT = 0.10  # from here on a difference is said
@@ -162,7 +162,10 @@ def _plain(one: Comparison) -> dict[str, Any]:
 
 
 def write_page(folder: Path, results: Sequence[Result], small: Sequence[SmallFigure]) -> Path:
-    """One page with every figure, its table and, where it differs by more than 10 %, a paragraph that says why. Pictures are inside."""
+    """Write one page with every figure and its table, and the pictures beside it.
+
+    Where a figure differs from the paper's by more than 10 %, its remarks say why.
+    """
     sections = [
         _section(figure.name, figure.title, draw_small(folder, figure), small_comparisons(figure))
         for figure in small
@@ -172,7 +175,7 @@ def write_page(folder: Path, results: Sequence[Result], small: Sequence[SmallFig
         for result in results
     ]
     sections.sort(key=lambda section: _order(section[0]))
-    how = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in HOW)
+    how = _paragraphs("how")
     toc = " · ".join(f'<a href="#figure-{name}">{name}</a>' for name, _ in sections)
     body = "".join(text for _, text in sections)
     page = _PAGE.format(how=how, toc=toc, body=body, version=__version__)
@@ -181,13 +184,26 @@ def write_page(folder: Path, results: Sequence[Result], small: Sequence[SmallFig
     return path
 
 
+def remarks() -> dict[str, list[str]]:
+    """The paragraphs of `remarks.md` by section: `how`, and one section for each figure."""
+    text = REMARKS.read_text(encoding="utf-8")
+    sections = re.split(r"^## (\w+)$", text, flags=re.MULTILINE)[1:]
+    return {
+        name: [" ".join(paragraph.split()) for paragraph in body.split("\n\n") if paragraph.strip()]
+        for name, body in zip(sections[::2], sections[1::2], strict=True)
+    }
+
+
+def _paragraphs(section: str) -> str:
+    return "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in remarks().get(section, ()))
+
+
 def _order(name: str) -> tuple[int, str]:
     digits = name.rstrip("abcd")
     return int(digits), name[len(digits) :]
 
 
 def _section(name: str, title: str, picture: Path, comparisons: Sequence[Comparison]) -> tuple[str, str]:
-    data = base64.b64encode(picture.read_bytes()).decode()
     rows = "".join(
         "<tr>"
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[:-1])
@@ -195,13 +211,12 @@ def _section(name: str, title: str, picture: Path, comparisons: Sequence[Compari
         for row in comparison_rows(comparisons)
     )
     differs = any(one.difference is not None and abs(one.difference) > _DIFFERENT for one in comparisons)
-    remarks = "".join(
-        f"<p>{html.escape(remark)}</p>" for remark in (REMARKS.get(name, ()) if differs else ())
-    )
+    remarks = _paragraphs(name) if differs else ""
     return name, (
         f'<section id="figure-{name}"><h2>Figure {name}: {html.escape(title)}</h2>'
-        f'<img alt="Figure {name}" src="data:image/png;base64,{data}">'
-        f"<table><tr><th></th><th>paper</th><th>simulated</th><th>difference</th><th>as it should be</th></tr>{rows}</table>{remarks}</section>"
+        f'<img alt="Figure {name}" src="{picture.name}">'
+        "<table><tr><th></th><th>paper</th><th>simulated</th><th>difference</th><th>agrees</th></tr>"
+        f"{rows}</table>{remarks}</section>"
     )
 
 

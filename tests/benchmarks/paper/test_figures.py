@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from paper.command import expand
+from paper.curves import latency_at, mean_curve, throughput_at
+from paper.figures import FIGURES, SEEDS, Comparison, compare, simulate_figures
+from paper.page import comparison_rows, remarks, to_json, write_page
+from paper.published import CURVES, RATIOS
+from paper.small_figures import SMALL_FIGURES
 from simulator_worlds import small
 
 from pensieve.simulator.case import Case, Outcome, run_case
-from pensieve.simulator.curves import latency_at, mean_curve, throughput_at
-from pensieve.simulator.figures import FIGURES, SEEDS, Comparison, compare, simulate_figures
-from pensieve.simulator.paper import CURVES, RATIOS
-from pensieve.simulator.remarks import HOW, REMARKS
-from pensieve.simulator.report import comparison_rows, to_json, write_page
-from pensieve.simulator.small_figures import SMALL_FIGURES
 
 TEMPLATE = run_case(small(debug=False))
 # requests a second at which a system's queue would grow for ever
@@ -112,7 +113,23 @@ def test_a_page_has_every_figure_and_says_why_it_differs(tmp_path: Path) -> None
     for name in ("10a", "15", "3"):
         assert f'id="figure-{name}"' in page and (tmp_path / f"figure-{name}.png").stat().st_size > 10_000
     assert page.index('id="figure-3"') < page.index('id="figure-10a"') < page.index('id="figure-15"')
-    assert page.count("data:image/png;base64,") == 3
-    assert HOW and all(name in REMARKS for name in (*FIGURES, *SMALL_FIGURES))
+    assert [f'src="figure-{name}.png"' in page for name in ("3", "10a", "15")] == [True] * 3
+    assert "base64" not in page and len(page) < 50_000
+    assert set(remarks()) == {"how", *FIGURES, *SMALL_FIGURES} and all(remarks().values())
+    assert html.escape(remarks()["15"][0]) in page and html.escape(remarks()["how"][0]) in page
     record = json.loads(json.dumps(to_json(results, [SMALL_FIGURES["3"]()])))
     assert [one["figure"] for one in record["figures"]] == ["10a", "15"]
+
+
+@pytest.mark.parametrize("figure", sorted(SMALL_FIGURES))
+def test_the_papers_small_figures_come_out(figure: str) -> None:
+    """Every long end within 30 %, and each line grows as the paper's does."""
+    for line in SMALL_FIGURES[figure]().lines:
+        assert line.ours[-1] / line.paper[-1] == pytest.approx(1.0, abs=0.3), line.label
+        assert list(line.ours) == sorted(line.ours)
+
+
+def test_a_span_of_figures_and_a_number_stand_for_their_parts() -> None:
+    asked = {name: expand(name, FIGURES) for name in ("10b-d", "11a-b", "10", "13", "10a", "12a-b", "all")}
+    parts = {"10b-d": ["10b", "10c", "10d"], "11a-b": ["11a", "11b"], "10": ["10a", "10b", "10c", "10d"]}
+    assert asked == parts | {alone: [alone] for alone in ("13", "10a", "12a-b", "all")}

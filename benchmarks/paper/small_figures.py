@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pensieve.core.plan import Span
-from pensieve.simulator.case import Machine
-from pensieve.simulator.cost_model import Roofline
-from pensieve.simulator.paper import (
+from paper.published import (
     FIG3_GENERATION_S,
     FIG3_HISTORY,
     FIG3_PREFILL_S,
@@ -19,6 +16,9 @@ from pensieve.simulator.paper import (
     FIG12_MS,
     FIG12_PAST,
 )
+from pensieve.core.plan import Span
+from pensieve.simulator.case import Machine
+from pensieve.simulator.cost_model import Roofline
 
 _BATCH, _DECODES, _NEW = 32, 200, 32  # Fig. 3; "a short new prompt" is taken to be a chunk
 _CHUNK = 32  # Fig. 4

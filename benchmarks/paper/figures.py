@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from paper.curves import mean_curve, throughput_at
+from paper.published import CURVES, FIG14_FEWER_RECOMPUTED, FIG14_MORE_CPU_HITS_POINTS, RATIOS, Curve
 from pensieve.simulator.case import Case, Machine, Outcome
-from pensieve.simulator.curves import mean_curve, throughput_at
-from pensieve.simulator.paper import CURVES, FIG14_FEWER_RECOMPUTED, FIG14_MORE_CPU_HITS_POINTS, RATIOS, Curve
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
 

@@ -16,13 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # beside the other benchmarks, off the path
-
-from gpu import kernel, paged, serving, transfers  # noqa: E402
-from gpu.arrivals import (  # noqa: E402
+from gpu import kernel, paged, serving, transfers
+from gpu.arrivals import (
     Answer,
     Lengths,
     Load,
@@ -36,13 +31,15 @@ from gpu.arrivals import (  # noqa: E402
     ratio_of,
     sweep,
 )
-from gpu.common import Clock, Goal, Report, covered, parser  # noqa: E402
-from gpu.paged import TOLERANCES, Heads, PagedCase, worst_error  # noqa: E402
-from peers.curve import Crossing  # noqa: E402
+from gpu.common import Clock, Goal, Report, covered, parser
+from gpu.paged import TOLERANCES, Heads, PagedCase, worst_error
+from peers.curve import Crossing
 
-from pensieve.workloads.arrivals import ThinkTime  # noqa: E402
-from pensieve.workloads.scripts import Player, Script, ScriptTurn  # noqa: E402
+from pensieve.workloads.arrivals import ThinkTime
+from pensieve.workloads.scripts import Player, Script, ScriptTurn
 
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 CPU = torch.device("cpu")
 FAKE_VLLM = {
     "vllm/__init__.py": "from vllm.sampling_params import SamplingParams\n",

@@ -50,7 +50,7 @@ def test_pensieve_is_this_checkouts_and_its_tiers_hold_what_they_are_to(site: Si
         server.command[:4] == (sys.executable, "-m", "pensieve", "serve")
         and option(server, "--port") == "8123"
     )
-    assert Path(server.variables["PYTHONPATH"]) == Path(__file__).parents[2] / "src"
+    assert Path(server.variables["PYTHONPATH"]) == Path(__file__).parents[3] / "src"
     chunk_bytes = CHUNK_TOKENS * KV_BYTES_PER_TOKEN
     for name, tokens in (("--gpu-cache", 9216), ("--cpu-cache", 18432)):
         assert (
