@@ -16,7 +16,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from pensieve.engine.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats, tenant_of
-from pensieve.errors import ConversationNotFound, KeepRefused
+from pensieve.errors import ConversationNotFound, KeepRefused, error_from
 from pensieve.message import Message
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.completed import ANSWER
@@ -153,7 +153,7 @@ async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str
     )
     assert isinstance(answer, KeepAnswer)
     if answer.error is not None and answer.code != ConversationNotFound.code:
-        raise KeepRefused(answer.error)
+        raise error_from(answer.code or KeepRefused.code, answer.error)
     await in_thread(context.store.set_pinned, caller.namespace, conversation.id, True)
     row = (await _rows(context, caller, [conversation_id])).get(conversation_id)
     note = None if answer.error is None else "nothing is cached of it now: it is pinned from its next turn on"
