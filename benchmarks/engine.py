@@ -25,13 +25,15 @@ from common import commit, cpu_name, spread
 
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.pace import Pace
+from pensieve.core.receipt import Receipt
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine.engine import Engine
-from pensieve.engine.messages import Event, Failed, Finished, Receipt, Submit
+from pensieve.engine.messages import Event, Failed, Finished, Submit
 from pensieve.runtime.loading import load_model
 from pensieve.runtime.options import DTYPE_BYTES, Options
 from pensieve.worker.attention import BACKENDS, make_backend
@@ -279,7 +281,7 @@ def growth(model: CausalModel, num_turns: int = 10_000, attention: str = "auto")
         prompt = log + drawn(rng, 30, vocab)
         logs[name] = prompt + list(bench.turn(name, prompt, len(log), 2).output)
         if (number + 1) % (num_turns // 10) == 0:
-            bench.cache.check()
+            check(bench.cache)
             places = bench.cache.places
             samples.append({"turns": number + 1, "rss_mb": psutil.Process().memory_info().rss / 1e6, "chunks": places.num_chunks,
                             "sequences": len(bench.cache.sequences), "index": len(bench.cache.index)})  # fmt: skip

@@ -71,7 +71,7 @@ def measure_speed(repeats: int) -> dict[str, Any]:
             begun_s = time.process_time()
             outcome = run_case(case, keep_records=True)
             rates.append(len(outcome.records) / (time.process_time() - begun_s))
-        tokens = sum(record.output_tokens for record in outcome.records) / len(outcome.records)
+        tokens = sum(record.receipt.output_tokens for record in outcome.records) / len(outcome.records)
         found[system] = {
             "requests_per_s": sorted(rates)[len(rates) // 2], "requests": len(outcome.records), "steps": outcome.num_steps,
             "output_tokens_a_request": tokens,

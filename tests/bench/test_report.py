@@ -22,7 +22,7 @@ from pensieve.bench.record import build_record
 from pensieve.bench.report import print_report, speedups, summarize
 from pensieve.bench.runs import EarlyEnd, Run, RunSettings, Subject, TurnRecord
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
-from pensieve.engine.messages import Receipt
+from pensieve.core.receipt import Receipt
 from pensieve.errors import ConfigError
 from pensieve.reporting.json_file import write_json
 from pensieve.workloads.arrivals import ThinkClass

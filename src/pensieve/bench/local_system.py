@@ -44,7 +44,7 @@ class LocalSystem:
     def end_conversation(self, conversation_id: str) -> None:
         """See `ChatSystem`."""
         self._logs.pop(conversation_id, None)
-        self._service.forget(conversation_id)
+        self._service.engine.forget(conversation_id)
 
     def close(self) -> None:
         """Nothing of its own to close."""

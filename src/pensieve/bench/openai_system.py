@@ -16,7 +16,7 @@ from pensieve.bench.chat_client import LENGTH_FORMS, Asked, ChatClient
 from pensieve.bench.http_client import HttpClient
 from pensieve.bench.probe import find_model
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
-from pensieve.engine.messages import Receipt
+from pensieve.core.receipt import Receipt
 
 
 @dataclass(slots=True)
@@ -180,16 +180,9 @@ def _result(asked: Asked, history: _History, submitted_s: float) -> TurnResult:
         receipt = Receipt(
             prompt_tokens=prompt_tokens,
             gpu_tokens=cached,
-            cpu_tokens=0,
             recomputed_tokens=recomputed,
             new_tokens=prompt_tokens - cached - recomputed,
             output_tokens=output_tokens or answer.num_pieces,
-            bytes_in=0,
-            bytes_out=0,
-            suspensions=0,
-            resume_cpu_tokens=0,
-            resume_recomputed_tokens=0,
-            queue_s=0.0,
             first_token_s=first_token_s,
             total_s=total_s,
         )

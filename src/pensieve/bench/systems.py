@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from pensieve.engine.messages import Receipt
+from pensieve.core.receipt import Receipt
 from pensieve.errors import ContextLengthExceeded
 
 CONTEXT_FULL = ContextLengthExceeded.code  # the one error that ends a conversation in good order

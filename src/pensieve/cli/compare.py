@@ -120,7 +120,7 @@ def run_compare(
     with _system(options, loaded, retain=True) as (stateful, runtime):
         first = run_users(stateful, selection.conversations, settings, listener)
         stats, sizes = (
-            runtime.service.stats().result(),
+            runtime.service.engine.stats().result(),
             runtime.sizes.as_json() | {"cost": runtime.cost_source},
         )
     if baseline_url is not None:
@@ -151,7 +151,7 @@ def run_one(options: Options, workload: Workload, *, retain: bool, out_dir: str 
     with _system(options, loaded, retain=retain) as (system, runtime):
         run = run_users(system, selection.conversations, workload.settings(loaded), ShownRun())
         stats, sizes = (
-            runtime.service.stats().result(),
+            runtime.service.engine.stats().result(),
             runtime.sizes.as_json() | {"cost": runtime.cost_source},
         )
     _report(options, loaded, workload, [run], selection, sizes, stats, None, out_dir)
@@ -187,7 +187,7 @@ def _warm_up(runtime: Runtime, loaded: LoadedModel) -> None:
         ]
         for turn, name in zip(turns, names, strict=True):
             turn.future.result()
-            runtime.service.forget(name, namespace="warm-up")
+            runtime.service.engine.forget(name, namespace="warm-up")
 
 
 def _load(options: Options) -> LoadedModel:

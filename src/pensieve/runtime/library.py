@@ -24,7 +24,7 @@ from pensieve.service import DEFAULT_NAMESPACE, TurnSpec
 from pensieve.store import MEMORY, open_store, path_messages, sqlite_path
 
 if TYPE_CHECKING:
-    from pensieve.engine.messages import Receipt
+    from pensieve.core.receipt import Receipt
     from pensieve.service import Erasure, PendingTurn, Piece, TurnDone
 
 LOOK_S = 0.2  # between two looks at an answer: a wait without a timeout would not see Ctrl-C everywhere

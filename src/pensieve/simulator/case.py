@@ -12,6 +12,7 @@ from typing import Literal
 from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS, CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
+from pensieve.core.filling import Filling
 from pensieve.core.pace import Pace
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
@@ -19,7 +20,7 @@ from pensieve.simulator.cost_model import FITTED, CostModel, ModelNumbers, Overh
 from pensieve.simulator.goal import Goal, Lateness
 from pensieve.simulator.hardware import GB, Hardware, find_hardware
 from pensieve.simulator.measured import MeasuredMachine
-from pensieve.simulator.phases import PhasedScheduler
+from pensieve.simulator.phases import PhasedFilling
 from pensieve.simulator.policies import Setting, make_policy
 from pensieve.simulator.records import RequestRecord, Summary, summarize
 from pensieve.simulator.simulation import Simulation
@@ -315,8 +316,8 @@ def run_case(
     )
     if machine.copies_first:
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
-    kind = PhasedScheduler if system.phases else Scheduler
-    scheduler = kind(config, cache, case.max_context, pace=Pace(profile))
+    filling = PhasedFilling if system.phases else Filling
+    scheduler = Scheduler(config, cache, case.max_context, pace=Pace(profile), filling=filling)
     clock = VirtualClock()
     worker = CostWorker(cost, machine.links(case.chunk_tokens), len(tiers), clock, machine.host_overheads())
     simulation = Simulation(scheduler, worker, clock, debug=case.debug)

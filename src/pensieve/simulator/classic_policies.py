@@ -14,7 +14,7 @@ from typing import Literal
 
 from pensieve.core.chunk import Chunk
 from pensieve.core.eviction import LRU, OldestFirst, PolicyFamily
-from pensieve.core.sequence import Key, Sequence
+from pensieve.core.sequence import Key, Sequence, sequences_of
 
 _TIE = 1e-9  # seconds of recency, in uses
 _LATER = 1e13  # seconds: beyond every time
@@ -40,7 +40,7 @@ class FrequencyFamily(PolicyFamily):
 
     def rank(self, chunk: Chunk) -> int:
         """That of the best of the conversations through a chunk."""
-        return max(self.ranks.get(member.key, 0) for member in chunk.owner.sequences())
+        return max(self.ranks.get(member.key, 0) for member in sequences_of(chunk))
 
 
 class LeastFrequentlyUsed(LRU):
@@ -127,17 +127,13 @@ class AdaptiveFamily(PolicyFamily):
     def where(self, chunk: Chunk) -> int:
         """The list a chunk is in: the better one of its conversations'."""
         return max(
-            (
-                listed.where
-                for s in chunk.owner.sequences()
-                if (listed := self._listed.get(s.key)) is not None
-            ),
+            (listed.where for s in sequences_of(chunk) if (listed := self._listed.get(s.key)) is not None),
             default=1,
         )
 
     def leads(self, chunk: Chunk, *, comes: bool) -> None:
         """A private chunk of an idle conversation becomes next to go of it, and what was before it is gone; or it is so no more."""
-        listed = self._listed.get(chunk.owner.sequences()[0].key)
+        listed = self._listed.get(sequences_of(chunk)[0].key)
         if listed is not None and listed.idle:
             self._set_gone(
                 listed, max(listed.forgotten, min(chunk.index, listed.length) if comes else listed.length)

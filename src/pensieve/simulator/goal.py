@@ -59,7 +59,7 @@ class Waiting:
 
     sent_s: float
     output_tokens: int  # of its whole answer
-    first_token_s: float | None  # None: not yet
+    ttft_s: float | None  # time to its first token; None if there is none yet
 
 
 class Lateness:
@@ -97,9 +97,8 @@ class Lateness:
     def _is_late_already(self, one: Waiting, now_s: float) -> bool:
         if self._goal.metric == "normalized":
             return (now_s - one.sent_s) / one.output_tokens > self._goal.latency_s
-        return (
-            one.first_token_s if one.first_token_s is not None else now_s
-        ) - one.sent_s > self._goal.latency_s
+        ttft_s = now_s - one.sent_s if one.ttft_s is None else one.ttft_s
+        return ttft_s > self._goal.latency_s
 
 
 def _num_turns_before(player: Player, end_s: float) -> int:

@@ -26,7 +26,7 @@ from pensieve.core.eviction import (
     PolicyFactory,
     PolicyFamily,
 )
-from pensieve.core.sequence import Key, Sequence
+from pensieve.core.sequence import Key, Sequence, sequences_of
 from pensieve.errors import ConfigError
 from pensieve.simulator.classic_policies import AdaptiveFamily, FrequencyFamily
 
@@ -76,7 +76,7 @@ class TailOptimizedLRU(LRU):
         self._lengths, self._spare_chunks = family.lengths, spare_chunks
 
     def _rank(self, chunk: Chunk) -> float:
-        longest = max(self._lengths.get(member.key, len(member.chunks)) for member in chunk.owner.sequences())
+        longest = max(self._lengths.get(member.key, len(member.chunks)) for member in sequences_of(chunk))
         spare = chunk.index >= longest - self._spare_chunks
         return chunk.owner.last_active_s - (1e13 if spare else 0.0)
 
@@ -110,7 +110,7 @@ class Foresight(PolicyFamily):
 
     def next_s(self, chunk: Chunk) -> float:
         """When the first of the conversations through an idle chunk comes back."""
-        return min(self._next.get(member.key, math.inf) for member in chunk.owner.sequences())
+        return min(self._next.get(member.key, math.inf) for member in sequences_of(chunk))
 
 
 class Clairvoyant(ByLines[tuple[int, bool]]):

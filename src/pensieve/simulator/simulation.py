@@ -9,9 +9,11 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from pensieve.core.checks import check
 from pensieve.core.plan import StepPlan, StepResult
+from pensieve.core.receipt import Receipt
 from pensieve.core.request import Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import PensieveError
@@ -131,7 +133,7 @@ class Simulation:
         if committed_s := worker.committed_s(plan, len(events.finished)):
             self._move_on(clock.now_s + committed_s)
         if self._debug:
-            scheduler.cache.check()
+            check(scheduler.cache)
         return True
 
     def _run_steadily(self, most: int, upcoming: Player | None, window_s: tuple[float, float] | None) -> int:
@@ -183,9 +185,8 @@ class Simulation:
     def _waiting(self) -> Iterator[Waiting]:
         for request_id, flight in self._in_flight.items():
             turn = flight.conversation.script.turns[flight.conversation.turn]
-            yield Waiting(
-                flight.sent_s, turn.output_tokens, self._scheduler.requests[request_id].first_token_s
-            )
+            receipt = self._scheduler.requests[request_id].receipt
+            yield Waiting(flight.sent_s, turn.output_tokens, receipt.first_token_s)
 
     # -- users
 
@@ -246,14 +247,8 @@ class Simulation:
     def _take_answer(self, request: Request) -> None:
         flight = self._in_flight.pop(request.request_id)
         conversation = flight.conversation
-        self.records.append(
-            RequestRecord(
-                conversation.name, conversation.turn, flight.sent_s, request.admitted_s, request.first_token_s, self._clock.now_s,
-                request.num_prompt, request.history_tokens, request.gpu_tokens, request.cpu_tokens, request.recomputed_tokens,
-                request.new_tokens, request.num_output, request.resume_cpu_tokens, request.resume_recomputed_tokens, request.suspensions,
-                request.error,
-            )
-        )  # fmt: skip
+        receipt = replace(request.receipt, misses=())
+        self._note(flight, request.history_tokens, receipt, request.error)
         message = conversation.script.turns[conversation.turn].message_tokens
         conversation.runs.append((conversation.token_id, message + request.num_output))
         self._go_on(conversation)
@@ -261,31 +256,16 @@ class Simulation:
     def _refused(self, request_id: str, prompt: int, history: int, why: str) -> None:
         """A turn that the scheduler does not take ends its conversation: its user has nothing to answer to."""
         flight = self._in_flight.pop(request_id)
-        now_s = self._clock.now_s
-        conversation = flight.conversation
-        self.records.append(
-            RequestRecord(
-                conversation.name,
-                conversation.turn,
-                flight.sent_s,
-                None,
-                None,
-                now_s,
-                prompt,
-                history,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                why,
-            )
-        )
+        conversation, now_s = flight.conversation, self._clock.now_s
+        self._note(flight, history, Receipt(prompt), why)
         del self._playing[conversation.name]
         self._next_script(conversation.player, now_s)
+
+    def _note(self, flight: _InFlight, history: int, receipt: Receipt, error: str | None) -> None:
+        name, turn = flight.conversation.name, flight.conversation.turn
+        self.records.append(
+            RequestRecord(name, turn, flight.sent_s, self._clock.now_s, history, receipt, error)
+        )
 
     def _go_on(self, conversation: _Conversation) -> None:
         conversation.turn += 1

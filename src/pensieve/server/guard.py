@@ -1,7 +1,7 @@
-"""The door: what is refused before a route sees it. Knows a request's head, sizes and keys; never what bodies mean.
+"""Refuses requests before a route sees them. Knows a request's head, sizes and keys; never what bodies mean.
 
-In this order: requests for another host, pages of other origins, paths that are closed, bodies that are too large, requests without a key, requests
-of a tenant that has its share already, bodies of a kind that no route takes, turns that would be refused anyway. Only then is a body read.
+Checked in this order: the host, the origin of the page, the path, the size of the body, the key, the tenant's
+share, the kind of the body, and whether a turn would be refused in any case. Only then is a body read.
 """
 
 from __future__ import annotations
@@ -35,36 +35,34 @@ from pensieve.server.shares import Shares
 log = logging.getLogger(__name__)
 access = logging.getLogger("pensieve.access")
 
-READING = ("GET", "HEAD", "OPTIONS")  # methods that change nothing, but for `CHANGING`
-CHANGING = ("/v1/pensieve/record",)  # what is a GET and takes something that is scarce
-ALWAYS_OPEN = ("/health", "/ready")  # to supervisors, whatever else is closed
+READING = ("GET", "HEAD", "OPTIONS")  # methods that change nothing, except for `CHANGING`
+CHANGING = ("/v1/pensieve/record",)  # GET requests that take something scarce
+ALWAYS_OPEN = ("/health", "/ready")  # for supervisors, whatever else is closed
 OPEN = ("/", "/metrics", "/openapi.json", "/version")  # without a key, unless --private
-TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # POST: these have the model work
-CLIENT_LEFT = 499  # counted in place of a status where none was sent, as nginx does
-NUM_BODIES = 8  # of the largest kind, that may be under way at once, if nothing else is said
+TURNS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # POST requests that the model answers
+CLIENT_LEFT = 499  # counted in place of a status if none was sent, as nginx does
+NUM_BODIES = 8  # largest bodies that fit into the default of `max_bodies_bytes`
 
 
 @dataclass(frozen=True, slots=True)
-class DoorRules:
-    """Whom and what the door lets in.
+class GuardRules:
+    """What `RequestGuard` lets in.
 
     Raises:
         ConfigError: a limit is not positive, or one body could not pass.
     """
 
     max_body_bytes: int = 16 << 20
-    max_bodies_bytes: int | None = (
-        None  # of all requests under way together. None: `NUM_BODIES` of the largest
-    )
-    max_requests: int = 1024  # under way at once that need a key
-    shared: bool = False  # there are tenants, of which each gets a share of both
-    hosts: frozenset[str] | None = None  # names by which the server may be called. None: any
-    origins: frozenset[str] = frozenset()  # of other servers' pages that may call this one
-    private: bool = False  # all but `ALWAYS_OPEN` needs a key
-    metrics_port: int | None = (
-        None  # the port at which /metrics is, and nothing but that and `ALWAYS_OPEN`. None: with all else
-    )
-    metrics_hosts: frozenset[str] | None = None  # names by which that port may be called. None: any
+    # bytes of all bodies under way; None for `NUM_BODIES` of the largest
+    max_bodies_bytes: int | None = None
+    max_requests: int = 1024  # requests under way that need a key
+    shared: bool = False  # whether there are tenants, each of which gets a share of bodies and requests
+    hosts: frozenset[str] | None = None  # host names that requests may name; None for any
+    origins: frozenset[str] = frozenset()  # other servers whose pages may call this one
+    private: bool = False  # whether every path but `ALWAYS_OPEN` needs a key
+    # port of /metrics, with `ALWAYS_OPEN` and no other path; None if /metrics is at the server's own port
+    metrics_port: int | None = None
+    metrics_hosts: frozenset[str] | None = None  # host names at that port; None for any
     access_log: bool = False
 
     def __post_init__(self) -> None:
@@ -72,7 +70,8 @@ class DoorRules:
             raise ConfigError(f"--max-body must be positive, got {self.max_body_bytes} bytes")
         if self.total_bytes < self.max_body_bytes:
             raise ConfigError(
-                f"--max-bodies ({self.total_bytes} bytes) must not be less than --max-body ({self.max_body_bytes}): no body could pass"
+                f"--max-bodies ({self.total_bytes} bytes) must not be less than "
+                f"--max-body ({self.max_body_bytes}): no body could pass"
             )
 
     @property
@@ -81,18 +80,19 @@ class DoorRules:
         return NUM_BODIES * self.max_body_bytes if self.max_bodies_bytes is None else self.max_bodies_bytes
 
     def share_of(self, total: int) -> int | None:
-        """What one tenant gets of so many; None: all."""
+        """The most of `total` that one tenant may have; None if it may have all."""
         return max(1, total * 3 // 4) if self.shared else None
 
 
-class Door:
-    """Counts requests, gives each an id, and refuses what should not come in, before anything reads its body.
+class RequestGuard:
+    """Counts requests, gives each an id, and refuses some of them before their bodies are read.
 
-    A server without keys answers all programs of this machine. A page from elsewhere must not pass for one of them by giving its own name this
-    machine's address (DNS rebinding), hence `hosts`; nor by having the browser write, hence `origins`.
+    A server without keys answers all programs of this machine. A page from elsewhere must not pass for one of
+    them by giving its own name this machine's address (DNS rebinding), hence `hosts`; nor by having the
+    browser write, hence `origins`.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, rules: DoorRules) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, rules: GuardRules) -> None:
         self._app = app
         self._metrics = metrics
         self._rules = rules
@@ -105,7 +105,7 @@ class Door:
         self._trimmer = Trimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -131,13 +131,13 @@ class Door:
                 tenant = self._admit(scope, body)
             except PensieveError as error:
                 refusal = error_response(error)
-                if body.expected:  # it is not read
+                if body.expected:  # and not read
                     refusal.headers["Connection"] = "close"
                 await refusal(scope, receive, counting_send)
                 return
             await self._app(scope, body.receive, counting_send)
         except ClientDisconnect:
-            status = CLIENT_LEFT  # before its body had come: nothing is sent
+            status = CLIENT_LEFT  # it left within its body, so no answer is sent
         except Exception as error:
             log.error("%s %s failed (%s)", scope["method"], _shown(scope["path"]), request_id, exc_info=error)
             if status:  # too late for another answer
@@ -154,48 +154,31 @@ class Door:
                 self._log_access(scope, status, begun_s, request_id)
 
     def trim_after(self, num_bytes: int) -> None:
-        """A body of so many bytes is no longer held."""
+        """`num_bytes` of a body were freed: give memory back to the system soon."""
         self._trimmer.freed(num_bytes)
 
     # -- inside
 
     def _admit(self, scope: Scope, body: _Body) -> str | None:
-        """Refuse what should not come in. Returns the tenant whose request is counted; None: it is open to all and not counted.
+        """Refuse a request, or count it.
+
+        Returns its tenant, None if the path is open to all and the request is not counted.
 
         Raises:
-            PensieveError: it is refused.
+            PensieveError: the request is refused.
         """
         rules, headers, path, method = self._rules, scope["headers"], scope["path"], scope["method"]
-        hosts = values_of(headers, b"host")
-        if (fault := host_fault(hosts, scope["http_version"])) is not None:
-            raise ApiError(400, fault, code="invalid_host")
-        for_metrics = (
-            rules.metrics_port is not None and (scope.get("server") or (None, None))[1] == rules.metrics_port
-        )
-        names = rules.metrics_hosts if for_metrics else rules.hosts
-        if names is not None and name_of(hosts[0] if hosts else "") not in names:
-            host = hosts[0] if hosts else ""
-            known = ", ".join(sorted(names))
-            raise ApiError(
-                403,
-                f"this server has no keys and answers to {known} only, not to {host!r}: start it with --api-key-file",
-                code="host_not_allowed",
-            )
-        if for_metrics and path not in ("/metrics", *ALWAYS_OPEN):
-            raise ApiError(
-                404,
-                f"there is nothing but /metrics, /health and /ready at this port, not {path}",
-                code="not_found",
-            )
+        at_metrics_port = self._check_host(scope)
         if (method not in READING or path in CHANGING) and is_foreign(headers, rules.origins):
             raise ApiError(
                 403,
-                "a page of another origin may not change anything here: name its origin with --allow-origin, or put both behind one proxy",
+                "a page of another origin may not change anything here: name its origin with --allow-origin, "
+                "or put both behind one proxy",
                 code="origin_not_allowed",
             )
         if body.declared > rules.max_body_bytes:
             raise ApiError(413, body.too_large(body.declared), code="request_too_large")
-        if path in ALWAYS_OPEN or for_metrics:
+        if path in ALWAYS_OPEN or at_metrics_port:
             return None
         if path == "/metrics" and (rules.private or rules.metrics_port is not None):
             where = (
@@ -213,30 +196,62 @@ class Door:
         if not self.requests.take(tenant):
             raise ApiError(
                 429,
-                f"too many requests are under way, at most {self.requests.per_tenant} may be of one tenant: try again later",
+                f"too many requests are under way, at most {self.requests.per_tenant} may be of one tenant: "
+                "try again later",
                 code="overloaded",
             )
         return tenant
 
+    def _check_host(self, scope: Scope) -> bool:
+        """Refuse host names, and paths, that the request's port does not serve.
+
+        Returns whether it is the port of /metrics alone.
+        """
+        rules, path, hosts = self._rules, scope["path"], values_of(scope["headers"], b"host")
+        if (fault := host_fault(hosts, scope["http_version"])) is not None:
+            raise ApiError(400, fault, code="invalid_host")
+        port = (scope.get("server") or (None, None))[1]
+        at_metrics_port = rules.metrics_port is not None and port == rules.metrics_port
+        names = rules.metrics_hosts if at_metrics_port else rules.hosts
+        host = hosts[0] if hosts else ""
+        if names is not None and name_of(host) not in names:
+            known = ", ".join(sorted(names))
+            raise ApiError(
+                403,
+                f"this server has no keys and answers to {known} only, not to {host!r}: "
+                "start it with --api-key-file",
+                code="host_not_allowed",
+            )
+        if at_metrics_port and path not in ("/metrics", *ALWAYS_OPEN):
+            raise ApiError(
+                404,
+                f"there is nothing but /metrics, /health and /ready at this port, not {path}",
+                code="not_found",
+            )
+        return at_metrics_port
+
     def _admit_body(self, scope: Scope, body: _Body, tenant: str, context: Context) -> None:
-        """Refuse what would be refused anyway once its body had been read, and bodies for which there is no room."""
+        """Refuse bodies that there is no room for, and requests that would be refused in any case after the
+        body was read.
+        """
         body.tenant = tenant
-        if not body.expected or scope["method"] in READING:  # (no route reads a GET's)
+        if not body.expected or scope["method"] in READING:  # no route reads the body of a GET
             return
         kind = next(iter(values_of(scope["headers"], b"content-type")), "").partition(";")[0].strip().lower()
         if not (kind.startswith("application/") and (kind == "application/json" or kind.endswith("+json"))):
             message = "the body must be a JSON object, sent with the header Content-Type: application/json"
             raise ApiError(400, message, code="invalid_json")
         is_turn = scope["method"] == "POST" and scope["path"] in TURNS
-        if is_turn and not values_of(
-            scope["headers"], b"idempotency-key"
-        ):  # (the answer to a retry needs no place)
-            context.turns.check_room(tenant)
+        is_retry = bool(
+            values_of(scope["headers"], b"idempotency-key")
+        )  # perhaps, and then it needs no place
+        if is_turn and not is_retry:
+            context.answers.check_room(tenant)
         if not body.take(body.declared):
             raise body.no_room()
 
     def _log_access(self, scope: Scope, status: int, begun_s: float, request_id: str) -> None:
-        """A line without the query: keys are sent there by mistake."""
+        """Log a request without its query, where clients send keys by mistake."""
         client = ":".join(map(str, scope.get("client") or "-"))
         ms = 1e3 * (time.perf_counter() - begun_s)
         access.info(
@@ -245,72 +260,75 @@ class Door:
 
 
 class _Body:
-    """One request's body on its way in, and the room it takes among all of them."""
+    """One request's body on its way in, and the share of `--max-bodies` that it takes."""
 
-    def __init__(self, door: Door, receive: Receive, scope: Scope) -> None:
-        self._door, self._receive = door, receive
+    def __init__(self, guard: RequestGuard, receive: Receive, scope: Scope) -> None:
+        self._guard, self._receive = guard, receive
         length = next(iter(values_of(scope["headers"], b"content-length")), "0")
-        self.declared = (
-            int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
-        )  # bytes
+        is_number = length.isascii() and length.isdigit() and len(length) < 20
+        self.declared = int(length) if is_number else 0  # bytes
         self.expected = self.declared > 0 or bool(values_of(scope["headers"], b"transfer-encoding"))
         self.tenant = ""
         self._taken = self._received = self._part_bytes = 0
 
     def take(self, num_bytes: int) -> bool:
-        """Take room for so many bytes in all."""
+        """Reserve `num_bytes` in all, as many more than now. False if there is no room."""
         more = max(0, num_bytes - self._taken)
-        if not self._door.bodies.take(self.tenant, more):
+        if not self._guard.bodies.take(self.tenant, more):
             return False
         self._taken += more
         return True
 
     def close(self) -> None:
-        """The request is over."""
+        """The request has ended: give the reserved bytes back."""
         if self._taken:
-            self._door.bodies.give(self.tenant, self._taken)
-            self._door.trim_after(self._taken)
+            self._guard.bodies.give(self.tenant, self._taken)
+            self._guard.trim_after(self._taken)
             self._taken = 0
 
     async def receive(self) -> Message:
         """The next part."""
         last_bytes, self._part_bytes = self._part_bytes, 0
-        await self._door.parts.wait(
-            last_bytes
-        )  # (nothing more is read from the connection until it is asked for)
+        # While this waits, no more is read from the connection.
+        await self._guard.parts.wait(last_bytes)
         message = await self._receive()
         if part := message.get("body"):
             self._part_bytes = len(part)
             self._received += len(part)
-            if self._received > self._door._rules.max_body_bytes:
+            if self._received > self._guard._rules.max_body_bytes:
                 raise HTTPException(413, self.too_large(self._received), {"Connection": "close"})
             if self._received > self._taken and not self.take(self._received):
                 raise HTTPException(429, self.no_room().message, {"Connection": "close"})
             if not message.get("more_body", False):
-                await self._door.whole.wait(self._received)
+                await self._guard.whole.wait(self._received)
         return message
 
     def too_large(self, num_bytes: int) -> str:
-        """Why it is refused."""
-        return f"the body has {num_bytes} bytes or more, at most {self._door._rules.max_body_bytes} are taken (--max-body)"
+        """The reason to refuse it for good."""
+        limit = self._guard._rules.max_body_bytes
+        return f"the body has {num_bytes} bytes or more, at most {limit} are taken (--max-body)"
 
     def no_room(self) -> ApiError:
-        """Why it is refused for now."""
-        bodies = self._door.bodies
+        """The reason to refuse it for now."""
+        bodies = self._guard.bodies
         return ApiError(
             429,
-            f"bodies of {bodies.total} bytes may be under way together, of one tenant {bodies.per_tenant} (--max-bodies): try again later",
+            f"bodies of {bodies.total} bytes may be under way together, of one tenant {bodies.per_tenant} "
+            "(--max-bodies): try again later",
             code="overloaded",
         )
 
 
 def _shown(path: str) -> str:
-    """A path as it is logged: on one line, without what looks like a key."""
+    """A path for the log: on one line, with keys hidden."""
     return redacted(quote(path))
 
 
 def _as_routed(scope: Scope) -> Scope:
-    """A request as the routes know it: HEAD is a GET whose body the HTTP server leaves out, and a slash at the end means nothing."""
+    """A request as routes match it:
+
+    HEAD counts as GET, whose body the HTTP server leaves out, and a slash at the end is ignored.
+    """
     path = scope["path"]
     if scope["method"] != "HEAD" and not path.endswith("/"):
         return scope

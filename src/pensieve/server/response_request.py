@@ -1,4 +1,7 @@
-"""What clients may send to /v1/responses, as types, checked. Knows OpenAI's field names; never conversations or answers."""
+"""The body of POST /v1/responses, as checked types.
+
+Knows OpenAI's field names; never conversations or answers.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from pensieve.core.request import MAX_LOGPROBS
 from pensieve.server.errors import ApiError, unsupported
-from pensieve.server.items import Input
-from pensieve.server.schemas import (
-    MAX_TOOLS,
+from pensieve.server.fields import (
     Body,
     Count,
     Identifier,
@@ -22,6 +23,8 @@ from pensieve.server.schemas import (
     Temperature,
     refuse_tuning,
 )
+from pensieve.server.items import Input
+from pensieve.server.request_tools import MAX_TOOLS
 
 
 class ConversationRef(Strict):
@@ -56,7 +59,7 @@ class Reasoning(Strict):
 
 
 class TextFormat(BaseModel):
-    """`text.format`. Only text is to be had; the other fields belong to formats that are refused by name."""
+    """`text.format`. Only text is supported; the other fields belong to formats that are refused by name."""
 
     model_config = ConfigDict(extra="allow")
     type: StrictStr
@@ -78,7 +81,7 @@ class ResponseStreamOptions(Strict):
 class ResponseRequest(Body):
     """POST /v1/responses."""
 
-    model: StrictStr | None = None  # None: the one that is served
+    model: StrictStr | None = None  # None for the one that is served
     input: Input | None = None
     instructions: StrictStr | None = None
     previous_response_id: Identifier | None = None
@@ -103,7 +106,7 @@ class ResponseRequest(Body):
     # beyond OpenAI's
     seed: Seed | None = None
     ignore_eos: StrictBool | None = None
-    # known and not to be had, but for the value that means nothing
+    # not supported, except for the value that changes nothing
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
     max_tool_calls: StrictInt | None = None
@@ -115,7 +118,7 @@ class ResponseRequest(Body):
     moderation: Any = None
 
     def refuse(self) -> None:
-        """Refuse what this server has not."""
+        """Refuse unsupported fields and values."""
         if self.text is not None and self.text.format is not None and self.text.format.type != "text":
             raise unsupported(
                 "text.format",
@@ -159,12 +162,12 @@ class ResponseRequest(Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many alternatives; None: no log-probabilities at all."""
+        """Number of alternatives to give log-probabilities of; None for no log-probabilities."""
         wanted = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
         return (self.top_logprobs or 0) if wanted else None
 
     def params(self) -> dict[str, Any]:
-        """What a response object repeats."""
+        """The fields that a response object repeats."""
         choice = self.tool_choice
         return {
             "instructions": self.instructions,

@@ -1,28 +1,30 @@
-"""From a turn to what clients are told of it: usage, receipt, the answer's parts. Knows turns, live and stored; never endpoints."""
+"""Finished answers as clients are told of them: usage, receipt, log-probabilities.
+
+Knows turns, live and stored; never endpoints.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pensieve.core.receipt import Miss, Receipt
 from pensieve.core.request import FinishReason
-from pensieve.engine.messages import Miss, Receipt
 from pensieve.engine.messages import Token as SampledToken
 from pensieve.message import Message
-from pensieve.server.output import OutputForm, read_whole
-from pensieve.server.turns import Answer
-from pensieve.service import Composed, TurnDone, TurnSpec
+from pensieve.server.answer import Answer
+from pensieve.service import TurnDone, TurnSpec
 from pensieve.store import Turn
 from pensieve.text import ChatText
 
-ANSWER = "answer"  # a turn's meta: what its client was told
+ANSWER = "answer"  # key in a turn's meta: what its client was told
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """An answer that is durable: just now, or long ago."""
+    """A finished answer, just made or read from the store."""
 
     turn_id: str
     conversation_id: str | None
@@ -35,36 +37,28 @@ class Completed:
     logprobs: Sequence[SampledToken] = ()
 
 
-def composer(
-    spec: TurnSpec, text: ChatText, form: OutputForm, created: int, meta: Mapping[str, object]
-) -> TurnSpec:
-    """A turn whose answer is stored as what `form` reads in it, with what its client is told."""
+def with_answer_meta(spec: TurnSpec, created: int, meta: Mapping[str, object]) -> TurnSpec:
+    """A turn that is stored with `meta` and with what its client is told: usage, receipt, time."""
 
-    def compose(done: TurnDone) -> Composed:
-        output = read_whole(text, form, spec.turn_id, spec.prefix + done.text)
+    def answer_meta(done: TurnDone) -> Mapping[str, object]:
         told = {
             "created": created,
             "usage": usage_of(done),
             "receipt": receipt_json(done.receipt, done.warning),
         }
-        return Composed(output.message(), {**meta, ANSWER: told})
+        return {**meta, ANSWER: told}
 
-    watch = None
-    if form.tools and form.calls and not form.parallel:
-        watch = _one_call_only(spec, text, form)
-    return replace(spec, compose=compose, watch=watch)
+    return replace(spec, answer_meta=answer_meta)
 
 
-def completed_now(
-    answer: Answer, done: TurnDone, form: OutputForm, text: ChatText, meta: Mapping[str, object]
-) -> Completed:
+def completed_now(answer: Answer, done: TurnDone, meta: Mapping[str, object]) -> Completed:
     """An answer that has just ended."""
-    message = done.message or read_whole(text, form, answer.id, answer.turn.spec.prefix + done.text).message()
+    assert done.message is not None
     return Completed(
         answer.id,
         answer.turn.conversation_id,
         answer.created,
-        message,
+        done.message,
         done.reason.value,
         usage_of(done),
         receipt_json(done.receipt, done.warning),
@@ -97,7 +91,7 @@ def completed_before(turn: Turn, conversation_id: str | None) -> Completed:
 
 
 def usage_of(done: TurnDone) -> dict[str, int]:
-    """Tokens in, tokens out, and how many of the first were cached."""
+    """Tokens of the prompt, tokens of the answer, and cache hits among the first."""
     receipt = done.receipt
     return {
         "prompt_tokens": receipt.prompt_tokens,
@@ -107,24 +101,15 @@ def usage_of(done: TurnDone) -> dict[str, int]:
 
 
 def receipt_json(receipt: Receipt, warning: str | None) -> dict[str, Any]:
-    """A receipt for clients: milliseconds, wall-clock times, words for what was missed."""
-    return {
-        "prompt_tokens": receipt.prompt_tokens,
-        "gpu_tokens": receipt.gpu_tokens,
-        "cpu_tokens": receipt.cpu_tokens,
-        "recomputed_tokens": receipt.recomputed_tokens,
-        "new_tokens": receipt.new_tokens,
-        "output_tokens": receipt.output_tokens,
-        "truncated_tokens": receipt.truncated_tokens,
-        "bytes_in": receipt.bytes_in,
-        "bytes_out": receipt.bytes_out,
-        "suspensions": receipt.suspensions,
-        "queue_ms": round(1e3 * receipt.queue_s, 3),
-        "first_token_ms": None if receipt.first_token_s is None else round(1e3 * receipt.first_token_s, 3),
-        "total_ms": round(1e3 * receipt.total_s, 3),
-        "misses": [_miss_json(miss) for miss in receipt.misses],
-        "warning": warning,
-    }
+    """A receipt for clients: milliseconds, wall-clock times, reasons of misses."""
+    shown = asdict(receipt)
+    for name in ("resume_cpu_tokens", "resume_recomputed_tokens"):  # (for operators)
+        del shown[name]
+    for name in ("queue", "first_token", "total"):
+        seconds = shown.pop(f"{name}_s")
+        shown[f"{name}_ms"] = None if seconds is None else round(1e3 * seconds, 3)
+    shown["misses"] = [_miss_json(miss) for miss in receipt.misses]
+    return shown | {"warning": warning}
 
 
 def finish_reason(reason: str, message: Message) -> str:
@@ -133,7 +118,7 @@ def finish_reason(reason: str, message: Message) -> str:
         return "tool_calls"
     return (
         "stop" if reason == FinishReason.STOP.value else "length"
-    )  # (one that was cut short is never taken for whole)
+    )  # an answer that was cut short must not be taken for complete
 
 
 def logprob_items(tokens: Sequence[SampledToken], text: ChatText) -> list[dict[str, Any]]:
@@ -161,17 +146,3 @@ def _miss_json(miss: Miss) -> dict[str, Any]:
         None if miss.at_s is None else round(time.time() - (time.monotonic() - miss.at_s), 3)
     )  # the engine's clock is this machine's
     return {"start": miss.start, "stop": miss.stop, "why": miss.why, "at": at, "by": miss.by}
-
-
-def _one_call_only(spec: TurnSpec, text: ChatText, form: OutputForm) -> Any:
-    from pensieve.server.output import Output
-
-    output = Output(text, form, spec.turn_id)
-    if spec.prefix:
-        output.feed(spec.prefix)
-
-    def watch(piece: str) -> bool:
-        output.feed(piece)
-        return output.enough
-
-    return watch

@@ -9,34 +9,20 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pensieve.cli import front
+from pensieve.cli import serve
 from pensieve.cli.commands import cli
-from pensieve.cli.front import Front
 from pensieve.errors import ConfigError
+from pensieve.server.listener import Listener
+from pensieve.server.options import ServeOptions
 
-DEFAULTS: dict[str, Any] = {
-    "host": "127.0.0.1",
-    "port": 0,
-    "has_keys": True,
-    "insecure": False,
-    "stall_timeout_s": 60.0,
-    "max_requests": 64,
-    "max_body_mb": 16.0,
-    "max_bodies_mb": None,
-    "header_timeout_s": 20.0,
-    "origins": (),
-    "private": False,
-    "metrics_port": None,
-    "metrics_host": "127.0.0.1",
-    "access_log": False,
-}
+DEFAULTS: dict[str, Any] = {"port": 0, "api_key_file": "keys", "max_open": 16}
 
 
-def made(**options: Any) -> Front:
-    """A front whose sockets are closed again."""
-    one = Front(**DEFAULTS | options)
-    one.close()
-    return one
+def made(**options: Any) -> Listener:
+    """A listener whose sockets are closed again."""
+    listener = Listener(ServeOptions(**DEFAULTS | options))
+    listener.close()
+    return listener
 
 
 def test_metrics_get_a_socket_of_their_own() -> None:
@@ -61,20 +47,20 @@ def test_metrics_get_a_socket_of_their_own() -> None:
 def test_what_is_open_is_said_at_the_start() -> None:
     assert "/metrics" in made().notes[0] and "--private" in made().notes[0]
     assert "/metrics" not in made(metrics_port=0).notes[0]
-    assert made(private=True).notes == [] == made(has_keys=False).notes
+    assert made(private=True).notes == [] == made(api_key_file=None).notes
 
 
 def test_names_and_limits() -> None:
     assert made().rules.hosts is None and made().rules.shared
-    bare = made(has_keys=False, host="LocalHost")
+    bare = made(api_key_file=None, host="LocalHost")
     assert bare.rules.hosts == {"localhost", "127.0.0.1", "[::1]"} and not bare.rules.shared
     assert made(origins=("https://App.Example/",)).rules.origins == {"https://app.example"}
     assert made().rules.total_bytes == 128 << 20 and made(max_bodies_mb=20.0).rules.total_bytes == 20 << 20
     for wrong in (
         {"max_bodies_mb": 1.0},
-        {"private": True, "has_keys": False},
+        {"private": True, "api_key_file": None},
         {"origins": ("*",)},
-        {"host": "0.0.0.0", "has_keys": False},
+        {"host": "0.0.0.0", "api_key_file": None},
     ):
         with pytest.raises(ConfigError):
             made(**wrong)
@@ -91,12 +77,12 @@ def test_a_store_s_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyP
     )
     url = "postgresql://me:s3cret@db/x"
     monkeypatch.setattr(sys, "argv", ["pensieve", "serve", "--store", url])
-    assert "PENSIEVE_STORE" in str(front.password_note(url)) and "s3cret" not in str(front.password_note(url))
-    assert front.password_note("postgresql://me@db:5432/x") is None and front.password_note(None) is None
+    assert "PENSIEVE_STORE" in str(serve.password_note(url)) and "s3cret" not in str(serve.password_note(url))
+    assert serve.password_note("postgresql://me@db:5432/x") is None and serve.password_note(None) is None
     monkeypatch.setattr(sys, "argv", ["pensieve", "serve", f"--store={url}"])
-    assert front.password_note(url) is not None
+    assert serve.password_note(url) is not None
     monkeypatch.setattr(sys, "argv", ["pensieve", "serve"])
-    assert front.password_note(url) is None
+    assert serve.password_note(url) is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
@@ -104,9 +90,9 @@ def test_a_store_s_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyP
 def test_the_soft_limit_of_open_files_is_raised(soft: int, hard: int, expected: int) -> None:
     program = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
-        "from pensieve.cli import front\n"
-        "assert front.raise_file_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]\n"
-        "print(front.raise_file_limit())"
+        "from pensieve.server.listener import raise_file_limit\n"
+        "assert raise_file_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]\n"
+        "print(raise_file_limit())"
     )
     assert (
         int(
@@ -121,8 +107,9 @@ def test_the_soft_limit_of_open_files_is_raised(soft: int, hard: int, expected: 
 def test_as_many_connections_as_fit_below_the_limit(files: int) -> None:
     program = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))\n"
-        "from pensieve.cli.front import Front, num_open_files\n"
-        f"limits = Front(**{DEFAULTS!r}).limits()\n"
+        "from pensieve.server.listener import Listener, num_open_files\n"
+        "from pensieve.server.options import ServeOptions\n"
+        f"limits = Listener(ServeOptions(**{DEFAULTS!r})).limits()\n"
         "print(limits.max_connections, num_open_files())"
     )
     said = subprocess.run(
