@@ -2,9 +2,9 @@
 
 Knows turns and think times; never models or tables.
 
-To compare two systems token by token, the second run *replays* the first: each turn is sent after exactly the history
-that the first run had there. Otherwise a single near tie would give a conversation two different histories, and none of
-its later turns could be compared.
+To compare two systems token by token, the second run *replays* the first: each turn is sent after exactly the
+history that the first run had there. Otherwise a single near tie would give a conversation two different
+histories, and none of its later turns could be compared.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def run_users(
 ) -> Run:
     """Let users talk to a system until every conversation is over.
 
-    User u of U takes conversations u, u + U, u + 2U, ... one after the other; users start spread evenly over one request
-    interval. A failed turn ends its conversation and is recorded; the others continue. The system is told of the end of
-    conversations only when the run is over: a real user leaves without notice.
+    User u of U takes conversations u, u + U, u + 2U, ... one after the other; users start spread evenly over
+    one request interval. A failed turn ends its conversation and is recorded; the others continue. The system
+    is told of the end of conversations only when the run is over: a real user leaves without notice.
 
     Args:
         system: what answers. It is not closed.
         conversations: what is said; ids must differ.
         settings: how users behave.
         listener: is told how the run goes.
-        replay: an earlier run of the same conversations. Turns that it did not send are not sent, and every turn has that
-            run's tokens as its history, where the run knows them.
+        replay: an earlier run of the same conversations. Turns that it did not send are not sent, and every
+            turn has that run's tokens as its history, where the run knows them.
 
     Raises:
         ConfigError: there is no conversation, an id comes twice, or `replay` is of other conversations.

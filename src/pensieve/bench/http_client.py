@@ -1,9 +1,10 @@
-"""A small HTTP/1.1 client for streams, on asyncio's transports. Knows bytes, connections and statuses; never what a body means.
+"""A small HTTP/1.1 client for streams, on asyncio's transports. Knows bytes, connections and statuses; never
+what a body means.
 
-A load generator shares its machine with the server that it measures, so its CPU time per event counts. Measured with
-8 streams of small events, JSON parsing included: httpx 91 to 116 µs an event (65 to 70 on uvloop), httpcore 90 (56),
-a client like this one 39 (13): the difference is that no task wakes up for an event. It has no redirects, proxies,
-compressed bodies, cookies or HTTP/2.
+A load generator shares its machine with the server that it measures, so its CPU time per event counts.
+Measured with 8 streams of small events, JSON parsing included: httpx 91 to 116 µs an event (65 to 70 on
+uvloop), httpcore 90 (56), a client like this one 39 (13): the difference is that no task wakes up for an
+event. It has no redirects, proxies, compressed bodies, cookies or HTTP/2.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ class HttpAnswer:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, one exchange at a time. Passes the body on inside the event loop's own call: no task wakes up."""
+    """One connection, one exchange at a time. Passes the body on inside the event loop's own call: no task
+    wakes up.
+    """
 
     def __init__(self) -> None:
         self.closed = False
@@ -285,7 +288,8 @@ class HttpClient:
         )
 
     async def post(self, path: str, body: bytes, on_body: Callable[[bytes], None]) -> HttpAnswer:
-        """Send JSON; `on_body` gets the body of a 200 piece by piece. Any other status is returned with its body.
+        """Send JSON; `on_body` gets the body of a 200 piece by piece. Any other status is returned with its
+        body.
 
         Raises:
             TurnFailed: "unreachable", "timeout", "stream_broken", or whatever `on_body` raised.
@@ -315,7 +319,9 @@ class HttpClient:
         return answer
 
     async def _wait(self, connection: _Connection, done: asyncio.Future[HttpAnswer]) -> HttpAnswer:
-        """The response, unless the server is silent for too long. Polled: a timer reset for every event would cost more."""
+        """The response, unless the server is silent for too long. Polled: a timer reset for every event would
+        cost more.
+        """
         while True:
             silent_s = time.perf_counter() - connection.last_data_s
             if silent_s >= self._read_timeout_s:

@@ -1,7 +1,7 @@
 """Puts a load on a server and records each request. Knows scripts and answers; never HTTP or statistics.
 
-A closed loop's user sends its next turn after the answer and its think time; in an open loop conversations arrive
-independently of the server. The players (`workloads.scripts`) decide which.
+A closed loop's user sends its next turn after the answer and its think time; in an open loop conversations
+arrive independently of the server. The players (`workloads.scripts`) decide which.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pensieve.workloads.scripts import Player, Script
 
 @dataclass(frozen=True, slots=True)
 class LoadRecord:
-    """One request. Times in seconds: `due_s` and `submitted_s` since the run began, the others since it was sent."""
+    """One request. Times in seconds: `due_s` and `submitted_s` since the run began, the others since it was
+    sent.
+    """
 
     conversation: int  # within the run
     turn: int
@@ -70,7 +72,9 @@ class LoadDriver:
     def __init__(
         self, chat: ChatClient, target: Target, writer: PromptWriter, listener: RunListener | None = None
     ) -> None:
-        """`target` is what the probe found out about the server behind `chat`; `writer` makes texts for turns without one."""
+        """`target` is what the probe found out about the server behind `chat`; `writer` makes texts for turns
+        without one.
+        """
         self._chat, self._target, self._writer, self._listener = chat, target, writer, listener
 
     async def run(
@@ -125,12 +129,16 @@ class _Stage:
 
 
 def _talks(stage: _Stage, first: int, scripts: Iterable[Script]) -> Iterator[_Talk]:
-    """A user's conversations, numbered from `first`. Each is made when it begins, so that no history is kept longer."""
+    """A user's conversations, numbered from `first`. Each is made when it begins, so that no history is kept
+    longer.
+    """
     return (_Talk(stage, number, script) for number, script in enumerate(scripts, start=first))
 
 
 class _Talk:
-    """A `PlayedConversation` of a script. Like any stateless client it sends the whole history with every turn."""
+    """A `PlayedConversation` of a script. Like any stateless client it sends the whole history with every
+    turn.
+    """
 
     def __init__(self, stage: _Stage, number: int, script: Script) -> None:
         self._stage, self._number, self._script = stage, number, script

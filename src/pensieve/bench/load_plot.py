@@ -1,4 +1,6 @@
-"""Pictures of load runs: latencies by turn, or throughput against normalized latency. Knows figures; nothing of how they came about."""
+"""Pictures of load runs: latencies by turn, or throughput against normalized latency. Knows figures; nothing
+of how they came about.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ _QUANTILES = ("p50", "p90")
 
 
 def plot_load(path: str | Path, runs: Sequence[LoadRun], target: Target, words: str) -> Path:
-    """Draw one run by turn, or a sweep of rates as the paper does (normalized latency over throughput), as PNG.
+    """Draw one run by turn, or a sweep of rates as the paper does (normalized latency over throughput), as
+    PNG.
 
     Args:
         path: the file; folders on the way are made.

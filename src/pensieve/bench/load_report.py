@@ -50,7 +50,9 @@ class RunFigures:
     requests_per_s: float  # answered
     steady_requests_per_s: (
         float | None
-    )  # answered, between the end of the first conversation and the last arrival; None: a closed loop, or too short
+        # answered, between the end of the first conversation and the last arrival; None: a closed loop, or too
+        # short
+    )
     output_tokens: int
     output_tokens_per_s: float
     prompt_tokens: int | None  # None = no request told
@@ -204,7 +206,9 @@ def _added_tokens(answered: Sequence[LoadRecord]) -> dict[tuple[int, int], int]:
 
 
 def _steady(run: LoadRun) -> float | None:
-    """Throughput without the time in which the first users are still at their first turns, and without the time after the last arrival."""
+    """Throughput without the time in which the first users are still at their first turns, and without the
+    time after the last arrival.
+    """
     if run.arrivals_s is None:
         return None
     last_turn: dict[int, float] = {}

@@ -1,7 +1,9 @@
-"""An OpenAI-compatible server as a chat system. Knows histories and texts; never tokens, or how the server works.
+"""An OpenAI-compatible server as a chat system. Knows histories and texts; never tokens, or how the server
+works.
 
-`compare --baseline-url` measures it: a server that gets the whole history with every turn, as its API demands. Times are
-taken on this side of the network. Every fault of server, network or stream becomes a failed turn.
+`compare --baseline-url` measures it: a server that gets the whole history with every turn, as its API
+demands. Times are taken on this side of the network. Every fault of server, network or stream becomes a
+failed turn.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ class _History:
 class OpenAISystem:
     """Streams chat completions from a server. Its requests run on an event loop in a thread of its own.
 
-    Sole owner of the conversations' histories. Answers are greedy (temperature 0). The number of cached prompt tokens is
-    read from `usage.prompt_tokens_details.cached_tokens` if the server reports it (vLLM does with
-    `--enable-prompt-tokens-details`) and counted as found on the GPU. The protocol has no token ids, so outputs
-    cannot be compared under the contract.
+    Sole owner of the conversations' histories. Answers are greedy (temperature 0). The number of cached
+    prompt tokens is read from `usage.prompt_tokens_details.cached_tokens` if the server reports it (vLLM does
+    with `--enable-prompt-tokens-details`) and counted as found on the GPU. The protocol has no token ids, so
+    outputs cannot be compared under the contract.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""What a measurement ran on: commit, processor, package versions. Knows git and packages; never what was measured."""
+"""What a measurement ran on: commit, processor, package versions. Knows git and packages; never what was
+measured.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton")
 
 
 def source_version() -> dict[str, Any]:
-    """The package's version, and its commit if it runs from its own git checkout (`dirty`: with changes on top)."""
+    """The package's version, and its commit if it runs from its own git checkout (`dirty`: with changes on
+    top).
+    """
     found: dict[str, Any] = {"version": pensieve.__version__, "commit": None, "dirty": None}
     here = Path(pensieve.__file__).resolve().parent
     if _git(here, "ls-files", "--error-unmatch", "__init__.py") is None:

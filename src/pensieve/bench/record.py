@@ -1,4 +1,6 @@
-"""What `pensieve compare` measured, as a JSON record: configuration, commit, machine and every request. Draws no conclusions."""
+"""What `pensieve compare` measured, as a JSON record: configuration, commit, machine and every request. Draws
+no conclusions.
+"""
 
 from __future__ import annotations
 

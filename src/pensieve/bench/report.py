@@ -1,7 +1,8 @@
 """Runs in numbers and tables. Knows results; nothing of how they came about.
 
-Normalized latency is a turn's end-to-end latency divided by its output tokens (paper, evaluation). Throughput is that of a
-closed loop: users who think keep it down, so two systems that both keep up differ in latency and not in requests a second.
+Normalized latency is a turn's end-to-end latency divided by its output tokens (paper, evaluation). Throughput
+is that of a closed loop: users who think keep it down, so two systems that both keep up differ in latency and
+not in requests a second.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _NAME_CHARS = 12  # of a system's name in a table of many columns
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Some answered turns of one run: those with one index, or of one class of users. None = not told by the system."""
+    """Some answered turns of one run: those with one index, or of one class of users. None = not told by the
+    system.
+    """
 
     label: str
     answers: int
@@ -139,7 +142,8 @@ def print_report(
     if any(_is_long(summary.system) for summary in summaries):
         line(" against ".join(summary.system for summary in summaries))
     line(
-        "n answers; medians of time to first token and of normalized latency; mean tokens a turn by where they came from\n"
+        "n answers; medians of time to first token and of normalized latency; mean tokens a turn by where "
+        "they came from\n"
     )
     console.print(_group_table("By turn", "turn", [s.by_turn for s in summaries], summaries))
     line("")
@@ -161,7 +165,8 @@ def print_report(
         line(equality.verdict_line())
         if (example := equality.example) is not None:
             line(
-                f"  example: conversation {example.conversation_id}, turn {example.turn_index + 1}, {example.verdict.value}: {example.reason}"
+                f"  example: conversation {example.conversation_id}, turn {example.turn_index + 1}, "
+                f"{example.verdict.value}: {example.reason}"
             )
 
 

@@ -58,7 +58,9 @@ class Workload:
         )
 
     def settings(self, loaded: LoadedModel) -> RunSettings:
-        """How the driver runs them: as text, or as drawn token ids of the texts' lengths for a model that does not talk."""
+        """How the driver runs them: as text, or as drawn token ids of the texts' lengths for a model that
+        does not talk.
+        """
         return RunSettings(
             request_interval_s=self.request_interval_s,
             max_new_tokens=self.max_new_tokens,
@@ -112,7 +114,9 @@ def compare(baseline_url: str | None, out_dir: str | None, **arguments: Any) -> 
 def run_compare(
     options: Options, workload: Workload, *, baseline_url: str | None = None, out_dir: str | None = None
 ) -> Equality | None:
-    """Both systems, the report, the plot and the JSON. Returns the verdict on their outputs (None against another server)."""
+    """Both systems, the report, the plot and the JSON. Returns the verdict on their outputs (None against
+    another server).
+    """
     selection = workload.conversations()
     loaded = _load(options)
     settings = workload.settings(loaded)
@@ -171,7 +175,9 @@ def _system(options: Options, loaded: LoadedModel, *, retain: bool) -> Iterator[
 
 
 def _warm_up(runtime: Runtime, loaded: LoadedModel) -> None:
-    """First steps are slow everywhere (kernels are chosen, memory is touched); both systems get the same ones, untimed."""
+    """First steps are slow everywhere (kernels are chosen, memory is touched); both systems get the same
+    ones, untimed.
+    """
     length = min(WARM_UP_TOKENS, runtime.sizes.max_context // 2)
     for part in (length, length, length // 4):
         names = [f"warm-up-{part}-{user}" for user in range(WARM_UP_USERS)]
@@ -204,7 +210,8 @@ def _load(options: Options) -> LoadedModel:
         click.secho(f"note: {note}", fg="yellow", err=True)
     if not loaded.talks:
         click.echo(
-            "token ids are drawn at the texts' lengths and answers have a fixed length: this times, it does not talk"
+            "token ids are drawn at the texts' lengths and answers have a fixed length: this times, it does "
+            "not talk"
         )
     return loaded
 
@@ -231,8 +238,9 @@ def _report(
     assert isinstance(stats, Stats)
     tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in stats.tiers)
     notes.append(
-        f"tiers {tiers} ({sizes['chunk_bytes'] / 1e6:.2f} MB a chunk), Cost(l) from {sizes['cost']}; {stats.chunks_dropped} chunks dropped, "
-        f"{stats.suspensions} suspensions, {stats.bytes_in / 1e6:.0f} MB swapped in, {stats.bytes_out / 1e6:.0f} MB swapped out"
+        f"tiers {tiers} ({sizes['chunk_bytes'] / 1e6:.2f} MB a chunk), Cost(l) from {sizes['cost']}; "
+        f"{stats.chunks_dropped} chunks dropped, {stats.suspensions} suspensions, {stats.bytes_in / 1e6:.0f} "
+        f"MB swapped in, {stats.bytes_out / 1e6:.0f} MB swapped out"
     )
     print_report([summarize(run) for run in runs], subject, Console(), equality=equality, notes=notes)
     folder = Path(out_dir or "out")

@@ -1,4 +1,6 @@
-"""`pensieve plan`: the cheapest tiers that hold a load. Wires a search over simulated machines; the simulator says how each does."""
+"""`pensieve plan`: the cheapest tiers that hold a load. Wires a search over simulated machines; the simulator
+says how each does.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ from pensieve.simulator.progress import progress
 from pensieve.simulator.sweep import run_cases
 
 JSON_NAME, PLOT_NAME = "plan.json", "plan.png"
-# A month of 730 hours at on-demand prices of clouds, late 2025, in US dollars. They differ by a factor of two between vendors: give your own.
+# A month of 730 hours at on-demand prices of clouds, late 2025, in US dollars. They differ by a factor of two
+# between vendors: give your own.
 #   device: an H200 at 3.59 an hour.
 #   GB of device memory: an H200 is an H100 with 61 GB more, for 0.90 an hour more.
 #   GB of host memory: 0.0042 an hour, as general-purpose machines are charged by the GB.
@@ -49,7 +52,8 @@ JSON_NAME, PLOT_NAME = "plan.json", "plan.png"
 PRICE_DEVICE, PRICE_GPU_GB, PRICE_CPU_GB, PRICE_DISK_GB = 2_600.0, 11.0, 3.0, 0.08
 MEMORY_SHARE = 0.9  # what vLLM takes by default, too: the rest is for activations and the driver
 _LESS_THAN_ALONE = 0.97  # (a window's quantile may lie a little below that of all requests)
-_USEFUL = 1.5  # times everything that is said: with the scheduler's reserve and what it copies ahead, more cannot be used
+# times everything that is said: with the scheduler's reserve and what it copies ahead, more cannot be used
+_USEFUL = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +174,8 @@ class Limits:
 def plan(**arguments: Any) -> None:
     """Find the cheapest tiers that hold a load within a latency, and what another GB of each would bring.
 
-    A few dozen machines are simulated. Exit status 1: none holds it; then it says by how much it is missed, and why. docs/simulator.md says
-    what is modelled and how far to trust it.
+    A few dozen machines are simulated. Exit status 1: none holds it; then it says by how much it is missed,
+    and why. docs/simulator.md says what is modelled and how far to trust it.
     """
     goal, prices = take(Target, arguments).goal(), take(PriceChoice, arguments).prices()
     asked, steps = take(LoadChoice, arguments), take(StepChoice, arguments)
@@ -204,7 +208,8 @@ def plan(**arguments: Any) -> None:
     took_s = time.perf_counter() - begun_s
     console = table_console()
     console.print(
-        f"[bold]{model}[/bold] on {hardware}, {asked.trace}: {len(book.trials)} simulations in {took_s:.0f} s\n",
+        f"[bold]{model}[/bold] on {hardware}, {asked.trace}: {len(book.trials)} simulations in {took_s:.0f} "
+        "s\n",
         highlight=False,
     )
     print_trials(book, console, answer.best)
@@ -230,7 +235,8 @@ def plan(**arguments: Any) -> None:
 
 
 def _spaces(case: Case, goal: Goal, demand: Demand, limits: Limits) -> list[Space]:
-    """What may be bought, for each number of devices on which the model and its longest request fit and are fast enough when alone.
+    """What may be bought, for each number of devices on which the model and its longest request fit and are
+    fast enough when alone.
 
     Raises:
         ConfigError: there is none; the message says what the largest number lacks.
@@ -249,15 +255,17 @@ def _spaces(case: Case, goal: Goal, demand: Demand, limits: Limits) -> list[Spac
         if room < least_gb:
             weights_gb = limits.memory_share * machine.device().memory_bytes / GB - room
             why = (
-                f"{machine.model} takes {weights_gb:.3g} GB of each of {devices} {machine.hardware} and its longest request {each_gb:.2g} GB more; "
-                f"--memory-share {limits.memory_share:g} leaves {limits.memory_share * machine.device().memory_bytes / GB:.3g}: raise --max-devices (it is {limits.max_devices}) "
-                "or --memory-share, lower --max-context, or take a smaller model"
+                f"{machine.model} takes {weights_gb:.3g} GB of each of {devices} {machine.hardware} and its "
+                f"longest request {each_gb:.2g} GB more; --memory-share {limits.memory_share:g} leaves "
+                f"{limits.memory_share * machine.device().memory_bytes / GB:.3g}: raise --max-devices (it is "
+                f"{limits.max_devices}) or --memory-share, lower --max-context, or take a smaller model"
             )
             continue
         if goal.latency_s < _LESS_THAN_ALONE * alone_s:
             why = (
-                f"the target of {1e3 * goal.latency_s:g} ms is less than requests take that have {devices} {machine.hardware} to themselves: their "
-                f"{goal.words} is {1e3 * alone_s:.3g} {goal.unit}; no memory and no lower rate help: take a target above it, more devices (--max-devices) or a "
+                f"the target of {1e3 * goal.latency_s:g} ms is less than requests take that have {devices} "
+                f"{machine.hardware} to themselves: their {goal.words} is {1e3 * alone_s:.3g} {goal.unit}; "
+                "no memory and no lower rate help: take a target above it, more devices (--max-devices) or a "
                 "faster machine (--hardware)"
             )
             continue

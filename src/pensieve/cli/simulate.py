@@ -1,4 +1,6 @@
-"""`pensieve simulate`: the scheduler and the cache in virtual time, on machines nobody has to own. Wires cases; the simulator plays them."""
+"""`pensieve simulate`: the scheduler and the cache in virtual time, on machines nobody has to own. Wires
+cases; the simulator plays them.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ class MachineChoice:
     "--figure",
     "figures",
     default=None,
-    help="The paper's figures instead: 10a | 3,4,10b-d | all; a page with pictures and tables in --out.  [default: none]",
+    help="The paper's figures instead: 10a | 3,4,10b-d | all; a page with pictures and tables in --out.  "
+    "[default: none]",
 )
 @machine_options
 @option(
@@ -99,7 +102,8 @@ class MachineChoice:
 )
 @option(
     "--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=None,
-    help="First tier, GB a device.  [default: what the weights leave of its memory; 1 with --profile of a CPU]",
+    help="First tier, GB a device.  [default: what the weights leave of its memory; 1 with --profile of a "
+        "CPU]",
 )  # fmt: skip
 @option(
     "--cpu-cache",
@@ -144,10 +148,11 @@ def simulate(
     users: int | None,
     **arguments: Any,
 ) -> None:
-    """Play people in conversation through the real scheduler and cache in virtual time, on hardware that is only numbers.
+    """Play people in conversation through the real scheduler and cache in virtual time, on hardware that is
+    only numbers.
 
-    Every system and policy meets the same people at every rate. The same seed gives the same result, to the last digit. docs/simulator.md
-    says what is modelled and how far to trust it.
+    Every system and policy meets the same people at every rate. The same seed gives the same result, to the
+    last digit. docs/simulator.md says what is modelled and how far to trust it.
     """
     output = take(OutputChoice, arguments)
     if figures is not None:
@@ -187,7 +192,8 @@ def simulate(
     took_s = time.perf_counter() - begun_s
     console = table_console()
     console.print(
-        f"[bold]{machine.model}[/bold] on {machine.devices} × {machine.hardware}, {load.trace}: {_simulated(outcomes, took_s)}\n",
+        f"[bold]{machine.model}[/bold] on {machine.devices} × {machine.hardware}, {load.trace}: "
+        f"{_simulated(outcomes, took_s)}\n",
         highlight=False,
     )
     print_table(outcomes, console)
@@ -208,7 +214,9 @@ def simulate(
 
 
 def _measured(path: Path, asked: Machine, steps: StepChoice) -> tuple[Machine, StepChoice]:
-    """The machine of a profile. On a CPU a step is as large as `pensieve serve` makes it there, unless told otherwise."""
+    """The machine of a profile. On a CPU a step is as large as `pensieve serve` makes it there, unless told
+    otherwise.
+    """
     context = click.get_current_context()
 
     def is_told(name: str) -> bool:
@@ -240,8 +248,8 @@ def _paper_figures(names: str, folder: Path, jobs: int | None) -> None:
     benchmarks = Path(__file__).resolve().parents[3] / "benchmarks"
     if not (benchmarks / "paper" / "command.py").is_file():
         raise ConfigError(
-            "--figure needs benchmarks/paper, which is not part of the installed package: clone the repository "
-            "and run `make paper-figures` there"
+            "--figure needs benchmarks/paper, which is not part of the installed package: clone the "
+            "repository and run `make paper-figures` there"
         )
     sys.path.append(str(benchmarks))
     importlib.import_module("paper.command").write_figures(names, folder, jobs)

@@ -90,7 +90,8 @@ load_options = together(
     option(
         "--think",
         default=None,
-        help="Seconds between an answer and the next turn where a trace does not say: 2.5 | exp:60 | chats.  [default: exp:60]",
+        help="Seconds between an answer and the next turn where a trace does not say: 2.5 | exp:60 | chats.  "
+        "[default: exp:60]",
     ),
     option(
         "--speed",
@@ -105,7 +106,8 @@ load_options = together(
         "--max-context",
         type=click.IntRange(min=32),
         default=None,
-        help="Tokens of prompt and answer; longer conversations are cut.  [default: 16384; of a recorded trace what the first tier holds, uncut]",
+        help="Tokens of prompt and answer; longer conversations are cut.  [default: 16384; of a recorded "
+        "trace what the first tier holds, uncut]",
     ),
 )
 
@@ -115,20 +117,23 @@ step_options = together(
         "--step-ms",
         type=click.FloatRange(min=0, min_open=True),
         default=None,
-        help=f"A step while a request decodes, with --admission work.  [default: {CUDA_STEP_MS:g}; {CPU_STEP_MS:g} of a CPU's profile]",
+        help=f"A step while a request decodes, with --admission work.  [default: {CUDA_STEP_MS:g}; "
+        f"{CPU_STEP_MS:g} of a CPU's profile]",
     ),
     option(
         "--admission",
         type=click.Choice(["work", "fcfs"]),
         default="work",
-        help="Who is admitted next: as pensieve serve does, or first come, first served, as in the paper (and as --figure always does).",
+        help="Who is admitted next: as pensieve serve does, or first come, first served, as in the paper "
+        "(and as --figure always does).",
     ),
     option("--max-running", type=click.IntRange(min=1), default=512, help="Requests in a step."),
     option(
         "--chunk-tokens",
         type=click.IntRange(min=1),
         default=None,
-        help=f"Tokens of a chunk.  [default: 32; {LONG_CHUNK} where contexts are beyond {LONG_CONTEXT:,} tokens]",
+        help=f"Tokens of a chunk.  [default: 32; {LONG_CHUNK} where contexts are beyond {LONG_CONTEXT:,} "
+        "tokens]",
     ),
 )
 

@@ -14,7 +14,9 @@ from pensieve.machine import write_whole
 
 
 def plain(value: Any) -> Any:
-    """A value in JSON's own types. NaN and infinities become null, and types that JSON lacks become their text."""
+    """A value in JSON's own types. NaN and infinities become null, and types that JSON lacks become their
+    text.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Enum):

@@ -1,8 +1,8 @@
 """Mean and quantiles of many numbers. Knows nothing of what they are.
 
-The one definition of a quantile here is the nearest rank: the smallest value that at least the given share of the
-values does not exceed. It is a value that was observed, and "at most 10 % are above it" holds exactly, which the
-planner's early stop relies on.
+The one definition of a quantile here is the nearest rank: the smallest value that at least the given share of
+the values does not exceed. It is a value that was observed, and "at most 10 % are above it" holds exactly,
+which the planner's early stop relies on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Tables that fit 80 columns, and numbers in them. Knows rich; never what was measured. A missing number is a dash."""
+"""Tables that fit 80 columns, and numbers in them. Knows rich; never what was measured. A missing number is a
+dash.
+"""
 
 from __future__ import annotations
 

@@ -158,7 +158,8 @@ class Conversation:
             The answer: `text`, `reason` it ended, `receipt`, `message`. It is in the store by then.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded: it cannot be answered as asked; the conversation is unchanged.
+            InvalidRequest, ContextLengthExceeded: it cannot be answered as asked; the conversation is
+                unchanged.
             EngineClosed: the engine has ended.
         """
         turn = self._owner._start(self._spec(text, max_tokens, sampling, stop))

@@ -57,7 +57,8 @@ class Prompts:
     def recognise(
         self, spec: TurnSpec, store: ConversationStore, busy: Callable[[str], bool], new_id: str
     ) -> TurnPosition:
-        """The position of a turn that names no conversation: after `after`, or after its longest stored history.
+        """The position of a turn that names no conversation: after `after`, or after its longest stored
+        history.
 
         The turn continues the conversation that ends there. If none does, or that one is `busy` with another
         turn, it begins a fork.

@@ -1,4 +1,6 @@
-"""The answer to a plan: what to buy, what another GB of it would bring, or why nothing will do. Knows searches and margins; never how they are shown."""
+"""The answer to a plan: what to buy, what another GB of it would bring, or why nothing will do. Knows
+searches and margins; never how they are shown.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A latency not to be exceeded, and when it is certain that a simulation exceeds it. Knows requests' times; never schedulers or costs."""
+"""A latency not to be exceeded, and when it is certain that a simulation exceeds it. Knows requests' times;
+never schedulers or costs.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class Waiting:
 
 
 class Lateness:
-    """Counts who is late in a simulation under way. Once it says that the goal is missed, no continuation can mend that."""
+    """Counts who is late in a simulation under way. Once it says that the goal is missed, no continuation can
+    mend that.
+    """
 
     def __init__(self, goal: Goal, players: Iterable[Player], window_s: tuple[float, float] | None) -> None:
         """Requests sent outside of the window do not count; without a window, all do."""
@@ -75,7 +79,9 @@ class Lateness:
         self._failed = False
 
     def missed(self, records: list[RequestRecord], waiting: Iterable[Waiting], now_s: float) -> bool:
-        """Whether the goal is missed for certain. `records` are all that ended so far: what was seen is not looked at again."""
+        """Whether the goal is missed for certain. `records` are all that ended so far: what was seen is not
+        looked at again.
+        """
         for record in records[self._num_seen :]:
             if self._counts(record.sent_s):
                 self._failed |= record.error is not None

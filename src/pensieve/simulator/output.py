@@ -17,7 +17,9 @@ from pensieve.simulator.case import Outcome
 
 
 def to_json(outcomes: Sequence[Outcome], **more: Any) -> dict[str, Any]:
-    """Everything of some outcomes, as plain values. Nothing in it depends on where or when they were simulated."""
+    """Everything of some outcomes, as plain values. Nothing in it depends on where or when they were
+    simulated.
+    """
     return {
         "benchmark": "simulate",
         "version": __version__,
@@ -30,7 +32,8 @@ def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
     """A line a case."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in (
-        "system", "policy", "asked\n1/s", "done\n1/s", "norm.\nmean", "norm.\np90 ms", "TTFT\np50 ms", "TTFT\np90 ms", "history\ngpu", "\ncpu",
+        "system", "policy", "asked\n1/s", "done\n1/s", "norm.\nmean", "norm.\np90 "
+            "ms", "TTFT\np50 ms", "TTFT\np90 ms", "history\ngpu", "\ncpu",
         "recom-\nputed", "device\nbusy", "failed",
     ):  # fmt: skip
         table.add_column(
@@ -55,7 +58,8 @@ def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
 
 
 def plot(path: Path, outcomes: Sequence[Outcome], title: str, subtitle: str) -> Path:
-    """Normalized latency over throughput where there are several rates; else what each system and policy had to recompute.
+    """Normalized latency over throughput where there are several rates; else what each system and policy had
+    to recompute.
 
     Raises:
         ConfigError: matplotlib is not installed.

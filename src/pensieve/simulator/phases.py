@@ -1,6 +1,8 @@
-"""Separate steps for prefill and for decodes, as servers had them before batches were unified. Knows spans; never costs.
+"""Separate steps for prefill and for decodes, as servers had them before batches were unified. Knows spans;
+never costs.
 
-For comparison only (paper, Fig. 13, and its baselines): while any admitted request has prefill left, decodes wait.
+For comparison only (paper, Fig. 13, and its baselines): while any admitted request has prefill left, decodes
+wait.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ def sentences(book: Trials, answer: Answer) -> list[str]:
     asked, sent = rate_of(answer.closest), answer.closest.outcome.summary.sent_per_s
     if sent < _STEADY * asked:
         words.append(
-            f"In the measured window only {sent:.3g} of {asked:.3g} requests/s were sent, because people who came have not asked their later turns yet: "
-            "take a longer --duration and --warm-up, or this is a plan for less."
+            f"In the measured window only {sent:.3g} of {asked:.3g} requests/s were sent, because people who "
+            "came have not asked their later turns yet: take a longer --duration and --warm-up, or this is a "
+            "plan for less."
         )
     return words
 
@@ -38,8 +39,9 @@ def sentences(book: Trials, answer: Answer) -> list[str]:
 def _found(book: Trials, answer: Answer, best: Trial) -> list[str]:
     goal, prices = book.goal, book.prices
     words = [
-        f"The cheapest that holds {goal.words} within {_ms(goal, goal.latency_s)} at {rate_of(best):.3g} requests/s is {_machine_words(best.machine)}: "
-        f"{_ms(goal, best.latency_s)}, for {best.price:,.0f} a month ({best.price - best.machine.devices * prices.device:,.0f} of it for tiers)."
+        f"The cheapest that holds {goal.words} within {_ms(goal, goal.latency_s)} at {rate_of(best):.3g} "
+        f"requests/s is {_machine_words(best.machine)}: {_ms(goal, best.latency_s)}, for {best.price:,.0f} a "
+        f"month ({best.price - best.machine.devices * prices.device:,.0f} of it for tiers)."
     ]
     if answer.headroom is not None:
         late_s = answer.headroom.latency_s - goal.latency_s
@@ -51,7 +53,8 @@ def _found(book: Trials, answer: Answer, best: Trial) -> list[str]:
         else:
             where = "over" if late_s > 0 else "below"
             words.append(
-                f"{share}{_ms(goal, answer.headroom.latency_s)}, {_ms(goal, abs(late_s))} {where} the target; it holds {_held_words(answer.held)}."
+                f"{share}{_ms(goal, answer.headroom.latency_s)}, {_ms(goal, abs(late_s))} {where} the "
+                f"target; it holds {_held_words(answer.held)}."
             )
     gains = [(margin.held.per_s - answer.held.per_s, margin) for margin in answer.margins if margin.price]
     per_s, worth = max(gains, key=lambda gain: gain[0] / gain[1].price, default=(0.0, None))
@@ -59,8 +62,8 @@ def _found(book: Trials, answer: Answer, best: Trial) -> list[str]:
         least = "" if worth.held.bounded else "at least "
         each = " a device" if best.machine.devices > 1 and worth.tier != "disk_cache_gb" else ""
         words.append(
-            f"What is worth most for its price is more {TIERS[worth.tier]}: {worth.more_gb:.3g} GB{each} for {worth.price:.3g} a month hold "
-            f"{least}{per_s:.2g} requests/s more."
+            f"What is worth most for its price is more {TIERS[worth.tier]}: {worth.more_gb:.3g} GB{each} for "
+            f"{worth.price:.3g} a month hold {least}{per_s:.2g} requests/s more."
         )
     return words
 
@@ -232,7 +235,8 @@ def _margin(book: Trials, margin: Margin) -> dict[str, Any]:
 
 
 def plot(path: Path, book: Trials, answer: Answer, title: str, subtitle: str) -> Path:
-    """The latency over the CPU tier, a line for each first tier and disk of the answer's devices, with the target.
+    """The latency over the CPU tier, a line for each first tier and disk of the answer's devices, with the
+    target.
 
     Raises:
         ConfigError: matplotlib is not installed.

@@ -1,11 +1,13 @@
-"""Eviction policies to compare with, which no server offers. Knows chunks, costs and, for bounds, the future; never tiers or requests.
+"""Eviction policies to compare with, which no server offers. Knows chunks, costs and, for bounds, the future;
+never tiers or requests.
 
     tail-lru       least recently active conversation first, its trailing chunk first: what vLLM and SGLang do
-    conversation   least recently active conversation first, and all of it: what CachedAttention does
-    t-lru          Tail-Optimized LRU: first what the next turn can do without and stay under a threshold, then LRU
-    lfu            fewest turns first, aged (LFUDA); arc: recency against frequency, adaptive (`classic_policies`)
-    clairvoyant    knows when each conversation comes back: worth = Cost(l) / time until then. Greedy, so a strong policy and not a bound
-    belady         knows it too, and lets the farthest go first, whatever it costs
+    conversation   least recently active conversation first, and all of it: what CachedAttention does t-lru
+    Tail-Optimized LRU: first what the next turn can do without and stay under a threshold, then LRU lfu
+    fewest turns first, aged (LFUDA); arc: recency against frequency, adaptive (`classic_policies`)
+    clairvoyant    knows when each conversation comes back: worth = Cost(l) / time until then. Greedy, so a
+    strong policy and not a bound belady         knows it too, and lets the farthest go first, whatever it
+    costs
 
 `make_policy` makes these and those of the core by name.
 """
@@ -44,20 +46,23 @@ class Setting:
     chunk_tokens: int = 32
     num_slots: int = 1024  # of the first tier
     next_use_s: NextUse | None = None  # asked once whenever a sequence goes idle; None: nobody knows
-    uncached_tokens: int = (
-        2048  # t-lru: a turn may compute so many tokens that are not cached, its prompt included
-    )
+    # t-lru: a turn may compute so many tokens that are not cached, its prompt included
+    uncached_tokens: int = 2048
     prompt_tokens: int = 128  # t-lru: what a turn is expected to add
 
 
 class TailLRU(LRU):
-    """Least recently active conversation first, and of it the trailing chunk: the order of an LRU list of blocks freed back to front."""
+    """Least recently active conversation first, and of it the trailing chunk: the order of an LRU list of
+    blocks freed back to front.
+    """
 
     trailing = True
 
 
 class WholeConversations(LRU):
-    """Least recently active conversation first: copied down or dropped as a whole, not just as much as is needed."""
+    """Least recently active conversation first: copied down or dropped as a whole, not just as much as is
+    needed.
+    """
 
     whole = True
 
@@ -65,8 +70,9 @@ class WholeConversations(LRU):
 class TailOptimizedLRU(LRU):
     """T-LRU (Zhang et al., "Tail-Optimized Caching for LLM Inference", 2025).
 
-    Of a conversation of L tokens whose next turn is expected to bring Q, the first L + Q - X suffice for a turn that computes no more than
-    X tokens. What lies beyond goes before anything else, least recently active first; then LRU. Trailing chunks first throughout.
+    Of a conversation of L tokens whose next turn is expected to bring Q, the first L + Q - X suffice for a
+    turn that computes no more than X tokens. What lies beyond goes before anything else, least recently
+    active first; then LRU. Trailing chunks first throughout.
     """
 
     trailing = True
@@ -116,7 +122,8 @@ class Foresight(PolicyFamily):
 class Clairvoyant(ByLines[tuple[int, bool]]):
     """Worth = Cost(l) / (time until its next use), 0 for what is never used again.
 
-    1/worth is a straight line that falls until the next use. Within a length class the farthest is the worst for ever.
+    1/worth is a straight line that falls until the next use. Within a length class the farthest is the worst
+    for ever.
     """
 
     def __init__(self, cost_of_chunk: CostOfChunk, foresight: Foresight) -> None:

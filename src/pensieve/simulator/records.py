@@ -1,4 +1,6 @@
-"""What became of every request of a simulation, and what follows from it. Knows times and token counts; never schedulers."""
+"""What became of every request of a simulation, and what follows from it. Knows times and token counts; never
+schedulers.
+"""
 
 from __future__ import annotations
 

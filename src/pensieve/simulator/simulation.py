@@ -1,6 +1,8 @@
-"""Users who converse with the real scheduler and cache in virtual time. Knows scripts, requests and the clock; never costs or policies.
+"""Users who converse with the real scheduler and cache in virtual time. Knows scripts, requests and the
+clock; never costs or policies.
 
-Sole owner of time here, as the engine is where a model computes. One loop: send what is due, schedule, run, commit.
+Sole owner of time here, as the engine is where a model computes. One loop: send what is due, schedule, run,
+commit.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ _STEPS_A_LOOK = 256  # between looking whether somebody wants to know or the goa
 
 @dataclass(slots=True)
 class _Conversation:
-    """A script being played. Every token of a turn has the same made-up id, one that no other conversation uses."""
+    """A script being played. Every token of a turn has the same made-up id, one that no other conversation
+    uses.
+    """
 
     script: Script
     name: str  # unique within the simulation
@@ -73,13 +77,15 @@ class Simulation:
         tell: Callable[[float, int], None] | None = None,
         lateness: Lateness | None = None,
     ) -> bool:
-        """Play everybody to the end, or until every request sent in the window has ended. False: it was given up before.
+        """Play everybody to the end, or until every request sent in the window has ended. False: it was given
+        up before.
 
         Args:
             players: by their start, ascending; may be endless if there is a window.
             window_s: what is measured. Everybody goes on until it is over and its requests have ended.
             tell: called now and then with the virtual time and the number of requests finished.
-            lateness: asked now and then; when it says that its goal is missed for certain, there is no need to go on.
+            lateness: asked now and then; when it says that its goal is missed for certain, there is no need
+                to go on.
         """
         coming = iter(players)
         upcoming = next(coming, None)
@@ -109,7 +115,9 @@ class Simulation:
                     return False
 
     def next_use_s(self, name: str, now_s: float) -> float:
-        """When a conversation whose turn ends now sends its next: what a clairvoyant policy knows. Infinity: never."""
+        """When a conversation whose turn ends now sends its next: what a clairvoyant policy knows. Infinity:
+        never.
+        """
         conversation = self._playing[name]
         if conversation.turn + 1 >= len(conversation.script.turns):
             return math.inf
@@ -118,7 +126,9 @@ class Simulation:
     # -- steps
 
     def _run_step(self, upcoming: Player | None) -> bool:
-        """Schedule, run, commit; if there is nothing to do, move on to when there is. False: there never will be."""
+        """Schedule, run, commit; if there is nothing to do, move on to when there is. False: there never will
+        be.
+        """
         scheduler, worker, clock = self._scheduler, self._worker, self._clock
         plan = scheduler.schedule(clock.now_s)
         if plan.is_empty:
@@ -137,7 +147,9 @@ class Simulation:
         return True
 
     def _run_steadily(self, most: int, upcoming: Player | None, window_s: tuple[float, float] | None) -> int:
-        """Run steps that only decode, if such come next, `most` or until something else is due; returns how many."""
+        """Run steps that only decode, if such come next, `most` or until something else is due; returns how
+        many.
+        """
         steady = self._scheduler.steady_steps()
         if steady is None:
             return 0

@@ -1,4 +1,6 @@
-"""Many cases on all cores. Knows processes; nothing of what a case is about. The order and the number of processes change no result."""
+"""Many cases on all cores. Knows processes; nothing of what a case is about. The order and the number of
+processes change no result.
+"""
 
 from __future__ import annotations
 

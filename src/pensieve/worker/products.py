@@ -5,7 +5,8 @@ Knows matrices and layouts; never models, attention or positions.
 On a CPU there are two ways. Panels are read by our own kernel, on CPUs that multiply bfloat16 in vectors or
 in whole tiles (AMX): it is faster than oneDNN at every size in vectors, and in tiles for up to about sixty
 rows (docs/log/performance.md). Weights may have 8 bits there, which halves what few rows have to read.
-oneDNN's own layout serves float32, and CPUs without such instructions. On a GPU products are the library's own.
+oneDNN's own layout serves float32, and CPUs without such instructions. On a GPU products are the library's
+own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which form a trace has, and what is in it. Knows how forms look from outside; never their fields.
 
-The forms are told apart by the first entry: turns of conversations with times (ours), sessions of coding agents (token counts and think times,
-no words), requests with the hashes of their blocks (Mooncake), requests with nothing but their lengths (Azure), and chats with words (every
-form that `conversations.load_dataset` reads).
+The forms are told apart by the first entry: turns of conversations with times (ours), sessions of coding
+agents (token counts and think times, no words), requests with the hashes of their blocks (Mooncake), requests
+with nothing but their lengths (Azure), and chats with words (every form that `conversations.load_dataset`
+reads).
 """
 
 from __future__ import annotations
@@ -42,13 +43,16 @@ def load_trace(
     """Read a trace; `.gz` files are unpacked.
 
     Args:
-        path: the file, or a name of `LIKENESSES`, whatever files there are: its first `NUM_MADE` conversations and what makes more.
-        output_tokens: of the answers in chats with words; None: as many as the recorded answer has, or, without one, 64.
+        path: the file, or a name of `LIKENESSES`, whatever files there are: its first `NUM_MADE`
+            conversations and what makes more.
+        output_tokens: of the answers in chats with words; None: as many as the recorded answer has, or,
+            without one, 64.
         think: the time before turns whose gap it does not tell; None: no time at all.
         seed: of the think times, and of what is made.
 
     Raises:
-        ConfigError: the file cannot be read, or an entry is wrong; the message names file and line, and what is allowed.
+        ConfigError: the file cannot be read, or an entry is wrong; the message names file and line, and what
+            is allowed.
     """
     name, think = str(path), think or ThinkTime()
     if name in LIKENESSES:
