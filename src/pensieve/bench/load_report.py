@@ -50,8 +50,8 @@ class RunFigures:
     requests_per_s: float  # answered
     steady_requests_per_s: (
         float | None
-        # answered, between the end of the first conversation and the last arrival; None: a closed loop, or too
-        # short
+        # answered, between the end of the first conversation and the last arrival; None: a closed loop, or
+        # too short
     )
     output_tokens: int
     output_tokens_per_s: float

@@ -1,7 +1,7 @@
 """What a benchmark drives: anything that answers the turns of a chat. Knows no engine, no protocol and no
 clock.
 
-A system may be an engine in this process, one in another process, or somebody else's server. The driver
+A system may be an engine in this process, one in another process, or another project's server. The driver
 (`bench.compare`) sees only `ChatSystem`: a turn goes in, a future of its result comes out, and a turn that
 goes wrong is a result with an error, never an exception.
 """

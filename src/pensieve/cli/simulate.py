@@ -1,5 +1,6 @@
-"""`pensieve simulate`: the scheduler and the cache in virtual time, on machines nobody has to own. Wires
-cases; the simulator plays them.
+"""`pensieve simulate`: the scheduler and the cache in virtual time, on machines given as numbers.
+
+Knows options and tables; the simulator plays the cases.
 """
 
 from __future__ import annotations

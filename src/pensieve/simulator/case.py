@@ -108,8 +108,8 @@ class Machine:
 
     @property
     def copies_first(self) -> bool:
-        """All tiers lie in RAM: copies that somebody waits for are a step of their own, and nothing need be
-        ready early (as `pensieve serve` does).
+        """Whether all tiers are in RAM: copies that a request waits for then run as their own short step, and
+        nothing is copied ahead (as in `pensieve serve`).
         """
         return self.measured is not None and self.measured.tiers_in_ram
 

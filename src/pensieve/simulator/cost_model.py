@@ -34,21 +34,17 @@ class Overheads:
 
     step_s: float = 0.0  # a step
     request_s: float = 0.0  # a step and request in it
-    # And when its result is there: a conversation whose answer has just ended has been idle so long when the
-    # next step is planned, and is
-    # told apart by that from those that wait.
+    # And from a result to the next plan: the idle time of a finished conversation when the next step is planned,
+    # which tells it from running ones.
     commit_step_s: float = 0.0
     commit_request_s: float = 0.0
     commit_end_s: float = 0.0  # an answer that ends
 
 
 # Fitted on vLLM's curve of the paper's Fig. 10a alone, by benchmarks/fit_overheads.py (benchmarks/results has
-# the candidates), and held for
-# every other figure and system: a Python server of 2023 and 2024 on an A100.
-# What was fitted is 9 ms a step and 0.2 ms a request in it. That one of the 9 passes between an answer's end
-# and the next plan is an estimate; it
-# matters to eviction alone, which would otherwise take who has just been answered for somebody who is still
-# waiting.
+# the candidates), and held for every other figure and system: a Python server of 2023 and 2024 on an A100.
+# Fitted were 9 ms a step and 0.2 ms a request in it. Of the 9 ms we assume that 1 ms falls between a result
+# and the next plan. Only eviction depends on it: without the gap a finished conversation would look active.
 FITTED = Overheads(8e-3, 200e-6, commit_step_s=1e-3)
 
 
@@ -168,7 +164,7 @@ class Measured:
 
         Args:
             num_layers: of the model.
-            steps: (tokens of a step, seconds beside attention if nobody is answered), ascending; extrapolated
+            steps: (tokens of a step, seconds beside attention without a sampled token), ascending; extrapolated
                 along the last segment.
             answers: (answers that get a token in a step, seconds more), ascending; extrapolated likewise, and
                 to 0 at none.

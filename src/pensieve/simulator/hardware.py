@@ -91,8 +91,7 @@ _ALL = (
         launch_s=60e-6,  # about 12 kernels of 5 us
     ),
     # NVIDIA H100 data sheet (SXM): 989 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s, PCIe 5.0 x16 (63 GB/s, 50
-    # reached). Efficiencies: as the A100's;
-    # attention in proportion to the matrix peak. Not measured by us.
+    # reached). Efficiencies: as the A100's; attention in proportion to the matrix peak. Not measured by us.
     Hardware(
         name="h100",
         matrix_flops_per_s=989e12,

@@ -80,7 +80,7 @@ class Trial:
 
     case: Case
     outcome: Outcome
-    load: float  # of the load that is planned for, so much came
+    load: float  # offered load as a fraction of the planned one
     latency_s: float  # infinite: a request failed, or the simulation was given up
     price: float
 
@@ -318,7 +318,7 @@ def rate_of(trial: Trial) -> float:
 
 
 def rounded(gigabytes: float) -> float:
-    """A size of three digits, not larger: what somebody would write down."""
+    """The size rounded down to three digits."""
     if gigabytes <= 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(gigabytes)) - 2)

@@ -45,7 +45,7 @@ class Setting:
     cost_of_chunk: CostOfChunk
     chunk_tokens: int = 32
     num_slots: int = 1024  # of the first tier
-    next_use_s: NextUse | None = None  # asked once whenever a sequence goes idle; None: nobody knows
+    next_use_s: NextUse | None = None  # asked when a sequence goes idle; None if unknown
     # t-lru: a turn may compute so many tokens that are not cached, its prompt included
     uncached_tokens: int = 2048
     prompt_tokens: int = 128  # t-lru: what a turn is expected to add
@@ -192,7 +192,7 @@ def make_policy(name: str, setting: Setting) -> PolicyFactory:
     """The policies of one cache, by name.
 
     Raises:
-        ConfigError: no policy has that name, or it would have to know the future and nobody tells it.
+        ConfigError: no policy has that name, or it needs the future and `next_use_s` is None.
     """
     if name in POLICIES:
         return POLICIES[name](setting.cost_of_chunk)

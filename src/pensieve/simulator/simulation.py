@@ -26,7 +26,7 @@ from pensieve.workloads.conversations import text_length_tokens
 from pensieve.workloads.scripts import Piece, Player, Script
 
 NAMESPACE = "simulation"
-_STEPS_A_LOOK = 256  # between looking whether somebody wants to know or the goal is missed
+_STEPS_A_LOOK = 256  # between two checks whether to report progress or to give up
 
 
 @dataclass(slots=True)
@@ -77,12 +77,13 @@ class Simulation:
         tell: Callable[[float, int], None] | None = None,
         lateness: Lateness | None = None,
     ) -> bool:
-        """Play everybody to the end, or until every request sent in the window has ended. False: it was given
-        up before.
+        """Play all users to the end, or until every request sent in the window has ended.
+
+        Returns False if the run was given up before.
 
         Args:
             players: by their start, ascending; may be endless if there is a window.
-            window_s: what is measured. Everybody goes on until it is over and its requests have ended.
+            window_s: the span that is measured. Users go on until it is over and its requests have ended.
             tell: called now and then with the virtual time and the number of requests finished.
             lateness: asked now and then; when it says that its goal is missed for certain, there is no need
                 to go on.

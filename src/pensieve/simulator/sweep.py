@@ -107,7 +107,7 @@ def _there(index: int, case: Case, keep_records: bool) -> Outcome:
     parent = os.getppid()
 
     def tell(tick: Tick) -> None:
-        if os.getppid() != parent:  # whoever wanted it was killed
+        if os.getppid() != parent:  # the process that asked for it was killed
             os._exit(1)
         _ticks.put(tick)
 

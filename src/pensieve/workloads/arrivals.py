@@ -68,8 +68,8 @@ class ThinkTimes:
 
 @dataclass(frozen=True, slots=True)
 class ThinkTime:
-    """How long anybody thinks between an answer and the next turn: always the same, exponential around a mean
-    (paper, evaluation), or as observed.
+    """A user's time between an answer and the next turn: constant, exponential around a mean (paper,
+    evaluation), or as observed.
     """
 
     mean_s: float = 0.0

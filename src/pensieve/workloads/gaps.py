@@ -1,6 +1,4 @@
-"""How long people really took to answer, as quantiles. Knows seconds; never conversations, nor why anybody
-took so long.
-"""
+"""Observed times that people took to answer, as quantiles. Knows seconds; never conversations."""
 
 from __future__ import annotations
 
@@ -39,11 +37,10 @@ class Gaps:
 
 
 # Between the last message of one person and the next of the other, of 7,168 chats of people with each other
-# (131,569 gaps): computed from
-# the time stamps, whole seconds, of the Chit Chat Challenge's data set (PyPI: chitchat-dataset 0.9.0, MIT).
-# One gap in 711 is longer than
-# an hour, up to eight days: they are left out, since whoever left and came back another day is not thinking,
-# and makes 61 s of the mean, 99 s.
+# (131,569 gaps): computed from the time stamps, whole seconds, of the Chit Chat Challenge's data set (PyPI:
+# chitchat-dataset 0.9.0, MIT). One gap in 711 is longer than an hour, up to eight days: they are left out,
+# since users who come back another day were not thinking; they make
+# 61 s of the mean of 99 s.
 CHATS = Gaps(
     "chats",
     (

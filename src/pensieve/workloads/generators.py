@@ -150,8 +150,8 @@ class Generator:
         return Script(str(index), tuple(turns), prefix=prefix)
 
     def _share(self, index: int, rng: random.Random) -> float:
-        """Where conversation `index` stands among all by its turns: of each `STRATA` in a row, one in each of
-        as many equal parts.
+        """Stratified quantile of conversation `index` by its turns: of every `STRATA` in a row, one falls in
+        each of `STRATA` equal intervals.
 
         With so long a tail it takes 20,000 independent conversations until their mean is within 1 %; so it
         takes some 800, and no run is longer by mere luck. Their order is another one each time.

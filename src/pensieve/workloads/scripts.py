@@ -1,9 +1,10 @@
-"""Who says how much and when: the plan of a whole run, made before it. Knows token counts and seconds; never
-words of its own, or servers.
+"""The plan of a whole run, made before it: what users send, how much and when.
+
+Knows token counts and seconds; never words or servers.
 
 A script is one conversation, a player is a user with the scripts it plays one after the other. What makes a
 run closed (users who wait for answers and think) or open (conversations that arrive whatever the server does)
-is in the players alone, so whoever plays them, against a server or against a simulation, needs one loop.
+is in the players alone, so a server and a simulation are driven by the same loop.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def open_loop(
         seed: of the arrivals.
 
     Raises:
-        ConfigError: the rate or the duration is not positive, or nobody arrives in it.
+        ConfigError: the rate or the duration is not positive, or no conversation arrives in it.
     """
     if not duration_s > 0:
         raise ConfigError(f"the duration must be positive, got {duration_s}")

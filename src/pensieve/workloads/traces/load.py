@@ -23,7 +23,7 @@ from pensieve.workloads.traces.reading import FORMS, TraceFile, try_json
 from pensieve.workloads.traces.sessions import is_sessions, read_sessions
 from pensieve.workloads.traces.turns import is_turns, read_turns
 
-DEFAULT_OUTPUT_TOKENS = 64  # of an answer whose length nobody tells
+DEFAULT_OUTPUT_TOKENS = 64  # of an answer whose length the trace does not give
 NUM_MADE = 1000  # conversations of a trace that has no end
 
 
@@ -33,7 +33,7 @@ class Trace:
 
     form: str  # "turns", "sessions", "mooncake", "azure" or "texts"; or the name of what it is like
     scripts: tuple[Script, ...]
-    timed: bool  # it says when conversations begin; otherwise somebody else must
+    timed: bool  # whether it has the times at which conversations begin; else the caller gives them
     generator: Generator | None = None  # makes more of its conversations, without end
 
 

@@ -92,7 +92,7 @@ def _chained(requests: Sequence[_Request]) -> list[list[_Request]]:
         which: int | None = None
         if (
             end is not None and users[end] is not None
-        ):  # (where several begin alike, nobody knows whose it is)
+        ):  # (of several with the same beginning, none can be told)
             last = conversations[ends[end][-1]][-1]
             if last.input_tokens + last.output_tokens < request.input_tokens:
                 which = ends[end].pop()

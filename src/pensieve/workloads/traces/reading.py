@@ -90,7 +90,7 @@ def try_json(text: str) -> object:
 
 
 def check_fields(record: Mapping[str, object], allowed: frozenset[str], where: str) -> None:
-    """Refuse what nobody would read: it may be a misspelt field.
+    """Refuse unknown fields: one may be a misspelt field.
 
     Raises:
         ConfigError: a field is not `allowed`.
