@@ -6,7 +6,7 @@
 #                     TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #   PEERS=/some/dir   where `bench-peers` sets up vLLM, llama.cpp and transformers serve (5 GB), and finds them again
 #   JOBS=2            processes that `test` shares the tests between, a file at a time (each takes some 3 GB; 0: none but the first)
-#   ARGS="..."        more options for `demo`, `test`, `check-slow`, `check-attack`, `bench` and `bench-peers`
+#   ARGS="..."        more options for `demo`, `test`, `check-slow`, `check-attack`, `bench`, `bench-peers` and `paper-figures`
 
 PY    ?= python3
 VENV  ?= .venv
@@ -24,7 +24,7 @@ KERNEL_TESTS := $(addprefix tests/,worker/test_triton.py worker/test_compiled_ke
 TREES   := $(wildcard src tests scripts benchmarks main.py setup.py docs/conf.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow check-soak check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers docs dist lint format model clean
+.PHONY: help demo test check-slow check-soak check-kernels check-page check-clients check-gguf check-attack bench bench-server bench-peers paper-figures docs dist lint format model clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 \t/p' Makefile | expand -t 14
@@ -66,6 +66,9 @@ bench-server: $(VENV)/.dev-ready model ## measure what HTTP costs; the last line
 
 bench-peers: $(VENV)/.dev-ready model ## set up vLLM, llama.cpp and transformers serve, and measure Pensieve beside them (hours; ARGS=--quick: minutes)
 	$(BIN)/python benchmarks/peers --peers $(PEERS) --torch "$(TORCH)" $(ARGS)
+
+paper-figures: $(VENV)/.ready ## simulate the figures of the paper into figures/ (an hour of one core; ARGS="--figures 10a --out DIR")
+	$(BIN)/python benchmarks/paper $(ARGS)
 
 docs: $(VENV)/.docs-ready ## build the documentation as a site in out/docs; a dead link fails
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d out/docs-cache docs out/docs

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from common import commit, cpu_name, spread
 
-from engine import CHUNK, commit, cpu_name, spread
+from engine import CHUNK
 from pensieve.core.plan import BlockTableUpdate, Span
 from pensieve.worker.allocator import keep_freed_memory
 from pensieve.worker.attention import BACKENDS, AttentionArgs, KVGeometry, make_backend

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,16 +21,19 @@ from typing import Any
 
 import psutil
 import torch
+from common import commit, cpu_name, spread
 
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.pace import Pace
+from pensieve.core.receipt import Receipt
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine.engine import Engine
-from pensieve.engine.messages import Event, Failed, Finished, Receipt, Submit
+from pensieve.engine.messages import Event, Failed, Finished, Submit
 from pensieve.runtime.loading import load_model
 from pensieve.runtime.options import DTYPE_BYTES, Options
 from pensieve.worker.attention import BACKENDS, make_backend
@@ -130,11 +131,6 @@ class Bench:
 
 def drawn(rng: random.Random, length: int, vocab: int) -> list[int]:
     return [rng.randrange(vocab) for _ in range(length)]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {"median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1], "n": len(ordered)}
 
 
 def ttft(
@@ -285,7 +281,7 @@ def growth(model: CausalModel, num_turns: int = 10_000, attention: str = "auto")
         prompt = log + drawn(rng, 30, vocab)
         logs[name] = prompt + list(bench.turn(name, prompt, len(log), 2).output)
         if (number + 1) % (num_turns // 10) == 0:
-            bench.cache.check()
+            check(bench.cache)
             places = bench.cache.places
             samples.append({"turns": number + 1, "rss_mb": psutil.Process().memory_info().rss / 1e6, "chunks": places.num_chunks,
                             "sequences": len(bench.cache.sequences), "index": len(bench.cache.index)})  # fmt: skip
@@ -296,17 +292,6 @@ def growth(model: CausalModel, num_turns: int = 10_000, attention: str = "auto")
     bench.close()
     return {"turns": num_turns, "samples": samples, "slots_used_after_all_ended": leaked,
             "rss_growth_second_half_mb": samples[-1]["rss_mb"] - samples[len(samples) // 2 - 1]["rss_mb"]}  # fmt: skip
-
-
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=os.path.dirname(__file__),
-    )
-    return result.stdout.strip() or "unknown"
 
 
 def tiny_model() -> CausalModel:
@@ -361,14 +346,6 @@ def main() -> None:
             report[name] = part()
             print(f"{name}: {json.dumps(report[name])}", file=sys.stderr)
     print(json.dumps(report))
-
-
-def cpu_name() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next(
-            (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")),
-            platform.processor(),
-        )
 
 
 if __name__ == "__main__":

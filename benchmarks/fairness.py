@@ -20,8 +20,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from common import commit, cpu_name, spread
 
-from engine import CHUNK, commit, cpu_name, drawn, spread
+from engine import CHUNK, drawn
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile

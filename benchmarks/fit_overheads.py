@@ -15,10 +15,11 @@ import statistics
 import sys
 from pathlib import Path
 
+from paper.curves import latency_at, mean_curve
+from paper.published import CURVES
+
 from pensieve.simulator.case import Case, Machine
 from pensieve.simulator.cost_model import Overheads
-from pensieve.simulator.curves import latency_at, mean_curve
-from pensieve.simulator.paper import CURVES
 from pensieve.simulator.sweep import run_cases
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions

@@ -20,8 +20,9 @@ from unittest import mock
 
 import torch
 from attention import Case, read_gb_per_s
+from common import commit, cpu_name
 
-from engine import CHUNK, commit, cpu_name
+from engine import CHUNK
 from pensieve.core.plan import BlockTableUpdate, Span
 from pensieve.runtime.loading import load_model
 from pensieve.runtime.options import Options

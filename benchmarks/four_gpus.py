@@ -23,10 +23,11 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from paper.curves import latency_at, mean_curve, throughput_at
+from paper.figures import FIGURES, CurveFigure, Series
+from paper.published import RATIOS
+
 from pensieve.simulator.cost_model import Overheads
-from pensieve.simulator.curves import latency_at, mean_curve, throughput_at
-from pensieve.simulator.figures import FIGURES, CurveFigure, Series
-from pensieve.simulator.paper import RATIOS
 from pensieve.simulator.sweep import run_cases
 
 GRID_MS = {  # a step, and a request in it

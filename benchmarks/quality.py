@@ -12,13 +12,12 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import commit
 
 from pensieve.core.plan import BlockTableUpdate, Span
 from pensieve.runtime.loading import LoadedModel, load_model
@@ -66,14 +65,11 @@ def main() -> None:
             "seconds": round(seconds[name], 2),
         }
         print(f"{name:12} perplexity {results[name]['perplexity']:.4f}", file=sys.stderr)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     print(
         json.dumps(
             {
                 "benchmark": "quality",
-                "commit": commit,
+                "commit": commit(),
                 "command": sys.argv,
                 "date": time.strftime("%Y-%m-%d"),
                 "machine": platform.processor() or platform.machine(),

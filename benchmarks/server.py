@@ -27,8 +27,9 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from common import commit
 
 from pensieve.core.request import SamplingParams
 from pensieve.engine.messages import Event, Failed, Finished, Submit, Token
@@ -361,9 +362,7 @@ def main() -> None:
     arguments = ["--model", options.model]
     report: dict[str, Any] = {
         "benchmark": "server",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip(),
+        "commit": commit(),
         "model": options.model,
         "python": platform.python_version(),
         "cores": os.cpu_count(),

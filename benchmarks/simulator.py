@@ -25,12 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pensieve.canvas import COLOURS, MARKERS, canvas
 from pensieve.config import CacheConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.sequence import extend_digests
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
 from pensieve.simulator.case import Case, Machine, run_case
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
@@ -71,7 +71,7 @@ def measure_speed(repeats: int) -> dict[str, Any]:
             begun_s = time.process_time()
             outcome = run_case(case, keep_records=True)
             rates.append(len(outcome.records) / (time.process_time() - begun_s))
-        tokens = sum(record.output_tokens for record in outcome.records) / len(outcome.records)
+        tokens = sum(record.receipt.output_tokens for record in outcome.records) / len(outcome.records)
         found[system] = {
             "requests_per_s": sorted(rates)[len(rates) // 2], "requests": len(outcome.records), "steps": outcome.num_steps,
             "output_tokens_a_request": tokens,

@@ -15,11 +15,9 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from common import commit
 
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
@@ -229,17 +228,6 @@ def measure_samplers(num_running: int, num_steps: int) -> dict[str, float]:
                 times.append(time.perf_counter() - begin)
         report[name] = round(1e6 * statistics.median(times[5:]), 1)
     return report
-
-
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=os.path.dirname(__file__),
-    )
-    return result.stdout.strip() or "unknown"
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import commit
 
 from pensieve.config import TierConfig
 from pensieve.core.plan import BlockTableUpdate, RequestStart, Span, StepPlan, StepResult
@@ -226,14 +226,9 @@ class RealRun:
     def _take(self, event: Finished) -> None:
         conversation, got = self._in_flight.pop(event.request_id), event.receipt
         sent_s = conversation.sent_s - self._begin_s
-        assert got.first_token_s is not None
-        self.records.append(
-            RequestRecord(
-                conversation.name, conversation.turn, sent_s, sent_s + got.queue_s, sent_s + got.first_token_s, sent_s + got.total_s,
-                got.prompt_tokens, got.prompt_tokens - got.new_tokens, got.gpu_tokens, got.cpu_tokens, got.recomputed_tokens, got.new_tokens,
-                got.output_tokens, got.resume_cpu_tokens, got.resume_recomputed_tokens, got.suspensions,
-            )
-        )  # fmt: skip
+        history = got.prompt_tokens - got.new_tokens
+        name, turn, end_s = conversation.name, conversation.turn, sent_s + got.total_s
+        self.records.append(RequestRecord(name, turn, sent_s, end_s, history, got))
         conversation.log += event.output
         conversation.turn += 1
         if conversation.turn < len(conversation.script.turns):
@@ -328,9 +323,10 @@ def figures(records: Sequence[RequestRecord]) -> dict[str, Any]:
     end_s = max(record.finished_s for record in records)
     begin_s = min(record.sent_s for record in records)
     summary: Summary = summarize(records, begin_s, end_s + 1e-9)
-    prompt = sum(record.prompt_tokens for record in records)
+    prompt = sum(record.receipt.prompt_tokens for record in records)
     by_source = {
-        name: sum(getattr(record, f"{name}_tokens") for record in records) / prompt for name in SOURCES
+        name: sum(getattr(record.receipt, f"{name}_tokens") for record in records) / prompt
+        for name in SOURCES
     }
     return {
         "requests": summary.sent, "failed": summary.failed, "seconds": end_s - begin_s, "requests_per_s": summary.finished_per_s,
@@ -504,17 +500,6 @@ def run_real(
     }
     calibrate.sample()
     return found, calibrate.take()
-
-
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=os.path.dirname(__file__),
-    )
-    return result.stdout.strip() or "unknown"
 
 
 def settings_of(arguments: argparse.Namespace, token_bytes: int, seed: int) -> dict[int, Setting]:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.plan import StepPlan
@@ -84,10 +85,10 @@ class Lab:
         plan = self.scheduler.schedule(self.now_s)
         if plan.is_empty:
             time.sleep(1e-3)  # an engine would sleep until a copy wakes it
-        self.cache.check()
+        check(self.cache)
         self.plans.append(plan)
         events = self.scheduler.commit(plan, self.worker.run(plan), self.now_s)
-        self.cache.check()
+        check(self.cache)
         self._collect(events.finished)
 
     def run(self, limit: int = 4000) -> None:
@@ -151,9 +152,9 @@ def run_checks(title: str, checks: list[tuple[str, Callable[[], str]]]) -> int:
     A check returns what it saw, and raises when it saw wrong.
     """
     failures = 0
-    for name, check in checks:
+    for name, run in checks:
         try:
-            print(f"  ok    {name}: {check()}", flush=True)
+            print(f"  ok    {name}: {run()}", flush=True)
         except Exception as error:  # whatever a broken cache raises is a failed check
             failures += 1
             print(f"  FAIL  {name}: {type(error).__name__}: {error}", flush=True)

@@ -136,8 +136,8 @@ def user_keeps_are_respected() -> str:
     assert lab.cache.places.num_dropped > 0, "no pressure: the check would prove nothing"
     places = [chunk.place for chunk in held(lab, "kept")]
     again = lab.turn("again", "kept", log + prompt(2, 3), 3, len(log))
-    assert again.recomputed_tokens == 1, (
-        f"{again.recomputed_tokens} tokens of a kept conversation were recomputed (1 has no KV yet)"
+    assert again.receipt.recomputed_tokens == 1, (
+        f"{again.receipt.recomputed_tokens} tokens of a kept conversation were recomputed (1 has no KV yet)"
     )
     assert lab.wrong_tokens(again) == 0, "the kept conversation's answer is wrong"
     lab.scheduler.set_keep("lab", "kept", False)
@@ -155,15 +155,15 @@ def user_keeps_are_bounded() -> str:
     for i in range(3):
         lab.turn(f"t{i}", f"c{i}", prompt(i, 30), 2)
     lab.scheduler.set_keep("lab", "c0", True)
-    kept, limit = lab.cache.num_kept, lab.cache.keep_limit
+    kept, limit = lab.cache.keeps.num_kept, lab.cache.keeps.limit
     try:
         lab.scheduler.set_keep("lab", "c1", True)
     except KeepRefused as error:
         message = str(error)
     else:
-        raise AssertionError(f"{lab.cache.num_kept} chunks are kept, at most {limit} may be")
+        raise AssertionError(f"{lab.cache.keeps.num_kept} chunks are kept, at most {limit} may be")
     assert str(limit) in message, f"the refusal does not name the limit: {message}"
-    assert lab.cache.num_kept == kept, "a refused keep changed something"
+    assert lab.cache.keeps.num_kept == kept, "a refused keep changed something"
     lab.turn("large", "large", prompt(8, 18 * CHUNK), 2)  # keeps do not stand in the way of progress
     lab.close()
     return f"{kept} of at most {limit} chunks kept, 4 more refused; a prompt of 18 of the 20 slots still runs"

@@ -37,7 +37,7 @@ def no_chunk_in_two_places_unaccounted() -> str:
         ]
         coming = [r.dst_slot for r in lab.cache.places.copies.values() if r.dst_tier == tier]
         assert len({*owned, *coming}) == len(owned) + len(coming) == pool.num_used, (
-            f"tier {tier}: slots owned twice or by nobody"
+            f"tier {tier}: slots owned twice or not at all"
         )
     moved = sum(len(plan.swap_in) + len(plan.swap_out) for plan in lab.plans)
     assert moved > 0 and lab.cache.places.num_dropped > 0, "no pressure: the check would prove nothing"
@@ -56,8 +56,8 @@ def replacement_frees_the_old_bytes() -> str:
         lab.settle()
         assert lab.cache.places.pools[0].num_used <= used[0], "replaced chunks kept their slots"
         assert sum(c is not None for c in lab.sequence("c").chunks) <= used[0]
-    assert lab.done["b0"].gpu_tokens == 16, (
-        f"the common beginning of 16 tokens was not reused: {lab.done['b0'].gpu_tokens}"
+    assert lab.done["b0"].receipt.gpu_tokens == 16, (
+        f"the common beginning of 16 tokens was not reused: {lab.done['b0'].receipt.gpu_tokens}"
     )
     lab.scheduler.forget("lab", "c", lab.now_s)
     lab.settle()
@@ -93,9 +93,11 @@ def recovery_mixed_with_generation() -> str:
     again, decoding = lab.done["again"], lab.done["decoding"]
     wrong = lab.wrong_tokens(again) + lab.wrong_tokens(decoding)
     assert wrong == 0, f"{wrong} tokens differ from a stateless run"
-    assert again.recomputed_tokens == 4 * CHUNK + 1, f"{again.recomputed_tokens} tokens recomputed"
+    assert again.receipt.recomputed_tokens == 4 * CHUNK + 1, (
+        f"{again.receipt.recomputed_tokens} tokens recomputed"
+    )
     lab.close()
-    return f"{again.recomputed_tokens} tokens in two holes recomputed beside a running decode; {again.num_output + decoding.num_output} tokens right"
+    return f"{again.receipt.recomputed_tokens} tokens in two holes recomputed beside a running decode; {again.num_output + decoding.num_output} tokens right"
 
 
 def tracking_matches_the_tiers() -> str:
@@ -112,10 +114,15 @@ def tracking_matches_the_tiers() -> str:
         on_gpu = sum(c.num_tokens for c in chunks if c is not None and c.place == 0)
         on_cpu = sum(c.num_tokens for c in chunks if c is not None and c.place == 1)
         request = lab.turn(f"again-{name}", name, log + prompt(1, 3), 3, len(log))
-        assert (request.gpu_tokens, request.cpu_tokens) == (on_gpu, on_cpu), (
-            f"{name}: tracked {on_gpu} gpu + {on_cpu} cpu tokens, the turn found {request.gpu_tokens} + {request.cpu_tokens}"
+        assert (request.receipt.gpu_tokens, request.receipt.cpu_tokens) == (on_gpu, on_cpu), (
+            f"{name}: tracked {on_gpu} gpu + {on_cpu} cpu tokens, the turn found {request.receipt.gpu_tokens} + {request.receipt.cpu_tokens}"
         )
-        total = request.gpu_tokens + request.cpu_tokens + request.recomputed_tokens + request.new_tokens
+        total = (
+            request.receipt.gpu_tokens
+            + request.receipt.cpu_tokens
+            + request.receipt.recomputed_tokens
+            + request.receipt.new_tokens
+        )
         assert total == request.num_prompt, f"{name}: {total} tokens accounted for of {request.num_prompt}"
         places[0] += on_gpu
         places[1] += on_cpu
@@ -139,7 +146,10 @@ def positions_are_right() -> str:
         right += request.num_output
         log = request.tokens
     requests = [lab.done[f"t{turn}"] for turn in range(6)]
-    swapped, recomputed = sum(r.cpu_tokens for r in requests), sum(r.recomputed_tokens for r in requests)
+    swapped, recomputed = (
+        sum(r.receipt.cpu_tokens for r in requests),
+        sum(r.receipt.recomputed_tokens for r in requests),
+    )
     assert swapped > 0, "nothing was swapped: the check would prove nothing"
     lab.close()
     return f"{right} tokens right over 6 turns with {swapped} tokens swapped in and {recomputed} recomputed"

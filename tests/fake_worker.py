@@ -8,10 +8,18 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from pensieve.core.plan import Copy, CopyFailure, RequestFailure, SampledToken, StepPlan, StepResult
+from pensieve.core.plan import (
+    Copy,
+    CopyFailure,
+    PipelinedWorker,
+    RequestFailure,
+    SampledToken,
+    StepPlan,
+    StepResult,
+)
 
 MODULUS = (1 << 61) - 1
 GARBAGE = -7  # what a failed copy leaves
@@ -183,6 +191,22 @@ class LateWorker:
         while len(self.queue) > (0 if drain else self.lag):
             ready.append(self.queue.popleft())
         return ready
+
+
+class BegunWorker:
+    """Begins each step before it finishes the one before, as an engine with `ahead` does."""
+
+    def __init__(self, worker: PipelinedWorker) -> None:
+        self.worker = worker
+        self.begun: deque[StepPlan] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        self.worker.begin(plan)
+        self.begun.append(plan)
+
+    def ready(self, *, drain: bool = False) -> Iterator[tuple[StepPlan, StepResult]]:
+        while len(self.begun) > (0 if drain else 1):
+            yield self.begun.popleft(), self.worker.finish()
 
 
 def void(result: StepResult) -> StepResult:

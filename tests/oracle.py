@@ -6,24 +6,22 @@ import contextlib
 import functools
 import random
 import time
-from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
-from pensieve.core.cache import TieredCache
-from pensieve.core.cost import CostProfile
-from pensieve.core.eviction import POLICIES
-from pensieve.core.plan import StepPlan, StepResult
+from pensieve.config import SchedulerConfig, TierConfig
+from pensieve.core.plan import StepPlan
 from pensieve.core.request import FinishReason, Request, SamplingParams
-from pensieve.core.scheduler import Scheduler
+from pensieve.core.wipes import Erasure
 from pensieve.errors import ConversationNotFound
 from pensieve.worker.gate import admit
 from pensieve.worker.model import CausalModel
 from pensieve.worker.worker import Hooks, ModelWorker
 from tiny_models import tiny
+from worlds import World
 
 TOLERANCE = 1e-4  # relative to the largest logit, fp32
 
@@ -46,8 +44,8 @@ class EagerRecorder:
         return replay
 
 
-class Lab:
-    """A scheduler over a real worker with a tiny model, stepped by hand, invariants checked after every step."""
+class Lab(World):
+    """A world whose worker is a real one with a tiny model."""
 
     def __init__(
         self,
@@ -66,24 +64,24 @@ class Lab:
         make_worker: Callable[..., Any] | None = None,
     ) -> None:
         tiers = tuple(TierConfig(name, n) for name, n in zip(("gpu", "cpu", "disk"), slots, strict=False))
-        cost = CostProfile([(chunk_tokens, 1.0), (max_context, 2.0)], chunk_tokens)
-        self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), POLICIES[policy](cost.of_chunk))
-        self.scheduler = Scheduler(
-            config or SchedulerConfig(max_batch_tokens=72, max_running=8), self.cache, max_context
-        )
-        wants = {"hooks": hooks or Hooks(), "attention": attention}
         if make_worker is None:
             recorder = None if real_graphs else EagerRecorder()
             make_worker = functools.partial(
                 ModelWorker, on_device=ahead or None, graph_rows=graph_rows, recorder=recorder
             )
-        self.worker = make_worker(model, tiers, chunk_tokens, **wants)
-        self.ahead = ahead
-        self.begun: deque[StepPlan] = deque()
-        self.now_s = 0.0
-        self.done: dict[str, Request] = {}
+        worker = make_worker(model, tiers, chunk_tokens, hooks=hooks or Hooks(), attention=attention)
+        settings = {"max_batch_tokens": 72} if config is None else asdict(config)
+        super().__init__(
+            *slots,
+            policy=policy,
+            worker=worker,
+            ahead=ahead,
+            chunk_tokens=chunk_tokens,
+            max_context=max_context,
+            **settings,
+        )
 
-    def submit(
+    def submit(  # type: ignore[override]
         self,
         request_id: str,
         conversation: str,
@@ -97,44 +95,17 @@ class Lab:
             request_id, "n", conversation, tuple(tokens), history_tokens, sampling, self.now_s
         )
 
-    def step(self) -> None:
-        self.now_s += 1.0
-        plan = self.scheduler.schedule(self.now_s)
+    def step(self, *changes: Any) -> StepPlan:
+        plan = super().step(*changes)
         if plan.is_empty:
             time.sleep(1e-3)  # an engine would sleep until a copy wakes it
-        self.cache.check()
-        if not self.ahead:
-            self.commit(plan, self.worker.run(plan))
-        else:
-            self.worker.begin(plan)
-            self.begun.append(plan)
-            while len(self.begun) > (0 if plan.is_empty else 1):
-                self.commit(self.begun.popleft(), self.worker.finish())
-        for request in self.scheduler.take_finished():
-            self.done[request.request_id] = request
+        return plan
 
-    def commit(self, plan: StepPlan, result: StepResult) -> None:
-        events = self.scheduler.commit(plan, result, self.now_s)
-        self.cache.check()
-        for request in events.finished:
-            self.done[request.request_id] = request
-
-    def run(self, limit: int = 3000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.requests:
-                return
-            self.step()
-        raise AssertionError(f"not done after {limit} steps: {list(self.scheduler.requests.values())}")
-
-    def erase(self, conversation: str, limit: int = 2000) -> None:
+    def erase(self, conversation: str) -> Erasure:
         """Erase it to the last byte, whatever is under way."""
-        erasure = None
-        for _ in range(limit):
-            erasure = erasure or self.scheduler.forget("n", conversation, self.now_s, erase=True)
-            if erasure is not None and erasure.done:
-                return
-            self.step()
-        raise AssertionError(f"not erased after {limit} steps: {erasure and (erasure.slots, erasure.copies)}")
+        erasure = super().erase(conversation)
+        self.finish(erasure)
+        return erasure
 
     def close(self) -> None:
         self.worker.close()
@@ -214,7 +185,7 @@ def random_play(
             lab.step()
         if rng.random() < 0.15:
             lab.scheduler.abort(rng.choice(sorted(waiting)), lab.now_s)
-        if rng.random() < 0.15 and lab.cache.places.sole[0].count:
+        if rng.random() < 0.15 and lab.cache.places.only_copy[0].count:
             lab.cache.room.make(0, lab.cache.room.available(0) + 2, lab.now_s)  # an eviction out of the blue
         if rng.random() < 0.3:
             with contextlib.suppress(ConversationNotFound):

@@ -6,6 +6,7 @@ import hashlib
 
 from pensieve.config import CacheConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES, PolicyFactory
 from pensieve.core.sequence import Key, extend_digests
@@ -62,7 +63,7 @@ class TinyCache:
             cache.commit(sequence, start, stop, digests)
         cache.release(sequence, tokens, digests)
         cache.close(sequence, now_s if ends_s is None else ends_s)
-        cache.check()
+        check(cache)
 
     def _settle(self) -> None:
         for copy_id in list(self.cache.places.copies):

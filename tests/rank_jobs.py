@@ -81,9 +81,11 @@ def play(group: Group, architecture: str) -> dict[str, int]:
         "copied": places.num_copied_down,
         "dropped": places.num_dropped,
         "failed": lab.cache.history.num_failed,
-        "swapped in": sum(request.cpu_tokens + request.resume_cpu_tokens for request in requests),
+        "swapped in": sum(
+            request.receipt.cpu_tokens + request.receipt.resume_cpu_tokens for request in requests
+        ),
         "recomputed": sum(
-            request.recomputed_tokens - 1 for request in requests if request.recomputed_tokens
+            request.receipt.recomputed_tokens - 1 for request in requests if request.receipt.recomputed_tokens
         ),  # (but for the last sampled one)
         "broken requests": sum(request.ending is FinishReason.ERROR for request in requests),
     }

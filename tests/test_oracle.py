@@ -49,9 +49,9 @@ def test_a_dropped_prefix_and_a_hole_are_recomputed_with_the_new_prompt(architec
     lab.submit("second", "c", [*log, 3, 1, 4, 1, 5], 6, len(log))
     lab.run()
     second = lab.done["second"]
-    assert second.recomputed_tokens == 3 * 8 + 1
-    assert second.new_tokens == 5
-    assert second.gpu_tokens == len(log) - 1 - 3 * 8
+    assert second.receipt.recomputed_tokens == 3 * 8 + 1
+    assert second.receipt.new_tokens == 5
+    assert second.receipt.gpu_tokens == len(log) - 1 - 3 * 8
     assert_answer_is_stateless(reference, second)
     lab.close()
 
@@ -75,7 +75,7 @@ def test_a_copy_that_raises_becomes_a_recompute() -> None:
     again = lab.done["again"]
     assert lab.scheduler.num_copies_failed > 0
     assert again.ending is FinishReason.LENGTH
-    assert again.resume_recomputed_tokens > 0
+    assert again.receipt.resume_recomputed_tokens > 0
     assert_answer_is_stateless(reference, again)
     lab.close()
 
@@ -137,7 +137,7 @@ def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     log = lab.done["a"].tokens
     lab.submit("again", "a", [*log, 1, 2, 3], 6, len(log))
     lab.run()
-    assert lab.done["again"].cpu_tokens > 0
+    assert lab.done["again"].receipt.cpu_tokens > 0
     with pytest.raises(AssertionError, match="a stateless run gives"):
         assert_answer_is_stateless(reference, lab.done["again"])
     lab.close()
@@ -194,5 +194,5 @@ def test_the_default_model_over_five_turns_equals_generate_on_the_full_history()
         if request.tokens != full:
             assert_answer_is_stateless(reference, request)  # equal up to near-ties, shown by logits
         log = request.tokens
-    assert lab.done["t4"].gpu_tokens < len(log)
+    assert lab.done["t4"].receipt.gpu_tokens < len(log)
     lab.close()

@@ -1,12 +1,14 @@
-"""A scheduler over a fake worker, stepped by hand, every invariant checked after every step."""
+"""A scheduler over a worker, fake or real, stepped by hand; every invariant is checked after every step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from fake_worker import FakeWorker, LateWorker, cells_of, expected_answer
+from fake_worker import BegunWorker, FakeWorker, LateWorker, cells_of, expected_answer
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import POLICIES
 from pensieve.core.pace import Load, Pace
@@ -25,21 +27,26 @@ class World:
         self,
         *slots: int,
         policy: str = "retention",
-        worker: FakeWorker | None = None,
+        worker: Any = None,
         lag: int = 0,
+        ahead: bool = False,
         names: str = "gpu cpu disk",
+        chunk_tokens: int = CHUNK,
         max_context: int = 400,
         pace: Pace | None = None,
         **config: float | str,
     ) -> None:
         tiers = tuple(TierConfig(name, count) for name, count in zip(names.split(), slots, strict=False))
-        cost = CostProfile([(4, 1.0), (64, 2.0)], CHUNK)
-        self.cache = TieredCache(CacheConfig(tiers, CHUNK), POLICIES[policy](cost.of_chunk))
+        cost = CostProfile([(chunk_tokens, 1.0), (16 * chunk_tokens, 2.0)], chunk_tokens)
+        self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), POLICIES[policy](cost.of_chunk))
         settings = {"max_batch_tokens": 64, "max_running": 8, **config}
         self.scheduler = Scheduler(SchedulerConfig(**settings), self.cache, max_context, pace=pace)  # type: ignore[arg-type]
-        self.worker = worker or FakeWorker(list(slots), CHUNK)
-        self.late = LateWorker(self.worker, lag)
+        self.worker = worker or FakeWorker(list(slots), chunk_tokens)
+        self.late = BegunWorker(self.worker) if ahead else LateWorker(self.worker, lag)
+        self.timing = getattr(self.worker, "timing", None)
         self.now_s = 0.0
+        self.tick_s = 1.0  # between steps, unless the worker tells how long they take
+        self.plans: list[StepPlan] = []
         self.num_steps = 0
         self.check_every = 1  # steps
         self.done: dict[str, Request] = {}
@@ -62,12 +69,13 @@ class World:
     def step(
         self, change: Callable[[StepPlan, StepResult], StepResult] = lambda plan, result: result
     ) -> StepPlan:
-        self.now_s += 0.0 if self.worker.timing else 1.0
+        self.now_s += 0.0 if self.timing else self.tick_s
         plan = self.scheduler.schedule(self.now_s)
+        self.plans.append(plan)
         self.check()
         self.late.submit(plan)
-        if self.worker.timing and plan.spans:
-            self.now_s += self.worker.timing(plan)
+        if self.timing and plan.spans:
+            self.now_s += self.timing(plan)
         for settled, result in self.late.ready(drain=plan.is_empty):
             finished = self.scheduler.commit(settled, change(settled, result), self.now_s).finished
             for request in finished:
@@ -80,14 +88,14 @@ class World:
     def check(self) -> None:
         self.num_steps += 1
         if self.num_steps % self.check_every == 0:
-            self.cache.check()
+            check(self.cache)
 
     def run(self) -> None:
-        for _ in range(2000):
+        for _ in range(3000):
             if not self.scheduler.requests:
                 return
             self.step()
-        raise AssertionError("not done")
+        raise AssertionError(f"not done: {list(self.scheduler.requests.values())}")
 
     def turn(
         self,
@@ -121,7 +129,7 @@ class World:
         )
 
     def drop(self, conversation: str, *positions: int) -> None:
-        """Drop chunks without a word to anybody."""
+        """Drop chunks without a note in the history."""
         sequence = self.cache.find("n", conversation)
         assert sequence is not None
         for position in positions:
@@ -134,7 +142,7 @@ class World:
 
     def erase(self, conversation: str) -> Erasure:
         """Begin to erase, stepping until no turn of the conversation is in flight."""
-        for _ in range(20):
+        for _ in range(2000):
             erasure = self.scheduler.forget("n", conversation, self.now_s, erase=True)
             if erasure is not None:
                 return erasure
@@ -143,7 +151,7 @@ class World:
 
     def finish(self, erasure: Erasure) -> int:
         """Step until it is done. Returns the steps that took."""
-        for steps in range(200):
+        for steps in range(2000):
             if erasure.done:
                 return steps
             self.step()

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from pensieve.bench.systems import CONTEXT_FULL, TurnRequest, TurnResult, failed_turn
-from pensieve.engine.messages import Receipt
+from pensieve.core.receipt import Receipt
 
 VOCAB = 1000
 

@@ -9,7 +9,8 @@ import pytest
 from chat_fakes import FakeSystem
 
 from pensieve.bench.compare import run_users
-from pensieve.bench.runs import EarlyEnd, RunSettings, TurnRecord
+from pensieve.bench.driver import RunProgress
+from pensieve.bench.runs import EarlyEnd, RunSettings
 from pensieve.bench.systems import CONTEXT_FULL, TurnRequest, TurnResult, failed_turn
 from pensieve.errors import ConfigError, Overloaded
 from pensieve.workloads.arrivals import ThinkClass
@@ -166,20 +167,17 @@ class Ears:
     def __init__(self) -> None:
         self.heard: list[str] = []
 
-    def begin(self, system: str, num_turns: int) -> None:
-        self.heard.append(f"begin {system} {num_turns}")
+    def begin(self, label: str, progress: RunProgress) -> None:
+        self.heard.append(f"begin {label} {progress.num_turns}")
 
-    def sent(self, in_flight: int) -> None:
-        self.heard.append(f"sent {in_flight}")
+    def show(self, progress: RunProgress) -> None:
+        self.heard.append(f"sent {progress.sent}, ended {progress.ended}, failed {progress.failed}")
 
-    def answered(self, record: TurnRecord, in_flight: int) -> None:
-        self.heard.append(f"answered {record.key[1]} {in_flight}")
+    def say(self, words: str) -> None:
+        self.heard.append(words)
 
-    def ended_early(self, end: EarlyEnd) -> None:
-        self.heard.append(f"early {end.turns_left}")
-
-    def end(self) -> None:
-        self.heard.append("end")
+    def end(self, progress: RunProgress) -> None:
+        self.heard.append(f"end, skipped {progress.skipped}")
 
 
 def test_a_turn_that_never_ends_times_out_and_a_late_answer_is_ignored() -> None:
@@ -193,7 +191,7 @@ def test_a_turn_that_never_ends_times_out_and_a_late_answer_is_ignored() -> None
             return hung[-1]
 
     class AnswersLate(Ears):
-        def ended_early(self, end: EarlyEnd) -> None:
+        def say(self, words: str) -> None:
             hung[0].set_result(failed_turn("late", "", submitted_s=0.0, total_s=0.0))
 
     run = run_users(Hanging(), talk(2, 4), settings(0.1, turn_timeout_s=0.05), AnswersLate())
@@ -203,15 +201,15 @@ def test_a_turn_that_never_ends_times_out_and_a_late_answer_is_ignored() -> None
 
 def test_the_listener_hears_everything() -> None:
     ears = Ears()
-    run_users(FakeSystem(max_context=25), talk(1, 4), settings(), progress=ears)
+    run_users(FakeSystem(max_context=25), talk(1, 4), settings(), ears)
     assert ears.heard == [
         "begin fake 4",
-        "sent 1",
-        "answered 0 0",
-        "sent 1",
-        "answered 1 0",
-        "early 2",
-        "end",
+        "sent 1, ended 0, failed 0",
+        "sent 1, ended 1, failed 0",
+        "sent 2, ended 1, failed 0",
+        "sent 2, ended 2, failed 0",
+        "conversation c0 ended at turn 2, 2 more not sent: context full",
+        "end, skipped 2",
     ]
 
 

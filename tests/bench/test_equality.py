@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from chat_fakes import FakeSystem, shifted, with_token
 
-from pensieve.bench.compare import compare_outputs, run_users
-from pensieve.bench.equality import Equality, Tolerance, Verdict, default_tolerance
+from pensieve.bench.compare import run_users
+from pensieve.bench.equality import Equality, Tolerance, Verdict, compare_outputs, default_tolerance
 from pensieve.bench.runs import Run, RunSettings
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
 from pensieve.errors import ConfigError

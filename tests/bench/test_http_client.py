@@ -169,7 +169,7 @@ async def stay_silent(writer: asyncio.StreamWriter) -> None:
     ("reply", "code", "words"),
     [
         (cut, "stream_broken", "in the middle"),
-        (hang_up, "stream_broken", "before the answer"),
+        (hang_up, "stream_broken", "before the response"),
         (stay_silent, "timeout", "silent"),
     ],
 )

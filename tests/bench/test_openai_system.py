@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -244,9 +243,3 @@ def test_v1_is_added_once(server: Server) -> None:
         system = OpenAISystem(url)
         assert system.model == "tiny"
         system.close()
-
-
-def test_without_httpx_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(ConfigError, match="pip install httpx"):
-        OpenAISystem("http://127.0.0.1:1", "tiny")

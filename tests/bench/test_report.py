@@ -13,15 +13,18 @@ import pytest
 from chat_fakes import FakeSystem, with_token
 from rich.console import Console
 
-from pensieve.bench.compare import compare_outputs, run_users
+from pensieve.bench.compare import run_users
+from pensieve.bench.driver import RunProgress, ShownRun
+from pensieve.bench.equality import compare_outputs
 from pensieve.bench.plot import plot_first_token
-from pensieve.bench.progress import open_progress
-from pensieve.bench.record import build_record, source_version, write_record
+from pensieve.bench.provenance import source_version
+from pensieve.bench.record import build_record
 from pensieve.bench.report import print_report, speedups, summarize
 from pensieve.bench.runs import EarlyEnd, Run, RunSettings, Subject, TurnRecord
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
-from pensieve.engine.messages import Receipt
+from pensieve.core.receipt import Receipt
 from pensieve.errors import ConfigError
+from pensieve.reporting.json_file import write_json
 from pensieve.workloads.arrivals import ThinkClass
 from pensieve.workloads.conversations import Conversation
 
@@ -178,7 +181,7 @@ def test_the_record_holds_config_commit_machine_and_every_request(tmp_path: Path
         equality=equality,
         notes=["n"],
     )
-    path = write_record(tmp_path / "deep" / "run.json", built)
+    path = write_json(tmp_path / "deep" / "run.json", built)
     read = json.loads(path.read_text(encoding="utf-8"))
     assert read == built
     assert (read["weights"], read["model"], read["config"]) == (
@@ -198,9 +201,9 @@ def test_the_record_holds_config_commit_machine_and_every_request(tmp_path: Path
 
 
 def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    path = write_record(tmp_path / "run.json", {"a": 1})
+    path = write_json(tmp_path / "run.json", {"a": 1})
     with pytest.raises(TypeError):
-        write_record(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -231,9 +234,9 @@ def test_without_matplotlib_the_way_out_is_named(tmp_path: Path, monkeypatch: py
 def test_progress_in_plain_lines() -> None:
     out = io.StringIO()
     talks = [Conversation(f"c{i}", None, ("one", "two")) for i in range(10)]
-    run_users(FakeSystem(), talks, SETTINGS, open_progress(Console(file=out, width=40)))
+    run_users(FakeSystem(), talks, SETTINGS, ShownRun(Console(file=out, width=40)))
     lines = out.getvalue().splitlines()
-    assert (lines[0], lines[-1]) == ("fake: 20 turns", "fake: 20/20 turns answered, 0 under way")
+    assert (lines[0], lines[-1]) == ("fake: 20 turns", "fake: 20/20 turns, 0 under way")
     assert len(lines) == 11, "a line a tenth"
 
 
@@ -243,7 +246,7 @@ def test_progress_in_plain_lines_says_who_ended_early() -> None:
         FakeSystem(max_context=8),
         [Conversation("c", None, ("one", "two", "six"))],
         SETTINGS,
-        open_progress(Console(file=out)),
+        ShownRun(Console(file=out)),
     )
     assert (
         out.getvalue().splitlines()[-1]
@@ -254,7 +257,7 @@ def test_progress_in_plain_lines_says_who_ended_early() -> None:
 def test_progress_on_a_terminal_is_one_bar() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, legacy_windows=False)
-    listener = open_progress(console)
+    listener = ShownRun(console)
     for name in ("a", "b"):
         run_users(
             FakeSystem(name, max_context=8),
@@ -266,4 +269,4 @@ def test_progress_on_a_terminal_is_one_bar() -> None:
     assert "2/2" in text
     assert "turns, 0 under way" in text
     assert "conversation c[/x] ended at turn 2" in text, "names are not markup"
-    listener.end()
+    listener.end(RunProgress(0))

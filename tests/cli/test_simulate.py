@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 from simulator_worlds import DOCUMENT
 
+import pensieve.cli.simulate
 from pensieve.cli.commands import cli
-from pensieve.cli.simulate import figure_names
 from pensieve.errors import ConfigError
-from pensieve.simulator.figures import FIGURES
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = ["simulate", "--model", "smollm2-135m", "--hardware", "a100-80gb", "--gpu-cache", "0.05", "--cpu-cache", "0.1", "--max-context", "4000",
          "--turns", "3", "--jobs", "1"]  # fmt: skip
 
@@ -110,19 +110,21 @@ def test_what_is_wrong_is_said(arguments: list[str], words: str) -> None:
         invoke(*arguments)
 
 
-def test_a_span_of_figures_and_a_number_stand_for_their_parts() -> None:
-    asked = {
-        name: figure_names(name, FIGURES) for name in ("10b-d", "11a-b", "10", "13", "10a", "12a-b", "all")
-    }
-    parts = {"10b-d": ["10b", "10c", "10d"], "11a-b": ["11a", "11b"], "10": ["10a", "10b", "10c", "10d"]}
-    assert asked == parts | {alone: [alone] for alone in ("13", "10a", "12a-b", "all")}
+def test_figures_without_the_repository_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pensieve.cli.simulate, "__file__", str(tmp_path / "a" / "b" / "c" / "simulate.py"))
+    with pytest.raises(ConfigError, match="clone the repository and run `make paper-figures`"):
+        invoke("--figure", "10a")
 
 
 def test_it_needs_no_torch_and_no_server_packages() -> None:
     program = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'fastapi', 'uvicorn', 'pydantic'): sys.modules[name] = None\n"
-        "import pensieve.simulator.sweep, pensieve.simulator.report, pensieve.simulator.output, pensieve.simulator.figures\n"
+        "import pensieve.simulator.sweep, pensieve.simulator.output\n"
+        f"sys.path.append({str(BENCHMARKS)!r})\n"
+        "import paper.command\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 

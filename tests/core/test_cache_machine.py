@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pensieve.config import CacheConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.eviction import PolicyFactory, RetentionValue
 from pensieve.core.sequence import Sequence, extend_digests
@@ -28,7 +29,7 @@ def digests_of(namespace: str, tokens: list[int]) -> list[bytes]:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    offered = True  # by a server, which promises that who is done goes first
+    offered = True  # by a server, which promises to evict an idle conversation first
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class CacheMachine(RuleBasedStateMachine):
         sequence = self.cache.open("n", name, self.now_s)
         self.cache.attach(sequence, tokens, digests)
         need = self.cache.survey(sequence, len(tokens))
-        fits = not need.blocked and self.cache.room.available(0) - need.own_clean >= need.slots
+        fits = not need.blocked and self.cache.room.available(0) - need.own_reclaimable >= need.slots
         if not fits:
             with self.cache.protected(sequence):
                 self.cache.room.make(0, need.slots, self.now_s)
@@ -148,7 +149,7 @@ class CacheMachine(RuleBasedStateMachine):
         dropped = self.cache.places.num_dropped
         begun, left = self.cache.warm(sequence, most, reserve, self.now_s)
         assert begun <= most
-        assert self.cache.places.num_dropped == dropped, "a hint made somebody lose a chunk"
+        assert self.cache.places.num_dropped == dropped, "a hint evicted a chunk"
         assert begun == 0 or self.cache.room.available(0) >= min(before, reserve)
         assert left >= 0
         assert name not in self.running or begun == 0
@@ -161,9 +162,9 @@ class CacheMachine(RuleBasedStateMachine):
             chunks = [
                 c
                 for c in sequence.chunks
-                if c is not None and c.owner is sequence and c.queues & self.cache.places.sole[0].bit
+                if c is not None and c.owner is sequence and c.queues & self.cache.places.only_copy[0].bit
             ]
-            worst = self.cache.places.sole[0].worst(self.now_s)
+            worst = self.cache.places.only_copy[0].worst(self.now_s)
             assert (
                 not self.offered
                 or not chunks
@@ -186,7 +187,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def everything_agrees(self) -> None:
-        self.cache.check()
+        check(self.cache)
 
     @invariant()
     def every_queue_offers_what_brute_force_over_all_its_chunks_finds(self) -> None:
@@ -197,7 +198,7 @@ class CacheMachine(RuleBasedStateMachine):
             for chunk in sequence.chunks
             if chunk is not None
         }
-        for queue in (*places.clean, *places.sole):
+        for queue in (*places.has_lower_copy, *places.only_copy):
             members = [chunk for chunk in chunks if chunk.queues & queue.bit]
             worst = queue.worst(self.now_s)
             assert (worst is None) == (not members)
@@ -222,7 +223,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.places.wipes.settle(wiped, None)
             self.plans.clear()
         assert all(erasure.done for erasure in self.erasures)
-        self.cache.check()
+        check(self.cache)
         assert [pool.num_used for pool in self.cache.places.pools] == [0, 0], "slots leaked"
         assert not self.cache.sequences and not self.cache.index
 

@@ -1,4 +1,4 @@
-"""Copies that make room: how many are made ahead, and those that somebody waits for."""
+"""Copies that make room: how many are made ahead, and which ones a request waits for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_where_copies_cost_nothing_the_reserve_need_not_lie_ready() -> None:
     world.submit("b", [7, 8, 9])
     assert {span.request_id for span in world.step().spans} == {"a", "b"}
     assert not world.worker.num_swapped_out, (
-        "6 slots could be had at the price of copies: nobody needs them yet"
+        "6 slots could be had at the price of copies, but no request needs them yet"
     )
     world.run()
 
@@ -67,5 +67,5 @@ def test_steps_that_only_copy_never_follow_each_other() -> None:
     plans = [world.step() for _ in range(12)]
     assert any(plan.settles for plan in plans)
     assert all(earlier.spans or later.spans for earlier, later in itertools.pairwise(plans)), (
-        "a broken tier stops nobody"
+        "a broken tier stops no request"
     )

@@ -36,7 +36,7 @@ def test_a_conversation_in_both_tiers_is_gone_from_both() -> None:
 
 
 def test_what_was_evicted_long_ago_goes_as_well() -> None:
-    """Its record is gone, its bytes still lie in a slot that nobody owns."""
+    """Its record is gone, its bytes still lie in a free slot."""
     world = World(8, 0)
     log = world.turn("a", SECRET, 1).tokens
     world.drop("a", 0, 1, 2, 3, 4, 5)
@@ -48,7 +48,7 @@ def test_what_was_evicted_long_ago_goes_as_well() -> None:
 
 
 def test_nothing_cached_at_all_is_done_at_once() -> None:
-    assert World(8, 4).erase("nobody").done
+    assert World(8, 4).erase("unknown").done
 
 
 def test_forgetting_without_erasing_is_done_at_once_and_leaves_the_bytes() -> None:
@@ -91,7 +91,7 @@ def test_a_shared_chunk_stays_with_the_others_and_goes_with_the_last() -> None:
     world.finish(world.erase("a"))
     assert world.remains(log[8:]) == 0
     assert world.remains(SYSTEM) == 2 * len(SYSTEM), "in both tiers, for b"
-    assert world.turn("b2", [*SYSTEM, 5, 6, 8], conversation="b").gpu_tokens >= 8
+    assert world.turn("b2", [*SYSTEM, 5, 6, 8], conversation="b").receipt.gpu_tokens >= 8
     world.scheduler.forget("n", "b", world.now_s)  # without erase: what a shared with b is a's as well
     world.settle()
     assert world.remains(SYSTEM) == 0
@@ -156,7 +156,7 @@ def test_a_copy_into_a_slot_with_old_bytes_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_erasing_a_conversation_that_runs_ends_its_turn_and_disturbs_nobody(lag: int) -> None:
+def test_erasing_a_conversation_that_runs_ends_its_turn_and_no_other(lag: int) -> None:
     world = World(24, 24, lag=lag, copy_ahead_share=0.6)
     secret = world.submit("a", SECRET, 40)
     world.submit("b", [1, 2, 3], 30)

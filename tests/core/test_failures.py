@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
+import worlds
 from fake_worker import FakeWorker, expected_answer
-from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
-from pensieve.core.cache import TieredCache
-from pensieve.core.cost import CostProfile
-from pensieve.core.eviction import RetentionValue
 from pensieve.core.plan import CopyFailure, StepPlan, StepResult
-from pensieve.core.request import FinishReason, Request, SamplingParams
-from pensieve.core.scheduler import Scheduler
-
-CHUNK = 4
-COST = CostProfile([(4, 1.0), (64, 2.0)], CHUNK)
+from pensieve.core.request import FinishReason
+from worlds import CHUNK
 
 
-class World:
-    """A scheduler and a fake worker, stepped by hand."""
+class World(worlds.World):
+    """Steps are a hundredth of a second apart."""
 
-    def __init__(self, gpu: int, cpu: int, worker: FakeWorker | None = None, **config: int) -> None:
-        tiers = (TierConfig("gpu", gpu), *((TierConfig("cpu", cpu),) if cpu else ()))
-        self.cache = TieredCache(CacheConfig(tiers, CHUNK), lambda: RetentionValue(COST.of_chunk))
-        self.scheduler = Scheduler(
-            SchedulerConfig(**{"max_batch_tokens": 128, "max_running": 8, **config}),
-            self.cache,
-            max_context=200,
-        )
-        self.worker = worker or FakeWorker([tier.num_slots for tier in tiers], CHUNK)
-        self.now_s = 0.0
-        self.done: dict[str, Request] = {}
-        self.plans: list[StepPlan] = []
-
-    def submit(self, name: str, conversation: str, tokens: list[int], answer: int = 3) -> None:
-        self.scheduler.submit(
-            name, "n", conversation, tuple(tokens), 0, SamplingParams(max_new_tokens=answer), self.now_s
-        )
-
-    def step(self, change: object = None) -> StepPlan:
-        self.now_s += 0.01
-        plan = self.scheduler.schedule(self.now_s)
-        self.plans.append(plan)
-        result = self.worker.run(plan)
-        if callable(change):
-            result = change(plan, result)
-        for request in (
-            self.scheduler.commit(plan, result, self.now_s).finished + self.scheduler.take_finished()
-        ):
-            self.done[request.request_id] = request
-        self.cache.check()
-        return plan
-
-    def run(self, limit: int = 2000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.requests:
-                return
-            self.step()
-        raise AssertionError(f"not done: {list(self.scheduler.requests)}")
+    def __init__(self, *slots: int, worker: FakeWorker | None = None) -> None:
+        super().__init__(*slots, worker=worker, max_batch_tokens=128)
+        self.tick_s = 0.01
 
     def right(self, name: str) -> bool:
         request = self.done[name]
@@ -69,7 +28,7 @@ class World:
 def test_however_many_copies_of_one_step_fail_that_is_one_failure() -> None:
     world = World(14, 30)
     for name in ("a", "b"):
-        world.submit(name, name, [ord(name) % 7 + i % 5 for i in range(45)])
+        world.submit(name, [ord(name) % 7 + i % 5 for i in range(45)], 3)
         world.run()
     failed = []
 
@@ -86,7 +45,7 @@ def test_however_many_copies_of_one_step_fail_that_is_one_failure() -> None:
             result.forward_error,
         )
 
-    world.submit("again", "a", [*world.done["a"].tokens, 1])
+    world.submit("again", [*world.done["a"].tokens, 1], 3, conversation="a")
     while not failed:
         world.step(fail_swap_ins)
     world.run()
@@ -107,7 +66,7 @@ def test_swap_outs_that_always_fail_do_not_stop_the_rest() -> None:
         )
 
     for turn in range(6):
-        world.submit(f"r{turn}", f"c{turn}", [turn + i % 3 for i in range(20)])
+        world.submit(f"r{turn}", [turn + i % 3 for i in range(20)], 3)
         for _ in range(40):
             world.step(fail_swap_outs)
         assert world.right(f"r{turn}")
@@ -119,7 +78,7 @@ def test_a_broken_tier_is_tried_again_and_used_when_it_works() -> None:
     world = World(8, 8)
     world.cache.places.failed_down[1] = 3
     world.cache.room._retry_s[1] = 1.0
-    world.submit("a", "a", list(range(24)))
+    world.submit("a", list(range(24)), 3)
     world.run()
     world.step()
     assert world.cache.places.pools[1].num_used == 0, "left alone at first"
@@ -131,11 +90,11 @@ def test_a_broken_tier_is_tried_again_and_used_when_it_works() -> None:
 
 
 def test_a_broken_request_does_not_keep_others_from_being_admitted() -> None:
-    world = World(60, 0, FakeWorker([60], CHUNK, poison=lambda token: token == 777))
-    world.submit("long", "long", [1, 2, 3], answer=100)
+    world = World(60, worker=FakeWorker([60], CHUNK, poison=lambda token: token == 777))
+    world.submit("long", [1, 2, 3], 100)
     world.step()
-    world.submit("broken", "broken", [777])
-    world.submit("next", "next", [4, 5, 6])
+    world.submit("broken", [777], 3)
+    world.submit("next", [4, 5, 6], 3)
     for _ in range(12):
         world.step()
     assert world.done["broken"].ending is FinishReason.ERROR
@@ -146,12 +105,12 @@ def test_a_broken_request_does_not_keep_others_from_being_admitted() -> None:
 
 
 def test_failures_far_apart_do_not_add_up() -> None:
-    world = World(60, 0)
+    world = World(60)
 
     def fail_now_and_then(plan: StepPlan, result: StepResult) -> StepResult:
         return StepResult(plan.step_id, forward_error="transient") if plan.step_id % 9 == 8 else result
 
-    world.submit("long", "long", [1, 2, 3], answer=100)
+    world.submit("long", [1, 2, 3], 100)
     for _ in range(200):
         world.step(fail_now_and_then)
     assert world.scheduler.num_forwards_failed > 8
@@ -159,10 +118,10 @@ def test_failures_far_apart_do_not_add_up() -> None:
 
 
 def test_with_one_tier_a_keep_does_not_lock_out_its_own_conversation() -> None:
-    world = World(20, 0)
-    world.submit("a", "a", [i % 9 for i in range(38)])
+    world = World(20)
+    world.submit("a", [i % 9 for i in range(38)], 3)
     world.run()
     world.scheduler.set_keep("n", "a", True)
-    world.submit("again", "a", world.done["a"].tokens + [i % 5 for i in range(30)])
+    world.submit("again", [*world.done["a"].tokens, *(i % 5 for i in range(30))], 3, conversation="a")
     world.run()
     assert world.right("again")

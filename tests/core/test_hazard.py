@@ -1,4 +1,4 @@
-"""What is learned of returns, and whom it lets go."""
+"""What the hazard policy learns from returns, and which chunks it evicts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pensieve.core.eviction.returns import (
     PRIOR,
     STARTS_S,
     WIDTHS_S,
-    Context,
+    ReturnContext,
     ReturnTimes,
     period_of,
     saving_rates,
@@ -27,7 +27,7 @@ from pensieve.core.eviction.returns import (
 from pensieve.core.plan import SampledToken, StepResult
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
-from pensieve.core.sequence import Sequence, Sharers
+from pensieve.core.sequence import Sequence, Sharers, sequences_of
 from policy_worlds import COST, TinyCache, policy_of
 
 
@@ -72,7 +72,7 @@ def test_who_never_comes_back_at_once_is_worth_more_a_while_later() -> None:
 
 
 def test_a_period_that_few_have_reached_is_like_the_one_before() -> None:
-    """Nobody comes back within half a minute; who would have after an hour has not been seen: there is no hope of it, and none that grows."""
+    """No conversation returned within half a minute, and none was seen idle for an hour: long periods must not look better."""
     times = ReturnTimes()
     for number in range(500):
         contexts = times.contexts(Habits().went_idle(5.0, 4, number))
@@ -85,7 +85,7 @@ def test_a_period_that_few_have_reached_is_like_the_one_before() -> None:
         times.learn([], period_of(3000.0), returned=True)
     chances = times.chances([])
     assert chances[period_of(3000.0)] > 0.9 and chances[period_of(30.0)] < 0.1 * PRIOR[period_of(30.0)]
-    assert chances[period_of(10_000.0)] > 0.9, "as far as anybody knows"
+    assert chances[period_of(10_000.0)] > 0.9, "as far as was observed"
 
 
 def test_contexts_trust_those_that_tell_and_not_those_that_do_not() -> None:
@@ -118,7 +118,7 @@ def test_counts_of_a_context_that_changes_are_forgotten() -> None:
     for returned in (True, False):
         for _ in range(3000):
             times.learn(times.contexts([(0, 1)]), 2, returned)
-    context: Context = times.contexts([(0, 1)])[0]
+    context: ReturnContext = times.contexts([(0, 1)])[0]
     assert context.seen[2] <= 1000.0 and context.back[2] < 0.1 * context.seen[2]
     assert times.chances([context])[2] < 0.1
 
@@ -138,7 +138,7 @@ def test_who_does_not_come_back_counts_for_as_long_as_it_was_waited_for() -> Non
     twenty, two_hundred = period_of(20.0), period_of(200.0)
     assert 0.12 < chances[twenty] < 0.4
     assert max(chances[:twenty]) < 0.1 and max(chances[twenty + 1 : two_hundred]) < 0.1, (
-        "nobody came back sooner or later"
+        "no conversation came back sooner or later"
     )
     assert chances[-1] < 0.1 < PRIOR[-1], "and those of the first day were waited for that long"
 
@@ -165,7 +165,7 @@ def test_gaps_of_its_own_tell_the_quick_from_the_slow() -> None:
         world.turn("quick", 4, 3000.0 + 6.0 * turn, 3001.0 + 6.0 * turn)
         world.turn("slow", 4, 601.0 * turn, 601.0 * turn + 1.0) if turn < 5 else None
     world.turn("slow", 4, 3005.0, 3032.0)
-    world.turn("new", 3, 3100.0)  # both were active 69 s ago: who comes back after 5 s will not
+    world.turn("new", 3, 3100.0)  # both were active 69 s ago: the one that returns after 5 s will not return
     assert (world.places("quick"), world.places("slow")) == ("..gg", "gggg")
     paper = TinyCache(policy_of("retention"), 9)
     paper.turn("slow", 4, 3031.0)
@@ -251,7 +251,7 @@ def test_the_worst_is_what_brute_force_finds(seed: int) -> None:
 
 def by_formula(family: Hazard, chunk: Chunk, now_s: float) -> float:
     """n * Cost * r, with 1 / r interpolated between the starts of periods."""
-    num_members = len(chunk.owner.sequences())
+    num_members = len(sequences_of(chunk))
     if chunk.owner.num_active:
         return num_members * COST.of_chunk(chunk.index) / 1e-6
     idle_s = max(0.0, now_s - chunk.owner.last_active_s)

@@ -1,10 +1,10 @@
-"""What a user's typing, or going away, does to the cache: never at anybody else's expense."""
+"""Hints that a user is typing or is done: they never take room that a request needs."""
 
 from __future__ import annotations
 
 import pytest
 
-from pensieve.core import warming
+from pensieve.core import hints
 from pensieve.core.eviction import POLICIES
 from pensieve.errors import ConversationNotFound
 from worlds import World, below
@@ -18,11 +18,11 @@ def test_typing_brings_chunks_up_while_nothing_runs() -> None:
     plan = world.step()
     assert len(plan.swap_in) == 5 and not plan.spans, "a plan of copies alone"
     assert world.places("a") == "bbbbb", "clean copies: they may be reclaimed at no cost"
-    assert world.turn("next", [*log, 3], conversation="a").cpu_tokens == 0
+    assert world.turn("next", [*log, 3], conversation="a").receipt.cpu_tokens == 0
 
 
 def test_a_few_chunks_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warming, "CHUNKS_A_STEP", 2)
+    monkeypatch.setattr(hints, "CHUNKS_A_STEP", 2)
     world = World(16, 20, copy_ahead_share=0.9)
     below(world, "a", list(range(20)))
     below(world, "b", list(range(30, 42)))
@@ -123,7 +123,7 @@ def test_a_shared_chunk_goes_first_only_when_all_are_done(policy: str) -> None:
     shared = world.cache.find("n", "a").chunks[0]  # type: ignore[union-attr]
     assert shared is not None
     world.scheduler.idle("n", "a")
-    assert world.cache.places.sole[0].worst(world.now_s) is world.cache.find("n", "a").chunks[2]  # type: ignore[union-attr]
+    assert world.cache.places.only_copy[0].worst(world.now_s) is world.cache.find("n", "a").chunks[2]  # type: ignore[union-attr]
     assert shared.owner.last_active_s > 0
     world.scheduler.idle("n", "b")
     assert shared.owner.last_active_s < 0

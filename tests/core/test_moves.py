@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from pensieve.config import CacheConfig, TierConfig
-from pensieve.core.chunk import MOVES, Chunk, Event, IllegalMove, State
+from pensieve.core.chunk import MOVES, Chunk, ChunkEvent, ChunkState, IllegalMove
 from pensieve.core.eviction import LRU
 from pensieve.core.places import Places
 from pensieve.core.sequence import Sequence
@@ -30,27 +30,27 @@ class Bench:
         assert slot is not None
         return slot
 
-    def bring_to(self, state: State) -> None:
-        if state is State.ABSENT:
+    def bring_to(self, state: ChunkState) -> None:
+        if state is ChunkState.ABSENT:
             return
         self.places.begin_compute(self.chunk, self.slot(0))
-        if state is State.COMPUTING:
+        if state is ChunkState.COMPUTING:
             return
         self.places.finish_compute(self.chunk, FULL)
         self.places.lease(self.chunk, -1)
-        if state is State.UPPER:
+        if state is ChunkState.UPPER:
             return
         copy = self.places.begin_copy(self.chunk, 0, 1, self.slot(1))
-        if state is State.UPPER_COPYING:
+        if state is ChunkState.UPPER_COPYING:
             return
         self.places.finish_copy(copy.copy_id)
-        if state is State.BOTH:
+        if state is ChunkState.BOTH:
             return
         self.places.pools[0].release(self.places.reclaim(self.chunk, 0))
-        if state is State.LOWER:
+        if state is ChunkState.LOWER:
             return
         self.places.begin_copy(self.chunk, 1, 0, self.slot(0))
-        assert state is State.LOWER_COPYING
+        assert state is ChunkState.LOWER_COPYING
 
     @property
     def copy_id(self) -> int:
@@ -72,24 +72,24 @@ class Bench:
             self.places.pools[0].release(slot)
             raise
 
-    def calls(self) -> dict[Event, Callable[[], object]]:
+    def calls(self) -> dict[ChunkEvent, Callable[[], object]]:
         places, chunk = self.places, self.chunk
         return {
-            Event.BEGIN_COMPUTE: self.begin_compute,
-            Event.FINISH_COMPUTE: lambda: places.finish_compute(chunk, FULL),
-            Event.FAIL_COMPUTE: lambda: places.fail_compute(chunk),
-            Event.BEGIN_SWAP_OUT: lambda: self.begin_copy(0, 1),
-            Event.RECLAIM: lambda: places.reclaim(chunk, 0),
-            Event.RELEASE_LOWER: lambda: places.release_lower(chunk, 1),
-            Event.APPEND: lambda: places.append(chunk, FULL),
-            Event.BEGIN_SWAP_IN: lambda: self.begin_copy(1, 0),
-            Event.DROP: lambda: places.drop(chunk),
+            ChunkEvent.BEGIN_COMPUTE: self.begin_compute,
+            ChunkEvent.FINISH_COMPUTE: lambda: places.finish_compute(chunk, FULL),
+            ChunkEvent.FAIL_COMPUTE: lambda: places.fail_compute(chunk),
+            ChunkEvent.BEGIN_SWAP_OUT: lambda: self.begin_copy(0, 1),
+            ChunkEvent.RECLAIM: lambda: places.reclaim(chunk, 0),
+            ChunkEvent.RELEASE_LOWER: lambda: places.release_lower(chunk, 1),
+            ChunkEvent.APPEND: lambda: places.append(chunk, FULL),
+            ChunkEvent.BEGIN_SWAP_IN: lambda: self.begin_copy(1, 0),
+            ChunkEvent.DROP: lambda: places.drop(chunk),
             # what settles a copy names the copy; the same call means the swap-out's or the swap-in's event
-            Event.FINISH_SWAP_OUT: lambda: places.finish_copy(self.copy_id),
-            Event.FINISH_SWAP_IN: lambda: places.finish_copy(self.copy_id),
-            Event.FAIL_SWAP_OUT: lambda: places.fail_copy(self.copy_id, source_lost=False),
-            Event.FAIL_SWAP_IN: lambda: places.fail_copy(self.copy_id, source_lost=False),
-            Event.LOSE: lambda: places.fail_copy(self.copy_id, source_lost=True),
+            ChunkEvent.FINISH_SWAP_OUT: lambda: places.finish_copy(self.copy_id),
+            ChunkEvent.FINISH_SWAP_IN: lambda: places.finish_copy(self.copy_id),
+            ChunkEvent.FAIL_SWAP_OUT: lambda: places.fail_copy(self.copy_id, source_lost=False),
+            ChunkEvent.FAIL_SWAP_IN: lambda: places.fail_copy(self.copy_id, source_lost=False),
+            ChunkEvent.LOSE: lambda: places.fail_copy(self.copy_id, source_lost=True),
         }
 
     def snapshot(self) -> tuple[object, ...]:
@@ -109,21 +109,21 @@ class Bench:
         )
 
 
-SETTLES_DOWN = {Event.FINISH_SWAP_OUT, Event.FAIL_SWAP_OUT}
-SETTLES_UP = {Event.FINISH_SWAP_IN, Event.FAIL_SWAP_IN, Event.LOSE}
+SETTLES_DOWN = {ChunkEvent.FINISH_SWAP_OUT, ChunkEvent.FAIL_SWAP_OUT}
+SETTLES_UP = {ChunkEvent.FINISH_SWAP_IN, ChunkEvent.FAIL_SWAP_IN, ChunkEvent.LOSE}
 
 
 # What settles a copy is one call for both directions: the copy's own makes it a swap-out's event or a swap-in's.
 CASES = [
     (state, event)
-    for state, event in itertools.product(State, Event)
-    if not (event in SETTLES_DOWN and state is State.LOWER_COPYING)
-    and not (event in SETTLES_UP and state is State.UPPER_COPYING)
+    for state, event in itertools.product(ChunkState, ChunkEvent)
+    if not (event in SETTLES_DOWN and state is ChunkState.LOWER_COPYING)
+    and not (event in SETTLES_UP and state is ChunkState.UPPER_COPYING)
 ]
 
 
 @pytest.mark.parametrize(("state", "event"), CASES, ids=lambda value: value.name)
-def test_every_pair_of_state_and_event(state: State, event: Event) -> None:
+def test_every_pair_of_state_and_event(state: ChunkState, event: ChunkEvent) -> None:
     bench = Bench()
     bench.bring_to(state)
     assert bench.chunk.state(0, 1) is state
@@ -140,13 +140,18 @@ def test_every_pair_of_state_and_event(state: State, event: Event) -> None:
     else:
         bench.calls()[event]()
         assert bench.chunk.state(0, 1) is target
-        assert (target is State.ABSENT) == (bench.chunk in bench.vanished)
+        assert (target is ChunkState.ABSENT) == (bench.chunk in bench.vanished)
 
 
 @pytest.mark.parametrize(
-    ("state", "event"), [(State.BOTH, Event.RECLAIM), (State.UPPER, Event.DROP), (State.LOWER, Event.DROP)]
+    ("state", "event"),
+    [
+        (ChunkState.BOTH, ChunkEvent.RECLAIM),
+        (ChunkState.UPPER, ChunkEvent.DROP),
+        (ChunkState.LOWER, ChunkEvent.DROP),
+    ],
 )
-def test_a_leased_chunk_is_never_reclaimed_or_dropped(state: State, event: Event) -> None:
+def test_a_leased_chunk_is_never_reclaimed_or_dropped(state: ChunkState, event: ChunkEvent) -> None:
     bench = Bench()
     bench.bring_to(state)
     bench.places.lease(bench.chunk, +1)
@@ -156,40 +161,40 @@ def test_a_leased_chunk_is_never_reclaimed_or_dropped(state: State, event: Event
     assert bench.snapshot() == before
 
 
-@pytest.mark.parametrize("state", [State.UPPER, State.LOWER])
-def test_a_kept_chunk_is_never_dropped_but_may_change_tier(state: State) -> None:
+@pytest.mark.parametrize("state", [ChunkState.UPPER, ChunkState.LOWER])
+def test_a_kept_chunk_is_never_dropped_but_may_change_tier(state: ChunkState) -> None:
     bench = Bench()
     bench.bring_to(state)
     bench.chunk.keeps = 1
     with pytest.raises(IllegalMove, match="kept"):
         bench.places.drop(bench.chunk)
-    if state is State.UPPER:
+    if state is ChunkState.UPPER:
         bench.begin_copy(0, 1)
         bench.places.finish_copy(bench.copy_id)
         bench.places.reclaim(bench.chunk, 0)
-        assert bench.chunk.state(0, 1) is State.LOWER
+        assert bench.chunk.state(0, 1) is ChunkState.LOWER
 
 
 def test_an_append_during_the_copy_makes_finish_discard_it() -> None:
     bench = Bench()
-    bench.bring_to(State.UPPER_COPYING)
+    bench.bring_to(ChunkState.UPPER_COPYING)
     bench.places.append(bench.chunk, FULL)
     bench.places.finish_copy(bench.copy_id)
-    assert bench.chunk.state(0, 1) is State.UPPER
+    assert bench.chunk.state(0, 1) is ChunkState.UPPER
     assert bench.places.pools[1].num_used == 0
 
 
 def test_an_append_frees_a_stale_lower_copy() -> None:
     bench = Bench()
-    bench.bring_to(State.BOTH)
+    bench.bring_to(ChunkState.BOTH)
     bench.places.append(bench.chunk, FULL)
     assert bench.places.pools[1].num_used == 0
 
 
-@pytest.mark.parametrize("state", [State.UPPER_COPYING, State.LOWER_COPYING])
+@pytest.mark.parametrize("state", [ChunkState.UPPER_COPYING, ChunkState.LOWER_COPYING])
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_chunk_let_go_during_a_copy_frees_its_slots_when_the_copy_settles(
-    state: State, fails: bool
+    state: ChunkState, fails: bool
 ) -> None:
     bench = Bench()
     bench.bring_to(state)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fake_worker import FakeWorker, LateWorker, cells_of, expected_answer
 from pensieve.config import CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import CostProfile
 from pensieve.core.pace import Pace
 from pensieve.core.request import FinishReason, Request, SamplingParams
@@ -89,14 +90,14 @@ class World:
         """One schedule and the commits that are due; False if nothing moved."""
         self.now_s += self.rng.choice([0.0, 0.001, 0.5, 30.0])
         plan = self.scheduler.schedule(self.now_s)
-        self.cache.check()
+        check(self.cache)
         self.check_overtaking()
         self.late.submit(plan)
         self.check_zeros()
         idle = plan.is_empty
         for settled, result in self.late.ready(drain=idle):
             events = self.scheduler.commit(settled, result, self.now_s)
-            self.cache.check()
+            check(self.cache)
             self.collect(events.finished)
             idle &= not (result.tokens or result.copies_done or result.copies_failed or events.finished)
         self.collect(self.scheduler.take_finished())
@@ -116,7 +117,7 @@ class World:
         return not idle or bool(self.late.worker.settling)
 
     def check_zeros(self) -> None:
-        """A slot said to be clean is zero (all plans made so far have run), and nobody else's bytes lie behind a partial chunk's."""
+        """A slot said to be clean is zero (all plans made so far have run)."""
         wipes = self.cache.places.wipes
         for tier, slots in enumerate(self.late.worker.tiers):
             for slot, cells in enumerate(slots):
@@ -133,7 +134,7 @@ class World:
 
     def check_overtaking(self) -> None:
         """Bounded, and never rising along the queue."""
-        counts = [request.num_overtaken for request in self.scheduler._waiting]
+        counts = [request.num_overtaken for request in self.scheduler._lifecycle.waiting]
         assert all(count <= MAX_OVERTAKINGS for count in counts) and counts == sorted(counts, reverse=True), (
             counts
         )
@@ -183,19 +184,20 @@ def check_answer(request: Request, vocab: int = 50) -> None:
         assert request.output == want[: request.num_output]
     elif request.ending is FinishReason.STOP:
         assert request.output == want
-    served = request.gpu_tokens + request.cpu_tokens + request.recomputed_tokens + request.new_tokens
-    assert request.admitted_s is None or served == request.num_prompt
-    misses = request.misses if request.admitted_s is not None else ()
+    receipt = request.receipt
+    served = receipt.gpu_tokens + receipt.cpu_tokens + receipt.recomputed_tokens + receipt.new_tokens
+    assert not request.started or served == request.num_prompt
+    misses = receipt.misses
     missed = [(miss.why, miss.stop - miss.start) for miss in misses]
     assert all(length > 0 for _, length in missed)
     assert all(a.stop <= b.start for a, b in itertools.pairwise(misses))
     assert all((a.stop, a.why, a.by) != (b.start, b.why, b.by) for a, b in itertools.pairwise(misses)), (
         "not merged"
     )
-    assert sum(length for why, length in missed if why == "on_cpu") == request.cpu_tokens
+    assert sum(length for why, length in missed if why == "on_cpu") == receipt.cpu_tokens
     assert (
         sum(length for why, length in missed if why != "on_cpu")
-        == request.recomputed_tokens + request.new_tokens
+        == receipt.recomputed_tokens + receipt.new_tokens
     )
     for miss in misses:
         assert miss.why != "new" or miss.start >= request.history_tokens
@@ -245,7 +247,7 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
         if rng.random() < 0.2:
             with contextlib.suppress(PensieveError):
                 world.scheduler.set_keep("n", rng.choice(sorted(logs)), rng.random() < 0.7)
-        world.cache.check()
+        check(world.cache)
         for done_id, request in world.done.items():
             if done_id in pending and request.ending in (FinishReason.STOP, FinishReason.LENGTH):
                 logs[pending.pop(done_id)] = list(request.tokens)
@@ -257,7 +259,7 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
         world.scheduler.forget("n", name, world.now_s)
     while world.step():
         pass
-    world.cache.check()
+    check(world.cache)
     assert not world.cache.sequences and not world.cache.index
     assert not world.erasing
     for pool in world.cache.places.pools:

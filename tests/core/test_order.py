@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pensieve.core.scheduler import PATIENCE
+from pensieve.core.budget import PATIENCE
 from worlds import World
 
 

@@ -67,7 +67,7 @@ def test_latest_first_and_only_who_is_asked_for() -> None:
     assert list(rows(world, namespaces=["bob"])) == ["c5", "c2"]
     assert list(rows(world, namespaces=["bob", "alice"], tenant="alice")) == ["c0b", "c0"]
     world.cache.idle(world.cache.sequences["bob", "c5"])
-    assert rows(world)["c5"].idle_s < 100.0, "who may go first was active all the same"
+    assert rows(world)["c5"].idle_s < 100.0, "a conversation that is evicted first was active all the same"
 
 
 def test_never_many_rows_or_cells_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_worker import FakeWorker, expected_answer
+from pensieve.core.checks import check
 from pensieve.core.chunk import Chunk
 from pensieve.core.plan import StepResult
 from pensieve.core.request import Request, SamplingParams
@@ -27,8 +28,8 @@ def state(world: World) -> dict[str, Any]:
         "requests": [_fields(request) for request in (*scheduler.requests.values(), *world.done.values())],
         "running": [request.request_id for request in scheduler.running],
         "waiting": scheduler.num_waiting,
-        "to forget": (scheduler._ended, sorted(world.worker.tables)),
-        "next_step": (scheduler._next_step, scheduler._copied_first),
+        "to forget": (scheduler._lifecycle.ended, sorted(world.worker.tables)),
+        "next_step": (scheduler._next_step, scheduler._admission.copied_first),
         "sequences": {
             key: (
                 sequence.leased,
@@ -87,7 +88,7 @@ def steadily(world: World, most: int) -> int:
         if results[-1].copies_done:
             break
     world.scheduler.commit_steady(steady, results, world.now_s)
-    world.cache.check()
+    check(world.cache)
     return len(results)
 
 
@@ -168,7 +169,7 @@ def test_a_lone_answer_is_taken_chunk_by_chunk() -> None:
         lambda world: world.scheduler.forget("n", "a", world.now_s),
     ],
     ids=[
-        "somebody waits",
+        "a request waits",
         "it ends",
         "a forward failed",
         "it failed",

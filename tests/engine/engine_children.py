@@ -163,7 +163,7 @@ def silent(connection: Connection) -> None:
 
 
 def raving(connection: Connection, num_bytes: int) -> None:
-    """Says what nobody understands; more than a message's worth, it says half of it and stops."""
+    """Sends bytes that are no message; with `num_bytes`, half a message of that length."""
     if num_bytes:
         os.write(connection.fileno(), num_bytes.to_bytes(4, "big") + b"x")
         time.sleep(600)

@@ -64,7 +64,7 @@ def test_every_kind_of_sampling_answers_the_same() -> None:
 
 
 def test_the_next_step_is_begun_before_tokens_are_known() -> None:
-    """The plan says "the one sampled last", and nobody has asked for it yet."""
+    """The plan says "the one sampled last", and it has not been fetched yet."""
     model, reference = cached_pair("llama")
     lab = Lab(model, (40,), ahead=True)
     lab.submit("a", "a", list(range(10)), 6)

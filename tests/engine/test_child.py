@@ -13,7 +13,7 @@ import pytest
 
 from pensieve.engine.child import Outbox
 from pensieve.engine.messages import Token
-from pensieve.engine.wire import Progress, receive
+from pensieve.engine.wire import StartProgress, receive
 
 PATIENCE_S = 20.0  # far beyond anything here: a hang is a failure, not a measurement
 
@@ -58,21 +58,21 @@ def test_a_steps_events_leave_on_its_own_thread(
     outbox.close()
 
 
-def test_nobody_who_puts_waits_for_a_reader_that_does_not_read(ends: tuple[Connection, Connection]) -> None:
+def test_put_does_not_wait_for_a_reader_that_does_not_read(ends: tuple[Connection, Connection]) -> None:
     """Several threads put small and large messages until the pipe is long full; then everything comes, each thread's in its order."""
     theirs, ours = ends
     outbox = Outbox(ours)
     num_threads, num_messages = 3, 400
 
-    def put(who: int) -> None:
+    def put(sender: int) -> None:
         for number in range(num_messages):
             outbox.put(
-                [Token(str(who), number), *tokens(900 if number > 350 else 8 * (number % 5))]
+                [Token(str(sender), number), *tokens(900 if number > 350 else 8 * (number % 5))]
             )  # (small ones fill it first)
             if number == num_messages // 2:
-                outbox.put(Progress(str(who)))  # no list: nothing is put together with it
+                outbox.put(StartProgress(str(sender)))  # no list: nothing is put together with it
 
-    threads = [threading.Thread(target=put, args=(who,), daemon=True) for who in range(num_threads)]
+    threads = [threading.Thread(target=put, args=(sender,), daemon=True) for sender in range(num_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -80,19 +80,19 @@ def test_nobody_who_puts_waits_for_a_reader_that_does_not_read(ends: tuple[Conne
         assert not thread.is_alive(), "a put waits for the reader"
     closing = threading.Thread(target=outbox.close, daemon=True)
     closing.start()
-    seen: dict[str, list[object]] = {str(who): [] for who in range(num_threads)}
+    seen: dict[str, list[object]] = {str(sender): [] for sender in range(num_threads)}
     while sum(map(len, seen.values())) < num_threads * (num_messages + 1):
         assert theirs.poll(PATIENCE_S), "something was lost"
         message = receive(theirs)
         for each in message if isinstance(message, list) else [message]:
-            if isinstance(each, Progress):
+            if isinstance(each, StartProgress):
                 seen[each.text].append("half")
             elif each.request_id in seen:
                 seen[each.request_id].append(each.token_id)
     half = num_messages // 2 + 1
     assert all(found == [*range(half), "half", *range(half, num_messages)] for found in seen.values())
     closing.join(PATIENCE_S)
-    outbox.put(tokens(1))  # after the end, nobody minds
+    outbox.put(tokens(1))  # after the end it is dropped
     assert not closing.is_alive()
 
 

@@ -15,6 +15,7 @@ from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile, ResumeQuote
 from pensieve.core.eviction import RetentionValue
 from pensieve.core.plan import StepPlan, StepResult
+from pensieve.core.receipt import Miss
 from pensieve.core.request import SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.engine.engine import Engine
@@ -33,12 +34,12 @@ from pensieve.engine.messages import (
     GetStats,
     HintAnswer,
     Idle,
-    Miss,
     Stats,
     Submit,
     Warm,
     tenant_of,
 )
+from pensieve.errors import ConversationNotFound
 
 CHUNK, CHUNK_BYTES = 4, 100
 COST = CostProfile([(4, 1.0), (64, 2.0)], CHUNK)
@@ -211,8 +212,9 @@ def test_hints_are_answered() -> None:
     assert desk.ask(Idle("b", "n", "i"), HintAnswer) == HintAnswer("i", 5)
     assert desk.ask(Warm("a", "n", "w"), HintAnswer) == HintAnswer("w", num_below)
     assert all(chunk is None or chunk.slots[0] is not None for chunk in below)
-    refused = desk.ask(Warm("nobody", "n", "x"), HintAnswer)
-    assert refused.error is not None and "nothing is cached for conversation 'nobody'" in refused.error
+    refused = desk.ask(Warm("unknown", "n", "x"), HintAnswer)
+    assert refused.code == ConversationNotFound.code
+    assert refused.error is not None and "nothing is cached for conversation 'unknown'" in refused.error
     assert desk.ask(Idle("a", "other", "y"), HintAnswer).error is not None
 
 

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, over the real scheduler: whatever becomes of the process, whoever waits is answered."""
+"""An engine in a process of its own: whatever happens to the process, every command is answered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine_children import BUG, VOCAB, dying, fake, raising, raving, silent
 
 from fake_worker import expected_answer
 from pensieve.core.request import FinishReason, SamplingParams
-from pensieve.engine import process as engine_process
+from pensieve.engine.child_process import ChildProcess
 from pensieve.engine.messages import Event, Failed, Finished, GetStats, Keep, Lost, Stats, Submit, Token
 from pensieve.engine.process import MAX_START_FAILURES, EngineProcess
 from pensieve.errors import (
@@ -254,7 +254,7 @@ def test_a_start_without_progress_is_killed_and_its_error_says_so() -> None:
         engine.ready(30)
 
 
-def test_close_ends_the_child_and_answers_whoever_waits() -> None:
+def test_close_ends_the_child_and_answers_every_request() -> None:
     with process(fake, 0.02) as (engine, events):
         info = engine.ready(30)
         engine.post(submit("r", n=300))
@@ -290,7 +290,7 @@ def test_close_while_it_starts_waits_for_nothing(main: Callable[..., None]) -> N
         assert isinstance(end, Failed) and end.code == EngineClosed.code
 
 
-def test_a_child_that_speaks_nonsense_is_replaced_and_half_a_message_holds_nobody_up(
+def test_a_child_that_speaks_nonsense_is_replaced_and_half_a_message_blocks_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with process(raving, 0, restart=False) as (engine, _), pytest.raises(PensieveError, match="nonsense"):
@@ -312,15 +312,15 @@ def test_an_exit_that_another_thread_was_told_of_first_is_waited_for(monkeypatch
     class Ended:
         exitcode = property(late)
 
-    child = engine_process._Child.__new__(engine_process._Child)
+    child = ChildProcess.__new__(ChildProcess)
     child.process = Ended()
     assert child._exit_code() == 3
-    monkeypatch.setattr(engine_process, "REAPED_WITHIN_S", 0.0)
+    monkeypatch.setattr("pensieve.engine.child_process.REAPED_WITHIN_S", 0.0)
     asked.clear()
     assert child._exit_code() == -signal.SIGKILL
 
 
-def test_a_supervisor_that_trips_over_a_bug_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervisor_that_trips_over_a_bug_answers_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def trip(child: object, leave_s: float) -> int:
         raise AssertionError("planted")
 
@@ -328,7 +328,7 @@ def test_a_supervisor_that_trips_over_a_bug_leaves_nobody_waiting(monkeypatch: p
         pid = engine.ready(30).pid
         engine.post(submit("r", n=500))
         first_token(events, "r")
-        monkeypatch.setattr(engine_process._Child, "end", trip)
+        monkeypatch.setattr(ChildProcess, "end", trip)
         os.kill(pid, signal.SIGKILL)
         end = events.end_of("r")
         assert isinstance(end, Failed) and "planted" in end.message
@@ -416,7 +416,6 @@ ORPHANING = """
 import sys, time
 from engine_children import fake
 from pensieve.core.request import SamplingParams
-from pensieve.engine import process as engine_process
 from pensieve.engine.process import EngineProcess
 from pensieve.engine.messages import Submit
 if __name__ == "__main__":

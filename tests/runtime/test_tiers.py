@@ -164,7 +164,7 @@ def test_memory_that_is_not_there_is_refused_and_what_is_there_is_not_touched_at
     runtime = start(options, model, store=None)
     try:
         assert psutil.Process().memory_info().rss - before < 0.2 * gpu_cache_gb * GB
-        stats = runtime.service.stats().result()
+        stats = runtime.service.engine.stats().result()
         assert isinstance(stats, Stats) and [tier.name for tier in stats.tiers] == ["gpu"]
     finally:
         runtime.close()

@@ -1,7 +1,9 @@
-"""A server that only pretends: the HTTP interface the page uses, over made-up conversations that move between tiers.
+"""A server that only pretends: the HTTP interface the page uses, over made-up conversations that move between
+tiers.
 
-Standard library only, so that the page can be tested (and looked at: `python tests/server/page_mock.py`) without an engine.
-Knows nothing of models: answers are words from a list, receipts follow from the made-up cells.
+Standard library only, so that the page can be tested (and looked at: `python tests/server/page_mock.py`)
+without an engine. Knows nothing of models: answers are words from a list, receipts follow from the made-up
+cells.
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ class World:
         return self.conversations[conversation_id]
 
     def move(self) -> None:
-        """Let about a second's worth of copying and computing happen, however often somebody asks."""
+        """Let about a second's worth of copying and computing happen, however often it is called."""
         if not self.moving or time.time() - self.moved_s < 0.9:
             return
         self.moved_s = time.time()

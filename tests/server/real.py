@@ -1,4 +1,7 @@
-"""The real thing: `pensieve serve` as its own processes over the embedded model, to be killed and started again."""
+"""The real thing:
+
+`pensieve serve` as its own processes over the embedded model, to be killed and started again.
+"""
 
 from __future__ import annotations
 
@@ -95,11 +98,11 @@ class RealServer:
 
     def kill(self) -> None:
         """As a machine does that loses its power: front end and engine at once."""
-        everybody = [
+        processes = [
             psutil.Process(self.process.pid),
             *psutil.Process(self.process.pid).children(recursive=True),
         ]
-        for process in everybody:
+        for process in processes:
             process.kill()
         self.process.wait()
         self._process = None

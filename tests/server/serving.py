@@ -28,10 +28,10 @@ from pensieve.engine.wire import EngineInfo
 from pensieve.server.app import create_app
 from pensieve.server.connections import ConnectionLimits, Connections
 from pensieve.server.context import Context, ServerConfig
-from pensieve.server.door import DoorRules
+from pensieve.server.guard import GuardRules
 from pensieve.server.keys import KeyFile
 from pensieve.server.metrics import Metrics
-from pensieve.server.turns import Turns
+from pensieve.server.open_answers import OpenAnswers
 from pensieve.service import ConversationService
 from pensieve.store import MEMORY, SqliteStore
 from pensieve.text import ChatText, TextRunner
@@ -110,8 +110,8 @@ class Serving:
     def until_idle(self, timeout_s: float = 20.0) -> None:
         """Wait until nothing is open, and see that the cache holds together and leases nothing."""
         deadline = time.monotonic() + timeout_s
-        while self.context.turns.open:
-            assert time.monotonic() < deadline, f"still open: {list(self.context.turns.open)}"
+        while self.context.answers.open:
+            assert time.monotonic() < deadline, f"still open: {list(self.context.answers.open)}"
             time.sleep(0.01)
         checked = self.client.post("/v1/pensieve/check", headers=self.client.headers).json()
         assert checked["ok"] and checked["leases"] == 0, checked
@@ -183,23 +183,24 @@ def serving(
     contexts: list[Context] = []
 
     def make_context() -> Context:
-        turns = Turns(
+        answers = OpenAnswers(
             service,
             max_open=server_config.max_open,
             max_open_per_tenant=server_config.max_open_per_key,
             queue_timeout_s=server_config.queue_timeout_s,
             request_timeout_s=server_config.request_timeout_s,
-            on_end=lambda answer: metrics.observe(answer.done.receipt) if answer.done is not None else None,
         )
         key_file = None if keys is None else KeyFile(keys)
         contexts.append(
-            Context(server_config, info, text, store, service, turns, state, key_file, metrics, runner=runner)
+            Context(
+                server_config, info, text, store, service, answers, state, key_file, metrics, runner=runner
+            )
         )
         return contexts[0]
 
     hosts = frozenset({"127.0.0.1", "localhost"}) if keys is None else None
     own = {"max_body_bytes": server_config.max_body_bytes, "shared": keys is not None, "hosts": hosts}
-    app = create_app(make_context, metrics, DoorRules(**{**own, **(rules or {})}))
+    app = create_app(make_context, metrics, GuardRules(**{**own, **(rules or {})}))
     connections = Connections(
         limits or ConnectionLimits(), lambda reason: metrics.refused.labels(reason).inc()
     )

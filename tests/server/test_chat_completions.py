@@ -74,7 +74,9 @@ def test_a_resent_history_is_recognised_and_not_computed_again(server: Serving) 
 
 def test_an_answer_whose_text_would_be_other_tokens_still_hits(server: Serving) -> None:
     letters = [server.text.encode_answer(letter)[0] for letter in "there"]
-    assert letters != list(server.text.encode_answer("there"))  # nobody would encode it letter by letter
+    assert letters != list(
+        server.text.encode_answer("there")
+    )  # a tokenizer does not encode it letter by letter
     server.worker.script = (*letters, min(server.text.stop_token_ids))
     first = server.ask("say a word", n=20)
     assert text_of(first) == "there"
@@ -209,9 +211,9 @@ def test_a_client_that_leaves_aborts_its_request_and_frees_its_pins(server: Serv
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         for _ in zip(range(4), response.iter_lines(), strict=False):
             pass
-        assert server.context.turns.open
+        assert server.context.answers.open
     deadline = time.monotonic() + 10
-    while server.context.turns.open:
+    while server.context.answers.open:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     stats = server.client.get("/v1/pensieve/map").json()["stats"]
@@ -431,7 +433,7 @@ def test_one_key_one_turn(server: Serving) -> None:
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in streamed) == text_of(first)
     other = server.post("/v1/chat/completions", body | {"max_tokens": 5}, **key)
     assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
-    server.context.turns._ended.clear()  # as after a restart: only the store remembers
+    server.context.answers._ended.clear()  # as after a restart: only the store remembers
     stored = server.post("/v1/chat/completions", body, **key).json()
     assert (stored["id"], text_of(stored), stored["usage"]) == (first["id"], text_of(first), first["usage"])
     assert stored["pensieve"]["new_tokens"] == first["pensieve"]["new_tokens"]

@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 from serving import Serving, serving
 
 from pensieve.cli.commands import cli
-from pensieve.cli.front import is_loopback
 from pensieve.errors import PensieveError
 from pensieve.server.keys import KeyFile
+from pensieve.server.listener import is_loopback
 from pensieve.workloads.conversations import load_dataset
 
 

@@ -13,9 +13,9 @@ from serving import serving
 from pensieve.core.request import SamplingParams
 from pensieve.engine.messages import Token
 from pensieve.errors import PensieveError
-from pensieve.server import turns
+from pensieve.server import open_answers
+from pensieve.server.answer import Answer
 from pensieve.server.ended import MAX_ENDED, EndedAnswers, bytes_of, bytes_of_piece
-from pensieve.server.turns import Answer
 from pensieve.service import PendingTurn, Piece, TurnSpec
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -26,7 +26,7 @@ def ended(
 ) -> Answer:
     spec = TurnSpec(namespace, conversation, (), SamplingParams(), turn_id=name)
     turn = PendingTurn(spec, 0.0, conversation_id=conversation)
-    return Answer(namespace, turn, 0, error=PensieveError("it failed"), ended_s=at_s, num_bytes=num_bytes)
+    return Answer(turn, 0, error=PensieveError("it failed"), ended_s=at_s, num_bytes=num_bytes)
 
 
 class Loop:
@@ -112,7 +112,7 @@ def test_an_ended_answer_holds_no_prompt_and_reads_the_same() -> None:
         made = server.post(
             RESPONSES, {"model": "tiny", "input": "word " * 40, "max_output_tokens": 8, "temperature": 0}
         ).json()
-        kept = server.context.turns.find("default", made["id"].removeprefix("resp_"))
+        kept = server.context.answers.find("default", made["id"].removeprefix("resp_"))
         assert kept is not None and kept.done is not None
         assert (
             kept.turn.spec.messages == ()
@@ -138,7 +138,7 @@ def test_a_failed_answer_is_told_again_and_again_and_holds_no_frames() -> None:
         for _ in range(3):
             assert "response.failed" in server.client.get(f"{RESPONSES}/{made}?stream=true").text
             assert server.client.get(f"{RESPONSES}/{made}").json()["error"]["type"] == "request_timeout"
-        kept = server.context.turns.find("default", made.removeprefix("resp_"))
+        kept = server.context.answers.find("default", made.removeprefix("resp_"))
         assert kept is not None and kept.error is not None and kept.error.__traceback__ is None
 
 
@@ -153,7 +153,7 @@ def test_log_probabilities_are_kept_for_a_retry_and_no_longer_than_their_bytes_a
     with serving() as server:
         first = server.post(CHAT, asking, **{"Idempotency-Key": "k"}).json()
         assert server.post(CHAT, asking, **{"Idempotency-Key": "k"}).json() == first
-        kept = server.context.turns._ended
+        kept = server.context.answers._ended
         before = kept.num_bytes
         server.post(CHAT, {**asking, "messages": [{"role": "user", "content": "y"}]})
         assert kept.num_bytes - before > 20 * 320
@@ -168,7 +168,7 @@ def test_nothing_of_an_erased_conversation_or_a_deleted_response_stays() -> None
         alone = server.post(RESPONSES, {"model": "tiny", "input": "alone", "max_output_tokens": 4}).json()[
             "id"
         ]
-        find = server.context.turns.find
+        find = server.context.answers.find
         assert find("default", first.removeprefix("resp_")) is not None
         server.client.delete(f"/v1/conversations/{made}")
         assert find("default", first.removeprefix("resp_")) is None
@@ -179,7 +179,7 @@ def test_nothing_of_an_erased_conversation_or_a_deleted_response_stays() -> None
 
 
 def test_answers_under_way_are_bounded_by_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "MAX_OPEN_BYTES", 8_000)
+    monkeypatch.setattr(open_answers, "MAX_OPEN_BYTES", 8_000)
     with serving() as server:
         server.worker.pause_s = 0.01
         made = server.post(
@@ -205,7 +205,7 @@ def test_answers_under_way_are_bounded_by_what_they_hold(monkeypatch: pytest.Mon
         failed = server.client.get(f"{RESPONSES}/{made}").json()
         assert failed["status"] == "failed" and failed["error"]["type"] == "answer_too_large"
         assert "fewer top_logprobs" in failed["error"]["message"]
-        assert server.context.turns._open_bytes == 0
+        assert server.context.answers._open_bytes == 0
         server.worker.pause_s = 0.0
         assert server.ask("and now", n=2)["usage"]["completion_tokens"] == 2
 

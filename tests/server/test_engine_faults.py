@@ -1,4 +1,6 @@
-"""A real server whose engine is stopped, killed, or finds no model when it is started again: clients get their answers and their errors in time."""
+"""A real server whose engine is stopped, killed, or finds no model when it is started again: clients get
+their answers and their errors in time.
+"""
 
 from __future__ import annotations
 

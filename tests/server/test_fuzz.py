@@ -1,4 +1,6 @@
-"""Requests nobody thought of: made up from the API's own description, half sent, read slowly, left in the middle, or no HTTP at all."""
+"""Requests that no test author wrote: generated from the API's own description, half sent, read slowly, left in the
+middle, or no HTTP at all.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from hypothesis.errors import Unsatisfiable
 from serving import Serving, tool_server
 
 from pensieve.server.app import create_app
-from pensieve.server.door import DoorRules
+from pensieve.server.guard import GuardRules
 from pensieve.server.metrics import Metrics
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -30,7 +32,7 @@ def _no_context() -> Any:
     raise AssertionError("this application is described, not run")
 
 
-SCHEMA = schemathesis.openapi.from_dict(create_app(_no_context, Metrics(), DoorRules()).openapi())
+SCHEMA = schemathesis.openapi.from_dict(create_app(_no_context, Metrics(), GuardRules()).openapi())
 OPERATIONS = {found.ok().label: found.ok() for found in SCHEMA.get_all_operations()}
 del OPERATIONS["GET /v1/pensieve/record"]  # it has no end
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
@@ -219,7 +221,7 @@ def test_bodies_that_never_end(server: Serving) -> None:
         connection.sendall(request(path, body)[:-3])
         held.append(connection)
     assert server.ask("meanwhile", n=3)["choices"][0]["message"]["content"] is not None
-    assert not server.context.turns.open
+    assert not server.context.answers.open
     for connection in held:
         connection.close()
 

@@ -485,7 +485,7 @@ def test_a_turn_that_fails_leaves_no_empty_conversation(server: Serving) -> None
             timeout=0.2,
         )
     server.worker.pause_s = 0.0
-    until(lambda: not server.context.turns.open)
+    until(lambda: not server.context.answers.open)
     until(lambda: not empty())
 
 
@@ -552,7 +552,7 @@ def stream(server: Serving, conversation: str, said: list[str], n: int = 200) ->
     thread = threading.Thread(target=read)
     server.worker.pause_s = 0.01
     thread.start()
-    until(lambda: any(answer.pieces for answer in server.context.turns.open.values()))
+    until(lambda: any(answer.num_pieces for answer in server.context.answers.open.values()))
     return thread
 
 

@@ -1,4 +1,4 @@
-"""A key file that changes, breaks, or is gone while the server runs: which keys are valid, and who is told."""
+"""A key file that changes, breaks or disappears while the server runs: which keys stay valid, what is logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Bodies that would take a server's time or memory: refused at the first wrong value or at a limit, while others are answered."""
+"""Bodies that would take a server's time or memory: refused at the first wrong value or at a limit, while
+others are answered.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import Serving, serving, tool_server
 
-from pensieve.server import bodies, schemas
+from pensieve.server import bodies, chat_messages, completion_request
 from pensieve.server.bodies import read_json
 from pensieve.server.errors import ApiError
 from pensieve.service import prompt
@@ -150,7 +152,7 @@ class Never:
         return self.futures[-1]
 
 
-def test_a_request_whose_prompt_is_not_made_in_time_is_told_so_and_nobody_makes_it_any_more() -> None:
+def test_a_request_whose_prompt_is_not_made_in_time_is_refused_and_its_job_ends() -> None:
     never = Never()
     asked = [
         (CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}),
@@ -367,7 +369,7 @@ def test_limits_leave_room_for_what_is_served() -> None:
     """The longest chat with the most parts, and a prompt of a million ids, pass the count of values."""
     longest = [
         {"role": "user", "content": [{"type": "text", "text": "word, word"}] * 4}
-    ] * schemas.MAX_MESSAGES
+    ] * chat_messages.MAX_MESSAGES
     assert read_json(json.dumps({"model": "m", "messages": longest}).encode())["messages"] == longest
-    ids = list(range(schemas.MAX_IDS))
+    ids = list(range(completion_request.MAX_IDS))
     assert read_json(json.dumps({"model": "m", "prompt": ids}).encode())["prompt"] == ids

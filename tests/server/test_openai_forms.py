@@ -94,7 +94,7 @@ def test_a_cancelled_response_ends_its_stream_with_an_event_that_clients_know(se
                 response_id = events[0]["response"]["id"]
                 assert server.post(f"/v1/responses/{response_id}/cancel", {}).json()["status"] == "cancelled"
     assert events[-1]["type"] == "response.incomplete" and events[-1]["response"]["status"] == "cancelled"
-    server.context.turns._ended.clear()  # as after a restart: only the store remembers
+    server.context.answers._ended.clear()  # as after a restart: only the store remembers
     stored = server.client.get(f"/v1/responses/{response_id}").json()
     assert stored["status"] == "cancelled" and stored["output"] == events[-1]["response"]["output"]
     again = events_of(server.client.get(f"/v1/responses/{response_id}", params={"stream": True}))

@@ -75,7 +75,7 @@ def test_pins_keep_under_pressure_and_have_a_budget() -> None:
         server.until_idle()
 
 
-def test_misses_say_what_was_swapped_and_what_was_dropped_for_whom() -> None:
+def test_misses_say_what_was_swapped_and_which_conversation_chunks_were_dropped_for() -> None:
     with serving(slots=(34, 6)) as server:
         first = server.ask("the one that will be forgotten " * 3, n=10)
         for number in range(12):
@@ -117,7 +117,7 @@ def test_warm_and_idle_move_chunks() -> None:
         deadline = time.monotonic() + 5
         while below() >= before and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert below() < before  # as far as there is room that nobody needs more
+        assert below() < before  # as far as there is room that no request needs
         server.until_idle()
 
 
@@ -316,7 +316,7 @@ def test_a_client_that_stops_reading_is_cut_off_and_costs_no_more_than_its_answe
             raw.connect(("127.0.0.1", port))
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             raw.sendall(head.encode() + body)
-            while not server.context.turns.open:
+            while not server.context.answers.open:
                 time.sleep(0.001)
             server.until_idle(
                 60
@@ -330,14 +330,14 @@ def test_a_turn_that_waits_behind_another_ends_at_once_when_its_client_leaves(se
     body = {"model": "tiny", "conversation": made, "max_output_tokens": 100, "temperature": 0}
     first = threading.Thread(target=lambda: server.post("/v1/responses", body | {"input": "a long one"}))
     first.start()
-    while not server.context.turns.open:
+    while not server.context.answers.open:
         time.sleep(0.005)
     with pytest.raises(httpx.ReadTimeout):
         server.client.post("/v1/responses", json=body | {"input": "never mind"}, timeout=0.2)
     deadline = time.monotonic() + 1
-    while len(server.context.turns.open) > 1 and time.monotonic() < deadline:
+    while len(server.context.answers.open) > 1 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(server.context.turns.open) == 1  # the first goes on
+    assert len(server.context.answers.open) == 1  # the first goes on
     first.join()
 
 
@@ -353,9 +353,9 @@ def test_draining_lets_answers_end_and_takes_no_new_ones() -> None:
         }
         thread = threading.Thread(target=lambda: answers.append(server.post("/v1/chat/completions", body)))
         thread.start()
-        while not server.context.turns.open:
+        while not server.context.answers.open:
             time.sleep(0.005)
-        server.context.turns.draining = True
+        server.context.answers.draining = True
         refused = server.post("/v1/chat/completions", body)
         assert (
             refused.status_code == 503
@@ -388,7 +388,7 @@ def test_key_files(tmp_path: Path) -> None:
     path.write_text(key_line("bob", other) + "\n")  # rotated, without a restart
     assert keys.tenant(key) is None and keys.tenant(other) == "bob"
     path.write_text("half a li")
-    assert keys.tenant(other) == "bob" and keys.error is not None  # a broken file locks nobody out
+    assert keys.tenant(other) == "bob" and keys.error is not None  # a broken file locks no client out
     for text in ("", "alice plain-key\n", "alice sha256:zz\n"):
         path.write_text(text)
         with pytest.raises(ConfigError):

@@ -1,4 +1,6 @@
-"""Pages of other origins change nothing, whatever a browser lets them send; programs and the server's own page do."""
+"""Pages of other origins change nothing, whatever a browser lets them send; programs and the server's own
+page do.
+"""
 
 from __future__ import annotations
 

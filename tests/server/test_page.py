@@ -1,7 +1,7 @@
 """The page as a person uses it, in a real browser.
 
-Against the pretend server of `page_mock` by default; with PENSIEVE_PAGE_URL the main flow runs against any server.
-Screenshots go to PENSIEVE_ARTEFACTS, or to pytest's temporary folder.
+Against the pretend server of `page_mock` by default; with PENSIEVE_PAGE_URL the main flow runs against any
+server. Screenshots go to PENSIEVE_ARTEFACTS, or to pytest's temporary folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ browser_test = pytest.mark.browser
 
 @dataclass
 class Watch:
-    """What a page did that nobody asked it to."""
+    """Errors and foreign requests of a page."""
 
     expected_statuses: set[int] = field(default_factory=set)  # failures that a test provokes
     errors: list[str] = field(default_factory=list)
@@ -133,7 +133,10 @@ def open_id(page: Page) -> str:
 
 
 def wait_for(page: Page, expression: str, timeout_s: float = 10) -> None:
-    """Until a JavaScript expression holds. (`wait_for_function` evaluates strings in the page, which its CSP forbids.)"""
+    """Until a JavaScript expression holds.
+
+    (`wait_for_function` evaluates strings in the page, which its CSP forbids.)
+    """
     deadline = time.monotonic() + timeout_s
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, f"not so after {timeout_s} s: {expression}"
@@ -223,7 +226,7 @@ def test_an_answer_streams_and_stops_at_escape(page: Page, mock: PageMock) -> No
     page.keyboard.press("Escape")
     page.locator(".message.assistant", has_text="Stopped.").wait_for()
     assert page.locator("#send").is_visible()
-    assert mock.disconnected.wait(5), "the server sees that nobody listens any more"
+    assert mock.disconnected.wait(5), "the server sees that the client has disconnected"
 
 
 @browser_test

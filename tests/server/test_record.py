@@ -41,11 +41,11 @@ def recording(server: Serving, path: Path, *words: str) -> Iterator[None]:
     thread.start()
     wait_for(lambda: server.context.recorders.num_held > before)
     yield
-    server.context.turns.draining = True
+    server.context.answers.draining = True
     thread.join(20)
     assert not thread.is_alive()
     wait_for(lambda: server.context.recorders.num_held <= before)
-    server.context.turns.draining = False
+    server.context.answers.draining = False
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -159,13 +159,13 @@ def test_a_slow_recorder_loses_turns_and_is_told_how_many(monkeypatch: pytest.Mo
         events = response.iter_lines()
         assert next(events) == "event: begin"
         for number in range(6):
-            server.ask(f"number {number}", n=2)  # nobody waits for the recorder
+            server.ask(f"number {number}", n=2)  # no request waits for the recorder
         gate.set()
-        server.context.turns.draining = True
+        server.context.answers.draining = True
         told = list(events)
         assert told.count("event: turn") == 3, "one was being written, two waited"
         assert 'data: {"turns":3}' in told and told[-2] == 'data: {"turns_lost":3}'
-        server.context.turns.draining = False
+        server.context.answers.draining = False
 
 
 def test_a_recording_has_a_duration_and_there_are_few_at_once(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_stream_has_openai_s_events_and_can_be_read_again(server: Serving) -> 
     path = f"/v1/responses/{final['id']}"
     rest = events_of(server.client.get(path, params={"stream": True, "starting_after": 4}))
     assert rest == events[5:]
-    server.context.turns._ended.clear()  # as after a restart: only the store remembers
+    server.context.answers._ended.clear()  # as after a restart: only the store remembers
     again = events_of(server.client.get(path, params={"stream": True}))
     assert "".join(event["delta"] for event in again if event["type"] == "response.output_text.delta") == text
     late = events_of(server.client.get(path, params={"stream": True, "starting_after": len(events) + 3}))
@@ -240,7 +240,7 @@ def test_deleting(server: Serving) -> None:
 
 def test_unstored_responses_cannot_be_fetched(server: Serving) -> None:
     first = respond(server, "not kept", store=False)
-    server.context.turns._ended.clear()
+    server.context.answers._ended.clear()
     assert server.client.get(f"/v1/responses/{first['id']}").status_code == 404
 
 

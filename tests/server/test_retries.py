@@ -1,4 +1,6 @@
-"""What a retry with the same Idempotency-Key gets, for every way in which the first try can end, on one server and on two that share a store."""
+"""What a retry with the same Idempotency-Key gets, for every way in which the first try can end, on one
+server and on two that share a store.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def messages_of(server: Serving, conversation: str) -> list[tuple[str, str]]:
 
 def forget_ended(server: Serving) -> None:
     """As after a restart: only the store remembers."""
-    turns = server.context.turns
+    turns = server.context.answers
     turns.find = lambda namespace, turn_id: turns.open.get(turn_id)  # type: ignore[method-assign]
 
 
@@ -101,7 +103,9 @@ def test_a_whole_answer_is_the_answer_for_ever(server: Serving, path: str, how: 
 
 
 def test_an_answer_that_was_stored_before_a_crash_but_not_told_is_the_answer(tmp_path: Path) -> None:
-    """A crash between the commit and the acknowledgement, seen from the store: all is there, the owner is dead."""
+    """A crash between the commit and the acknowledgement, seen from the store: all is there, the owner is
+    dead.
+    """
     with serving(store_path=tmp_path / "c.db", owner="dead") as server:
         first = server.post(CHAT, chat("once"), **key("k")).json()
     with serving(store_path=tmp_path / "c.db", owner="next") as server:
@@ -225,8 +229,8 @@ def test_what_a_shutdown_cuts_short_fails_and_is_not_taken_for_whole(tmp_path: P
         server.worker.pause_s = 0.02
         cut = in_background(server, CHAT, chat("long", n=300), "k")
         begun(server)
-        loop = server.context.turns._loop
-        loop.call_soon_threadsafe(lambda: loop.create_task(server.context.turns.drain(0.3)))
+        loop = server.context.answers._loop
+        loop.call_soon_threadsafe(lambda: loop.create_task(server.context.answers.drain(0.3)))
         answer = cut.result(30)
         assert (
             answer.status_code == 503

@@ -1,4 +1,4 @@
-"""No tenant is shut out: what one may take of places, bodies and recorders, and what is left to the others."""
+"""No tenant is shut out: what one may take of places, bodies and recorders, and what is left for others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raw import connect, exchange, read, until
 from serving import Serving, serving
 
 from pensieve.server.connections import ConnectionLimits
-from pensieve.server.door import Door, DoorRules, _Body
+from pensieve.server.guard import GuardRules, RequestGuard, _Body
 from pensieve.server.keys import key_line, new_key
 from pensieve.server.memory import Spacing
 from pensieve.server.shares import Shares
@@ -228,8 +228,8 @@ def test_parts_of_bodies_are_read_in_turn() -> None:
     """A part is not asked for before the parts of other bodies, asked for before it, have had their time."""
 
     async def asked_after() -> list[float]:
-        door = Door(None, None, DoorRules())  # type: ignore[arg-type]
-        door.parts = Spacing(1 << 16, 4e6)
+        guard = RequestGuard(None, None, GuardRules())  # type: ignore[arg-type]
+        guard.parts = Spacing(1 << 16, 4e6)
         loop = asyncio.get_running_loop()
         begun_s, asked = loop.time(), []
 
@@ -238,7 +238,7 @@ def test_parts_of_bodies_are_read_in_turn() -> None:
             return {"type": "http.request", "body": b" " * 200_000, "more_body": True}
 
         async def upload() -> None:
-            body = _Body(door, receive, {"headers": [(b"transfer-encoding", b"chunked")]})
+            body = _Body(guard, receive, {"headers": [(b"transfer-encoding", b"chunked")]})
             for _ in range(3):
                 await body.receive()
 
@@ -289,9 +289,9 @@ def test_bodies_that_would_be_refused_anyway_are_not_read(tenants: tuple[Path, d
             'pensieve_requests_total{endpoint="/v1/completions",status="429"} 1.0'
             in server.client.get("/metrics").text
         )
-        server.context.turns.draining = True
+        server.context.answers.draining = True
         assert status(b"POST /v1/chat/completions", json_body) == 503
-        server.context.turns.draining = False
+        server.context.answers.draining = False
         server.worker.pause_s = 0.0
         server.until_idle(60)
 

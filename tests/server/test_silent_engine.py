@@ -1,4 +1,6 @@
-"""An engine that does not answer: every limit of time holds by the server's own clock, and what is deleted is deleted."""
+"""An engine that does not answer: every limit of time holds by the server's own clock, and what is deleted is
+deleted.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import pytest
 from serving import Serving, serving
 
 from pensieve.core.plan import StepPlan, StepResult
-from pensieve.service import ConversationService
+from pensieve.service.turn_runner import TurnRunner
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 LIMITS = {
@@ -41,7 +43,7 @@ class Hold:
 
     def stop(self, server: Serving) -> None:
         self._go_on.clear()
-        server.context.service.warm(
+        server.context.service.engine.warm(
             "nobody's", namespace="nobody"
         )  # the loop goes into a step that does not end
         time.sleep(0.05)
@@ -96,7 +98,7 @@ def test_turns_end_when_their_time_is_up_whatever_the_engine_does() -> None:
             lambda: server.post(RESPONSES, {"model": "tiny", "input": "nothing either", "stream": True})
         )
         assert code(streamed) == (503, "queue_timeout")
-        assert len(server.context.turns.open) == 2  # the engine has them still
+        assert len(server.context.answers.open) == 2  # the engine has them still
         hold.release()
         server.until_idle()
         assert server.ask("and now")["usage"]["completion_tokens"] == 8
@@ -170,13 +172,13 @@ def test_a_conversation_is_deleted_with_a_turn_under_way_that_the_engine_does_no
         asking = {"model": "tiny", "conversation": made, "input": "a secret", "max_output_tokens": 200}
         thread = threading.Thread(target=lambda: answers.append(server.post(RESPONSES, asking)))
         thread.start()
-        until(lambda: any(answer.pieces for answer in server.context.turns.open.values()))
+        until(lambda: any(answer.num_pieces for answer in server.context.answers.open.values()))
         hold.stop(server)
         response = soon(lambda: server.client.delete(f"/v1/conversations/{made}"))
         assert response.status_code == 200 and not response.json()["complete"]
         thread.join(SOON_S)
         assert code(answers[0]) == (404, "conversation_not_found")
-        assert not server.context.turns.open  # it is no longer owned
+        assert not server.context.answers.open  # it is no longer owned
         hold.release()
         server.until_idle()
         assert soon(lambda: server.client.get(f"/v1/conversations/{made}")).status_code == 404
@@ -222,15 +224,15 @@ def test_a_turn_that_is_stored_when_its_time_is_up_is_what_a_retry_gets(
 ) -> None:
     with holding(request_timeout_s=1.0) as (server, _):
         stored = threading.Event()
-        acknowledge = ConversationService._acknowledge
+        acknowledge = TurnRunner._acknowledge
 
-        def late(self: ConversationService, *arguments: Any) -> None:
+        def late(self: TurnRunner, *arguments: Any) -> None:
             if not stored.is_set():
                 stored.set()
                 time.sleep(2.0)  # whole and durable, but its client hears nothing in time
             acknowledge(self, *arguments)
 
-        monkeypatch.setattr(ConversationService, "_acknowledge", late)
+        monkeypatch.setattr(TurnRunner, "_acknowledge", late)
         first = server.post(CHAT, body("slow to say"), **{"Idempotency-Key": "k"})
         assert code(first) == (504, "request_timeout") and stored.is_set()
         server.until_idle()
@@ -247,10 +249,10 @@ def test_a_drain_ends_in_time_with_words_though_the_engine_says_nothing() -> Non
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.post(CHAT, body("last words"))))
         thread.start()
-        until(lambda: bool(server.context.turns.open))
-        loop = server.context.turns._loop
+        until(lambda: bool(server.context.answers.open))
+        loop = server.context.answers._loop
         began_s = time.monotonic()
-        asyncio.run_coroutine_threadsafe(server.context.turns.drain(0.5), loop).result(SOON_S)
+        asyncio.run_coroutine_threadsafe(server.context.answers.drain(0.5), loop).result(SOON_S)
         thread.join(SOON_S)
         assert time.monotonic() - began_s < SOON_S
         assert code(answers[0]) == (503, "shutting_down")

@@ -1,4 +1,7 @@
-"""`pensieve serve --stateless`: the same answers, and nothing kept between turns. A server without it shows that the question is a fair one."""
+"""`pensieve serve --stateless`: the same answers, and nothing kept between turns.
+
+A server without it shows that the question is a fair one.
+"""
 
 from __future__ import annotations
 

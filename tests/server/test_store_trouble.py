@@ -1,4 +1,6 @@
-"""A server whose store fails, is lost, holds erasures up or has conversations to expire: what clients and /ready are told, and how it ends."""
+"""A server whose store fails, is lost, holds erasures up or has conversations to expire: what clients and
+/ready are told, and how it ends.
+"""
 
 from __future__ import annotations
 
@@ -276,7 +278,7 @@ def test_a_turn_that_waits_for_its_first_token_holds_its_conversation(server: Se
 def test_a_chat_in_memory_lives_an_hour_after_its_last_turn(server: Serving) -> None:
     first = server.ask("in memory", store=False)
     conversation = first["pensieve"]["conversation"]
-    ephemeral = server.context.service._ephemeral
+    ephemeral = server.context.service.stores.ephemeral
     assert ephemeral is not None
     before = ephemeral.get("default", conversation)
     assert before.ttl_s == 3600.0 and before.expires_s is not None

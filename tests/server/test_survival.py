@@ -1,4 +1,6 @@
-"""Kill the real server, or its engine, under load: whatever a client saw end is there afterwards, and goes on as if nothing had been."""
+"""Kill the real server, or its engine, under load: whatever a client saw end is there afterwards, and goes on
+as if nothing had been.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ import psutil
 import pytest
 from real import MAX_CONTEXT, RealServer, real_server
 
-from pensieve.service.service import DRAFT_TOKENS
+from pensieve.service.turn_stores import DRAFT_TOKENS
 from pensieve.store import INTERRUPTED, SqliteStore, path_tokens
 
 pytestmark = pytest.mark.model
@@ -151,12 +153,12 @@ class Load:
             thread.start()
 
     def end(self) -> None:
-        """Wait for everybody; who is in the middle of an answer hears it to its end, if there is one."""
+        """Wait for all clients; one that is in the middle of an answer reads it to its end, if there is one."""
         for client in self.clients:
             client.stop.set()
         for thread in self.threads:
             thread.join(60)
-            assert not thread.is_alive(), "somebody still waits for an answer"
+            assert not thread.is_alive(), "a client still waits for an answer"
 
 
 def text_of(response: dict[str, Any]) -> str:
@@ -164,7 +166,10 @@ def text_of(response: dict[str, Any]) -> str:
 
 
 def check_whole(path: Path) -> None:
-    """Nothing in a store is half there. For a store whose server has recovered it, and that nobody writes to now."""
+    """Nothing in a store is half there.
+
+    For a store whose server has recovered it, and that has no writer now.
+    """
     connection = sqlite3.connect(path)
     try:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -190,7 +195,9 @@ def check_whole(path: Path) -> None:
 
 
 def check_acknowledged(server: RealServer, client: Client) -> None:
-    """Every turn whose end the client saw is there, word for word; the one after it may have been stored unseen."""
+    """Every turn whose end the client saw is there, word for word; the one after it may have been stored
+    unseen.
+    """
     if not client.conversation:
         return
     answer = server.client.get(f"/v1/pensieve/conversations/{client.conversation}")
@@ -209,7 +216,10 @@ def check_acknowledged(server: RealServer, client: Client) -> None:
 
 
 def check_interrupted(server: RealServer, client: Client) -> int | None:
-    """An answer that was cut short is there but for its last tokens. How many are missing; None: nothing was cut short."""
+    """An answer that was cut short is there but for its last tokens.
+
+    How many are missing; None: nothing was cut short.
+    """
     if client.asked is None or not client.response:
         return None
     answer = server.client.get(f"/v1/responses/{client.response}")
@@ -241,7 +251,9 @@ def check_interrupted(server: RealServer, client: Client) -> int | None:
 
 
 def check_retried(server: RealServer, client: Client) -> bool:
-    """Who did not hear the end asks again with the same key: gets one whole answer, which is in the conversation. Whether it was made anew."""
+    """Who did not hear the end asks again with the same key: gets one whole answer, which is in the
+    conversation. Whether it was made anew.
+    """
     if client.asked is None or not client.key or (client.named and not client.conversation):
         return False
     path, body = client.request
@@ -486,7 +498,9 @@ def until_drafted(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_servers_on_one_store_and_one_that_freezes(tmp_path: Path) -> None:
-    """A second one ends no answer of the first; a frozen one's are recovered after its lease, and nothing acknowledged changes when it wakes up."""
+    """A second one ends no answer of the first; a frozen one's are recovered after its lease, and nothing
+    acknowledged changes when it wakes up.
+    """
     path = tmp_path / "conversations.db"
     with real_server(path) as first:
         load = Load(first, random.Random(11), lengths=(150, 200))

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from serving import Serving, serving
 
-from pensieve.core.misses import SOMEBODY_ELSE
+from pensieve.core.misses import ANOTHER_TENANT
 from pensieve.core.plan import StepPlan
 from pensieve.server.keys import key_line, new_key
 
@@ -56,7 +56,7 @@ def test_one_tenant_cannot_take_every_place(tmp_path: Path) -> None:
         ]
         for thread in threads:
             thread.start()
-        while len(server.context.turns.open) < 2:
+        while len(server.context.answers.open) < 2:
             time.sleep(0.005)
         mine = server.client.post(
             "/v1/chat/completions", json=chat("mine"), headers={"Authorization": f"Bearer {bob}"}
@@ -68,7 +68,7 @@ def test_one_tenant_cannot_take_every_place(tmp_path: Path) -> None:
         assert len(refused) == 4, "two keys and three salts are one tenant"
         assert all("--max-open-per-key" in answer.json()["error"]["message"] for answer in refused)
         server.until_idle()
-        assert not server.context.turns.places.num_held
+        assert not server.context.answers.places.num_held
 
 
 def computed(server: Serving, ask: Any) -> tuple[int, int]:
@@ -111,7 +111,7 @@ def test_what_another_has_cached_saves_no_work(keys: Any, path: str, body: Any) 
     server, alice, bob, carol = keys
     asked = body(PROMPT * 4)
     started_s = time.perf_counter()
-    cold = computed(server, lambda: server.post(path, asked, **bob))  # nobody has it
+    cold = computed(server, lambda: server.post(path, asked, **bob))  # no tenant has it
     middle_s = time.perf_counter()
     assert server.post(path, asked, **alice).status_code == 200
     before_s = time.perf_counter()
@@ -119,7 +119,8 @@ def test_what_another_has_cached_saves_no_work(keys: Any, path: str, body: Any) 
     ended_s = time.perf_counter()
     assert probe == cold
     print(
-        f"{path}: nobody has it {1e3 * (middle_s - started_s):.1f} ms, others have it {1e3 * (ended_s - before_s):.1f} ms"
+        f"{path}: no tenant has it {1e3 * (middle_s - started_s):.1f} ms, "
+        f"others have it {1e3 * (ended_s - before_s):.1f} ms"
     )
     assert (
         computed(server, lambda: server.post(path, asked, **alice))[0] < cold[0]
@@ -127,13 +128,15 @@ def test_what_another_has_cached_saves_no_work(keys: Any, path: str, body: Any) 
 
 
 def test_what_another_is_just_computing_is_not_waited_for(keys: Any) -> None:
-    """A chunk that is being computed is shared within a namespace only: its end must not be seen from outside."""
+    """A chunk that is being computed is shared within a namespace only: its end must not be seen from
+    outside.
+    """
     server, alice, bob, _ = keys
     long = PROMPT * 5
     server.worker.pause_s = 0.05
     first = threading.Thread(target=lambda: server.post("/v1/chat/completions", chat(long), **alice))
     first.start()
-    while not server.context.turns.open:
+    while not server.context.answers.open:
         time.sleep(0.001)
     answer = server.post("/v1/chat/completions", chat(long), **bob).json()
     first.join()
@@ -157,9 +160,9 @@ def test_a_salt_keeps_one_tenants_own_caches_apart(keys: Any) -> None:
     assert ask("other") == cold and ask("one")[0] < cold[0]
 
 
-def same(theirs: httpx.Response, nobodys: httpx.Response, *ids: str) -> None:
+def same(theirs: httpx.Response, missing: httpx.Response, *ids: str) -> None:
     """Two answers that differ in the id that was asked for, and in nothing else."""
-    assert theirs.status_code == nobodys.status_code, (theirs.text, nobodys.text)
+    assert theirs.status_code == missing.status_code, (theirs.text, missing.text)
 
     def form(response: httpx.Response) -> str:
         text = response.text
@@ -167,13 +170,13 @@ def same(theirs: httpx.Response, nobodys: httpx.Response, *ids: str) -> None:
             text = text.replace(id, "ID")
         return text
 
-    assert form(theirs) == form(nobodys)
+    assert form(theirs) == form(missing)
     assert {name for name in theirs.headers if name != "date"} == {
-        name for name in nobodys.headers if name != "date"
+        name for name in missing.headers if name != "date"
     }
 
 
-def test_what_is_anothers_is_not_told_from_what_is_nobodys(keys: Any) -> None:
+def test_what_belongs_to_another_tenant_looks_like_what_does_not_exist(keys: Any) -> None:
     server, alice, bob, _ = keys
     made = server.post("/v1/chat/completions", chat(PROMPT), **alice, **{"X-Session-ID": "s"}).json()[
         "pensieve"
@@ -239,7 +242,7 @@ def test_what_is_anothers_is_not_told_from_what_is_nobodys(keys: Any) -> None:
 
 
 def test_what_a_key_may_see_of_the_whole_server(keys: Any) -> None:
-    """The map's rows are the asker's own. (Its tiers and counters are the server's, as `/metrics` has them.)"""
+    """The map's rows are the caller's own; its tiers and counters are the server's, as in `/metrics`."""
     server, alice, bob, _ = keys
     server.post("/v1/chat/completions", chat(PROMPT), **alice)
     for path in ("/v1/pensieve/map", "/v1/pensieve/conversations"):
@@ -274,7 +277,7 @@ def test_without_a_key_nothing_is_read(keys: Any) -> None:
             )
 
 
-def test_room_made_for_another_names_nobody(tmp_path: Path) -> None:
+def test_room_made_for_another_tenant_names_no_tenant(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     alice, bob = new_key(), new_key()
     path.write_text(key_line("alice", alice) + "\n" + key_line("bob", bob) + "\n")
@@ -292,6 +295,6 @@ def test_room_made_for_another_names_nobody(tmp_path: Path) -> None:
             "the one that will be forgotten " * 3, first["choices"][0]["message"]["content"], "back", n=4
         )
         by = {miss["by"] for miss in back["pensieve"]["misses"] if miss["why"] == "dropped"}
-        assert SOMEBODY_ELSE in by and by <= {SOMEBODY_ELSE, back["pensieve"]["conversation"]}, by
+        assert ANOTHER_TENANT in by and by <= {ANOTHER_TENANT, back["pensieve"]["conversation"]}, by
         assert not any(id in str(back) for id in ids)
         server.until_idle()

@@ -1,4 +1,6 @@
-"""Turns of conversations over a real engine, a real store and a worker whose answers can be computed from token ids alone."""
+"""Turns of conversations over a real engine, a real store and a worker whose answers can be computed from
+token ids alone.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,20 @@ from pensieve.errors import (
     PensieveError,
     PromptTooCostly,
 )
-from pensieve.service import ConversationService, Path, PendingTurn, TurnDone, TurnSpec, prompt
+from pensieve.service import ConversationService, Path, PendingTurn, Piece, TurnDone, TurnSpec, prompt
+from pensieve.service.answer_parser import AnswerForm
 from pensieve.store import path_messages, path_tokens
 from pensieve.store.sqlite import SqliteStore
-from pensieve.text import ChatText, EncodeRest, InlineRunner, Message, TextJob, TextRunner, WriteChat
+from pensieve.text import (
+    ChatText,
+    ContentDelta,
+    EncodeRest,
+    InlineRunner,
+    Message,
+    TextJob,
+    TextRunner,
+    WriteChat,
+)
 
 CHUNK = 8
 VOCAB = 400  # below the special tokens of the test tokenizer
@@ -152,7 +164,7 @@ def test_many_conversations_under_pressure_all_answer_right(store: SqliteStore) 
             for i in range(28)
         ]
         done = [turn.future.result(60) for turn in turns]
-        stats = service.stats().result(20)
+        stats = service.engine.stats().result(20)
     assert isinstance(stats, Stats)
     assert stats.running == stats.waiting == 0
     assert stats.recomputed_tokens > 0
@@ -252,12 +264,12 @@ def test_a_template_that_rewrites_earlier_turns_reuses_the_common_prefix_and_war
 def test_a_keep_is_answered_and_a_delete_frees_everything(store: SqliteStore) -> None:
     with running(store) as service:
         ask(service, "hello there, keep me")
-        kept = service.keep("c", True).result(20)
+        kept = service.engine.keep("c", True).result(20)
         assert isinstance(kept, KeepAnswer)
         assert kept.error is None
-        assert service.keep("nobody", True).result(20).error is not None
+        assert service.engine.keep("nobody", True).result(20).error is not None
         service.delete("c").result(20)
-        stats = service.stats().result(20)
+        stats = service.engine.stats().result(20)
         assert [tier.used for tier in stats.tiers] == [0, 0]
         with pytest.raises(PensieveError):
             store.get("default", "c")
@@ -277,7 +289,7 @@ def test_token_ids_alone_need_no_text(store: SqliteStore) -> None:
     assert done.text == ""
 
 
-def test_one_bad_request_disturbs_nobody(store: SqliteStore) -> None:
+def test_a_bad_request_disturbs_no_other(store: SqliteStore) -> None:
     with running(store) as service:
         for bad in ([-1] * 10, [2**32] * 10, ["x"] * 10):
             with pytest.raises(InvalidRequest, match="token ids must be integers"):
@@ -300,7 +312,7 @@ def test_a_cancelled_turn_does_not_take_others_along(store: SqliteStore) -> None
             assert turn.future.result(20).text
 
 
-def test_an_engine_that_breaks_says_so_to_everybody_and_to_who_comes_later(
+def test_an_engine_that_breaks_fails_open_turns_and_later_ones(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Scheduler, now_s: float) -> None:
@@ -312,7 +324,7 @@ def test_an_engine_that_breaks_says_so_to_everybody_and_to_who_comes_later(
         for _ in range(2):
             with pytest.raises(EngineClosed, match="planted"):
                 ask(service, "again")
-        assert service.keep("c", True).result(20).error is not None
+        assert service.engine.keep("c", True).result(20).error is not None
 
 
 def test_after_closing_everything_is_refused_at_once(store: SqliteStore) -> None:
@@ -320,7 +332,7 @@ def test_after_closing_everything_is_refused_at_once(store: SqliteStore) -> None
         pass
     with pytest.raises(EngineClosed):
         ask(service, "too late")
-    for future in (service.stats(), service.keep("c", True), service.delete("c")):
+    for future in (service.engine.stats(), service.engine.keep("c", True), service.delete("c")):
         with pytest.raises(EngineClosed):
             future.result(5)
 
@@ -328,7 +340,11 @@ def test_after_closing_everything_is_refused_at_once(store: SqliteStore) -> None
 def test_two_keeps_in_a_row_are_both_answered(store: SqliteStore) -> None:
     with running(store) as service:
         ask(service, "hello")
-        answers = [service.keep("c", True), service.keep("c", True), service.keep("c", False)]
+        answers = [
+            service.engine.keep("c", True),
+            service.engine.keep("c", True),
+            service.engine.keep("c", False),
+        ]
         assert all(answer.result(20).error is None for answer in answers)
 
 
@@ -555,7 +571,7 @@ def test_a_prompt_of_more_characters_than_the_context_holds_is_refused_without_a
             with pytest.raises(ContextLengthExceeded, match="400 tokens of the context hold at most 65536"):
                 service.send("c", messages, SamplingParams()).future.result(20)
         tools = ({"type": "function", "function": {"name": "f", "description": "word " * 20_000}},)
-        spec = TurnSpec("default", "c", (Message("user", "hi"),), SamplingParams(), tools=tools)
+        spec = TurnSpec("default", "c", (Message("user", "hi"),), SamplingParams(), form=AnswerForm(tools))
         with pytest.raises(ContextLengthExceeded, match="messages and tools"):
             service.start(spec).future.result(20)
         assert runner.held == [] and text.most_chars(400) == 65_536
@@ -607,3 +623,20 @@ def test_remembered_paths_are_bounded_by_their_characters(monkeypatch: pytest.Mo
     assert list(prompts._paths) == [("n", "t8"), ("n", "t9")]
     prompts.forget("n")
     assert prompts._num_remembered_chars == prompts._num_remembered_tokens == 0
+
+
+def test_readers_see_the_pieces_of_the_turn_and_the_store_gets_the_parser_s_message(
+    store: SqliteStore,
+) -> None:
+    pieces: list[Piece] = []
+    with running(store, chat(CHATML)) as service:
+        spec = TurnSpec(
+            "default", "c", (Message("user", "hi"),), SamplingParams(max_new_tokens=12), form=AnswerForm()
+        )
+        turn = service.start(spec, pieces.append)
+        done = turn.future.result(20)
+    assert len(pieces) == len(turn.pieces) and all(a is b for a, b in zip(pieces, turn.pieces, strict=True))
+    content = "".join(e.text for piece in pieces for e in piece.events if isinstance(e, ContentDelta))
+    assert done.message == Message("assistant", content) and content == done.text
+    turns = store.path("default", store.get("default", "c").leaf)
+    assert turns[-1].messages[-1] == done.message

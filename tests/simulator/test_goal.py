@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulator_worlds import LOAD, MACHINE, small
 
+from pensieve.reporting.spread import Spread
 from pensieve.simulator.case import Case, Machine, Outcome, run_case
 from pensieve.simulator.goal import Goal, Lateness, Metric, Quantile, Waiting
-from pensieve.simulator.planner import Book, Prices
-from pensieve.simulator.records import Spread
+from pensieve.simulator.planner import Prices, Trials
 from pensieve.workloads.load_plan import LoadOptions
 from pensieve.workloads.scripts import Player, Script, ScriptTurn
 
@@ -87,7 +87,7 @@ def test_what_was_given_up_is_simulated_again_only_if_its_figures_are_asked_for(
 
     load = replace(LOAD, users=None, rates=(15.0,), duration_s=20.0)
     base = small(load=load, debug=False)
-    book = Book(base, Goal(1e-4), Prices(1.0, 1.0, 1.0, 1.0), run)
+    book = Trials(base, Goal(1e-4), Prices(1.0, 1.0, 1.0, 1.0), run)
     (given_up,) = book.try_all([(base.machine, 1.0)], to_the_end=False)
     assert given_up.outcome.gave_up and math.isinf(given_up.latency_s) and not book.holds(given_up)
     assert book.try_all([(base.machine, 1.0)], to_the_end=False) == [given_up]

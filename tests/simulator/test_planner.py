@@ -13,13 +13,14 @@ from click.testing import CliRunner
 
 from pensieve.cli.plan import plan
 from pensieve.errors import ConfigError
+from pensieve.reporting.spread import Spread
+from pensieve.simulator.answer import make_plan
 from pensieve.simulator.case import Case, Machine, Outcome
 from pensieve.simulator.demand import alone, demand_of, room_gb
 from pensieve.simulator.margins import held_loads
-from pensieve.simulator.plan import make_plan
 from pensieve.simulator.plan_output import sentences, to_json
-from pensieve.simulator.planner import Book, Goal, Prices, Space, at_load, rounded, search
-from pensieve.simulator.records import Spread, Summary
+from pensieve.simulator.planner import Goal, Prices, Space, Trials, at_load, rounded, search
+from pensieve.simulator.records import Summary
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
 
@@ -92,7 +93,7 @@ def kept(machine: Machine, rate: float) -> float:
 
 def test_the_cheapest_tiers_are_found_with_few_simulations() -> None:
     fake = Fake(kept)
-    book = Book(BASE, GOAL, PRICES, fake)
+    book = Trials(BASE, GOAL, PRICES, fake)
     found = search(book, SPACE)
     # 0.1 s: a quarter may be missing, so 150 GB must be kept; the smallest first tier (10 GB, or a little less) leaves most of it to the CPU
     assert found.best is not None and found.best.latency_s <= 0.1
@@ -104,13 +105,13 @@ def test_the_cheapest_tiers_are_found_with_few_simulations() -> None:
 
 
 def test_a_first_tier_that_costs_nothing_is_used_up() -> None:
-    found = search(Book(BASE, GOAL, replace(PRICES, gpu_gb=0.0), Fake(kept)), SPACE)
+    found = search(Trials(BASE, GOAL, replace(PRICES, gpu_gb=0.0), Fake(kept)), SPACE)
     assert found.best is not None and found.best.machine.gpu_cache_gb == 80.0
     assert 70.0 <= found.best.machine.cpu_cache_gb <= 77.0
 
 
 def test_a_cheap_disk_is_taken_below_a_small_cpu_tier() -> None:
-    found = search(Book(BASE, GOAL, PRICES, Fake(kept)), replace(SPACE, disk_gb=400.0))
+    found = search(Trials(BASE, GOAL, PRICES, Fake(kept)), replace(SPACE, disk_gb=400.0))
     assert found.best is not None
     machine = found.best.machine
     assert machine.disk_cache_gb == 400.0 and 0.0 < machine.cpu_cache_gb < 1.0 and machine.gpu_cache_gb < 6.0
@@ -124,7 +125,7 @@ def test_more_devices_only_where_fewer_do_not_hold() -> None:
 
     spaces = [replace(SPACE, devices=devices) for devices in (1, 2, 4)]
     fake = Fake(needs_two)
-    answer = make_plan(Book(BASE, GOAL, PRICES, fake), spaces)
+    answer = make_plan(Trials(BASE, GOAL, PRICES, fake), spaces)
     assert answer.best is not None and answer.best.machine.devices == 2
     assert [found.space.devices for found in answer.found] == [
         1,
@@ -144,7 +145,7 @@ def test_noise_does_not_make_a_lucky_run_the_answer() -> None:
         )
 
     for latency in (noisy, wobbling):
-        book = Book(BASE, GOAL, PRICES, Fake(latency))
+        book = Trials(BASE, GOAL, PRICES, Fake(latency))
         best = search(book, SPACE).best
         assert best is not None and book.holds(best)
         assert best.machine.cpu_cache_gb + best.machine.gpu_cache_gb > 135.0
@@ -152,14 +153,14 @@ def test_noise_does_not_make_a_lucky_run_the_answer() -> None:
 
 def test_the_answer_is_a_function_of_the_outcomes() -> None:
     def once() -> str:
-        book = Book(BASE, GOAL, PRICES, Fake(kept))
+        book = Trials(BASE, GOAL, PRICES, Fake(kept))
         return json.dumps(to_json(book, make_plan(book, [SPACE])))
 
     assert once() == once()
 
 
 def test_another_gigabyte_saves_what_the_formula_says() -> None:
-    book = Book(BASE, GOAL, PRICES, Fake(kept))
+    book = Trials(BASE, GOAL, PRICES, Fake(kept))
     answer = make_plan(book, [SPACE])
     best = answer.best
     assert best is not None and answer.headroom is not None
@@ -189,7 +190,7 @@ def test_what_cannot_be_reached_is_said_with_the_reason_and_the_rate_that_is_hel
     def computing(machine: Machine, rate: float) -> float:
         return 0.02 * rate
 
-    book = Book(BASE, GOAL, PRICES, Fake(computing, busy=1.0))
+    book = Trials(BASE, GOAL, PRICES, Fake(computing, busy=1.0))
     answer = make_plan(book, [SPACE])
     assert answer.best is None and answer.limit == "computing" and not answer.margins
     assert answer.held.per_s == pytest.approx(5.0)
@@ -205,23 +206,23 @@ def test_what_cannot_be_reached_is_said_with_the_reason_and_the_rate_that_is_hel
         ({"swap_wait": 0.4}, "link", "waits for copies"),
         ({"suspensions": 400}, "first tier", "do not fit in the first tier"),
     ):
-        book = Book(BASE, GOAL, PRICES, Fake(computing, **more))
+        book = Trials(BASE, GOAL, PRICES, Fake(computing, **more))
         answer = make_plan(book, [SPACE])
         assert answer.limit == limit and said in " ".join(sentences(book, answer))
 
 
 def test_a_run_too_short_for_its_rate_is_told() -> None:
-    book = Book(
+    book = Trials(
         replace(BASE, load=replace(BASE.load, rates=(13.0,))), GOAL, PRICES, Fake(lambda machine, rate: 0.01)
     )
     words = sentences(book, make_plan(book, [SPACE]))
     assert words[-1].startswith("In the measured window only 10 of 13 requests/s were sent")
-    steady = Book(BASE, GOAL, PRICES, Fake(kept))
+    steady = Trials(BASE, GOAL, PRICES, Fake(kept))
     assert "measured window" not in " ".join(sentences(steady, make_plan(steady, [SPACE])))
 
 
 def test_memory_that_was_not_allowed_is_named() -> None:
-    book = Book(BASE, GOAL, PRICES, Fake(kept))
+    book = Trials(BASE, GOAL, PRICES, Fake(kept))
     answer = make_plan(book, [replace(SPACE, cpu_gb=40.0)])
     assert answer.best is None and answer.limit == "memory"
     assert "with 400 GB of CPU tier it would be 50 ms a token. Raise --max-cpu-gb" in " ".join(
@@ -230,7 +231,7 @@ def test_memory_that_was_not_allowed_is_named() -> None:
 
 
 def test_requests_that_fail_are_no_answer() -> None:
-    book = Book(BASE, GOAL, PRICES, Fake(lambda machine, rate: 0.01, failed=3))
+    book = Trials(BASE, GOAL, PRICES, Fake(lambda machine, rate: 0.01, failed=3))
     answer = make_plan(book, [SPACE])
     assert answer.best is None and math.isinf(answer.closest.latency_s)
     assert "fails 3 of 1000 requests" in " ".join(sentences(book, answer))
@@ -239,7 +240,7 @@ def test_requests_that_fail_are_no_answer() -> None:
 
 def test_a_load_that_is_held_many_times_over_is_not_searched_for_ever() -> None:
     fake = Fake(lambda machine, rate: 0.01)
-    held = held_loads(Book(BASE, GOAL, PRICES, fake), [BASE.machine])[0]
+    held = held_loads(Trials(BASE, GOAL, PRICES, fake), [BASE.machine])[0]
     assert not held.bounded and held.load == 4.0 and held.per_s == 4 * RATE and fake.count < 8
 
 

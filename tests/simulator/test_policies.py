@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pensieve.core.checks import check
 from pensieve.errors import ConfigError
 from pensieve.simulator.policies import Setting, make_policy
 from policy_worlds import ALL_POLICIES, COST, TinyCache, policy_of
@@ -151,4 +152,4 @@ def test_no_policy_takes_a_chunk_of_who_is_active_while_another_can_go(policy: s
     world.turn("c", 4, 40.0)
     assert (world.places("a"), world.places("b"), world.places("c")) == ("gggg", "", "gggg")
     world.cache.close(a, 50.0)
-    world.cache.check()
+    check(world.cache)

@@ -16,12 +16,12 @@ from simulator_worlds import LOAD, MACHINE, small
 
 import pensieve.simulator
 from pensieve.core.eviction import POLICIES
+from pensieve.core.filling import Filling
 from pensieve.core.room import Room
-from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
 from pensieve.simulator.case import SYSTEMS, Case, Outcome, run_case
 from pensieve.simulator.output import to_json
-from pensieve.simulator.phases import PhasedScheduler
+from pensieve.simulator.phases import PhasedFilling
 from pensieve.simulator.policies import COMPARED
 from pensieve.simulator.simulation import Simulation
 from pensieve.simulator.sweep import Tick, run_cases
@@ -36,19 +36,13 @@ def check_conservation(outcome: Outcome) -> None:
     """Every token asked for was found, swapped in, recomputed or new, exactly once; time and requests add up."""
     for record in outcome.records:
         assert record.error is None
-        assert (
-            record.prompt_tokens
-            == record.gpu_tokens + record.cpu_tokens + record.recomputed_tokens + record.new_tokens
-        )
-        assert record.history_tokens <= record.prompt_tokens
-        assert record.admitted_s is not None and record.first_token_s is not None
-        assert (
-            record.sent_s
-            <= record.admitted_s
-            <= record.first_token_s
-            <= record.finished_s
-            <= outcome.simulated_s
-        )
+        r = record.receipt
+        assert r.prompt_tokens == r.gpu_tokens + r.cpu_tokens + r.recomputed_tokens + r.new_tokens
+        assert record.history_tokens <= r.prompt_tokens
+        assert r.first_token_s is not None
+        assert 0.0 <= r.queue_s <= r.first_token_s <= r.total_s
+        assert r.total_s == record.latency_s
+        assert record.finished_s <= outcome.simulated_s
     # Little's law, as an identity: the mean number in the system times the time is the sum of everybody's time in it
     in_system_s = sum(record.latency_s for record in outcome.records)
     assert outcome.mean_in_system * outcome.simulated_s == pytest.approx(in_system_s, rel=1e-9)
@@ -61,18 +55,20 @@ def test_tokens_and_time_add_up(system: str) -> None:
     check_conservation(outcome)
     records = outcome.records
     assert len(records) == 12 * 5
-    assert all(record.output_tokens == 30 for record in records)
+    receipts = [record.receipt for record in records]
+    assert all(receipt.output_tokens == 30 for receipt in receipts)
     computed = sum(
-        r.recomputed_tokens + r.new_tokens + r.output_tokens - 1 + r.again_computed_tokens for r in records
+        r.recomputed_tokens + r.new_tokens + r.output_tokens - 1 + r.resume_recomputed_tokens
+        for r in receipts
     )
     # (a suspended request computes its last sampled token with what it lost, not in a decode of its own)
-    assert outcome.computed_tokens == computed - sum(record.suspensions for record in records)
+    assert outcome.computed_tokens == computed - sum(r.suspensions for r in receipts)
     if not SYSTEMS[system].retain:
-        assert all(record.gpu_tokens == record.cpu_tokens == 0 for record in records)
+        assert all(record.receipt.gpu_tokens == record.receipt.cpu_tokens == 0 for record in records)
         assert all(slots == 0 for slots in outcome.used_slots)
     else:
-        assert sum(record.gpu_tokens for record in records) > 0
-        assert (sum(record.cpu_tokens for record in records) > 0) == SYSTEMS[system].lower_tiers
+        assert sum(record.receipt.gpu_tokens for record in records) > 0
+        assert (sum(record.receipt.cpu_tokens for record in records) > 0) == SYSTEMS[system].lower_tiers
 
 
 @pytest.mark.parametrize("policy", NAMES)
@@ -163,21 +159,21 @@ def test_an_error_in_one_process_is_the_error() -> None:
 
 def test_the_scheduler_and_the_cache_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     before = to_json([run_case(small())])
-    real = Scheduler._grow
+    real = Filling._grow
     grown = []
 
-    def never_twice(self: Scheduler, *arguments: object) -> int | None:
+    def never_twice(self: Filling, *arguments: object) -> int | None:
         grown.append(1)
         return None if len(grown) % 2 else real(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scheduler, "_grow", never_twice)
+        patch.setattr(Filling, "_grow", never_twice)
         assert to_json([run_case(small())]) != before
     with monkeypatch.context() as patch:
         patch.setattr(Room, "copy_ahead", lambda *arguments: None)
         assert to_json([run_case(small())]) != before
     assert to_json([run_case(small())]) == before
-    assert {name for name in vars(PhasedScheduler) if not name.startswith("__")} == {"_fill"}
+    assert {name for name in vars(PhasedFilling) if not name.startswith("__")} == {"fill"}
 
 
 def test_nothing_of_them_is_written_twice() -> None:
@@ -238,5 +234,5 @@ def test_shared_beginnings_are_found_by_others() -> None:
     shared = run_case(small(load=replace(LOAD, system_prompts=SystemPrompts(1, 200))), keep_records=True)
     check_conservation(shared)
     first_turns = [record for record in shared.records if record.turn == 0]
-    assert sum(record.gpu_tokens >= 192 for record in first_turns) >= len(first_turns) // 2
+    assert sum(record.receipt.gpu_tokens >= 192 for record in first_turns) >= len(first_turns) // 2
     assert alone.history_tokens > 0

@@ -1,4 +1,4 @@
-"""The C library is told, and says whether it listened; what that gains is a matter of docs/performance.md."""
+"""The C library is told, and says whether it listened; what that gains is a matter of docs/log/performance.md."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Chat completions of any OpenAI-compatible server, streamed and timed. Knows the request's fields; never who asks, or why.
+"""Chat completions of any OpenAI-compatible server, streamed and timed. Knows the request's fields; never who
+asks, or why.
 
-What servers take to give an answer of a fixed length, as their sources and manuals say: vLLM, SGLang and Pensieve `ignore_eos` and
-`min_tokens`; llama.cpp `ignore_eos`; transformers serve a `generation_config`, in which the end-of-text token can be one that there is
-not (it refuses fields that it does not know). OpenAI itself has none.
+What servers take to give an answer of a fixed length, as their sources and manuals say: vLLM, SGLang and
+Pensieve `ignore_eos` and `min_tokens`; llama.cpp `ignore_eos`; transformers serve a `generation_config`, in
+which the end-of-text token can be one that there is not (it refuses fields that it does not know). OpenAI
+itself has none.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class ChatClient:
     async def ask(
         self, messages: Messages, num_tokens: int, *, length_form: tuple[str, ...] | None = None
     ) -> Asked:
-        """One greedy answer of at most `num_tokens` tokens (exactly so many, if the server can). Does not raise for what servers do.
+        """One greedy answer of at most `num_tokens` tokens (exactly so many, if the server can). Does not
+        raise for what servers do.
 
         Args:
             messages: the whole history and what is asked.

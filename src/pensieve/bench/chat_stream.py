@@ -1,6 +1,8 @@
-"""One streamed chat completion as it comes in. Knows server-sent events and OpenAI's chunks; never sockets, threads or histories.
+"""One streamed chat completion as it comes in. Knows server-sent events and OpenAI's chunks; never sockets,
+threads or histories.
 
-Shared by everything here that reads answers from servers. Whatever a server does wrong becomes a `TurnFailed`.
+Shared by everything here that reads answers from servers. Whatever a server does wrong becomes a
+`TurnFailed`.
 """
 
 from __future__ import annotations
@@ -109,7 +111,9 @@ class StreamedAnswer:
 
     @property
     def cached_tokens(self) -> int | None:
-        """Tokens of the prompt that the server had; None = not told. OpenAI's place for it first, then llama.cpp's."""
+        """Tokens of the prompt that the server had; None = not told. OpenAI's place for it first, then
+        llama.cpp's.
+        """
         details = (self.usage or {}).get("prompt_tokens_details")
         told = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
         return told if told is not None else _count((self.timings or {}).get("cache_n"))

@@ -1,9 +1,11 @@
-"""Did two systems say the same? Knows token ids and log-probabilities of two runs; nothing of speed or of systems.
+"""Did two systems say the same? Knows token ids and log-probabilities of two runs; nothing of speed or of
+systems.
 
-The contract (docs/architecture.md, "same tokens"): reuse, swapping and recomputing change nothing but the order in which floating-point sums
-are taken. So with the same context before them two systems choose the same token, unless the two likeliest are so close that
-rounding decides (a *near tie*). After a near tie the answers may differ, and nothing that follows in this turn can be
-compared; the next turn can, because a replay puts the first run's answer into both histories.
+The contract (docs/architecture.md, "same tokens"): reuse, swapping and recomputing change nothing but the
+order in which floating-point sums are taken. So with the same context before them two systems choose the same
+token, unless the two likeliest are so close that rounding decides (a *near tie*). After a near tie the
+answers may differ, and nothing that follows in this turn can be compared; the next turn can, because a replay
+puts the first run's answer into both histories.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from pensieve.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far two log-probabilities (natural log) of the same token may lie apart: `absolute + relative * the larger`.
+    """How far two log-probabilities (natural log) of the same token may lie apart: `absolute + relative * the
+    larger`.
 
-    `mean` bounds the average over a run of many tokens: rounding now and then moves one token far, a bug moves many.
+    `mean` bounds the average over a run of many tokens: rounding now and then moves one token far, a bug
+    moves many.
     """
 
     relative: float
@@ -53,10 +57,11 @@ _ENOUGH_TOKENS = 200  # below it one token moved far is a large part of the mean
 def default_tolerance(dtype: str) -> Tolerance:
     """The tolerance that goes with the type a model computes in.
 
-    float32 is the contract's 1e-4 relative, with 1e-3 nats as a floor for log-probabilities near 0. bfloat16 keeps 8 bits: logits of 16
-    to 32 lie 0.125 apart, and 0.5 nats is four such steps. Measured with SmolLM2-135M on a CPU, 2,039 tokens, cached against
-    recomputed: mean 0.008, one in a hundred above 0.1, one in a thousand above 0.18, the largest 0.24. The bound on the mean is five times what was
-    measured. float16 keeps 3 bits more: an eighth of bfloat16.
+    float32 is the contract's 1e-4 relative, with 1e-3 nats as a floor for log-probabilities near 0. bfloat16
+    keeps 8 bits: logits of 16 to 32 lie 0.125 apart, and 0.5 nats is four such steps. Measured with
+    SmolLM2-135M on a CPU, 2,039 tokens, cached against recomputed: mean 0.008, one in a hundred above 0.1,
+    one in a thousand above 0.18, the largest 0.24. The bound on the mean is five times what was measured.
+    float16 keeps 3 bits more: an eighth of bfloat16.
 
     Raises:
         ConfigError: the type is none of these.
@@ -91,10 +96,10 @@ class TurnComparison:
     verdict: Verdict
     reason: str = ""  # for people; empty if identical
     position: int | None = None  # first output token that differs, or whose log-probability does
-    gap: float | None = (
-        None  # at a divergence: nats between the two candidates, the smaller of what the two runs saw
-    )
-    max_delta: float = 0.0  # largest |difference| of a log-probability both runs gave to the same token in the same context, nats
+    # at a divergence: nats between the two candidates, the smaller of what the two runs saw
+    gap: float | None = None
+    # largest |difference| of a log-probability both runs gave to the same token in the same context, nats
+    max_delta: float = 0.0
     sum_delta: float = 0.0  # sum of these differences over the tokens that both answers begin with
     num_compared: int = 0  # how many tokens these are
 
@@ -171,9 +176,10 @@ class Equality:
 def compare_outputs(run_a: Run, run_b: Run, dtype: str, tolerance: Tolerance | None = None) -> Equality:
     """Compare two runs turn by turn, the second being a replay of the first.
 
-    A turn is fine if both gave the same tokens with log-probabilities within tolerance, or if at the first token that differs
-    the two candidates lie within tolerance of each other, in either run's view, and every log-probability that both
-    runs gave in the same context (of the tokens before, and of the candidates) agrees within tolerance too.
+    A turn is fine if both gave the same tokens with log-probabilities within tolerance, or if at the first
+    token that differs the two candidates lie within tolerance of each other, in either run's view, and every
+    log-probability that both runs gave in the same context (of the tokens before, and of the candidates)
+    agrees within tolerance too.
 
     Args:
         run_a: the first run.

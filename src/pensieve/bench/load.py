@@ -1,47 +1,44 @@
-"""Plays users against a server and keeps what each request took. Knows scripts, answers and this process's clock; never HTTP or statistics.
+"""Puts a load on a server and records each request. Knows scripts and answers; never HTTP or statistics.
 
-A closed loop's user sends its next turn after the answer and its think time; in an open one conversations arrive whatever
-the server does. Both are in the players (`workloads.scripts`). Like any stateless client, a user sends the whole
-history with every turn, with the server's own answers in it.
+A closed loop's user sends its next turn after the answer and its think time; in an open loop conversations
+arrive independently of the server. The players (`workloads.scripts`) decide which.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from pensieve.bench.chat_client import Asked, ChatClient, Messages
+from pensieve.bench.driver import Driver, PlayedUser, RunListener, TurnEnd
 from pensieve.bench.probe import Target
 from pensieve.workloads.prompts import PromptWriter
-from pensieve.workloads.scripts import Player, Script, ScriptTurn
-
-_TICK_S = 0.001
-SHOW_EVERY_S = 0.5  # what is shown costs the machine that is measured
+from pensieve.workloads.scripts import Player, Script
 
 
 @dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """One request. Times in seconds; `due_s` and `submitted_s` since the run began, the others since the request was sent."""
+class LoadRecord:
+    """One request. Times in seconds: `due_s` and `submitted_s` since the run began, the others since it was
+    sent.
+    """
 
     conversation: int  # within the run
     turn: int
     due_s: float  # when the user wanted to send it
     submitted_s: float
-    ttft_s: float | None  # to the first piece with something in it; None = there was none
+    ttft_s: float | None  # to the first piece with content; None if there was none
     latency_s: float  # to the end of the stream
     gaps_s: tuple[float, ...]  # between pieces
-    prompt_tokens: int | None  # as the server counts; None = not told
+    prompt_tokens: int | None  # by the server's count; None if not reported
     cached_tokens: int | None
-    output_tokens: int | None  # pieces, where the server counts nothing
+    output_tokens: int | None  # pieces, if the server reports no count
     error: str | None = None  # "code: words" of a request that failed
 
     @property
     def ok(self) -> bool:
-        """It was answered as asked."""
+        """It was answered, with the length asked for."""
         return self.error is None
 
     @property
@@ -51,7 +48,7 @@ class RequestRecord:
 
     @property
     def inter_token_s(self) -> float | None:
-        """Mean time between tokens: a piece may hold several, so the gaps between pieces are not it."""
+        """Mean time between tokens. Not the mean gap between pieces: a piece may hold several tokens."""
         if self.output_tokens is None or self.output_tokens < 2 or not self.gaps_s:
             return None
         return sum(self.gaps_s) / (self.output_tokens - 1)
@@ -59,60 +56,26 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class LoadRun:
-    """Everything that was asked in one run, in the order in which it was sent."""
+    """All requests of one run, in the order in which they were sent."""
 
-    rate: float | None  # requests a second asked for; None: a closed loop, or a trace's own times
-    records: tuple[RequestRecord, ...]
+    rate: float | None  # planned requests a second; None: a closed loop, or a trace's own times
+    records: tuple[LoadRecord, ...]
     wall_s: float  # from the first request to the end of the last
     client_cpu_s: float  # of this process
-    turns_not_sent: int  # of conversations that ended at a failed turn
+    turns_not_sent: int  # because an earlier turn of their conversation failed
     arrivals_s: float | None = None  # for how long conversations arrived; None: a closed loop
 
 
-@dataclass(slots=True)
-class Progress:
-    """How far a run is."""
-
-    num_turns: int
-    sent: int = 0
-    ended: int = 0
-    failed: int = 0
-    skipped: int = 0  # turns that will not be sent
-    output_tokens: int = 0
-
-    @property
-    def under_way(self) -> int:
-        """Requests without an end yet."""
-        return self.sent - self.ended
-
-
-class LoadListener(Protocol):
-    """Is told how a run goes, at most every `SHOW_EVERY_S`."""
-
-    def begin(self, label: str, progress: Progress) -> None:
-        """A run begins."""
-        ...
-
-    def show(self, progress: Progress) -> None:
-        """So far."""
-        ...
-
-    def end(self, progress: Progress) -> None:
-        """It is over."""
-        ...
-
-
 class LoadDriver:
-    """Plays players, one run after the other."""
+    """Plays scripted users against one server, one run after the other."""
 
     def __init__(
-        self, chat: ChatClient, target: Target, writer: PromptWriter, listener: LoadListener
+        self, chat: ChatClient, target: Target, writer: PromptWriter, listener: RunListener | None = None
     ) -> None:
-        """`target` is what was found out about the server behind `chat`; `writer` writes the texts of turns that have none."""
-        self._chat = chat
-        self._target = target
-        self._writer = writer
-        self._listener = listener
+        """`target` is what the probe found out about the server behind `chat`; `writer` makes texts for turns
+        without one.
+        """
+        self._chat, self._target, self._writer, self._listener = chat, target, writer, listener
 
     async def run(
         self,
@@ -122,121 +85,110 @@ class LoadDriver:
         rate: float | None = None,
         arrivals_s: float | None = None,
     ) -> LoadRun:
-        """Play everybody to the end.
+        """Play all users to the end.
 
         Args:
             players: the users.
-            label: of this run; its words are drawn by it, so two runs of one driver share none.
+            label: of this run; it seeds the words, so two runs of one driver share none.
             rate: kept in the result.
             arrivals_s: kept in the result.
         """
-        stage = _Stage(
-            self._chat,
-            self._target,
-            self._writer,
-            label,
-            Progress(sum(player.num_turns for player in players)),
-        )
-        self._listener.begin(label, stage.progress)
-        shown = asyncio.ensure_future(self._show(stage.progress))
+        driver = Driver(label, sum(player.num_turns for player in players), self._listener)
+        stage = _Stage(self._chat, self._target, self._writer, label, driver)
+        firsts = itertools.accumulate((len(player.scripts) for player in players), initial=0)
+        users = [
+            PlayedUser(player.start_s, _talks(stage, first, player.scripts))
+            for first, player in zip(firsts, players, strict=False)
+        ]
         cpu_s = time.process_time()
-        stage.begin()
-        try:
-            async with asyncio.TaskGroup() as group:
-                first = 0
-                for player in players:
-                    group.create_task(stage.play(player, first))
-                    first += len(player.scripts)
-        finally:
-            shown.cancel()
-            self._listener.end(stage.progress)
+        await driver.play(users)
         cpu_s = time.process_time() - cpu_s
         records = tuple(sorted(stage.records, key=lambda record: record.submitted_s))
         wall_s = max((r.submitted_s + r.latency_s for r in records), default=0.0) - min(
             (r.submitted_s for r in records), default=0.0
         )
-        return LoadRun(rate, records, wall_s, cpu_s, stage.progress.skipped, arrivals_s)
-
-    async def _show(self, progress: Progress) -> None:
-        while True:
-            await asyncio.sleep(SHOW_EVERY_S)
-            self._listener.show(progress)
+        return LoadRun(rate, records, wall_s, cpu_s, driver.progress.skipped, arrivals_s)
 
 
+@dataclass(slots=True)
 class _Stage:
-    """One run under way."""
+    """What all conversations of a run share, and the records they leave."""
 
-    def __init__(
-        self, chat: ChatClient, target: Target, writer: PromptWriter, label: str, progress: Progress
-    ) -> None:
-        self.progress = progress
-        self.records: list[RequestRecord] = []
-        self._chat, self._target, self._writer, self._label = chat, target, writer, label
-        self._begun_s = 0.0
+    chat: ChatClient
+    target: Target
+    writer: PromptWriter
+    label: str
+    driver: Driver
+    records: list[LoadRecord] = field(default_factory=list)
 
-    def begin(self) -> None:
-        self._begun_s = time.perf_counter()
+    def write(self, name: str, num_tokens: float) -> str:
+        """A text of about so many tokens; the same name in the same run gives the same text."""
+        return self.writer.write(
+            f"{self.label}/{name}", max(1, round(num_tokens / self.target.tokens_per_word))
+        )
 
-    async def play(self, player: Player, first: int) -> None:
-        """One user, whose conversations are numbered from `first`."""
-        free_s = player.start_s
-        for conversation, script in enumerate(player.scripts, start=first):
-            free_s = await self._converse(conversation, script, free_s)
 
-    async def _converse(self, conversation: int, script: Script, free_s: float) -> float:
-        """One conversation from `free_s` on, to its end or its first failure. When that was."""
-        system = self._system(script)
-        head: Messages = [{"role": "system", "content": system}] if system else []
-        said: Messages = []  # a question and an answer for each turn
-        for index, turn in enumerate(script.turns):
-            due_s = turn.due_after(free_s)
-            await self._until(due_s)
-            if turn.keep_turns is not None:
-                del said[2 * turn.keep_turns :]
-            question = {"role": "user", "content": self._text(script, index, turn)}
-            self.progress.sent += 1
-            asked = await self._chat.ask([*head, *said, question], turn.output_tokens)
-            record = self._record(conversation, index, turn, due_s, asked)
-            self.records.append(record)
-            self.progress.ended += 1
-            self.progress.output_tokens += record.output_tokens or 0
-            free_s = self._now_s()
-            if not record.ok:
-                self.progress.failed += 1
-                self.progress.skipped += len(script.turns) - index - 1
-                break
-            said += [question, {"role": "assistant", "content": asked.answer.text}]
-        return free_s
+def _talks(stage: _Stage, first: int, scripts: Iterable[Script]) -> Iterator[_Talk]:
+    """A user's conversations, numbered from `first`. Each is made when it begins, so that no history is kept
+    longer.
+    """
+    return (_Talk(stage, number, script) for number, script in enumerate(scripts, start=first))
 
-    def _system(self, script: Script) -> str | None:
-        """What stands before the first message: the same words for every conversation of the run that begins with the same pieces."""
-        texts = [script.system] if script.system else []
-        for piece in script.prefix:
-            words = max(1, round(piece.tokens / self._target.tokens_per_word))
-            texts.append(self._writer.write(f"{self._label}/begin/{piece.name}", words))
-        return "\n".join(texts) or None
 
-    def _text(self, script: Script, index: int, turn: ScriptTurn) -> str:
-        if turn.text is not None:
-            return turn.text
-        words = max(1, round(turn.message_tokens / self._target.tokens_per_word))
-        return self._writer.write(f"{self._label}/{script.name}/{index}", words)
+class _Talk:
+    """A `PlayedConversation` of a script. Like any stateless client it sends the whole history with every
+    turn.
+    """
 
-    def _record(
-        self, conversation: int, index: int, turn: ScriptTurn, due_s: float, asked: Asked
-    ) -> RequestRecord:
-        answer = asked.answer
+    def __init__(self, stage: _Stage, number: int, script: Script) -> None:
+        self._stage, self._number, self._script = stage, number, script
+        self._head: Messages | None = None  # the system prompt; written with the first turn
+        self._said: Messages = []  # a question and an answer for each turn
+
+    @property
+    def num_turns(self) -> int:
+        return len(self._script.turns)
+
+    def due_s(self, turn: int, free_s: float) -> float:
+        return self._script.turns[turn].due_after(free_s)
+
+    async def take_turn(self, turn: int, due_s: float) -> TurnEnd:
+        stage, script = self._stage, self._script.turns[turn]
+        if self._head is None:
+            self._head = self._system()
+        if script.keep_turns is not None:
+            del self._said[2 * script.keep_turns :]
+        text = script.text
+        if text is None:
+            text = stage.write(f"{self._script.name}/{turn}", script.message_tokens)
+        question = {"role": "user", "content": text}
+        asked = await stage.chat.ask([*self._head, *self._said, question], script.output_tokens)
+        record = self._record(turn, due_s, asked)
+        stage.records.append(record)
+        self._said += [question, {"role": "assistant", "content": asked.answer.text}]
+        return TurnEnd(
+            stage.driver.now_s(), record.output_tokens or 0, goes_on=record.ok, failed=not record.ok
+        )
+
+    def _system(self) -> Messages:
+        """The system prompt. Conversations of a run that begin with the same pieces get the same words."""
+        texts = [self._script.system] if self._script.system else []
+        texts += [self._stage.write(f"begin/{piece.name}", piece.tokens) for piece in self._script.prefix]
+        return [{"role": "system", "content": "\n".join(texts)}] if texts else []
+
+    def _record(self, turn: int, due_s: float, asked: Asked) -> LoadRecord:
+        answer, num_tokens = asked.answer, self._script.turns[turn].output_tokens
         times_s = answer.piece_times_s
         error = None
         if asked.failure is not None:
             error = f"{asked.failure.code}: {asked.failure.message}"
-        elif self._target.fixed_lengths:
-            error = _wrong_length(turn.output_tokens, asked)
-        return RequestRecord(
-            conversation=conversation,
-            turn=index,
+        elif self._stage.target.fixed_lengths:
+            error = _wrong_length(num_tokens, asked)
+        return LoadRecord(
+            conversation=self._number,
+            turn=turn,
             due_s=due_s,
-            submitted_s=asked.submitted_s - self._begun_s,
+            submitted_s=self._stage.driver.since_begin_s(asked.submitted_s),
             ttft_s=times_s[0] - asked.submitted_s if times_s else None,
             latency_s=asked.ended_s - asked.submitted_s,
             gaps_s=tuple(after_s - before_s for before_s, after_s in itertools.pairwise(times_s)),
@@ -246,17 +198,9 @@ class _Stage:
             error=error,
         )
 
-    async def _until(self, due_s: float) -> None:
-        """Wait for a time of the run. An event loop may wake up a little early: its clock has coarse ticks."""
-        while (left_s := due_s - self._now_s()) > 0:
-            await asyncio.sleep(max(left_s, _TICK_S))
-
-    def _now_s(self) -> float:
-        return time.perf_counter() - self._begun_s
-
 
 def _wrong_length(num_tokens: int, asked: Asked) -> str | None:
-    """What is wrong with an answer that was to have `num_tokens` tokens."""
+    """What is wrong with an answer that should have `num_tokens` tokens; None if nothing is."""
     answer = asked.answer
     if not answer.num_pieces:
         return f"empty_answer: {num_tokens} tokens were asked for and the answer has no text (finish_reason {answer.finish_reason})"

@@ -1,4 +1,6 @@
-"""Pictures of load runs: latencies by turn, or throughput against normalized latency. Knows figures; nothing of how they came about."""
+"""Pictures of load runs: latencies by turn, or throughput against normalized latency. Knows figures; nothing
+of how they came about.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,15 @@ from pathlib import Path
 from pensieve.bench.load import LoadRun
 from pensieve.bench.load_report import RunFigures, figures
 from pensieve.bench.probe import Target
-from pensieve.canvas import COLOURS, MARKERS, canvas, whole_numbers
 from pensieve.errors import ConfigError
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas, whole_numbers
 
 _QUANTILES = ("p50", "p90")
 
 
 def plot_load(path: str | Path, runs: Sequence[LoadRun], target: Target, words: str) -> Path:
-    """Draw one run by turn, or a sweep of rates as the paper does (normalized latency over throughput), as PNG.
+    """Draw one run by turn, or a sweep of rates as the paper does (normalized latency over throughput), as
+    PNG.
 
     Args:
         path: the file; folders on the way are made.

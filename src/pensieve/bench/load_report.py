@@ -6,17 +6,17 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from statistics import fmean
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pensieve.bench.load import LoadRun, RequestRecord
+from pensieve.bench.load import LoadRecord, LoadRun
 from pensieve.bench.probe import Target
-from pensieve.bench.record import source_version
-from pensieve.bench.stats import Spread, spread
+from pensieve.bench.provenance import source_version
+from pensieve.reporting.json_file import plain
+from pensieve.reporting.spread import Spread
+from pensieve.reporting.tables import line_printer, mean_or_none, shown_count, shown_ms, table
 
 KIND, VERSION = "pensieve-bench", 1
 MAX_FAILURES_SHOWN = 5
@@ -50,7 +50,9 @@ class RunFigures:
     requests_per_s: float  # answered
     steady_requests_per_s: (
         float | None
-    )  # answered, between the end of the first conversation and the last arrival; None: a closed loop, or too short
+        # answered, between the end of the first conversation and the last arrival; None: a closed loop, or
+        # too short
+    )
     output_tokens: int
     output_tokens_per_s: float
     prompt_tokens: int | None  # None = no request told
@@ -111,20 +113,23 @@ def build_json(
         notes: what a reader must know.
     """
     source = source_version()
-    return {
-        "kind": KIND,
-        "version": VERSION,
-        "commit": source["commit"],
-        "dirty": source["dirty"],
-        "command": list(command),
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "target": asdict(target),
-        "config": dict(config),
-        "notes": list(notes),
-        "runs": [asdict(figures(run)) for run in runs],
-        "requests": [_request(index, record) for index, run in enumerate(runs) for record in run.records],
-    }
+    built: dict[str, Any] = plain(
+        {
+            "kind": KIND,
+            "version": VERSION,
+            "commit": source["commit"],
+            "dirty": source["dirty"],
+            "command": list(command),
+            "python": platform.python_version(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "target": asdict(target),
+            "config": dict(config),
+            "notes": list(notes),
+            "runs": [asdict(figures(run)) for run in runs],
+            "requests": [_request(index, record) for index, run in enumerate(runs) for record in run.records],
+        }
+    )
+    return built
 
 
 def failure_lines(runs: Sequence[LoadRun]) -> list[str]:
@@ -145,10 +150,7 @@ def print_load_report(
     runs: Sequence[LoadRun], target: Target, console: Console, notes: Sequence[str] = ()
 ) -> None:
     """Tables by turn and of totals, or one with a row for each rate, and what the reader must know."""
-
-    def line(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    line = line_printer(console)
     all_figures = [figures(run) for run in runs]
     line("")
     line(f"{target.model} at {target.url}" + (f" ({target.server})" if target.server else ""))
@@ -167,7 +169,7 @@ def print_load_report(
 # -- numbers
 
 
-def _by_turn(answered: Sequence[RequestRecord]) -> tuple[TurnFigures, ...]:
+def _by_turn(answered: Sequence[LoadRecord]) -> tuple[TurnFigures, ...]:
     added = _added_tokens(answered)
     result = []
     for turn in sorted({record.turn for record in answered}):
@@ -178,15 +180,15 @@ def _by_turn(answered: Sequence[RequestRecord]) -> tuple[TurnFigures, ...]:
                 len(records),
                 _ms(record.ttft_s for record in records),
                 _ms(record.normalized_s for record in records),
-                _mean(record.cached_tokens for record in records),
-                _mean(record.prompt_tokens for record in records),
-                _mean(added.get((record.conversation, turn)) for record in records),
+                mean_or_none(record.cached_tokens for record in records),
+                mean_or_none(record.prompt_tokens for record in records),
+                mean_or_none(added.get((record.conversation, turn)) for record in records),
             )
         )
     return tuple(result)
 
 
-def _added_tokens(answered: Sequence[RequestRecord]) -> dict[tuple[int, int], int]:
+def _added_tokens(answered: Sequence[LoadRecord]) -> dict[tuple[int, int], int]:
     """Tokens of each prompt beyond the prompt and the answer before it, by conversation and turn."""
     by_key = {(record.conversation, record.turn): record for record in answered}
     added = {}
@@ -204,7 +206,9 @@ def _added_tokens(answered: Sequence[RequestRecord]) -> dict[tuple[int, int], in
 
 
 def _steady(run: LoadRun) -> float | None:
-    """Throughput without the time in which the first users are still at their first turns, and without the time after the last arrival."""
+    """Throughput without the time in which the first users are still at their first turns, and without the
+    time after the last arrival.
+    """
     if run.arrivals_s is None:
         return None
     last_turn: dict[int, float] = {}
@@ -221,12 +225,7 @@ def _steady(run: LoadRun) -> float | None:
 
 
 def _ms(values_s: Any) -> Spread:
-    return spread(1e3 * value_s for value_s in values_s if value_s is not None)
-
-
-def _mean(values: Any) -> float | None:
-    told = [value for value in values if value is not None]
-    return fmean(told) if told else None
+    return Spread.of(1e3 * value_s for value_s in values_s if value_s is not None)
 
 
 def _sum(values: Any) -> int | None:
@@ -238,7 +237,7 @@ def _per(amount: float, seconds: float) -> float:
     return amount / seconds if seconds > 0 else 0.0
 
 
-def _request(run: int, record: RequestRecord) -> dict[str, Any]:
+def _request(run: int, record: LoadRecord) -> dict[str, Any]:
     return {
         "run": run,
         "conversation": record.conversation,
@@ -257,7 +256,7 @@ def _request(run: int, record: RequestRecord) -> dict[str, Any]:
 
 
 def _turn_table(found: RunFigures) -> Table:
-    table = _table("By turn")
+    rows = table("By turn")
     for name in (
         "turn",
         "n",
@@ -270,28 +269,28 @@ def _turn_table(found: RunFigures) -> Table:
         "cached",
         "new tokens",
     ):
-        table.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     for turn in found.by_turn:
         ttft, normalized = turn.ttft_ms, turn.normalized_ms
         row = [
             str(turn.turn),
             str(turn.requests),
-            *map(_shown_ms, (ttft.p50, ttft.p90, ttft.p99, normalized.p50, normalized.p90)),
+            *map(shown_ms, (ttft.p50, ttft.p90, ttft.p99, normalized.p50, normalized.p90)),
         ]
-        table.add_row(*row, *map(_shown_count, (turn.prompt_tokens, turn.cached_tokens, turn.new_tokens)))
-    return table
+        rows.add_row(*row, *map(shown_count, (turn.prompt_tokens, turn.cached_tokens, turn.new_tokens)))
+    return rows
 
 
 def _totals_table(found: RunFigures) -> Table:
-    table = _table("Totals")
-    table.add_column("")
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_row("requests (failed)", f"{found.requests} ({found.failed})")
-    table.add_row("seconds", f"{found.wall_s:.1f}")
-    table.add_row("requests/s", f"{found.requests_per_s:.2f}")
+    rows = table("Totals")
+    rows.add_column("")
+    rows.add_column("", justify="right", no_wrap=True)
+    rows.add_row("requests (failed)", f"{found.requests} ({found.failed})")
+    rows.add_row("seconds", f"{found.wall_s:.1f}")
+    rows.add_row("requests/s", f"{found.requests_per_s:.2f}")
     if found.steady_requests_per_s is not None:
-        table.add_row("requests/s while conversations arrive", f"{found.steady_requests_per_s:.2f}")
-    table.add_row("output tokens/s", f"{found.output_tokens_per_s:.1f}")
+        rows.add_row("requests/s while conversations arrive", f"{found.steady_requests_per_s:.2f}")
+    rows.add_row("output tokens/s", f"{found.output_tokens_per_s:.1f}")
     spreads = {
         "TTFT": found.ttft_ms,
         "normalized latency": found.normalized_ms,
@@ -299,51 +298,32 @@ def _totals_table(found: RunFigures) -> Table:
         "latency": found.latency_ms,
     }
     for name, times in spreads.items():
-        table.add_row(
-            f"{name}, p50 / p90 / p99 ms", " / ".join(map(_shown_ms, (times.p50, times.p90, times.p99)))
+        rows.add_row(
+            f"{name}, p50 / p90 / p99 ms", " / ".join(map(shown_ms, (times.p50, times.p90, times.p99)))
         )
     cached = _share(found)
-    table.add_row(
+    rows.add_row(
         "prompt tokens found cached",
         cached if found.cached_tokens is None else f"{found.cached_tokens:,} ({cached})",
     )
-    table.add_row("this client's CPU", f"{found.client_cpu_s:.2f} s ({found.client_cpu_share:.1%} of a core)")
-    return table
+    rows.add_row("this client's CPU", f"{found.client_cpu_s:.2f} s ({found.client_cpu_share:.1%} of a core)")
+    return rows
 
 
 def _sweep_table(all_figures: Sequence[RunFigures]) -> Table:
-    table = _table("By rate (TTFT in ms, and ms a token: p50 and p90)")
+    rows = table("By rate (TTFT in ms, and ms a token: p50 and p90)")
     for name in ("rate", "n", "failed", "req/s", "steady", "tok/s", "TTFT", "p90", "ms/tok", "p90", "cached"):
-        table.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     for found in all_figures:
         steady = "–" if found.steady_requests_per_s is None else f"{found.steady_requests_per_s:.2f}"
         counts = [f"{found.rate:g}", str(found.requests), str(found.failed)]
         rates = [f"{found.requests_per_s:.2f}", steady, f"{found.output_tokens_per_s:.1f}"]
         times = (found.ttft_ms.p50, found.ttft_ms.p90, found.normalized_ms.p50, found.normalized_ms.p90)
-        table.add_row(*counts, *rates, *map(_shown_ms, times), _share(found))
-    return table
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+        rows.add_row(*counts, *rates, *map(shown_ms, times), _share(found))
+    return rows
 
 
 def _share(found: RunFigures) -> str:
     if found.cached_tokens is None or not found.prompt_tokens:
         return "not told"
     return f"{found.cached_tokens / found.prompt_tokens:.1%}"
-
-
-def _shown_ms(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _shown_count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"

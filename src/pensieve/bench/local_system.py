@@ -1,4 +1,6 @@
-"""Our own engine, in this process, as a system to measure. Knows the conversation service; never a scheduler or a model."""
+"""Our own engine, in this process, as a system to measure. Knows the conversation service; never a scheduler
+or a model.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class LocalSystem:
     def end_conversation(self, conversation_id: str) -> None:
         """See `ChatSystem`."""
         self._logs.pop(conversation_id, None)
-        self._service.forget(conversation_id)
+        self._service.engine.forget(conversation_id)
 
     def close(self) -> None:
         """Nothing of its own to close."""
@@ -56,7 +58,8 @@ class LocalSystem:
             new.insert(0, Message("system", turn.system_text))
         replay = None
         if turn.forced_prompt is not None:
-            # its history is what both prompts begin with; a prompt that was shortened on the way begins differently
+            # its history is what both prompts begin with; a prompt that was shortened on the way begins
+            # differently
             pairs = zip(turn.forced_prompt, turn.forced_history or (), strict=False)
             replay = (
                 turn.forced_prompt,

@@ -1,39 +1,41 @@
-"""An OpenAI-compatible server as a chat system. Knows HTTP, server-sent events and text; never tokens, or how the server works.
+"""An OpenAI-compatible server as a chat system. Knows histories and texts; never tokens, or how the server
+works.
 
-It is what `compare --baseline-url` measures: a server that is sent the whole history with every turn, as its API demands.
-Times are taken on this side of the network. Whatever the server, the network or the stream does wrong becomes a failed turn.
+`compare --baseline-url` measures it: a server that gets the whole history with every turn, as its API
+demands. Times are taken on this side of the network. Every fault of server, network or stream becomes a
+failed turn.
 """
 
 from __future__ import annotations
 
-import re
+import asyncio
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
-from pensieve.bench.chat_stream import EventSplitter, StreamedAnswer, TurnFailed, refusal
+from pensieve.bench.chat_client import LENGTH_FORMS, Asked, ChatClient
+from pensieve.bench.http_client import HttpClient
+from pensieve.bench.probe import find_model
 from pensieve.bench.systems import TurnRequest, TurnResult, failed_turn
-from pensieve.engine.messages import Receipt
-from pensieve.errors import ConfigError, ModelUnavailable
+from pensieve.core.receipt import Receipt
 
 
 @dataclass(slots=True)
 class _History:
-    """What was said in one conversation, and what the server told of its size."""
+    """What was said in one conversation, and its size."""
 
     messages: list[dict[str, str]] = field(default_factory=list)
     tokens: int = 0  # prompt and answer of the last turn, by the server's count
 
 
 class OpenAISystem:
-    """Streams chat completions from a server, one thread for each turn under way.
+    """Streams chat completions from a server. Its requests run on an event loop in a thread of its own.
 
-    Sole owner of the conversations' histories. Answers are greedy (temperature 0). Tokens found in the server's cache are
-    read from `usage.prompt_tokens_details.cached_tokens` where the server reports it (vLLM does with
-    `--enable-prompt-tokens-details`); they are counted as found on the gpu. Token ids are not told by this
-    protocol, so outputs cannot be compared under the contract.
+    Sole owner of the conversations' histories. Answers are greedy (temperature 0). The number of cached
+    prompt tokens is read from `usage.prompt_tokens_details.cached_tokens` if the server reports it (vLLM does
+    with `--enable-prompt-tokens-details`) and counted as found on the GPU. The protocol has no token ids, so
+    outputs cannot be compared under the contract.
     """
 
     def __init__(
@@ -43,7 +45,6 @@ class OpenAISystem:
         *,
         api_key: str | None = None,
         name: str = "baseline",
-        max_concurrent: int = 256,
         connect_timeout_s: float = 10.0,
         read_timeout_s: float = 600.0,
     ) -> None:
@@ -54,190 +55,115 @@ class OpenAISystem:
             model: the name to ask for; None takes the first that the server lists.
             api_key: sent as a bearer token, never shown.
             name: for tables and legends.
-            max_concurrent: connections at once; more turns wait for one here, and their waiting counts.
             connect_timeout_s: for a connection.
             read_timeout_s: for the next bytes of an answer.
 
         Raises:
-            ConfigError: the URL is not one of HTTP, or `httpx` is not installed.
-            ModelUnavailable: the model's name must be asked for and the server does not answer.
+            ConfigError: the URL is not an HTTP URL.
+            ModelUnavailable: `model` is None and the server does not list one.
         """
-        try:
-            import httpx
-        except ImportError as error:
-            raise ConfigError("a baseline over HTTP needs the package httpx: pip install httpx") from error
-        root = base_url.rstrip("/")
-        if not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", root):
-            raise ConfigError(
-                f"the baseline's URL must look like http://host:port or http://host:port/v1, got {base_url!r}"
-            )
-        self._url = root if root.endswith("/v1") else f"{root}/v1"
-        self._httpx = httpx
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(read_timeout_s, connect=connect_timeout_s, pool=None),
-            limits=httpx.Limits(max_connections=max_concurrent, max_keepalive_connections=max_concurrent),
+        root = base_url.strip().rstrip("/").removesuffix("/v1")
+        http = HttpClient(
+            f"{root}/v1", api_key, connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s
         )
         self.name = name
         self._lock = threading.Lock()
         self._histories: dict[str, _History] = {}
-        self._under_way: dict[Future[TurnResult], float] = {}  # when each was submitted
+        self._under_way: set[asyncio.Task[TurnResult]] = set()  # touched by the loop's thread only
         self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+        self._chat = ChatClient(http, model or "")
         try:
-            self.model = model or self._first_model()
+            if model is None:
+                listed = asyncio.run_coroutine_threadsafe(find_model(http, None), self._loop)
+                self._chat.model, _ = listed.result()
         except BaseException:
-            self._client.close()
+            self.close()
             raise
 
+    @property
+    def model(self) -> str:
+        """The name that is asked for."""
+        return self._chat.model
+
     def start_turn(self, turn: TurnRequest) -> Future[TurnResult]:
-        """Send the history and the turn; see `ChatSystem`."""
-        submitted_s = time.monotonic()
+        """Send the history and the turn."""
+        submitted_s = time.perf_counter()
         if (text := turn.user_text) is None:
-            return _settled(
-                failed_turn(
-                    "invalid_request",
-                    "a server of chat completions takes text, not token ids",
-                    submitted_s=submitted_s,
-                    total_s=0.0,
-                )
-            )
-        future: Future[TurnResult] = Future()
+            words = "a server of chat completions takes text, not token ids"
+            return _settled(failed_turn("invalid_request", words, submitted_s=submitted_s, total_s=0.0))
         with self._lock:
             if self._closed:
-                return _settled(
-                    failed_turn("cancelled", "the system is closed", submitted_s=submitted_s, total_s=0.0)
-                )
-            self._under_way[future] = submitted_s
-        # Daemons: a read that hangs cannot be interrupted, and must not keep the program from ending.
-        work = threading.Thread(
-            target=lambda: self._settle(future, self._answer(turn, text, submitted_s)),
-            name=f"{self.name} turn",
-            daemon=True,
-        )
-        work.start()
-        return future
+                words = "the system is closed"
+                return _settled(failed_turn("cancelled", words, submitted_s=submitted_s, total_s=0.0))
+            history = self._histories.setdefault(turn.conversation_id, _History())
+            return asyncio.run_coroutine_threadsafe(
+                self._answer(turn, text, history, submitted_s), self._loop
+            )
 
     def end_conversation(self, conversation_id: str) -> None:
-        """Forget the history."""
+        """Drop the history."""
         with self._lock:
             self._histories.pop(conversation_id, None)
 
     def close(self) -> None:
-        """Close the connections and fail what is under way."""
+        """Close the connections and fail the turns that are under way."""
         with self._lock:
-            self._closed = True
-            under_way = list(self._under_way.items())
-        for future, submitted_s in under_way:
-            total_s = time.monotonic() - submitted_s
-            self._settle(
-                future,
-                failed_turn(
-                    "cancelled",
-                    "closed before the server had answered",
-                    submitted_s=submitted_s,
-                    total_s=total_s,
-                ),
-            )
-        self._client.close()
-
-    def _settle(self, future: Future[TurnResult], result: TurnResult) -> None:
-        """Give a turn its result, once: an answer and `close` may come together."""
-        with self._lock:
-            if self._under_way.pop(future, None) is None:
+            if self._closed:
                 return
-        future.set_result(result)
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _first_model(self) -> str:
-        try:
-            response = self._client.get(f"{self._url}/models")
-            response.raise_for_status()
-            return str(response.json()["data"][0]["id"])
-        except (
-            self._httpx.HTTPError,
-            self._httpx.InvalidURL,
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-        ) as error:
-            raise ModelUnavailable(
-                f"{self._url}/models does not name a model ({type(error).__name__}: {error}): is the server up?"
-            ) from error
+    async def _cancel_all(self) -> None:
+        under_way = list(self._under_way)
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way)
+        self._chat.http.close()
 
-    def _answer(self, turn: TurnRequest, user_text: str, submitted_s: float) -> TurnResult:
-        """One turn from request to the end of its stream, in a thread of its own. Does not raise."""
-        with self._lock:
-            history = self._histories.setdefault(turn.conversation_id, _History())
-        if turn.system_text is not None and not history.messages:
-            history.messages.append({"role": "system", "content": turn.system_text})
-        if (
-            turn.forced_answer is not None
-            and history.messages
-            and history.messages[-1]["role"] == "assistant"
-        ):
-            history.messages[-1]["content"] = turn.forced_answer
-        asked = {"role": "user", "content": user_text}
-        answer = StreamedAnswer()
+    async def _answer(
+        self, turn: TurnRequest, user_text: str, history: _History, submitted_s: float
+    ) -> TurnResult:
+        """One turn, from its request to the end of its stream. Does not raise."""
+        task: asyncio.Task[TurnResult] | None = asyncio.current_task()
+        assert task is not None
+        self._under_way.add(task)
         try:
-            self._stream(turn, [*history.messages, asked], answer)
-            answer.check_complete()
-        except TurnFailed as failure:
+            return await self._ask(turn, user_text, history, submitted_s)
+        except asyncio.CancelledError:
+            total_s = time.perf_counter() - submitted_s
+            words = "closed before the server had answered"
+            return failed_turn("cancelled", words, submitted_s=submitted_s, total_s=total_s)
+        finally:
+            self._under_way.discard(task)
+
+    async def _ask(
+        self, turn: TurnRequest, user_text: str, history: _History, submitted_s: float
+    ) -> TurnResult:
+        messages = history.messages
+        if turn.system_text is not None and not messages:
+            messages.append({"role": "system", "content": turn.system_text})
+        if turn.forced_answer is not None and messages and messages[-1]["role"] == "assistant":
+            messages[-1]["content"] = turn.forced_answer
+        question = {"role": "user", "content": user_text}
+        # a server that ignores the fields for a fixed length ends its answers where its model does
+        form = LENGTH_FORMS[0] if turn.fixed_length else ()
+        asked = await self._chat.ask([*messages, question], turn.max_new_tokens, length_form=form)
+        if (failure := asked.failure) is not None:
             return failed_turn(
                 failure.code,
                 failure.message,
                 submitted_s=submitted_s,
-                total_s=time.monotonic() - submitted_s,
-                text=answer.text,
+                total_s=asked.ended_s - submitted_s,
+                text=asked.answer.text,
             )
-        except Exception as error:  # a server may send anything at all; the turn fails, the run goes on
-            message = f"{type(error).__name__}: {error}"
-            return failed_turn(
-                "bad_answer",
-                message,
-                submitted_s=submitted_s,
-                total_s=time.monotonic() - submitted_s,
-                text=answer.text,
-            )
-        total_s = time.monotonic() - submitted_s
-        history.messages += [asked, {"role": "assistant", "content": answer.text}]
-        return _result(answer, history, submitted_s, total_s)
-
-    def _stream(self, turn: TurnRequest, messages: list[dict[str, str]], answer: StreamedAnswer) -> None:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": turn.max_new_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if turn.fixed_length:  # vLLM's and SGLang's words; a server without them ends where its model does
-            body |= {"ignore_eos": True, "min_tokens": turn.max_new_tokens}
-        try:
-            with self._client.stream("POST", f"{self._url}/chat/completions", json=body) as response:
-                if response.status_code != 200:
-                    raise refusal(response.status_code, response.read())
-                events = EventSplitter()
-                for data in response.iter_bytes():
-                    for event in events.feed(data):
-                        answer.take(event, time.monotonic())
-                    if answer.done:
-                        return
-                for event in events.finish():
-                    answer.take(event, time.monotonic())
-        except self._httpx.TimeoutException as error:
-            raise TurnFailed(
-                "timeout", f"{type(error).__name__}: the server was silent for too long"
-            ) from error
-        except self._httpx.ConnectError as error:
-            raise TurnFailed("unreachable", f"{self._url}: {error}") from error
-        except (
-            self._httpx.HTTPError,
-            self._httpx.StreamError,
-            RuntimeError,
-        ) as error:  # RuntimeError: the client was closed meanwhile
-            raise TurnFailed("stream_broken", f"{type(error).__name__}: {error}") from error
+        messages += [question, {"role": "assistant", "content": asked.answer.text}]
+        return _result(asked, history, submitted_s)
 
 
 def _settled(result: TurnResult) -> Future[TurnResult]:
@@ -246,7 +172,8 @@ def _settled(result: TurnResult) -> Future[TurnResult]:
     return future
 
 
-def _result(answer: StreamedAnswer, history: _History, submitted_s: float, total_s: float) -> TurnResult:
+def _result(asked: Asked, history: _History, submitted_s: float) -> TurnResult:
+    answer, total_s = asked.answer, asked.ended_s - submitted_s
     first_token_s = None if answer.first_s is None else answer.first_s - submitted_s
     prompt_tokens, output_tokens, cached = answer.prompt_tokens, answer.output_tokens, answer.cached_tokens
     receipt = None
@@ -255,16 +182,9 @@ def _result(answer: StreamedAnswer, history: _History, submitted_s: float, total
         receipt = Receipt(
             prompt_tokens=prompt_tokens,
             gpu_tokens=cached,
-            cpu_tokens=0,
             recomputed_tokens=recomputed,
             new_tokens=prompt_tokens - cached - recomputed,
             output_tokens=output_tokens or answer.num_pieces,
-            bytes_in=0,
-            bytes_out=0,
-            suspensions=0,
-            resume_cpu_tokens=0,
-            resume_recomputed_tokens=0,
-            queue_s=0.0,
             first_token_s=first_token_s,
             total_s=total_s,
         )

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pensieve.bench.runs import Run, Subject
-from pensieve.bench.stats import quantile
-from pensieve.canvas import COLOURS, MARKERS, canvas, whole_numbers
 from pensieve.errors import ConfigError
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas, whole_numbers
+from pensieve.reporting.spread import quantile
 
 
 def plot_first_token(path: str | Path, runs: Sequence[Run], subject: Subject) -> Path:

@@ -1,4 +1,5 @@
-"""What a server is and takes, found out before a run by asking it. Knows requests and counts; nothing of workloads.
+"""What a server is and takes, found out before a run by asking it. Knows requests and counts; nothing of
+workloads.
 
 Everything asked here is of words that no measured conversation begins with.
 """
@@ -62,7 +63,8 @@ async def find_model(http: HttpClient, model: str | None) -> tuple[str, str | No
     except (TurnFailed, ValueError, KeyError, IndexError, TypeError) as error:
         raise ModelUnavailable(
             f"{http.url}/models does not name a model ({type(error).__name__}: {error}): is the server up? "
-            "Name the model with --model if it does not list any, and send a key with --api-key if it wants one"
+            "Name the model with --model if it does not list any, and send a key with --api-key if it wants "
+            "one"
         ) from error
     return model, header
 
@@ -80,7 +82,8 @@ async def server_version(http: HttpClient, header: str | None) -> str | None:
 async def probe(
     chat: ChatClient, version: str | None, writer: PromptWriter, *, natural: bool = False
 ) -> Target:
-    """Find out which fields the server takes and how many tokens its words are; sets the client's form for that.
+    """Find out which fields the server takes and how many tokens its words are; sets the client's form for
+    that.
 
     Args:
         chat: the client.
@@ -96,7 +99,8 @@ async def probe(
     counts = plain.answer.output_tokens is not None and plain.answer.prompt_tokens is not None
     if not counts:
         notes.append(
-            "the server reports no token counts: pieces of the stream are counted instead, and lengths cannot be verified"
+            "the server reports no token counts: pieces of the stream are counted instead, and lengths "
+            "cannot be verified"
         )
     fixed = False
     if not natural:
@@ -104,7 +108,8 @@ async def probe(
         fixed = bool(chat.length_form)
         if not fixed:
             notes.append(
-                "the server does not fix the length of answers: they end where the model ends them, so output lengths vary"
+                "the server does not fix the length of answers: they end where the model ends them, so "
+                "output lengths vary"
             )
     tokens_per_word, template_tokens = await _calibrate(chat, writer) if counts else (TOKENS_PER_WORD, None)
     return Target(
@@ -166,7 +171,9 @@ async def _find_length_form(chat: ChatClient) -> tuple[str, ...]:
 
 
 async def _calibrate(chat: ChatClient, writer: PromptWriter) -> tuple[float, float]:
-    """Tokens a word, and what the template adds to one message: from two lengths, the difference leaves the template out."""
+    """Tokens a word, and what the template adds to one message: from two lengths, the difference leaves the
+    template out.
+    """
     short, long = CALIBRATION_WORDS
     few = await _count_prompt(chat, writer, short)
     try:
@@ -177,7 +184,8 @@ async def _calibrate(chat: ChatClient, writer: PromptWriter) -> tuple[float, flo
     tokens_per_word = (many - few) / (long - short)
     if not tokens_per_word > 0:
         raise ModelUnavailable(
-            f"{chat.http.url} counts {few} tokens in a prompt of {short} words and {many} in one of {long}: its counts are wrong"
+            f"{chat.http.url} counts {few} tokens in a prompt of {short} words and {many} in one of {long}: "
+            "its counts are wrong"
         )
     return tokens_per_word, few - short * tokens_per_word
 

@@ -1,28 +1,20 @@
-"""A measurement on disk: configuration, commit, machine and every request, as JSON. Knows files; draws no conclusions."""
+"""What `pensieve compare` measured, as a JSON record: configuration, commit, machine and every request. Draws
+no conclusions.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import math
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
-from enum import Enum
-from pathlib import Path
 from typing import Any
 
-import pensieve
 from pensieve.bench.equality import Equality
+from pensieve.bench.provenance import machine, source_version, versions
 from pensieve.bench.report import speedups, summarize
 from pensieve.bench.runs import Run, Subject, TurnRecord
-from pensieve.machine import cpu_name, write_whole
+from pensieve.reporting.json_file import plain
 
-SCHEMA = 1  # of the file; goes up when a field changes its meaning
-_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton")
+SCHEMA = 1  # of the file; rises when a field changes its meaning
 
 
 def build_record(
@@ -33,12 +25,12 @@ def build_record(
     equality: Equality | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Everything about one measurement as JSON-ready values; numbers that are none become null.
+    """Everything about one measurement, in JSON's own types.
 
     Args:
         runs: one run, or two of which the second is the baseline.
         subject: what was measured.
-        config: the options it was started with (dataclasses, enums and paths are understood).
+        config: the options it was started with; dataclasses, enums and paths are allowed.
         equality: the verdict on two runs.
         notes: what a reader must know.
     """
@@ -78,49 +70,8 @@ def build_record(
             "counts": {verdict.value: count for verdict, count in equality.counts.items()},
             "turns": equality.turns,
         }
-    plain = _plain(record)
-    assert isinstance(plain, dict)
-    return plain
-
-
-def write_record(path: str | Path, record: Mapping[str, Any]) -> Path:
-    """Write it whole or not at all; folders on the way are made."""
-    target = Path(path)
-    write_whole(target, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-    return target
-
-
-def source_version() -> dict[str, Any]:
-    """The version, and the commit if this package runs from its own git checkout (`dirty`: with changes on top)."""
-    found: dict[str, Any] = {"version": pensieve.__version__, "commit": None, "dirty": None}
-    here = Path(pensieve.__file__).resolve().parent
-    if _git(here, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return found  # installed, or in somebody else's checkout
-    found["commit"] = (_git(here, "rev-parse", "HEAD") or "").strip() or None
-    status = _git(here, "status", "--porcelain", "--untracked-files=no")
-    found["dirty"] = None if status is None else bool(status.strip())
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on."""
-    return {
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "processor": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide speed and results, where installed."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    built: dict[str, Any] = plain(record)
+    return built
 
 
 def _request(turn: TurnRecord) -> dict[str, Any]:
@@ -146,31 +97,3 @@ def _request(turn: TurnRecord) -> dict[str, Any]:
         "error": result.error,
         "receipt": result.receipt,
     }
-
-
-def _plain(value: object) -> object:
-    """JSON's own types; what JSON has no word for becomes null (numbers) or its text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return str(value)
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command; None if it failed or there is no git."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout

@@ -1,21 +1,32 @@
 """Runs in numbers and tables. Knows results; nothing of how they came about.
 
-Normalized latency is a turn's end-to-end latency divided by its output tokens (paper, evaluation). Throughput is that of a
-closed loop: users who think keep it down, so two systems that both keep up differ in latency and not in requests a second.
+Normalized latency is a turn's end-to-end latency divided by its output tokens (paper, evaluation). Throughput
+is that of a closed loop: users who think keep it down, so two systems that both keep up differ in latency and
+not in requests a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pensieve.bench.equality import Equality
 from pensieve.bench.runs import EarlyEnd, Run, Subject, TurnRecord, short_name
+from pensieve.reporting.tables import (
+    line_printer,
+    mean_or_none,
+    median_or_none,
+    ratio,
+    shown_count,
+    shown_number,
+    shown_ratio,
+    shown_s_as_ms,
+    shown_share,
+    table,
+)
 from pensieve.workloads.arrivals import ThinkClass
 
 _NAME_CHARS = 12  # of a system's name in a table of many columns
@@ -23,7 +34,9 @@ _NAME_CHARS = 12  # of a system's name in a table of many columns
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Some answered turns of one run: those with one index, or of one class of users. None = not told by the system."""
+    """Some answered turns of one run: those with one index, or of one class of users. None = not told by the
+    system.
+    """
 
     label: str
     answers: int
@@ -98,11 +111,11 @@ def summarize(run: Run) -> RunSummary:
 def speedups(first: Totals, second: Totals) -> Speedups:
     """The first system against the second."""
     return Speedups(
-        first_token=_ratio(second.first_token_median_s, first.first_token_median_s),
-        later_first_token=_ratio(second.later_first_token_median_s, first.later_first_token_median_s),
-        normalized=_ratio(second.normalized_median_s, first.normalized_median_s),
-        requests_per_s=_ratio(first.requests_per_s, second.requests_per_s),
-        output_tokens_per_s=_ratio(first.output_tokens_per_s, second.output_tokens_per_s),
+        first_token=ratio(second.first_token_median_s, first.first_token_median_s),
+        later_first_token=ratio(second.later_first_token_median_s, first.later_first_token_median_s),
+        normalized=ratio(second.normalized_median_s, first.normalized_median_s),
+        requests_per_s=ratio(first.requests_per_s, second.requests_per_s),
+        output_tokens_per_s=ratio(first.output_tokens_per_s, second.output_tokens_per_s),
     )
 
 
@@ -123,16 +136,14 @@ def print_report(
         equality: the verdict on two runs.
         notes: more lines, of how the conversations were picked for instance.
     """
-
-    def line(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    line = line_printer(console)
     line("")
     line(str(subject))
     if any(_is_long(summary.system) for summary in summaries):
         line(" against ".join(summary.system for summary in summaries))
     line(
-        "n answers; medians of time to first token and of normalized latency; mean tokens a turn by where they came from\n"
+        "n answers; medians of time to first token and of normalized latency; mean tokens a turn by where "
+        "they came from\n"
     )
     console.print(_group_table("By turn", "turn", [s.by_turn for s in summaries], summaries))
     line("")
@@ -154,7 +165,8 @@ def print_report(
         line(equality.verdict_line())
         if (example := equality.example) is not None:
             line(
-                f"  example: conversation {example.conversation_id}, turn {example.turn_index + 1}, {example.verdict.value}: {example.reason}"
+                f"  example: conversation {example.conversation_id}, turn {example.turn_index + 1}, "
+                f"{example.verdict.value}: {example.reason}"
             )
 
 
@@ -163,12 +175,12 @@ def _group(label: str, records: Sequence[TurnRecord]) -> Group:
     return Group(
         label,
         len(records),
-        _median(record.result.first_token_s for record in records),
-        _median(_normalized_s(record) for record in records),
-        _mean(r.gpu_tokens for r in receipts),
-        _mean(r.cpu_tokens for r in receipts),
-        _mean(r.recomputed_tokens for r in receipts),
-        _mean(r.new_tokens for r in receipts),
+        median_or_none(record.result.first_token_s for record in records),
+        median_or_none(_normalized_s(record) for record in records),
+        mean_or_none(r.gpu_tokens for r in receipts),
+        mean_or_none(r.cpu_tokens for r in receipts),
+        mean_or_none(r.recomputed_tokens for r in receipts),
+        mean_or_none(r.new_tokens for r in receipts),
     )
 
 
@@ -184,53 +196,32 @@ def _totals(run: Run, answered: Sequence[TurnRecord]) -> Totals:
         failures=len(run.records) - len(answered) - context_full,
         context_full=context_full,
         duration_s=run.duration_s,
-        requests_per_s=_ratio(len(answered), run.duration_s),
+        requests_per_s=ratio(len(answered), run.duration_s),
         output_tokens=output_tokens,
-        output_tokens_per_s=_ratio(output_tokens, run.duration_s),
-        first_token_median_s=_median(record.result.first_token_s for record in answered),
-        later_first_token_median_s=_median(
+        output_tokens_per_s=ratio(output_tokens, run.duration_s),
+        first_token_median_s=median_or_none(record.result.first_token_s for record in answered),
+        later_first_token_median_s=median_or_none(
             record.result.first_token_s for record in answered if record.request.turn_index
         ),
-        normalized_median_s=_median(_normalized_s(record) for record in answered),
-        gpu_share=_ratio(gpu, findable),
-        cpu_share=_ratio(cpu, findable),
-        recomputed_share=_ratio(recomputed, findable),
+        normalized_median_s=median_or_none(_normalized_s(record) for record in answered),
+        gpu_share=ratio(gpu, findable),
+        cpu_share=ratio(cpu, findable),
+        recomputed_share=ratio(recomputed, findable),
         suspensions=sum(r.suspensions for r in receipts),
         truncated_tokens=sum(r.truncated_tokens for r in receipts),
     )
 
 
 def _normalized_s(record: TurnRecord) -> float | None:
-    return _ratio(record.result.total_s, record.result.num_output)
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or not b else a / b
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    told = [value for value in values if value is not None]
-    return median(told) if told else None
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    told = list(values)
-    return fmean(told) if told else None
+    return ratio(record.result.total_s, record.result.num_output)
 
 
 def _group_table(
     title: str, what: str, sides: Sequence[Sequence[Group]], summaries: Sequence[RunSummary]
 ) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )  # fits 80 columns
-    table.add_column(what, no_wrap=True)
-    table.add_column("system", max_width=_NAME_CHARS, overflow="ellipsis", no_wrap=True)
+    rows = table(title)  # fits 80 columns
+    rows.add_column(what, no_wrap=True)
+    rows.add_column("system", max_width=_NAME_CHARS, overflow="ellipsis", no_wrap=True)
     for name in (
         "n",
         "TTFT ms",
@@ -241,7 +232,7 @@ def _group_table(
         "new",
         *(["TTFT ×"] if len(sides) == 2 else []),
     ):
-        table.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     labels = list(dict.fromkeys(group.label for side in sides for group in side))
     for label in labels:
         found = [next((group for group in side if group.label == label), None) for side in sides]
@@ -253,53 +244,48 @@ def _group_table(
                 short_name(summaries[index].system),
                 str(group.answers),
             ]
-            row += [_ms(group.first_token_median_s), _ms(group.normalized_median_s)]
+            row += [shown_s_as_ms(group.first_token_median_s), shown_s_as_ms(group.normalized_median_s)]
             row += [
-                _tokens(n)
+                shown_count(n)
                 for n in (group.gpu_tokens, group.cpu_tokens, group.recomputed_tokens, group.new_tokens)
             ]
             if len(sides) == 2:
                 other = found[1] if index == 0 else None
                 row.append(
-                    _times(_ratio(other.first_token_median_s, group.first_token_median_s)) if other else ""
+                    shown_ratio(ratio(other.first_token_median_s, group.first_token_median_s))
+                    if other
+                    else ""
                 )
-            table.add_row(*row)
+            rows.add_row(*row)
         if len(sides) == 2:
-            table.add_section()
-    return table
+            rows.add_section()
+    return rows
 
 
 _TOTAL_ROWS: tuple[tuple[str, Callable[[Totals], str]], ...] = (
     ("answers", lambda t: str(t.answers)),
     ("failed", lambda t: str(t.failures)),
     ("seconds", lambda t: f"{t.duration_s:.2f}"),
-    ("requests/s", lambda t: _number(t.requests_per_s)),
-    ("output tokens/s", lambda t: _number(t.output_tokens_per_s)),
-    ("TTFT, median ms", lambda t: _ms(t.first_token_median_s)),
-    ("TTFT from turn 2 on, median ms", lambda t: _ms(t.later_first_token_median_s)),
-    ("normalized latency, median ms/token", lambda t: _ms(t.normalized_median_s)),
-    ("history found on gpu", lambda t: _percent(t.gpu_share)),
-    ("history swapped in from cpu", lambda t: _percent(t.cpu_share)),
-    ("history recomputed", lambda t: _percent(t.recomputed_share)),
+    ("requests/s", lambda t: shown_number(t.requests_per_s)),
+    ("output tokens/s", lambda t: shown_number(t.output_tokens_per_s)),
+    ("TTFT, median ms", lambda t: shown_s_as_ms(t.first_token_median_s)),
+    ("TTFT from turn 2 on, median ms", lambda t: shown_s_as_ms(t.later_first_token_median_s)),
+    ("normalized latency, median ms/token", lambda t: shown_s_as_ms(t.normalized_median_s)),
+    ("history found on gpu", lambda t: shown_share(t.gpu_share)),
+    ("history swapped in from cpu", lambda t: shown_share(t.cpu_share)),
+    ("history recomputed", lambda t: shown_share(t.recomputed_share)),
     ("suspensions", lambda t: str(t.suspensions)),
 )
 
 
 def _totals_table(summaries: Sequence[RunSummary]) -> Table:
-    table = Table(
-        title="Totals",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    table.add_column("")
+    rows = table("Totals")
+    rows.add_column("")
     for summary in summaries:
-        table.add_column(short_name(summary.system), justify="right")
+        rows.add_column(short_name(summary.system), justify="right")
     for name, show in _TOTAL_ROWS:
-        table.add_row(name, *(show(summary.totals) for summary in summaries))
-    return table
+        rows.add_row(name, *(show(summary.totals) for summary in summaries))
+    return rows
 
 
 def _speedup_line(first: RunSummary, second: RunSummary) -> str:
@@ -311,7 +297,7 @@ def _speedup_line(first: RunSummary, second: RunSummary) -> str:
         ("requests/s", ratios.requests_per_s),
         ("output tokens/s", ratios.output_tokens_per_s),
     )
-    words = ", ".join(f"{name} {_times(ratio)}" for name, ratio in told if ratio is not None)
+    words = ", ".join(f"{name} {shown_ratio(times)}" for name, times in told if times is not None)
     return f"{short_name(first.system)} against {short_name(second.system)} (above 1× is better): {words or 'nothing to compare'}"
 
 
@@ -334,26 +320,3 @@ def _end_lines(summaries: Sequence[RunSummary]) -> list[str]:
 
 def _is_long(name: str) -> bool:
     return name != short_name(name) or len(name) > _NAME_CHARS
-
-
-def _ms(value_s: float | None) -> str:
-    if value_s is None:
-        return "–"
-    ms = value_s * 1000
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}"
-
-
-def _tokens(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.2f}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
-
-
-def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}×"

@@ -1,4 +1,6 @@
-"""What one measurement is: its settings, and every turn with its result. Values only; knows no system and no clock."""
+"""What one measurement is: its settings, and every turn with its result. Values only; knows no system and no
+clock.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,8 @@ class RunSettings:
 
     request_interval_s: float  # a warm user's think time; hot 0.3 of it, cold 2.5
     max_new_tokens: int
-    num_users: int | None = (
-        None  # users at once; each takes its conversations one after the other. None: one conversation each
-    )
+    # users at once; each takes its conversations one after the other. None: one conversation each
+    num_users: int | None = None
     fixed_length: bool = False  # every answer has max_new_tokens (a model of random weights never stops well)
     vocab_size: int | None = None  # draw token ids below it at the texts' lengths; None: send the texts
     jitter: bool = False  # think times exponential around their means

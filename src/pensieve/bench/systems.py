@@ -1,6 +1,7 @@
-"""What a benchmark drives: anything that answers the turns of a chat. Knows no engine, no protocol and no clock.
+"""What a benchmark drives: anything that answers the turns of a chat. Knows no engine, no protocol and no
+clock.
 
-A system may be an engine in this process, one in another process, or somebody else's server. The driver
+A system may be an engine in this process, one in another process, or another project's server. The driver
 (`bench.compare`) sees only `ChatSystem`: a turn goes in, a future of its result comes out, and a turn that
 goes wrong is a result with an error, never an exception.
 """
@@ -11,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from pensieve.engine.messages import Receipt
+from pensieve.core.receipt import Receipt
 from pensieve.errors import ContextLengthExceeded
 
 CONTEXT_FULL = ContextLengthExceeded.code  # the one error that ends a conversation in good order
@@ -32,9 +33,8 @@ class TurnRequest:
     fixed_length: bool  # answer with exactly max_new_tokens, whatever the model thinks of stopping
     system_text: str | None = None  # the conversation's system prompt; turn 0 only, and only with `user_text`
     forced_answer: str | None = None  # in a replay: the text that was answered to the turn before this one
-    forced_prompt: tuple[int, ...] | None = (
-        None  # in a replay: every token of the prompt, history and this turn's; None: not known
-    )
+    # in a replay: every token of the prompt, history and this turn's; None: not known
+    forced_prompt: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         assert (self.user_text is None) != (self.tokens is None), (

@@ -1,4 +1,6 @@
-"""`pensieve bench`: load on any OpenAI-compatible server. Chooses, wires, starts; `bench` and `workloads` do the work."""
+"""`pensieve bench`: load on any OpenAI-compatible server. Chooses, wires, starts; `bench` and `workloads` do
+the work.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ import click
 from rich.console import Console
 
 from pensieve.bench.chat_client import ChatClient
+from pensieve.bench.driver import ShownRun
 from pensieve.bench.http_client import HttpClient
 from pensieve.bench.load import LoadDriver, LoadRun
 from pensieve.bench.load_plot import plot_load
-from pensieve.bench.load_progress import open_load_progress
 from pensieve.bench.load_report import build_json, failure_lines, print_load_report
 from pensieve.bench.probe import Target, find_model, probe, server_version, warm_up
-from pensieve.bench.record import write_record
 from pensieve.cli.loops import loop_factory
 from pensieve.cli.outputs import check_paths
+from pensieve.reporting.json_file import write_json
 from pensieve.workloads.arrivals import ThinkTime, parse_rates
 from pensieve.workloads.generators import LIKENESSES
 from pensieve.workloads.load_plan import DEFAULT_TURNS, LoadOptions, PlannedRun
@@ -113,7 +115,8 @@ def _option(name: str, *more: str, **keywords: Any) -> Callable[[Any], Any]:
     "--output-tokens",
     type=click.IntRange(min=1),
     default=None,
-    help=f"Tokens of an answer, exactly so many where the server can.  [default: {DEFAULT_OUTPUT_TOKENS}; as a trace has them]",
+    help=f"Tokens of an answer, exactly so many where the server can.  [default: {DEFAULT_OUTPUT_TOKENS}; as "
+    "a trace has them]",
 )
 @_option(
     "--natural",
@@ -124,13 +127,15 @@ def _option(name: str, *more: str, **keywords: Any) -> Callable[[Any], Any]:
 @_option(
     "--think",
     default="0",
-    help="Seconds between an answer and the next turn: 2.5 | exp:3 (exponential with that mean) | chats | file:GAPS.",
+    help="Seconds between an answer and the next turn: 2.5 | exp:3 (exponential with that mean) | chats | "
+    "file:GAPS.",
 )
 @_option(
     "--trace",
     type=click.Path(path_type=Path),
     default=None,
-    help=f"Play recorded conversations (docs/bench.md has the forms), or some like those of a dataset: {' | '.join(LIKENESSES)}.",
+    help="Play recorded conversations (docs/bench.md has the forms), or some like those of a dataset: "
+    f"{' | '.join(LIKENESSES)}.",
 )
 @_option(
     "--system-prompts",
@@ -201,10 +206,12 @@ def bench(
     json_path: Path | None,
     **arguments: Any,
 ) -> None:
-    """Measure a server under the load of people in conversation: Pensieve's own, vLLM, llama.cpp's, any that speaks OpenAI's API.
+    """Measure a server under the load of people in conversation: Pensieve's own, vLLM, llama.cpp's, any that
+    speaks OpenAI's API.
 
-    Every turn resends the whole history. Without --rate, --users converse at once, each sending its next turn after the answer and its think
-    time; with it, conversations arrive whatever the server does. The last line is JSON; the exit status is 1 if a request failed.
+    Every turn resends the whole history. Without --rate, --users converse at once, each sending its next turn
+    after the answer and its think time; with it, conversations arrive whatever the server does. The last line
+    is JSON; the exit status is 1 if a request failed.
     """
     server = ServerOptions(url, model, api_key, natural, warm_up_requests, fresh_connections, timeout_s)
     options = LoadOptions(
@@ -223,7 +230,7 @@ def bench(
     console = Console()
     print_load_report(runs, target, console)
     for path in paths:
-        _say(f"json: {write_record(path, record)}")
+        _say(f"json: {write_json(path, record)}")
     if out_dir is not None and any(one.ok for run in runs for one in run.records):
         _say(f"plot: {plot_load(out_dir / PLOT_NAME, runs, target, _words(options, planned))}")
     failures = failure_lines(runs)
@@ -249,7 +256,8 @@ async def _measure(
         writer = PromptWriter(options.seed)
         target = await probe(chat, await server_version(apart, header), writer, natural=server.natural)
         _say(
-            f"{model} at {http.url}: answers {'have a fixed length' if target.fixed_lengths else 'end where the model ends them'}"
+            f"{model} at {http.url}: answers "
+            f"{'have a fixed length' if target.fixed_lengths else 'end where the model ends them'}"
         )
         planned = options.plan(target.template_tokens or 0.0)
         words = max(1, round(options.new_tokens / target.tokens_per_word))
@@ -260,7 +268,7 @@ async def _measure(
             words,
             min(WARM_UP_TOKENS, options.output_tokens or DEFAULT_OUTPUT_TOKENS),
         )
-        driver = LoadDriver(chat, target, writer, open_load_progress())
+        driver = LoadDriver(chat, target, writer, ShownRun())
         gc.collect()
         gc.freeze()  # what is there now is looked at no more: no long pauses in the middle of a run
         runs = [

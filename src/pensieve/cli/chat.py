@@ -14,14 +14,14 @@ import click
 
 from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.core.request import SamplingParams
-from pensieve.engine.messages import Receipt, Stats
+from pensieve.engine.messages import Stats
 from pensieve.errors import ConversationNotFound, PensieveError
 from pensieve.message import Message
 from pensieve.runtime.follower import follow_unless_first
 from pensieve.runtime.loading import load_model, notes_of
 from pensieve.runtime.local import Runtime, start
 from pensieve.runtime.options import GB
-from pensieve.service import DEFAULT_NAMESPACE, TurnDone
+from pensieve.service import DEFAULT_NAMESPACE
 from pensieve.store import ConversationStore, default_path, open_store, path_messages, sqlite_path
 
 HELP = "Commands: /cache (what is where), /history, /new, /quit. Ctrl-C ends an answer, Ctrl-D the chat."
@@ -154,7 +154,7 @@ class _Chat:
             return conversation.id, True
 
     def _cache(self) -> None:
-        stats = self.runtime.service.stats().result()
+        stats = self.runtime.service.engine.stats().result()
         assert isinstance(stats, Stats)
         for tier in stats.tiers:
             click.echo(
@@ -196,34 +196,8 @@ class _Chat:
             click.secho(f"note: {done.warning}", fg="yellow")
         if done.turn_id is None:
             click.secho("no token was answered yet: this turn was not kept", fg="yellow")
-        click.secho(receipt_line(done), dim=True)
+        click.secho(f"[{done.receipt} | ended by {done.reason.value}]", dim=True)
         return done.turn_id is not None
-
-
-def receipt_line(done: TurnDone) -> str:
-    """A turn's receipt in one line."""
-    r = done.receipt
-    first = "-" if r.first_token_s is None else f"{1e3 * r.first_token_s:.0f} ms"
-    parts = [
-        f"prompt {r.prompt_tokens} tokens = gpu {r.gpu_tokens} + cpu {r.cpu_tokens} + recomputed "
-        f"{r.recomputed_tokens} + new {r.new_tokens}",
-        f"out {r.output_tokens} ({done.reason.value})",
-        f"moved {_bytes(r.bytes_in)} in, {_bytes(r.bytes_out)} out",
-        f"queue {1e3 * r.queue_s:.0f} ms, first token {first}, total {1e3 * r.total_s:.0f} ms",
-    ]
-    return "[" + " | ".join(parts) + _extras(r) + "]"
-
-
-def _extras(r: Receipt) -> str:
-    extras = ""
-    if r.truncated_tokens:
-        extras += f" | left out {r.truncated_tokens} tokens"
-    if r.suspensions:
-        extras += (
-            f" | suspended {r.suspensions}x: {r.resume_cpu_tokens} swapped in, "
-            f"{r.resume_recomputed_tokens} recomputed again"
-        )
-    return extras
 
 
 def _bytes(count: int) -> str:

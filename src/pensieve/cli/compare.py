@@ -12,17 +12,18 @@ from typing import Any
 import click
 
 from pensieve.bench.compare import run_users
+from pensieve.bench.driver import ShownRun
 from pensieve.bench.equality import Equality, compare_outputs
 from pensieve.bench.local_system import LocalSystem
 from pensieve.bench.openai_system import OpenAISystem
 from pensieve.bench.plot import plot_first_token
-from pensieve.bench.progress import open_progress
-from pensieve.bench.record import build_record, write_record
+from pensieve.bench.record import build_record
 from pensieve.bench.report import print_report, summarize
 from pensieve.bench.runs import Run, RunSettings, Subject
 from pensieve.cli.options import cache_options, model_options, pick, template_options
 from pensieve.core.request import SamplingParams
 from pensieve.engine.messages import Stats
+from pensieve.reporting.json_file import write_json
 from pensieve.runtime.follower import follow_unless_first
 from pensieve.runtime.loading import LoadedModel, load_model, notes_of, settled
 from pensieve.runtime.local import Runtime, start
@@ -57,7 +58,9 @@ class Workload:
         )
 
     def settings(self, loaded: LoadedModel) -> RunSettings:
-        """How the driver runs them: as text, or as drawn token ids of the texts' lengths for a model that does not talk."""
+        """How the driver runs them: as text, or as drawn token ids of the texts' lengths for a model that
+        does not talk.
+        """
         return RunSettings(
             request_interval_s=self.request_interval_s,
             max_new_tokens=self.max_new_tokens,
@@ -111,15 +114,17 @@ def compare(baseline_url: str | None, out_dir: str | None, **arguments: Any) -> 
 def run_compare(
     options: Options, workload: Workload, *, baseline_url: str | None = None, out_dir: str | None = None
 ) -> Equality | None:
-    """Both systems, the report, the plot and the JSON. Returns the verdict on their outputs (None against another server)."""
+    """Both systems, the report, the plot and the JSON. Returns the verdict on their outputs (None against
+    another server).
+    """
     selection = workload.conversations()
     loaded = _load(options)
     settings = workload.settings(loaded)
-    listener = open_progress()
+    listener = ShownRun()
     with _system(options, loaded, retain=True) as (stateful, runtime):
         first = run_users(stateful, selection.conversations, settings, listener)
         stats, sizes = (
-            runtime.service.stats().result(),
+            runtime.service.engine.stats().result(),
             runtime.sizes.as_json() | {"cost": runtime.cost_source},
         )
     if baseline_url is not None:
@@ -148,9 +153,9 @@ def run_one(options: Options, workload: Workload, *, retain: bool, out_dir: str 
     selection = workload.conversations()
     loaded = _load(options)
     with _system(options, loaded, retain=retain) as (system, runtime):
-        run = run_users(system, selection.conversations, workload.settings(loaded), open_progress())
+        run = run_users(system, selection.conversations, workload.settings(loaded), ShownRun())
         stats, sizes = (
-            runtime.service.stats().result(),
+            runtime.service.engine.stats().result(),
             runtime.sizes.as_json() | {"cost": runtime.cost_source},
         )
     _report(options, loaded, workload, [run], selection, sizes, stats, None, out_dir)
@@ -170,7 +175,9 @@ def _system(options: Options, loaded: LoadedModel, *, retain: bool) -> Iterator[
 
 
 def _warm_up(runtime: Runtime, loaded: LoadedModel) -> None:
-    """First steps are slow everywhere (kernels are chosen, memory is touched); both systems get the same ones, untimed."""
+    """First steps are slow everywhere (kernels are chosen, memory is touched); both systems get the same
+    ones, untimed.
+    """
     length = min(WARM_UP_TOKENS, runtime.sizes.max_context // 2)
     for part in (length, length, length // 4):
         names = [f"warm-up-{part}-{user}" for user in range(WARM_UP_USERS)]
@@ -186,7 +193,7 @@ def _warm_up(runtime: Runtime, loaded: LoadedModel) -> None:
         ]
         for turn, name in zip(turns, names, strict=True):
             turn.future.result()
-            runtime.service.forget(name, namespace="warm-up")
+            runtime.service.engine.forget(name, namespace="warm-up")
 
 
 def _load(options: Options) -> LoadedModel:
@@ -203,7 +210,8 @@ def _load(options: Options) -> LoadedModel:
         click.secho(f"note: {note}", fg="yellow", err=True)
     if not loaded.talks:
         click.echo(
-            "token ids are drawn at the texts' lengths and answers have a fixed length: this times, it does not talk"
+            "token ids are drawn at the texts' lengths and answers have a fixed length: this times, it does "
+            "not talk"
         )
     return loaded
 
@@ -230,8 +238,9 @@ def _report(
     assert isinstance(stats, Stats)
     tiers = ", ".join(f"{tier.name} {tier.num_slots} chunks" for tier in stats.tiers)
     notes.append(
-        f"tiers {tiers} ({sizes['chunk_bytes'] / 1e6:.2f} MB a chunk), Cost(l) from {sizes['cost']}; {stats.chunks_dropped} chunks dropped, "
-        f"{stats.suspensions} suspensions, {stats.bytes_in / 1e6:.0f} MB swapped in, {stats.bytes_out / 1e6:.0f} MB swapped out"
+        f"tiers {tiers} ({sizes['chunk_bytes'] / 1e6:.2f} MB a chunk), Cost(l) from {sizes['cost']}; "
+        f"{stats.chunks_dropped} chunks dropped, {stats.suspensions} suspensions, {stats.bytes_in / 1e6:.0f} "
+        f"MB swapped in, {stats.bytes_out / 1e6:.0f} MB swapped out"
     )
     print_report([summarize(run) for run in runs], subject, Console(), equality=equality, notes=notes)
     folder = Path(out_dir or "out")
@@ -243,7 +252,7 @@ def _report(
         "stats": asdict(stats),
     }
     record = build_record(runs, subject, config, equality=equality, notes=notes)
-    json_path = write_record(folder / f"{stem}.json", record)
+    json_path = write_json(folder / f"{stem}.json", record)
     if any(True for run in runs for _ in run.answered()):
         click.echo(f"plot: {plot_first_token(folder / f'{stem}.png', runs, subject)}")
     else:

@@ -31,7 +31,8 @@ def check_paths(out_dir: Path | None, json_path: Path | None, name: str) -> list
             raise ConfigError(f"cannot write {path}: it is a folder, or its folder may not be written to")
     if out_dir is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
-            "--out draws a picture, which needs matplotlib: pip install 'pensieve-serve[plot]', or take --json"
+            "--out draws a picture, which needs matplotlib: pip install 'pensieve-serve[plot]', or take "
+            "--json"
         )
     return paths
 

@@ -1,4 +1,6 @@
-"""`pensieve plan`: the cheapest tiers that hold a load. Wires a search over simulated machines; the simulator says how each does."""
+"""`pensieve plan`: the cheapest tiers that hold a load. Wires a search over simulated machines; the simulator
+says how each does.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,17 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 
 from pensieve.cli.outputs import check_paths, table_console
 from pensieve.cli.simulation_options import (
-    DEFAULT_DURATION_S,
-    DEFAULT_THINK,
     POLICY_NAMES,
+    LoadChoice,
+    OutputChoice,
+    StepChoice,
     default_warm_up_s,
     load_options,
     machine_options,
@@ -24,25 +26,25 @@ from pensieve.cli.simulation_options import (
     output_options,
     run_options,
     step_options,
+    take,
     trace_option,
 )
 from pensieve.errors import ConfigError
+from pensieve.reporting.json_file import write_json
+from pensieve.simulator.answer import make_plan
 from pensieve.simulator.case import Case, Machine, Outcome
 from pensieve.simulator.demand import Demand, alone, demand_of, on_devices, room_gb
 from pensieve.simulator.extent import extent_of
-from pensieve.simulator.goal import Goal, Quantile
+from pensieve.simulator.goal import Goal, Metric, Quantile
 from pensieve.simulator.hardware import GB
-from pensieve.simulator.output import write_json
-from pensieve.simulator.plan import make_plan
 from pensieve.simulator.plan_output import plot, print_margins, print_trials, sentences, to_json
-from pensieve.simulator.planner import Book, Prices, Space, rounded
+from pensieve.simulator.planner import Prices, Space, Trials, rounded
 from pensieve.simulator.progress import progress
 from pensieve.simulator.sweep import run_cases
-from pensieve.workloads.arrivals import ThinkTime
-from pensieve.workloads.load_plan import LoadOptions
 
 JSON_NAME, PLOT_NAME = "plan.json", "plan.png"
-# A month of 730 hours at on-demand prices of clouds, late 2025, in US dollars. They differ by a factor of two between vendors: give your own.
+# A month of 730 hours at on-demand prices of clouds, late 2025, in US dollars. They differ by a factor of two
+# between vendors: give your own.
 #   device: an H200 at 3.59 an hour.
 #   GB of device memory: an H200 is an H100 with 61 GB more, for 0.90 an hour more.
 #   GB of host memory: 0.0042 an hour, as general-purpose machines are charged by the GB.
@@ -50,7 +52,54 @@ JSON_NAME, PLOT_NAME = "plan.json", "plan.png"
 PRICE_DEVICE, PRICE_GPU_GB, PRICE_CPU_GB, PRICE_DISK_GB = 2_600.0, 11.0, 3.0, 0.08
 MEMORY_SHARE = 0.9  # what vLLM takes by default, too: the rest is for activations and the driver
 _LESS_THAN_ALONE = 0.97  # (a window's quantile may lie a little below that of all requests)
-_USEFUL = 1.5  # times everything that is said: with the scheduler's reserve and what it copies ahead, more cannot be used
+# times everything that is said: with the scheduler's reserve and what it copies ahead, more cannot be used
+_USEFUL = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The latency that the load must be held within."""
+
+    p90_latency_ms: float | None
+    latency_ms: float | None
+    quantile: Quantile
+    metric: Metric
+
+    def goal(self) -> Goal:
+        """Raises ConfigError if the options contradict each other."""
+        if (self.p90_latency_ms is None) == (self.latency_ms is None):
+            raise ConfigError(
+                "a plan needs one target: --p90-latency-ms 120, or --latency-ms with --quantile"
+            )
+        if self.p90_latency_ms is not None and self.quantile != "p90":
+            raise ConfigError(
+                f"--p90-latency-ms is about p90, --quantile says {self.quantile}: "
+                f"give --latency-ms {self.p90_latency_ms:g} instead"
+            )
+        return Goal((self.p90_latency_ms or self.latency_ms or 0.0) / 1e3, self.quantile, self.metric)
+
+
+@dataclass(frozen=True, slots=True)
+class PriceChoice:
+    """Prices a month."""
+
+    price_gpu_gb: float
+    price_cpu_gb: float
+    price_disk_gb: float
+    price_device: float
+
+    def prices(self) -> Prices:
+        return Prices(self.price_gpu_gb, self.price_cpu_gb, self.price_disk_gb, self.price_device)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest machine that may be bought."""
+
+    max_devices: int
+    max_cpu_gb: float | None  # None: as much as can be used
+    max_disk_gb: float | None
+    memory_share: float
 
 
 @click.command()
@@ -122,75 +171,45 @@ _USEFUL = 1.5  # times everything that is said: with the scheduler's reserve and
 @step_options
 @run_options
 @output_options(JSON_NAME, PLOT_NAME)
-def plan(
-    model: str,
-    hardware: str,
-    max_devices: int,
-    max_cpu_gb: float | None,
-    max_disk_gb: float | None,
-    memory_share: float,
-    p90_latency_ms: float | None,
-    latency_ms: float | None,
-    quantile: Quantile,
-    metric: Any,
-    price_gpu_gb: float,
-    price_cpu_gb: float,
-    price_disk_gb: float,
-    price_device: float,
-    policy: str,
-    trace: Path,
-    rate: float | None,
-    duration_s: float | None,
-    warm_up_s: float | None,
-    think: str | None,
-    speed: float,
-    turns: int | None,
-    max_context: int | None,
-    seed: int,
-    jobs: int | None,
-    out_dir: Path | None,
-    json_path: Path | None,
-    **limits: Any,
-) -> None:
+def plan(**arguments: Any) -> None:
     """Find the cheapest tiers that hold a load within a latency, and what another GB of each would bring.
 
-    A few dozen machines are simulated. Exit status 1: none holds it; then it says by how much it is missed, and why. docs/simulator.md says
-    what is modelled and how far to trust it.
+    A few dozen machines are simulated. Exit status 1: none holds it; then it says by how much it is missed,
+    and why. docs/simulator.md says what is modelled and how far to trust it.
     """
-    goal = _goal(p90_latency_ms, latency_ms, quantile, metric)
-    prices = Prices(price_gpu_gb, price_cpu_gb, price_disk_gb, price_device)
-    duration_s = duration_s or (DEFAULT_DURATION_S if rate is not None else None)
-    load = LoadOptions(
-        rates=() if rate is None else (rate,), duration_s=duration_s, turns=turns, think=ThinkTime.parse(think or DEFAULT_THINK), trace=trace,
-        speed=speed, seed=seed,
-    )  # fmt: skip
+    goal, prices = take(Target, arguments).goal(), take(PriceChoice, arguments).prices()
+    asked, steps = take(LoadChoice, arguments), take(StepChoice, arguments)
+    limits, output = take(Limits, arguments), take(OutputChoice, arguments)
+    model, hardware, policy, rate = (arguments[name] for name in ("model", "hardware", "policy", "rate"))
+    load = asked.options(() if rate is None else (rate,))
     machine = Machine(model, hardware)
     largest = replace(
         machine,
-        devices=max_devices,
-        gpu_cache_gb=replace(machine, devices=max_devices).largest_gpu_cache_gb(),
+        devices=limits.max_devices,
+        gpu_cache_gb=replace(machine, devices=limits.max_devices).largest_gpu_cache_gb(),
     )
-    extent = extent_of(load, largest.first_tier_tokens(), max_context, limits.pop("chunk_tokens"))
+    extent = extent_of(load, largest.first_tier_tokens(), asked.max_context, steps.chunk_tokens)
     for remark in extent.remarks:
         click.secho(remark, dim=True, err=True)
     case = Case(
-        machine, extent.load, policy=policy, warm_up_s=default_warm_up_s(warm_up_s, rate is not None, duration_s),
-        max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **limits,
+        machine, extent.load, policy=policy, warm_up_s=default_warm_up_s(asked.warm_up_s, rate is not None, load.duration_s),
+        max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **steps.of_case(),
     )  # fmt: skip
-    paths = check_paths(out_dir, json_path, JSON_NAME)
-    spaces = _spaces(case, goal, demand_of(case), max_devices, memory_share, max_cpu_gb, max_disk_gb)
+    paths = check_paths(output.out_dir, output.json_path, JSON_NAME)
+    spaces = _spaces(case, goal, demand_of(case), limits)
 
     def run(cases: Sequence[Case]) -> list[Outcome]:
         with progress(cases) as tell:
-            return run_cases(cases, jobs=jobs, tell=tell)
+            return run_cases(cases, jobs=output.jobs, tell=tell)
 
     begun_s = time.perf_counter()
-    book = Book(case, goal, prices, run)
+    book = Trials(case, goal, prices, run)
     answer = make_plan(book, spaces)
     took_s = time.perf_counter() - begun_s
     console = table_console()
     console.print(
-        f"[bold]{model}[/bold] on {hardware}, {trace}: {len(book.trials)} simulations in {took_s:.0f} s\n",
+        f"[bold]{model}[/bold] on {hardware}, {asked.trace}: {len(book.trials)} simulations in {took_s:.0f} "
+        "s\n",
         highlight=False,
     )
     print_trials(book, console, answer.best)
@@ -203,10 +222,10 @@ def plan(
     record = to_json(book, answer)
     for path in paths:
         click.echo(f"json: {write_json(path, record)}", err=True)
-    if out_dir is not None:
-        subtitle = f"{trace}" + (f" at {rate:g} requests/s" if rate is not None else "")
+    if output.out_dir is not None:
+        subtitle = f"{asked.trace}" + (f" at {rate:g} requests/s" if rate is not None else "")
         click.echo(
-            f"plot: {plot(out_dir / PLOT_NAME, book, answer, f'{model} on {hardware}, simulated', subtitle)}",
+            f"plot: {plot(output.out_dir / PLOT_NAME, book, answer, f'{model} on {hardware}, simulated', subtitle)}",
             err=True,
         )
     if not sys.stdout.isatty():
@@ -215,60 +234,45 @@ def plan(
         sys.exit(1)
 
 
-def _goal(p90_latency_ms: float | None, latency_ms: float | None, quantile: Quantile, metric: Any) -> Goal:
-    if (p90_latency_ms is None) == (latency_ms is None):
-        raise ConfigError("a plan needs one target: --p90-latency-ms 120, or --latency-ms with --quantile")
-    if p90_latency_ms is not None and quantile != "p90":
-        raise ConfigError(
-            f"--p90-latency-ms is about p90, --quantile says {quantile}: give --latency-ms {p90_latency_ms:g} instead"
-        )
-    return Goal((p90_latency_ms or latency_ms or 0.0) / 1e3, quantile, metric)
-
-
-def _spaces(
-    case: Case,
-    goal: Goal,
-    demand: Demand,
-    max_devices: int,
-    memory_share: float,
-    max_cpu_gb: float | None,
-    max_disk_gb: float | None,
-) -> list[Space]:
-    """What may be bought, for each number of devices on which the model and its longest request fit and are fast enough when alone.
+def _spaces(case: Case, goal: Goal, demand: Demand, limits: Limits) -> list[Space]:
+    """What may be bought, for each number of devices on which the model and its longest request fit and are
+    fast enough when alone.
 
     Raises:
         ConfigError: there is none; the message says what the largest number lacks.
     """
     spaces: list[Space] = []
     why = ""
-    counts = [1 << power for power in range(max_devices.bit_length())]
+    counts = [1 << power for power in range(limits.max_devices.bit_length())]
     for devices in counts:
         one = on_devices(case, devices)
         machine = one.machine
         alone_s = goal.quantile_of(
             getattr(alone(one, demand), "normalized_s" if goal.metric == "normalized" else "ttft_s")
         )
-        room, each_gb = room_gb(machine, memory_share), demand.longest_gb / devices
+        room, each_gb = room_gb(machine, limits.memory_share), demand.longest_gb / devices
         least_gb = each_gb * 1.02  # (and the last sampled tokens)
         if room < least_gb:
-            weights_gb = memory_share * machine.device().memory_bytes / GB - room
+            weights_gb = limits.memory_share * machine.device().memory_bytes / GB - room
             why = (
-                f"{machine.model} takes {weights_gb:.3g} GB of each of {devices} {machine.hardware} and its longest request {each_gb:.2g} GB more; "
-                f"--memory-share {memory_share:g} leaves {memory_share * machine.device().memory_bytes / GB:.3g}: raise --max-devices (it is {max_devices}) "
-                "or --memory-share, lower --max-context, or take a smaller model"
+                f"{machine.model} takes {weights_gb:.3g} GB of each of {devices} {machine.hardware} and its "
+                f"longest request {each_gb:.2g} GB more; --memory-share {limits.memory_share:g} leaves "
+                f"{limits.memory_share * machine.device().memory_bytes / GB:.3g}: raise --max-devices (it is "
+                f"{limits.max_devices}) or --memory-share, lower --max-context, or take a smaller model"
             )
             continue
         if goal.latency_s < _LESS_THAN_ALONE * alone_s:
             why = (
-                f"the target of {1e3 * goal.latency_s:g} ms is less than requests take that have {devices} {machine.hardware} to themselves: their "
-                f"{goal.words} is {1e3 * alone_s:.3g} {goal.unit}; no memory and no lower rate help: take a target above it, more devices (--max-devices) or a "
+                f"the target of {1e3 * goal.latency_s:g} ms is less than requests take that have {devices} "
+                f"{machine.hardware} to themselves: their {goal.words} is {1e3 * alone_s:.3g} {goal.unit}; "
+                "no memory and no lower rate help: take a target above it, more devices (--max-devices) or a "
                 "faster machine (--hardware)"
             )
             continue
         useful_gb = demand.kept_gb / devices
         gpu_gb = rounded(min(room, max(_USEFUL * useful_gb, 2 * least_gb)))
         kept_gb = rounded(_USEFUL * useful_gb)
-        cpu_gb = kept_gb if max_cpu_gb is None else min(max_cpu_gb, kept_gb)
+        cpu_gb = kept_gb if limits.max_cpu_gb is None else min(limits.max_cpu_gb, kept_gb)
         disk_gb = rounded(_USEFUL * demand.kept_gb)
         spaces.append(
             Space(
@@ -276,7 +280,7 @@ def _spaces(
                 least_gb,
                 gpu_gb,
                 cpu_gb,
-                disk_gb if max_disk_gb is None else min(max_disk_gb, disk_gb),
+                disk_gb if limits.max_disk_gb is None else min(limits.max_disk_gb, disk_gb),
                 kept_gb,
             )
         )

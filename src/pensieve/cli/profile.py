@@ -1,4 +1,6 @@
-"""`pensieve profile`: measure Cost(l) of a model on this machine, and keep it for eviction (and for the simulator)."""
+"""`pensieve profile`: measure Cost(l) of a model on this machine, and keep it for eviction (and for the
+simulator).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
     )
     note = f": {loaded.resolved.note}" if loaded.resolved.note else ""
     click.secho(
-        f"{loaded.resolved.label}, {loaded.resolved.weights} weights, {loaded.dtype} on {options.device}{note}",
+        f"{loaded.resolved.label}, {loaded.resolved.weights} weights, {loaded.dtype} on "
+        f"{options.device}{note}",
         fg="cyan",
         err=as_json,
     )
@@ -67,14 +70,17 @@ def profile(max_context: int | None, fresh: bool, as_json: bool, **shared: Any) 
         more = "" if answer is None else f"    {answer[0]:>8}  {1e3 * answer[1]:>8.2f}"
         click.echo(f"{tokens:>8}  {1e3 * step_s:>10.2f}{more}")
     click.echo(
-        f"\nattention {1e6 * measured.decode_token_s:.2f} us a token that one query sees, {1e6 * measured.chunk_token_s:.2f} us a token before a chunk"
+        f"\nattention {1e6 * measured.decode_token_s:.2f} us a token that one query sees, "
+        f"{1e6 * measured.chunk_token_s:.2f} us a token before a chunk"
     )
     click.echo(
-        f"planning {1e3 * measured.plan_step_s:.2f} ms a step and {1e6 * measured.plan_request_s:.0f} us a request in it, committing "
-        f"{1e3 * measured.commit_step_s:.2f} ms, {1e6 * measured.commit_request_s:.0f} us, and {1e6 * measured.commit_end_s:.0f} us an answer's end"
+        f"planning {1e3 * measured.plan_step_s:.2f} ms a step and {1e6 * measured.plan_request_s:.0f} us a "
+        f"request in it, committing {1e3 * measured.commit_step_s:.2f} ms, "
+        f"{1e6 * measured.commit_request_s:.0f} us, and {1e6 * measured.commit_end_s:.0f} us an answer's end"
     )
     click.echo(
-        f"prefill {measured.prefill_tokens_per_s:,.0f} tokens/s, decode step {1e3 * measured.decode_step_s:.1f} ms"
+        f"prefill {measured.prefill_tokens_per_s:,.0f} tokens/s, decode step "
+        f"{1e3 * measured.decode_step_s:.1f} ms"
     )
     for direction, speed in measured.copy_bytes_per_s.items():
         click.echo(f"copy {direction} {speed / 1e9:.1f} GB/s")

@@ -1,4 +1,6 @@
-"""`pensieve record`: the traffic of a running server as a trace. Chooses, wires, starts; `workloads.recording` makes the lines."""
+"""`pensieve record`: the traffic of a running server as a trace. Chooses, wires, starts;
+`workloads.recording` makes the lines.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,8 @@ import click
 from pensieve.errors import ConfigError, PensieveError
 from pensieve.workloads.recording import Recording
 
-SILENT_S = (
-    60.0  # a server that writes nothing for so long is gone: with nothing to tell it says so every 15 s
-)
+# a server that writes nothing for so long is gone: with nothing to tell it says so every 15 s
+SILENT_S = 60.0
 
 
 @click.command()
@@ -109,7 +110,8 @@ def _write(events: Iterable[tuple[str, dict[str, Any]]], file: TextIO, progress:
                 return
         except (KeyError, TypeError) as error:
             raise PensieveError(
-                f"the server tells {name!r} in a form that is not known here ({error!r}): are both of one version?"
+                f"the server tells {name!r} in a form that is not known here ({error!r}): are both of one "
+                "version?"
             ) from error
     raise PensieveError("the server broke the recording off; what is written up to here is whole")
 
@@ -135,7 +137,8 @@ def _events(url: str, api_key: str | None, duration_s: float | None) -> Iterator
                     yield name, _json(line.removeprefix("data: "))
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as error:
         raise PensieveError(
-            f"{root} could not be recorded ({error or type(error).__name__}): is `pensieve serve` running there?"
+            f"{root} could not be recorded ({error or type(error).__name__}): is `pensieve serve` running "
+            "there?"
         ) from error
 
 

@@ -1,64 +1,82 @@
-"""`pensieve simulate`: the scheduler and the cache in virtual time, on machines nobody has to own. Wires cases; the simulator plays them."""
+"""`pensieve simulate`: the scheduler and the cache in virtual time, on machines given as numbers.
+
+Knows options and tables; the simulator plays the cases.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
-import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.table import Table
 
 from pensieve.cli.outputs import check_paths, table_console
 from pensieve.cli.simulation_options import (
-    DEFAULT_DURATION_S,
-    DEFAULT_THINK,
     POLICY_NAMES,
+    LoadChoice,
+    OutputChoice,
+    StepChoice,
     default_warm_up_s,
     load_options,
     machine_options,
     option,
     output_options,
+    parse_names,
     run_options,
     step_options,
+    take,
     trace_option,
 )
 from pensieve.errors import ConfigError
+from pensieve.reporting.json_file import write_json
 from pensieve.runtime.options import CPU_BATCH_TOKENS, CPU_CACHE_GB, Options
 from pensieve.simulator.case import SYSTEMS, Case, Machine, Outcome
 from pensieve.simulator.extent import extent_of
-from pensieve.simulator.figures import FIGURES, compare, simulate_figures
 from pensieve.simulator.measured import load_machine
-from pensieve.simulator.output import plot, print_table, to_json, write_json
+from pensieve.simulator.output import plot, print_table, to_json
 from pensieve.simulator.progress import progress
-from pensieve.simulator.report import JSON_NAME as FIGURES_JSON_NAME
-from pensieve.simulator.report import PAGE_NAME, comparison_rows, small_comparisons, write_page
-from pensieve.simulator.report import to_json as figures_to_json
-from pensieve.simulator.small_figures import SMALL_FIGURES
 from pensieve.simulator.sweep import run_cases
-from pensieve.workloads.arrivals import ThinkTime, parse_rates
-from pensieve.workloads.load_plan import LoadOptions
+from pensieve.workloads.arrivals import parse_rates
 
 JSON_NAME, PLOT_NAME = "simulate.json", "simulate.png"
 
 
-def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
-    """Several names with commas, or `all`."""
-    if text == "all":
-        return list(known)
-    names = [name.strip() for name in text.split(",")]
-    unknown = next((name for name in names if name not in known), None)
-    if unknown is not None:
-        raise ConfigError(
-            f"no {what} is called {unknown!r}: take {', '.join(known)} (several with commas) or all"
+@dataclass(frozen=True, slots=True)
+class MachineChoice:
+    """The machine and its tiers, as the options name them."""
+
+    model: str
+    hardware: str
+    devices: int
+    gpu_cache_gb: float | None
+    cpu_cache_gb: float | None
+    disk_cache_gb: float
+
+    def machine(self) -> Machine:
+        """The machine, with tiers of 0 GB where no size is given."""
+        return Machine(
+            self.model,
+            self.hardware,
+            self.devices,
+            self.gpu_cache_gb or 0.0,
+            self.cpu_cache_gb or 0.0,
+            self.disk_cache_gb,
         )
-    return names
+
+    def with_default_tiers(self, machine: Machine) -> Machine:
+        """`machine` with the default size of each tier that no option sizes."""
+        if self.cpu_cache_gb is None and not machine.copies_first:
+            machine = replace(machine, cpu_cache_gb=Machine().cpu_cache_gb)
+        if self.gpu_cache_gb is None:
+            size_gb = CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb()
+            machine = replace(machine, gpu_cache_gb=size_gb)
+        return machine
 
 
 @click.command()
@@ -66,7 +84,8 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
     "--figure",
     "figures",
     default=None,
-    help="The paper's figures instead: 10a | 3,4,10b-d | all; a page with pictures and tables in --out.  [default: none]",
+    help="The paper's figures instead: 10a | 3,4,10b-d | all; a page with pictures and tables in --out.  "
+    "[default: none]",
 )
 @machine_options
 @option(
@@ -84,7 +103,8 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
 )
 @option(
     "--gpu-cache", "gpu_cache_gb", type=click.FloatRange(min=0, min_open=True), default=None,
-    help="First tier, GB a device.  [default: what the weights leave of its memory; 1 with --profile of a CPU]",
+    help="First tier, GB a device.  [default: what the weights leave of its memory; 1 with --profile of a "
+        "CPU]",
 )  # fmt: skip
 @option(
     "--cpu-cache",
@@ -122,94 +142,82 @@ def _names(text: str, known: dict[str, Any], what: str) -> list[str]:
 @output_options(JSON_NAME, PLOT_NAME)
 def simulate(
     figures: str | None,
-    model: str,
-    hardware: str,
     profile_path: Path | None,
-    devices: int,
-    gpu_cache_gb: float | None,
-    cpu_cache_gb: float | None,
-    disk_cache_gb: float,
     systems: str,
     policies: str,
-    trace: Path,
     rates: str | None,
     users: int | None,
-    duration_s: float | None,
-    warm_up_s: float | None,
-    think: str | None,
-    speed: float,
-    turns: int | None,
-    max_context: int | None,
-    seed: int,
-    jobs: int | None,
-    out_dir: Path | None,
-    json_path: Path | None,
-    **limits: Any,
+    **arguments: Any,
 ) -> None:
-    """Play people in conversation through the real scheduler and cache in virtual time, on hardware that is only numbers.
+    """Play people in conversation through the real scheduler and cache in virtual time, on hardware that is
+    only numbers.
 
-    Every system and policy meets the same people at every rate. The same seed gives the same result, to the last digit. docs/simulator.md
-    says what is modelled and how far to trust it.
+    Every system and policy meets the same people at every rate. The same seed gives the same result, to the
+    last digit. docs/simulator.md says what is modelled and how far to trust it.
     """
+    output = take(OutputChoice, arguments)
     if figures is not None:
-        _figures(figures, out_dir or Path("figures"), jobs)
+        _paper_figures(figures, output.out_dir or Path("figures"), output.jobs)
         return
-    machine = Machine(model, hardware, devices, gpu_cache_gb or 0.0, cpu_cache_gb or 0.0, disk_cache_gb)
+    steps, wanted = take(StepChoice, arguments), take(MachineChoice, arguments)
+    machine = wanted.machine()
     if profile_path is not None:
-        machine = _measured(profile_path, machine, limits)
-        model, hardware = machine.model, machine.hardware
-    if cpu_cache_gb is None and not machine.copies_first:
-        machine = replace(machine, cpu_cache_gb=Machine().cpu_cache_gb)
-    if gpu_cache_gb is None:
-        machine = replace(
-            machine, gpu_cache_gb=CPU_CACHE_GB if machine.copies_first else machine.largest_gpu_cache_gb()
-        )
-    asked = parse_rates(rates) if rates is not None else ()
-    load = LoadOptions(
-        users=users, rates=asked[:1], duration_s=duration_s or (DEFAULT_DURATION_S if asked else None), turns=turns,
-        think=ThinkTime.parse(think or DEFAULT_THINK), trace=trace, speed=speed, seed=seed,
-    )  # fmt: skip
-    extent = extent_of(load, machine.first_tier_tokens(), max_context, limits.pop("chunk_tokens"))
+        machine, steps = _measured(profile_path, machine, steps)
+    machine = wanted.with_default_tiers(machine)
+    load = take(LoadChoice, arguments)
+    planned_rates = parse_rates(rates) if rates is not None else ()
+    extent = extent_of(
+        load.options(planned_rates[:1], users),
+        machine.first_tier_tokens(),
+        load.max_context,
+        steps.chunk_tokens,
+    )
     for remark in extent.remarks:
         click.secho(remark, dim=True, err=True)
     # one load a rate, all of the same seed, so that the same people come, only sooner
-    loads = [replace(extent.load, rates=(rate,)) for rate in asked] or [extent.load]
-    named = _names(systems, SYSTEMS, "system")
+    loads = [replace(extent.load, rates=(rate,)) for rate in planned_rates] or [extent.load]
+    named = parse_names(systems, SYSTEMS, "system")
     cases = [
         Case(
-            machine, one, system, policy, warm_up_s=default_warm_up_s(warm_up_s, bool(one.rates), one.duration_s),
-            max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **limits,
+            machine, one, system, policy, warm_up_s=default_warm_up_s(load.warm_up_s, bool(one.rates), one.duration_s),
+            max_context=extent.max_context, chunk_tokens=extent.chunk_tokens, **steps.of_case(),
         )
         for system in named
-        for policy in (_names(policies, dict.fromkeys(POLICY_NAMES), "policy") if SYSTEMS[system].retain else ["retention"])
+        for policy in (parse_names(policies, POLICY_NAMES, "policy") if SYSTEMS[system].retain else ["retention"])
         for one in loads
     ]  # fmt: skip
-    paths = check_paths(out_dir, json_path, JSON_NAME)
+    paths = check_paths(output.out_dir, output.json_path, JSON_NAME)
     begun_s = time.perf_counter()
     with progress(cases) as tell:
-        outcomes = run_cases(cases, jobs=jobs, tell=tell)
+        outcomes = run_cases(cases, jobs=output.jobs, tell=tell)
     took_s = time.perf_counter() - begun_s
     console = table_console()
     console.print(
-        f"[bold]{model}[/bold] on {devices} × {hardware}, {trace}: {_simulated(outcomes, took_s)}\n",
+        f"[bold]{machine.model}[/bold] on {machine.devices} × {machine.hardware}, {load.trace}: "
+        f"{_simulated(outcomes, took_s)}\n",
         highlight=False,
     )
     print_table(outcomes, console)
     record = to_json(outcomes)
     for path in paths:
         click.echo(f"json: {write_json(path, record)}", err=True)
-    if out_dir is not None:
-        subtitle = f"{trace}, {machine.gpu_cache_gb:.3g} GB gpu + {machine.cpu_cache_gb:g} GB cpu a device"
+    if output.out_dir is not None:
+        title = f"{machine.model} on {machine.devices} × {machine.hardware}, simulated"
+        subtitle = (
+            f"{load.trace}, {machine.gpu_cache_gb:.3g} GB gpu + {machine.cpu_cache_gb:g} GB cpu a device"
+        )
         click.echo(
-            f"plot: {plot(out_dir / PLOT_NAME, outcomes, f'{model} on {devices} × {hardware}, simulated', subtitle)}",
+            f"plot: {plot(output.out_dir / PLOT_NAME, outcomes, title, subtitle)}",
             err=True,
         )
     if not sys.stdout.isatty():
         click.echo(json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 
-def _measured(path: Path, asked: Machine, limits: dict[str, Any]) -> Machine:
-    """The machine of a profile. On a CPU a step is as large as `pensieve serve` makes it there, unless told otherwise."""
+def _measured(path: Path, asked: Machine, steps: StepChoice) -> tuple[Machine, StepChoice]:
+    """The machine of a profile. On a CPU a step is as large as `pensieve serve` makes it there, unless told
+    otherwise.
+    """
     context = click.get_current_context()
 
     def is_told(name: str) -> bool:
@@ -222,13 +230,12 @@ def _measured(path: Path, asked: Machine, limits: dict[str, Any]) -> Machine:
             )
     measured = load_machine(path)
     if measured.tiers_in_ram:
-        for name, usual in (("max_batch_tokens", CPU_BATCH_TOKENS), ("max_running", Options().max_running)):
-            if not is_told(name):
-                limits[name] = usual
-    return replace(
-        Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb),
-        disk_cache_gb=asked.disk_cache_gb,
-    )
+        if not is_told("max_batch_tokens"):
+            steps = replace(steps, max_batch_tokens=CPU_BATCH_TOKENS)
+        if not is_told("max_running"):
+            steps = replace(steps, max_running=Options().max_running)
+    machine = Machine.of_profile(measured, asked.gpu_cache_gb, asked.cpu_cache_gb)
+    return replace(machine, disk_cache_gb=asked.disk_cache_gb), steps
 
 
 def _simulated(outcomes: list[Outcome], took_s: float) -> str:
@@ -237,41 +244,13 @@ def _simulated(outcomes: list[Outcome], took_s: float) -> str:
     return f"{requests:,} requests in {hours:.1f} simulated hours, in {took_s:.0f} s"
 
 
-def figure_names(name: str, known: Iterable[str]) -> list[str]:
-    """`10b-d` and `10` are all the parts they stand for; what is none of these stays as it is."""
-    if (span := re.fullmatch(r"(\d+)([a-z])-([a-z])", name)) is not None:
-        number, first, last = span.groups()
-        found = [figure for figure in known if figure[:-1] == number and first <= figure[-1] <= last]
-    else:
-        found = [figure for figure in known if name.isdigit() and figure.rstrip("abcd") == name]
-    return found or [name]
-
-
-def _figures(names: str, folder: Path, jobs: int | None) -> None:
-    """Simulate figures of the paper, and write what they show."""
-    known = dict.fromkeys((*SMALL_FIGURES, *FIGURES))
-    asked = dict.fromkeys(part for name in names.split(",") for part in figure_names(name.strip(), known))
-    wanted = _names(",".join(asked), known, "figure")
-    check_paths(folder, None, PAGE_NAME)
-
-    def run(cases: Sequence[Case]) -> list[Outcome]:
-        with progress(cases) as tell:
-            return run_cases(cases, jobs=jobs, tell=tell)
-
-    small = [SMALL_FIGURES[name]() for name in wanted if name in SMALL_FIGURES]
-    results = simulate_figures([FIGURES[name] for name in wanted if name in FIGURES], run)
-    console = table_console()
-    for title, comparisons in [
-        *((f"Figure {figure.name}: {figure.title}", small_comparisons(figure)) for figure in small),
-        *((f"Figure {result.figure.name}: {result.figure.title}", compare(result)) for result in results),
-    ]:
-        console.print(f"[bold]{title}[/bold]", highlight=False)
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for heading in ("", "paper", "simulated", "difference", "as it should be"):
-            table.add_column(heading, justify="right" if heading else "left")
-        for row in comparison_rows(comparisons):
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-    click.echo(f"page: {write_page(folder, results, small)}", err=True)
-    click.echo(f"json: {write_json(folder / FIGURES_JSON_NAME, figures_to_json(results, small))}", err=True)
+def _paper_figures(names: str, folder: Path, jobs: int | None) -> None:
+    """Call `benchmarks/paper`, which is in the repository and not in the installed package."""
+    benchmarks = Path(__file__).resolve().parents[3] / "benchmarks"
+    if not (benchmarks / "paper" / "command.py").is_file():
+        raise ConfigError(
+            "--figure needs benchmarks/paper, which is not part of the installed package: clone the "
+            "repository and run `make paper-figures` there"
+        )
+    sys.path.append(str(benchmarks))
+    importlib.import_module("paper.command").write_figures(names, folder, jobs)

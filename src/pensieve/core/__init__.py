@@ -1,1 +1,4 @@
-"""What is decided: scheduling, placement, eviction, recovery. Standard library only; told the time, never asks it."""
+"""What is decided: scheduling, placement, eviction, recovery.
+
+Standard library only; told the time, never asks it.
+"""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
+from pensieve.core.cache import TieredCache
 from pensieve.core.chunk import Chunk
-from pensieve.core.sequence import Sequence, Sharers
-
-if TYPE_CHECKING:
-    from pensieve.core.cache import TieredCache
+from pensieve.core.sequence import Sequence, Sharers, sequences_of
 
 
-def check_cache(cache: TieredCache, kept: dict[Sequence, set[Chunk]]) -> None:
-    """See `TieredCache.check`."""
+def check(cache: TieredCache) -> None:
+    """Verify every invariant of a cache.
+
+    Raises:
+        AssertionError: naming what disagrees.
+    """
     chunks = _reachable(cache)
     _check_slots(cache, chunks)
     _check_sequences(cache, chunks)
     _check_queues(cache, chunks)
-    _check_keeps(cache, chunks, kept)
+    _check_keeps(cache, chunks)
 
 
 def _reachable(cache: TieredCache) -> set[Chunk]:
@@ -98,7 +99,7 @@ def _check_sequences(cache: TieredCache, chunks: set[Chunk]) -> None:
             assert not unread or on_its_way or chunk.copy is None, f"{chunk!r} leased, not in the first tier"
         if chunk.copy is not None and chunk.copy.orphan:
             continue
-        assert set(chunk.owner.sequences()) == owners[chunk], f"{chunk!r}: owner and sequences disagree"
+        assert set(sequences_of(chunk)) == owners[chunk], f"{chunk!r}: owner and sequences disagree"
         if isinstance(chunk.owner, Sharers):
             members = chunk.owner.members
             assert len(members) > 1, f"{chunk!r} is shared by one"
@@ -128,7 +129,7 @@ def _check_queues(cache: TieredCache, chunks: set[Chunk]) -> None:
         wanted = 0 if orphan else places.wanted_queues(chunk)
         assert chunk.queues == wanted, f"{chunk!r} is in queues {chunk.queues:b}, belongs in {wanted:b}"
     for tier in range(places.num_tiers):
-        for queue in (places.clean[tier], places.sole[tier]):
+        for queue in (places.has_lower_copy[tier], places.only_copy[tier]):
             members = [chunk for chunk in chunks if chunk.queues & queue.bit]
             assert queue.count == len(members), (
                 f"queue {queue.bit:b}: {queue.count} counted, {len(members)} found"
@@ -140,9 +141,10 @@ def _check_queues(cache: TieredCache, chunks: set[Chunk]) -> None:
         )
 
 
-def _check_keeps(cache: TieredCache, chunks: set[Chunk], kept: dict[Sequence, set[Chunk]]) -> None:
+def _check_keeps(cache: TieredCache, chunks: set[Chunk]) -> None:
+    keeps = cache.keeps
     counts: Counter[Chunk] = Counter()
-    for sequence, held in kept.items():
+    for sequence, held in keeps.held.items():
         assert sequence.kept and cache.sequences.get(sequence.key) is sequence, (
             f"a keep on the forgotten {sequence!r}"
         )
@@ -151,7 +153,5 @@ def _check_keeps(cache: TieredCache, chunks: set[Chunk], kept: dict[Sequence, se
             counts[chunk] += 1
     for chunk in chunks:
         assert chunk.keeps == counts[chunk], f"{chunk!r}: {counts[chunk]} keeps"
-    assert cache.num_kept == len(counts), f"{cache.num_kept} kept chunks counted, {len(counts)} found"
-    assert cache.num_kept <= cache.keep_limit, (
-        f"{cache.num_kept} chunks kept, at most {cache.keep_limit} may be"
-    )
+    assert keeps.num_kept == len(counts), f"{keeps.num_kept} kept chunks counted, {len(counts)} found"
+    assert keeps.num_kept <= keeps.limit, f"{keeps.num_kept} chunks kept, at most {keeps.limit} may be"

@@ -1,4 +1,7 @@
-"""What recomputing a chunk costs, by the length of the context before it. Knows points; never how they were measured."""
+"""What recomputing a chunk costs, by the length of the context before it.
+
+Knows points; never how they were measured.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,10 @@ class CostProfile:
 
     @classmethod
     def from_shape(cls, shape: ModelShape, chunk_tokens: int = 32, max_context: int = 1 << 15) -> CostProfile:
-        """A profile from arithmetic alone, for when none was measured; in units of 1e12 FLOPs.
+        """A profile from arithmetic alone, if none was measured; in units of 1e12 FLOPs.
 
-        Linear work of a token: 2 FLOPs a weight of the layers; attention: 4 * heads * head_dim FLOPs a visible token and layer.
+        Linear work of a token: 2 FLOPs a weight of the layers; attention: 4 * heads * head_dim FLOPs a
+        visible token and layer.
         """
         attended = shape.num_heads * shape.head_dim
         projections = shape.hidden_size * (2 * attended + 2 * shape.num_kv_heads * shape.head_dim)
@@ -77,7 +81,7 @@ class CostProfile:
 
 @dataclass(frozen=True, slots=True)
 class ResumeQuote:
-    """What having a conversation in the first tier again would take, in seconds."""
+    """Estimates the seconds it takes to have a conversation in the first tier again."""
 
     cost: CostProfile  # measured: its points are seconds
     chunk_bytes: int
@@ -88,5 +92,5 @@ class ResumeQuote:
             raise ConfigError(f"copy_bytes_per_s must be positive, got {self.copy_bytes_per_s}")
 
     def seconds(self, dropped: Iterable[int], num_lower: int) -> float:
-        """To recompute the chunks at the positions `dropped` and swap `num_lower` in: the sum, though the two may overlap."""
+        """To recompute the chunks at the positions `dropped`, then swap `num_lower` chunks in."""
         return sum(map(self.cost.of_chunk, dropped)) + num_lower * self.chunk_bytes / self.copy_bytes_per_s

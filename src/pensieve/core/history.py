@@ -1,4 +1,7 @@
-"""What became of chunks that are gone, so that a receipt can say why they were missing. Knows hashes, causes and times as told."""
+"""Lost chunks and why they were lost, for receipts.
+
+Knows hashes, causes and times as told; never slots or requests.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ MAX_LOSSES = 16_384  # remembered; the oldest are forgotten first
 
 
 class Loss(NamedTuple):
-    """One chunk that is gone."""
+    """One lost chunk."""
 
     why: Literal["dropped", "failed"]
     at_s: float
-    by: Key | None  # the sequence for which room was made; None: nobody in particular
-    num_tokens: int  # of a partial chunk, 0 for a full one
-    digest: bytes  # of a partial chunk's tokens and all before; empty: not known
+    by: Key | None  # the sequence for which room was made; None if for none in particular
+    num_tokens: int  # of a partial chunk; 0 for a full one
+    digest: bytes  # of a partial chunk's tokens and all before; empty if unknown
 
 
 class History:
@@ -27,9 +30,8 @@ class History:
 
     def __init__(self, limit: int = MAX_LOSSES) -> None:
         self._limit = limit
-        self._losses: OrderedDict[bytes | tuple[Key, int], Loss] = (
-            OrderedDict()
-        )  # (a dict is slow at giving its first entry up)
+        # (a plain dict is slow at giving up its first entry)
+        self._losses: OrderedDict[bytes | tuple[Key, int], Loss] = OrderedDict()
         self.num_failed = 0  # chunks lost to a failed copy or forward
 
     def __len__(self) -> int:
@@ -38,7 +40,7 @@ class History:
     def note(
         self, chunk: Chunk, why: Literal["dropped", "failed"], now_s: float, by: Key | None = None
     ) -> None:
-        """A chunk, still as it was, is about to be lost."""
+        """A chunk is about to be lost. Its record is still unchanged."""
         self.num_failed += why == "failed"
         key: bytes | tuple[Key, int]
         if chunk.digest is not None:
@@ -51,20 +53,20 @@ class History:
         else:
             return
         self._losses[key] = loss
-        self._losses.move_to_end(key)  # the latest loss is the one to tell of, and the last to be forgotten
+        self._losses.move_to_end(key)  # the latest loss is reported, and forgotten last
         if len(self._losses) > self._limit:
             self._losses.popitem(last=False)
 
     def found_again(self, digest: bytes) -> None:
-        """A full chunk was computed: it is not lost any more."""
+        """A full chunk was computed again."""
         self._losses.pop(digest, None)
 
     def of_full(self, digest: bytes) -> Loss | None:
-        """What became of a full chunk."""
+        """The loss of a full chunk; None if none is known."""
         return self._losses.get(digest)
 
     def of_partial(self, key: Key, index: int, parent: bytes, tokens: Tokens[int]) -> Loss | None:
-        """What became of a sequence's partial chunk, if it held a beginning of `tokens` after a prefix of the hash `parent`."""
+        """The loss of a sequence's partial chunk; None unless it began like `tokens`, after `parent`."""
         loss = self._losses.get((key, index))
         if loss is None or len(tokens) < loss.num_tokens:
             return None

@@ -1,41 +1,18 @@
-"""Why a prompt's tokens were not in the first tier. Knows ranges, hashes and what became of chunks; changes nothing."""
+"""Why a prompt's tokens were not in the first tier. Knows ranges, hashes and lost chunks; changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
+from pensieve.core.cache import Admission, TieredCache
 from pensieve.core.history import Loss
+from pensieve.core.receipt import Miss, Why
 from pensieve.core.sequence import Key, chain_digest, root_digest, tenant_of
 
-if TYPE_CHECKING:
-    from pensieve.core.cache import Admission, TieredCache
+MAX_NAMESPACES = 64  # of the same tenant, searched for one request
+MAX_HASHES = 2048  # computed in that search
 
-MAX_NAMESPACES = 64  # of the same tenant, looked into for one request
-MAX_HASHES = 2048  # computed for that
-
-Why = Literal[
-    "new", "never_seen", "on_cpu", "dropped", "failed", "unfinished", "other_namespace", "template_changed"
-]
-SOMEBODY_ELSE = "another key's conversation"
-
-
-@dataclass(frozen=True, slots=True)
-class Miss:
-    """A token range of a prompt that was not found in the first tier when its request was first admitted, and why.
-
-    `why` is one of: "new" (never computed), "never_seen" (said to be history, but there is no trace of it, as after a restart), "on_cpu"
-    (in a lower tier, swapped in), "dropped", "failed" (lost to a copy or a forward that failed), "unfinished" (a turn's last token, or the
-    rest of a partial chunk, has no KV yet), "other_namespace" (cached in another namespace of the same tenant, hence not shared);
-    "template_changed" (the chat template wrote earlier turns differently: said by who knows the text, never here).
-    """
-
-    start: int
-    stop: int
-    why: Why
-    at_s: float | None = None  # engine clock, when (the last of) it was lost
-    by: str | None = None  # the sequence for which room was made; None: not known
+ANOTHER_TENANT = "another key's conversation"
 
 
 def explain(
@@ -52,9 +29,9 @@ def explain(
         cache: as the admission left it.
         key: the request's sequence.
         tokens: the prompt.
-        history_tokens: how many of them an earlier turn had put before the model.
+        history_tokens: prompt tokens that an earlier turn had put before the model.
         digests: chain hashes of the prompt's full chunks.
-        admission: what was found.
+        admission: what it found.
     """
     return _Explanation(cache, key, tokens, history_tokens, digests).of(admission)
 
@@ -71,8 +48,10 @@ class _Explanation:
             digests,
         )
         self._misses: list[Miss] = []
-        self._elsewhere: int | None = None  # leading chunks found in another namespace, once looked up
-        self._untraced = -1  # the last chunk of which there was no trace
+        self._elsewhere: int | None = (
+            None  # leading chunks found in another namespace; None before the search
+        )
+        self._untraced = -1  # position of the last chunk without a trace
 
     def of(self, admission: Admission) -> tuple[Miss, ...]:
         size = self._cache.chunk_tokens
@@ -99,9 +78,8 @@ class _Explanation:
             self._add_loss(start, stop, loss)
             return
         parent = digests[position - 1] if position else root_digest(self._key[0])
-        if (
-            loss := cache.history.of_partial(self._key, position, parent, self._tokens[start:stop])
-        ) is not None:
+        loss = cache.history.of_partial(self._key, position, parent, self._tokens[start:stop])
+        if loss is not None:
             self._add_loss(start, start + loss.num_tokens, loss)
             self._split(start + loss.num_tokens, stop, "unfinished")
             return
@@ -113,10 +91,9 @@ class _Explanation:
                 self._add(start, stop, "other_namespace")
                 return
         history = self._history
-        was_sampled_last = start + 1 == history  # (the first token of its chunk: there is no chunk yet)
-        is_left_to_compute = stop == history == len(self._tokens) and position < len(
-            digests
-        )  # (of a prompt that ends with a full chunk, that one is computed)
+        was_sampled_last = start + 1 == history  # the first token of its chunk, which does not exist yet
+        # Of a prompt that ends with a full chunk, that chunk is computed.
+        is_left_to_compute = stop == history == len(self._tokens) and position < len(digests)
         if position and self._untraced != position - 1 and (was_sampled_last or is_left_to_compute):
             self._split(start, stop, "unfinished")
             return
@@ -133,7 +110,7 @@ class _Explanation:
         by = None
         if loss.by is not None:
             same = tenant_of(loss.by[0]) == tenant_of(self._key[0])
-            by = loss.by[1] if same else SOMEBODY_ELSE
+            by = loss.by[1] if same else ANOTHER_TENANT
         self._add(start, stop, loss.why, loss.at_s, by)
 
     def _add(self, start: int, stop: int, why: Why, at_s: float | None = None, by: str | None = None) -> None:
@@ -146,7 +123,10 @@ class _Explanation:
         self._misses.append(Miss(start, stop, why, at_s, by))
 
     def _find_elsewhere(self, position: int) -> int:
-        """How many leading chunks of the prompt another namespace of the tenant holds, if that reaches beyond `position`."""
+        """Leading chunks of the prompt that another namespace of the tenant holds.
+
+        The search ends at the first namespace that holds more than `position` of them.
+        """
         size, tokens, index = self._cache.chunk_tokens, self._tokens, self._cache.index
         most, hashes = 0, 0
         for namespace in self._cache.namespaces.siblings(self._key[0], MAX_NAMESPACES):

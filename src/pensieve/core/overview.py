@@ -1,4 +1,7 @@
-"""What the cache holds, for somebody to look at: one row a conversation, one character a chunk. Asks; never changes anything."""
+"""A map of the cache for people: one row a conversation, one character a chunk.
+
+Reads the cache; never changes it.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ from pensieve.core.chunk import Chunk
 from pensieve.core.cost import ResumeQuote
 from pensieve.core.sequence import Sequence, Sharers
 
-MAX_ROWS = 64  # built between two steps,
-MAX_CELLS = 8192  # and cells of them: a step is not to wait for a large map
+MAX_ROWS = 64  # built between two steps, so that no step waits for a large map
+MAX_CELLS = 8192  # likewise
 
 
 @dataclass(frozen=True, slots=True)
 class MapRow:
     """One conversation.
 
-    `cells` has one character a chunk: `g` first tier only, `b` first tier and below, `c` below, `d` on disk, `.` dropped, `*` being
-    computed, `>` being swapped in. Upper case: shared with another conversation. Dropped chunks at the end have no cell.
+    `cells` has one character a chunk: `g` first tier only, `b` first tier and below, `c` below, `d` on disk,
+    `.` dropped, `*` being computed, `>` being swapped in. Upper case: shared with another conversation.
+    Dropped chunks at the end have no cell.
     """
 
     namespace: str
@@ -28,16 +32,14 @@ class MapRow:
     idle_s: float  # since its last activity; 0 while a request of it is queued or runs
     active: bool
     kept: bool
-    tokens: int  # with KV, in whatever tier
-    resume_s: (
-        float | None
-    )  # to have all of it in the first tier again; None: what recomputing costs was not measured in seconds
+    tokens: int  # with KV, in any tier
+    resume_s: float | None  # to have all of it in the first tier again; None if Cost(l) is not in seconds
 
 
 def latest_first(
     cache: TieredCache, namespaces: Iterable[str] | None = None, tenant: str | None = None
 ) -> list[Sequence]:
-    """The conversations of these namespaces and this tenant (None: of all), latest active first."""
+    """The conversations of these namespaces and this tenant, latest active first. None stands for all."""
     chosen: Iterable[Sequence] = cache.sequences.values()
     if namespaces is not None or tenant is not None:
         wanted = cache.namespaces.of(tenant) if tenant is not None else set(namespaces or ())
@@ -52,7 +54,7 @@ def _recency(sequence: Sequence) -> tuple[bool, float]:
 
 
 class Overview:
-    """Rows of chosen conversations, built a few at a time. What is gone when its turn comes has no row."""
+    """Rows of chosen conversations, built a few at a time. A conversation that is gone by then has no row."""
 
     def __init__(self, cache: TieredCache, sequences: list[Sequence], quote: ResumeQuote | None) -> None:
         self._cache, self._quote = cache, quote

@@ -1,4 +1,7 @@
-"""How long a step takes and may take. Knows token counts and seconds as told; never requests, tensors or a clock."""
+"""How long a step takes, and how long it may take.
+
+Knows token counts and seconds as told; never requests, tensors or a clock.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,27 @@ from typing import NamedTuple
 from pensieve.core.cost import CostProfile
 from pensieve.core.plan import Span
 
-_MEMORY = 0.98  # what a step counts for, the one after it counting for one: machines, and who else uses them, change
-_CLIP = 3.0  # a step that took more than so many times what was predicted, or less than that part of it, counts as if it had taken that:
-_TRUSTING = 16  # a busy neighbour must not become the rule. But the first so many steps count as they are
-_PRIOR = 0.01  # what the proportions that a profile gives count for
-_NEAR, _FAR = 1024, 8192  # contexts between which a profile says what attention costs
-_FIXED_TOKENS = (
-    32  # before any step was measured: the weights are read in the time that so many tokens of a prefill take
+_MEMORY = 0.98  # weight of a step relative to the one after it: machines and their other users change
+# After _TRUSTING steps one that took over _CLIP times its prediction, or under 1/_CLIP of it, counts as if it
+# had taken exactly that: a busy neighbour must not become the rule.
+_CLIP, _TRUSTING = 3.0, 16
+_PRIOR = 0.01  # weight of the proportions that a profile gives
+_NEAR, _FAR = 1024, 8192  # context lengths between which a profile tells what attention costs
+# Before any step was measured: reading the weights takes as long as a prefill of so many tokens,
+_FIXED_TOKENS = 32
+# and a decode reads a cached token in the time in which a prefill computes so many (query, key) pairs.
+_READ_PAIRS = 4
+# A step without decodes may take LONE_STEPS times `step_s`, or LONE_FIXED times its fixed time if that is
+# more: smaller steps would waste too much of the machine.
+LONE_STEPS = 2.0
+LONE_FIXED = 4.0
+COMPUTING = (
+    0.92  # share of `step_s` that is computed; the rest covers scheduling and what predictions fall short of
 )
-_READ_PAIRS = (
-    4  # likewise: a decode reads a cached token in the time in which a prefill attends it with so many
-)
-LONE_STEPS = 2.0  # a step in which no request decodes may take so many times `step_s`,
-LONE_FIXED = 4.0  # or so many times what it takes whatever it computes, if that is more: smaller steps would waste too much of the machine
-COMPUTING = 0.92  # of a step's time; the rest goes to deciding and telling between steps, and to what the prediction fell short of
-# Where decodes alone take most of `step_s`, or more: prefill gets at least so many times their time, or no prompt would ever be done.
+# Where decodes alone take most of `step_s`, or more, prefill still gets so many times their time.
 LEAST_PREFILL = 1.0
-# After so many steps with prefill in a row one only decodes. If all took exactly `step_s`, what prefill costs could not be told from what
-# decodes cost, and a wrong guess of the two would confirm itself.
+# After so many steps with prefill in a row, one step only decodes. If all steps took exactly `step_s`, the
+# cost of prefill could not be told from that of decodes, and a wrong guess of the two would confirm itself.
 _PROBE_STEPS = 16
 
 
@@ -35,13 +41,13 @@ class Load(NamedTuple):
     """What a step computes, as far as its time depends on it."""
 
     rows: int = 0  # spans of one token: decodes
-    reads: int = 0  # cached tokens that those attend
-    tokens: int = 0  # of longer spans
-    pairs: int = 0  # (query, key) pairs of those
+    reads: int = 0  # cached tokens that decodes attend
+    tokens: int = 0  # of longer spans: prefill
+    pairs: int = 0  # (query, key) pairs of prefill
 
     @classmethod
     def of(cls, spans: Iterable[Span]) -> Load:
-        """That of a step with these spans."""
+        """The load of a step with these spans."""
         rows = reads = tokens = pairs = 0
         for _, start, stop, _, _ in spans:
             if (length := stop - start) == 1:
@@ -54,14 +60,20 @@ class Load(NamedTuple):
 
 
 class Pace:
-    """Predicts the seconds of a step: fixed + a * rows + b * reads + c * tokens + d * pairs. Learns the five from the steps that ran.
+    """Predicts the seconds of a step: fixed + a * rows + b * reads + c * tokens + d * pairs.
 
-    Least squares of the relative error, none of the five negative, older steps counting less. The sums over the steps are kept as a
-    5 x 5 matrix; each step is followed by one sweep of coordinate descent from the weights of the step before.
+    Learns the five weights.
+
+    Least squares of the relative error, no weight negative, older steps counting less. The sums over the
+    steps are kept as a 5 x 5 matrix; each step is followed by one sweep of coordinate descent from the
+    weights of the step before.
     """
 
     def __init__(self, cost: CostProfile, *, measured: bool = False) -> None:
-        """`cost` gives the proportions to begin with; `measured`: it is in seconds, so predictions can be had before the first step."""
+        """`cost` gives the first proportions.
+
+        `measured`: it is in seconds, so the pace is known before the first step.
+        """
         chunk = cost.chunk_tokens
         pair = max(1e-12, (cost.at(_FAR) - cost.at(_NEAR)) / (_FAR - _NEAR) / chunk)
         token = max(cost.at(_NEAR) / chunk - _NEAR * pair, 0.1 * cost.at(_NEAR) / chunk)
@@ -74,21 +86,21 @@ class Pace:
 
     @property
     def fixed_s(self) -> float:
-        """What a step takes whatever it computes: reading the weights, mostly."""
+        """Seconds that every step takes, mostly to read the weights."""
         return self._weights[0]
 
     def seconds(self, load: Load) -> float:
-        """Of a step with this load."""
+        """Predicted seconds of a step with this load."""
         fixed, row, read, token, pair = self._weights
         return fixed + row * load.rows + read * load.reads + token * load.tokens + pair * load.pairs
 
     def prefill_s(self, ranges: Iterable[tuple[int, int]]) -> float:
-        """What these token ranges add to a step."""
+        """Seconds that prefill of these token ranges adds to a step."""
         _, _, _, token, pair = self._weights
         return sum((stop - start) * token + _pairs(start, stop) * pair for start, stop in ranges)
 
     def tokens_within(self, seconds: float, start: int) -> int:
-        """How many tokens from position `start` on can be computed in so many seconds; a large number if there is no telling."""
+        """Tokens from position `start` on that are computed in so many seconds; a large number if unknown."""
         _, _, _, token, pair = self._weights
         linear = token + start * pair  # n * linear + n^2 / 2 * pair = seconds
         if seconds <= 0.0:
@@ -98,7 +110,7 @@ class Pace:
         return int(2.0 * seconds / (linear + math.sqrt(linear * linear + 2.0 * pair * seconds)))
 
     def observe(self, load: Load, seconds: float) -> None:
-        """A step with this load took so long."""
+        """Learn from a step with this load."""
         if not seconds > 0.0:
             return
         predicted = self.seconds(load)
@@ -115,14 +127,15 @@ class Pace:
                 row[index] = _MEMORY * row[index] + part * other
         self._sums = [_MEMORY * total + part for total, part in zip(self._sums, scaled, strict=True)]
         weights = self._weights
-        said = [index for index, part in enumerate(scaled) if part]  # of the others the step says nothing
-        for index in said:
+        for index in (
+            index for index, part in enumerate(scaled) if part
+        ):  # of other weights the step says nothing
             row = self._products[index]
             rest = sum(map(operator.mul, row, weights)) - row[index] * weights[index]
             weights[index] = max(0.0, (self._sums[index] - rest) / row[index])
 
     def _begin(self) -> None:
-        """As if the weights had been seen to be right, a little."""
+        """Start the sums as if a little evidence had confirmed the weights."""
         count = len(self._weights)
         self._products = [
             [_PRIOR / weight**2 * (row == column) for column in range(count)]
@@ -134,10 +147,10 @@ class Pace:
 class StepTime:
     """How many seconds of prefill the next step may hold.
 
-    While a request decodes, each step earns what is left of `step_s` beside the decodes and what lies between steps, and prefill spends it. A chunk is the least
-    that can be computed: one that takes longer is paid off by steps that only decode, so that decoding requests still get a token every
-    `step_s` on average. While none decodes, steps are as long as throughput wants, but not so long that a request which comes meanwhile
-    waits for several `step_s`.
+    While a request decodes, each step earns the part of `step_s` that decodes leave, and prefill spends it.
+    The least that can be computed is a chunk: one that takes longer is paid off by steps that only decode, so
+    decoding requests still get a token every `step_s` on average. While none decodes, steps are long enough
+    for throughput, but not so long that a new request waits for several `step_s`.
     """
 
     def __init__(self, step_s: float, pace: Pace) -> None:
@@ -147,7 +160,7 @@ class StepTime:
         self._num_in_a_row = 0  # steps with decodes and prefill
 
     def for_prefill(self, decodes: Load) -> float:
-        """Seconds of prefill that a step with these decodes may hold. 0: it should only decode. Infinity: nothing is known yet."""
+        """Seconds of prefill that a step with these decodes may hold; infinity if the pace is unknown yet."""
         pace = self.pace
         if not pace.known:
             return math.inf
@@ -164,7 +177,7 @@ class StepTime:
         return self._credit_s
 
     def spend(self, seconds: float) -> None:
-        """So much prefill was put into the step."""
+        """The step holds so many seconds of prefill."""
         if self.pace.known:
             self._credit_s -= seconds
 

@@ -1,6 +1,9 @@
-"""Where every chunk lies: slots, copies under way, leases. Knows chunks and tiers; never sequences' tokens, policies' reasons or time.
+"""Where every chunk lies: slots, copies under way, leases.
 
-Sole writer of `Chunk.slots`, `.copy`, `.computing`, `.leases`, `.queues` and of the pools. Part of `TieredCache`, which alone calls it.
+Knows chunks and tiers; never tokens, policies' reasons or time.
+
+Sole writer of `Chunk.slots`, `.copy`, `.computing`, `.leases`, `.queues` and of the pools. Part of
+`TieredCache`.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pensieve.config import CacheConfig
-from pensieve.core.chunk import Chunk, CopyRecord, Event
+from pensieve.core.chunk import Chunk, ChunkEvent, CopyRecord
 from pensieve.core.eviction import PolicyFactory
 from pensieve.core.plan import Copy
 from pensieve.core.pool import SlotPool
@@ -20,66 +23,60 @@ from pensieve.core.wipes import Wipes
 class Places:
     """The table of moves, carried out on slots. Every move is checked before anything changes."""
 
-    def __init__(
-        self, config: CacheConfig, policy: PolicyFactory, on_vanish: Callable[[Chunk], None]
-    ) -> None:
-        """`on_vanish(chunk)` is told when a chunk's last copy is gone for another reason than its owners' own wish."""
+    def __init__(self, config: CacheConfig, policy: PolicyFactory, on_loss: Callable[[Chunk], None]) -> None:
+        """`on_loss(chunk)` is called when a chunk that sequences still run through lost its last copy."""
         tiers = range(len(config.tiers))
         self.num_tiers = len(config.tiers)
         self.pools = [SlotPool(tier.num_slots) for tier in config.tiers]
-        self.clean = [
-            VictimQueue(1 << (3 * tier), policy()) for tier in tiers
-        ]  # a lower copy exists: reclaimed at no cost
-        self.sole = [
-            VictimQueue(2 << (3 * tier), policy()) for tier in tiers
-        ]  # no lower copy: copied down, released or dropped
+        # By tier: chunks that also lie lower, reclaimed at no cost; and chunks to be copied down, released or
+        # dropped.
+        self.has_lower_copy = [VictimQueue(1 << (3 * tier), policy()) for tier in tiers]
+        self.only_copy = [VictimQueue(2 << (3 * tier), policy()) for tier in tiers]
         self.duplicates = [Duplicates(4 << (3 * tier)) for tier in tiers]  # lower copies of leased chunks
-        queues = (
-            queue for tier in tiers for queue in (self.clean[tier], self.sole[tier], self.duplicates[tier])
-        )
-        self._queue_of: dict[int, VictimQueue | Duplicates] = {queue.bit: queue for queue in queues}
+        self.victim_queues = (*self.has_lower_copy, *self.only_copy)
+        self._queue_of: dict[int, VictimQueue | Duplicates] = {q.bit: q for q in self.victim_queues}
+        self._queue_of.update((queue.bit, queue) for queue in self.duplicates)
         combinations = range(1 << self.num_tiers)
         self._bits_idle = [self._bits_of(lies_in) for lies_in in combinations]
         self._bits_leased = [self._bits_of(lies_in, leased=True) for lies_in in combinations]
         self._bits_kept = [self._bits_of(lies_in, kept=True) for lies_in in combinations]
-        self.copies: dict[int, CopyRecord] = {}
-        self.copies_down = [0] * self.num_tiers  # of those, downward ones by source tier
-        self.failed_down = [0] * self.num_tiers  # downward copies into a tier that failed in a row
-        self.begun_in: list[Copy] = []  # since the last plan
-        self.begun_out: list[Copy] = []
-        self.reclaimed: list[tuple[int, int]] = []
+        self.copies: dict[int, CopyRecord] = {}  # under way, by copy id
+        self.copies_down = [0] * self.num_tiers  # downward copies under way, by source tier
+        self.failed_down = [0] * self.num_tiers  # downward copies that failed in a row, by target tier
+        self._begun_in: list[Copy] = []  # since the last plan
+        self._begun_out: list[Copy] = []
+        self._reclaimed: list[tuple[int, int]] = []
         self.wipes = Wipes(tier.num_slots for tier in config.tiers)
-        self.marked: set[Chunk] = (
-            set()
-        )  # an erased conversation ran through them: their slots are wiped when given back
-        self.num_reclaimed = 0
+        # Chunks that an erased conversation ran through: their slots are wiped when given back.
+        self.marked: set[Chunk] = set()
+        self.num_reclaimed = 0  # chunks since the start, as the next two
         self.num_dropped = 0
         self.num_copied_down = 0
-        self.num_chunks = 0
+        self.num_chunks = 0  # that exist now
         self.version = 0  # grows whenever a slot or a chunk may have become available
-        self._on_vanish = on_vanish
+        self._on_loss = on_loss
         self._next_copy_id = 0
 
     # -- computing
 
     def begin_compute(self, chunk: Chunk, slot: int) -> None:
-        """DROPPED -> COMPUTING in a first-tier slot already taken; leased once, by whoever computes it."""
-        chunk.require(Event.BEGIN_COMPUTE, 0, self._next_copy_below(chunk, 0))
+        """DROPPED -> COMPUTING in a first-tier slot already taken; leased once."""
+        chunk.require(ChunkEvent.BEGIN_COMPUTE, 0, self._next_copy_below(chunk, 0))
         chunk.computing, chunk.slots[0], chunk.leases = True, slot, chunk.leases + 1
         self.wipes.taken(0, slot, to_compute=True)
         self.num_chunks += 1
 
     def finish_compute(self, chunk: Chunk, num_tokens: int) -> None:
         """COMPUTING -> first tier, with `num_tokens` valid."""
-        chunk.require(Event.FINISH_COMPUTE, 0, self._next_copy_below(chunk, 0))
+        chunk.require(ChunkEvent.FINISH_COMPUTE, 0, self._next_copy_below(chunk, 0))
         chunk.computing, chunk.num_tokens = False, num_tokens
         self.version += 1
         self.reindex(chunk)
 
     def fail_compute(self, chunk: Chunk) -> None:
         """COMPUTING -> DROPPED; the slot is free."""
-        chunk.require(Event.FAIL_COMPUTE, 0, self._next_copy_below(chunk, 0))
-        self._vanish(chunk)
+        chunk.require(ChunkEvent.FAIL_COMPUTE, 0, self._next_copy_below(chunk, 0))
+        self._lose(chunk)
 
     def append(self, chunk: Chunk, num_tokens: int) -> None:
         """More tokens became valid in the first tier; lower copies are stale and freed in the same move."""
@@ -90,9 +87,10 @@ class Places:
             and slots[0] is not None
             and slots.count(None) == self.num_tiers - 1
         ):
-            chunk.num_tokens = num_tokens  # first tier -> first tier, nothing to free, no queue to change: nearly every decoded token
+            # First tier -> first tier, nothing to free, no queue to change: nearly every decoded token.
+            chunk.num_tokens = num_tokens
             return
-        chunk.require(Event.APPEND, 0, self._next_copy_below(chunk, 0))
+        chunk.require(ChunkEvent.APPEND, 0, self._next_copy_below(chunk, 0))
         if chunk.copy is not None:
             chunk.copy.stale = True
         for tier in range(1, self.num_tiers):
@@ -105,9 +103,9 @@ class Places:
     def begin_copy(self, chunk: Chunk, src_tier: int, dst_tier: int, dst_slot: int) -> Copy:
         """Start a copy into a slot already taken: down (a swap-out) or up to the first tier (a swap-in)."""
         if src_tier < dst_tier:
-            chunk.require(Event.BEGIN_SWAP_OUT, src_tier, dst_tier)
+            chunk.require(ChunkEvent.BEGIN_SWAP_OUT, src_tier, dst_tier)
         else:
-            chunk.require(Event.BEGIN_SWAP_IN, dst_tier, src_tier)
+            chunk.require(ChunkEvent.BEGIN_SWAP_IN, dst_tier, src_tier)
         src_slot = chunk.slots[src_tier]
         assert src_slot is not None
         record = CopyRecord(self._next_copy_id, chunk, src_tier, dst_tier, dst_slot)
@@ -120,15 +118,15 @@ class Places:
             self.copies_down[src_tier] += 1
             if src_tier == 0 and isinstance(chunk.owner, Sequence):
                 chunk.owner.num_copied_out += 1
-            self.begun_out.append(copy)
+            self._begun_out.append(copy)
         else:
-            self.begun_in.append(copy)
+            self._begun_in.append(copy)
         self.reindex(chunk)
         return copy
 
     def finish_copy(self, copy_id: int) -> CopyRecord:
-        """A copy is done: its target is valid, unless an append made it stale or nobody wants the chunk any more."""
-        record = self._settle(copy_id, Event.FINISH_SWAP_OUT, Event.FINISH_SWAP_IN)
+        """A copy is done: its target is valid unless an append made it stale or the chunk is an orphan."""
+        record = self._settle(copy_id, ChunkEvent.FINISH_SWAP_OUT, ChunkEvent.FINISH_SWAP_IN)
         chunk = record.chunk
         down = record.src_tier < record.dst_tier
         if record.orphan:
@@ -146,8 +144,10 @@ class Places:
         return record
 
     def fail_copy(self, copy_id: int, source_lost: bool) -> CopyRecord:
-        """A copy raised: its target slot is free; a swap-in whose source cannot be read loses the chunk."""
-        record = self._settle(copy_id, Event.FAIL_SWAP_OUT, Event.LOSE if source_lost else Event.FAIL_SWAP_IN)
+        """A copy failed: its target slot is free. A swap-in whose source cannot be read loses the chunk."""
+        record = self._settle(
+            copy_id, ChunkEvent.FAIL_SWAP_OUT, ChunkEvent.LOSE if source_lost else ChunkEvent.FAIL_SWAP_IN
+        )
         chunk = record.chunk
         self.failed_down[record.dst_tier] += record.src_tier < record.dst_tier
         if record.orphan:
@@ -155,30 +155,38 @@ class Places:
         else:
             self._release(chunk, record.dst_tier, record.dst_slot, copy_id)
             if record.dst_tier < record.src_tier and source_lost:
-                self._vanish(chunk)
+                self._lose(chunk)
             else:
                 self.reindex(chunk)
         self.wipes.copy_settled(copy_id)
         return record
 
+    def collect(self) -> tuple[tuple[Copy, ...], tuple[Copy, ...], tuple[tuple[int, int], ...]]:
+        """Swap-ins and swap-outs begun, and slots reclaimed, since the last call."""
+        begun = tuple(self._begun_in), tuple(self._begun_out), tuple(self._reclaimed)
+        self._begun_in.clear()
+        self._begun_out.clear()
+        self._reclaimed.clear()
+        return begun
+
     # -- giving slots away
 
     def reclaim(self, chunk: Chunk, tier: int) -> int:
-        """Take the slot of a clean copy from `tier`; the chunk lives on below. Returns the slot, still taken."""
-        chunk.require(Event.RECLAIM, tier, self._next_copy_below(chunk, tier))
+        """Take a chunk's slot in `tier`; a lower copy of it stays. Returns the slot, still taken."""
+        chunk.require(ChunkEvent.RECLAIM, tier, self._next_copy_below(chunk, tier))
         slot = chunk.slots[tier]
         assert slot is not None
         chunk.slots[tier] = None
         if chunk in self.marked:
             self.wipes.handed_over(tier, slot)
         self.num_reclaimed += 1
-        self.reclaimed.append((tier, slot))
+        self._reclaimed.append((tier, slot))
         self.reindex(chunk)
         return slot
 
     def release_upper(self, chunk: Chunk, tier: int) -> None:
-        """Free a clean copy in `tier`, which is wanted by nobody yet; the chunk lives on below."""
-        chunk.require(Event.RECLAIM, tier, self._next_copy_below(chunk, tier))
+        """Free a chunk's slot in `tier`; a lower copy of it stays."""
+        chunk.require(ChunkEvent.RECLAIM, tier, self._next_copy_below(chunk, tier))
         self._free_slot(chunk, tier)
         self.num_reclaimed += 1
         self.reindex(chunk)
@@ -188,19 +196,19 @@ class Places:
         upper = tier - 1
         while upper > 0 and chunk.slots[upper] is None:
             upper -= 1
-        chunk.require(Event.RELEASE_LOWER, upper, tier)
+        chunk.require(ChunkEvent.RELEASE_LOWER, upper, tier)
         self._free_slot(chunk, tier)
         self.reindex(chunk)
 
     def drop(self, chunk: Chunk) -> None:
-        """Free every copy: what was computed is forgotten."""
+        """Free every copy of a chunk: its KV is lost."""
         place = chunk.place or 0
-        chunk.require(Event.DROP, place, self._next_copy_below(chunk, place))
+        chunk.require(ChunkEvent.DROP, place, self._next_copy_below(chunk, place))
         self.num_dropped += 1
-        self._vanish(chunk)
+        self._lose(chunk)
 
     def discard(self, chunk: Chunk) -> None:
-        """The last owner let go: free its slots now, or when the copy under way settles."""
+        """No sequence runs through the chunk any more: free its slots now, or when its copy settles."""
         assert not chunk.leases, f"{chunk!r} discarded while leased"
         if chunk.copy is not None:
             chunk.copy.orphan = True
@@ -218,7 +226,7 @@ class Places:
         self.reindex(chunk)
 
     def reindex(self, chunk: Chunk) -> None:
-        """Put a chunk into exactly the queues its state says."""
+        """Put a chunk into exactly the queues that its state demands."""
         wanted = self.wanted_queues(chunk)
         changed = wanted ^ chunk.queues
         while changed:
@@ -243,16 +251,16 @@ class Places:
         ]
 
     def _bits_of(self, lies_in: int, *, leased: bool = False, kept: bool = False) -> int:
-        """The bits of the queues for a chunk that lies in some tiers, one bit each: a table has the answers."""
+        """The bits of the queues for a chunk that lies in the tiers whose bits are set in `lies_in`."""
         tiers = [tier for tier in range(self.num_tiers) if lies_in & (1 << tier)]
         if not tiers:
             return 0
         if leased:
             return sum(self.duplicates[tier].bit for tier in tiers[1:]) if tiers[0] == 0 else 0
         *upper, lowest = tiers
-        bits = sum(self.clean[tier].bit for tier in upper)
+        bits = sum(self.has_lower_copy[tier].bit for tier in upper)
         if lowest < self.num_tiers - 1 or not kept:
-            bits |= self.sole[lowest].bit  # (in the last tier a kept chunk stays: it has nowhere to go)
+            bits |= self.only_copy[lowest].bit  # (a kept chunk stays in the last tier)
         return bits
 
     def leave_queues(self, chunk: Chunk) -> None:
@@ -272,7 +280,7 @@ class Places:
                 return lower
         return last if slots[last] is not None else tier + 1
 
-    def _settle(self, copy_id: int, if_down: Event, if_up: Event) -> CopyRecord:
+    def _settle(self, copy_id: int, if_down: ChunkEvent, if_up: ChunkEvent) -> CopyRecord:
         record = self.copies[copy_id]
         if record.src_tier < record.dst_tier:
             record.chunk.require(if_down, record.src_tier, record.dst_tier)
@@ -307,7 +315,7 @@ class Places:
         self.marked.discard(chunk)
         self.num_chunks -= 1
 
-    def _vanish(self, chunk: Chunk) -> None:
+    def _lose(self, chunk: Chunk) -> None:
         self._free_all(chunk)
         chunk.leases = 0
-        self._on_vanish(chunk)
+        self._on_loss(chunk)

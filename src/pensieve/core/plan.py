@@ -1,7 +1,7 @@
-"""The seam between deciding and doing: what one step computes and copies, and what came of it.
+"""The seam between deciding and doing: what one step computes and copies, and its result.
 
-Everything here is frozen and picklable; what a step has hundreds of is a named tuple, which is made in a third of the time. A plan names slots
-and token ids; it never holds bytes, text or tensors.
+Every value is frozen and picklable. Values that are created hundreds of times a step are named tuples, which
+are three times cheaper to create. A plan names slots and token ids; it never holds bytes, text or tensors.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pensieve.core.request import SamplingParams
 class Span(NamedTuple):
     """A half-open token range of one request's sequence to be computed in this step.
 
-    The worker first writes K and V of `[start, stop)` to the request's slots, then lets each of these
-    tokens attend `[0, its own position]`. A decode is a span of length 1, a prompt a longer one, a dropped
-    prefix one more with `emits_token=False`. Spans of one request come in ascending order.
+    The worker first writes K and V of `[start, stop)` to the request's slots, then lets each of these tokens
+    attend `[0, its own position]`. A decode is a span of length 1, a prefill a longer one; recomputing a
+    dropped prefix is one more span, with `emits_token=False`. Spans of one request come in ascending order.
     """
 
     request_id: str
     start: int
     stop: int
-    token_ids: tuple[int, ...] | None  # stop - start ids; None: the token sampled last for this request
+    token_ids: tuple[int, ...] | None  # stop - start ids; None for the token sampled last for this request
     emits_token: bool  # sample from the logits of the last position
 
 
@@ -40,7 +40,7 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RequestStart:
-    """What the worker must know of a request before its first span."""
+    """What the worker must know about a request before its first span."""
 
     request_id: str
     sampling: SamplingParams
@@ -48,7 +48,7 @@ class RequestStart:
 
 
 class BlockTableUpdate(NamedTuple):
-    """The first-tier slots of a request's chunks, from chunk index `first` on; what lay beyond is void."""
+    """The first-tier slots of a request's chunks from index `first` on; they replace earlier entries."""
 
     request_id: str
     first: int
@@ -57,24 +57,20 @@ class BlockTableUpdate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: what moves, then what is computed. Made by `Scheduler.schedule` (or `SteadySteps.plan`), never changed after."""
+    """One step: copies, then spans. Made by `Scheduler.schedule` or `SteadySteps.plan`."""
 
     step_id: int  # 0, 1, 2, ...: plans run in this order
     spans: tuple[Span, ...]
     swap_in: tuple[Copy, ...]  # into the first tier; spans of this plan may attend them, so they go first
-    swap_out: tuple[
-        Copy, ...
-    ]  # away from the first tier, or further down; may still run when the step has ended
+    swap_out: tuple[Copy, ...]  # to a lower tier; may still run when the step has ended
     started: tuple[RequestStart, ...]
     tables: tuple[BlockTableUpdate, ...]
-    ended: tuple[
-        str, ...
-    ]  # requests whose worker-side state may go (their last span lies in an earlier plan)
-    reclaimed: tuple[
-        tuple[int, int], ...
-    ]  # (tier, slot) taken from a cached chunk and given to another in this plan
+    ended: tuple[str, ...]  # requests that the worker may forget: their last span lies in an earlier plan
+    reclaimed: tuple[tuple[int, int], ...]  # (tier, slot) taken from a cached chunk and given to another
     wiped: tuple[tuple[int, int], ...] = ()  # (tier, slot) to be zeroed before this plan's copies and spans
-    settles: bool = False  # it only copies, and its step should end when the swap-outs have settled: somebody waits for the room they make
+    settles: bool = (
+        False  # it only copies, and its step ends when the swap-outs have settled: requests wait for room
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -89,14 +85,14 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SteadySteps:
-    """Steps that only decode, one token further each than the one before. Made by `Scheduler.steady_steps`."""
+    """Consecutive steps that only decode. Made by `Scheduler.steady_steps`."""
 
     step_id: int  # of the first
     spans: tuple[Span, ...]  # of the first
     count: int  # of steps, at least 1
 
     def plan(self, index: int) -> StepPlan:
-        """That of the step at `index`, whose tokens are those sampled in the step before it."""
+        """The plan of the step at `index`, whose tokens are those sampled in the step before it."""
         spans = self.spans
         if index:
             spans = tuple(
@@ -107,7 +103,7 @@ class SteadySteps:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One token sampled for a span that emits; on its way to a front end it is the event that says so (`messages.Token`)."""
+    """One token sampled for a span that emits. To a front end it is the event `messages.Token`."""
 
     request_id: str
     token_id: int
@@ -115,22 +111,22 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as a call: every token of every answer goes through a pipe, and the dataclass's own way takes three times as long."""
+        """Pickled as a call, in a third of a dataclass's time: every token goes through a pipe."""
         return SampledToken, (self.request_id, self.token_id, self.logprob, self.top)
 
 
 @dataclass(frozen=True, slots=True)
 class CopyFailure:
-    """A copy that raised."""
+    """A copy that failed."""
 
     copy_id: int
-    source_lost: bool  # the source cannot be read either; False: it is still good
+    source_lost: bool  # whether the source cannot be read any more
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFailure:
-    """A request that failed alone (in sampling, say); the rest of the step is good."""
+    """A request that failed alone (in sampling, say); the rest of the step is valid."""
 
     request_id: str
     message: str
@@ -138,7 +134,7 @@ class RequestFailure:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of one plan. Copies reported may belong to any earlier plan."""
+    """The result of one plan. Copies that it reports may belong to any earlier plan."""
 
     step_id: int
     tokens: tuple[SampledToken, ...] = ()
@@ -146,42 +142,41 @@ class StepResult:
     copies_failed: tuple[CopyFailure, ...] = ()
     requests_failed: tuple[RequestFailure, ...] = ()
     forward_error: str | None = None  # the forward raised: nothing this plan computed is valid
-    wipe_error: str | None = (
-        None  # a wipe raised: none of them counts, no copy was begun and nothing was computed
-    )
+    wipe_error: str | None = None  # a wipe raised: no wipe counts, no copy was begun, nothing was computed
     seconds: float | None = (
-        None  # that computing the spans took; None if it says nothing of the spans (copies, a first run) or was not measured
+        None  # of computing the spans; None if not measured, or copies or a first run distort it
     )
 
 
 class Worker(Protocol):
-    """Does what a plan says. Three bodies: the real one, the simulator's, the tests' fake."""
+    """Runs plans. Three bodies: the real one, the simulator's, the tests' fake."""
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Wipe what the plan says, start its copies, run its spans, sample. Returns when wipes and spans are done.
+        """Wipe slots, start copies, run spans, sample. Returns when wipes and spans are done.
 
         Every swap-in of the plan has settled when this returns (its copy is in `copies_done` or
-        `copies_failed`), and every swap-out of a plan that `settles`; others are reported by whichever later
-        call finds them finished. Does not raise for anything a plan can meet: failures are in the result.
+        `copies_failed`), and every swap-out of a plan that `settles`. Other swap-outs are reported by a later
+        call that finds them settled. Failures of copies, spans and wipes are in the result; they raise
+        nothing.
         """
         ...
 
     def set_waker(self, wake: Callable[[], None]) -> None:
-        """`wake` is called, from any thread, whenever a swap-out settles while no `run` is under way."""
+        """Call `wake`, from any thread, whenever a swap-out settles while no `run` is under way."""
         ...
 
     def close(self) -> None:
-        """Stop threads and give the memory back."""
+        """Stop threads and free memory."""
         ...
 
 
 class PipelinedWorker(Worker, Protocol):
-    """A worker whose steps can be begun before the one before is over: while a device computes one, the next is planned and queued."""
+    """A worker that can queue a step while its device still computes the one before."""
 
     def begin(self, plan: StepPlan) -> None:
-        """The first half of `run`: queue everything. Tokens of plans begun and not finished are used where a plan says "the one sampled last"."""
+        """The first half of `run`: queue everything. It may need a token of a plan not finished yet."""
         ...
 
     def finish(self) -> StepResult:
-        """The second half, of the oldest plan begun and not finished: return when it is done."""
+        """The second half, for the oldest plan begun and not finished. Returns when it is done."""
         ...

@@ -1,4 +1,4 @@
-"""The free list of one tier. Knows slot numbers; never what lies in them."""
+"""The free list of one tier. Knows slot numbers; never their contents."""
 
 from __future__ import annotations
 

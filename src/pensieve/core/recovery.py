@@ -1,6 +1,9 @@
-"""What must be computed, and in which pieces. Knows token ranges; never chunks' places, token ids or requests.
+"""Which token ranges must be computed, and in which pieces.
 
-A prompt, a dropped prefix and a hole anywhere are the same thing here: a range without KV (paper §4.3.4's two sub-requests fall out).
+Knows ranges; never chunks' places, token ids or requests.
+
+A prompt, a dropped prefix and a hole anywhere are the same thing here: a range without KV (paper §4.3.4's two
+sub-requests fall out).
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ Range = tuple[int, int]  # half-open, in tokens
 def missing_ranges(valid_tokens: Iterable[int], num_tokens: int, chunk_tokens: int) -> list[Range]:
     """The ranges of `[0, num_tokens)` without KV, ascending and not touching each other.
 
-    `valid_tokens` gives for each chunk, from the first on, how many of its leading tokens have KV; chunks beyond have none.
+    `valid_tokens` gives for each chunk, from the first on, how many of its leading tokens have KV; chunks
+    beyond have none.
     """
     missing: list[Range] = []
     counts = iter(valid_tokens)
@@ -29,10 +33,10 @@ def missing_ranges(valid_tokens: Iterable[int], num_tokens: int, chunk_tokens: i
 
 
 def cut(ranges: list[Range], budget: int, chunk_tokens: int) -> tuple[list[Range], list[Range]]:
-    """Split ascending ranges into what fits in `budget` tokens now and the rest.
+    """Split ascending ranges into those that fit in `budget` tokens now and the rest.
 
-    A range is cut at a chunk boundary only, so that a chunk is computed whole in one step (or to the sequence's end). Left to right: a
-    range is taken only after everything before it.
+    A range is cut at a chunk boundary only, so that a chunk is computed whole in one step (or to the
+    sequence's end). A range is taken only after all ranges before it.
     """
     taken: list[Range] = []
     for position, (start, stop) in enumerate(ranges):

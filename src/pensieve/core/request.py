@@ -5,13 +5,10 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from pensieve.core.receipt import Receipt
+from pensieve.core.sequence import Key, Sequence
 from pensieve.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from pensieve.core.misses import Miss
-    from pensieve.core.sequence import Sequence
 
 MAX_LOGPROBS = 20
 
@@ -71,7 +68,7 @@ class RequestState(enum.Enum):
     FINISHED = "finished"
 
 
-class Verdict(enum.Enum):
+class Readiness(enum.Enum):
     """Whether a waiting request can be admitted."""
 
     NOW = "now"
@@ -91,69 +88,73 @@ class FinishReason(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One turn on its way. Written by the scheduler only."""
+    """One turn in the scheduler, which alone writes it."""
 
     request_id: str
     namespace: str
     sequence_id: str
-    tokens: list[int]  # the prompt path, then what was sampled; the token log of this sequence
-    history_tokens: int
+    tokens: list[int]  # the prompt path, then the sampled tokens
+    history_tokens: int  # of the prompt, tokens that an earlier turn had put before the model
     sampling: SamplingParams
     arrival: int  # order of submission
     submitted_s: float
     most_tokens: int  # prompt and answer together, as the answer's limit and the context allow
-    salt: str = ""  # what the chain hashes start from: the namespace
-    num_prompt: int = 0
-    digests: list[bytes] = field(default_factory=list)  # chain hashes of the full chunks of `tokens`
-    sequence: Sequence | None = None
+    salt: str  # the chain hashes start from it: the namespace, or one of its own where nothing is shared
+    digests: list[bytes]  # chain hashes of the full chunks of `tokens`
+    num_prompt: int = field(init=False)
+    receipt: Receipt = field(init=False)
+    sequence: Sequence | None = None  # None until its turn comes in its conversation
     state: RequestState = RequestState.WAITING
 
-    work: int = 0  # tokens to compute until its first, as far as is known: exact since it was last looked at while it waited
-    num_overtaken: int = 0  # requests that came later and were admitted while it waited
-    refusal: Verdict | None = (
-        None  # why it could not be admitted when it was last looked at, the room being in the state `seen`
-    )
+    # while it waits
+    work: int = 0  # tokens to compute until its first token; exact since the cache was last looked at
+    num_overtaken: int = 0  # later requests that were admitted while it waited
+    refusal: Readiness | None = None  # why it was not admitted while the room was as in `seen`
     seen: tuple[int, int, int, int] | None = None
+
+    # while it runs
     due: float = 0.0  # when its missing tokens should be computed: seconds where steps are timed, else steps
-    missing: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # token ranges admitted and not scheduled yet
+    missing: list[tuple[int, int]] = field(default_factory=list)  # token ranges to compute, not scheduled yet
     num_pending: int = 0  # tokens being sampled by plans not committed yet
     in_flight: int = 0  # plans not committed yet that name this request
-    started: bool = False  # the worker knows it
-    ending: FinishReason | None = None  # has ended; what it holds is given back once no plan names it
+    started: bool = False  # it was admitted once, and the worker knows it
+    chunks_in: int = 0  # swapped in for it, also after suspensions
+    chunks_out: int = 0  # of its conversation, swapped out since the previous receipt
+
+    # how it ends
+    ending: FinishReason | None = None  # set once it ends; its leases last until no plan names it
     suspending: bool = False  # goes back to the queue once no plan names it
     failed: bool = False  # suspending because a forward or a swap-in failed: its plans in flight are void
-    suspect: bool = False  # a forward failed with it: runs alone until one succeeds
-    num_failures: int = 0
+    suspect: bool = False  # a forward failed with it: it runs alone until one succeeds
+    num_failures: int = 0  # in a row
     error: str | None = None
     error_code: str = "worker_failed"
 
-    gpu_tokens: int = 0  # the receipt's numbers, see messages.Receipt
-    cpu_tokens: int = 0
-    recomputed_tokens: int = 0
-    new_tokens: int = 0
-    misses: tuple[Miss, ...] = ()
-    resume_cpu_tokens: int = 0
-    resume_recomputed_tokens: int = 0
-    chunks_in: int = 0
-    chunks_out: int = 0
-    suspensions: int = 0
-    admitted_s: float | None = None
-    first_token_s: float | None = None
-
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
-        self.salt = self.salt or self.namespace
+        self.receipt = Receipt(self.num_prompt)
+
+    @property
+    def key(self) -> Key:
+        """Of its sequence."""
+        return self.namespace, self.sequence_id
+
+    @property
+    def next_length(self) -> int | None:
+        """Tokens including its next decode and those on their way; None if it is not to decode."""
+        if self.missing:
+            return None
+        length = len(self.tokens) + self.num_pending
+        return length if length < self.most_tokens and self.plannable else None
 
     @property
     def output(self) -> list[int]:
-        """The tokens sampled so far."""
+        """The sampled tokens."""
         return self.tokens[self.num_prompt :]
 
     @property
     def num_output(self) -> int:
-        """How many tokens were sampled so far."""
+        """Number of sampled tokens."""
         return len(self.tokens) - self.num_prompt
 
     @property
@@ -163,10 +164,10 @@ class Request:
 
     @property
     def is_steady(self) -> bool:
-        """It decodes, nothing is in flight for it or wrong with it, and no token of its answer ends it."""
+        """It decodes, no plan in flight names it, nothing failed, and no token of its answer ends it."""
         return (
             self.plannable
-            and self.first_token_s is not None
+            and self.receipt.first_token_s is not None
             and not (
                 self.missing
                 or self.in_flight
@@ -178,5 +179,5 @@ class Request:
 
     @property
     def plannable(self) -> bool:
-        """May be given spans: it runs, and nothing ends or suspends it."""
+        """May be given spans: it runs, and is neither ending nor being suspended."""
         return self.state is RequestState.RUNNING and self.ending is None and not self.suspending

@@ -1,4 +1,7 @@
-"""A sequence: the token path of one conversation, as a list of chunks. Knows counts and hashes; never tiers' bytes or text."""
+"""A sequence: the token path of one conversation, as a list of chunks.
+
+Knows counts and hashes; never tiers' bytes or text.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,21 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence as Tokens
 from itertools import islice
-from typing import Protocol
 
 from pensieve.core.chunk import Chunk
 
 DIGEST_BYTES = 16
-IDLE_S = -1e12  # "last active" of a conversation whose user is done with it: long before anybody else
-TENANT_END = "\x1f"  # a namespace is a tenant's name, or that, this character and a salt
+IDLE_S = -1e12  # "last active" of a conversation whose user is done: long before every other
+TENANT_END = "\x1f"  # a namespace is a tenant's name, or the name, this character and a salt
 
 Key = tuple[str, str]  # (namespace, sequence id)
 
 
-class Owner(Protocol):
-    """Who holds a chunk: one sequence, or several that share it."""
-
-    last_active_s: float
-    num_active: int  # of its sequences' requests, those queued, running or suspended
-
-    def sequences(self) -> Tokens[Sequence]:
-        """The sequences through the chunk."""
-        ...
-
-
 class Sequence:
-    """One conversation's chunks, left to right; None where a chunk was dropped. Written by `TieredCache` only."""
+    """One conversation's chunks, left to right; None where a chunk was dropped.
+
+    Written by `TieredCache` only.
+    """
 
     __slots__ = (
         "chunks",
@@ -48,20 +42,14 @@ class Sequence:
     def __init__(self, key: Key, now_s: float) -> None:
         self.key = key
         self.chunks: list[Chunk | None] = []
-        self.tail: tuple[
-            int, ...
-        ] = ()  # token ids of the last chunk while it is partial and nobody leases it
+        self.tail: tuple[int, ...] = ()  # token ids of a partial last chunk while the sequence is not leased
         self.tail_parent = b""  # chain hash of what comes before the tail
-        self.last_active_s = now_s  # as eviction sees it: IDLE_S after an `Idle`
-        self.seen_s = now_s  # as it was
-        self.num_active = 0
-        self.num_copied_out = 0  # chunks, since a receipt last said so
+        self.last_active_s = now_s  # for eviction: IDLE_S after an `Idle` hint
+        self.seen_s = now_s  # when it was last active in fact
+        self.num_active = 0  # requests that are queued, running or suspended
+        self.num_copied_out = 0  # chunks swapped out since the last receipt
         self.leased = False
         self.kept = False
-
-    def sequences(self) -> tuple[Sequence, ...]:
-        """Itself: a private chunk has one owner."""
-        return (self,)
 
     def __repr__(self) -> str:
         return f"<sequence {self.key[1]!r} chunks={len(self.chunks)}>"
@@ -78,33 +66,38 @@ class Sharers:
         self.num_active = sum(member.num_active for member in members)
 
     def add(self, sequence: Sequence) -> None:
-        """One more."""
+        """One more sequence."""
         self.members.add(sequence)
         self.num_active += sequence.num_active
         self.last_active_s = max(self.last_active_s, sequence.last_active_s)
 
     def discard(self, sequence: Sequence) -> None:
-        """One fewer. The time of last activity stays: it was a use of the chunk all the same."""
+        """One sequence fewer. The time of last activity stays: it was a use of the chunk."""
         self.members.discard(sequence)
         self.num_active -= sequence.num_active
 
-    def sequences(self) -> tuple[Sequence, ...]:
-        """All of them."""
-        return tuple(self.members)
+
+def sequences_of(chunk: Chunk) -> tuple[Sequence, ...]:
+    """The sequences that run through a chunk."""
+    owner = chunk.owner
+    if isinstance(owner, Sequence):
+        return (owner,)
+    assert isinstance(owner, Sharers)
+    return tuple(owner.members)
 
 
 class Namespaces:
-    """Which namespaces of a tenant hold sequences."""
+    """The namespaces of each tenant that hold sequences."""
 
     def __init__(self) -> None:
         self._of_tenant: dict[str, Counter[str]] = {}  # tenant -> namespace -> how many sequences
 
     def add(self, namespace: str) -> None:
-        """One more sequence."""
+        """A namespace has one more sequence."""
         self._of_tenant.setdefault(tenant_of(namespace), Counter())[namespace] += 1
 
     def discard(self, namespace: str) -> None:
-        """One fewer."""
+        """A namespace has one sequence fewer."""
         counts = self._of_tenant[tenant_of(namespace)]
         counts[namespace] -= 1
         if not counts[namespace]:
@@ -113,11 +106,11 @@ class Namespaces:
             del self._of_tenant[tenant_of(namespace)]
 
     def of(self, tenant: str) -> set[str]:
-        """All of a tenant's."""
+        """A tenant's namespaces."""
         return set(self._of_tenant.get(tenant, ()))
 
     def siblings(self, namespace: str, most: int) -> list[str]:
-        """Other namespaces of the same tenant, at most so many."""
+        """Other namespaces of the same tenant, at most `most`."""
         counts = self._of_tenant.get(tenant_of(namespace), Counter[str]())
         return [other for other in islice(counts, most + 1) if other != namespace][:most]
 

@@ -1,4 +1,7 @@
-"""Who could give up a slot. Knows which chunks are candidates; leaves their order to a policy and their fate to the cache."""
+"""Candidates for eviction.
+
+Knows which chunks could give up a slot; never their order (a policy's) or fate (`Room`'s).
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ from pensieve.core.sequence import Sequence
 class VictimQueue:
     """The chunks of one tier that could give up their slot in one way.
 
-    Of a sequence's private chunks only one is offered to the policy: the leading one, which is worth least where cost is monotone, or the
-    trailing one for a policy that wants that. A shared chunk is offered in its own right. Membership is a bit in `chunk.queues`, which
-    keeps an idle chunk's record small.
+    Of a sequence's private chunks only one is offered to the policy: the leading one, which is worth least
+    where cost is monotone, or the trailing one for a policy that wants that. Every shared chunk is offered.
+    Membership is a bit in `chunk.queues`, which keeps an idle chunk's record small.
     """
 
     def __init__(self, bit: int, policy: EvictionPolicy) -> None:
         self.bit = bit
-        self.count = 0  # members; a question asked every step, so kept by hand and compared in check()
+        self.count = 0  # members; asked for in every step, hence counted here and compared in `checks`
         self._policy = policy
         self._trailing = policy.trailing
         self._offered: dict[Sequence, Chunk] = {}
 
     def add(self, chunk: Chunk) -> None:
-        """Take a chunk in."""
+        """Add a chunk."""
         chunk.queues |= self.bit
         self.count += 1
         owner = chunk.owner
@@ -40,7 +43,7 @@ class VictimQueue:
             self._policy.add(chunk)
 
     def discard(self, chunk: Chunk) -> None:
-        """Take a chunk out; the next of its sequence is offered."""
+        """Remove a chunk; the next one of its sequence is offered."""
         chunk.queues &= ~self.bit
         self.count -= 1
         owner = chunk.owner
@@ -56,11 +59,11 @@ class VictimQueue:
                 self._policy.add(following)
 
     def worst(self, now_s: float) -> Chunk | None:
-        """The first to go, which stays in; None if there is none."""
+        """The chunk to evict first, which stays in; None if the queue is empty."""
         return self._policy.worst(now_s)
 
-    def going_with(self, chunk: Chunk) -> list[Chunk]:
-        """The others of a victim's conversation, where the policy lets go of all of it at once."""
+    def evicted_with(self, chunk: Chunk) -> list[Chunk]:
+        """The other chunks of a victim's conversation, if the policy evicts whole conversations."""
         owner = chunk.owner
         if not (self._policy.whole and isinstance(owner, Sequence)):
             return []
@@ -75,7 +78,7 @@ class VictimQueue:
         return self._policy.worth(chunk, now_s)
 
     def withdraw(self, sequence: Sequence) -> None:
-        """Take a sequence's candidate back before its activity changes; `offer` returns it."""
+        """Take a sequence's candidate from the policy before its activity changes; `offer` gives it back."""
         if (offered := self._offered.get(sequence)) is not None:
             self._policy.remove(offered)
 
@@ -85,12 +88,12 @@ class VictimQueue:
             self._policy.add(offered)
 
     def check(self, chunk: Chunk) -> None:
-        """That a private member is the one offered for its sequence, or comes after it."""
+        """Assert that a private member is the one offered for its sequence, or comes after it."""
         offered = self._offered.get(chunk.owner) if isinstance(chunk.owner, Sequence) else chunk
         ahead = offered is not None and (
             offered.index >= chunk.index if self._trailing else offered.index <= chunk.index
         )
-        assert ahead, f"{chunk!r} is queued behind nobody"
+        assert ahead, f"{chunk!r} is queued, but no chunk of its sequence is offered"
 
     def _next_of(self, owner: Sequence, index: int) -> Chunk | None:
         chunks = owner.chunks
@@ -107,7 +110,7 @@ class VictimQueue:
 
 
 class Duplicates:
-    """Lower copies of leased chunks: pure duplicates, any of them may go first."""
+    """Lower copies of leased chunks: any of them may be freed first."""
 
     def __init__(self, bit: int) -> None:
         self.bit = bit
@@ -115,19 +118,19 @@ class Duplicates:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of chunks."""
         return len(self._chunks)
 
     def add(self, chunk: Chunk) -> None:
-        """Take a chunk in."""
+        """Add a chunk."""
         chunk.queues |= self.bit
         self._chunks[chunk] = None
 
     def discard(self, chunk: Chunk) -> None:
-        """Take a chunk out."""
+        """Remove a chunk."""
         chunk.queues &= ~self.bit
         del self._chunks[chunk]
 
     def any(self) -> Chunk | None:
-        """One of them, or None."""
+        """One of them; None if there is none."""
         return next(iter(self._chunks), None)

@@ -1,4 +1,7 @@
-"""Requests not admitted yet, and who may be admitted next. Knows tokens to compute and tenants; never room, chunks or time."""
+"""The waiting queue: which requests may be admitted next.
+
+Knows tokens to compute and tenants; never room, chunks or time.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,20 @@ from collections.abc import Iterator
 from pensieve.core.request import Request, RequestState
 from pensieve.core.sequence import tenant_of
 
-MAX_OVERTAKINGS = 32  # of a waiting request by later ones; then what becomes free is held for it
-LOOK_AHEAD = 8  # requests of a tenant that are looked at in one step: the one that waits longest, and those with the least to compute
-MAX_TENANTS = 32  # tenants that are looked at in one step
+MAX_OVERTAKINGS = 32  # of a waiting request by later ones; after that, slots that come free are held for it
+LOOK_AHEAD = (
+    8  # requests of a tenant considered in one step: the one that waits longest, and those with least work
+)
+MAX_TENANTS = 32  # tenants considered in one step
 
 
 class WaitingQueue:
     """Sole writer of the order of admission, of `Request.num_overtaken` and of the tenants' deficits.
 
-    Between tenants: deficit round robin (Shreedhar and Varghese, SIGCOMM '95), counted in tokens to compute. Among the requests of one
-    tenant: the one that waits longest first, then those with the least to compute. A request that `MAX_OVERTAKINGS` later ones have
-    overtaken is overtaken no more, and one that was suspended is not overtaken at all. First come, first served knows neither tenants nor overtaking.
+    Between tenants: deficit round robin (Shreedhar and Varghese, SIGCOMM '95), counted in tokens to compute.
+    Among the requests of one tenant: the one that waits longest, then those with the least to compute. A
+    request is overtaken at most `MAX_OVERTAKINGS` times, and never while suspended. First come, first served
+    ignores tenants and work.
     """
 
     def __init__(self, quantum_tokens: int, *, fcfs: bool = False) -> None:
@@ -42,13 +48,17 @@ class WaitingQueue:
 
     @property
     def head(self) -> Request | None:
-        """The request that arrived first. None if none waits."""
+        """The request that arrived first; None if none waits."""
         return self._by_arrival[0] if self._by_arrival else None
 
     def add(self, request: Request) -> None:
-        """Queue a request, or one that was suspended again: by its arrival. `request.work` says what it has to compute."""
+        """Queue a new or suspended request by its arrival.
+
+        `request.work` is what it has to compute, in tokens.
+        """
         place = bisect(self._by_arrival, request.arrival, key=lambda r: r.arrival)
-        # Never less than those behind it: the count does not rise along the queue, and the head's is the highest.
+        # Never less than those behind it: the count does not rise along the queue, and the head's is the
+        # highest.
         request.num_overtaken = self._by_arrival[place].num_overtaken if place < len(self._by_arrival) else 0
         self._by_arrival.insert(place, request)
         line = self._lines.setdefault(tenant_of(request.namespace), _Line())
@@ -56,19 +66,17 @@ class WaitingQueue:
         insort(line.by_work, (request.work, request.arrival, request))
 
     def remove(self, request: Request) -> None:
-        """It is not to be admitted any more, or was."""
+        """A request was admitted or has ended."""
         self._by_arrival.remove(request)
         tenant = tenant_of(request.namespace)
         line = self._lines[tenant]
         line.by_arrival.remove(request)
         line.by_work.remove((request.work, request.arrival, request))
         if not line.by_arrival:
-            del self._lines[
-                tenant
-            ]  # and its deficit with it: a tenant saves nothing up while it asks for nothing
+            del self._lines[tenant]  # with its deficit: a tenant that asks for nothing saves nothing up
 
     def set_work(self, request: Request, work: int) -> None:
-        """A look at the cache showed what a waiting request has to compute, in tokens."""
+        """The cache showed what a waiting request has to compute, in tokens."""
         if work != request.work:
             line = self._lines[tenant_of(request.namespace)]
             line.by_work.remove((request.work, request.arrival, request))
@@ -76,12 +84,12 @@ class WaitingQueue:
             insort(line.by_work, (work, request.arrival, request))
 
     def candidates(self) -> list[Request]:
-        """Who may be admitted, in the order in which it should be tried."""
+        """The requests that may be admitted, in the order in which to try them."""
         if self._fcfs or len(self._by_arrival) <= 1:
             return self._by_arrival[:1]
         head = self._by_arrival[0]
         if head.num_overtaken >= MAX_OVERTAKINGS or head.state is RequestState.SUSPENDED:
-            return [head]  # (a suspended request has a client that reads its answer already)
+            return [head]  # (a suspended request has a client that already reads its answer)
         lines = list(self._lines.values())[:MAX_TENANTS]
         if len(lines) == 1:
             return lines[0].first(LOOK_AHEAD)
@@ -93,7 +101,7 @@ class WaitingQueue:
         return [request for *_, request in ranked]
 
     def admit(self, request: Request) -> None:
-        """One of the candidates is admitted: it leaves the queue, and its tenant pays for it."""
+        """A candidate is admitted: it leaves the queue, and its tenant's deficit pays for it."""
         if not self._fcfs:
             for other in self._by_arrival:
                 if other.arrival >= request.arrival:
@@ -113,7 +121,7 @@ class WaitingQueue:
         self.remove(request)
 
     def _rounds(self, line: _Line, request: Request) -> int:
-        """Rounds until a tenant's deficit pays for a request."""
+        """Rounds until a tenant's deficit covers a request."""
         return max(0, math.ceil((request.work - line.deficit) / self._quantum))
 
 
@@ -125,7 +133,7 @@ class _Line:
     def __init__(self) -> None:
         self.by_arrival: list[Request] = []
         self.by_work: list[tuple[int, int, Request]] = []  # (tokens to compute, arrival, request)
-        self.deficit = 0  # tokens that it may yet have computed in this round
+        self.deficit = 0  # tokens that the tenant may still use in this round
 
     def first(self, count: int) -> list[Request]:
         """The one that waits longest, then those with the least to compute."""

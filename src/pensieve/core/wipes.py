@@ -1,7 +1,10 @@
-"""Which slots may hold bytes, and which of them must become zero. Knows slots and copies by number; never chunks, bytes or time.
+"""Which slots may hold bytes, and which of them must be zeroed.
 
-A slot is clean (zero) until it is taken. Given back, it keeps its bytes until somebody needs it zero: who computes in it (a partial chunk
-must not have an earlier owner's bytes behind it), or a conversation that is being erased. A copy fills a slot whole and needs no wipe.
+Knows slots and copies by number; never chunks, bytes or time.
+
+A slot is zero until it is taken. Given back, it keeps its bytes until they must go: before a chunk is
+computed in it (behind a partial chunk must lie no bytes of an earlier one), or because a conversation is
+erased. A copy fills a slot whole and needs no wipe.
 """
 
 from __future__ import annotations
@@ -13,35 +16,36 @@ from itertools import islice
 Slot = tuple[int, int]  # (tier, slot)
 
 MAX_WIPES = 64  # free slots wiped in one plan, so that no step takes much longer for an erasure
-MAX_FAILURES = (
-    3  # plans in a row whose wipes failed, before the engine stops: a promise to erase cannot be kept
-)
+MAX_FAILURES = 3  # plans in a row whose wipes failed before the engine stops: erasure is a promise
 
 _DIRTY, _TAKEN = 1, 2  # bits of a slot's state
 
 
 class Erasure:
-    """A conversation's bytes on their way to zero. Waits for copies that may still write, and for slots that are not zero yet."""
+    """The erasure of a conversation's bytes: waits for copies that may still write, and for wipes."""
 
     __slots__ = ("copies", "num_slots", "slots")
 
     def __init__(self, num_slots: int = 0, slots: Iterable[Slot] = (), copies: Iterable[int] = ()) -> None:
-        self.num_slots = num_slots  # slots the conversation had for itself, over all tiers
+        self.num_slots = num_slots  # slots that only this conversation used, over all tiers
         self.slots = set(slots)
         self.copies = set(copies)
 
     @property
     def done(self) -> bool:
-        """Nothing is left of it."""
+        """Every byte of it is zero."""
         return not (self.slots or self.copies)
 
 
 class Wipes:
-    """Sole writer of what is known of the bytes in a slot. Part of `Places`, which tells it of every slot taken and given back."""
+    """Sole writer of whether a slot may hold bytes.
+
+    Part of `Places`, which reports every slot taken and given back.
+    """
 
     def __init__(self, num_slots: Iterable[int]) -> None:
         self._state = [bytearray(count) for count in num_slots]  # one byte a slot
-        self._pending: dict[Slot, None] = {}  # free and to be wiped, first come first
+        self._pending: dict[Slot, None] = {}  # free slots to be wiped, in order
         self._issued: list[Slot] = []  # for the next plan
         self._in_flight: Counter[Slot] = Counter()  # in plans not committed yet
         self._erasures: list[Erasure] = []
@@ -53,13 +57,16 @@ class Wipes:
         return bool(self._issued or self._pending)
 
     def is_dirty(self, tier: int, slot: int) -> bool:
-        """May hold something else than zeros once every plan made so far has run."""
+        """Whether the slot may hold bytes other than zero once every plan made so far has run."""
         return bool(self._state[tier][slot] & _DIRTY)
 
     # -- slots taken and given back
 
     def taken(self, tier: int, slot: int, *, to_compute: bool) -> None:
-        """A slot found its use. Wiped first if it is not zero and will not be filled whole, or somebody's erasure waits for it."""
+        """A slot was taken.
+
+        Schedules a wipe if it is dirty and a chunk is computed in it, or if an erasure waits on it.
+        """
         state, key = self._state[tier], (tier, slot)
         if key in self._pending:
             del self._pending[key]
@@ -69,7 +76,10 @@ class Wipes:
         state[slot] = _DIRTY | _TAKEN
 
     def released(self, tier: int, slot: int, *, erase: bool, copy_id: int | None = None) -> None:
-        """A slot is free again, by the settling of a copy perhaps. `erase`: what lies in it must go."""
+        """A slot is free again; `copy_id` is the copy whose end freed it, if any.
+
+        `erase`: its bytes must be zeroed.
+        """
         self._state[tier][slot] = _DIRTY
         key = (tier, slot)
         for erasure in self._erasures:
@@ -80,11 +90,11 @@ class Wipes:
             self._pending[key] = None
 
     def handed_over(self, tier: int, slot: int) -> None:
-        """A slot passes from one chunk to another at once, and nothing of the first may stay: `taken` wipes it."""
+        """A slot passes from an erased chunk straight to another: `taken` will wipe it."""
         self._pending[(tier, slot)] = None
 
     def copy_settled(self, copy_id: int) -> None:
-        """A copy is over: its target was filled whole, or has been released."""
+        """A copy ended: its target was filled whole or freed."""
         for erasure in self._erasures:
             erasure.copies.discard(copy_id)
         self._drop_done()
@@ -92,9 +102,9 @@ class Wipes:
     # -- erasing
 
     def erase(self, num_slots: int, copies: Iterable[int]) -> Erasure:
-        """Let everything become zero that nobody owns: what a conversation left behind lies in slots that nobody can name any more.
+        """Zero every dirty free slot: which of them hold bytes of the conversation is not recorded.
 
-        Waits for the copies under way as well: until they settle, their targets hold what was there before.
+        Waits for the copies under way as well: until they settle, their targets hold older bytes.
         """
         for tier, state in enumerate(self._state):
             slot = state.find(_DIRTY)
@@ -109,7 +119,7 @@ class Wipes:
     # -- plans
 
     def collect(self) -> tuple[Slot, ...]:
-        """What the next plan wipes: what was taken since the last one, and some of the free slots that wait."""
+        """Slots for the next plan to wipe: those taken since the last plan, and some free ones."""
         free = list(islice(self._pending, max(0, MAX_WIPES - len(self._issued))))
         for tier, slot in free:
             del self._pending[(tier, slot)]
@@ -120,7 +130,10 @@ class Wipes:
         return wiped
 
     def settle(self, wiped: tuple[Slot, ...], error: str | None) -> str | None:
-        """A plan's wipes are done, or failed: then they are done again. Returns why the engine must stop, or None."""
+        """A plan's wipes are done, or failed and are repeated.
+
+        Returns why the engine must stop; None if it need not.
+        """
         for key in wiped:
             self._in_flight[key] -= 1
             if not self._in_flight[key]:
@@ -146,7 +159,7 @@ class Wipes:
     # -- for `check`
 
     def check(self, tier: int, free: set[int]) -> None:
-        """Free and taken slots are known as such, and only free ones wait to be wiped."""
+        """Assert that free and taken slots are known as such, and that only free ones wait to be wiped."""
         state = self._state[tier]
         wrong = [slot for slot, bits in enumerate(state) if bool(bits & _TAKEN) == (slot in free)]
         assert not wrong, f"tier {tier}: slots {wrong} are free and known as taken, or the other way round"
@@ -156,7 +169,7 @@ class Wipes:
         assert not clean, f"tier {tier}: slots {clean} are clean and wait to be wiped"
 
     def check_erasures(self, copies: Iterable[int]) -> None:
-        """What an erasure waits for is on its way."""
+        """Assert that every copy and wipe that an erasure waits for is on its way."""
         under_way = set(copies)
         for erasure in self._erasures:
             assert erasure.copies <= under_way, (
@@ -172,7 +185,7 @@ class Wipes:
                     or self._state[tier][slot] & _TAKEN
                 )
             ]
-            assert not stuck, f"an erasure waits for slots {stuck}, which nobody wipes"
+            assert not stuck, f"an erasure waits for slots {stuck}, which no plan wipes"
 
     def _drop_done(self) -> None:
         if self._erasures:

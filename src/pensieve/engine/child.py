@@ -1,6 +1,6 @@
-"""The engine's side of the pipe: a child process that serves one engine until its parent closes it or is gone.
+"""The engine's side of the pipe: a child process that serves one engine until its parent is done.
 
-Knows a pipe, plain messages and that an engine has `post` and `close`; never models, text or who asks.
+Knows a pipe, plain messages and that an engine has `post` and `close`; never models, text or clients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from pensieve.engine.messages import Command, Event, Failed, GetStats, Stats, Token
 from pensieve.engine.vitals import LivedTime
-from pensieve.engine.wire import Beat, Broken, Close, EngineInfo, Progress, receive, send
+from pensieve.engine.wire import Beat, Broken, Close, EngineInfo, StartProgress, receive, send
 from pensieve.errors import EngineClosed, PensieveError
 
 log = logging.getLogger(__name__)
@@ -31,21 +31,19 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0  # between two heartbeats
 ORPHAN_GRACE_S = 1.5  # how long a child whose parent is gone may take to close its engine
 _PING = "\0heartbeat"  # tag of the heartbeat's own question; no caller's tag begins so
-_AT_ONCE_BYTES = (
-    select.PIPE_BUF - 4
-)  # a pipe that polls as ready takes so much without waiting; 4 say the length
+_AT_ONCE_BYTES = select.PIPE_BUF - 4  # fits a pipe that polls as ready; 4 bytes hold the length
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 class ServedEngine(Protocol):
-    """What can be served: an `Engine`, started."""
+    """A started `Engine`, or another engine with its methods."""
 
     def post(self, command: Command) -> None:
         """Hand a command in; returns at once."""
         ...
 
     def close(self) -> None:
-        """End after the step under way; requests left get their `Failed`."""
+        """End after the current step; requests that are left get a `Failed`."""
         ...
 
 
@@ -56,26 +54,23 @@ Say = Callable[[str], None]
 def serve_engine(
     connection: Connection, build: Callable[[Emit, Say], tuple[ServedEngine, EngineInfo]]
 ) -> None:
-    """Build an engine and serve it until the parent asks to close, or is gone.
+    """Build an engine and serve it until the parent closes it, or is gone.
 
     Args:
         connection: the pipe to the parent.
-        build: makes a started engine from (where its events go, where to say what the start is busy with). What it raises,
-            the parent's `ready()` raises.
+        build: makes a started engine from two functions: one takes its events, one the progress of the start.
+            The parent's `ready()` raises the errors that it raises.
     """
     outbox = Outbox(connection)
     pulse = _Pulse(outbox)
     try:
-        engine, info = build(pulse.emit, lambda text: outbox.put(Progress(text)))
+        engine, info = build(pulse.emit, lambda text: outbox.put(StartProgress(text)))
         outbox.put(info)
         pulse.start(engine.post)
         while True:
             try:
                 message = receive(connection)
-            except (
-                EOFError,
-                OSError,
-            ):  # the parent is gone: nobody would read what a long step still computes
+            except (EOFError, OSError):  # the parent is gone: the result of a long step would be lost
                 threading.Thread(target=_exit_after, args=(ORPHAN_GRACE_S,), daemon=True).start()
                 break
             if isinstance(message, Close):
@@ -88,9 +83,9 @@ def serve_engine(
 
 
 class Outbox:
-    """Sends into the pipe: at once where it has room, or else from a thread of its own, so that a parent slow to read never holds up a step.
+    """Sends into the pipe: at once if it has room, else on a thread, so that no step waits for the parent.
 
-    At once is better: a thread that is woken takes the interpreter from the step that comes next, for longer than the sending takes.
+    At once is better: waking a thread takes the interpreter from the next step for longer than sending does.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -98,9 +93,7 @@ class Outbox:
         self._poll = select.poll()
         self._poll.register(connection, select.POLLOUT)
         self._lock = threading.Lock()  # for `_num_left`, and held while something is sent at once
-        self._num_left = (
-            0  # messages that are left to the thread and not sent yet: whatever comes now goes behind them
-        )
+        self._num_left = 0  # messages left to the thread and not sent yet: later messages go behind them
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pensieve-outbox", daemon=True)
         self._thread.start()
@@ -114,7 +107,7 @@ class Outbox:
             self._queue.put(message)
 
     def close(self) -> None:
-        """Send what is left, then stop."""
+        """Send the messages that are left, then stop."""
         self._queue.put(None)
         self._thread.join()
 
@@ -124,7 +117,7 @@ class Outbox:
         data = pickle.dumps(message, protocol=5)
         if len(data) > _AT_ONCE_BYTES:
             return False
-        with contextlib.suppress(OSError):  # the parent is gone: nobody misses it
+        with contextlib.suppress(OSError):  # the parent is gone: the message is dropped
             self._connection.send_bytes(data)
         return True
 
@@ -133,9 +126,8 @@ class Outbox:
         while message is not None:
             following: object = _NOTHING
             num_sent = 1
-            while (
-                isinstance(message, list) and not self._queue.empty()
-            ):  # the parent is behind: let it catch up in fewer pieces
+            # The parent is behind: let it catch up in fewer messages.
+            while isinstance(message, list) and not self._queue.empty():
                 following = self._queue.get()
                 if not isinstance(following, list):
                     break
@@ -153,16 +145,16 @@ _NOTHING = object()
 
 
 class _Pulse:
-    """Passes an engine's events on, and finds out whether its loop still turns by asking it for `Stats` once a second.
+    """Passes an engine's events on, and asks its loop for `Stats` once a second, as a sign of life.
 
-    A loop that answers and yet makes no step, while there are requests, does not turn either.
+    A loop that answers but makes no step while there are requests counts as stalled, too.
     """
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
         self._stopped = threading.Event()
-        self._asked = False  # for a sign of life that has not come
-        self._told: Stats | None = None  # the last one that came
+        self._asked = False  # a sign of life has been asked for and has not come
+        self._told: Stats | None = None  # the last sign of life
         self._thread: threading.Thread | None = None
 
     def start(self, post: Callable[[Command], None]) -> None:
@@ -180,7 +172,7 @@ class _Pulse:
         """The engine's `emit`."""
         others: list[Event] = []
         for event in events:
-            if isinstance(event, Token):  # as nearly all are
+            if isinstance(event, Token):  # nearly every event
                 others.append(event)
             elif isinstance(event, Stats) and event.tag == _PING:
                 self._told, self._asked = event, False
@@ -192,10 +184,9 @@ class _Pulse:
             self._outbox.put(others)
 
     def _beat(self, post: Callable[[Command], None]) -> None:
-        lived = LivedTime(
-            2 * BEAT_S
-        )  # (a process that was stopped and goes on must not take the pause for a long step)
-        moved_s, num_steps = 0.0, 0  # when the loop was last known to turn, and its steps by then
+        # A process that was stopped and continues must not take the pause for a long step.
+        lived = LivedTime(2 * BEAT_S)
+        moved_s, num_steps = 0.0, 0  # when the loop was last seen to turn, and its steps by then
         while not self._stopped.wait(BEAT_S):
             now_s, told = lived.now(), self._told
             if not self._asked:
@@ -206,7 +197,7 @@ class _Pulse:
             self._outbox.put(Beat(now_s - moved_s))
 
     def _give_up(self, message: str) -> None:
-        """Nobody closed the engine, so it stopped on a bug of its own. In a process of its own there is a cure: a new process."""
+        """The engine stopped on a bug of its own: exit, so that the parent starts a new process."""
         self._outbox.put(Broken(EngineClosed.code, message))
         self._outbox.close()
         os._exit(1)
@@ -221,7 +212,7 @@ def run_child(
     environment: Mapping[str, str],
     arguments: tuple[Any, ...],
 ) -> None:
-    """The child process's first function: settle in, run `main(connection, *arguments)`, report what it raises."""
+    """The child process's first function: set it up, run `main(connection, *arguments)`, report errors."""
     _settle_in(stderr, parent_pid, log_level, environment)
     try:
         main(connection, *arguments)
@@ -234,17 +225,17 @@ def run_child(
         try:
             send(connection, broken)
         except OSError:
-            log.error("nobody is there to be told: %s", broken.message)
+            log.error("the parent is gone and cannot be told: %s", broken.message)
         sys.exit(1)
     sys.stderr.flush()
-    os._exit(
-        0
-    )  # everything is closed and sent; taking a deep-learning library's modules apart would keep the parent waiting
+    # Everything is closed and sent: unloading a deep-learning library would only keep the parent waiting.
+    os._exit(0)
 
 
 def _settle_in(stderr: Connection, parent_pid: int, log_level: int, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)  # before anything that reads it when it is loaded, OpenMP for one
-    # Ctrl-C and service managers signal the whole group; whether to drain, and for how long, is the parent's decision.
+    # Ctrl-C and service managers signal the whole group; the parent decides whether and for how long to
+    # drain.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform.startswith("linux"):

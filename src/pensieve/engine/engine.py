@@ -1,6 +1,9 @@
-"""The engine: an inbox, a clock and the step loop. Knows the Worker protocol and plain messages; never text, tensors or who asks.
+"""The engine: an inbox, a clock and the step loop.
 
-Commands come in from any thread through `post`; events go out, a list a step, through the `emit` callback, on the engine's thread.
+Knows the Worker protocol and messages; never text, tensors or clients.
+
+Commands come in from any thread through `post`; events go out, a list a step, through the `emit` callback, on
+the engine's thread.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 from pensieve.core.cache import TieredCache
+from pensieve.core.checks import check
 from pensieve.core.cost import ResumeQuote
 from pensieve.core.overview import Overview, latest_first
 from pensieve.core.plan import CopyFailure, PipelinedWorker, StepPlan, StepResult, Worker
@@ -39,7 +44,6 @@ from pensieve.engine.messages import (
     Idle,
     Keep,
     KeepAnswer,
-    Receipt,
     Stats,
     Stop,
     Submit,
@@ -50,14 +54,23 @@ from pensieve.errors import EngineClosed, PensieveError, WorkerLost
 
 log = logging.getLogger(__name__)
 
-# A worker wakes the engine when a copy settles. Should a wake-up ever be lost, copies under way are looked after this often; and requests that wait
-# for a tier whose copies failed, which is tried again after a while.
+# Fallback poll: covers a lost wake-up of the worker, and retries of a tier that was left alone after failed
+# copies.
 COPY_POLL_S = 0.05
-NO_REQUEST = ""  # names no request: the event that says so says that the loop has ended
+_TOTALS = (  # fields of a receipt that are summed up for `Stats`
+    "gpu_tokens",
+    "cpu_tokens",
+    "recomputed_tokens",
+    "new_tokens",
+    "output_tokens",
+    "bytes_in",
+    "bytes_out",
+)
+NO_REQUEST = ""  # a `Failed` with this id says that the loop has ended
 
 
 class Engine:
-    """Owns time and the loop; the scheduler decides, the worker does."""
+    """Owns the clock and the loop; the scheduler decides, the worker computes."""
 
     def __init__(
         self,
@@ -72,19 +85,20 @@ class Engine:
         ahead: bool = False,
         max_failed_steps: int | None = None,
     ) -> None:
-        """Nothing runs yet: see `start`.
+        """Nothing runs until `start`.
 
         Args:
-            scheduler: decides; used on the engine's thread only from now on.
-            worker: does.
-            chunk_bytes: turns chunks moved into bytes for receipts.
+            scheduler: used on the engine's thread only from now on.
+            worker: computes.
+            chunk_bytes: bytes of one chunk, for receipts.
             emit: takes the events of a step.
             clock: seconds, never backwards.
             debug: verify every cache invariant after every step.
-            quote: what resuming a conversation takes, where it was measured in seconds.
-            max_failed_steps: the loop ends when so many steps in a row failed without one that did not: what computes is broken, and a new process
-                may mend it. None: it goes on, and each request fails for itself.
-            ahead: plan and begin each step while the one before runs; the worker must be a `PipelinedWorker`. Worth it where a device computes.
+            quote: estimates what resuming a conversation takes; None if costs were not measured in seconds.
+            ahead: plan and begin each step while the one before runs. Needs a `PipelinedWorker`; pays on a
+                GPU.
+            max_failed_steps: the loop ends after so many failed steps in a row, so that a new process can be
+                started. None: it goes on, and each request fails for itself.
         """
         self._scheduler = scheduler
         self._worker = worker
@@ -97,33 +111,32 @@ class Engine:
         self._wake = threading.Event()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._to_forget: list[tuple[Forget, Erasure | None]] = []  # None: turns of it are still in flight
+        self._to_forget: list[tuple[Forget, Erasure | None]] = []  # None while its turns are in flight
         self._maps: deque[tuple[str, int, Overview]] = deque()  # (tag, total, rows so far)
         self.num_steps = 0
         self._ahead = ahead
         self._max_failed_steps, self._num_failed_steps = max_failed_steps, 0  # (in a row)
-        self._begun: deque[tuple[StepPlan, StepResult | None]] = (
-            deque()
-        )  # with its result where it could not even be begun
+        # Steps begun; with the result if the step could not even be begun.
+        self._begun: deque[tuple[StepPlan, StepResult | None]] = deque()
         self._totals: Counter[str] = Counter()
         worker.set_waker(self._wake.set)
 
     # -- from any thread
 
     def post(self, command: Command) -> None:
-        """Hand a command in. What comes of it is an event."""
+        """Hand a command in. Events answer it."""
         self._inbox.put(command)
         self._wake.set()
 
     def start(self) -> None:
-        """Run the loop in a thread of its own until `close`."""
+        """Run the loop on its own thread until `close`."""
         self._thread = threading.Thread(target=self.run, name="pensieve-engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the loop after the step under way, abort what is left, stop the worker."""
+        """Stop the loop after the current step, fail the requests that are left, stop the worker."""
         self._closing = True
-        self.post(GetStats())  # whatever the loop waits on, this wakes it
+        self.post(GetStats())  # wakes the loop, whether it sleeps or waits for a command
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._worker.close()
@@ -137,17 +150,11 @@ class Engine:
             while not self._closing:
                 self._wake.clear()
                 if not self.step():
-                    self._wake.wait(
-                        COPY_POLL_S
-                        if self._scheduler.cache.places.copies or self._scheduler.requests
-                        else None
-                    )
+                    self._wake.wait(COPY_POLL_S if self._cache.copies or self._scheduler.requests else None)
         except WorkerLost as error:
             log.error("the engine stopped: %s", error.message)
             why = f"the engine stopped: {error.message}"
-        except (
-            Exception
-        ) as error:  # our own bug: say so to everybody who waits rather than leave them waiting
+        except Exception as error:  # our own bug: fail every request rather than leave it waiting
             log.exception("the engine stopped")
             why = f"the engine stopped on an error of its own: {type(error).__name__}: {error}"
         self._emit(
@@ -163,16 +170,19 @@ class Engine:
                 for tag, total, _ in self._maps
             ]
         )
-        while not self._closing:  # (only after an error) whoever comes now is told at once
+        while not self._closing:  # only after an error: refuse later commands at once
             self._emit(self._refusal(self._inbox.get(), why))
 
     def step(self) -> bool:
-        """Plan a step and begin it; end it, or the one before where steps are begun ahead. False if there was nothing to do and nothing came of it."""
+        """Plan and begin a step, and end it (or the one before, if `ahead`).
+
+        False if there was nothing to do.
+        """
         events: list[Event] = []
         try:
             plan, has_result = self._step(events)
         finally:
-            if events:  # (also of a step that raised: what has ended is told)
+            if events:  # also of a step that raised
                 self._emit(events)
         return bool(events or self._maps or not plan.is_empty or has_result)
 
@@ -181,7 +191,7 @@ class Engine:
         plan = self._scheduler.schedule(self._clock())
         self._begin(plan)
         has_result = False
-        # A plan with nothing in it waits for what is under way.
+        # An empty plan waits for the steps under way.
         while len(self._begun) > (1 if self._ahead and not plan.is_empty else 0):
             has_result |= self._finish(events)
         self._to_forget = [
@@ -202,14 +212,14 @@ class Engine:
         self._begun.append((plan, self._attempt(plan, lambda: worker.begin(plan))))
 
     def _finish(self, events: list[Event]) -> bool:
-        """Take in the oldest step begun. True if something came of it that may let the next do more."""
+        """Commit the oldest step begun. True if its result may let the next step do more."""
         plan, result = self._begun.popleft()
         if result is None:
             result = self._attempt(plan, cast(PipelinedWorker, self._worker).finish)
         assert result is not None
         outcome = self._scheduler.commit(plan, result, self._clock())
         if self._debug:
-            self._scheduler.cache.check()
+            check(self._scheduler.cache)
         events += outcome.tokens
         events += [self._ending(request) for request in outcome.finished]
         if plan.spans:
@@ -220,11 +230,15 @@ class Engine:
         self._num_failed_steps = 0 if error is None else self._num_failed_steps + 1
         if self._max_failed_steps is not None and self._num_failed_steps >= self._max_failed_steps:
             raise WorkerLost(
-                f"{self._num_failed_steps} steps failed in a row, and none went well between them; the last: {error}"
+                f"{self._num_failed_steps} steps failed in a row, and none went well between them; "
+                f"the last: {error}"
             )
 
     def _attempt(self, plan: StepPlan, work: Callable[[], StepResult | None]) -> StepResult | None:
-        """A worker reports failures in its result; one that raises all the same loses only this step."""
+        """Run part of a step.
+
+        A worker reports failures in its result; if it raises, only this step is lost.
+        """
         try:
             return work()
         except WorkerLost:  # it will never compute again
@@ -250,7 +264,7 @@ class Engine:
                 return
             try:
                 self._take(command, events)
-            except Exception as error:  # a command that trips over a bug of ours fails alone
+            except Exception as error:  # a command that meets a bug of ours fails alone
                 log.exception("the command %s failed", type(command).__name__)
                 events += self._refusal(command, f"{type(error).__name__}: {error}", PensieveError.code)
 
@@ -301,7 +315,7 @@ class Engine:
     def _forget(
         self, command: Forget, erasure: Erasure | None, events: list[Event]
     ) -> tuple[Forget, Erasure | None] | None:
-        """Go on forgetting. Returns what is left to do, None if it is done."""
+        """Continue a `Forget`. Returns what is left to do; None if it is done."""
         if erasure is None:
             erasure = self._scheduler.forget(
                 command.namespace, command.sequence_id, self._clock(), erase=command.erase
@@ -320,20 +334,20 @@ class Engine:
                 )
             return HintAnswer(command.tag, self._scheduler.idle(command.namespace, command.sequence_id))
         except PensieveError as error:
-            return HintAnswer(command.tag, 0, error.message)
+            return HintAnswer(command.tag, 0, error.message, error.code)
 
     def _keep(self, command: Keep) -> KeepAnswer:
         try:
             self._scheduler.set_keep(command.namespace, command.sequence_id, command.keep)
         except PensieveError as error:
-            return KeepAnswer(command.sequence_id, command.keep, error.message, command.tag)
+            return KeepAnswer(command.sequence_id, command.keep, error.message, command.tag, error.code)
         return KeepAnswer(command.sequence_id, command.keep, None, command.tag)
 
     def _queue_map(self, tag: str, total: int, sequences: list[Sequence]) -> None:
         self._maps.append((tag, total, Overview(self._cache, sequences, self._quote)))
 
     def _build_map(self, events: list[Event]) -> None:
-        """Some rows of the oldest map asked for; never many between two steps."""
+        """Build some rows of the oldest map asked for; never many between two steps."""
         if not self._maps:
             return
         tag, total, overview = self._maps[0]
@@ -345,7 +359,7 @@ class Engine:
     def _check(self, tag: str) -> Checked:
         error = None
         try:
-            self._cache.check()
+            check(self._cache)
         except AssertionError as broken:
             error = str(broken)
         leases = sum(
@@ -356,17 +370,17 @@ class Engine:
         )
         return Checked(tag, error, leases, tuple(pool.num_used for pool in self._cache.places.pools))
 
-    # -- what to say
+    # -- events
 
     def _refusal(self, command: Command, why: str, code: str = EngineClosed.code) -> list[Event]:
-        """What to tell the sender of a command that cannot be carried out."""
+        """The events that answer a command which cannot be carried out."""
         match command:
             case Submit():
                 return [Failed(command.request_id, code, why)]
             case Keep():
-                return [KeepAnswer(command.sequence_id, command.keep, why, command.tag)]
+                return [KeepAnswer(command.sequence_id, command.keep, why, command.tag, code)]
             case Warm() | Idle():
-                return [HintAnswer(command.tag, 0, why)]
+                return [HintAnswer(command.tag, 0, why, code)]
             case Forget():
                 return [Forgotten(command.tag, 0, 0, why)] if command.tag else []
             case Check():
@@ -380,46 +394,21 @@ class Engine:
 
     def _ending(self, request: Request) -> Event:
         assert request.ending is not None
-        receipt = self._receipt(request)
-        for name in (
-            "gpu_tokens",
-            "cpu_tokens",
-            "recomputed_tokens",
-            "new_tokens",
-            "output_tokens",
-            "bytes_in",
-            "bytes_out",
-        ):
+        receipt = replace(
+            request.receipt,
+            bytes_in=request.chunks_in * self._chunk_bytes,
+            bytes_out=request.chunks_out * self._chunk_bytes,
+        )
+        for name in _TOTALS:
             self._totals[name] += getattr(receipt, name)
         if request.ending is FinishReason.ERROR:
             return Failed(request.request_id, request.error_code, request.error or "the request failed")
         return Finished(request.request_id, request.ending, tuple(request.output), receipt)
 
-    def _receipt(self, request: Request) -> Receipt:
-        now_s = self._clock()
-        first_token_s = request.first_token_s
-        return Receipt(
-            prompt_tokens=request.num_prompt,
-            gpu_tokens=request.gpu_tokens,
-            cpu_tokens=request.cpu_tokens,
-            recomputed_tokens=request.recomputed_tokens,
-            new_tokens=request.new_tokens,
-            output_tokens=request.num_output,
-            bytes_in=request.chunks_in * self._chunk_bytes,
-            bytes_out=request.chunks_out * self._chunk_bytes,
-            suspensions=request.suspensions,
-            resume_cpu_tokens=request.resume_cpu_tokens,
-            resume_recomputed_tokens=request.resume_recomputed_tokens,
-            queue_s=(now_s if request.admitted_s is None else request.admitted_s) - request.submitted_s,
-            first_token_s=None if first_token_s is None else first_token_s - request.submitted_s,
-            total_s=now_s - request.submitted_s,
-            misses=request.misses,
-        )
-
     def _tiers(self) -> tuple[TierStats, ...]:
         places = self._cache.places
         return tuple(
-            TierStats(tier.name, pool.num_slots, pool.num_used, places.clean[index].count)
+            TierStats(tier.name, pool.num_slots, pool.num_used, places.has_lower_copy[index].count)
             for index, (tier, pool) in enumerate(zip(self._cache.config.tiers, places.pools, strict=True))
         )
 
@@ -446,7 +435,7 @@ class Engine:
             copies_failed=scheduler.num_copies_failed,
             forwards_failed=scheduler.num_forwards_failed,
             evictions=tuple(evictions.items()),
-            kept_chunks=cache.num_kept,
-            keep_limit=cache.keep_limit,
+            kept_chunks=cache.keeps.num_kept,
+            keep_limit=cache.keeps.limit,
             **self._totals,
         )

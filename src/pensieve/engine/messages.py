@@ -1,22 +1,25 @@
-"""What goes into an engine and what comes out: plain picklable values, fit for a queue or a pipe."""
+"""Commands to an engine and events from it: plain picklable values, fit for a queue or a pipe.
+
+Knows no engine.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pensieve.core.misses import Miss as Miss
 from pensieve.core.overview import MapRow as MapRow
 from pensieve.core.plan import SampledToken
+from pensieve.core.receipt import Receipt
 from pensieve.core.request import FinishReason, SamplingParams
 from pensieve.core.sequence import tenant_of as tenant_of
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Answer this prompt.
+    """Answer a prompt. Ends with `Finished` or `Failed`.
 
-    `tokens` is the whole path from the conversation's root. What of it is cached, the engine finds out by
-    itself; a changed or shortened history is safe and reuses what still agrees.
+    `tokens` is the whole path from the conversation's root. The engine finds out how much of it is cached; a
+    changed or shortened history is safe and reuses the chunks that still agree.
     """
 
     request_id: str
@@ -25,19 +28,19 @@ class Submit:
     tokens: tuple[int, ...]
     history_tokens: int  # of `tokens`, how many an earlier turn had already put before the model
     sampling: SamplingParams
-    submitted_s: float | None = None  # engine clock; None = when the engine sees it
+    submitted_s: float | None = None  # engine clock; None if the engine is to take its own time
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Stop a request in whatever state it is; ends with `Finished(reason=ABORT)`."""
+    """End a request in whatever state it is. Ends with `Finished(reason=ABORT)`."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The caller found a stop string: end the answer and keep only its first `num_output_tokens` tokens."""
+    """A stop string was found: end the answer and keep only its first `num_output_tokens` tokens."""
 
     request_id: str
     num_output_tokens: int
@@ -45,11 +48,11 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Free everything cached for a sequence (its conversation was deleted). With a tag, answered with `Forgotten`."""
+    """Free everything cached for a deleted conversation. With a tag, answered with `Forgotten`."""
 
     sequence_id: str
     namespace: str
-    erase: bool = False  # and answer only when every byte of it is zero, in every tier
+    erase: bool = False  # answer only once every byte of it is zero, in every tier
     tag: str = ""
 
 
@@ -60,7 +63,7 @@ class Keep:
     sequence_id: str
     namespace: str
     keep: bool
-    tag: str = ""  # comes back with the answer
+    tag: str = ""  # returned in the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,10 @@ class GetStats:
 
 @dataclass(frozen=True, slots=True)
 class Warm:
-    """A user is typing: bring the sequence's chunks up now, never at the expense of requests. Answered with `HintAnswer`."""
+    """A user is typing: swap the sequence in now, into slots that no request needs.
+
+    Answered with `HintAnswer`.
+    """
 
     sequence_id: str
     namespace: str
@@ -81,7 +87,10 @@ class Warm:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """A user is done for now: until its next activity, the sequence's chunks may go first. Answered with `HintAnswer`."""
+    """A user is done for now: evict the sequence first until its next activity.
+
+    Answered with `HintAnswer`.
+    """
 
     sequence_id: str
     namespace: str
@@ -95,13 +104,13 @@ class GetMap:
     tag: str
     offset: int = 0
     limit: int = 200
-    namespaces: tuple[str, ...] | None = None  # only these; None = all
-    tenant: str | None = None  # only this tenant's; None = all
+    namespaces: tuple[str, ...] | None = None  # None for all
+    tenant: str | None = None  # None for all
 
 
 @dataclass(frozen=True, slots=True)
 class GetRows:
-    """Ask for a `CacheMap` with just these sequences' rows; those that are not cached have none."""
+    """Ask for a `CacheMap` of these sequences. Those that are not cached have no row."""
 
     tag: str
     keys: tuple[tuple[str, str], ...]  # (namespace, sequence id)
@@ -109,7 +118,7 @@ class GetRows:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Verify every invariant of the cache from scratch: slow, for tests and debugging. Answered with `Checked`."""
+    """Verify every invariant of the cache. Slow, for tests and debugging. Answered with `Checked`."""
 
     tag: str = ""
 
@@ -117,39 +126,12 @@ class Check:
 Command = Submit | Abort | Stop | Forget | Keep | Warm | Idle | GetStats | GetMap | GetRows | Check
 
 
-Token = SampledToken  # one token of an answer, just as the worker reported it: nothing is made anew for each token
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """Where a turn's tokens came from and what it cost.
-
-    gpu_tokens + cpu_tokens + recomputed_tokens + new_tokens = prompt_tokens.
-    """
-
-    prompt_tokens: int
-    gpu_tokens: int  # found in the first tier
-    cpu_tokens: int  # swapped in from a lower tier
-    recomputed_tokens: int  # of the history, computed again from raw tokens
-    new_tokens: int  # never computed before for this conversation
-    output_tokens: int
-    bytes_in: int  # swapped in for this request, resumptions included
-    bytes_out: int  # of this conversation, swapped out since its previous receipt
-    suspensions: int
-    resume_cpu_tokens: int  # swapped in again after suspensions
-    resume_recomputed_tokens: int  # computed again after suspensions and failures
-    queue_s: float  # from submission to first admission
-    first_token_s: float | None  # from submission to the first token; None if there was none
-    total_s: float  # from submission to the end
-    truncated_tokens: int = 0  # history left out by --overflow truncate
-    misses: tuple[
-        Miss, ...
-    ] = ()  # ascending; of the prompt, exactly what was not found in the first tier, and why
+Token = SampledToken  # one token of an answer, as the worker reported it: no new object for each token
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """An answer ended; `output` is what was kept of it. The caller makes it durable before it acknowledges."""
+    """An answer ended; `output` holds its tokens. The service stores it before it tells the client."""
 
     request_id: str
     reason: FinishReason
@@ -159,7 +141,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request was refused or broke; nothing else was disturbed."""
+    """A request was refused or failed. No other request is affected."""
 
     request_id: str
     code: str  # PensieveError.code
@@ -168,43 +150,45 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class KeepAnswer:
-    """What came of a `Keep`; `error` says why not."""
+    """Result of a `Keep`."""
 
     sequence_id: str
     keep: bool
-    error: str | None = None
+    error: str | None = None  # why it was refused; None if it was done
     tag: str = ""
+    code: str | None = None  # PensieveError.code of the refusal
 
 
 @dataclass(frozen=True, slots=True)
 class HintAnswer:
-    """What came of a `Warm` or an `Idle`; `error` says why nothing."""
+    """Result of a `Warm` or an `Idle`."""
 
     tag: str
     chunks: (
-        int  # below the first tier, to come up as far as there is room; or cached, and now the first to go
+        int  # Warm: below the first tier, to be swapped in as room allows. Idle: cached, now evicted first
     )
-    error: str | None = None
+    error: str | None = None  # why it was refused; None if it was done
+    code: str | None = None  # PensieveError.code of the refusal
 
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What came of a `Forget`: it is done. Chunks shared with other conversations stay theirs."""
+    """A `Forget` is done. Chunks shared with other conversations stay cached for them."""
 
     tag: str
-    slots: int  # freed (erased: and zeroed) that only this conversation used, over all tiers
-    bytes: int  # in them
+    slots: int  # freed, over all tiers, that only this conversation used; zeroed if it was erased
+    bytes: int  # in those slots
     error: str | None = None  # the engine stopped before it was done
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a `Check` found."""
+    """Result of a `Check`."""
 
     tag: str
-    error: str | None  # the first invariant that does not hold
+    error: str | None  # the first invariant that does not hold; None if all hold
     leases: int  # held by running requests, over all chunks
-    used: tuple[int, ...]  # slots, a tier
+    used: tuple[int, ...]  # slots used in each tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,15 +198,15 @@ class TierStats:
     name: str
     num_slots: int
     used: int
-    reclaimable: int  # of the used ones, clean copies that may be taken at no cost
+    reclaimable: int  # used slots whose chunk also lies in a lower tier: free to take
 
 
 @dataclass(frozen=True, slots=True)
 class CacheMap:
-    """What is cached of whom."""
+    """Which chunks of which sequences lie where."""
 
     tag: str
-    total: int  # sequences there are to ask for; `rows` are those asked for
+    total: int  # sequences that match; `rows` holds the requested part of them
     chunk_tokens: int
     tiers: tuple[TierStats, ...]
     rows: tuple[MapRow, ...]
@@ -230,7 +214,7 @@ class CacheMap:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counters since the engine started, and gauges as they stand."""
+    """Counters since the engine started, and gauges of this moment."""
 
     tag: str
     waiting: int
@@ -251,16 +235,14 @@ class Stats:
     suspensions: int = 0
     copies_failed: int = 0
     forwards_failed: int = 0
-    evictions: tuple[
-        tuple[str, int], ...
-    ] = ()  # chunks by what happened to them: copied_down, reclaimed, dropped, failed (lost)
+    evictions: tuple[tuple[str, int], ...] = ()  # chunks copied_down, reclaimed, dropped, failed (lost)
     kept_chunks: int = 0
-    keep_limit: int = 0  # most chunks that keeps may hold
+    keep_limit: int = 0  # chunks that may be kept at most
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A tagged command will have no other answer: its engine died, or cannot be had."""
+    """The engine died or is unavailable; no other reply to this tagged command will follow."""
 
     tag: str
     message: str

@@ -1,7 +1,10 @@
-"""The parent's side of the pipe: an engine in a process of its own, replaced when it dies, stands still or hangs. Every command is answered.
+"""An engine in a process of its own, restarted when it dies, stands still or hangs.
 
-Knows processes, pipes and plain messages; never torch, text or HTTP. A front end posts commands to it as it would to an `Engine`
-and is handed the same events. Why a process: a thread that is busy a fifth of the time slows a step of many small operations by a third.
+Every command is answered.
+
+Knows processes, pipes and plain messages; never torch, text or HTTP. A front end posts commands to it as it
+would to an `Engine` and gets the same events. Why a process: another thread that is busy 20 % of the time
+slows a step of many small operations by a third.
 """
 
 from __future__ import annotations
@@ -12,24 +15,19 @@ import logging
 import multiprocessing
 import os
 import queue
-import signal
-import socket
-import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from pensieve.engine.child import run_child, serve_engine
-from pensieve.engine.messages import Command, Event, Failed, Finished, Lost, Submit
-from pensieve.engine.vitals import LOOK_S, LivedTime, Patience, Vitals
-from pensieve.engine.wire import Beat, Broken, Close, EngineInfo, Inbox, Progress, send
+from pensieve.engine.child_process import ChildProcess, End, Unanswered, Watch, changed_model
+from pensieve.engine.messages import Command, Event
+from pensieve.engine.vitals import Patience
+from pensieve.engine.wire import Beat, Broken, Close, EngineInfo, StartProgress, send
 from pensieve.errors import (
     ConfigError,
     EngineClosed,
@@ -42,139 +40,26 @@ from pensieve.errors import (
     error_from,
 )
 
-__all__ = ["DEFAULT_ENVIRONMENT", "EngineInfo", "EngineProcess", "State", "serve_engine"]
-
 log = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "restarting", "failed", "closed"]
 
-# OpenMP's own waiting is left as it is. SmolLM2-135M in bf16, 8 requests decoding on 2 cores, the parent busy 20 % of the time, other work on
-# the machine; medians (third quartiles) of 22 interleaved runs, tokens/s: default 145 (182), OMP_WAIT_POLICY=PASSIVE 141 (171),
-# GOMP_SPINCOUNT=100000 128 (155), 10000 130 (165). The runs of one setting differ by more than the settings do: no setting was shown to help.
-# oneDNN keeps a compiled primitive for each shape that it meets, 1,024 of them by default, each of 0.2 to 2 MB. Products are called with few row
-# counts (`worker/products.py`), and need some 300; attention by torch's own operations meets as many shapes as there are context lengths.
+# OpenMP's own waiting is left as it is: no setting was shown to help. SmolLM2-135M in bf16, 8 requests
+# decoding on 2 cores, the parent busy 20 % of the time, other work on the machine; medians (third quartiles)
+# of 22 interleaved runs, tokens/s: default 145 (182), OMP_WAIT_POLICY=PASSIVE 141 (171),
+# GOMP_SPINCOUNT=100000 128 (155), 10000 130 (165). Runs of one setting differ by more than the settings do.
+# oneDNN keeps a compiled primitive of 0.2 to 2 MB for each shape it meets, by default 1,024 of them. Products
+# are called with few row counts (`worker/products.py`) and need some 300; attention by torch's operations
+# meets a shape a context length.
 DEFAULT_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")}
 )
 MAX_START_FAILURES = 5  # in a row, of an engine that was never ready
 SILENT_BEATS_S = 2.5  # a heartbeat later than this means that the whole process stands still
-LAST_WORDS = 20  # lines of standard error that are remembered
-REAPED_WITHIN_S = 5.0  # between the end of a process and whoever waited for it writing down how it ended
-# Of a first start, nothing to try again: it would fail the same way. Later the same model has been served here, and what is wrong may pass.
+# Errors of a first start that a second start would repeat. Once a model was served here, such an error may
+# pass.
 _USER_ERRORS = frozenset(kind.code for kind in (ConfigError, InvalidRequest, ModelRefused, ModelUnavailable))
 _LEAVE_S = 5.0  # a child that closed its pipe may take so long to exit
-_KILLED_S = 10.0  # a killed one, to be gone; longer only in the middle of a call into a driver that hangs
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """How a child ended."""
-
-    how: str  # for clients whose request it was: "signal 9"
-    reason: PensieveError  # for those who run it
-    ready_s: float | None  # how long it was ready; None: it never was
-
-
-class _InFlight:
-    """What the child was given and has not answered. Not safe to use from two threads at once."""
-
-    def __init__(self) -> None:
-        self._requests: set[str] = set()
-        self._tags: set[str] = set()
-
-    def add(self, command: Command) -> None:
-        if isinstance(command, Submit):
-            self._requests.add(command.request_id)
-        elif tag := getattr(command, "tag", ""):
-            self._tags.add(tag)
-
-    def discard(self, command: Command | Close) -> None:
-        self._requests.discard(getattr(command, "request_id", ""))
-        self._tags.discard(getattr(command, "tag", ""))
-
-    def settle(self, events: list[Event]) -> None:
-        for event in events:
-            if isinstance(event, (Finished, Failed)):
-                self._requests.discard(event.request_id)
-            elif tag := getattr(event, "tag", ""):
-                self._tags.discard(tag)
-
-    def take(self, error: PensieveError) -> list[Event]:
-        """An answer for everybody; nobody waits any more."""
-        events: list[Event] = [
-            Failed(request_id, error.code, error.message) for request_id in sorted(self._requests)
-        ]
-        events += [Lost(tag, error.message, error.code) for tag in sorted(self._tags)]
-        self._requests.clear()
-        self._tags.clear()
-        return events
-
-
-class _Child:
-    """One child process, its pipe, and what it says on standard error."""
-
-    def __init__(
-        self, main: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str]
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        reader, writer = context.Pipe(duplex=False)
-        level = logging.getLogger("pensieve").getEffectiveLevel()
-        self.process: SpawnProcess = context.Process(
-            target=run_child,
-            args=(main, theirs, writer, os.getpid(), level, dict(environment), arguments),
-            name="pensieve-engine",
-            daemon=True,
-        )
-        try:
-            self.process.start()
-        except BaseException:
-            for connection in (self.connection, theirs, reader, writer):
-                connection.close()
-            raise
-        theirs.close()
-        writer.close()
-        self.last_words: deque[str] = deque(maxlen=LAST_WORDS)
-        self._listener = threading.Thread(
-            target=self._listen, args=(reader,), name="pensieve-engine-stderr", daemon=True
-        )
-        self._listener.start()
-
-    def end(self, leave_s: float) -> int:
-        """Wait for it to exit, kill it after `leave_s`; returns its exit code (negative: a signal)."""
-        self.process.join(leave_s)
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join(_KILLED_S)
-        code = self._exit_code()
-        self._listener.join(1.0)  # (longer only if a grandchild holds the pipe)
-        try:
-            self.process.close()
-        except ValueError:
-            log.error(
-                "the engine process %s was killed %g s ago and still has not ended: a driver may hang",
-                self.process.pid,
-                _KILLED_S,
-            )
-        return code
-
-    def _exit_code(self) -> int:
-        """Of a process that has ended. Another thread may have been told of it first, and not have written it down yet."""
-        by_s = time.monotonic() + REAPED_WITHIN_S
-        while (code := self.process.exitcode) is None and time.monotonic() < by_s:
-            time.sleep(0.01)
-        return -signal.SIGKILL if code is None else code
-
-    def _listen(self, reader: Connection) -> None:
-        """Copy its lines to our standard error, named."""
-        pid = self.process.pid
-        with reader, open(os.dup(reader.fileno()), encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                self.last_words.append(line.rstrip())
-                with contextlib.suppress(
-                    ValueError, OSError
-                ):  # ours may be closed; the child's must be read all the same
-                    print(f"engine[{pid}] {line.rstrip()}", file=sys.stderr, flush=True)
 
 
 class EngineProcess:
@@ -202,18 +87,22 @@ class EngineProcess:
         """Start the child; returns at once.
 
         Args:
-            main: a function at the top of its module, called in the child as `main(connection, *arguments)`; it ends in `serve_engine`.
+            main: a function at the top of its module, called in the child as `main(connection, *arguments)`;
+                it ends in `serve_engine`.
             arguments: picklable.
-            emit: gets the engine's events, and those made up here for whoever a dead engine leaves without; one call at a time, on
-                threads of this object (after `close`, the caller's). It should return soon: the pipe waits meanwhile.
-            on_state: told of each new state, on the thread that starts children; `restarts` and `last_error` are up to date by then.
-            restart: False: a child that died is not replaced. Else, once one was ready, starts are tried again for as long as this lives.
-            start_timeout_s: a child that starts and has shown no progress for so long is killed.
-            patience: when one that is ready is taken for dead, and killed.
-            hold_s: how long a command waits for an engine that is being started *again*, if the last such start did not fail; the first
-                start it waits out.
-            backoff_s: pause before a start after a death; doubled each time, up to `max_backoff_s`.
-            max_backoff_s: its upper bound.
+            emit: gets the engine's events, and an error for every command that a dead engine left unanswered.
+                One call at a time, on threads of this object (after `close`, the caller's). It must return
+                soon: the pipe waits.
+            on_state: told of each new state, on the thread that starts children, after `restarts` and
+                `last_error` are up to date.
+            restart: whether a child that died is replaced. Once one was ready, starts are retried until
+                `close`.
+            start_timeout_s: a starting child that shows no progress for so long is killed.
+            patience: when a ready child is taken for dead, and killed.
+            hold_s: how long a command waits for an engine that is being restarted, if the last restart did
+                not fail. During the first start commands wait without limit.
+            backoff_s: pause before a restart; doubled each time, up to `max_backoff_s`.
+            max_backoff_s: longest pause.
             healthy_s: an engine that was ready for so long sets the pause back to `backoff_s`.
             environment: variables set in the child before it loads any library.
         """
@@ -226,24 +115,24 @@ class EngineProcess:
         self._lock = threading.Condition()  # for all of the following
         self._state: State = "starting"
         self._info: EngineInfo | None = None
-        self._process: SpawnProcess | None = None  # of the child there is
+        self._process: SpawnProcess | None = None  # of the current child
         self._connection: Connection | None = None  # of a child that is ready
-        self._in_flight = _InFlight()
+        self._unanswered = Unanswered()
         self._error: PensieveError | None = None  # of the last child that died
         self._failed_starts = 0  # in a row
         self._restarts = 0
         self._progress = ""
         self._beat = Beat(0.0)
         self._beat_s = 0.0  # when it came
-        self._close_by_s: float | None = None  # set: closing
+        self._close_by_s: float | None = None  # None unless closing
 
         self._emitting = threading.Lock()  # held while `emit` runs
         self._sending = threading.Lock()  # held while a connection is written to: it must not be closed then
-        self._queue: queue.SimpleQueue[tuple[float, Command | Close] | None] = (
-            queue.SimpleQueue()
-        )  # (when it was posted, what)
+        # (when it was posted, what)
+        self._queue: queue.SimpleQueue[tuple[float, Command | Close] | None] = queue.SimpleQueue()
         self._wake, self._waker = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        # The thread that starts children lives as long as they do: Linux ties a child to the thread that made it.
+        # The thread that starts children lives as long as they do: Linux ties a child to the thread that made
+        # it.
         self._supervisor = threading.Thread(
             target=self._supervise, name="pensieve-engine-process", daemon=True
         )
@@ -255,7 +144,7 @@ class EngineProcess:
     # -- from any thread
 
     def post(self, command: Command) -> None:
-        """Hand a command in; returns at once. What comes of it is an event, whatever becomes of the engine."""
+        """Hand a command in; returns at once. An event answers it, whatever happens to the engine."""
         with self._lock:
             if self._state != "closed":
                 self._queue.put((time.monotonic(), command))
@@ -267,7 +156,7 @@ class EngineProcess:
 
         Raises:
             EngineNotReady: it is not after `timeout` seconds.
-            PensieveError: it could not be started: the error that its start ended with.
+            PensieveError: the error with which its start ended.
         """
         with self._lock:
             self._lock.wait_for(lambda: self._state in ("ready", "failed", "closed"), timeout)
@@ -282,95 +171,90 @@ class EngineProcess:
             raise EngineNotReady(f"the engine is not ready after {timeout:g} s: {self._progress}")
 
     def restart_with(self, *arguments: Any) -> None:
-        """Give children that are started from now on other arguments: what the first one found out need not be found out again."""
+        """Start later children with other arguments, which spare them what the first one had to find out."""
         self._arguments = arguments
 
     def close(self, timeout: float = 30.0) -> None:
-        """End the child after the step under way, kill it if that takes longer than `timeout` seconds. Safe to call again."""
+        """End the child after the current step; kill it if that takes longer than `timeout` seconds.
+
+        May be called again.
+        """
         with self._lock:
             if self._close_by_s is None:
                 self._close_by_s = time.monotonic() + timeout
                 self._queue.put((time.monotonic(), Close()))
                 self._waker.send_bytes(b"close")
             self._lock.notify_all()
-        if threading.current_thread() not in (
-            self._supervisor,
-            self._writer,
-        ):  # from within `emit` or `on_state` it can only be asked for
-            self._supervisor.join(timeout + _LEAVE_S)
-            with self._lock:
-                stuck = self._process
-            if (
-                self._supervisor.is_alive() and stuck is not None
-            ):  # in the middle of a message that does not end
-                with contextlib.suppress(ValueError):  # it ended after all
-                    stuck.kill()
-            self._supervisor.join()
-            self._writer.join()
-            _LIVING.discard(self)
+        if threading.current_thread() in (self._supervisor, self._writer):
+            return  # called from `emit` or `on_state`: these threads end by themselves
+        self._supervisor.join(timeout + _LEAVE_S)
+        with self._lock:
+            stuck = self._process
+        if self._supervisor.is_alive() and stuck is not None:  # in the middle of a message that does not end
+            with contextlib.suppress(ValueError):  # it ended after all
+                stuck.kill()
+        self._supervisor.join()
+        self._writer.join()
+        _LIVING.discard(self)
 
     @property
     def state(self) -> State:
-        """Where the engine stands: "restarting" follows a death, "failed" means given up."""
+        """The engine's state: "restarting" follows a death, "failed" means given up."""
         with self._lock:
             return self._state
 
     @property
     def info(self) -> EngineInfo | None:
-        """The engine that is ready, or was last."""
+        """About the engine that is ready, or was last; None before the first was."""
         with self._lock:
             return self._info
 
     @property
     def restarts(self) -> int:
-        """How many times a child was started again."""
+        """Number of restarts."""
         with self._lock:
             return self._restarts
 
     @property
     def last_error(self) -> str | None:
-        """How the last child that died did so: exit code or signal, its own words."""
+        """How the last child died: exit code or signal, and its last words. None if none died."""
         with self._lock:
             return None if self._error is None else self._error.message
 
     @property
     def progress(self) -> str:
-        """What a start is busy with, for people."""
+        """What a starting child is doing, for people."""
         with self._lock:
             return self._progress
 
     def trouble(self) -> str | None:
-        """Why a command posted now may not be answered soon though the engine counts as ready, a sentence; None: nothing is known."""
+        """Why a command may wait though the engine counts as ready, as a sentence; None if all is well."""
         with self._lock:
             silent_s = 0.0 if self._connection is None else time.monotonic() - self._beat_s
-        return (
-            f"the engine has sent no heartbeat for {silent_s:.0f} s"
-            if silent_s > 2 * SILENT_BEATS_S
-            else None
-        )
+        if silent_s <= 2 * SILENT_BEATS_S:
+            return None
+        return f"the engine has sent no heartbeat for {silent_s:.0f} s"
 
     @property
     def stalled_s(self) -> float:
-        """How long the engine's step loop has shown no sign of life; 0.0 if it turns. A long step stalls it, honestly."""
+        """How long the step loop has not turned, also during one long step; 0.0 if it turns."""
         with self._lock:
             if self._connection is None:
                 return 0.0
             age_s = time.monotonic() - self._beat_s
-            return (
-                self._beat.stalled_s + age_s if self._beat.stalled_s > 0.0 or age_s > SILENT_BEATS_S else 0.0
-            )
+            stalls = self._beat.stalled_s > 0.0 or age_s > SILENT_BEATS_S
+            return self._beat.stalled_s + age_s if stalls else 0.0
 
     # -- the thread that starts children and reads
 
     def _supervise(self) -> None:
         try:
             self._keep_one_alive()
-        except (
-            Exception
-        ) as error:  # our own bug: say so to everybody who waits rather than leave them waiting
+        except Exception as error:  # our own bug: answer every client rather than leave it waiting
             log.exception("the supervisor of the engine process stopped")
             reason = PensieveError(
-                f"the supervisor of the engine process stopped on an error of its own: {type(error).__name__}: {error}"
+                "the supervisor of the engine process stopped on an error of its own: "
+                f"{type(error).__name__}: {error}"
             )
             with self._lock:
                 left, self._error, self._process, self._connection = self._process, reason, None, None
@@ -378,8 +262,8 @@ class EngineProcess:
                 with contextlib.suppress(ValueError):  # it has ended
                     left.kill()
             self._enter("failed")
-            self._answer_everybody(reason)
-        with self._lock:  # a failed engine is closed by and by, too
+            self._fail_unanswered(reason)
+        with self._lock:  # a failed engine waits for `close`, too
             self._lock.wait_for(lambda: self._close_by_s is not None)
         if self.state != "closed":
             self._enter("closed")
@@ -391,39 +275,18 @@ class EngineProcess:
         while True:
             end = self._live_and_die()
             failures = failures + 1 if end.ready_s is None else 0
-            with self._lock:
-                self._failed_starts = failures
             if end.ready_s is not None and end.ready_s >= self._healthy_s:
                 pause_s = self._backoff_s
-            with self._lock:
-                closing = self._close_by_s is not None
-                was_ready = self._info is not None  # this one or one before it
-                hopeless = not was_ready and (
-                    end.reason.code in _USER_ERRORS or failures >= MAX_START_FAILURES
-                )
-                if not closing:
-                    self._error = end.reason
-                    if failures > 1:
-                        self._error = error_from(
-                            end.reason.code,
-                            f"the engine failed to start {failures} times in a row: {end.reason.message}",
-                        )
-                    error = self._error
-                going_on = self._restart and not closing and not hopeless
-            state: State = "closed" if closing else "restarting" if going_on else "failed"
-            if not closing:
-                log.error(
-                    "the engine process ended: %s%s",
-                    error.message,
-                    f" (it is started again in {pause_s:g} s)" if going_on else "",
-                )
+            state = self._state_after(end, failures)
+            if state != "closed":
+                again = f" (it is started again in {pause_s:g} s)" if state == "restarting" else ""
+                log.error("the engine process ended: %s%s", self.last_error, again)
             self._enter(state)
-            self._answer_everybody(self._epitaph(end, state))
-            if not going_on:
+            self._fail_unanswered(_epitaph(end, state))
+            if state != "restarting":
                 break
             with self._lock:
-                if self._lock.wait_for(lambda: self._close_by_s is not None, pause_s):
-                    closing = True
+                closing = self._lock.wait_for(lambda: self._close_by_s is not None, pause_s)
             if closing:
                 self._enter("closed")
                 break
@@ -431,130 +294,101 @@ class EngineProcess:
             with self._lock:
                 self._restarts += 1
 
-    def _live_and_die(self) -> _End:
+    def _state_after(self, end: End, failures: int) -> State:
+        """Note how a child ended, after so many failed starts in a row. Returns the state that follows."""
+        with self._lock:
+            self._failed_starts = failures
+            if self._close_by_s is not None:
+                return "closed"
+            self._error = end.reason
+            if failures > 1:
+                text = f"the engine failed to start {failures} times in a row: {end.reason.message}"
+                self._error = error_from(end.reason.code, text)
+            was_ready = self._info is not None  # this child or one before it
+            hopeless = not was_ready and (end.reason.code in _USER_ERRORS or failures >= MAX_START_FAILURES)
+            return "restarting" if self._restart and not hopeless else "failed"
+
+    def _live_and_die(self) -> End:
         """One child, from start to end."""
         with self._lock:
             self._progress = "starting a process"
         try:
-            child = _Child(self._main, self._arguments, self._environment)
+            child = ChildProcess(self._main, self._arguments, self._environment)
         except Exception as error:
-            return _End(
-                "no process",
-                PensieveError(f"no process could be started: {type(error).__name__}: {error}"),
-                None,
-            )
+            text = f"no process could be started: {type(error).__name__}: {error}"
+            return End("no process", PensieveError(text), None)
         with self._lock:
             self._process = child.process
         broken, ready_at_s = self._read_until_gone(child)
         with self._lock:
-            closing = self._close_by_s is not None
+            close_by_s = self._close_by_s
             self._process = self._connection = None
-        leave_s = _LEAVE_S
-        if closing:
-            leave_s = (
-                0.0 if ready_at_s is None else max(0.0, cast(float, self._close_by_s) - time.monotonic())
-            )
-        elif broken is None:
-            leave_s = 1.0  # it closed its pipe or is dead already, and if neither it must not go on
+        if close_by_s is not None:
+            leave_s = 0.0 if ready_at_s is None else max(0.0, close_by_s - time.monotonic())
+        else:  # without a word it closed its pipe or is dead already, and if neither it must not go on
+            leave_s = 1.0 if broken is None else _LEAVE_S
         code = child.end(leave_s)
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(child.connection.fileno())) as pipe:
-            pipe.shutdown(socket.SHUT_RDWR)  # a blocked write ends, even where the process does not
+        child.unblock_writers()
         with self._sending:
             child.connection.close()
-        ready_s = None if ready_at_s is None else time.monotonic() - ready_at_s
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if broken is not None:
-            if broken.code == EngineRestarted.code:  # (our own words, which name nothing of this machine)
-                how = broken.message.removeprefix("the engine process was killed: ")
-            return _End(how, error_from(broken.code, broken.message), ready_s)
-        said = " | ".join(line for line in list(child.last_words)[-5:] if line)
-        message = f"the engine process died: {_signal_name(how, code)}" + (
-            f"; it said: {said}" if said else ""
-        )
-        return _End(how, PensieveError(message), ready_s)
+        return child.describe_end(code, broken, None if ready_at_s is None else time.monotonic() - ready_at_s)
 
-    def _read_until_gone(self, child: _Child) -> tuple[Broken | None, float | None]:
-        """Hand its messages on; returns why it broke, if it said so or had to be killed, and when it was ready, if it was."""
+    def _read_until_gone(self, child: ChildProcess) -> tuple[Broken | None, float | None]:
+        """Pass a child's messages on until it is gone.
+
+        Returns why it broke (None if it did not say so and was not killed), and when it became ready (None:
+        never).
+        """
         broken: Broken | None = None
         ready_at_s: float | None = None
-        inbox, lived, vitals = Inbox(child.connection), LivedTime(), None
-        start_by_s = self._start_timeout_s  # in lived time
+        watch = Watch(child, self._start_timeout_s, self._patience)
         while True:
             with self._lock:
-                close_by_s = self._close_by_s
+                close_by_s, first = self._close_by_s, self._info
             if close_by_s is not None and ready_at_s is None:  # it loads a model and does not listen
                 return None, None
-            watched: list[Any] = [child.connection, child.process.sentinel]
-            if close_by_s is None:
-                watched.append(self._wake)
-            heard = wait(
-                watched,
-                LOOK_S if close_by_s is None else min(LOOK_S, max(0.0, close_by_s - time.monotonic())),
-            )
-            now_s = lived.now()
-            if child.connection in heard:
-                try:
-                    messages = inbox.take()
-                except (EOFError, OSError):
-                    return broken, ready_at_s
-                except Exception as error:  # not something that a child of this version says
-                    child.process.kill()
-                    return Broken(
-                        PensieveError.code, f"the engine spoke nonsense: {type(error).__name__}: {error}"
-                    ), ready_at_s
-                if vitals is not None:
-                    vitals.heard(now_s)
-                for message in messages:
-                    match message:
-                        case list():
-                            with self._lock:
-                                self._in_flight.settle(message)
-                            self._deliver(message)
-                        case Beat():
-                            if vitals is not None:
-                                vitals.beat(message.stalled_s)
-                            with self._lock:
-                                self._beat, self._beat_s = message, time.monotonic()
-                        case Progress():
-                            start_by_s = now_s + self._start_timeout_s
-                            with self._lock:
-                                self._progress = message.text
-                        case EngineInfo():
-                            if (changed := self._changed(message)) is not None:
-                                child.process.kill()
-                                return Broken(ModelRefused.code, changed), None
-                            ready_at_s, vitals = time.monotonic(), Vitals(self._patience, now_s)
-                            with self._lock:
-                                self._info, self._connection = message, child.connection
-                                self._beat, self._beat_s = Beat(0.0), ready_at_s
-                            self._enter("ready")
-                        case Broken():
-                            broken = message
-            elif child.process.sentinel in heard:
+            messages = watch.hear(self._wake if close_by_s is None else None, close_by_s)
+            if messages is None:
                 return broken, ready_at_s
+            for message in messages:
+                match message:
+                    case Broken():
+                        broken = message
+                    case EngineInfo():
+                        if (changed := changed_model(first, message)) is not None:
+                            child.process.kill()
+                            return Broken(ModelRefused.code, changed), None
+                        watch.is_ready()
+                        ready_at_s = time.monotonic()
+                        self._become_ready(message, child, ready_at_s)
+                    case _:
+                        self._take(message)
             if close_by_s is not None:
                 if time.monotonic() >= close_by_s:
                     child.process.kill()
                     return broken, ready_at_s
-            elif vitals is not None:
-                if (why := vitals.why_dead(now_s)) is not None:
-                    child.process.kill()
-                    return Broken(EngineRestarted.code, f"the engine process was killed: {why}"), ready_at_s
-            elif now_s >= start_by_s:
+            elif (verdict := watch.verdict()) is not None:
                 child.process.kill()
-                text = f"the engine showed no progress for {self._start_timeout_s:g} s while it was starting ({self.progress})"
-                return Broken(EngineNotReady.code, text), ready_at_s
+                return verdict, ready_at_s
 
-    def _changed(self, info: EngineInfo) -> str | None:
-        """Why a restarted engine cannot go on with what the first one's clients were told; None: it can."""
+    def _take(self, message: object) -> None:
+        match message:
+            case list():
+                with self._lock:
+                    self._unanswered.settle(message)
+                self._deliver(message)
+            case Beat():
+                with self._lock:
+                    self._beat, self._beat_s = message, time.monotonic()
+            case StartProgress():
+                with self._lock:
+                    self._progress = message.text
+
+    def _become_ready(self, info: EngineInfo, child: ChildProcess, now_s: float) -> None:
         with self._lock:
-            first = self._info
-        if first is None:
-            return None
-        for name in ("num_parameters", "vocab_size", "max_context", "chunk_tokens"):
-            if (was := getattr(first, name)) != (now := getattr(info, name)):
-                return f"the model is not the one that was served: {name} was {was} and is {now}. Put its files back, or start the server again"
-        return None
+            self._info, self._connection = info, child.connection
+            self._beat, self._beat_s = Beat(0.0), now_s
+        self._enter("ready")
 
     def _enter(self, state: State) -> None:
         with self._lock:
@@ -566,16 +400,9 @@ class EngineProcess:
             except Exception:
                 log.exception("on_state raised")
 
-    def _epitaph(self, end: _End, state: State) -> PensieveError:
-        """What a request that was under way is told."""
-        if state == "closed":
-            return EngineClosed("the engine was closed before this request ended")
-        after = "it is started again; ask again" if state == "restarting" else "it is not started again"
-        return EngineRestarted(f"the engine process died ({end.how}) while this request ran; {after}")
-
-    def _answer_everybody(self, error: PensieveError) -> None:
+    def _fail_unanswered(self, error: PensieveError) -> None:
         with self._lock:
-            events = self._in_flight.take(error)
+            events = self._unanswered.fail(error)
         self._deliver(events)
 
     # -- the thread that writes
@@ -587,13 +414,13 @@ class EngineProcess:
     def _forward(self, posted_s: float, command: Command | Close) -> None:
         """Send one command as soon as there is an engine to send it to."""
         with self._lock:
-            while self._connection is None and (error := self._why_not(posted_s)) is None:
+            while self._connection is None and (error := self._refusal(posted_s)) is None:
                 held = self._state == "restarting"
                 self._lock.wait(posted_s + self._hold_s - time.monotonic() if held else None)
             if (connection := self._connection) is not None and not isinstance(command, Close):
-                self._in_flight.add(
-                    command
-                )  # in one breath with the look at the connection: who takes it away answers for this one
+                # Under the same lock as the look at the connection: if it goes, the supervisor answers this
+                # command.
+                self._unanswered.add(command)
         if connection is None:
             assert error is not None
             self._refuse(command, error)
@@ -602,38 +429,35 @@ class EngineProcess:
             try:
                 send(connection, command)
             except OSError:
-                pass  # the child died: the other thread sees it, and answers
+                pass  # the child died: the supervisor sees it and answers
             except Exception as unsendable:  # a bug of ours, and this command's alone
                 log.exception("%s cannot be sent", type(command).__name__)
                 with self._lock:
-                    self._in_flight.discard(command)
-                self._refuse(
-                    command,
-                    PensieveError(f"the command cannot be sent: {type(unsendable).__name__}: {unsendable}"),
-                )
+                    self._unanswered.discard(command)
+                text = f"the command cannot be sent: {type(unsendable).__name__}: {unsendable}"
+                self._refuse(command, PensieveError(text))
 
-    def _why_not(self, posted_s: float) -> PensieveError | None:
-        """Why a command should wait no longer for an engine."""
+    def _refusal(self, posted_s: float) -> PensieveError | None:
+        """Why a command that was posted at `posted_s` should wait no longer; None if it should."""
         if self._close_by_s is not None or self._state == "closed":
             return EngineClosed("the engine was closed before this request began")
         if self._state == "failed":
-            if self._info is not None:  # (how it died is for those who run it: it may name files)
+            if self._info is not None:  # (how it died is for operators: it may name files)
                 return EngineClosed(
                     "there is no engine: it ended and is not started again; the server's log says why"
                 )
             assert self._error is not None
-            return (
-                self._error
-                if self._error.code in _USER_ERRORS
-                else EngineClosed(f"there is no engine: {self._error.message}")
-            )
-        if (
-            self._state == "restarting" and self._failed_starts and self._info is not None
-        ):  # (a first start is waited for)
+            if self._error.code in _USER_ERRORS:
+                return self._error
+            return EngineClosed(f"there is no engine: {self._error.message}")
+        if self._state != "restarting":
+            return None
+        if self._failed_starts and self._info is not None:  # (commands wait for a first start)
             return EngineRestarted(
-                "the engine died and could not be started again yet; that is tried until it works: ask again later"
+                "the engine died and could not be started again yet; that is tried until it works: "
+                "ask again later"
             )
-        if self._state == "restarting" and time.monotonic() >= posted_s + self._hold_s:
+        if time.monotonic() >= posted_s + self._hold_s:
             return EngineRestarted(
                 f"the engine died and was not ready again within {self._hold_s:g} s; ask again"
             )
@@ -642,10 +466,10 @@ class EngineProcess:
     # -- both
 
     def _refuse(self, command: Command | Close, error: PensieveError) -> None:
-        refused = _InFlight()
+        refused = Unanswered()
         if not isinstance(command, Close):
             refused.add(command)
-        self._deliver(refused.take(error))
+        self._deliver(refused.fail(error))
 
     def _deliver(self, events: list[Event]) -> None:
         if not events:
@@ -657,11 +481,12 @@ class EngineProcess:
                 log.exception("emit raised")
 
 
-def _signal_name(how: str, code: int) -> str:
-    try:
-        return f"{how} ({signal.Signals(-code).name})" if code < 0 else how
-    except ValueError:
-        return how
+def _epitaph(end: End, state: State) -> PensieveError:
+    """What a request is told that was running when its engine died."""
+    if state == "closed":
+        return EngineClosed("the engine was closed before this request ended")
+    after = "it is started again; ask again" if state == "restarting" else "it is not started again"
+    return EngineRestarted(f"the engine process died ({end.how}) while this request ran; {after}")
 
 
 _LIVING: weakref.WeakSet[EngineProcess] = weakref.WeakSet()
@@ -669,6 +494,6 @@ _LIVING: weakref.WeakSet[EngineProcess] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """multiprocessing would wait for the children at exit; they wait for us. (Registered after its own, so run before.)"""
+    """Runs before multiprocessing's own exit handler, which would wait for children that wait for us."""
     for process in list(_LIVING):
         process.close(1.0)

@@ -1,6 +1,8 @@
-"""Whether an engine's process still does its work, judged by what it says and when. Knows heartbeats and clocks; never processes, pipes or requests.
+"""Whether an engine's process still works, judged by its heartbeats.
 
-Time in which the judge itself stood still (a suspended laptop, SIGSTOP to a whole server) says nothing of the other process and does not count.
+Knows heartbeats and clocks; never processes or pipes.
+
+Time in which this process itself stood still (a suspended laptop, SIGSTOP to a whole server) does not count.
 """
 
 from __future__ import annotations
@@ -11,25 +13,25 @@ from dataclasses import dataclass
 
 from pensieve.errors import ConfigError
 
-LOOK_S = 0.5  # how often the judge looks at least
+LOOK_S = 0.5  # longest time between two looks
 SILENT_S = 30.0  # without a heartbeat
-STEPS_TO_SILENCE = 10  # a step may take so many times as long: heartbeats go on beside the longest one
-_LONGEST_LOOK_S = 2.0  # of the time between two looks, at most so much was lived through
+STEPS_TO_SILENCE = 10  # a step may take so many times as long: heartbeats go on during a long step
+_LONGEST_LOOK_S = 2.0  # of the time between two looks, at most so much counts
 
 
 class LivedTime:
-    """Seconds in which this process ran, as far as regular looks at it show."""
+    """Seconds in which this process ran, as far as regular calls of `now` show."""
 
     def __init__(
         self, longest_look_s: float = _LONGEST_LOOK_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`longest_look_s`: of a longer time between two looks only so much counts."""
+        """Of the time between two calls of `now` at most `longest_look_s` counts."""
         self._longest_look_s, self._clock = longest_look_s, clock
         self._looked_s = clock()
         self._lived_s = 0.0
 
     def now(self) -> float:
-        """Seconds since this was made; call it every `LOOK_S` or so."""
+        """Seconds lived since this was made. Call it every `LOOK_S` or so."""
         now_s = self._clock()
         self._lived_s += min(max(0.0, now_s - self._looked_s), self._longest_look_s)
         self._looked_s = now_s
@@ -38,12 +40,11 @@ class LivedTime:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long an engine that is ready may show no sign of life, and of progress."""
+    """How long a ready engine may show no sign of life, and no progress."""
 
     silent_s: float = SILENT_S  # without any message; heartbeats come once a second, also during a long step
-    step_s: float = (
-        STEPS_TO_SILENCE * SILENT_S
-    )  # without an end of the step under way, or with work and no step
+    # Without an end of the step under way, or with work and no step
+    step_s: float = STEPS_TO_SILENCE * SILENT_S
 
     def __post_init__(self) -> None:
         if not self.silent_s > 2 * LOOK_S:  # (heartbeats are a second apart)
@@ -53,7 +54,7 @@ class Patience:
 
 
 class Vitals:
-    """What is known of one engine's life since it became ready, in `LivedTime`."""
+    """One engine's signs of life since it became ready, in `LivedTime`."""
 
     def __init__(self, patience: Patience, now_s: float) -> None:
         self._patience = patience
@@ -61,19 +62,19 @@ class Vitals:
         self._stalled_s = 0.0
 
     def heard(self, now_s: float) -> None:
-        """A message came, whatever it says."""
+        """A message came."""
         self._heard_s = now_s
 
     def beat(self, stalled_s: float) -> None:
-        """A heartbeat says for how long there was no progress; 0: there is."""
+        """A heartbeat reports for how long there was no progress; 0 if there is."""
         self._stalled_s = stalled_s
 
     def silent_s(self, now_s: float) -> float:
-        """How long nothing came."""
+        """How long no message came."""
         return now_s - self._heard_s
 
     def why_dead(self, now_s: float) -> str | None:
-        """Why the process must be replaced; None: it lives."""
+        """Why the process must be replaced; None if it lives."""
         if self.silent_s(now_s) >= self._patience.silent_s:
             return f"it sent no heartbeat for {self._patience.silent_s:g} s"
         if self._stalled_s >= self._patience.step_s:

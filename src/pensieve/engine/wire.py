@@ -1,4 +1,7 @@
-"""What an engine's process and its parent say to each other besides commands and events, and how a message is framed. Knows a pipe; never engines."""
+"""Messages between an engine's process and its parent besides commands and events, and their framing.
+
+Knows a pipe; never engines.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _LENGTH_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a parent should know about an engine that is ready."""
+    """What the parent must know about a ready engine."""
 
     pid: int
     model: str  # label, for people
@@ -29,25 +32,25 @@ class EngineInfo:
     chunk_tokens: int
     chunk_bytes: int
     tiers: tuple[TierConfig, ...]
-    cost_source: str  # where Cost(l) came from
-    attention: str  # the backend's name
-    forward: str  # what computes the model: fused operations or its modules
-    load_s: float  # from the child's first line to ready
-    tokenizer_dir: str | None = None  # None: there is no tokenizer
-    note: str | None = None  # what a user should know about the model
+    cost_source: str  # origin of Cost(l), for people
+    attention: str  # name of the backend
+    forward: str  # fused operations, or the model's own modules
+    load_s: float  # seconds from the child's first line to ready
+    tokenizer_dir: str | None = None  # None if there is no tokenizer
+    note: str | None = None  # about the model, for users
     limit: ContextLimit | None = None  # what would allow a longer context
-    instructions: str = ""  # what our kernels compute with, for people; empty where they do not compute
-    remarks: tuple[str, ...] = ()  # what was found at the start where nothing was told, for people
+    instructions: str = ""  # CPU instructions of our kernels, for people; empty if our kernels are not used
+    remarks: tuple[str, ...] = ()  # about settings that the start chose by itself, for people
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Parent to child: end after the step under way."""
+    """Parent to child: end after the current step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Child to parent: what the start is busy with, a sign of life."""
+class StartProgress:
+    """Child to parent: what it is loading or measuring; a sign of life."""
 
     text: str
 
@@ -64,16 +67,17 @@ class Broken:
 class Beat:
     """Child to parent, once a second, from a thread of its own."""
 
-    stalled_s: float  # since the step loop was asked for a sign of life, or since its last step while there is work; 0: it turns
+    # How long the step loop has not turned (no answer, or no step while there is work); 0 if it turns.
+    stalled_s: float
 
 
 def send(connection: Connection, message: object) -> None:
-    """One message into the pipe."""
+    """Write one message into the pipe."""
     connection.send_bytes(pickle.dumps(message, protocol=5))
 
 
 def receive(connection: Connection) -> Any:
-    """The next message out of the pipe.
+    """Read the next message from the pipe.
 
     Raises:
         EOFError, OSError: the other side is gone.
@@ -82,14 +86,14 @@ def receive(connection: Connection) -> Any:
 
 
 class Inbox:
-    """Messages out of a pipe, as far as they have come: half of one, whose sender stands still, delays no other reader."""
+    """Reads messages from a pipe without waiting for the rest of a half-written one."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._bytes = bytearray()
 
     def take(self) -> list[Any]:
-        """The messages that are whole now. Waits only where nothing at all has come.
+        """The messages that are complete now. Waits only if no byte has come.
 
         Raises:
             EOFError, OSError: the other side is gone.
@@ -101,7 +105,7 @@ class Inbox:
         messages, start = [], 0
         while (first := start + _LENGTH_BYTES) <= len(self._bytes):  # as `Connection.send_bytes` writes them
             length = int.from_bytes(self._bytes[start:first], "big", signed=True)
-            if length < 0:  # 2 GB and more: the length is in the eight bytes behind
+            if length < 0:  # 2 GB and more: the length is in the next eight bytes
                 if (first := first + 8) > len(self._bytes):
                     break
                 length = int.from_bytes(self._bytes[first - 8 : first], "big")

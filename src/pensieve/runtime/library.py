@@ -24,7 +24,7 @@ from pensieve.service import DEFAULT_NAMESPACE, TurnSpec
 from pensieve.store import MEMORY, open_store, path_messages, sqlite_path
 
 if TYPE_CHECKING:
-    from pensieve.engine.messages import Receipt
+    from pensieve.core.receipt import Receipt
     from pensieve.service import Erasure, PendingTurn, Piece, TurnDone
 
 LOOK_S = 0.2  # between two looks at an answer: a wait without a timeout would not see Ctrl-C everywhere
@@ -158,7 +158,8 @@ class Conversation:
             The answer: `text`, `reason` it ended, `receipt`, `message`. It is in the store by then.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded: it cannot be answered as asked; the conversation is unchanged.
+            InvalidRequest, ContextLengthExceeded: it cannot be answered as asked; the conversation is
+                unchanged.
             EngineClosed: the engine has ended.
         """
         turn = self._owner._start(self._spec(text, max_tokens, sampling, stop))

@@ -1,4 +1,7 @@
-"""The application: routes, limits, what happens at start and end. Knows the pieces and their order; never what they do."""
+"""The application: routes, limits, work at start and end.
+
+Knows the parts and their order; never what they do.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 from pensieve import __version__
 from pensieve.server import chat, completions, conversations, errors, ops, pensieve_api, responses
+from pensieve.server.answer import Answer
 from pensieve.server.context import Context
-from pensieve.server.door import Door, DoorRules
+from pensieve.server.guard import GuardRules, RequestGuard
 from pensieve.server.metrics import Metrics
 from pensieve.server.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
-NUM_THREADS = 32  # that wait for the store; asyncio's own number is 6 on a machine with 2 cores, and a few slow reads would take all
+# threads that wait for the store; asyncio would make 6 on a machine with 2 cores, and a few slow reads take
+# all of them
+NUM_THREADS = 32
 
 MakeContext = Callable[[], Context]  # called in the event loop
 Ended = Callable[[], None]  # called in a thread, after the last answer
@@ -38,7 +44,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every failure has this form."""
+    """The body of every failure."""
 
     error: ErrorDetail
 
@@ -62,7 +68,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    make_context: MakeContext, metrics: Metrics, rules: DoorRules, on_end: Ended = lambda: None
+    make_context: MakeContext, metrics: Metrics, rules: GuardRules, on_end: Ended = lambda: None
 ) -> FastAPI:
     """The ASGI application."""
 
@@ -78,7 +84,7 @@ def create_app(
                 lambda: context.keys is not None and context.keys.trouble() is not None
             )
             tasks.append(asyncio.ensure_future(context.keys.watch()))
-        context.turns.watchers.append(context.totals.add)
+        context.answers.watchers += [context.totals.add, _observer(metrics)]
         try:
             yield
         finally:
@@ -86,7 +92,7 @@ def create_app(
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-            await context.turns.drain(context.config.drain_timeout_s)
+            await context.answers.drain(context.config.drain_timeout_s)
             await asyncio.to_thread(on_end)
 
     app = FastAPI(
@@ -101,8 +107,8 @@ def create_app(
     errors.install(app)
     for module in (chat, completions, responses, conversations, pensieve_api, ops):
         app.include_router(module.router)
-    app.add_middleware(Door, metrics=metrics, rules=rules)
-    if rules.origins:  # before the door: a browser asks without a key whether a page may ask
+    app.add_middleware(RequestGuard, metrics=metrics, rules=rules)
+    if rules.origins:  # before the guard, because a browser sends preflight requests without a key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=sorted(rules.origins),
@@ -111,3 +117,11 @@ def create_app(
             expose_headers=["X-Request-Id"],
         )
     return app
+
+
+def _observer(metrics: Metrics) -> Callable[[Answer], None]:
+    def observe(answer: Answer) -> None:
+        if answer.done is not None:
+            metrics.observe(answer.done.receipt)
+
+    return observe

@@ -1,7 +1,10 @@
-"""From a body's bytes to JSON values, within limits. Knows JSON's grammar and its costs; never fields, models or answers.
+"""From a body's bytes to JSON values, within limits.
 
-Making a Python object of every value of a body takes fifty times its bytes, and all other requests wait meanwhile. So the values are counted
-first, at the speed of `bytes.count`, and a body that holds too many is refused before any of them is made.
+Knows JSON's grammar and its costs; never fields, models or answers.
+
+Python objects for every value of a body take fifty times its bytes, and all other requests wait while they
+are made. So the values are counted first, at the speed of `bytes.count`, and a body with too many is refused
+before it is parsed.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from starlette.responses import Response
 
 from pensieve.server.errors import ApiError
 
-MAX_VALUES = (1 << 20) + (1 << 12)  # of a body: a prompt of a million token ids, and what stands beside it
-MAX_STRINGS = 1 << 18  # names of fields included
+MAX_VALUES = (1 << 20) + (1 << 12)  # of a body: a prompt of a million token ids, and other fields
+MAX_STRINGS = 1 << 18  # including the names of fields
 MAX_CONTAINERS = 1 << 16  # objects and lists
-MAX_DEPTH = 100  # of objects and lists in each other; what writes JSON again gives up at some hundred
-MAX_DIGITS = 308  # in a row, of a number: more digits than any float has, and reading an integer takes the square of them
-LARGE_BYTES = 1 << 16  # of such bodies one is read at a time
-PIECE_BYTES = 1 << 20  # of a large body, counted before other requests get their turn
+MAX_DEPTH = 100  # of nested objects and lists; JSON encoders give up at several hundred
+# digits in a row: no float has more, and the time to parse an integer is quadratic in them
+MAX_DIGITS = 308
+LARGE_BYTES = 1 << 16  # bodies from this size on are parsed one at a time
+PIECE_BYTES = 1 << 20  # of a large body, counted before other requests get the event loop
 
 _STEPS = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
 _NO_BRACKETS = bytes(set(range(256)) - set(_STEPS))
@@ -38,7 +42,7 @@ class BoundedRoute(APIRoute):
     """A route whose JSON body is read within the limits of this module."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, which finds the body read."""
+        """FastAPI's handler, preceded by parsing the body."""
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
@@ -60,8 +64,9 @@ def read_json(body: bytes) -> Any:
     """The values of a body.
 
     Raises:
-        ApiError: it is no JSON in UTF-8, holds more than the limits allow, or what JSON cannot write again: half a surrogate pair (which
-            no tokenizer takes), NaN and infinite numbers.
+        ApiError: it is not JSON in UTF-8, exceeds the limits, or holds what JSON cannot encode: half a
+        surrogate
+            pair (which no tokenizer takes), NaN and infinite numbers.
     """
     count = _Count()
     for _ in count.take(body):
@@ -70,7 +75,7 @@ def read_json(body: bytes) -> Any:
 
 
 async def _read_large(body: bytes, reading: asyncio.Lock) -> Any:
-    """`read_json`, one body at a time, in steps between which other requests get their turn."""
+    """`read_json`, one body at a time, in steps between which other requests get the event loop."""
     async with reading:
         count = _Count()
         for _ in count.take(body):
@@ -81,19 +86,19 @@ async def _read_large(body: bytes, reading: asyncio.Lock) -> Any:
 
 
 class _Count:
-    """What a body holds, as far as it was counted."""
+    """What a body holds, counted piece by piece."""
 
     def __init__(self) -> None:
         self._values = self._strings = self._containers = self._depth = 0
         self._in_string = False
-        self._escapes = b""  # the backslash that the last piece ended with, if it escapes what comes next
-        self.not_json = False  # it may hold numbers that JSON lacks: infinite ones, and words for them
+        self._escapes = b""  # a backslash at the end of the last piece, if it escapes the next character
+        self.not_json = False  # whether it may hold numbers that JSON lacks: infinite ones, or words for them
 
     def take(self, body: bytes) -> Iterator[None]:
-        """Count, with a pause behind each piece.
+        """Count, with a pause after each piece.
 
         Raises:
-            ApiError: it holds more than the limits allow.
+            ApiError: the body exceeds the limits.
         """
         for start in range(0, len(body), PIECE_BYTES):
             self._take(body[start : start + PIECE_BYTES])
@@ -118,11 +123,12 @@ class _Count:
         self._take_containers(outside)
         if b"9" * (MAX_DIGITS + 1) in outside.translate(_AS_NINES):
             raise _wrong(
-                f"a number in the body has more than {MAX_DIGITS} digits in a row: write it with an exponent, or as text"
+                f"a number in the body has more than {MAX_DIGITS} digits in a row: "
+                "write it with an exponent, or as text"
             )
         words = outside.count(b"true") + outside.count(
             b"false"
-        )  # (one that a piece's end cuts through counts as a number: checked, no more)
+        )  # one that the end of a piece cuts counts as a number, which only costs a check
         self.not_json |= (
             outside.count(b"e") + outside.count(b"E") != words or b"N" in outside or b"I" in outside
         )

@@ -1,4 +1,7 @@
-"""POST /v1/chat/completions: the whole history comes with every request, and is recognised. Knows that API; never the cache."""
+"""POST /v1/chat/completions: the whole history comes with every request, and is recognised.
+
+Knows that API; never the cache.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,29 @@ from starlette.responses import JSONResponse, Response
 
 from pensieve import __version__
 from pensieve.server import idempotency
-from pensieve.server.answers import (
+from pensieve.server.answer import Answer
+from pensieve.server.bodies import BoundedRoute
+from pensieve.server.chat_request import ChatRequest
+from pensieve.server.completed import (
     Completed,
     completed_before,
     completed_now,
-    composer,
     finish_reason,
     logprob_items,
+    with_answer_meta,
 )
-from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server
 from pensieve.server.errors import ApiError
-from pensieve.server.output import Output, OutputEvent, OutputForm, form_for
-from pensieve.server.schemas import ChatRequest, ChosenTool, tools_of
+from pensieve.server.request_tools import ChosenTool, form_for, functions_of
 from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
-from pensieve.server.turns import Answer
 from pensieve.server.writing import is_long
 from pensieve.service import TurnSpec
+from pensieve.service.answer_parser import AnswerEvent, AnswerForm
 from pensieve.text import CallBegin, CallDelta, ChatText, ContentDelta, ReasoningDelta
 
 router = APIRouter(route_class=BoundedRoute)
 
-EARLY_S = 5.0  # an error that comes so soon gets a status of its own; later, a stream has begun
+EARLY_S = 5.0  # an error within this time gets an HTTP status; later ones are events of the stream
 
 
 @router.post(
@@ -52,7 +56,7 @@ async def chat_completions(
     """OpenAI's chat completions, streaming and not."""
     body.refuse()
     context.check_model(body.model)
-    spec, form = _spec(body, context, caller, x_session_id or x_openwebui_chat_id)
+    spec = _spec(body, context, caller, x_session_id or x_openwebui_chat_id)
     held = await idempotency.claim(context, caller, idempotency_key, "chat", body, spec.turn_id)
     if isinstance(held, idempotency.Retry):
         if held.stored is not None:
@@ -61,12 +65,12 @@ async def chat_completions(
         answer = held.live
     else:
         created = Answer.now()
-        spec = composer(spec, context.text, form, created, {"api": "chat", "metadata": body.metadata or {}})
+        spec = with_answer_meta(spec, created, {"api": "chat", "metadata": body.metadata or {}})
         answer = idempotency.start(context, held, spec, created)
 
     def gone() -> None:
-        if idempotency_key is None:  # who sent a key will come back for the answer
-            context.turns.abort(answer)
+        if idempotency_key is None:  # a client with a key will come back for the answer
+            context.answers.abort(answer)
 
     if body.stream:
         await unless_gone(request, answer.begun(EARLY_S), gone)
@@ -74,14 +78,14 @@ async def chat_completions(
             raise answer.error
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(
-            _stream(context, answer, form, include_usage),
+            _stream(context, answer, include_usage),
             on_gone=gone,
             stall_timeout_s=context.config.stall_timeout_s,
             on_open=context.metrics.streams.inc,
             headers=_headers(answer.turn.conversation_id),
         )
     done = await unless_gone(request, answer.result(), gone)
-    completed = completed_now(answer, done, form, context.text, {})
+    completed = completed_now(answer, done, {})
     return await context.writing.reply(
         lambda: completion_json(context, completed),
         is_long(spec.sampling, len(done.output)),
@@ -89,22 +93,20 @@ async def chat_completions(
     )
 
 
-def form_of(body: ChatRequest, text: ChatText) -> OutputForm:
+def _form(body: ChatRequest, text: ChatText) -> AnswerForm:
     """How the answer is read: which tools it may call, and which it must.
 
     Raises:
-        ApiError: the choice names a function that is not there.
+        ApiError: the tool choice names an unknown function.
     """
-    choice = body.tool_choice
-    named = choice.function.name if isinstance(choice, ChosenTool) else None
-    return form_for(
-        tools_of(body.tools), named or choice, named is not None, body.parallel_tool_calls is not False, text
-    )
+    tools = functions_of([(tool.type, tool.function) for tool in body.tools or ()])
+    parallel, choice = body.parallel_tool_calls is not False, body.tool_choice
+    if isinstance(choice, ChosenTool):
+        return form_for(tools, None, choice.function.name, parallel, text)
+    return form_for(tools, choice, None, parallel, text)
 
 
-def _spec(
-    body: ChatRequest, context: Context, caller: Caller, hint: str | None
-) -> tuple[TurnSpec, OutputForm]:
+def _spec(body: ChatRequest, context: Context, caller: Caller, hint: str | None) -> TurnSpec:
     if len(body.messages) > context.config.max_messages:
         raise ApiError(
             400,
@@ -113,8 +115,7 @@ def _spec(
             param="messages",
         )
     messages = tuple(message.message(f"messages.{index}") for index, message in enumerate(body.messages))
-    form = form_of(body, context.text)
-    spec = TurnSpec(
+    return TurnSpec(
         caller.namespace,
         None,
         messages,
@@ -122,11 +123,9 @@ def _spec(
         body.stops(),
         bool(body.ignore_eos),
         hint=hint,
-        tools=form.tools,
-        prefix=form.prefix(context.text),
+        form=_form(body, context.text),
         durable=body.store is not False,
     )
-    return spec, form
 
 
 def _headers(conversation_id: str | None) -> dict[str, str]:
@@ -171,7 +170,7 @@ def usage_json(usage: Mapping[str, int]) -> dict[str, Any]:
 
 
 def cache_json(usage: Mapping[str, int]) -> dict[str, int]:
-    """Which tokens of a prompt were cached; the others are from now on."""
+    """Cache hits among the tokens of a prompt; the others are cached from now on."""
     return {
         "cached_tokens": usage["cached_tokens"],
         "cache_write_tokens": usage["prompt_tokens"] - usage["cached_tokens"],
@@ -179,7 +178,7 @@ def cache_json(usage: Mapping[str, int]) -> dict[str, int]:
 
 
 def pensieve_json(completed: Completed) -> dict[str, Any]:
-    """Our own part of an answer: the receipt, and where the turn lies."""
+    """Our own part of an answer: the receipt, and the turn's ids."""
     return {"conversation": completed.conversation_id, "turn": completed.turn_id, **completed.receipt}
 
 
@@ -197,7 +196,7 @@ def _head(context: Context, turn_id: str, created: int, kind: str) -> dict[str, 
 
 
 def _again(body: ChatRequest, context: Context, completed: Completed) -> Response:
-    """A stored answer, as the request asks for it."""
+    """A response with a stored answer, as a stream if the request asks for one."""
     if not body.stream:
         return JSONResponse(completion_json(context, completed), headers=_headers(completed.conversation_id))
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -218,37 +217,28 @@ def _again(body: ChatRequest, context: Context, completed: Completed) -> Respons
     )
 
 
-async def _stream(
-    context: Context, answer: Answer, form: OutputForm, include_usage: bool
-) -> AsyncIterator[bytes]:
+async def _stream(context: Context, answer: Answer, include_usage: bool) -> AsyncIterator[bytes]:
     chunks = _Chunks(context, answer.id, answer.created)
-    output = Output(context.text, form, answer.id)
     yield chunks.delta({"role": "assistant", "content": ""})
-    for event in output.feed(answer.turn.spec.prefix) if answer.turn.spec.prefix else ():
-        if (delta := _delta(event)) is not None:
-            yield chunks.delta(delta)
     with_logprobs = answer.turn.spec.sampling.logprobs is not None
     async for piece in answer.read():
         logprobs = (
             {"content": logprob_items(piece.tokens, context.text), "refusal": None} if with_logprobs else None
         )
-        for event in output.feed(piece.text):
+        for event in piece.events:
             if logprobs is None and isinstance(event, ContentDelta):
-                yield chunks.words(event.text)
+                yield chunks.content(event.text)
             elif (delta := _delta(event)) is not None:
                 yield chunks.delta(delta, logprobs)
                 logprobs = None
         if logprobs is not None:
             yield chunks.delta({}, logprobs)
-    for event in output.finish():
-        if (delta := _delta(event)) is not None:
-            yield chunks.delta(delta)
     done = await answer.result()
-    for last in chunks.end(completed_now(answer, done, form, context.text, {}), include_usage):
+    for last in chunks.end(completed_now(answer, done, {}), include_usage):
         yield last
 
 
-def _delta(event: OutputEvent) -> dict[str, Any] | None:
+def _delta(event: AnswerEvent) -> dict[str, Any] | None:
     match event:
         case ContentDelta():
             return {"content": event.text}
@@ -275,10 +265,10 @@ class _Chunks:
 
     def __init__(self, context: Context, turn_id: str, created: int) -> None:
         self._head = _head(context, turn_id, created, "chat.completion.chunk")
-        # Most events differ in their words alone: what stands around those is written once.
+        # Most events differ in their text only, so the JSON around it is encoded once.
         self._before, self._behind = self.delta({"content": "\0"}).split(b'"\\u0000"')
 
-    def words(self, text: str) -> bytes:
+    def content(self, text: str) -> bytes:
         """A `delta` of content."""
         return self._before + json.dumps(text, ensure_ascii=False).encode() + self._behind
 

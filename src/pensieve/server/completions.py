@@ -1,4 +1,7 @@
-"""POST /v1/completions: text goes on as text. Knows that API; its cache is found by tokens alone, no conversation is kept."""
+"""POST /v1/completions: text is continued.
+
+Knows that API; never conversations: cache hits are found by tokens only.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from starlette.responses import Response
 
 from pensieve.engine.messages import Token
 from pensieve.errors import ContextLengthExceeded
-from pensieve.server.answers import receipt_json, usage_of
+from pensieve.server.answer import Answer
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S, usage_json
+from pensieve.server.completed import receipt_json, usage_of
+from pensieve.server.completion_request import CompletionRequest
 from pensieve.server.context import Asking, Context, Server
-from pensieve.server.schemas import CompletionRequest
 from pensieve.server.sse import DONE, STREAMED, EventStream, data, unless_gone
-from pensieve.server.turns import Answer
 from pensieve.server.writing import is_long
 from pensieve.service import TurnDone, TurnSpec
 from pensieve.text import DecodeIds, EncodeText
@@ -41,10 +44,10 @@ async def completions(request: Request, body: CompletionRequest, context: Server
         raw=(tokens, 0),
         raw_text=True,
     )
-    answer = context.turns.start(spec)
+    answer = context.answers.start(spec)
 
     def gone() -> None:
-        context.turns.abort(answer)
+        context.answers.abort(answer)
 
     echo = written if body.echo else ""
     if body.stream:
@@ -79,7 +82,7 @@ async def completions(request: Request, body: CompletionRequest, context: Server
 async def _read(
     context: Context, prompt: str | list[int], wants_text: bool, tenant: str
 ) -> tuple[tuple[int, ...], str]:
-    """A prompt as token ids, and as text if that is wanted."""
+    """The prompt as token ids, and as text if `wants_text`."""
     limit = context.info.max_context
     way_out = "that the context holds: shorten it" + (
         "" if context.info.limit is None else f", or {context.info.limit.way_out()}"
@@ -134,7 +137,7 @@ def _reason(done: TurnDone) -> str:
 
 
 def _logprobs(context: Context, tokens: tuple[Token, ...] | list[Token], offset: int) -> dict[str, Any]:
-    """The older form: four lists side by side."""
+    """Log-probabilities in the older form: four parallel lists."""
     written = [context.text.token_text(token.token_id) for token in tokens]
     offsets = []
     for text in written:

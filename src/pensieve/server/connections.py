@@ -1,10 +1,13 @@
-"""Connections: what a client may send and how long it may take, before there is a request. Knows bytes, HTTP's framing and clocks; never routes or keys.
+"""Connections: what a client may send and how long it may take, before there is a request.
 
-uvicorn's protocol over httptools has no limit of its own: a header without end was kept in memory, and a connection that sent nothing was kept for
-ever. Its protocol over h11 limits heads, but not the time, and takes 150 us more a request on the event loop; counting here takes 20.
+Knows bytes, HTTP's framing and clocks; never routes or keys.
 
-A connection is *waiting* while it has no complete request head. Each wait, each body and each answer has a time; where there are more
-connections than may be, the one that has waited longest goes first.
+uvicorn's protocol over httptools has no limits: it keeps an endless header in memory, and a silent connection
+for ever. Its protocol over h11 limits heads, but not time, and takes 150 us more of the event loop for each
+request; counting here takes 20 us.
+
+A connection is *waiting* while it has no complete request head. Each wait, each body and each answer has a
+time limit. Beyond the limit of connections, the one that has waited longest is closed.
 """
 
 from __future__ import annotations
@@ -26,44 +29,42 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10  # request line, headers and trailers of one request
-MAX_HEADERS = 512  # their number: each is two objects
-MAX_PIPELINED = 8  # requests of one connection behind the one that is answered
-SLICE_BYTES = 16 << 10  # what the parser gets at once, so that a head is refused near its limit
-BODY_BYTES_PER_S = 8 << 10  # a body that comes more slowly is given up (64 kbit/s)
-LINGER_S = 2.0  # a client that is still sending gets so long to read why it was refused
-DISCARDED_BYTES = 1 << 20  # what is read of a refused client meanwhile
+MAX_HEADERS = 512  # headers of one request; each takes two objects
+MAX_PIPELINED = 8  # requests of one connection that wait for the one before them
+SLICE_BYTES = 16 << 10  # given to the parser at once, so that a head is refused close to its limit
+BODY_BYTES_PER_S = 8 << 10  # a body that arrives more slowly is refused (64 kbit/s)
+LINGER_S = 2.0  # how long a client that is still sending may read why it was refused
+DISCARDED_BYTES = 1 << 20  # read from a refused client meanwhile
 LOG_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What one connection, and all of them, may take."""
+    """Limits of one connection, and of all together."""
 
-    header_timeout_s: float = 20.0  # to a complete head; and the time in which a body must make progress
-    stall_timeout_s: float = 60.0  # a client that reads nothing of its answer for so long is cut off
-    max_connections: int = 1 << 20  # of this server at once
+    header_timeout_s: float = 20.0  # to a complete head; a body must make progress within it too
+    stall_timeout_s: float = 60.0  # a client that reads nothing for this long is disconnected
+    max_connections: int = 1 << 20
 
 
 class Phase(Enum):
-    """What a connection's newest request is doing."""
+    """The state of a connection's newest request."""
 
-    IDLE = auto()  # there is none
-    HEAD = auto()  # its head is coming
-    BODY = auto()  # its body is coming
-    WHOLE = auto()  # it is complete and being answered
+    IDLE = auto()  # no request
+    HEAD = auto()  # its head is arriving
+    BODY = auto()  # its body is arriving
+    WHOLE = auto()  # complete, and being answered
 
 
 @dataclass(slots=True)
 class Connections:
-    """All connections of one server. Used by the event loop alone."""
+    """All connections of one server. Used by the event loop only."""
 
     limits: ConnectionLimits
-    on_refused: Callable[[str], None] = lambda reason: (
-        None
-    )  # called for each connection that was refused or closed, with a word for why
-    waiting: dict[LimitedProtocol, None] = field(
-        default_factory=dict
-    )  # without a complete head, the longest waiting first
+    # called with the reason for each connection that was refused or closed
+    on_refused: Callable[[str], None] = lambda reason: None
+    # connections without a complete head, the longest waiting first
+    waiting: dict[LimitedProtocol, None] = field(default_factory=dict)
     _refused: Counter[str] = field(default_factory=Counter)
     _logged_s: float = -LOG_EVERY_S
 
@@ -72,15 +73,17 @@ class Connections:
         return type("_LimitedProtocol", (LimitedProtocol,), {"all": self})
 
     def make_room(self, num_open: int) -> None:
-        """Close what has waited longest while there are more connections than may be."""
+        """Close the connection that has waited longest if there are too many."""
         if num_open <= self.limits.max_connections:
             return
-        oldest = next(iter(self.waiting), None)  # (the newest one itself, if all others have a request)
+        oldest = next(iter(self.waiting), None)  # the newest one itself, if all others have a request
         if oldest is not None:
             oldest.evict()
 
     def refused(self, reason: str, *, quietly: bool = False) -> None:
-        """Count a connection that was refused or closed, and say so once a minute, unless `quietly`."""
+        """Count a connection that was refused or closed; log the counts once a minute, except for those
+        counted `quietly`.
+        """
         self.on_refused(reason)
         if quietly:
             return
@@ -89,7 +92,8 @@ class Connections:
         if now_s - self._logged_s >= LOG_EVERY_S:
             told = ", ".join(f"{count} for {reason}" for reason, count in self._refused.items())
             log.warning(
-                "connections were refused or closed before their requests were complete: %s (at most one such line a minute)",
+                "connections were refused or closed before their requests were complete: %s "
+                "(at most one such line a minute)",
                 told,
             )
             self._refused.clear()
@@ -104,7 +108,9 @@ class _Refused(Exception):
 
 
 class _Transport:
-    """A transport whose `close` lets a client that is still sending read its answer, which a reset would throw away."""
+    """A transport whose `close` lets a client that is still sending read its answer, which a reset would
+    throw away.
+    """
 
     def __init__(self, raw: asyncio.Transport, protocol: LimitedProtocol) -> None:
         self._raw = raw
@@ -122,7 +128,7 @@ class _Transport:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. Owner of its phase, its clock and what was counted of its newest request."""
+    """One connection. Owner of its phase, its time limit and the sizes of its newest request."""
 
     all: Connections  # set by `Connections.protocol`
 
@@ -131,18 +137,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self.closing = False
         self._raw = transport
         self._phase = Phase.IDLE
-        self._deaf = False  # what still comes is thrown away
-        self._cycles: list[Any] = []  # requests that are not answered yet, the newest last
-        self._why: _Refused | None = None  # what ended the parsing
+        self._deaf = False  # whether input is thrown away
+        self._cycles: list[Any] = []  # unanswered requests, the newest last
+        self._why: _Refused | None = None  # why the parsing ended
         self._head_bytes = self._num_headers = self._body_bytes = self._discarded_bytes = 0
-        self._patient = (
-            True  # a client that sends more than is thrown away may still read, as for a body that is refused
-        )
-        self._loose_bytes = 0  # received since the parser last had a head or a part of a body complete
-        self._deadline_s: float | None = None  # loop time by which the newest request must have gone on
-        self._window_bytes = 0  # of the body, when its time began
-        self._unread_since_s: float | None = None  # loop time since when the client does not read
-        self.access_log = False  # (uvicorn's own has the query, and with it what is not to be logged)
+        self._patient = True  # whether a client that still sends a refused body may go on reading
+        self._loose_bytes = 0  # received since the parser last completed a head or a part of a body
+        self._deadline_s: float | None = None  # loop time by which the newest request must make progress
+        self._window_bytes = 0  # `_body_bytes` when the current time limit began
+        self._unread_since_s: float | None = None  # loop time since which the client has not read
+        self.access_log = False  # uvicorn's own contains the query, which may hold keys
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         limits = self.all.limits
         self._look_s = min(limits.header_timeout_s, limits.stall_timeout_s)
@@ -152,21 +156,21 @@ class LimitedProtocol(HttpToolsProtocol):
         self.all.make_room(len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
+        """The connection is closed."""
         self.closing = True
         self._timer.cancel()
         self.all.waiting.pop(self, None)
         self._unset_keepalive_if_required()
-        for cycle in self._cycles:  # (uvicorn tells only the newest)
+        for cycle in self._cycles:  # uvicorn tells only the newest
             if not cycle.response_complete:
                 self._leave(cycle)
         self.pipeline.clear()
         super().connection_lost(exc)
 
-    # -- what comes
+    # -- input
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
+        """Bytes have arrived."""
         if self._deaf or self.closing:
             self._discard(len(data))
             return
@@ -195,7 +199,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._refuse(_too_large_head() if self._phase is not Phase.BODY else _too_large_framing())
 
     def on_message_begin(self) -> None:
-        """A request begins, perhaps right behind the end of another."""
+        """A request begins, perhaps directly after another."""
         self._phase = Phase.HEAD
         self._deadline_s = self.loop.time() + self.all.limits.header_timeout_s
         self._head_bytes = self._num_headers = self._body_bytes = self._window_bytes = self._loose_bytes = 0
@@ -207,7 +211,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; or a trailer, which is counted and not looked at."""
+        """A header; or a trailer, which is counted and ignored."""
         self._num_headers += 1
         self._count_head(len(name) + len(value) + 4)
         if self._num_headers > MAX_HEADERS:
@@ -221,12 +225,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self._fail(_too_large_head())
 
     def _fail(self, why: _Refused) -> NoReturn:
-        """End the parsing from within; the parser hides what was raised."""
+        """End the parsing from within a callback; the parser hides the exception."""
         self._why = why
         raise why
 
     def on_headers_complete(self) -> None:
-        """A request's head is complete: it is answered from here on."""
+        """A request's head is complete: the application gets the request."""
         if len(self.pipeline) >= MAX_PIPELINED:
             self._fail(
                 _Refused(
@@ -255,7 +259,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.all.waiting.pop(self, None)
 
     def _take_host_of_target(self) -> None:
-        """Of `GET http://host/path` the host counts, not the header (RFC 9112, 3.2.2)."""
+        """Of `GET http://host/path` the host counts, not the Host header (RFC 9112, 3.2.2)."""
         if self.url.startswith(b"/"):
             return
         target = httptools.parse_url(self.url)
@@ -281,7 +285,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._loose_bytes = 0
         self._deadline_s = None
         super().on_message_complete()
-        if self.cycle.response_complete:  # it was answered before its body had come
+        if self.cycle.response_complete:  # it was answered before its body arrived
             self._rest()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -299,10 +303,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self._phase = Phase.IDLE
         self.all.waiting[self] = None
 
-    # -- what does not come, or is not read
+    # -- time limits
 
     def _look(self) -> None:
-        """See whether the time of what the client is doing is up; look again later."""
+        """Check the time limits, and look again later."""
         now_s = self.loop.time()
         if (
             self._unread_since_s is not None
@@ -314,7 +318,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._deadline_s is not None and now_s >= self._deadline_s and not self.closing:
             self._time_out(now_s)
         if self._raw.is_closing() and self._unread_since_s is None:
-            self._unread_since_s = now_s  # (what was written is still on its way, or this would be over)
+            self._unread_since_s = now_s  # output is still on its way, or the connection would be gone
         next_s = now_s + self._look_s if self._deadline_s is None else max(self._deadline_s, now_s + 0.01)
         self._timer = self.loop.call_at(min(next_s, now_s + self._look_s), self._look)
 
@@ -340,12 +344,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._deadline_s = None
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than it is answered."""
+        """The client reads more slowly than output is written."""
         super().pause_writing()
         self._unread_since_s = self.loop.time()
 
     def resume_writing(self) -> None:
-        """It has read."""
+        """The client has read."""
         super().resume_writing()
         self._unread_since_s = None
 
@@ -361,7 +365,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._raw.close()
 
     def shutdown(self) -> None:
-        """The server ends: what has no complete request is not waited for."""
+        """The server shuts down: do not wait for incomplete requests."""
         if self.closing:
             self._raw.abort()
         elif self._phase is Phase.BODY and not self._behind_another():
@@ -375,7 +379,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._raw.close()
 
     def close_gently(self) -> None:
-        """Close, but let a client that is still sending read what it was answered: a reset would throw that away."""
+        """Close, but let a client that is still sending read its answer: a reset would throw that away."""
         if self.closing:
             return
         self.closing = True
@@ -411,7 +415,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.close_gently()
 
     def _stop_after(self, cycle: Any) -> None:
-        """Hear nothing more; close after this request's answer."""
+        """Ignore further input; close after the answer to this request."""
         self._deaf = True
         self.cycle = cycle
         cycle.keep_alive = False
@@ -419,7 +423,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.close_gently()
 
     def _answering(self) -> bool:
-        """Whether a complete request is being answered, so that nothing may be written between."""
+        """Whether a complete request is being answered, so that no other output may be written."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _behind_another(self) -> bool:
@@ -452,7 +456,8 @@ class LimitedProtocol(HttpToolsProtocol):
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
         retry = b"retry-after: 1\r\n" if status in (429, 503) else b""
         self._raw.write(
-            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
+            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+            b"%sconnection: close\r\n\r\n%s"
             % (status, HTTPStatus(status).phrase.encode(), len(body), retry, body)
         )
 

@@ -13,6 +13,7 @@ from pensieve.message import Message, chars_of
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.errors import ApiError, not_found
+from pensieve.server.fields import Body, Metadata
 from pensieve.server.items import (
     InputItem,
     Items,
@@ -23,7 +24,6 @@ from pensieve.server.items import (
     page,
     path_items,
 )
-from pensieve.server.schemas import Body, Metadata
 from pensieve.service.prompt import CHARS, check_stored, stored_chars
 from pensieve.store import Conversation, Turn
 
@@ -53,7 +53,7 @@ class CreateItems(Body):
 
 @router.post("/v1/conversations", summary="Begin a conversation")
 async def create(context: Server, caller: Asking, body: CreateConversation | None = None) -> dict[str, Any]:
-    """Begin a conversation, with items if there are some already."""
+    """Create a conversation, with items if the body has some."""
     body = body or CreateConversation()
     messages = _messages(body.items or [])
     conversation = await in_thread(
@@ -66,7 +66,7 @@ async def create(context: Server, caller: Asking, body: CreateConversation | Non
 
 @router.get("/v1/conversations/{conversation_id}", summary="A conversation")
 async def retrieve(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """A conversation."""
+    """Look a conversation up."""
     return conversation_json(await get(context, caller, conversation_id))
 
 
@@ -88,7 +88,7 @@ async def update(
 
 @router.delete("/v1/conversations/{conversation_id}", summary="Delete a conversation, erasing what it left")
 async def delete(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """Delete a conversation with erasure: rows and KV are overwritten."""
+    """Delete a conversation; its rows and its KV are overwritten."""
     erased = await erase(context, caller, conversation_id)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True, **erased}
 
@@ -115,7 +115,7 @@ async def create_items(
     caller: Asking,
     include: Annotated[list[str] | None, Query()] = None,
 ) -> dict[str, Any]:
-    """Add items without having them answered; the next turn puts them before the model."""
+    """Add items without an answer; they become part of the next prompt."""
     messages = _messages(body.items)
     if not messages:
         raise ApiError(400, "items must not be empty", code="invalid_value", param="items")
@@ -143,7 +143,9 @@ async def retrieve_item(
     "/v1/conversations/{conversation_id}/items/{item_id}", summary="Delete an item of a conversation"
 )
 async def delete_item(conversation_id: str, item_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """Go on without an item: from its turn on the conversation becomes a branch that does not have it, computed again at its next turn."""
+    """Delete an item: from its turn on the conversation becomes a branch without it, which the next turn
+    computes again.
+    """
     conversation = await get(context, caller, conversation_id)
     turns = await in_thread(context.store.path, caller.namespace, conversation.leaf)
     place = locate_item(turns, item_id)
@@ -154,7 +156,7 @@ async def delete_item(conversation_id: str, item_id: str, context: Server, calle
     messages = [message for other in turns[first:] for message in other.messages]
     kept = _without_call(messages[index], call) if call is not None else None
     messages[index : index + 1] = [] if kept is None else [kept]
-    if messages:  # in one step: a crash must not leave the conversation without what follows
+    if messages:  # in one step, so that a crash does not lose the messages that follow
         appended = context.store.append(caller.namespace, conversation.id, turn.parent, messages, ())
         await in_thread(appended.result)
     else:
@@ -166,10 +168,10 @@ async def delete_item(conversation_id: str, item_id: str, context: Server, calle
 
 
 async def get(context: Context, caller: Caller, conversation_id: str) -> Conversation:
-    """A conversation of the caller's.
+    """One of the caller's conversations.
 
     Raises:
-        ApiError: there is none of this id.
+        ApiError: it does not exist.
     """
     try:
         conversation: Conversation = await in_thread(context.store.get, caller.namespace, conversation_id)
@@ -179,10 +181,12 @@ async def get(context: Context, caller: Caller, conversation_id: str) -> Convers
 
 
 async def erase(context: Context, caller: Caller, conversation_id: str) -> dict[str, Any]:
-    """Delete a conversation and overwrite what it left; what of it was erased. One that is in memory only can be deleted, too.
+    """Delete a conversation, also one in memory only, and overwrite its rows and its KV.
+
+    Returns how much was erased.
 
     Raises:
-        ApiError: there is none of this id.
+        ApiError: it does not exist.
     """
     try:
         erasing = context.service.erase(
@@ -191,7 +195,7 @@ async def erase(context: Context, caller: Caller, conversation_id: str) -> dict[
         erasure = await asyncio.wrap_future(erasing)
     except ConversationNotFound as error:
         raise not_found(error.message, "conversation_id", error.code) from error
-    context.turns.forget(caller.namespace, conversation_id)
+    context.answers.forget(caller.namespace, conversation_id)
     return {
         "turns": erasure.turns,
         "store_bytes": erasure.store_bytes,

@@ -1,6 +1,9 @@
-"""Answers kept for a while after their end, bounded by number, bytes and time. Knows what an answer weighs; never engines, stores or HTTP.
+"""Ended answers, kept for a while within limits of number, bytes and time.
 
-Weights are estimates, of CPython's objects: a token of an answer is a few objects of some 50 bytes each, a log-probability of another token three.
+Knows their sizes; never engines, stores or HTTP.
+
+Sizes are estimates for CPython: a token of an answer is a few objects of about 50 bytes each, a
+log-probability of another token is three.
 """
 
 from __future__ import annotations
@@ -12,16 +15,15 @@ from typing import TYPE_CHECKING
 from pensieve.service import Piece
 
 if TYPE_CHECKING:
-    from pensieve.server.turns import Answer
+    from pensieve.server.answer import Answer
 
-MAX_ENDED = 512  # ended answers together
-MAX_ENDED_BYTES = 64 << 20  # of them
-MAX_OPEN_BYTES = (
-    256 << 20
-)  # of what is kept of answers under way, before another begins; they are ended at twice as much
-_PIECE_BYTES = 160  # beside its text and tokens
+MAX_ENDED = 512  # ended answers that are kept
+MAX_ENDED_BYTES = 64 << 20  # of all ended answers
+# of all open answers: above it no other begins, and above twice as much the largest is ended
+MAX_OPEN_BYTES = 256 << 20
+_PIECE_BYTES = 240  # beside its text and tokens, with one event
 _TOKEN_BYTES = 320
-_TOP_BYTES = 128  # of one log-probability of another token
+_TOP_BYTES = 128  # one log-probability of another token
 _ANSWER_BYTES = 4096  # beside its pieces
 _CHAR_BYTES = 4  # at most
 _VALUE_BYTES = 64  # any value, beside its characters
@@ -29,7 +31,7 @@ _MOST_VALUES = 100_000
 
 
 def bytes_of_piece(piece: Piece) -> int:
-    """About what a piece takes of memory."""
+    """Estimated memory of a piece."""
     num_tops = sum(len(token.top) for token in piece.tokens)
     return (
         _PIECE_BYTES
@@ -40,7 +42,9 @@ def bytes_of_piece(piece: Piece) -> int:
 
 
 def bytes_of(value: object) -> int:
-    """About what plain data (of JSON, or dataclasses' fields) takes of memory; `MAX_ENDED_BYTES` where counting would take long."""
+    """Estimated memory of plain data (JSON, dataclasses with slots); `MAX_ENDED_BYTES` if counting would take
+    long.
+    """
     total, num_values, left = 0, 0, [value]
     while left:
         one = left.pop()
@@ -61,17 +65,16 @@ def bytes_of(value: object) -> int:
 
 
 class EndedAnswers:
-    """The latest ended answers, by turn id. Used by the event loop alone."""
+    """The latest ended answers, by turn id. Used by the event loop only."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, keep_s: float, max_bytes: int = MAX_ENDED_BYTES
     ) -> None:
-        """Each is kept for `keep_s` seconds at most, and all together take about `max_bytes` at most."""
+        """Keep each for at most `keep_s` seconds, and at most about `max_bytes` of all together."""
         self._loop = loop
         self._keep_s, self._max_bytes = keep_s, max_bytes
-        self._answers: OrderedDict[str, tuple[Answer, int]] = (
-            OrderedDict()
-        )  # the first ended first, each with its weight
+        # in the order in which they ended, each with its size in bytes
+        self._answers: OrderedDict[str, tuple[Answer, int]] = OrderedDict()
         self._num_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -80,11 +83,14 @@ class EndedAnswers:
 
     @property
     def num_bytes(self) -> int:
-        """About what all take of memory."""
+        """Estimated memory of all."""
         return self._num_bytes
 
     def add(self, answer: Answer) -> None:
-        """Keep an answer that has just ended; older ones go where it takes their room. One that is too large is not kept."""
+        """Keep an answer that has just ended, and drop older ones if there is no room.
+
+        An answer that is too large is dropped.
+        """
         done = answer.done
         weight = _ANSWER_BYTES + answer.num_bytes + bytes_of(answer.record)
         if done is not None:
@@ -94,23 +100,23 @@ class EndedAnswers:
         self._prune()
 
     def get(self, turn_id: str) -> Answer | None:
-        """The answer of this id, if it is kept."""
+        """The answer of a turn; None if it is not kept."""
         found = self._answers.get(turn_id)
         return None if found is None else found[0]
 
     def forget(self, namespace: str, conversation_id: str) -> None:
-        """Let the answers of a conversation go."""
+        """Drop the answers of a conversation."""
         for answer, _ in list(self._answers.values()):
             if answer.namespace == namespace and answer.turn.conversation_id == conversation_id:
                 self._drop(answer.id)
 
     def forget_turn(self, namespace: str, turn_id: str) -> None:
-        """Let an answer go."""
+        """Drop an answer."""
         if (answer := self.get(turn_id)) is not None and answer.namespace == namespace:
             self._drop(turn_id)
 
     def clear(self) -> None:
-        """Let all go."""
+        """Drop all."""
         self._answers.clear()
         self._num_bytes = 0
 
@@ -118,7 +124,7 @@ class EndedAnswers:
         self._num_bytes -= self._answers.pop(turn_id)[1]
 
     def _prune(self) -> None:
-        """Let go what is too much or too old; called again, also where nothing new ends, when the oldest will be."""
+        """Drop what exceeds the limits, and set a timer for when the oldest will be too old."""
         now_s = self._loop.time()
         while self._answers:
             oldest, _ = next(iter(self._answers.values()))

@@ -18,25 +18,15 @@ from pensieve.server.redaction import redacted
 
 log = logging.getLogger(__name__)
 
-API = (
-    "chat",
-    "completions",
-    "conversations",
-    "models",
-    "responses",
-)  # what clients ask for whose base URL lacks the /v1
-UNKNOWN_FIELD = (
-    "unknown_field"  # pydantic's type of an error that `Strict` raises; its context has the field's name
-)
-MAX_MESSAGE, MAX_PARAM = (
-    2000,
-    200,
-)  # characters of an error's words: what a client sent is not sent back whole
-RETRY_AFTER_S = 2  # what a client is told where nothing better is known
+# first parts of the paths that a client with a base URL without /v1 asks for
+API = ("chat", "completions", "conversations", "models", "responses")
+UNKNOWN_FIELD = "unknown_field"  # pydantic's type of the error that `Strict` raises
+MAX_MESSAGE, MAX_PARAM = 2000, 200  # characters of an error: a client's input is not sent back whole
+RETRY_AFTER_S = 2  # the Retry-After of errors that have none of their own
 
 
 class ApiError(PensieveError):
-    """A request that is refused at the door."""
+    """A request that the server refuses by itself."""
 
     def __init__(
         self,
@@ -55,12 +45,12 @@ class ApiError(PensieveError):
 
 
 def unsupported(param: str, message: str) -> ApiError:
-    """A field that the API has and this server has not: refused, never ignored."""
+    """A field of the API that this server does not support: refused, never ignored."""
     return ApiError(400, message, code="unsupported_parameter", param=param)
 
 
 def not_found(what: str, param: str | None = None, code: str = "not_found") -> ApiError:
-    """Something is not there, or not this key's."""
+    """A thing does not exist, or belongs to another tenant."""
     return ApiError(404, what, code=code, param=param)
 
 
@@ -97,12 +87,12 @@ def error_headers(error: BaseException) -> dict[str, str]:
 
 
 def error_response(error: BaseException) -> JSONResponse:
-    """The whole answer."""
+    """The whole HTTP response."""
     return JSONResponse(error_body(error), status_of(error), error_headers(error))
 
 
 def install(app: FastAPI) -> None:
-    """Make every failure of a route an answer of this form."""
+    """Give every failure of a route this form."""
 
     @app.exception_handler(PensieveError)
     async def ours(request: Request, error: PensieveError) -> JSONResponse:
@@ -110,9 +100,8 @@ def install(app: FastAPI) -> None:
             log.error(
                 "%s %s failed: %s", request.method, redacted(quote(request.url.path)), redacted(error.message)
             )
-        error.__traceback__ = error.__context__ = (
-            None  # whose frames hold the request's body, for as long as the error is remembered
-        )
+        # Their frames hold the request's body, for as long as the error is remembered.
+        error.__traceback__ = error.__context__ = None
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
@@ -134,7 +123,7 @@ def install(app: FastAPI) -> None:
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in one sentence."""
+    """The first fault of a body, in one sentence."""
     first = error.errors()[0]
     path = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path", "header")]
     if first.get("type") == UNKNOWN_FIELD:
@@ -173,7 +162,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
 
 
 def _shortened(text: str, limit: int) -> str:
-    """A text's beginning and end, if it is longer than so many characters."""
+    """The beginning and the end of a text that is longer than `limit` characters."""
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-(limit // 4) :]}"
 
 

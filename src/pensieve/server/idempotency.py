@@ -1,11 +1,13 @@
-"""One answer a key: a retry gets the first try's answer if that is whole or on its way, and is answered anew if not. Knows keys and turns; never bodies' meaning.
+"""Idempotency keys: a retry gets the answer of the first try if that is complete or open, else a new one.
 
-What becomes of a key, by how its turn ended:
+Knows keys and turns; never what bodies mean.
 
-- whole (stop, length, a call of tools): the same answer, for as long as keys are remembered, also after a restart
+What a key stands for, by how its turn ended:
+
+- complete (stop, length, tool calls): the same answer, as long as keys are remembered, also after a restart
 - cancelled by its client: the same answer, cut where it was
-- failed, timed out, given up at a shutdown, or lost with its server before it was whole: the key is free
-- under way on this server: that answer, from its first token on; on another one: waited for, then 409
+- failed, timed out, given up at a shutdown, or lost with its server before it was complete: the key is free
+- open on this server: that answer, from its first token on; on another server: the retry waits, then gets 409
 """
 
 from __future__ import annotations
@@ -19,30 +21,30 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pensieve.server.answer import Answer
 from pensieve.server.context import Caller, Context, in_thread
 from pensieve.server.errors import ApiError
-from pensieve.server.turns import Answer
 from pensieve.service import TurnSpec
 from pensieve.store import Turn
 
 MAX_KEY = 255
-ELSEWHERE_S = 20.0  # how long a request waits for another server's answer
-HERE_S = 2.0  # and until it is known what became of a try that ran out of time on this one
-POLL_S = 0.25  # how often it looks
+ELSEWHERE_S = 20.0  # how long a request waits for an answer of another server
+HERE_S = 2.0  # how long it waits for a try on this server that timed out to be settled
+POLL_S = 0.25  # how often it looks while it waits
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """What is known of an earlier request with the same key."""
+    """The answer to an earlier request with the same key."""
 
-    live: Answer | None  # under way here, or ended a while ago
+    live: Answer | None  # open here, or ended a while ago
     stored: Turn | None
     conversation_id: str | None = None  # of the stored turn
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A key that is this request's."""
+    """A key that stands for this request."""
 
     namespace: str
     key: str
@@ -51,10 +53,11 @@ class Claimed:
 async def claim(
     context: Context, caller: Caller, key: str | None, endpoint: str, body: BaseModel, turn_id: str
 ) -> Claimed | Retry | None:
-    """Take a key for a turn. None: the client sent no key.
+    """Claim a key for a turn. Returns None if the client sent no key.
 
     Raises:
-        ApiError: the key is too long, or was used for another request, or its answer is still being made, by another server.
+        ApiError: the key is too long, was used for another request, or its answer is still open on another
+        server.
     """
     if key is None:
         return None
@@ -68,7 +71,8 @@ async def claim(
     fingerprint = _fingerprint(endpoint, body)
     began_s = time.monotonic()
     while True:
-        # One at a time: the request that gets the key has begun its answer before the next one looks for it, for nothing is awaited between.
+        # One at a time: the request that gets the key begins its answer before the next one looks for it,
+        # because nothing is awaited between the two.
         async with context.claiming.setdefault((caller.namespace, key), asyncio.Lock()):
             found = await _claim(context, caller, key, fingerprint, turn_id)
         if not isinstance(found, float):
@@ -86,11 +90,13 @@ async def claim(
 async def _claim(
     context: Context, caller: Caller, key: str, fingerprint: bytes, turn_id: str
 ) -> Claimed | Retry | float:
-    """A number: the answer is being made by another server, or is just being given up here; so many seconds are to be waited."""
-    service = context.service
+    """As `claim`; a number is how many seconds to wait for an answer that is open elsewhere, or being given
+    up here.
+    """
+    stores = context.service.stores
     for _ in range(2):
         held = await in_thread(
-            context.store.claim, caller.namespace, key, fingerprint, turn_id, owner=service.owner
+            context.store.claim, caller.namespace, key, fingerprint, turn_id, owner=stores.owner
         )
         if held.fresh:
             return Claimed(caller.namespace, key)
@@ -101,31 +107,32 @@ async def _claim(
                 code="idempotency_key_reused",
                 param="Idempotency-Key",
             )
-        live = context.turns.find(caller.namespace, held.turn_id)
+        live = context.answers.find(caller.namespace, held.turn_id)
         if live is not None and live.error is None:
             return Retry(live, None)
-        ours = held.owner == service.owner
-        if held.stored or ours:  # (a chat that is kept in memory only is not stored where claims are)
-            turn = await in_thread(service.stored_turn, caller.namespace, held.turn_id)
+        ours = held.owner == stores.owner
+        if held.stored or ours:  # a chat in memory only is not in the store that has the claims
+            turn = await in_thread(stores.turn, caller.namespace, held.turn_id)
             if turn is not None:
-                return Retry(None, turn, await in_thread(service.home, caller.namespace, turn.id))
+                return Retry(None, turn, await in_thread(stores.conversation_of, caller.namespace, turn.id))
         if not ours or (live is not None and not live.turn.future.done()):
             return HERE_S if ours else ELSEWHERE_S
-        # The first try failed, or never began: the key is free, unless another request has it by now.
+        # The first try failed or never began: the key is free, unless another request has claimed it by now.
         await asyncio.wrap_future(context.store.release(caller.namespace, key, held.turn_id))
     return ELSEWHERE_S
 
 
 def start(context: Context, held: Claimed | None, spec: TurnSpec, created: int, record: Any = None) -> Answer:
-    """Begin to answer a request that has claimed its key, if it has one; the key is let go if that, or the answer, fails.
+    """Begin to answer a request that has claimed its key, if it sent one; the key is released if this or the
+    answer fails.
 
     Raises:
-        Overloaded, Draining: as `Turns.start`.
+        Overloaded, Draining: as `OpenAnswers.start`.
     """
     if held is None:
-        return context.turns.start(spec, created=created, record=record)
+        return context.answers.start(spec, created=created, record=record)
     try:
-        answer = context.turns.start(replace(spec, claimed=True), created=created, record=record)
+        answer = context.answers.start(replace(spec, claimed=True), created=created, record=record)
     except BaseException:
         context.store.release(held.namespace, held.key, spec.turn_id)
         raise

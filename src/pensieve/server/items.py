@@ -1,4 +1,7 @@
-"""Items, the form in which Responses and Conversations speak of messages. Knows both forms; never endpoints or answers under way."""
+"""Messages as items, their form in the Responses and Conversations APIs.
+
+Knows both forms; never endpoints or open answers.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from pensieve.message import Message, ToolCall
+from pensieve.server.chat_messages import Parts, text_of
 from pensieve.server.errors import ApiError, unsupported
-from pensieve.server.schemas import Identifier, Name, Parts, text_of
+from pensieve.server.fields import Identifier, Name
 from pensieve.store import Turn
 
 MAX_ITEMS = 4096
@@ -19,7 +23,7 @@ class InputItem(BaseModel):
     """One item: a message, a call of a function, or its output."""
 
     model_config = ConfigDict(extra="allow")
-    type: StrictStr | None = None  # None: a message
+    type: StrictStr | None = None  # None for a message
     role: StrictStr | None = None
     content: StrictStr | Parts | None = None
     call_id: Identifier | None = None
@@ -33,10 +37,10 @@ Input = StrictStr | Items
 
 
 def messages_of(items: str | Sequence[InputItem], where: str = "input") -> tuple[Message, ...]:
-    """Messages from items; calls that follow an assistant's words belong to the same message.
+    """Messages from items; calls that follow an assistant's text belong to the same message.
 
     Raises:
-        ApiError: an item that this server cannot read.
+        ApiError: an item that this server does not support.
     """
     if isinstance(items, str):
         return (Message("user", items),)
@@ -69,11 +73,12 @@ def messages_of(items: str | Sequence[InputItem], where: str = "input") -> tuple
                 Message("tool", text_of(item.output, f"{at}.output"), (), call_id, names.get(call_id))
             )
         elif kind == "reasoning":
-            continue  # what the model thought on the way is not put before it again, as OpenAI does it
+            continue  # earlier reasoning is not part of a prompt, as with OpenAI
         else:
             raise unsupported(
                 at,
-                f"{at}: items of type {kind!r} are not supported: this server takes messages, function calls and their outputs",
+                f"{at}: items of type {kind!r} are not supported: "
+                "this server takes messages, function calls and their outputs",
             )
     return tuple(messages)
 
@@ -91,7 +96,7 @@ def items_of(turn_id: str, messages: Sequence[Message], first: int = 0) -> list[
 
 
 def output_items(name: str, message: Message, status: str = "completed") -> list[dict[str, Any]]:
-    """An assistant's message as items: its words, then its calls. `name` makes their ids unique."""
+    """An assistant's message as items: its text, then its calls. `name` makes their ids unique."""
     items: list[dict[str, Any]] = []
     if message.content or not message.tool_calls:
         items.append(message_item(name, message.content, status))
@@ -100,18 +105,18 @@ def output_items(name: str, message: Message, status: str = "completed") -> list
 
 
 def message_item(name: str, text: str | None, status: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
-    """An assistant's words; `text` is None before the first."""
+    """An assistant's text; None before the first token."""
     content = [] if text is None else [text_part(text, logprobs)]
     return {"id": f"msg_{name}", "type": "message", "role": "assistant", "status": status, "content": content}
 
 
 def text_part(text: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
-    """Text of an assistant."""
+    """A content part with an assistant's text."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
 def call_item(name: str, index: int, call: ToolCall, status: str) -> dict[str, Any]:
-    """A function call."""
+    """A function call as an item."""
     return {
         "id": f"fc_{name}_{index}",
         "type": "function_call",
@@ -128,7 +133,9 @@ def path_items(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def locate_item(turns: Sequence[Turn], item_id: str) -> tuple[Turn, int, int | None] | None:
-    """Where an item is: its turn, the message's number in it, and the call's if it is one."""
+    """The turn of an item, the index of its message, and of its call if it is one; None if there is no such
+    item.
+    """
     for turn in turns:
         for index, message in enumerate(turn.messages):
             name = f"{turn.id}_{index}"
@@ -194,7 +201,7 @@ def page(items: list[dict[str, Any]], limit: int, order: Order, after: str | Non
     """A page of a list, as OpenAI gives lists.
 
     Raises:
-        ApiError: `after` is no item of the list.
+        ApiError: `after` is not in the list.
     """
     if order == "desc":
         items = items[::-1]

@@ -1,11 +1,13 @@
-"""Who may ask, and as whom: API keys in a file, hashed. Knows the file's form; never HTTP or conversations.
+"""API keys and their tenants, hashed in a file. Knows the file's format; never HTTP or conversations.
 
-A line of the file is `TENANT sha256:HEX [remark]`; empty lines and lines that begin with # do not count. Several keys may
-name one tenant: add the new key, wait for the clients, remove the old one. The file is read again when it changes.
+A line of the file is `TENANT sha256:HEX [remark]`; empty lines and lines that begin with # do not count.
+Several keys may name one tenant: add the new key, wait for the clients, remove the old one. The file is read
+again when it changes.
 
-A key that was removed is refused at once. While the file cannot be read, or has a line that is no key, the keys of before go on being valid, so
-that a file half written or a typing error locks no client out; `KeyFile.trouble` and a line in the log every minute say so. A file that holds no
-key at all refuses every key, once it has been like that for `SETTLE_S`: then it was emptied, and not caught while it was being written.
+A key that was removed is refused at once. While the file cannot be read, or has an invalid line, the keys
+read before stay valid, so that a half-written file or a typing error locks no client out; `KeyFile.trouble`
+and the log report it every minute. A file without any key refuses every key after `SETTLE_S`: by then it was
+emptied on purpose, and is not just being written.
 """
 
 from __future__ import annotations
@@ -27,20 +29,19 @@ from pensieve.errors import ConfigError
 log = logging.getLogger(__name__)
 
 PREFIX = "pk-"
-SETTLE_S = 5.0  # how long a file must hold no key until that is meant
-TELL_S = 60.0  # how often what is wrong with a file is logged
+SETTLE_S = 5.0  # how long a file must hold no key until that counts as intended
+TELL_S = 60.0  # how often a fault of the file is logged
 WATCH_S = 1.0
-SALT_MARK = "\x1f"  # between a tenant and its own subdivision of the cache, see `messages.tenant_of`
 _LINE = re.compile(r"(?P<tenant>[A-Za-z0-9][A-Za-z0-9._@-]{0,63})\s+sha256:(?P<digest>[0-9a-f]{64})(?:\s.*)?")
 
 
 def new_key() -> str:
-    """A key with 256 random bits: so many that a plain hash of it can be stored."""
+    """A key with 256 random bits: enough to store a plain hash of it."""
     return PREFIX + secrets.token_urlsafe(32)
 
 
 def digest_of(key: str) -> str:
-    """What the file holds instead of a key."""
+    """The hash that the file holds for a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -48,24 +49,25 @@ def key_line(tenant: str, key: str, remark: str = "") -> str:
     """A line for the file.
 
     Raises:
-        ConfigError: the tenant's name has characters that it may not have.
+        ConfigError: the tenant's name is invalid.
     """
     line = f"{tenant} sha256:{digest_of(key)}" + (f" {remark}" if remark else "")
     if "\n" in line or _LINE.fullmatch(line) is None:
         raise ConfigError(
-            f"a tenant's name must be 1 to 64 letters, digits and ._@- beginning with a letter or digit, got {tenant!r}"
+            "a tenant's name must be 1 to 64 letters, digits and ._@- beginning with a letter or digit, "
+            f"got {tenant!r}"
         )
     return line
 
 
 class KeyFile:
-    """The keys of a file, as it is now. May be asked from any thread."""
+    """The keys of a file, as it is now. May be used from any thread."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the file.
 
         Raises:
-            ConfigError: it cannot be read, holds no key, or holds a line that is none.
+            ConfigError: it cannot be read, holds no key, or has an invalid line.
         """
         self._path = path
         self._clock = clock
@@ -76,35 +78,39 @@ class KeyFile:
             raise ConfigError(
                 f"the key file {path} holds no key: make one with `pensieve keys add NAME --file {path}`"
             )
-        self.error: str | None = None  # what is wrong with the file as it is now
+        self.error: str | None = None  # the fault of the file as it is now; None if it has none
         self._empty_since_s: float | None = None
         self._told_s: float | None = None
         self._warn_of_mode()
 
     @property
     def tenants(self) -> frozenset[str]:
-        """Whose keys there are."""
+        """All tenants that have a key."""
         self._refresh()
         return frozenset(self._tenants.values())
 
     def tenant(self, key: str) -> str | None:
-        """Whose key this is; None if it is no key of the file's."""
+        """The tenant of a key; None if the file does not hold it."""
         self._refresh()
         return self._tenants.get(digest_of(key))
 
     def trouble(self) -> str | None:
-        """What is wrong with the file as it is now, in words that name no path and no key; None if nothing is. Logs it, once a minute."""
+        """The fault of the file as it is now, without naming paths or keys; None if it has none.
+
+        Logs it, once a minute.
+        """
         self._refresh()
         if self.error is None:
             return None
+        if not self._tenants:
+            return "the API key file holds no key: every key is refused"
         return (
-            "the API key file holds no key: every key is refused"
-            if not self._tenants
-            else "the API key file cannot be read or is not in order: the keys of before are valid (the log says more)"
+            "the API key file cannot be read or is not in order: "
+            "the keys of before are valid (the log says more)"
         )
 
     async def watch(self) -> None:
-        """Look at the file every second, so that what is wrong with it is said also while no client asks."""
+        """Check the file every second, so that a fault is logged even if no client sends a request."""
         while True:
             self.trouble()
             await asyncio.sleep(WATCH_S)
@@ -177,7 +183,7 @@ class KeyFile:
             stat.st_ctime_ns,
             stat.st_size,
             stat.st_ino,
-        )  # (ctime: its mode may have changed)
+        )  # ctime changes with the mode
 
     def _read(self) -> dict[str, str]:
         try:
@@ -192,7 +198,8 @@ class KeyFile:
             match = _LINE.fullmatch(line)
             if match is None:  # the line itself is not quoted: it may hold a key in clear
                 raise ConfigError(
-                    f"{self._path}, line {number}: expected `TENANT sha256:HEX [remark]` (see `pensieve keys add`)"
+                    f"{self._path}, line {number}: expected `TENANT sha256:HEX [remark]` "
+                    "(see `pensieve keys add`)"
                 )
             tenants[match["digest"]] = match["tenant"]
         return tenants

@@ -1,5 +1,7 @@
-"""What large bodies cost the others: memory, given back to the system after them, and the event loop's time, between them. Knows sizes and the C
-library's allocator; never what is in a body."""
+"""Keeps large bodies from costing other requests memory and event loop time.
+
+Knows sizes and malloc; never contents of bodies.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,21 @@ import asyncio
 import ctypes
 from collections.abc import Callable
 
-LARGE_BYTES = 1 << 20  # what is less does not count
-JSON_BYTES_PER_S = 64e6  # less than what JSON is read at, so that other requests come between
-PART_BYTES = 1 << 16  # of a body's parts, what is less does not count
-PARTS_BYTES_PER_S = 128e6  # a turn of the event loop accepts one connection: with sixty bodies coming, the sixtieth waited for 60 x 60 parts
-WAIT_S = 1.0  # requests that end together are followed by one call
+LARGE_BYTES = 1 << 20  # smaller bodies do not count
+JSON_BYTES_PER_S = 64e6  # less than the speed of the JSON parser, so that other requests come between
+PART_BYTES = 1 << 16  # smaller parts of a body do not count
+# Each iteration of the event loop accepts one connection: without this, the 60th of 60 bodies waited for 60 x
+# 60 parts.
+PARTS_BYTES_PER_S = 128e6
+WAIT_S = 1.0  # requests that end within this time share one call
 
 
 class Spacing:
-    """Lets what is large through one after another, so that the event loop is never held for the sum of several.
+    """Lets large pieces of work through one after another, so that several never hold the event loop
+    together.
 
     Args:
-        least_bytes: what is less passes at once.
+        least_bytes: smaller pieces pass at once.
         bytes_per_s: the rate at which all pass together.
     """
 
@@ -28,7 +33,7 @@ class Spacing:
         self._free_s = 0.0  # loop time at which the next one may pass
 
     async def wait(self, num_bytes: int) -> None:
-        """Wait until those before this one have had their time."""
+        """Wait until the pieces before this one have had their time."""
         if num_bytes < self._least_bytes:
             return
         now_s = asyncio.get_running_loop().time()
@@ -38,7 +43,9 @@ class Spacing:
 
 
 class Trimmer:
-    """Has glibc return free memory a moment after large bodies were freed: by itself it keeps what lies between small objects."""
+    """Has glibc return free memory soon after large bodies were freed: by itself it keeps memory between
+    small objects.
+    """
 
     def __init__(self) -> None:
         self._num_bytes = 0
@@ -46,7 +53,7 @@ class Trimmer:
         self._trim = _malloc_trim()
 
     def freed(self, num_bytes: int) -> None:
-        """So many bytes were freed, or will be within a second. Called in the event loop."""
+        """`num_bytes` were freed, or will be within a second. Called in the event loop."""
         self._num_bytes += num_bytes
         if self._trim is not None and not self._waiting and self._num_bytes >= LARGE_BYTES:
             self._waiting = True
@@ -56,11 +63,11 @@ class Trimmer:
     def _run(self) -> None:
         self._num_bytes, self._waiting = 0, False
         assert self._trim is not None
-        self._trim(0)  # (ctypes lets go of the interpreter meanwhile)
+        self._trim(0)  # ctypes releases the interpreter lock meanwhile
 
 
 def _malloc_trim() -> Callable[[int], int] | None:
-    """The function, where the C library has it (glibc)."""
+    """`malloc_trim` of glibc; None with another C library."""
     try:
         trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):

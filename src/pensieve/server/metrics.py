@@ -1,4 +1,4 @@
-"""Prometheus metrics. Knows the engine's counters and what the routes observe; never why."""
+"""Prometheus metrics. Knows counters of the engine and of the routes; never what moves them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 
-from pensieve.engine.messages import Receipt, Stats
+from pensieve.core.receipt import Receipt
+from pensieve.engine.messages import Stats
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0)
 PER_TOKEN_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0)
@@ -66,7 +67,7 @@ class Metrics:
         self.registry.register(self._stats)
 
     def observe(self, receipt: Receipt) -> None:
-        """A turn ended."""
+        """Count a turn that has ended."""
         self.queue.observe(receipt.queue_s)
         if receipt.first_token_s is not None:
             self.first_token.observe(receipt.first_token_s)
@@ -76,13 +77,13 @@ class Metrics:
                 )
 
     def render(self, stats: Stats | None, restarts: int) -> bytes:
-        """The text that Prometheus reads. `stats` is None while the engine cannot say."""
+        """The text that Prometheus reads. `stats` is None while the engine does not answer."""
         self._stats.now = (stats, restarts)
         return generate_latest(self.registry)
 
 
 class _EngineCollector:
-    """The engine's own counters, as it last said them."""
+    """The engine's own counters, as last reported."""
 
     def __init__(self) -> None:
         self.now: tuple[Stats | None, int] = (None, 0)

@@ -1,8 +1,11 @@
-"""Whose pages may call the server, and by which names. Knows the headers Host, Origin and Sec-Fetch-Site; never paths, keys or answers.
+"""Which pages may call the server, and under which host names.
 
-A browser sends a page's requests to any address, with the user's network and without asking the user. What tells them from a program's requests
-are headers that a page cannot change. The rule is that of Go's `http.CrossOriginProtection`: `Sec-Fetch-Site` where the browser sends it (over
-https, and to this machine), otherwise `Origin` compared with `Host`; a request with neither is no page's.
+Knows the headers Host, Origin and Sec-Fetch-Site; never paths or keys.
+
+A browser sends a page's requests to any address, from the user's network and without asking the user. They
+differ from a program's requests by headers that a page cannot change. The rule is that of Go's
+`http.CrossOriginProtection`: `Sec-Fetch-Site` if the browser sends it (over https, and to this machine),
+otherwise `Origin` compared with `Host`; a request with neither comes from a program.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pensieve.errors import ConfigError
 
 Headers = Iterable[tuple[bytes, bytes]]  # names in lower case
 
-OWN_SITES = ("same-origin", "none")  # none: the user's own doing, as a bookmark
+OWN_SITES = ("same-origin", "none")  # none: from the user, such as a bookmark
 
 
 def values_of(headers: Headers, name: bytes) -> list[str]:
@@ -23,7 +26,7 @@ def values_of(headers: Headers, name: bytes) -> list[str]:
 
 
 def host_fault(hosts: list[str], http_version: str) -> str | None:
-    """What is wrong with the Host headers of a request (RFC 9112, section 3.2), in words; None if nothing is."""
+    """The fault of a request's Host headers (RFC 9112, section 3.2), in words; None if they have none."""
     if len(hosts) > 1:
         return f"a request must have one Host header, got {len(hosts)}"
     if not hosts and http_version not in ("0.9", "1.0"):
@@ -32,7 +35,7 @@ def host_fault(hosts: list[str], http_version: str) -> str | None:
 
 
 def name_of(host: str) -> str:
-    """The name in a Host header, as it is compared: without its port, in lower case, without the dot at the end."""
+    """The name in a Host header for comparison: in lower case, without the port and a final dot."""
     name, _, port = host.strip().rpartition(":")
     name = name if name and port.isdigit() else host.strip()
     return name.lower().removesuffix(".")
@@ -42,7 +45,7 @@ def parse_origin(text: str) -> str:
     """An origin as browsers write it, `scheme://host[:port]` in lower case.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not an origin.
     """
     try:
         parts = urlsplit(text.strip().lower())
@@ -63,7 +66,7 @@ def parse_origin(text: str) -> str:
 
 
 def is_foreign(headers: Headers, allowed: frozenset[str]) -> bool:
-    """Whether a request was made by a page of another origin than the server's own and the `allowed` ones."""
+    """Whether a request comes from a page of an origin that is neither the server's own nor `allowed`."""
     headers = list(headers)
     origins = [origin.strip().lower() for origin in values_of(headers, b"origin")]
     if origins and all(origin in allowed for origin in origins):
@@ -75,14 +78,14 @@ def is_foreign(headers: Headers, allowed: frozenset[str]) -> bool:
 
 
 def _same_server(origin: str, host: str) -> bool:
-    """Whether an origin is `host`; its scheme does not count, since a proxy before the server may end TLS. `null` is no server."""
+    """Whether an origin is `host`, with any scheme, because a proxy may end TLS. `null` is no server."""
     scheme, separator, _ = origin.partition("://")
     authority = _authority(origin)
     return bool(separator) and authority is not None and authority == _authority(f"{scheme}://{host}")
 
 
 def _authority(origin: str) -> str | None:
-    """`host:port` of an origin; None if it is none."""
+    """`host:port` of an origin; None if it is not one."""
     try:
         parts = urlsplit(origin.strip().lower())
         if parts.scheme not in ("http", "https") or not parts.hostname:

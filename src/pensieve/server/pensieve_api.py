@@ -1,26 +1,31 @@
-"""/v1/pensieve: where conversations lie, hints about them, and what a server knows of itself. Knows that API; never chunks' meaning."""
+"""/v1/pensieve: the cache map, conversations, hints, pins, forks and recordings.
+
+Knows that API; never how chunks are managed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from pydantic import Field
 from starlette.responses import Response
 
 from pensieve.engine.messages import CacheMap, HintAnswer, KeepAnswer, MapRow, Stats, tenant_of
-from pensieve.errors import ConversationNotFound, KeepRefused
+from pensieve.errors import ConversationNotFound, KeepRefused, error_from
 from pensieve.message import Message
-from pensieve.server.answers import ANSWER
 from pensieve.server.bodies import BoundedRoute
+from pensieve.server.completed import ANSWER
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
 from pensieve.server.conversations import erase, get
 from pensieve.server.errors import ApiError
+from pensieve.server.fields import Body, Identifier
 from pensieve.server.recorders import Recorder
 from pensieve.server.responses import turn_of
-from pensieve.server.schemas import ForkRequest, TtlRequest
 from pensieve.server.sse import EventStream
 from pensieve.server.totals import SOURCES, tiers_json
 from pensieve.store import Conversation, Turn
@@ -33,6 +38,18 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 }
 
 
+class ForkRequest(Body):
+    """POST /v1/pensieve/conversations/{id}/fork."""
+
+    at: Identifier | None = None  # id of a response or a turn; None for the last one
+
+
+class TtlRequest(Body):
+    """POST /v1/pensieve/conversations/{id}/ttl."""
+
+    seconds: Annotated[float, Field(gt=0, le=10 * 366 * 86400.0)] | None  # None to keep it for ever
+
+
 @router.get("/map", summary="Where every conversation's chunks lie")
 async def cache_map(
     context: Server,
@@ -40,12 +57,13 @@ async def cache_map(
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=0, le=MAX_ROWS)] = 200,
 ) -> dict[str, Any]:
-    """Tiers, counters, and a row a conversation, the latest active first; only the caller's own rows.
+    """Tiers, counters, and a row for each of the caller's conversations, the latest active first.
 
-    Where several tenants share the server, the counters are the caller's own, and the tiers' fill is rounded.
+    If several tenants share the server, the counters are the caller's own, and the fill of the tiers is
+    rounded.
     """
-    asked = context.answer_to(context.service.map(offset, limit, namespaces=(caller.namespace,)))
-    stats, rows = await asyncio.gather(context.answer_to(context.service.stats()), asked)
+    asked = context.answer_to(context.service.engine.map(offset, limit, namespaces=(caller.namespace,)))
+    stats, rows = await asyncio.gather(context.answer_to(context.service.engine.stats()), asked)
     assert isinstance(rows, CacheMap) and isinstance(stats, Stats)
     titles = await in_thread(context.store.titles, caller.namespace, [row.sequence_id for row in rows.rows])
     shared = context.keys is not None and len(context.keys.tenants) > 1
@@ -103,11 +121,11 @@ async def show_conversation(conversation_id: str, context: Server, caller: Askin
 
 @router.post("/conversations/{conversation_id}/warm", summary="The user is typing: swap in now")
 async def warm(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """Bring a conversation's chunks up to the first tier, if there is room that nobody needs more."""
+    """Swap a conversation's chunks in, if there is room that no request needs."""
     await get(context, caller, conversation_id)
     return _hint_json(
         conversation_id,
-        await context.answer_to(context.service.warm(conversation_id, namespace=caller.namespace)),
+        await context.answer_to(context.service.engine.warm(conversation_id, namespace=caller.namespace)),
     )
 
 
@@ -115,22 +133,27 @@ async def warm(conversation_id: str, context: Server, caller: Asking) -> dict[st
     "/conversations/{conversation_id}/idle", summary="The user is done for now: its cache may go first"
 )
 async def idle(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """Let a conversation's chunks be the first to leave when room is needed."""
+    """Let a conversation's chunks be evicted first."""
     await get(context, caller, conversation_id)
     return _hint_json(
         conversation_id,
-        await context.answer_to(context.service.idle(conversation_id, namespace=caller.namespace)),
+        await context.answer_to(context.service.engine.idle(conversation_id, namespace=caller.namespace)),
     )
 
 
 @router.post("/conversations/{conversation_id}/pin", summary="Never drop a conversation's cache")
 async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """Keep a conversation's chunks: they may change tier but are not dropped. Refused where the budget of pins is used up."""
+    """Keep a conversation's chunks: they may change tier but are not dropped.
+
+    Refused if the budget of pins is used up.
+    """
     conversation = await get(context, caller, conversation_id)
-    answer = await context.answer_to(context.service.keep(conversation_id, True, namespace=caller.namespace))
+    answer = await context.answer_to(
+        context.service.engine.keep(conversation_id, True, namespace=caller.namespace)
+    )
     assert isinstance(answer, KeepAnswer)
-    if answer.error is not None and not answer.error.startswith("nothing is cached"):
-        raise KeepRefused(answer.error)
+    if answer.error is not None and answer.code != ConversationNotFound.code:
+        raise error_from(answer.code or KeepRefused.code, answer.error)
     await in_thread(context.store.set_pinned, caller.namespace, conversation.id, True)
     row = (await _rows(context, caller, [conversation_id])).get(conversation_id)
     note = None if answer.error is None else "nothing is cached of it now: it is pinned from its next turn on"
@@ -144,9 +167,9 @@ async def pin(conversation_id: str, context: Server, caller: Asking) -> dict[str
 
 @router.post("/conversations/{conversation_id}/unpin", summary="Lift a pin")
 async def unpin(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """A pin that is not there is lifted too."""
+    """Lift a pin; a conversation without one stays as it is."""
     conversation = await get(context, caller, conversation_id)
-    await context.answer_to(context.service.keep(conversation_id, False, namespace=caller.namespace))
+    await context.answer_to(context.service.engine.keep(conversation_id, False, namespace=caller.namespace))
     await in_thread(context.store.set_pinned, caller.namespace, conversation.id, False)
     return {"id": conversation_id, "pinned": False, "chunks": 0, "note": None}
 
@@ -174,7 +197,9 @@ async def fork(
     summary="Delete a conversation when it has been left alone for so long",
 )
 async def ttl(conversation_id: str, body: TtlRequest, context: Server, caller: Asking) -> dict[str, Any]:
-    """Set for how long a conversation is kept, from now and from each turn that begins or ends; then it is deleted, with erasure. null: for ever."""
+    """Set how long a conversation is kept after now and after each turn; then it is erased. null keeps it for
+    ever.
+    """
     await get(context, caller, conversation_id)
     changed = await in_thread(context.store.set_ttl, caller.namespace, conversation_id, body.seconds)
     return _conversation_json(changed, None)
@@ -182,20 +207,22 @@ async def ttl(conversation_id: str, body: TtlRequest, context: Server, caller: A
 
 @router.delete("/conversations/{conversation_id}", summary="Delete a conversation, erasing what it left")
 async def delete(conversation_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """Rows are overwritten and the log is truncated; KV is zeroed in every tier, shared KV with its last reference."""
+    """Overwrite its rows and truncate the write-ahead log; zero its KV in every tier, shared KV with its last
+    reference.
+    """
     return {"id": conversation_id, "deleted": True, **await erase(context, caller, conversation_id)}
 
 
 @router.post("/check", summary="Verify every invariant of the cache")
 async def check(context: Server, caller: Asking) -> dict[str, Any]:
-    """With --debug only: with very many chunks it takes seconds, and nobody is answered meanwhile."""
+    """Only with --debug: with very many chunks it takes seconds, during which no answer goes on."""
     if not context.config.debug:
         raise ApiError(
             403,
             "the cache is verified on demand only where the server was started with --debug",
             code="not_allowed",
         )
-    checked: Any = await context.answer_to(context.service.check())
+    checked: Any = await context.answer_to(context.service.engine.check())
     return {
         "ok": checked.error is None,
         "error": checked.error,
@@ -210,28 +237,32 @@ async def record(
     caller: Asking,
     duration_s: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
 ) -> Response:
-    """Lengths, times and salted hashes of the caller's own turns, from now on: no text, no token ids. At most a few recorders of one tenant at once."""
-    turns, recorders = context.turns, context.recorders
+    """Lengths, times and salted hashes of the caller's own turns from now on, without text or token ids.
+
+    One tenant may have a few recorders at once.
+    """
+    answers, recorders = context.answers, context.recorders
     if not recorders.has_room(caller.tenant):
         most = recorders.per_tenant
         raise ApiError(
             429,
-            f"{recorders.held(caller.tenant)} recorders of your keys are at work, at most {most} may: end one",
+            f"{recorders.held(caller.tenant)} recorders of your keys are at work, "
+            f"at most {most} may: end one",
             code="too_many_recorders",
         )
     recorder = Recorder(caller.tenant, context.info.chunk_tokens)
 
     def on_open(change: int) -> None:
         if change > 0:
-            if not recorders.take(caller.tenant):  # (several asked at the same moment)
+            if not recorders.take(caller.tenant):  # several requests came at the same moment
                 raise ApiError(429, "too many recorders are at work: end one", code="too_many_recorders")
-            turns.watchers.append(recorder.take)
+            answers.watchers.append(recorder.take)
         else:
             recorders.give(caller.tenant)
-            turns.watchers.remove(recorder.take)
+            answers.watchers.remove(recorder.take)
         context.metrics.streams.inc(change)
 
-    events = recorder.events(turns, duration_s)
+    events = recorder.events(answers, duration_s)
     return EventStream(
         events, on_gone=lambda: None, stall_timeout_s=context.config.stall_timeout_s, on_open=on_open
     )
@@ -244,7 +275,7 @@ async def _rows(context: Context, caller: Caller, ids: list[str]) -> dict[str, M
     if not ids:
         return {}
     rows = await context.answer_to(
-        context.service.rows([(caller.namespace, conversation_id) for conversation_id in ids])
+        context.service.engine.rows([(caller.namespace, conversation_id) for conversation_id in ids])
     )
     assert isinstance(rows, CacheMap)
     return {row.sequence_id: row for row in rows.rows}
@@ -298,9 +329,11 @@ def _hint_json(conversation_id: str, answer: object) -> dict[str, Any]:
 
 
 def _own_stats_json(context: Context, caller: Caller, num_sequences: int) -> dict[str, Any]:
-    """Of the counters of `_stats_json` those that tell of the caller's tenant alone, since the server started."""
+    """Those counters of `_stats_json` that concern only the caller's tenant, since the server started."""
     own = context.totals.of(caller.tenant)
-    open_ = [answer for answer in context.turns.open.values() if tenant_of(answer.namespace) == caller.tenant]
+    open_ = [
+        answer for answer in context.answers.open.values() if tenant_of(answer.namespace) == caller.tenant
+    ]
     running = sum(answer.first_piece_s is not None for answer in open_)
     return {
         "waiting": len(open_) - running,
@@ -318,27 +351,10 @@ def _hit_rates(counts: Mapping[str, int]) -> dict[str, float]:
 
 
 def _stats_json(stats: Stats, context: Context) -> dict[str, Any]:
-    return {
-        "waiting": stats.waiting,
-        "running": stats.running,
-        "sequences": stats.sequences,
-        "chunks": stats.chunks,
-        "steps": stats.steps,
-        "gpu_tokens": stats.gpu_tokens,
-        "cpu_tokens": stats.cpu_tokens,
-        "recomputed_tokens": stats.recomputed_tokens,
-        "new_tokens": stats.new_tokens,
-        "output_tokens": stats.output_tokens,
-        "bytes_in": stats.bytes_in,
-        "bytes_out": stats.bytes_out,
-        "chunks_dropped": stats.chunks_dropped,
-        "chunks_reclaimed": stats.chunks_reclaimed,
-        "suspensions": stats.suspensions,
-        "copies_failed": stats.copies_failed,
-        "forwards_failed": stats.forwards_failed,
+    shown = asdict(stats)
+    del shown["tag"], shown["tiers"]
+    return shown | {
         "evictions": dict(stats.evictions),
-        "kept_chunks": stats.kept_chunks,
-        "keep_limit": stats.keep_limit,
         "engine_restarts": context.engine.restarts,
-        "hit_rates": _hit_rates({f"{name}_tokens": getattr(stats, f"{name}_tokens") for name in SOURCES}),
+        "hit_rates": _hit_rates(shown),
     }

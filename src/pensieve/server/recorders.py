@@ -1,7 +1,9 @@
-"""What a finished turn is to those who record traffic: lengths, times and salted hashes. Knows answers and tokens; never text, HTTP or files.
+"""Recordings of traffic: lengths, times and salted hashes of finished turns.
 
-Nobody is slowed by a recorder: a turn's end costs an append, hashing is done when the recorder is written to, and what one does not take in
-time is left out and counted.
+Knows answers and tokens; never text, HTTP or files.
+
+A recorder slows no request: a turn's end costs an append, and hashing happens when the recording is sent.
+Turns that a recorder does not take in time are left out and counted.
 """
 
 from __future__ import annotations
@@ -16,26 +18,26 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from pensieve.engine.messages import tenant_of
+from pensieve.server.answer import Answer
+from pensieve.server.open_answers import OpenAnswers
 from pensieve.server.sse import event
-from pensieve.server.turns import Answer, Turns
 
-MAX_WAITING = 256  # finished turns that a recorder has not taken yet; each holds its prompt's tokens
-MAX_RECORDERS = 16  # of one server
+MAX_WAITING = 256  # finished turns that wait for a recorder; each holds the tokens of its prompt
+MAX_RECORDERS = 16  # at once, of one server
 MAX_RECORDERS_PER_TENANT = 4
-LOOK_S = 0.25  # how often a recorder with nothing to write looks whether it is over
+LOOK_S = 0.25  # how often an idle recorder checks whether it has to end
 DIGEST_BYTES = 8
 
 
 class Recorder:
-    """One recording under way. Used by the event loop alone, but for `line`."""
+    """One recording under way. Used by the event loop only, except for `line`."""
 
     def __init__(self, tenant: str, block_tokens: int) -> None:
         """Record the turns of `tenant` that begin from now on."""
         self._tenant = tenant
         self._block_tokens = block_tokens
-        self._salt = secrets.token_bytes(
-            32
-        )  # of this recording alone, and nowhere kept: nobody can try out what a hash might stand for
+        # new for each recording and stored nowhere, so that a hash cannot be found by trying out tokens
+        self._salt = secrets.token_bytes(32)
         self._begun_s = time.monotonic()
         self._waiting: deque[Answer] = deque()
         self._came = asyncio.Event()
@@ -54,8 +56,11 @@ class Recorder:
         self._waiting.append(answer)
         self._came.set()
 
-    async def events(self, turns: Turns, duration_s: float | None) -> AsyncIterator[bytes]:
-        """The recording as events, until its time or the server ends: `begin`, a `turn` for each, `lost` whenever some were, `end`."""
+    async def events(self, answers: OpenAnswers, duration_s: float | None) -> AsyncIterator[bytes]:
+        """The recording as events until its time or the server ends:
+
+        `begin`, a `turn` each, `lost` if some were, `end`.
+        """
         told = 0
         yield event("begin", {"block_tokens": self._block_tokens})
         while True:
@@ -68,7 +73,7 @@ class Recorder:
             if self._waiting:
                 continue
             over = duration_s is not None and time.monotonic() - self._begun_s >= duration_s
-            if over or (turns.draining and not turns.open):
+            if over or (answers.draining and not answers.open):
                 break
             self._came.clear()
             try:
@@ -79,7 +84,10 @@ class Recorder:
         yield event("end", {"turns_lost": self.lost})
 
     def line(self, answer: Answer) -> dict[str, Any]:
-        """What is told of a turn. `blocks`: a hash for each whole block of its prompt, each of all tokens up to there."""
+        """A turn as recorded.
+
+        `blocks` has a hash for each whole block of its prompt, each of all tokens up to there.
+        """
         done = answer.done
         assert done is not None
         root = self._hash(answer.namespace.encode("utf-8", "surrogatepass"))
@@ -88,9 +96,7 @@ class Recorder:
         for start in range(0, len(tokens) - width + 1, width):
             before = self._hash(before + tokens[start : start + width])
             blocks.append(before.hex())
-        name = (
-            answer.turn.conversation_id or answer.id
-        )  # (what is asked by tokens alone is nobody's conversation)
+        name = answer.turn.conversation_id or answer.id  # a prompt of token ids belongs to no conversation
         return {
             "conversation": self._hash(root + name.encode("utf-8", "surrogatepass")).hex(),
             "arrival_s": round(answer.turn.submitted_s - self._begun_s, 6),

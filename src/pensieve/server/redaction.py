@@ -1,4 +1,4 @@
-"""Text that may be shown: without API keys and passwords. Knows how these look; never where a text comes from."""
+"""Hides API keys and passwords in text. Knows what they look like; never where a text comes from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 SECRET = "[hidden]"
 _SECRETS = (
     re.compile(r"\bpk-[A-Za-z0-9_-]{8,}"),  # our own API keys, see `keys.new_key`
-    re.compile(r"(?i)(?<=bearer )[^\s'\",;)\]}\[]+"),  # any other
+    re.compile(r"(?i)(?<=bearer )[^\s'\",;)\]}\[]+"),  # keys of other services
     re.compile(r"(?<=://)(?P<user>[^\s/@:'\"]*):[^\s/'\"]*(?=@)"),  # user:password@ in a URL
     re.compile(r"(?i)(?<=\bpassword=)(?:'[^']*'|[^\s&'\"]+)"),  # as libpq writes it
 )
@@ -24,8 +24,10 @@ def redacted(text: str) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines, tracebacks included, without keys and passwords, and each on one line unless it has a traceback."""
+    """Log lines, tracebacks included, without keys and passwords, and each on one line unless it has a
+    traceback.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record as text."""
+        """Format one record."""
         return redacted(super().format(record))

@@ -1,4 +1,7 @@
-"""A response as an object and as a stream of events, live or stored. Knows their forms; never endpoints or requests."""
+"""A response as an object and as a stream of events, live or stored.
+
+Knows their forms; never endpoints or requests.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,20 @@ from typing import Any
 from pensieve.core.request import FinishReason
 from pensieve.errors import PensieveError
 from pensieve.message import ToolCall
-from pensieve.server.answers import Completed, completed_now, logprob_items
+from pensieve.server.answer import Answer
 from pensieve.server.chat import cache_json, pensieve_json
+from pensieve.server.completed import Completed, completed_now, logprob_items
 from pensieve.server.context import Context
 from pensieve.server.errors import error_body, status_of
 from pensieve.server.items import call_item, message_item, output_items, text_part
-from pensieve.server.output import Output, OutputEvent, OutputForm
-from pensieve.server.turns import Answer
 from pensieve.server.writing import is_long
+from pensieve.service import TurnDone
+from pensieve.service.answer_parser import AnswerEvent
 from pensieve.store import INTERRUPTED
 from pensieve.text import CallBegin, CallDelta, CallEnd, ContentDelta
 
 PREFIX = "resp_"
-PARAMS = "params"  # a turn's meta: what its response repeats of the request
+PARAMS = "params"  # key in a turn's meta: what its response repeats of the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,18 @@ class Record:
     """What the API remembers of an answer under way."""
 
     params: Mapping[str, Any]
-    form: OutputForm
-    named: bool  # it belongs to a conversation that the client named
+    named: bool  # whether the client named the conversation
+
+    @property
+    def meta(self) -> dict[str, object]:
+        """What is stored of it with the turn."""
+        return {PARAMS: self.params, "named": self.named}
+
+
+def completed_response(answer: Answer, done: TurnDone) -> Completed:
+    """The answer of a response that has just ended."""
+    record: Record = answer.record
+    return completed_now(answer, done, record.meta)
 
 
 def _status(reason: str) -> tuple[str, dict[str, str] | None]:
@@ -81,21 +95,18 @@ def live_json(context: Context, answer: Answer) -> dict[str, Any]:
     """A response that is under way, or just ended."""
     record: Record = answer.record
     if answer.done is not None and answer.given_up is None:
-        completed = completed_now(
-            answer, answer.done, record.form, context.text, {PARAMS: record.params, "named": record.named}
-        )
-        return response_json(context, completed)
+        return response_json(context, completed_response(answer, answer.done))
     named = answer.turn.conversation_id if record.named else None
     head = _head(context, answer.id, answer.created, record.params, named or None)
     if answer.ended:
         if answer.turn.aborted and answer.given_up is None:
             return head | {"status": "cancelled"}
         return _failed(head, answer.given_up or answer.error or PensieveError("the answer failed"))
-    return head | {"status": "in_progress" if answer.pieces else "queued"}
+    return head | {"status": "in_progress" if answer.num_pieces else "queued"}
 
 
 def _failed(head: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
-    """A response that failed. OpenAI's types know a few codes only; ours stands beside."""
+    """A response that failed. OpenAI's types have few codes; ours is in `type`."""
     status, body = status_of(error), error_body(error)["error"]
     code = "rate_limit_exceeded" if status == 429 else "server_error" if status >= 500 else "invalid_prompt"
     return {
@@ -138,31 +149,27 @@ def _head(
 
 
 async def live_events(context: Context, answer: Answer) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    """A response's events. They follow from its pieces alone, so that whoever reads again reads the same, under the same numbers."""
+    """A response's events.
+
+    They depend on its pieces only, so that every reader gets the same events, under the same numbers.
+    """
     record: Record = answer.record
     named = answer.turn.conversation_id if record.named else None
     begun = _head(context, answer.id, answer.created, record.params, named or None)
     yield "response.created", {"response": begun}
     yield "response.in_progress", {"response": begun}
     items = _Items(f"{answer.id}_out")
-    output = Output(context.text, record.form, answer.id)
-    for item_event in items.take(output.feed(answer.turn.spec.prefix) if answer.turn.spec.prefix else ()):
-        yield item_event
     with_logprobs = answer.turn.spec.sampling.logprobs is not None
     async for piece in answer.read():
         logprobs = logprob_items(piece.tokens, context.text) if with_logprobs else []
-        for item_event in items.take(output.feed(piece.text), logprobs):
+        for item_event in items.take(piece.events, logprobs):
             yield item_event
-    for item_event in items.take(output.finish()):
-        yield item_event
     try:
         done = await answer.result()
     except PensieveError as error:
         yield "response.failed", {"response": _failed(begun, error)}
         return
-    completed = completed_now(
-        answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named}
-    )
+    completed = completed_response(answer, done)
     long = is_long(answer.turn.spec.sampling, len(done.output))
     response = (
         await context.writing.made(lambda: response_json(context, completed))
@@ -175,13 +182,13 @@ async def live_events(context: Context, answer: Answer) -> AsyncIterator[tuple[s
 
 
 def whole_events(context: Context, completed: Completed) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A stored response's events: its text comes in one piece."""
+    """The events of a stored response: its text is one piece."""
     response = response_json(context, completed)
     begun = {**response, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
     yield "response.created", {"response": begun}
     yield "response.in_progress", {"response": begun}
     items = _Items(f"{completed.turn_id}_out")
-    events: list[OutputEvent] = [ContentDelta(completed.message.content)] if completed.message.content else []
+    events: list[AnswerEvent] = [ContentDelta(completed.message.content)] if completed.message.content else []
     for index, call in enumerate(completed.message.tool_calls):
         events += [CallBegin(index, call.id, call.name), CallDelta(index, call.arguments), CallEnd(index)]
     yield from items.take(events)
@@ -190,22 +197,25 @@ def whole_events(context: Context, completed: Completed) -> Iterator[tuple[str, 
 
 
 def _last(response: Mapping[str, Any]) -> str:
-    """The event that ends a stream. OpenAI's clients know none for a cancelled response: they take this one as an end, and read the status."""
+    """The event that ends a stream.
+
+    OpenAI's clients know none for a cancelled response: they accept this one, and read the status.
+    """
     return "response.completed" if response["status"] == "completed" else "response.incomplete"
 
 
 class _Items:
-    """Opens and closes a response's output items as its parts come."""
+    """Opens and closes a response's output items as its parts arrive."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._count = 0  # items so far
-        self._text: list[str] | None = None  # of the message that is open
+        self._count = 0  # number of items so far
+        self._text: list[str] | None = None  # of the open message; None if there is none
         self._logprobs: list[Any] = []
         self._call: tuple[CallBegin, list[str]] | None = None
 
     def take(
-        self, events: Sequence[OutputEvent], logprobs: Sequence[Any] = ()
+        self, events: Sequence[AnswerEvent], logprobs: Sequence[Any] = ()
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         for output_event in events:
             match output_event:

@@ -1,4 +1,4 @@
-"""/v1/responses: turns that name what they go on from. Knows that API; never the cache."""
+"""/v1/responses: turns that name what they continue. Knows that API; never the cache."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from starlette.responses import JSONResponse, Response
 
 from pensieve.errors import ConversationNotFound
 from pensieve.server import idempotency
-from pensieve.server.answers import Completed, completed_before, completed_now, composer
+from pensieve.server.answer import Answer
 from pensieve.server.bodies import BoundedRoute
 from pensieve.server.chat import EARLY_S
+from pensieve.server.completed import Completed, completed_before, with_answer_meta
 from pensieve.server.context import Asking, Caller, Context, Server, in_thread
-from pensieve.server.errors import ApiError, not_found, unsupported
+from pensieve.server.errors import ApiError, not_found
+from pensieve.server.fields import DEFAULT_NEW_TOKENS, sampling_params
 from pensieve.server.items import Order, items_of, messages_of, page, path_items
-from pensieve.server.output import OutputForm, form_for
+from pensieve.server.request_tools import FunctionSpec, form_for, functions_of
 from pensieve.server.response_events import (
-    PARAMS,
     PREFIX,
     Record,
+    completed_response,
     live_events,
     live_json,
     response_json,
     whole_events,
 )
-from pensieve.server.response_schema import ConversationRef, ResponseRequest, ResponseToolChoice
-from pensieve.server.schemas import FunctionSpec, check_schemas, sampling_params
+from pensieve.server.response_request import ConversationRef, ResponseRequest, ResponseToolChoice
 from pensieve.server.sse import STREAMED, EventStream, event, event_of, unless_gone
-from pensieve.server.turns import Answer
 from pensieve.server.writing import is_long
 from pensieve.service import LEAF, TurnSpec
+from pensieve.service.answer_parser import AnswerForm
 from pensieve.store import Turn
 from pensieve.text import ChatText
 
@@ -47,11 +48,9 @@ WHOLE = frozenset(  # events that hold the log-probabilities of all tokens
     }
 )
 
-BACKGROUND_S = (
-    0.5  # an error that comes so soon is told at once; who asks for the background does not wait longer
-)
+BACKGROUND_S = 0.5  # how long a background request waits for an early error
 
-DELETED = "deleted"  # a turn's meta: its response was deleted, but later turns stand on it
+DELETED = "deleted"  # key in a turn's meta: its response was deleted, but later turns follow it
 
 
 # -- endpoints
@@ -67,7 +66,7 @@ async def create_response(
     caller: Asking,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """OpenAI's responses, streaming, in the background, and neither."""
+    """OpenAI's responses: streamed, in the background, or neither."""
     body.refuse()
     context.check_model(body.model)
     spec, record = await _spec(body, context, caller)
@@ -79,16 +78,13 @@ async def create_response(
         answer = held.live
     else:
         created = Answer.now()
-        meta: dict[str, object] = {"api": "responses", PARAMS: record.params, "named": record.named}
-        answer = idempotency.start(
-            context, held, composer(spec, context.text, record.form, created, meta), created, record
-        )
+        spec = with_answer_meta(spec, created, {"api": "responses"} | record.meta)
+        answer = idempotency.start(context, held, spec, created, record)
 
     def gone() -> None:
-        if (
-            idempotency_key is None and not body.background
-        ):  # who sent a key, or asked for the background, will come back
-            context.turns.abort(answer)
+        # a client that sent a key or asked for the background will come back
+        if idempotency_key is None and not body.background:
+            context.answers.abort(answer)
 
     if body.background and not body.stream:
         await answer.begun(BACKGROUND_S)
@@ -99,9 +95,7 @@ async def create_response(
             raise answer.error
         return _stream_response(context, answer, 0, gone)
     done = await unless_gone(request, answer.result(), gone)
-    completed = completed_now(
-        answer, done, record.form, context.text, {PARAMS: record.params, "named": record.named}
-    )
+    completed = completed_response(answer, done)
     return await context.writing.reply(
         lambda: response_json(context, completed), is_long(spec.sampling, len(done.output))
     )
@@ -121,14 +115,13 @@ async def get_response(
     include: Annotated[list[str] | None, Query()] = None,
     include_obfuscation: bool = False,
 ) -> Response:
-    """A stored response; with `stream` its events again, from the one after `starting_after` on, also while it is under way."""
-    answer = context.turns.find(caller.namespace, turn_of(response_id))
+    """A response, also one under way; with `stream` its events, from the one after `starting_after` on."""
+    answer = context.answers.find(caller.namespace, turn_of(response_id))
     live = answer if answer is not None and isinstance(answer.record, Record) else None
     first = 0 if starting_after is None else starting_after + 1
     turn = await _stored(context, caller, response_id) if live is None or live.stored else None
-    if live is not None and (
-        stream or turn is None or live.given_up is not None
-    ):  # (one that took too long failed, whatever was kept of it)
+    # An answer that was given up has failed, even if it was stored.
+    if live is not None and (stream or turn is None or live.given_up is not None):
         if stream:
             return _stream_response(context, live, first, lambda: None)
         return await context.writing.reply(lambda: live_json(context, live), _is_long(live))
@@ -139,17 +132,17 @@ async def get_response(
 
 @router.delete("/v1/responses/{response_id}", summary="Delete a response")
 async def delete_response(response_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """The turn goes if nothing stands on it; otherwise only the response does."""
+    """Delete the turn, or only the response if later turns follow it."""
     turn = await _stored(context, caller, response_id)
     await in_thread(context.service.delete_turn, turn.id, namespace=caller.namespace)
-    context.turns.forget_turn(caller.namespace, turn.id)
+    context.answers.forget_turn(caller.namespace, turn.id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
 @router.post("/v1/responses/{response_id}/cancel", summary="Stop a response that is under way")
 async def cancel_response(response_id: str, context: Server, caller: Asking) -> dict[str, Any]:
-    """What was said so far is kept."""
-    answer = context.turns.find(caller.namespace, turn_of(response_id))
+    """Stop the answer; what was made of it so far is stored."""
+    answer = context.answers.find(caller.namespace, turn_of(response_id))
     if answer is None or not isinstance(answer.record, Record):
         await _stored(context, caller, response_id)
         raise ApiError(
@@ -159,8 +152,8 @@ async def cancel_response(response_id: str, context: Server, caller: Asking) -> 
             param="response_id",
         )
     if answer.stored:
-        await _stored(context, caller, response_id)  # (it may have been deleted since)
-    context.turns.abort(answer)
+        await _stored(context, caller, response_id)  # raises if it was deleted since
+    context.answers.abort(answer)
     await answer.over(context.config.operation_timeout_s)
     return live_json(context, answer)
 
@@ -175,7 +168,7 @@ async def input_items(
     after: str | None = None,
     include: Annotated[list[str] | None, Query()] = None,
 ) -> dict[str, Any]:
-    """Everything before the answer, what it went on from included."""
+    """All items before the answer, including those of earlier turns."""
     turn = await _stored(context, caller, response_id)
     turns = await in_thread(context.store.path, caller.namespace, turn.id)
     own = turn.messages[:-1] if turn.messages and turn.messages[-1].role == "assistant" else turn.messages
@@ -186,7 +179,7 @@ async def input_items(
 
 
 def turn_of(response_id: str) -> str:
-    """The turn behind a response's id."""
+    """The turn's id in a response's id."""
     if not response_id.startswith(PREFIX):
         raise not_found(f"there is no response {response_id!r}", "response_id", "response_not_found")
     return response_id.removeprefix(PREFIX)
@@ -222,47 +215,31 @@ async def _spec(body: ResponseRequest, context: Context, caller: Caller) -> tupl
         conversation_id,
         messages,
         sampling_params(
-            max_new_tokens=body.max_output_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            seed=body.seed,
-            logprobs=body.num_logprobs,
+            body, max_new_tokens=body.max_output_tokens or DEFAULT_NEW_TOKENS, logprobs=body.num_logprobs
         ),
         ignore_eos=bool(body.ignore_eos),
         after=after,
         instructions=body.instructions,
-        tools=form.tools,
-        prefix=form.prefix(context.text),
+        form=form,
         overflow={"auto": "truncate", "disabled": "refuse", None: None}[body.truncation],
         durable=body.store is not False,
         must_exist=True,
     )
-    return spec, Record(body.params(), form, conversation_id is not None)
+    return spec, Record(body.params(), conversation_id is not None)
 
 
-def _form(body: ResponseRequest, text: ChatText) -> OutputForm:
-    tools: dict[str, dict[str, object]] = {}
-    check_schemas([tool.parameters for tool in body.tools or ()])
-    for index, tool in enumerate(body.tools or ()):
-        if tool.type != "function" or tool.name is None:
-            raise unsupported(
-                f"tools.{index}", f"tools.{index}: only functions can be called here, got type {tool.type!r}"
-            )
-        if tool.name in tools:
-            raise ApiError(
-                400,
-                f"tools.{index}: two functions are called {tool.name!r}",
-                code="invalid_value",
-                param=f"tools.{index}",
-            )
-        tools[tool.name] = FunctionSpec(
-            name=tool.name, description=tool.description, parameters=tool.parameters
-        ).tool()
-    choice = body.tool_choice
-    named = choice.name if isinstance(choice, ResponseToolChoice) else None
-    return form_for(
-        tuple(tools.values()), named or choice, named is not None, body.parallel_tool_calls is not False, text
-    )
+def _form(body: ResponseRequest, text: ChatText) -> AnswerForm:
+    functions: list[tuple[str, FunctionSpec | None]] = []
+    for tool in body.tools or ():
+        function = None
+        if tool.name is not None:
+            function = FunctionSpec(name=tool.name, description=tool.description, parameters=tool.parameters)
+        functions.append((tool.type, function))
+    tools = functions_of(functions)
+    parallel, choice = body.parallel_tool_calls is not False, body.tool_choice
+    if isinstance(choice, ResponseToolChoice):
+        return form_for(tools, None, choice.name, parallel, text)
+    return form_for(tools, choice, None, parallel, text)
 
 
 async def _stored(context: Context, caller: Caller, response_id: str, param: str = "response_id") -> Turn:
@@ -304,13 +281,16 @@ def _stream_response(context: Context, answer: Answer, first: int, gone: Any) ->
 
 
 def _replay(context: Context, completed: Completed, first: int) -> EventStream:
-    """A stored answer's events. One that was cut off in the middle gets the whole text with the events that close it, under new numbers."""
+    """The events of a stored answer.
+
+    A client whose stream broke in the middle gets the whole text with the closing events, under new numbers.
+    """
 
     async def events() -> AsyncIterator[bytes]:
         numbered = list(whole_events(context, completed))
         behind = first >= len(
             numbered
-        )  # the live stream had more events than this one: its text came in many pieces
+        )  # the live stream had more events, because its text came in many pieces
         start = next(i for i, (name, _) in enumerate(numbered) if name.endswith(".done")) if behind else 0
         for number, (name, value) in enumerate(numbered[start:], start=first if behind else 0):
             if number >= first:

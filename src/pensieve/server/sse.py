@@ -1,4 +1,4 @@
-"""Server-sent events, and noticing that a client has gone. Knows ASGI; never what the events mean."""
+"""Server-sent events, and detection of clients that disconnect. Knows ASGI; never what the events mean."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 STREAMED: dict[int | str, dict[str, Any]] = {  # for the API's description
     200: {"content": {"text/event-stream": {}}, "description": "The answer; as events with `stream`"}
 }
-PING_S = 15.0  # a comment, so that nobody between us and the client thinks the connection dead
+PING_S = 15.0  # a comment is sent this often, so that no proxy takes the connection for dead
 PING = b": still here\n\n"
-TURN_EVENTS = 16  # after so many the event loop looks at other requests
+TURN_EVENTS = 16  # after this many events, other requests get the event loop
 DONE = b"data: [DONE]\n\n"
 
 
@@ -39,7 +39,7 @@ def event(name: str, value: Any) -> bytes:
 
 
 def event_of(name: str, written: bytes) -> bytes:
-    """An event with a name, of JSON that is written already."""
+    """An event with a name, from encoded JSON."""
     return b"event: " + name.encode() + b"\ndata: " + written + b"\n\n"
 
 
@@ -47,10 +47,10 @@ class EventStream(Response):
     """A response that sends events as they come, no faster than its client reads.
 
     Args:
-        events: bytes of whole events. What it raises becomes a last event, an error.
-        on_gone: called once if the client went away, or read nothing for `stall_timeout_s`, before the end.
-        stall_timeout_s: how long one event may take to leave.
-        on_open: told +1 at the start and -1 at the end.
+        events: whole events as bytes. An exception becomes the last event, an error.
+        on_gone: called if the client disconnects, or reads nothing for `stall_timeout_s`, before the end.
+        stall_timeout_s: how long sending one event may take.
+        on_open: called with +1 at the start and -1 at the end.
     """
 
     media_type = "text/event-stream"
@@ -72,10 +72,10 @@ class EventStream(Response):
         self._stall_timeout_s = stall_timeout_s
         self._on_open = on_open
         self._num_sent = 0
-        self._sending_since_s: float | None = None  # the loop's time; None: no event is on its way out
+        self._sending_since_s: float | None = None  # loop clock; None if no event is being sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send everything, or stop when the client has gone."""
+        """Send all events, or stop when the client has disconnected."""
         self._on_open(+1)
         sender = asyncio.ensure_future(self._send_all(send))
         watcher = asyncio.ensure_future(_wait_gone(receive))
@@ -114,16 +114,14 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": piece, "more_body": more})
         self._sending_since_s = None
         self._num_sent += 1
-        if (
-            self._num_sent % TURN_EVENTS == 0
-        ):  # a stream that is read again from its start has all its events at once
+        if self._num_sent % TURN_EVENTS == 0:  # a stream that is read again has all its events at once
             await asyncio.sleep(0)
 
     async def _mind(self, send: Send, sender: asyncio.Future[None]) -> None:
-        """Give up when an event has been on its way out for too long; a comment whenever nothing was sent for a while.
+        """Give up if sending an event takes too long; send a comment if no event was sent for `PING_S`.
 
-        One task that looks now and then, and not a timer an event: that took a sixth of what an event costs. (Whole events go out in one
-        piece each, so nothing mixes.)
+        One task that looks now and then: a timer for each event took a sixth of an event's cost. Each event
+        is sent in one piece, so a comment never lands within one.
         """
         loop = asyncio.get_running_loop()
         look_s = min(PING_S, self._stall_timeout_s / 4)
@@ -147,7 +145,10 @@ class EventStream(Response):
 
 
 async def unless_gone(request: Request, work: Awaitable[T], on_gone: Callable[[], None]) -> T:
-    """Wait for `work`; if the client goes away meanwhile, say so once and go on waiting (the work then ends by itself)."""
+    """Wait for `work`.
+
+    If the client disconnects first, call `on_gone` once and go on waiting for the work to end.
+    """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_wait_gone(request.receive))
     try:

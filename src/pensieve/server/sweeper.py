@@ -1,6 +1,8 @@
-"""What a server does about its store every few seconds: deletes what has expired, completes erasures, forgets old keys, and looks whether it works.
+"""Regular work on the store: deletes expired conversations, completes erasures, forgets old keys, probes.
 
-Knows the service and the store; never requests. Each of these is tried again the next time, and none waits for another that hangs.
+Knows the service and the store; never requests.
+
+Each of these is tried again every few seconds, and none waits for another that hangs.
 """
 
 from __future__ import annotations
@@ -16,23 +18,23 @@ from pensieve.store import CLAIM_S, Conversation
 
 log = logging.getLogger(__name__)
 
-SWEEP_S = 5.0  # between two looks
-MAX_SWEPT = 64  # conversations that are being deleted at a time
-DELETE_S = 30.0  # how long one look waits for the deletions it began
-PURGE_S = 3600.0  # between two looks for old keys
-OVERWRITE_S = 60.0  # the longest pause between two tries to complete an erasure
+SWEEP_S = 5.0  # between two rounds
+MAX_SWEPT = 64  # conversations that are being deleted at once
+DELETE_S = 30.0  # how long one round waits for the deletions it began
+PURGE_S = 3600.0  # between two purges of old keys
+OVERWRITE_S = 60.0  # the longest pause between two attempts to complete erasures
 
 
 class Sweeper:
-    """The work, as one task that is cancelled to end it."""
+    """The work, as one task; cancel it to end it."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._deleting: dict[str, asyncio.Task[None]] = {}  # by conversation
-        self._purged_s = 0.0  # monotonic, as are the others
-        self._overwrite_s = 0.0  # when the next try is due
+        self._purged_s = 0.0  # monotonic clock, as the next
+        self._overwrite_s = 0.0  # when the next attempt is due
         self._pause_s = SWEEP_S
-        self._pending: int = 0  # erasures that are to be completed, at the last look
+        self._pending: int = 0  # erasures to complete, as of the last round
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -54,7 +56,7 @@ class Sweeper:
             await asyncio.sleep(SWEEP_S)
 
     async def _expire(self) -> None:
-        """Delete conversations whose time is up; one whose deletion hangs goes on being deleted, and takes one of the places."""
+        """Delete expired conversations. A deletion that hangs goes on, and counts towards `MAX_SWEPT`."""
         limit = MAX_SWEPT + len(self._deleting)
         for conversation in await asyncio.to_thread(self._context.service.expired, time.time(), limit):
             if conversation.key not in self._deleting and len(self._deleting) < MAX_SWEPT:
@@ -68,11 +70,11 @@ class Sweeper:
                 conversation.id, namespace=conversation.namespace, overwrite=False
             )
             await asyncio.wrap_future(erasing)
-            self._context.turns.forget(conversation.namespace, conversation.id)
+            self._context.answers.forget(conversation.namespace, conversation.id)
             log.info("conversation %s is deleted: its time was up", conversation.id)
-        except ConversationNotFound:  # another server that shares the store was faster
+        except ConversationNotFound:  # another server with the same store was faster
             log.debug("conversation %s, whose time is up, is deleted already", conversation.id)
-        except PensieveError as error:  # it is tried again next time
+        except PensieveError as error:  # tried again in the next round
             log.warning(
                 "conversation %s, whose time is up, could not be deleted: %s", conversation.id, error.message
             )
@@ -80,7 +82,9 @@ class Sweeper:
             del self._deleting[conversation.key]
 
     async def _overwrite(self) -> None:
-        """Overwrite what deleted conversations left in the store's files, until nothing is left; less and less often while that fails."""
+        """Overwrite the bytes of deleted conversations in the store's files; less and less often while that
+        fails.
+        """
         store = self._context.store
         self._pending = await asyncio.to_thread(store.erasures)
         self._context.metrics.erasures.set(self._pending)
@@ -94,7 +98,8 @@ class Sweeper:
         self._context.metrics.erasures.set(left)
         if left:
             log.warning(
-                "%d deleted conversations may still be in the store's files: they could not be overwritten yet",
+                "%d deleted conversations may still be in the store's files: "
+                "they could not be overwritten yet",
                 left,
             )
             self._pause_s = min(2 * self._pause_s, OVERWRITE_S)
@@ -108,6 +113,6 @@ class Sweeper:
             await asyncio.to_thread(self._context.store.purge, time.time() - CLAIM_S)
 
     async def _probe(self) -> None:
-        """A store that failed is tried again: /ready says so until it works."""
+        """Try a store that failed again; /ready reports it until it works."""
         if self._context.store.trouble() is not None:
             await asyncio.to_thread(self._context.store.probe)

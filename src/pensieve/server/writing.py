@@ -1,7 +1,9 @@
-"""Answers that are long to write: made in a thread, one at a time, so that the event loop goes on. Knows JSON; never what an answer means.
+"""Encodes large answers in a thread, one at a time, so that the event loop goes on.
 
-500 tokens with 20 log-probabilities each are some 10,000 JSON objects and 100 ms of the interpreter; sixteen such answers at once kept every other request
-waiting for more than a second.
+Knows JSON; never what an answer means.
+
+500 tokens with 20 log-probabilities each are about 10,000 JSON objects and 100 ms of the interpreter; sixteen
+such answers at once delayed every other request by more than a second.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from starlette.responses import JSONResponse, Response
 
 from pensieve.core.request import SamplingParams
 
-FEW = 1_000  # log-probabilities that are written where they are
+FEW = 1_000  # log-probabilities that are encoded on the event loop
 
 
 def is_long(sampling: SamplingParams, num_tokens: int) -> bool:
-    """Whether an answer of so many tokens has many log-probabilities."""
+    """Whether an answer of `num_tokens` has many log-probabilities."""
     return sampling.logprobs is not None and num_tokens * (1 + sampling.logprobs) > FEW
 
 
 class Writing:
-    """Writes long answers one after the other."""
+    """Encodes large answers one after another."""
 
     def __init__(self) -> None:
         self._one = asyncio.Lock()
@@ -32,7 +34,7 @@ class Writing:
     async def reply(
         self, make: Callable[[], Mapping[str, Any]], long: bool, headers: Mapping[str, str] | None = None
     ) -> Response:
-        """A response with the JSON of what `make` returns."""
+        """A response with the JSON of what `make` returns, in a thread if it is long."""
         if not long:
             return JSONResponse(make(), headers=headers)
         return Response(await self.text(make), media_type="application/json", headers=headers)
@@ -49,7 +51,7 @@ class Writing:
 
 
 def _written(value: Any) -> bytes:
-    # Piece by piece, in Python: the encoder in C is faster, but lets no other thread run before it is done.
+    # Piece by piece, in Python: the encoder in C is faster, but lets no other thread run until it is done.
     return "".join(
         json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).iterencode(value)
     ).encode()

@@ -1,12 +1,17 @@
-"""Conversations on top of an engine: messages in, text out, turns made durable. Knows text, store and messages; never tensors, slots or HTTP."""
+"""Turns of conversations over an engine: messages in, text out, turns made durable.
 
-from pensieve.service.service import DEFAULT_NAMESPACE, ConversationService, Erasure
-from pensieve.service.turn import LEAF, Composed, Path, PendingTurn, Piece, TurnDone, TurnSpec
+Knows text, store and messages; never tensors, slots or HTTP.
+"""
+
+from pensieve.service.engine_client import DEFAULT_NAMESPACE, EngineClient
+from pensieve.service.erasing import Erasure
+from pensieve.service.service import ConversationService
+from pensieve.service.turn import LEAF, Path, PendingTurn, Piece, TurnDone, TurnSpec
 
 __all__ = [
     "DEFAULT_NAMESPACE",
     "LEAF",
-    "Composed",
+    "EngineClient",
     "ConversationService",
     "Erasure",
     "Path",

@@ -1,5 +1,7 @@
-"""From messages to the tokens a model is given: which conversation, which path, what is asked of the text room. Knows stores and jobs; never
-tokenizers at work, engines or answers."""
+"""Prompts of turns: which conversation, which path, which job for the text room.
+
+Knows stores and jobs; never engines or answers.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +13,25 @@ from typing import Literal
 from pensieve.config import ContextLimit
 from pensieve.errors import ConversationNotFound, InvalidRequest
 from pensieve.message import Message, chars_of, path_digests
-from pensieve.service.turn import LEAF, Path, Place, Prompt, TurnSpec
+from pensieve.service.turn import LEAF, Path, Prompt, TurnPosition, TurnSpec
 from pensieve.store import ConversationStore, Turn, path_messages, path_tokens
 from pensieve.text import ChatText, WriteChat, WrittenChat, check_length, newest, size_of
 
-ANSWER_SHARE = 0.25  # of the context, at most, that truncating makes free for the answer
-MAX_REMEMBERED = 512  # paths kept in memory, so that a turn need not read its whole history from the store
-MAX_REMEMBERED_TOKENS = 1 << 20  # of all of them together
+ANSWER_SHARE = 0.25  # of the context: the most that truncating frees for the answer
+MAX_REMEMBERED = 512  # paths kept in memory, so that turns rarely read their histories from the store
+MAX_REMEMBERED_TOKENS = 1 << 20  # of all these paths together
 MAX_REMEMBERED_CHARS = 1 << 25
-MAX_STORED_CHARS = (
-    1 << 24
-)  # of a conversation's messages: reading, sending and resending more at every turn would hold up others
-CHARS = "chars"  # a turn's meta: characters of all messages on its path
-LEFT_OUT = (
-    "left_out"  # a turn's meta: how many messages of its path an overflow had left out when it was answered
-)
-INSTRUCTIONS = "instructions"  # a turn's meta: the system's words that were for this turn alone
-TOOLS = "tools"  # a turn's meta: the tools that the model was told of
+# of the messages of one conversation: reading and resending more at every turn would delay other requests
+MAX_STORED_CHARS = 1 << 24
+# keys in a turn's meta:
+CHARS = "chars"  # characters of all messages on its path
+LEFT_OUT = "left_out"  # number of messages of its path that were truncated when it was answered
+INSTRUCTIONS = "instructions"  # the system prompt of this turn alone
+TOOLS = "tools"  # the functions that the model was told of
 
 
 class Prompts:
-    """Finds a turn's place and makes its prompt. Used by the service's thread alone."""
+    """Finds a turn's position and makes its prompt. Used by the service's thread only."""
 
     def __init__(
         self,
@@ -41,23 +41,27 @@ class Prompts:
         overflow: Literal["refuse", "truncate"],
         limit: ContextLimit | None = None,
     ) -> None:
-        """`store(conversation_id)` is where a conversation is kept, None if nowhere; `limit` says what would allow a longer context."""
+        """`store(conversation_id)` returns the store of a conversation; `limit` says what would allow a
+        longer context.
+        """
         self._text = text
         self._store = store
         self._max_context = max_context
         self._overflow = overflow
         self._way_out = "start with a larger --max-context" if limit is None else limit.way_out()
-        self._paths: OrderedDict[tuple[str, str], Path] = OrderedDict()  # by namespace and turn
+        self._paths: OrderedDict[tuple[str, str], Path] = OrderedDict()  # by namespace and turn id
         self._num_remembered_tokens = self._num_remembered_chars = 0
 
     # -- which conversation
 
     def recognise(
         self, spec: TurnSpec, store: ConversationStore, busy: Callable[[str], bool], new_id: str
-    ) -> Place:
-        """The place of a turn whose conversation nobody named: behind `after`, or of a resent history behind the longest part that is stored.
+    ) -> TurnPosition:
+        """The position of a turn that names no conversation: after `after`, or after its longest stored
+        history.
 
-        It goes on in the conversation that ends there; if none does, or that one is `busy` with another turn, in a fork of its own.
+        The turn continues the conversation that ends there. If none does, or that one is `busy` with another
+        turn, it begins a fork.
 
         Raises:
             ConversationNotFound: `after` names no turn of this namespace.
@@ -65,26 +69,26 @@ class Prompts:
         if isinstance(spec.after, str):
             turn, new = store.turn(spec.namespace, spec.after), spec.messages
         else:
-            asked = len(spec.messages) - 1  # the last message is to be answered, whatever is stored
+            asked = len(spec.messages) - 1  # the last message is answered, whether it is stored or not
             found = store.find(spec.namespace, path_digests(spec.messages[:asked])) if asked > 0 else None
             if found is None:
-                return Place(new_id, None, spec.messages)
+                return TurnPosition(new_id, None, spec.messages)
             turn, new = found[1], spec.messages[found[0] + 1 :]
         leaves = [
             conversation
             for conversation in store.leaves(spec.namespace, turn.id)
             if not busy(conversation.id)
         ]
-        leaves.sort(key=lambda conversation: conversation.id != spec.hint)  # (stable: the latest used first)
+        leaves.sort(key=lambda conversation: conversation.id != spec.hint)  # stable: the latest used first
         if leaves:
-            return Place(leaves[0].id, turn.id, new, leaves[0])
-        return Place(new_id, turn.id, new)
+            return TurnPosition(leaves[0].id, turn.id, new, leaves[0])
+        return TurnPosition(new_id, turn.id, new)
 
-    def locate(self, spec: TurnSpec, conversation_id: str) -> Place:
-        """The place of a turn of a named conversation.
+    def locate(self, spec: TurnSpec, conversation_id: str) -> TurnPosition:
+        """The position of a turn of a named conversation.
 
         Raises:
-            ConversationNotFound: there is no such conversation, or turn, and there has to be.
+            ConversationNotFound: the conversation or the turn must exist, and does not.
         """
         store = self._store(conversation_id)
         conversation = None
@@ -95,31 +99,33 @@ class Prompts:
                 if spec.must_exist:
                     raise
                 if spec.after is not LEAF and spec.after is not None:
-                    store.turn(spec.namespace, spec.after)  # (raises where that is not to be had either)
+                    store.turn(spec.namespace, spec.after)  # raises if it does not exist
         parent = (
             (conversation.leaf if conversation is not None else None) if spec.after is LEAF else spec.after
         )
-        return Place(conversation_id, parent, spec.messages, conversation)
+        return TurnPosition(conversation_id, parent, spec.messages, conversation)
 
     # -- which tokens
 
-    def job(self, spec: TurnSpec, place: Place) -> tuple[Path, WriteChat]:
-        """What a turn goes on from, and what is to be put before the model. Takes no longer than reading a path from the store does.
+    def job(self, spec: TurnSpec, position: TurnPosition) -> tuple[Path, WriteChat]:
+        """The path that a turn continues, and the job that writes its prompt.
+
+        Takes as long as reading a path from the store.
 
         Raises:
-            InvalidRequest: there is nothing to answer, or the conversation is as long as one may be.
-            ContextLengthExceeded: not even the newest turn can fit.
+            InvalidRequest: there is nothing to answer, or the conversation is too long to continue.
+            ContextLengthExceeded: not even the newest turn fits.
         """
         assert self._text is not None
         path = (
             spec.forced
             if spec.forced is not None
-            else self.path(spec.namespace, place.conversation_id, place.parent)
+            else self.path(spec.namespace, position.conversation_id, position.parent)
         )
         check_stored(path.stored_chars)
         head = _head(spec)
         logged = len(path.messages) - path.unlogged
-        history, new = (*head, *path.messages[:logged]), (*path.messages[logged:], *place.new)
+        history, new = (*head, *path.messages[:logged]), (*path.messages[logged:], *position.new)
         truncating = (spec.overflow or self._overflow) == "truncate"
         max_chars = self._text.most_chars(self._max_context)
         whole, left_out, left_out_chars = (*history, *new), 0, 0
@@ -141,35 +147,36 @@ class Prompts:
             truncating,
             left_out,
             left_out_chars,
-            len(place.new),
-            spec.tools,
+            len(position.new),
+            tuple(spec.tools),
             spec.prefix,
             self._way_out,
         )
 
-    def take(self, spec: TurnSpec, place: Place, path: Path, written: WrittenChat) -> Prompt:
-        """A turn's prompt, once it is written."""
+    def take(self, spec: TurnSpec, position: TurnPosition, path: Path, written: WrittenChat) -> Prompt:
+        """A turn's prompt, from the job's result."""
         tokens = (*path.tokens[: written.reused_tokens], *written.tokens)
         warning = written.warning
         if written.dropped:
             warning = (
-                f"the context of {self._max_context} tokens is full: the oldest {written.dropped} messages ({written.dropped_tokens} tokens) "
-                "were left out, and what follows the system prompt is computed again"
+                f"the context of {self._max_context} tokens is full: the oldest {written.dropped} messages "
+                f"({written.dropped_tokens} tokens) were left out, and what follows the system prompt is "
+                "computed again"
             )
         return Prompt(
             tokens,
             written.history_tokens,
             written.reused_tokens,
             None if warning is None or written.dropped else written.reused_tokens,
-            place.parent,
-            place.new,
-            _without_oldest(path, _head(spec), place.new, written.dropped) if written.dropped else path,
+            position.parent,
+            position.new,
+            _without_oldest(path, _head(spec), position.new, written.dropped) if written.dropped else path,
             written.dropped_tokens,
             warning,
         )
 
     def path(self, namespace: str, conversation_id: str, turn_id: str | None) -> Path:
-        """The path that ends with a turn; an empty one for None.
+        """The path that ends with a turn; an empty one if `turn_id` is None.
 
         Raises:
             ConversationNotFound: there is no such turn in this namespace.
@@ -185,7 +192,7 @@ class Prompts:
         return path
 
     def remember(self, namespace: str, turn_id: str, path: Path) -> None:
-        """Keep a path in memory; the least used ones make room."""
+        """Keep a path in memory; those not used for longest are dropped."""
         before = self._paths.pop((namespace, turn_id), None)
         self._paths[namespace, turn_id] = path
         self._count(path, 1)
@@ -199,7 +206,7 @@ class Prompts:
             self._count(self._paths.popitem(last=False)[1], -1)
 
     def forget(self, namespace: str) -> None:
-        """Let go of what is remembered of a namespace (something in it was deleted)."""
+        """Drop the remembered paths of a namespace, in which something was deleted."""
         for key in [key for key in self._paths if key[0] == namespace]:
             self._count(self._paths.pop(key), -1)
 
@@ -209,12 +216,12 @@ class Prompts:
 
 
 def _head(spec: TurnSpec) -> tuple[Message, ...]:
-    """What stands in front of a turn's path for this turn alone."""
+    """Messages in front of a turn's path, for this turn alone."""
     return () if spec.instructions is None else (Message("system", spec.instructions),)
 
 
 def _without_oldest(path: Path, head: Sequence[Message], new: Sequence[Message], dropped: int) -> Path:
-    """A path without so many messages behind its system prompt."""
+    """A path without the `dropped` messages after its system prompt."""
     messages = [*head, *path.messages, *new]
     start = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
     del messages[start : start + dropped]
@@ -227,15 +234,15 @@ def _without_oldest(path: Path, head: Sequence[Message], new: Sequence[Message],
 
 
 def check_stored(num_chars: int) -> None:
-    """Refuse to make a conversation longer that has so many characters.
+    """Refuse to continue a conversation of `num_chars` characters if that is too long.
 
     Raises:
-        InvalidRequest: it is as long as one may be.
+        InvalidRequest: it is.
     """
     if num_chars > MAX_STORED_CHARS:
         raise InvalidRequest(
-            f"the conversation holds {num_chars} characters, and one of more than {MAX_STORED_CHARS} is not gone on with: "
-            "fork it at an earlier turn, or begin another"
+            f"the conversation holds {num_chars} characters, and one of more than {MAX_STORED_CHARS} "
+            "is not gone on with: fork it at an earlier turn, or begin another"
         )
 
 
@@ -246,7 +253,7 @@ def stored_chars(turns: Sequence[Turn]) -> int:
 
 
 def read_path(turns: Sequence[Turn]) -> Path:
-    """A path from its turns, root to leaf; what an overflow had left out is left out again."""
+    """A path from its turns, root to leaf; messages that were truncated are left out again."""
     messages = path_messages(turns)
     left_out = _left_out(turns[-1]) if turns else 0
     if left_out:

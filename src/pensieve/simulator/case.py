@@ -1,6 +1,8 @@
-"""One simulation as a value: which machine, model, tiers, system, policy and people. Knows names and sizes; never how any of them works.
+"""One simulation as a value: which machine, model, tiers, system, policy and people. Knows names and sizes;
+never how any of them works.
 
-A case is frozen and picklable; its result is a function of it to the last digit, so a sweep may run its cases anywhere, in any order.
+A case is frozen and picklable; its result is a function of it to the last digit, so a sweep may run its cases
+anywhere, in any order.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Literal
 from pensieve.config import CPU_STEP_MS, CUDA_STEP_MS, CacheConfig, SchedulerConfig, TierConfig
 from pensieve.core.cache import TieredCache
 from pensieve.core.cost import CostProfile
+from pensieve.core.filling import Filling
 from pensieve.core.pace import Pace
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import ConfigError
@@ -19,7 +22,7 @@ from pensieve.simulator.cost_model import FITTED, CostModel, ModelNumbers, Overh
 from pensieve.simulator.goal import Goal, Lateness
 from pensieve.simulator.hardware import GB, Hardware, find_hardware
 from pensieve.simulator.measured import MeasuredMachine
-from pensieve.simulator.phases import PhasedScheduler
+from pensieve.simulator.phases import PhasedFilling
 from pensieve.simulator.policies import Setting, make_policy
 from pensieve.simulator.records import RequestRecord, Summary, summarize
 from pensieve.simulator.simulation import Simulation
@@ -85,9 +88,8 @@ class Machine:
     cpu_cache_gb: float = 220.0  # host memory of each device
     disk_cache_gb: float = 0.0
     overheads: Overheads = FITTED  # of a machine of the table; a measured one has its own
-    measured: MeasuredMachine | None = (
-        None  # a profile: model, hardware and devices are its, whatever stands above
-    )
+    # a profile: model, hardware and devices are its, whatever stands above
+    measured: MeasuredMachine | None = None
 
     @classmethod
     def of_profile(cls, measured: MeasuredMachine, gpu_cache_gb: float, cpu_cache_gb: float) -> Machine:
@@ -98,14 +100,17 @@ class Machine:
         for name in ("gpu_cache_gb", "cpu_cache_gb", "disk_cache_gb"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(
-                    f"--{name.removesuffix('_gb').replace('_', '-')} must be at least 0 GB, got {getattr(self, name)}"
+                    f"--{name.removesuffix('_gb').replace('_', '-')} must be at least 0 GB, got "
+                    f"{getattr(self, name)}"
                 )
         if self.measured is not None and self.disk_cache_gb:
             raise ConfigError("a profile measures no disk: leave --disk-cache out with --profile")
 
     @property
     def copies_first(self) -> bool:
-        """All tiers lie in RAM: copies that somebody waits for are a step of their own, and nothing need be ready early (as `pensieve serve` does)."""
+        """Whether all tiers are in RAM: copies that a request waits for then run as their own short step, and
+        nothing is copied ahead (as in `pensieve serve`).
+        """
         return self.measured is not None and self.measured.tiers_in_ram
 
     @property
@@ -144,7 +149,8 @@ class Machine:
             raise ConfigError(f"no architecture is called {self.model!r}: take one of {', '.join(PRESETS)}")
         if "num_local_experts" in preset.config_kwargs:
             raise ConfigError(
-                f"{self.model} is a mixture of experts, whose steps read weights by what is asked: it cannot be simulated"
+                f"{self.model} is a mixture of experts, whose steps read weights by what is asked: it cannot "
+                "be simulated"
             )
         shape = preset.shape
         tied = preset.config_kwargs.get("tie_word_embeddings", preset.family in ("gpt2", "opt"))
@@ -176,7 +182,9 @@ class Machine:
         )
 
     def largest_gpu_cache_gb(self) -> float:
-        """What the device's memory leaves beside the weights, but for a little: the largest first tier, GB a device."""
+        """What the device's memory leaves beside the weights, but for a little: the largest first tier, GB a
+        device.
+        """
         numbers = self.numbers()
         return (
             max(
@@ -220,8 +228,9 @@ class Machine:
         weights = numbers.matrix_parameters * numbers.bytes_per_value / self.devices
         if weights + self.gpu_cache_gb * GB > device.memory_bytes:
             raise ConfigError(
-                f"{self.model} takes {weights / GB:.0f} GB of each of {self.devices} {device.name}, which leaves "
-                f"{max(0.0, device.memory_bytes - weights) / GB:.0f} GB: lower --gpu-cache (it is {self.gpu_cache_gb:g}), or take more devices"
+                f"{self.model} takes {weights / GB:.0f} GB of each of {self.devices} {device.name}, which "
+                f"leaves {max(0.0, device.memory_bytes - weights) / GB:.0f} GB: lower --gpu-cache (it is "
+                f"{self.gpu_cache_gb:g}), or take more devices"
             )
 
 
@@ -239,12 +248,10 @@ class Case:
     max_context: int = 16_384  # tokens of prompt and answer (paper, evaluation)
     max_batch_tokens: int = 2048
     max_running: int = 512
-    admission: Literal["work", "fcfs"] = (
-        "fcfs"  # as the paper has it; "work": as `pensieve serve` does by default
-    )
-    step_ms: float | None = (
-        None  # of a step in which a request decodes, with admission by work. None: `Machine.step_ms`
-    )
+    # as the paper has it; "work": as `pensieve serve` does by default
+    admission: Literal["work", "fcfs"] = "fcfs"
+    # of a step in which a request decodes, with admission by work. None: `Machine.step_ms`
+    step_ms: float | None = None
     debug: bool = False
     give_up: Goal | None = None  # stop when it is certain that this is missed
 
@@ -315,8 +322,8 @@ def run_case(
     )
     if machine.copies_first:
         config = replace(config, copies_first=True, copy_ahead_share=0.0)
-    kind = PhasedScheduler if system.phases else Scheduler
-    scheduler = kind(config, cache, case.max_context, pace=Pace(profile))
+    filling = PhasedFilling if system.phases else Filling
+    scheduler = Scheduler(config, cache, case.max_context, pace=Pace(profile), filling=filling)
     clock = VirtualClock()
     worker = CostWorker(cost, machine.links(case.chunk_tokens), len(tiers), clock, machine.host_overheads())
     simulation = Simulation(scheduler, worker, clock, debug=case.debug)
@@ -326,7 +333,8 @@ def run_case(
         assert planned.arrivals_s is not None
         if case.warm_up_s >= planned.arrivals_s:
             raise ConfigError(
-                f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got {case.warm_up_s:g}"
+                f"--warm-up must be shorter than the arrivals of {planned.arrivals_s:g} s, got "
+                f"{case.warm_up_s:g}"
             )
         window_s = (case.warm_up_s, planned.arrivals_s)
     lateness = Lateness(case.give_up, planned.players, window_s) if case.give_up is not None else None

@@ -1,7 +1,7 @@
 """LFU and ARC over conversations, to compare with. Knows turns and recency; never costs, tiers or the future.
 
-Both were made for pages of one size that are used one by one; here a conversation is used as a whole and evicted chunk by chunk, leading
-chunks first. What that changes is said with each.
+Both were made for pages of one size that are used one by one; here a conversation is used as a whole and
+evicted chunk by chunk, leading chunks first. What that changes is said with each.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Literal
 
 from pensieve.core.chunk import Chunk
 from pensieve.core.eviction import LRU, OldestFirst, PolicyFamily
-from pensieve.core.sequence import Key, Sequence
+from pensieve.core.sequence import Key, Sequence, sequences_of
 
 _TIE = 1e-9  # seconds of recency, in uses
 _LATER = 1e13  # seconds: beyond every time
 
 
 class FrequencyFamily(PolicyFamily):
-    """LFU with dynamic aging (LFUDA): a conversation's rank is its turns so far plus the age of the cache at the last of them.
+    """LFU with dynamic aging (LFUDA): a conversation's rank is its turns so far plus the age of the cache at
+    the last of them.
 
-    The age is the highest rank that was next to go so far, so what was popular once is passed by what is used now. Turns are counted for as
-    long as the simulation lasts, those of conversations that were evicted in between too. Among equals the least recently active goes.
+    The age is the highest rank that was next to go so far, so what was popular once is passed by what is used
+    now. Turns are counted for as long as the simulation lasts, those of conversations that were evicted in
+    between too. Among equals the least recently active goes.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,7 @@ class FrequencyFamily(PolicyFamily):
 
     def rank(self, chunk: Chunk) -> int:
         """That of the best of the conversations through a chunk."""
-        return max(self.ranks.get(member.key, 0) for member in chunk.owner.sequences())
+        return max(self.ranks.get(member.key, 0) for member in sequences_of(chunk))
 
 
 class LeastFrequentlyUsed(LRU):
@@ -80,11 +82,13 @@ class _Listed:
 class AdaptiveFamily(PolicyFamily):
     """ARC (Megiddo and Modha, 2003) over conversations; sizes are counted in chunks.
 
-    A conversation enters the list of those used once (T1), and moves to that of those used more often (T2) when it comes back while it has
-    chunks or ghosts. T1 gives a victim while it is larger than its target p, else T2. A return that finds m chunks gone is m ghost hits at
-    once: p grows by m * max(1, |B2| / |B1|) if they were T1's, and shrinks likewise if they were T2's. Ghosts of a list beyond the cache's
-    size are forgotten, the least recently active first. Only idle conversations count: those that are active cannot be victims. How many
-    chunks are gone is read off the leading candidate, exactly where only leading ones go and there is one tier.
+    A conversation enters the list of those used once (T1), and moves to that of those used more often (T2)
+    when it comes back while it has chunks or ghosts. T1 gives a victim while it is larger than its target p,
+    else T2. A return that finds m chunks gone is m ghost hits at once: p grows by m * max(1, |B2| / |B1|) if
+    they were T1's, and shrinks likewise if they were T2's. Ghosts of a list beyond the cache's size are
+    forgotten, the least recently active first. Only idle conversations count: those that are active cannot be
+    victims. How many chunks are gone is read off the leading candidate, exactly where only leading ones go
+    and there is one tier.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -127,17 +131,15 @@ class AdaptiveFamily(PolicyFamily):
     def where(self, chunk: Chunk) -> int:
         """The list a chunk is in: the better one of its conversations'."""
         return max(
-            (
-                listed.where
-                for s in chunk.owner.sequences()
-                if (listed := self._listed.get(s.key)) is not None
-            ),
+            (listed.where for s in sequences_of(chunk) if (listed := self._listed.get(s.key)) is not None),
             default=1,
         )
 
     def leads(self, chunk: Chunk, *, comes: bool) -> None:
-        """A private chunk of an idle conversation becomes next to go of it, and what was before it is gone; or it is so no more."""
-        listed = self._listed.get(chunk.owner.sequences()[0].key)
+        """A private chunk of an idle conversation becomes next to go of it, and what was before it is gone;
+        or it is so no more.
+        """
+        listed = self._listed.get(sequences_of(chunk)[0].key)
         if listed is not None and listed.idle:
             self._set_gone(
                 listed, max(listed.forgotten, min(chunk.index, listed.length) if comes else listed.length)

@@ -34,17 +34,17 @@ class Overheads:
 
     step_s: float = 0.0  # a step
     request_s: float = 0.0  # a step and request in it
-    # And when its result is there: a conversation whose answer has just ended has been idle so long when the next step is planned, and is
-    # told apart by that from those that wait.
+    # And from a result to the next plan: the idle time of a finished conversation when the next step is planned,
+    # which tells it from running ones.
     commit_step_s: float = 0.0
     commit_request_s: float = 0.0
     commit_end_s: float = 0.0  # an answer that ends
 
 
-# Fitted on vLLM's curve of the paper's Fig. 10a alone, by benchmarks/fit_overheads.py (benchmarks/results has the candidates), and held for
-# every other figure and system: a Python server of 2023 and 2024 on an A100.
-# What was fitted is 9 ms a step and 0.2 ms a request in it. That one of the 9 passes between an answer's end and the next plan is an estimate; it
-# matters to eviction alone, which would otherwise take who has just been answered for somebody who is still waiting.
+# Fitted on vLLM's curve of the paper's Fig. 10a alone, by benchmarks/fit_overheads.py (benchmarks/results has
+# the candidates), and held for every other figure and system: a Python server of 2023 and 2024 on an A100.
+# Fitted were 9 ms a step and 0.2 ms a request in it. Of the 9 ms we assume that 1 ms falls between a result
+# and the next plan. Only eviction depends on it: without the gap a finished conversation would look active.
 FITTED = Overheads(8e-3, 200e-6, commit_step_s=1e-3)
 
 
@@ -53,7 +53,8 @@ class ModelNumbers:
     """A model as far as costs depend on it."""
 
     shape: ModelShape
-    matrix_parameters: int  # weights that a token is multiplied with: all, less an input embedding that is not the output's too
+    # weights that a token is multiplied with: all, less an input embedding that is not the output's too
+    matrix_parameters: int
     bytes_per_value: int = 2  # of weights and KV
 
     @property
@@ -67,10 +68,12 @@ class ModelNumbers:
 
 
 class Roofline:
-    """A step as the larger of what it must multiply and what it must read, part by part, over `num_devices` that share every layer.
+    """A step as the larger of what it must multiply and what it must read, part by part, over `num_devices`
+    that share every layer.
 
-    Products: 2 FLOPs a weight and token, or the weights' bytes. Attention, span by span: 4 * heads * head_dim FLOPs a visible token, query and layer, at
-    the rate tiles of so many rows reach, or the context's K and V. Two all-reduces a layer between devices. Never less than launching it all.
+    Products: 2 FLOPs a weight and token, or the weights' bytes. Attention, span by span: 4 * heads * head_dim
+    FLOPs a visible token, query and layer, at the rate tiles of so many rows reach, or the context's K and V.
+    Two all-reduces a layer between devices. Never less than launching it all.
     """
 
     def __init__(self, model: ModelNumbers, hardware: Hardware, num_devices: int = 1) -> None:
@@ -141,9 +144,11 @@ class Roofline:
 
 
 class Measured:
-    """A step from a machine's own measurements: by its tokens, by the answers it gives a token to, and span by span for attention.
+    """A step from a machine's own measurements: by its tokens, by the answers it gives a token to, and span
+    by span for attention.
 
-    The output layer is computed for answers only, so a decode of many requests and a prompt of as many tokens are different steps.
+    The output layer is computed for answers only, so a decode of many requests and a prompt of as many tokens
+    are different steps.
     """
 
     def __init__(
@@ -159,8 +164,10 @@ class Measured:
 
         Args:
             num_layers: of the model.
-            steps: (tokens of a step, seconds beside attention if nobody is answered), ascending; extrapolated along the last segment.
-            answers: (answers that get a token in a step, seconds more), ascending; extrapolated likewise, and to 0 at none.
+            steps: (tokens of a step, seconds beside attention without a sampled token), ascending; extrapolated
+                along the last segment.
+            answers: (answers that get a token in a step, seconds more), ascending; extrapolated likewise, and
+                to 0 at none.
             decode_token_s: attention of one query, seconds a token it sees.
             chunk_token_s: attention of a chunk's queries together, seconds a token before it.
             chunk: how many queries that was.
@@ -170,7 +177,8 @@ class Measured:
                 {count for count, _ in points}
             ):
                 raise ConfigError(
-                    f"a measured cost needs at least {least} ascending (count, seconds) for {what}, got {list(points)}"
+                    f"a measured cost needs at least {least} ascending (count, seconds) for {what}, got "
+                    f"{list(points)}"
                 )
         self.num_layers = num_layers
         self._steps = tuple(steps)
@@ -205,7 +213,9 @@ def _along(points: Sequence[tuple[int, float]], at: int) -> float:
 
 
 def chunk_costs(model: CostModel, chunk_tokens: int, max_context: int) -> CostProfile:
-    """Cost(l) as `pensieve profile` would measure it on this device: a forward of one chunk at contexts of a power of two (paper §4.3.1)."""
+    """Cost(l) as `pensieve profile` would measure it on this device: a forward of one chunk at contexts of a
+    power of two (paper §4.3.1).
+    """
     points = []
     context = chunk_tokens
     while True:

@@ -1,7 +1,8 @@
-"""What a load asks of a machine before anything is simulated: how much there is to keep, and how long its requests take alone.
+"""What a load asks of a machine before anything is simulated: how much there is to keep, and how long its
+requests take alone.
 
-Knows scripts, costs and sizes; never schedulers or caches. Both are bounds: nothing serves a load sooner than an idle machine that has forgotten
-nothing, and no tier need be larger than everything that is ever said.
+Knows scripts, costs and sizes; never schedulers or caches. Both are bounds: nothing serves a load sooner than
+an idle machine that has forgotten nothing, and no tier need be larger than everything that is ever said.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from pensieve.core.plan import Span
 from pensieve.errors import ConfigError
+from pensieve.reporting.spread import Spread
 from pensieve.simulator.case import Case, Machine
 from pensieve.simulator.hardware import GB
-from pensieve.simulator.records import Spread
 from pensieve.workloads.scripts import Script, contexts
 
 
@@ -47,7 +48,8 @@ def demand_of(case: Case) -> Demand:
     planned = case.load.plan()[case.run]
     if planned.arrivals_s is None:
         raise ConfigError(
-            f"a plan needs to know how many requests come, and {case.load.trace} does not tell: give --rate, or a trace with times"
+            f"a plan needs to know how many requests come, and {case.load.trace} does not tell: give --rate, "
+            "or a trace with times"
         )
     scripts = tuple(script for player in planned.players for script in player.scripts)
     chunk_gb = case.machine.numbers().chunk_bytes(case.chunk_tokens) / GB

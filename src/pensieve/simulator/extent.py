@@ -1,4 +1,6 @@
-"""How long the conversations of a load are, and what follows from it. Knows scripts and sizes; never costs or schedulers."""
+"""How long the conversations of a load are, and what follows from it. Knows scripts and sizes; never costs or
+schedulers.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def extent_of(
     Args:
         load: what is played, not cut yet.
         first_tier_tokens: what the first tier holds: no context can be longer.
-        max_context: longer conversations are cut; None: those that are made at 16,384 tokens (paper, evaluation), recorded ones not at all.
+        max_context: longer conversations are cut; None: those that are made at 16,384 tokens (paper,
+            evaluation), recorded ones not at all.
         chunk_tokens: None: 32, or more where contexts are long.
 
     Raises:

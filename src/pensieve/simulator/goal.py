@@ -1,4 +1,6 @@
-"""A latency not to be exceeded, and when it is certain that a simulation exceeds it. Knows requests' times; never schedulers or costs."""
+"""A latency not to be exceeded, and when it is certain that a simulation exceeds it. Knows requests' times;
+never schedulers or costs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pensieve.errors import ConfigError
-from pensieve.simulator.records import RequestRecord, Spread, Summary
+from pensieve.reporting.spread import Spread
+from pensieve.simulator.records import RequestRecord, Summary
 from pensieve.workloads.scripts import Player
 
 Quantile = Literal["p50", "p90", "p99"]
@@ -58,11 +61,13 @@ class Waiting:
 
     sent_s: float
     output_tokens: int  # of its whole answer
-    first_token_s: float | None  # None: not yet
+    ttft_s: float | None  # time to its first token; None if there is none yet
 
 
 class Lateness:
-    """Counts who is late in a simulation under way. Once it says that the goal is missed, no continuation can mend that."""
+    """Counts who is late in a simulation under way. Once it says that the goal is missed, no continuation can
+    mend that.
+    """
 
     def __init__(self, goal: Goal, players: Iterable[Player], window_s: tuple[float, float] | None) -> None:
         """Requests sent outside of the window do not count; without a window, all do."""
@@ -74,7 +79,9 @@ class Lateness:
         self._failed = False
 
     def missed(self, records: list[RequestRecord], waiting: Iterable[Waiting], now_s: float) -> bool:
-        """Whether the goal is missed for certain. `records` are all that ended so far: what was seen is not looked at again."""
+        """Whether the goal is missed for certain. `records` are all that ended so far: what was seen is not
+        looked at again.
+        """
         for record in records[self._num_seen :]:
             if self._counts(record.sent_s):
                 self._failed |= record.error is not None
@@ -96,9 +103,8 @@ class Lateness:
     def _is_late_already(self, one: Waiting, now_s: float) -> bool:
         if self._goal.metric == "normalized":
             return (now_s - one.sent_s) / one.output_tokens > self._goal.latency_s
-        return (
-            one.first_token_s if one.first_token_s is not None else now_s
-        ) - one.sent_s > self._goal.latency_s
+        ttft_s = now_s - one.sent_s if one.ttft_s is None else one.ttft_s
+        return ttft_s > self._goal.latency_s
 
 
 def _num_turns_before(player: Player, end_s: float) -> int:

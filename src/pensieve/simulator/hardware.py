@@ -1,7 +1,8 @@
 """Machines as numbers, each with its source. Knows rates and sizes; never models, plans or time.
 
-Peaks are the vendors' data sheets; what of a peak a kernel reaches is an efficiency, and efficiencies of the A100 are taken from the
-paper's own small measurements (Fig. 3 and 4), so that those two figures check the arithmetic and not the numbers.
+Peaks are the vendors' data sheets; what of a peak a kernel reaches is an efficiency, and efficiencies of the
+A100 are taken from the paper's own small measurements (Fig. 3 and 4), so that those two figures check the
+arithmetic and not the numbers.
 """
 
 from __future__ import annotations
@@ -58,16 +59,19 @@ class Hardware:
 
 # Fig. 3 of the paper, 13B on an A100, batch of 32:
 #   a prompt of 128 tokens each takes 0.5 s, so 122 us a token for 26 GFLOP: 0.66 of 312 TFLOP/s;
-#   a decode step goes from 24.5 ms at 128 past tokens to 88.5 ms at 4,096: 104 GB of KV in 64 ms, 0.80 of 2.04 TB/s;
+#   a decode step goes from 24.5 ms at 128 past tokens to 88.5 ms at 4,096: 104 GB of KV in 64 ms, 0.80 of
+# 2.04 TB/s;
 #   a prompt of 4,096 takes 42 us a token more than one of 128, for 1.7 GFLOP of attention: 40 TFLOP/s.
-# Fig. 4: 32 queries over 16,384 tokens take 1.5 times a layer's other work (0.39 ms): 18 TFLOP/s. A rate of 40 r / (r + 34) TFLOP/s for r rows
+# Fig. 4: 32 queries over 16,384 tokens take 1.5 times a layer's other work (0.39 ms): 18 TFLOP/s. A rate of
+# 40 r / (r + 34) TFLOP/s for r rows
 # has both.
 _A100_MATRIX, _A100_MEMORY, _A100_ATTENTION, _A100_ROWS = 0.66, 0.80, 40e12, 34.0
 # §5 of the paper: both directions at once cost each of them 18 to 20 %.
 _DUPLEX = 0.81
 
 _ALL = (
-    # NVIDIA A100 80GB data sheet (SXM): 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s both ways together, PCIe 4.0 x16 (31.5 GB/s, 25 reached).
+    # NVIDIA A100 80GB data sheet (SXM): 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s both ways together, PCIe 4.0
+    # x16 (31.5 GB/s, 25 reached).
     Hardware(
         name="a100-80gb",
         matrix_flops_per_s=312e12,
@@ -86,8 +90,8 @@ _ALL = (
         peer_latency_s=20e-6,
         launch_s=60e-6,  # about 12 kernels of 5 us
     ),
-    # NVIDIA H100 data sheet (SXM): 989 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s, PCIe 5.0 x16 (63 GB/s, 50 reached). Efficiencies: as the A100's;
-    # attention in proportion to the matrix peak. Not measured by us.
+    # NVIDIA H100 data sheet (SXM): 989 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s, PCIe 5.0 x16 (63 GB/s, 50
+    # reached). Efficiencies: as the A100's; attention in proportion to the matrix peak. Not measured by us.
     Hardware(
         name="h100",
         matrix_flops_per_s=989e12,
@@ -123,8 +127,10 @@ _ALL = (
         peer_latency_s=15e-6,
         launch_s=50e-6,
     ),
-    # Two cores of a server CPU with AVX512-BF16, as this project's own figures have them (docs/performance.md): products of 512 rows at
-    # 1.2 TFLOP/s, weights streamed at 18 GB/s, KV at 25 GB/s, copies within memory at 11 GB/s (22 read and written).
+    # Two cores of a server CPU with AVX512-BF16, as this project's own figures have them
+    # (docs/performance.md): products of 512 rows at
+    # 1.2 TFLOP/s, weights streamed at 18 GB/s, KV at 25 GB/s, copies within memory at 11 GB/s (22 read and
+    # written).
     # `pensieve profile` measures better: --profile FILE.
     Hardware(
         name="laptop-cpu",
@@ -156,6 +162,7 @@ def find_hardware(name: str) -> Hardware:
     """
     if name not in HARDWARE:
         raise ConfigError(
-            f"no hardware is called {name!r}: take one of {', '.join(HARDWARE)}, or a measured one (--profile FILE)"
+            f"no hardware is called {name!r}: take one of {', '.join(HARDWARE)}, or a measured one "
+            "(--profile FILE)"
         )
     return HARDWARE[name]

@@ -1,4 +1,6 @@
-"""What more of something would bring: the load a machine holds, and the worth of another GB. Knows trials; what runs cases is in their book."""
+"""What more of something would bring: the load a machine holds, and the worth of another GB. Knows trials;
+what runs cases is in their book.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pensieve.simulator.case import Machine
-from pensieve.simulator.planner import Book, Space, Trial, rate_of
+from pensieve.simulator.planner import Space, Trial, Trials, rate_of
 
 HEADROOM = 1.2  # of the load
 _FURTHER = 1.2  # how much further the first look outside of what is known
@@ -20,7 +22,8 @@ TIERS = {"gpu_cache_gb": "first tier", "cpu_cache_gb": "CPU", "disk_cache_gb": "
 class Held:
     """The load up to which a machine keeps to the target."""
 
-    load: float  # of the load that is planned for; interpolated between the last that holds and the first that does not
+    # of the load that is planned for; interpolated between the last that holds and the first that does not
+    load: float
     per_s: float  # requests
     bounded: bool  # False: it holds that much and perhaps more (or, near 0, not even that)
 
@@ -39,7 +42,7 @@ class Margin:
     more_per_s: float  # requests a second held, for each further GB
 
 
-def held_loads(book: Book, machines: Sequence[Machine]) -> list[Held]:
+def held_loads(book: Trials, machines: Sequence[Machine]) -> list[Held]:
     """Up to which load machines hold, all searched at once."""
     brackets = [_Bracket() for _ in machines]
     while asked := [
@@ -92,8 +95,10 @@ class _Bracket:
         )
 
 
-def margins(book: Book, space: Space, best: Trial) -> tuple[Held, list[Margin]]:
-    """The load that a machine holds, and what more of each tier would bring. A tier that can have no more is left out."""
+def margins(book: Trials, space: Space, best: Trial) -> tuple[Held, list[Margin]]:
+    """The load that a machine holds, and what more of each tier would bring. A tier that can have no more is
+    left out.
+    """
     more = {tier: gigabytes for tier in TIERS if (gigabytes := _more_gb(space, best.machine, tier))}
     machines = [
         replace(best.machine, **{tier: getattr(best.machine, tier) + gigabytes})

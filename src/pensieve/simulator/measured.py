@@ -1,4 +1,6 @@
-"""A machine as `pensieve profile --json` measured it. Knows that file; never requests, schedulers or how anything was measured."""
+"""A machine as `pensieve profile --json` measured it. Knows that file; never requests, schedulers or how
+anything was measured.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from pensieve.simulator.cost_model import Measured, Overheads
 from pensieve.simulator.worker import Links
 from pensieve.worker.measurements import Profile, parse
 
-# Both directions on a machine whose tiers all lie in RAM share its memory; a link to a device is shared as little as the paper's (§5).
+# Both directions on a machine whose tiers all lie in RAM share its memory; a link to a device is shared as
+# little as the paper's (§5).
 _DUPLEX_SHARE = {"cpu": 0.5}
 _LINK_DUPLEX_SHARE = 0.81
 
@@ -57,8 +60,8 @@ class MeasuredMachine:
         """
         if chunk_tokens != self.profile.chunk_tokens:
             raise ConfigError(
-                f"the profile was measured with chunks of {self.profile.chunk_tokens} tokens, the simulation has chunks of {chunk_tokens}: "
-                "take the same"
+                f"the profile was measured with chunks of {self.profile.chunk_tokens} tokens, the simulation "
+                f"has chunks of {chunk_tokens}: take the same"
             )
         return CostProfile(self.profile.points, chunk_tokens)
 
@@ -85,7 +88,8 @@ def load_machine(path: Path) -> MeasuredMachine:
     """A machine from the file that `pensieve profile --json` printed (or kept).
 
     Raises:
-        ConfigError: it cannot be read, or something in it is missing or makes no sense; the message says what.
+        ConfigError: it cannot be read, or something in it is missing or makes no sense; the message says
+            what.
     """
     try:
         content = json.loads(path.read_text())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from pensieve import __version__
-from pensieve.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.json_file import plain
 from pensieve.simulator.case import Outcome
 
 
 def to_json(outcomes: Sequence[Outcome], **more: Any) -> dict[str, Any]:
-    """Everything of some outcomes, as plain values. Nothing in it depends on where or when they were simulated."""
+    """Everything of some outcomes, as plain values. Nothing in it depends on where or when they were
+    simulated.
+    """
     return {
         "benchmark": "simulate",
         "version": __version__,
@@ -27,31 +28,12 @@ def to_json(outcomes: Sequence[Outcome], **more: Any) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> Path:
-    """Write a record; folders on the way are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: keys are words, what is not finite is null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
     """A line a case."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in (
-        "system", "policy", "asked\n1/s", "done\n1/s", "norm.\nmean", "norm.\np90 ms", "TTFT\np50 ms", "TTFT\np90 ms", "history\ngpu", "\ncpu",
+        "system", "policy", "asked\n1/s", "done\n1/s", "norm.\nmean", "norm.\np90 "
+            "ms", "TTFT\np50 ms", "TTFT\np90 ms", "history\ngpu", "\ncpu",
         "recom-\nputed", "device\nbusy", "failed",
     ):  # fmt: skip
         table.add_column(
@@ -76,7 +58,8 @@ def print_table(outcomes: Sequence[Outcome], console: Console) -> None:
 
 
 def plot(path: Path, outcomes: Sequence[Outcome], title: str, subtitle: str) -> Path:
-    """Normalized latency over throughput where there are several rates; else what each system and policy had to recompute.
+    """Normalized latency over throughput where there are several rates; else what each system and policy had
+    to recompute.
 
     Raises:
         ConfigError: matplotlib is not installed.

@@ -1,24 +1,25 @@
-"""Separate steps for prompts and for decodes, as servers had them before batches were unified. Knows spans; never costs.
+"""Separate steps for prefill and for decodes, as servers had them before batches were unified. Knows spans;
+never costs.
 
-For comparison only (paper, Fig. 13, and its baselines): while any admitted prompt is not computed, decodes wait.
+For comparison only (paper, Fig. 13, and its baselines): while any admitted request has prefill left, decodes
+wait.
 """
 
 from __future__ import annotations
 
-from pensieve.core.scheduler import Scheduler, _Step
+from pensieve.core.draft import StepDraft
+from pensieve.core.filling import Filling
 
 
-class PhasedScheduler(Scheduler):
-    """The scheduler, but for what goes into one step."""
+class PhasedFilling(Filling):
+    """Each step holds either prefill or decodes."""
 
-    def _fill(self, step: _Step, now_s: float) -> None:
-        self._admit(step, now_s)
-        prompts = sorted(
-            (request for request in self.running if request.missing),
-            key=lambda request: (request.due, request.arrival),
-        )
+    def fill(self, draft: StepDraft) -> None:
+        """Spans for one phase."""
+        self.admission.admit_all(draft)
+        prompts = sorted((r for r in self.running if r.missing), key=lambda r: (r.due, r.arrival))
         for request in prompts:
-            self._plan_missing(step, request)
-        if not step.spans:
+            self.plan_missing(draft, request)
+        if not draft.spans:
             for request in list(self.running):
-                self._plan_decode(step, request, now_s)
+                self.plan_decode(draft, request)

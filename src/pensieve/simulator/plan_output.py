@@ -11,35 +11,37 @@ from rich.console import Console
 from rich.table import Table
 
 from pensieve import __version__
-from pensieve.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.canvas import COLOURS, MARKERS, canvas
+from pensieve.reporting.json_file import plain
+from pensieve.simulator.answer import Answer
 from pensieve.simulator.case import Machine
 from pensieve.simulator.goal import Goal
 from pensieve.simulator.margins import HEADROOM, TIERS, Held, Margin
-from pensieve.simulator.output import plain
-from pensieve.simulator.plan import Answer
-from pensieve.simulator.planner import Book, Trial, rate_of
+from pensieve.simulator.planner import Trial, Trials, rate_of
 
 _MOST_LINES = 6  # of a picture: the answer's, and those with most points
 _STEADY = 0.85  # of the rate asked for, sent in the window
 
 
-def sentences(book: Book, answer: Answer) -> list[str]:
+def sentences(book: Trials, answer: Answer) -> list[str]:
     """The answer in words: first what to buy, or why nothing will do."""
     words = _found(book, answer, answer.best) if answer.best is not None else _missed(book, answer)
     asked, sent = rate_of(answer.closest), answer.closest.outcome.summary.sent_per_s
     if sent < _STEADY * asked:
         words.append(
-            f"In the measured window only {sent:.3g} of {asked:.3g} requests/s were sent, because people who came have not asked their later turns yet: "
-            "take a longer --duration and --warm-up, or this is a plan for less."
+            f"In the measured window only {sent:.3g} of {asked:.3g} requests/s were sent, because people who "
+            "came have not asked their later turns yet: take a longer --duration and --warm-up, or this is a "
+            "plan for less."
         )
     return words
 
 
-def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
+def _found(book: Trials, answer: Answer, best: Trial) -> list[str]:
     goal, prices = book.goal, book.prices
     words = [
-        f"The cheapest that holds {goal.words} within {_ms(goal, goal.latency_s)} at {rate_of(best):.3g} requests/s is {_machine_words(best.machine)}: "
-        f"{_ms(goal, best.latency_s)}, for {best.price:,.0f} a month ({best.price - best.machine.devices * prices.device:,.0f} of it for tiers)."
+        f"The cheapest that holds {goal.words} within {_ms(goal, goal.latency_s)} at {rate_of(best):.3g} "
+        f"requests/s is {_machine_words(best.machine)}: {_ms(goal, best.latency_s)}, for {best.price:,.0f} a "
+        f"month ({best.price - best.machine.devices * prices.device:,.0f} of it for tiers)."
     ]
     if answer.headroom is not None:
         late_s = answer.headroom.latency_s - goal.latency_s
@@ -51,7 +53,8 @@ def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
         else:
             where = "over" if late_s > 0 else "below"
             words.append(
-                f"{share}{_ms(goal, answer.headroom.latency_s)}, {_ms(goal, abs(late_s))} {where} the target; it holds {_held_words(answer.held)}."
+                f"{share}{_ms(goal, answer.headroom.latency_s)}, {_ms(goal, abs(late_s))} {where} the "
+                f"target; it holds {_held_words(answer.held)}."
             )
     gains = [(margin.held.per_s - answer.held.per_s, margin) for margin in answer.margins if margin.price]
     per_s, worth = max(gains, key=lambda gain: gain[0] / gain[1].price, default=(0.0, None))
@@ -59,13 +62,13 @@ def _found(book: Book, answer: Answer, best: Trial) -> list[str]:
         least = "" if worth.held.bounded else "at least "
         each = " a device" if best.machine.devices > 1 and worth.tier != "disk_cache_gb" else ""
         words.append(
-            f"What is worth most for its price is more {TIERS[worth.tier]}: {worth.more_gb:.3g} GB{each} for {worth.price:.3g} a month hold "
-            f"{least}{per_s:.2g} requests/s more."
+            f"What is worth most for its price is more {TIERS[worth.tier]}: {worth.more_gb:.3g} GB{each} for "
+            f"{worth.price:.3g} a month hold {least}{per_s:.2g} requests/s more."
         )
     return words
 
 
-def _missed(book: Book, answer: Answer) -> list[str]:
+def _missed(book: Trials, answer: Answer) -> list[str]:
     goal, closest = book.goal, answer.closest
     found = closest.outcome
     everything = f"{_machine_words(closest.machine)},"
@@ -128,7 +131,7 @@ def _ms(goal: Goal, seconds: float) -> str:
     return f"{1e3 * seconds:.4g} {goal.unit}"
 
 
-def print_trials(book: Book, console: Console, best: Trial | None) -> None:
+def print_trials(book: Trials, console: Console, best: Trial | None) -> None:
     """A line for each machine that was tried under the load itself."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in (
@@ -163,7 +166,7 @@ def print_trials(book: Book, console: Console, best: Trial | None) -> None:
     console.print(table)
 
 
-def print_margins(book: Book, answer: Answer, console: Console) -> None:
+def print_margins(book: Trials, answer: Answer, console: Console) -> None:
     """What another GB of each tier would bring."""
     if not answer.margins:
         return
@@ -189,7 +192,7 @@ def print_margins(book: Book, answer: Answer, console: Console) -> None:
     console.print(table)
 
 
-def to_json(book: Book, answer: Answer) -> dict[str, Any]:
+def to_json(book: Trials, answer: Answer) -> dict[str, Any]:
     """Everything, as plain values. Nothing in it depends on where or when it was simulated."""
     record: dict[str, Any] = {
         "benchmark": "plan",
@@ -217,7 +220,7 @@ def _order(machine: Machine) -> tuple[float, ...]:
     return machine.devices, machine.disk_cache_gb, machine.gpu_cache_gb, machine.cpu_cache_gb
 
 
-def _trial(book: Book, trial: Trial) -> dict[str, Any]:
+def _trial(book: Trials, trial: Trial) -> dict[str, Any]:
     machine, outcome = trial.machine, trial.outcome
     return {
         "model": machine.model, "hardware": machine.hardware, "devices": machine.devices, "gpu_gb": machine.gpu_cache_gb,
@@ -227,12 +230,13 @@ def _trial(book: Book, trial: Trial) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _margin(book: Book, margin: Margin) -> dict[str, Any]:
+def _margin(book: Trials, margin: Margin) -> dict[str, Any]:
     return {**asdict(margin), "tier": TIERS[margin.tier], "trial": _trial(book, margin.trial)}
 
 
-def plot(path: Path, book: Book, answer: Answer, title: str, subtitle: str) -> Path:
-    """The latency over the CPU tier, a line for each first tier and disk of the answer's devices, with the target.
+def plot(path: Path, book: Trials, answer: Answer, title: str, subtitle: str) -> Path:
+    """The latency over the CPU tier, a line for each first tier and disk of the answer's devices, with the
+    target.
 
     Raises:
         ConfigError: matplotlib is not installed.

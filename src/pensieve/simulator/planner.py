@@ -1,7 +1,9 @@
-"""The cheapest tiers that hold a load, found by simulating few of them. Knows cases, prices and a target; what runs cases is given to it.
+"""The cheapest tiers that hold a load, found by simulating few of them. Knows cases, prices and a target;
+what runs cases is given to it.
 
-Latency falls with every tier, up to noise: what held holds with more of everything, what missed misses with less. So a run settles many others
-that are never run, and what is dearer than something that holds need not be looked at.
+Latency falls with every tier, up to noise: what held holds with more of everything, what missed misses with
+less. So a run settles many others that are never run, and what is dearer than something that holds need not
+be looked at.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class Trial:
 
     case: Case
     outcome: Outcome
-    load: float  # of the load that is planned for, so much came
+    load: float  # offered load as a fraction of the planned one
     latency_s: float  # infinite: a request failed, or the simulation was given up
     price: float
 
@@ -101,7 +103,7 @@ class Trial:
 
 
 @dataclass(slots=True)
-class Book:
+class Trials:
     """Every trial, each case once. Sole owner of what is known."""
 
     base: Case
@@ -111,7 +113,8 @@ class Book:
     trials: dict[Case, Trial] = field(default_factory=dict)
 
     def try_all(self, wanted: Iterable[tuple[Machine, float]], *, to_the_end: bool = True) -> list[Trial]:
-        """Simulate machines under shares of the load, those not known yet, in one batch; the trials come in the order asked for.
+        """Simulate machines under shares of the load, those not known yet, in one batch; the trials come in
+        the order asked for.
 
         Not `to_the_end`: only whether they hold is wanted, so a simulation is given up once that is certain.
         """
@@ -147,7 +150,9 @@ class Book:
 
 @dataclass(slots=True)
 class _Column:
-    """CPU tiers of all sizes beside one first tier and disk. Sizes up to `low` miss; those from `high` on hold, or are too dear."""
+    """CPU tiers of all sizes beside one first tier and disk. Sizes up to `low` miss; those from `high` on
+    hold, or are too dear.
+    """
 
     machine: Machine
     sizes: list[float]
@@ -174,11 +179,12 @@ class Found:
     everything: Trial  # with as much of every tier as there may be
 
 
-def search(book: Book, space: Space) -> Found:
+def search(book: Trials, space: Space) -> Found:
     """The cheapest machine of a space that holds the load.
 
-    All columns are searched at once, a probe in each, so that a batch keeps many cores busy; what is proposed depends on outcomes alone, and
-    so the answer does not on the number of cores. The answer's upper neighbour holds too: one lucky run among those that miss is not taken.
+    All columns are searched at once, a probe in each, so that a batch keeps many cores busy; what is proposed
+    depends on outcomes alone, and so the answer does not on the number of cores. The answer's upper neighbour
+    holds too: one lucky run among those that miss is not taken.
     """
     largest = book.machine(space.devices, space.gpu_gb, space.cpu_gb, space.disk_gb if space.cpu_gb else 0.0)
     smallest = book.machine(space.devices, space.gpu_sizes()[-1], 0.0, 0.0)
@@ -206,14 +212,16 @@ def search(book: Book, space: Space) -> Found:
     return Found(space, _best(book, everything, lucky), everything)
 
 
-def _column(book: Book, space: Space, gpu_gb: float, disk_gb: float) -> _Column:
+def _column(book: Trials, space: Space, gpu_gb: float, disk_gb: float) -> _Column:
     sizes = space.cpu_sizes()
     # (a disk is below a CPU tier, or nowhere)
     return _Column(book.machine(space.devices, gpu_gb, 0.0, disk_gb), sizes[1:] if disk_gb else sizes)
 
 
-def _narrow(book: Book, columns: Sequence[_Column], everything: Trial, lucky: set[Case]) -> Trial:
-    """The cheapest in some columns, or what is known to be cheaper. `lucky`: trials that held below one that missed; more are added."""
+def _narrow(book: Trials, columns: Sequence[_Column], everything: Trial, lucky: set[Case]) -> Trial:
+    """The cheapest in some columns, or what is known to be cheaper. `lucky`: trials that held below one that
+    missed; more are added.
+    """
     while True:
         best = _best(book, everything, lucky)
         for column in columns:
@@ -230,7 +238,7 @@ def _narrow(book: Book, columns: Sequence[_Column], everything: Trial, lucky: se
         lucky.add(best.case)
 
 
-def _best(book: Book, everything: Trial, lucky: set[Case]) -> Trial:
+def _best(book: Trials, everything: Trial, lucky: set[Case]) -> Trial:
     """The cheapest that holds; of equal ones that with the smallest tiers."""
     held = [trial for trial in _known(book, everything) if book.holds(trial) and trial.case not in lucky]
     return min(
@@ -244,7 +252,7 @@ def _best(book: Book, everything: Trial, lucky: set[Case]) -> Trial:
     )
 
 
-def _known(book: Book, everything: Trial) -> list[Trial]:
+def _known(book: Trials, everything: Trial) -> list[Trial]:
     return [
         trial
         for trial in book.trials.values()
@@ -252,8 +260,10 @@ def _known(book: Book, everything: Trial) -> list[Trial]:
     ]
 
 
-def _bound(book: Book, column: _Column, best: Trial, lucky: set[Case]) -> None:
-    """Set a column's bounds by all that is known; between them lies what is unknown and cheaper than the best by enough to matter."""
+def _bound(book: Trials, column: _Column, best: Trial, lucky: set[Case]) -> None:
+    """Set a column's bounds by all that is known; between them lies what is unknown and cheaper than the best
+    by enough to matter.
+    """
     known = _known(book, best)
     missed = [trial for trial in known if not book.holds(trial) or trial.case in lucky]
     held = [trial for trial in known if book.holds(trial) and trial.case not in lucky]
@@ -308,7 +318,7 @@ def rate_of(trial: Trial) -> float:
 
 
 def rounded(gigabytes: float) -> float:
-    """A size of three digits, not larger: what somebody would write down."""
+    """The size rounded down to three digits."""
     if gigabytes <= 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(gigabytes)) - 2)

@@ -1,11 +1,13 @@
-"""Eviction policies to compare with, which no server offers. Knows chunks, costs and, for bounds, the future; never tiers or requests.
+"""Eviction policies to compare with, which no server offers. Knows chunks, costs and, for bounds, the future;
+never tiers or requests.
 
     tail-lru       least recently active conversation first, its trailing chunk first: what vLLM and SGLang do
-    conversation   least recently active conversation first, and all of it: what CachedAttention does
-    t-lru          Tail-Optimized LRU: first what the next turn can do without and stay under a threshold, then LRU
-    lfu            fewest turns first, aged (LFUDA); arc: recency against frequency, adaptive (`classic_policies`)
-    clairvoyant    knows when each conversation comes back: worth = Cost(l) / time until then. Greedy, so a strong policy and not a bound
-    belady         knows it too, and lets the farthest go first, whatever it costs
+    conversation   least recently active conversation first, and all of it: what CachedAttention does t-lru
+    Tail-Optimized LRU: first what the next turn can do without and stay under a threshold, then LRU lfu
+    fewest turns first, aged (LFUDA); arc: recency against frequency, adaptive (`classic_policies`)
+    clairvoyant    knows when each conversation comes back: worth = Cost(l) / time until then. Greedy, so a
+    strong policy and not a bound belady         knows it too, and lets the farthest go first, whatever it
+    costs
 
 `make_policy` makes these and those of the core by name.
 """
@@ -26,7 +28,7 @@ from pensieve.core.eviction import (
     PolicyFactory,
     PolicyFamily,
 )
-from pensieve.core.sequence import Key, Sequence
+from pensieve.core.sequence import Key, Sequence, sequences_of
 from pensieve.errors import ConfigError
 from pensieve.simulator.classic_policies import AdaptiveFamily, FrequencyFamily
 
@@ -43,21 +45,24 @@ class Setting:
     cost_of_chunk: CostOfChunk
     chunk_tokens: int = 32
     num_slots: int = 1024  # of the first tier
-    next_use_s: NextUse | None = None  # asked once whenever a sequence goes idle; None: nobody knows
-    uncached_tokens: int = (
-        2048  # t-lru: a turn may compute so many tokens that are not cached, its prompt included
-    )
+    next_use_s: NextUse | None = None  # asked when a sequence goes idle; None if unknown
+    # t-lru: a turn may compute so many tokens that are not cached, its prompt included
+    uncached_tokens: int = 2048
     prompt_tokens: int = 128  # t-lru: what a turn is expected to add
 
 
 class TailLRU(LRU):
-    """Least recently active conversation first, and of it the trailing chunk: the order of an LRU list of blocks freed back to front."""
+    """Least recently active conversation first, and of it the trailing chunk: the order of an LRU list of
+    blocks freed back to front.
+    """
 
     trailing = True
 
 
 class WholeConversations(LRU):
-    """Least recently active conversation first: copied down or dropped as a whole, not just as much as is needed."""
+    """Least recently active conversation first: copied down or dropped as a whole, not just as much as is
+    needed.
+    """
 
     whole = True
 
@@ -65,8 +70,9 @@ class WholeConversations(LRU):
 class TailOptimizedLRU(LRU):
     """T-LRU (Zhang et al., "Tail-Optimized Caching for LLM Inference", 2025).
 
-    Of a conversation of L tokens whose next turn is expected to bring Q, the first L + Q - X suffice for a turn that computes no more than
-    X tokens. What lies beyond goes before anything else, least recently active first; then LRU. Trailing chunks first throughout.
+    Of a conversation of L tokens whose next turn is expected to bring Q, the first L + Q - X suffice for a
+    turn that computes no more than X tokens. What lies beyond goes before anything else, least recently
+    active first; then LRU. Trailing chunks first throughout.
     """
 
     trailing = True
@@ -76,7 +82,7 @@ class TailOptimizedLRU(LRU):
         self._lengths, self._spare_chunks = family.lengths, spare_chunks
 
     def _rank(self, chunk: Chunk) -> float:
-        longest = max(self._lengths.get(member.key, len(member.chunks)) for member in chunk.owner.sequences())
+        longest = max(self._lengths.get(member.key, len(member.chunks)) for member in sequences_of(chunk))
         spare = chunk.index >= longest - self._spare_chunks
         return chunk.owner.last_active_s - (1e13 if spare else 0.0)
 
@@ -110,13 +116,14 @@ class Foresight(PolicyFamily):
 
     def next_s(self, chunk: Chunk) -> float:
         """When the first of the conversations through an idle chunk comes back."""
-        return min(self._next.get(member.key, math.inf) for member in chunk.owner.sequences())
+        return min(self._next.get(member.key, math.inf) for member in sequences_of(chunk))
 
 
 class Clairvoyant(ByLines[tuple[int, bool]]):
     """Worth = Cost(l) / (time until its next use), 0 for what is never used again.
 
-    1/worth is a straight line that falls until the next use. Within a length class the farthest is the worst for ever.
+    1/worth is a straight line that falls until the next use. Within a length class the farthest is the worst
+    for ever.
     """
 
     def __init__(self, cost_of_chunk: CostOfChunk, foresight: Foresight) -> None:
@@ -185,7 +192,7 @@ def make_policy(name: str, setting: Setting) -> PolicyFactory:
     """The policies of one cache, by name.
 
     Raises:
-        ConfigError: no policy has that name, or it would have to know the future and nobody tells it.
+        ConfigError: no policy has that name, or it needs the future and `next_use_s` is None.
     """
     if name in POLICIES:
         return POLICIES[name](setting.cost_of_chunk)

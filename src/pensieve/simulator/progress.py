@@ -1,4 +1,4 @@
-"""Shows how far simulations are, in simulated time. Knows ticks; nothing of what is simulated."""
+"""Shows how far simulations are, in simulated time. Knows cases and ticks; never what is simulated in them."""
 
 from __future__ import annotations
 
@@ -6,55 +6,41 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pensieve.reporting.progress import open_bar
 from pensieve.simulator.case import Case
 from pensieve.simulator.sweep import Tell, Tick
 
 
 @contextmanager
 def progress(cases: Sequence[Case], console: Console | None = None) -> Iterator[Tell]:
-    """A bar over all cases on a terminal, a line at each case's end elsewhere (a file, a pipe, CI). Default console: standard error."""
-    console = console or Console(stderr=True)
+    """One bar for all cases on a terminal; elsewhere a line at the end of each case.
+
+    Args:
+        cases: what is simulated.
+        console: None: standard error.
+    """
     times = [0.0] * len(cases)
-    finished = [0] * len(cases)
-    if not console.is_terminal:
+    finished = [0] * len(cases)  # requests
+    lengths = [case.load.duration_s or 1.0 for case in cases]  # (a trace's length is known at its end only)
+    bar = open_bar("simulating", sum(lengths), console)
+    num_done = 0
 
-        def line(tick: Tick) -> None:
-            if tick.done:
-                finished[tick.index] = 1
-                console.print(
-                    f"{sum(finished)} of {len(cases)} simulations done: {_words(cases[tick.index])}",
-                    highlight=False,
-                )
+    def show(tick: Tick) -> None:
+        nonlocal num_done
+        num_done += tick.done
+        times[tick.index] = lengths[tick.index] if tick.done else min(tick.now_s, lengths[tick.index])
+        finished[tick.index] = tick.finished
+        if bar.live:
+            words = f"{num_done}/{len(cases)}, at {_clock(tick.now_s)}, {sum(finished):,} requests"
+            bar.show(sum(times), sum(lengths), words)
+        elif tick.done:
+            bar.say(f"{num_done} of {len(cases)} simulations done: {_words(cases[tick.index])}")
 
-        yield line
-        return
-    lengths = [
-        case.load.duration_s or 0.0 for case in cases
-    ]  # (a trace's own length is known when it is over)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[words]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as bar:
-        task = bar.add_task("simulating", total=sum(lengths) or len(cases), words="")
-
-        def show(tick: Tick) -> None:
-            length = lengths[tick.index]
-            times[tick.index] = (length or 1.0) if tick.done else min(tick.now_s, length)
-            finished[tick.index] = tick.finished
-            done = sum(length <= at for length, at in zip(lengths, times, strict=True) if at)
-            bar.update(
-                task,
-                completed=sum(times),
-                words=f"{done}/{len(cases)}, at {_clock(tick.now_s)}, {sum(finished):,} requests",
-            )
-
+    try:
         yield show
+    finally:
+        bar.close()
 
 
 def _words(case: Case) -> str:

@@ -1,11 +1,14 @@
-"""What became of every request of a simulation, and what follows from it. Knows times and token counts; never schedulers."""
+"""What became of every request of a simulation, and what follows from it. Knows times and token counts; never
+schedulers.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+
+from pensieve.core.receipt import Receipt
+from pensieve.reporting.spread import Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,19 +18,9 @@ class RequestRecord:
     conversation: str
     turn: int
     sent_s: float
-    admitted_s: float | None  # None: it never ran
-    first_token_s: float | None
     finished_s: float
-    prompt_tokens: int  # = gpu + cpu + recomputed + new, once admitted
     history_tokens: int
-    gpu_tokens: int
-    cpu_tokens: int
-    recomputed_tokens: int
-    new_tokens: int
-    output_tokens: int
-    again_cpu_tokens: int  # swapped in once more after a suspension
-    again_computed_tokens: int
-    suspensions: int
+    receipt: Receipt  # without misses
     error: str | None = None
 
     @property
@@ -38,35 +31,13 @@ class RequestRecord:
     @property
     def normalized_s(self) -> float:
         """End-to-end latency over output tokens (paper, evaluation)."""
-        return self.latency_s / self.output_tokens
+        return self.latency_s / self.receipt.output_tokens
 
     @property
     def ttft_s(self) -> float:
         """Time to first token."""
-        assert self.first_token_s is not None
-        return self.first_token_s - self.sent_s
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A mean and percentiles (nearest rank); NaN of nothing."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of some numbers."""
-        if not values:
-            return cls(math.nan, math.nan, math.nan, math.nan)
-        ordered = sorted(values)
-        last = len(ordered) - 1
-        return cls(
-            fmean(ordered),
-            *(ordered[min(last, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99)),
-        )
+        assert self.receipt.first_token_s is not None
+        return self.receipt.first_token_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +72,10 @@ def summarize(records: Sequence[RequestRecord], begin_s: float, end_s: float) ->
     def share(tokens: int) -> float:
         return tokens / history if history else 0.0
 
-    found = sum(record.gpu_tokens for record in answered)
-    swapped = sum(record.cpu_tokens for record in answered)
-    recomputed = sum(record.recomputed_tokens for record in answered)
+    receipts = [record.receipt for record in answered]
+    found = sum(receipt.gpu_tokens for receipt in receipts)
+    swapped = sum(receipt.cpu_tokens for receipt in receipts)
+    recomputed = sum(receipt.recomputed_tokens for receipt in receipts)
     span_s = end_s - begin_s
     return Summary(
         window_s=(begin_s, end_s),
@@ -111,7 +83,7 @@ def summarize(records: Sequence[RequestRecord], begin_s: float, end_s: float) ->
         failed=len(sent) - len(answered),
         sent_per_s=len(sent) / span_s,
         finished_per_s=len(ended) / span_s,
-        output_tokens_per_s=sum(record.output_tokens for record in ended) / span_s,
+        output_tokens_per_s=sum(record.receipt.output_tokens for record in ended) / span_s,
         normalized_s=Spread.of([record.normalized_s for record in answered]),
         ttft_s=Spread.of([record.ttft_s for record in answered]),
         latency_s=Spread.of([record.latency_s for record in answered]),
@@ -120,6 +92,6 @@ def summarize(records: Sequence[RequestRecord], begin_s: float, end_s: float) ->
         recomputed_share=share(recomputed),
         recomputed_tokens=recomputed,
         history_tokens=history,
-        again_computed_tokens=sum(record.again_computed_tokens for record in answered),
-        suspensions=sum(record.suspensions for record in answered),
+        again_computed_tokens=sum(receipt.resume_recomputed_tokens for receipt in receipts),
+        suspensions=sum(receipt.suspensions for receipt in receipts),
     )

@@ -1,6 +1,8 @@
-"""Users who converse with the real scheduler and cache in virtual time. Knows scripts, requests and the clock; never costs or policies.
+"""Users who converse with the real scheduler and cache in virtual time. Knows scripts, requests and the
+clock; never costs or policies.
 
-Sole owner of time here, as the engine is where a model computes. One loop: send what is due, schedule, run, commit.
+Sole owner of time here, as the engine is where a model computes. One loop: send what is due, schedule, run,
+commit.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from pensieve.core.checks import check
 from pensieve.core.plan import StepPlan, StepResult
+from pensieve.core.receipt import Receipt
 from pensieve.core.request import Request, SamplingParams
 from pensieve.core.scheduler import Scheduler
 from pensieve.errors import PensieveError
@@ -22,12 +26,14 @@ from pensieve.workloads.conversations import text_length_tokens
 from pensieve.workloads.scripts import Piece, Player, Script
 
 NAMESPACE = "simulation"
-_STEPS_A_LOOK = 256  # between looking whether somebody wants to know or the goal is missed
+_STEPS_A_LOOK = 256  # between two checks whether to report progress or to give up
 
 
 @dataclass(slots=True)
 class _Conversation:
-    """A script being played. Every token of a turn has the same made-up id, one that no other conversation uses."""
+    """A script being played. Every token of a turn has the same made-up id, one that no other conversation
+    uses.
+    """
 
     script: Script
     name: str  # unique within the simulation
@@ -71,13 +77,16 @@ class Simulation:
         tell: Callable[[float, int], None] | None = None,
         lateness: Lateness | None = None,
     ) -> bool:
-        """Play everybody to the end, or until every request sent in the window has ended. False: it was given up before.
+        """Play all users to the end, or until every request sent in the window has ended.
+
+        Returns False if the run was given up before.
 
         Args:
             players: by their start, ascending; may be endless if there is a window.
-            window_s: what is measured. Everybody goes on until it is over and its requests have ended.
+            window_s: the span that is measured. Users go on until it is over and its requests have ended.
             tell: called now and then with the virtual time and the number of requests finished.
-            lateness: asked now and then; when it says that its goal is missed for certain, there is no need to go on.
+            lateness: asked now and then; when it says that its goal is missed for certain, there is no need
+                to go on.
         """
         coming = iter(players)
         upcoming = next(coming, None)
@@ -107,7 +116,9 @@ class Simulation:
                     return False
 
     def next_use_s(self, name: str, now_s: float) -> float:
-        """When a conversation whose turn ends now sends its next: what a clairvoyant policy knows. Infinity: never."""
+        """When a conversation whose turn ends now sends its next: what a clairvoyant policy knows. Infinity:
+        never.
+        """
         conversation = self._playing[name]
         if conversation.turn + 1 >= len(conversation.script.turns):
             return math.inf
@@ -116,7 +127,9 @@ class Simulation:
     # -- steps
 
     def _run_step(self, upcoming: Player | None) -> bool:
-        """Schedule, run, commit; if there is nothing to do, move on to when there is. False: there never will be."""
+        """Schedule, run, commit; if there is nothing to do, move on to when there is. False: there never will
+        be.
+        """
         scheduler, worker, clock = self._scheduler, self._worker, self._clock
         plan = scheduler.schedule(clock.now_s)
         if plan.is_empty:
@@ -131,11 +144,13 @@ class Simulation:
         if committed_s := worker.committed_s(plan, len(events.finished)):
             self._move_on(clock.now_s + committed_s)
         if self._debug:
-            scheduler.cache.check()
+            check(scheduler.cache)
         return True
 
     def _run_steadily(self, most: int, upcoming: Player | None, window_s: tuple[float, float] | None) -> int:
-        """Run steps that only decode, if such come next, `most` or until something else is due; returns how many."""
+        """Run steps that only decode, if such come next, `most` or until something else is due; returns how
+        many.
+        """
         steady = self._scheduler.steady_steps()
         if steady is None:
             return 0
@@ -183,9 +198,8 @@ class Simulation:
     def _waiting(self) -> Iterator[Waiting]:
         for request_id, flight in self._in_flight.items():
             turn = flight.conversation.script.turns[flight.conversation.turn]
-            yield Waiting(
-                flight.sent_s, turn.output_tokens, self._scheduler.requests[request_id].first_token_s
-            )
+            receipt = self._scheduler.requests[request_id].receipt
+            yield Waiting(flight.sent_s, turn.output_tokens, receipt.first_token_s)
 
     # -- users
 
@@ -246,14 +260,8 @@ class Simulation:
     def _take_answer(self, request: Request) -> None:
         flight = self._in_flight.pop(request.request_id)
         conversation = flight.conversation
-        self.records.append(
-            RequestRecord(
-                conversation.name, conversation.turn, flight.sent_s, request.admitted_s, request.first_token_s, self._clock.now_s,
-                request.num_prompt, request.history_tokens, request.gpu_tokens, request.cpu_tokens, request.recomputed_tokens,
-                request.new_tokens, request.num_output, request.resume_cpu_tokens, request.resume_recomputed_tokens, request.suspensions,
-                request.error,
-            )
-        )  # fmt: skip
+        receipt = replace(request.receipt, misses=())
+        self._note(flight, request.history_tokens, receipt, request.error)
         message = conversation.script.turns[conversation.turn].message_tokens
         conversation.runs.append((conversation.token_id, message + request.num_output))
         self._go_on(conversation)
@@ -261,31 +269,16 @@ class Simulation:
     def _refused(self, request_id: str, prompt: int, history: int, why: str) -> None:
         """A turn that the scheduler does not take ends its conversation: its user has nothing to answer to."""
         flight = self._in_flight.pop(request_id)
-        now_s = self._clock.now_s
-        conversation = flight.conversation
-        self.records.append(
-            RequestRecord(
-                conversation.name,
-                conversation.turn,
-                flight.sent_s,
-                None,
-                None,
-                now_s,
-                prompt,
-                history,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                why,
-            )
-        )
+        conversation, now_s = flight.conversation, self._clock.now_s
+        self._note(flight, history, Receipt(prompt), why)
         del self._playing[conversation.name]
         self._next_script(conversation.player, now_s)
+
+    def _note(self, flight: _InFlight, history: int, receipt: Receipt, error: str | None) -> None:
+        name, turn = flight.conversation.name, flight.conversation.turn
+        self.records.append(
+            RequestRecord(name, turn, flight.sent_s, self._clock.now_s, history, receipt, error)
+        )
 
     def _go_on(self, conversation: _Conversation) -> None:
         conversation.turn += 1

@@ -1,4 +1,6 @@
-"""Many cases on all cores. Knows processes; nothing of what a case is about. The order and the number of processes change no result."""
+"""Many cases on all cores. Knows processes; nothing of what a case is about. The order and the number of
+processes change no result.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,7 @@ def _there(index: int, case: Case, keep_records: bool) -> Outcome:
     parent = os.getppid()
 
     def tell(tick: Tick) -> None:
-        if os.getppid() != parent:  # whoever wanted it was killed
+        if os.getppid() != parent:  # the process that asked for it was killed
             os._exit(1)
         _ticks.put(tick)
 

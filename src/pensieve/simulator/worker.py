@@ -1,7 +1,8 @@
-"""A worker that costs instead of computing. Knows plans, rates and virtual time; never tensors or why a plan is as it is.
+"""A worker that costs instead of computing. Knows plans, rates and virtual time; never tensors or why a plan
+is as it is.
 
-A step takes what the cost model says. Swap-ins come layer by layer while layers that are there are computed (paper §4.3.3). Swap-outs go on
-in the background, one after the other, and wait for swap-ins (paper §5).
+A step takes what the cost model says. Swap-ins come layer by layer while layers that are there are computed
+(paper §4.3.3). Swap-outs go on in the background, one after the other, and wait for swap-ins (paper §5).
 """
 
 from __future__ import annotations
@@ -179,7 +180,8 @@ class CostWorker:
         down_s = lane.ends_s - begin_s if lane.current is not None else 0.0
         if not links.hold_back and lane.waiting:
             down_s = seconds  # the other direction is busy all along
-        # while both are busy each moves at `duplex_share`: what is done in `down_s` would have taken a share of it
+        # while both are busy each moves at `duplex_share`: what is done in `down_s` would have taken a share
+        # of it
         shared_s = min(max(0.0, down_s), seconds / links.duplex_share)
         seconds += shared_s * (1.0 - links.duplex_share)
         lane.held_until(begin_s, begin_s + seconds, links.duplex_share)
@@ -195,7 +197,8 @@ class CostWorker:
         host_s = self._overheads.step_s + self._overheads.request_s * self._num_requests
         computed_s = device_s
         if copied_s:
-            # layer i can be computed when it is copied and layer i - 1 is computed: all layers are alike, so one of the two runs is the whole
+            # layer i can be computed when it is copied and layer i - 1 is computed: all layers are alike, so
+            # one of the two runs is the whole
             layers = self._cost.num_layers
             computed_s = max(copied_s / layers + device_s, copied_s + device_s / layers)
         self.busy_s += host_s + computed_s

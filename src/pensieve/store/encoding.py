@@ -150,7 +150,7 @@ def messages_text(messages: Sequence[Message]) -> str:
         content = "".join(json_pieces(message.content))
         rest = f", {json.dumps(extra)}]" if extra else "]"
         rows.append(f"[{json.dumps(message.role)}, {content}{rest}")
-    return f"[{', '.join(rows)}]"  # (as json.dumps writes it)
+    return f"[{', '.join(rows)}]"  # as json.dumps writes it
 
 
 def messages_from(text: str) -> tuple[Message, ...]:

@@ -110,8 +110,12 @@ def tools_prompt(tools: Tools, format: ToolFormat = ToolFormat.HERMES) -> str:
             '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
         ),
         ToolFormat.LLAMA3: 'and nothing else:\n{"name": <function-name>, "parameters": <args-json-object>}',
-        ToolFormat.MISTRAL: 'in a list:\n[TOOL_CALLS][{"name": <function-name>, "arguments": <args-json-object>}]',
-        ToolFormat.MISTRAL_ARGS: "behind the function's name:\n[TOOL_CALLS]<function-name>[ARGS]<args-json-object>",
+        ToolFormat.MISTRAL: (
+            'in a list:\n[TOOL_CALLS][{"name": <function-name>, "arguments": <args-json-object>}]'
+        ),
+        ToolFormat.MISTRAL_ARGS: (
+            "behind the function's name:\n[TOOL_CALLS]<function-name>[ARGS]<args-json-object>"
+        ),
     }[format]
     what = "its arguments" if format is ToolFormat.MISTRAL_ARGS else "function name and arguments"
     return (

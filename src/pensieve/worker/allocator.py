@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
 
     Every layer of every step allocates and frees the same few megabytes. By default glibc gives them back to
     the system and gets them again as fresh pages, zeroed one fault at a time: 130,000 to 170,000 faults in a
-    batch of six prompts of 700 tokens (docs/performance.md).
+    batch of six prompts of 700 tokens (docs/log/performance.md).
     """
     if not sys.platform.startswith("linux"):
         return False

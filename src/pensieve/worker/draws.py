@@ -51,7 +51,7 @@ def likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
     Returns:
         Whether the row's maximum is a number (no NaN in the row, no infinity at the top), and the first token
         that has it. On a CPU this uses numpy, in one thread: it compares 16-bit floats as the integers that
-        their bits are, a whole vector at a time; torch takes ten times as long (docs/performance.md) and
+        their bits are, a whole vector at a time; torch takes ten times as long (docs/log/performance.md) and
         would wake other threads.
     """
     if logits.device.type != "cpu":

@@ -47,8 +47,8 @@ def admit(
         label: its name in messages; if empty, the config's.
         test: compare with the model's own eager attention on random ids.
         forward: what computes it.
-        int8: weights of 8 bits, with fused operations only. Answers change: docs/performance.md says by how
-            much.
+        int8: weights of 8 bits, with fused operations only. Answers change:
+            docs/log/performance.md says by how much.
         keep_modules: False empties the modules if fused operations compute: the weights are in memory once,
             but `eager` is lost.
 

@@ -4,8 +4,8 @@ Knows transformers' modules and weights; never plans, slots or sampling.
 
 Llama, Mistral, Qwen2, Qwen3 and SmolLM3 are one model with small differences: RMS norms, rotary positions (in
 SmolLM3 not in every layer), grouped queries (normalised in Qwen3), a gated MLP. Run by its modules, a decode
-step takes two to three times as long as it must (docs/performance.md). Here q, k and v are one product, gate
-and up another; weights are laid out for fast reading; the operations between the products are one kernel
+step takes two to three times as long as it must (docs/log/performance.md). Here q, k and v are one product,
+gate and up another; weights are laid out for fast reading; the operations between the products are one kernel
 each. On a CPU where all of them, attention included, are our own kernels, a layer is one call. Results are
 rounded less often than by the modules and differ from theirs within the tolerance of `worker.self_test`,
 which protects users from a mistake here.

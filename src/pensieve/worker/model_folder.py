@@ -73,7 +73,7 @@ def config_of(folder: Path) -> PretrainedConfig:
 
 
 def stop_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """Token ids that end an answer, of generation_config.json, the config and the tokenizer, in this order."""
+    """Token ids that end an answer: of generation_config.json, then the config, then the tokenizer."""
     named: list[int | list[int] | None] = [_read_json(folder / "generation_config.json").get("eos_token_id")]
     named.append(getattr(config.get_text_config(), "eos_token_id", None))
     text = _read_json(folder / "tokenizer_config.json").get("eos_token")

@@ -1,4 +1,4 @@
-"""The table of `pensieve models`. Knows presets and the default model; never weights, folders or the network."""
+"""The table of `pensieve models`. Knows presets and the default model; never weights or the network."""
 
 from __future__ import annotations
 

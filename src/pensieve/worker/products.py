@@ -4,8 +4,9 @@ Knows matrices and layouts; never models, attention or positions.
 
 On a CPU there are two ways. Panels are read by our own kernel, on CPUs that multiply bfloat16 in vectors or
 in whole tiles (AMX): it is faster than oneDNN at every size in vectors, and in tiles for up to about sixty
-rows (docs/performance.md). Weights may have 8 bits there, which halves what few rows have to read. oneDNN's
-own layout serves float32, and CPUs without such instructions. On a GPU products are the library's own.
+rows (docs/log/performance.md). Weights may have 8 bits there, which halves what few rows have to read.
+oneDNN's own layout serves float32, and CPUs without such instructions. On a GPU products are the library's
+own.
 """
 
 from __future__ import annotations
@@ -289,7 +290,7 @@ def lay_out_modules(model: nn.Module) -> None:
     """Lay the weights of GPT-2's kind of product, (in, out) in 16 bits, out like a linear module's.
 
     On a CPU that does not multiply bfloat16, torch takes ten times as long for them otherwise
-    (docs/performance.md).
+    (docs/log/performance.md).
     """
     for module in model.modules():
         if (
@@ -339,7 +340,7 @@ def _pairs(weight: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _woven(pairs: torch.Tensor) -> torch.Tensor:
-    """(panels, in / 2, PANEL, 2) of int8 in the order of kernel/products.c: 4 outputs of each half by turns."""
+    """(panels, in / 2, PANEL, 2) of int8 as kernel/products.c reads them: 4 outputs of each half by turns."""
     halves = pairs.view(*pairs.shape[:2], 2, 4, 4, 2)
     return halves.transpose(2, 3).reshape(pairs.shape)
 

@@ -1,1 +1,3 @@
-"""What users ask and when: conversations, arrivals, think times. Knows text and seconds; never tokens of a model, or an engine."""
+"""What users ask and when: conversations, arrivals, think times. Knows text and seconds; never tokens of a
+model, or an engine.
+"""

@@ -1,4 +1,5 @@
-"""When users speak: think times, Poisson arrivals, starts. Knows seconds; never what is said, nor the time of day.
+"""When users speak: think times, Poisson arrivals, starts. Knows seconds; never what is said, nor the time of
+day.
 
 Everything is a pure function of a seed, so two systems measured one after the other meet the same users.
 """
@@ -45,9 +46,8 @@ class ThinkTimes:
     """How long each user thinks between an answer and the next turn."""
 
     request_interval_s: float  # a warm user's (mean) think time
-    jitter: bool = (
-        False  # False: always the class's time; True: exponential with that mean (paper, evaluation)
-    )
+    # False: always the class's time; True: exponential with that mean (paper, evaluation)
+    jitter: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,7 +57,9 @@ class ThinkTimes:
             )
 
     def think_s(self, user: int, turn: int) -> float:
-        """Seconds that user thinks before its turn `turn`. The same for the same seed, in whatever order it is asked."""
+        """Seconds that user thinks before its turn `turn`. The same for the same seed, in whatever order it
+        is asked.
+        """
         mean_s = self.request_interval_s * think_class(user).factor
         if not self.jitter:
             return mean_s
@@ -66,7 +68,9 @@ class ThinkTimes:
 
 @dataclass(frozen=True, slots=True)
 class ThinkTime:
-    """How long anybody thinks between an answer and the next turn: always the same, exponential around a mean (paper, evaluation), or as observed."""
+    """A user's time between an answer and the next turn: constant, exponential around a mean (paper,
+    evaluation), or as observed.
+    """
 
     mean_s: float = 0.0
     exponential: bool = False
@@ -80,8 +84,8 @@ class ThinkTime:
     def parse(cls, text: str) -> Self:
         """A think time's words.
 
-        `2.5`: always so many seconds; `exp:3`: exponential with that mean; `chats`: as people in chats took it; `file:GAPS`: as the file
-        has it, a number of seconds a line.
+        `2.5`: always so many seconds; `exp:3`: exponential with that mean; `chats`: as people in chats took
+        it; `file:GAPS`: as the file has it, a number of seconds a line.
 
         Raises:
             ConfigError: it is none of these, or the file cannot be read.
@@ -102,7 +106,9 @@ class ThinkTime:
         return cls(gaps.mean_s, gaps=gaps)
 
     def draw_s(self, seed: int | str, conversation: int | str, turn: int) -> float:
-        """Seconds before turn `turn` of a conversation. The same for the same seed, in whatever order it is asked."""
+        """Seconds before turn `turn` of a conversation. The same for the same seed, in whatever order it is
+        asked.
+        """
         if self.gaps is None and not self.exponential:
             return self.mean_s
         rng = random.Random(f"think/{seed}/{conversation}/{turn}")
@@ -115,7 +121,8 @@ class ThinkTime:
 
 
 def poisson_arrivals(rate_per_s: float, seed: int | str = 0) -> Iterator[float]:
-    """Arrival times in seconds from 0, ascending, without end; gaps are exponential with mean `1 / rate_per_s`.
+    """Arrival times in seconds from 0, ascending, without end; gaps are exponential with mean `1 /
+    rate_per_s`.
 
     Raises:
         ConfigError: the rate is not a positive number.
@@ -133,7 +140,8 @@ def even_starts(num_users: int, over_s: float) -> list[float]:
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """One rate, several (`0.5,1,2`) or a range, with a step of 1 (`1:10`) or another (`0.5:4:0.5`), both ends included.
+    """One rate, several (`0.5,1,2`) or a range, with a step of 1 (`1:10`) or another (`0.5:4:0.5`), both ends
+    included.
 
     Raises:
         ConfigError: it is none of these, a rate is not positive, or there are too many.

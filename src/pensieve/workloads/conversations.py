@@ -1,4 +1,5 @@
-"""What users say: conversations from files and the shipped ones. Knows text; never a model's tokens, a template or time.
+"""What users say: conversations from files and the shipped ones. Knows text; never a model's tokens, a
+template or time.
 
 Only the users' side is read, and how long the answers were: the model under test gives its own.
 """
@@ -55,12 +56,12 @@ def load_dataset(path: str | Path | None = None) -> list[Conversation]:
     - chat messages: `{"id"?, "messages": [{"role", "content"}]}`,
     - ShareGPT: `{"id"?, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}`.
 
-    Recorded chats (the last two) may hold blank messages and conversations without a user: these are left out. An id
-    that is missing is made from the position; one that comes again gets `#2`, `#3`, ...
+    Recorded chats (the last two) may hold blank messages and conversations without a user: these are left
+    out. An id that is missing is made from the position; one that comes again gets `#2`, `#3`, ...
 
     Raises:
-        ConfigError: the file cannot be read or an entry has none of these forms; the message names file, line or
-            index, what is wrong and what is allowed.
+        ConfigError: the file cannot be read or an entry has none of these forms; the message names file, line
+            or index, what is wrong and what is allowed.
     """
     if path is None:
         data = importlib.resources.files("pensieve.workloads").joinpath("data", SHIPPED).read_bytes()
@@ -91,7 +92,8 @@ def load_dataset(path: str | Path | None = None) -> list[Conversation]:
 def select(
     conversations: Sequence[Conversation], num: int, min_turns: int = 1, max_turns: int | None = None
 ) -> Selection:
-    """The first `num` conversations of at least `min_turns` turns, each cut after `max_turns` (None: not cut).
+    """The first `num` conversations of at least `min_turns` turns, each cut after `max_turns` (None: not
+    cut).
 
     When there are fewer, they are taken again from the first on, under new ids, and the note says so.
 
@@ -243,7 +245,9 @@ def _texts(value: object, where: str) -> list[str]:
 def _chat(
     value: object, where: str, field: str, role_key: str, text_key: str, system: str | None
 ) -> tuple[str | None, list[str], list[int | None]]:
-    """System prompt, user texts and the lengths of their answers in a recorded chat; blank messages are left out."""
+    """System prompt, user texts and the lengths of their answers in a recorded chat; blank messages are left
+    out.
+    """
     if not isinstance(value, list):
         raise ConfigError(f'{where}: "{field}" must be a list of messages, got {_kind(value)}')
     turns: list[str] = []

@@ -1,4 +1,4 @@
-"""How long people really took to answer, as quantiles. Knows seconds; never conversations, nor why anybody took so long."""
+"""Observed times that people took to answer, as quantiles. Knows seconds; never conversations."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ class Gaps:
         return math.fsum((high - low) * (shorter + longer) / 2 for (low, high), (shorter, longer) in steps)
 
 
-# Between the last message of one person and the next of the other, of 7,168 chats of people with each other (131,569 gaps): computed from
-# the time stamps, whole seconds, of the Chit Chat Challenge's data set (PyPI: chitchat-dataset 0.9.0, MIT). One gap in 711 is longer than
-# an hour, up to eight days: they are left out, since whoever left and came back another day is not thinking, and makes 61 s of the mean, 99 s.
+# Between the last message of one person and the next of the other, of 7,168 chats of people with each other
+# (131,569 gaps): computed from the time stamps, whole seconds, of the Chit Chat Challenge's data set (PyPI:
+# chitchat-dataset 0.9.0, MIT). One gap in 711 is longer than an hour, up to eight days: they are left out,
+# since users who come back another day were not thinking; they make
+# 61 s of the mean of 99 s.
 CHATS = Gaps(
     "chats",
     (
@@ -122,7 +124,8 @@ def read_gaps(path: str | Path) -> Gaps:
     """Gaps from a file: a number of seconds a line; blank lines and lines that begin with # do not count.
 
     Raises:
-        ConfigError: it cannot be read, holds no gap, or a line is no number of seconds; the message names the line.
+        ConfigError: it cannot be read, holds no gap, or a line is no number of seconds; the message names the
+            line.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")

@@ -1,16 +1,20 @@
-"""Conversations like those of the paper's datasets, made without them. Knows token counts, seconds and shapes; never a text, a file or a server.
+"""Conversations like those of the paper's datasets, made without them. Knows token counts, seconds and
+shapes; never a text, a file or a server.
 
-The paper (section 6, Table 2) measures with ShareGPT (5.56 turns of 37.77 input and 204.58 output tokens, on average) and UltraChat (3.86,
-51.78, 257.81), conversations cut where they outgrow 16,384 tokens. Only these means are published; they hold here, after the cut. The shapes
+The paper (section 6, Table 2) measures with ShareGPT (5.56 turns of 37.77 input and 204.58 output tokens, on
+average) and UltraChat (3.86, 51.78, 257.81), conversations cut where they outgrow 16,384 tokens. Only these
+means are published; they hold here, after the cut. The shapes
 around them are chosen:
 
-- Turns, ShareGPT: 1 and the whole part of a lognormal of sigma 1.3. It is the conversations that people kept of their own: most short, a few
-  very long. 27 % have one turn, as reported of ShareGPT by Gao et al. (CachedAttention, USENIX ATC '24: 73 % have several); the median is 3,
-  the 99th percentile about 45.
-- Turns, UltraChat: 1 and a Poisson number. Two models talked with each other for a few rounds (Ding et al., EMNLP '23), so hardly any is long.
-- Inputs: lognormal, ShareGPT's very skewed (sigma 1.2: half have under 19 tokens, a few are pasted documents), UltraChat's less (0.8), since a
-  model wrote them.
-- Outputs: lognormal with the bound that a model's answer has (ShareGPT: sigma 0.9; UltraChat: 0.6). Lengths are independent of each other.
+- Turns, ShareGPT: 1 and the whole part of a lognormal of sigma 1.3. It is the conversations that people kept
+  of their own: most short, a few very long. 27 % have one turn, as reported of ShareGPT by Gao et al.
+  (CachedAttention, USENIX ATC '24: 73 % have several); the median is 3, the 99th percentile about 45.
+- Turns, UltraChat: 1 and a Poisson number. Two models talked with each other for a few rounds (Ding et al.,
+  EMNLP '23), so hardly any is long.
+- Inputs: lognormal, ShareGPT's very skewed (sigma 1.2: half have under 19 tokens, a few are pasted
+  documents), UltraChat's less (0.8), since a model wrote them.
+- Outputs: lognormal with the bound that a model's answer has (ShareGPT: sigma 0.9; UltraChat: 0.6). Lengths
+  are independent of each other.
 """
 
 from __future__ import annotations
@@ -58,7 +62,9 @@ class Likeness:
     turns_spread: float = 0.0  # sigma, or the mean of the Poisson number
 
     def num_turns(self, share: float) -> int:
-        """Turns before the cut, such that about `share` of all conversations, above 0 and below 1, have no more."""
+        """Turns before the cut, such that about `share` of all conversations, above 0 and below 1, have no
+        more.
+        """
         if self.turns_median is not None:
             return 1 + int(self.turns_median * math.exp(self.turns_spread * _NORMAL.inv_cdf(share)))
         more, left = 0, share
@@ -116,12 +122,15 @@ class Generator:
         if self.max_context < least:
             raise ConfigError(
                 f"a first turn of {self.likeness.name} can have {least} tokens with its system prompt: "
-                f"max_context must be at least that, got {self.max_context}; shorter ones are cut out of the conversations made"
+                f"max_context must be at least that, got {self.max_context}; shorter ones are cut out of the "
+                "conversations made"
             )
 
     @property
     def mean_turns(self) -> float:
-        """Turns of a conversation: the dataset's, or of a sample where contexts are cut otherwise than the dataset's."""
+        """Turns of a conversation: the dataset's, or of a sample where contexts are cut otherwise than the
+        dataset's.
+        """
         if self.max_context == MAX_CONTEXT and self.system is None:
             return self.likeness.mean_turns
         return fmean(len(self.script(index).turns) for index in range(SAMPLED))
@@ -141,10 +150,11 @@ class Generator:
         return Script(str(index), tuple(turns), prefix=prefix)
 
     def _share(self, index: int, rng: random.Random) -> float:
-        """Where conversation `index` stands among all by its turns: of each `STRATA` in a row, one in each of as many equal parts.
+        """Stratified quantile of conversation `index` by its turns: of every `STRATA` in a row, one falls in
+        each of `STRATA` equal intervals.
 
-        With so long a tail it takes 20,000 independent conversations until their mean is within 1 %; so it takes some 800, and no run is
-        longer by mere luck. Their order is another one each time.
+        With so long a tail it takes 20,000 independent conversations until their mean is within 1 %; so it
+        takes some 800, and no run is longer by mere luck. Their order is another one each time.
         """
         block, place = divmod(index, STRATA)
         order = random.Random(f"{self.likeness.name}/{self.seed}/order/{block}")

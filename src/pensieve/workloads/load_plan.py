@@ -1,4 +1,6 @@
-"""What a load test asks for, checked, and the players of each of its runs. Knows options and scripts; never servers or clocks."""
+"""What a load test asks for, checked, and the players of each of its runs. Knows options and scripts; never
+servers or clocks.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,8 @@ class LoadOptions:
             )
         elif self.duration_s is not None and self.trace is None:
             raise ConfigError(
-                "--duration needs --rate or a --trace with times: users (--users) play a number of conversations, not a time"
+                "--duration needs --rate or a --trace with times: users (--users) play a number of "
+                "conversations, not a time"
             )
         if self.trace is None:
             self._refuse("no --trace", "there is nothing to do it with", speed=1.0)
@@ -138,7 +141,8 @@ class LoadOptions:
     def _closed(self, trace: Trace | None, template_tokens: float) -> PlannedRun:
         if self.duration_s is not None:
             raise ConfigError(
-                "--duration needs --rate or a trace with times: users (--users) play a number of conversations, not a time"
+                "--duration needs --rate or a trace with times: users (--users) play a number of "
+                "conversations, not a time"
             )
         users = self.users or DEFAULT_USERS
         scripts: Sequence[Script]
@@ -207,7 +211,8 @@ class LoadOptions:
         kept = [cut for script in scripts if (cut := self._cut(script, template_tokens)) is not None]
         if not kept:
             raise ConfigError(
-                f"no conversation's first turn fits in --max-context {self.max_context}: raise it, or take shorter messages"
+                f"no conversation's first turn fits in --max-context {self.max_context}: raise it, or take "
+                "shorter messages"
             )
         return kept
 

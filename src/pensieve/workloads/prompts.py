@@ -1,6 +1,8 @@
-"""What users say where only its length matters: words of the shipped conversations in a random order. Knows words; never tokens or time.
+"""What users say where only its length matters: words of the shipped conversations in a random order. Knows
+words; never tokens or time.
 
-No two conversations begin alike, so a server that shares prefixes between them finds none but the template's own.
+No two conversations begin alike, so a server that shares prefixes between them finds none but the template's
+own.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class PromptWriter:
         self.words = tuple(sorted(word for word, count in counts.items() if count >= _LEAST_USES))
 
     def write(self, name: str, num_words: int) -> str:
-        """Sentences of `num_words` words in all, at least one; `name` says which text (its conversation and turn)."""
+        """Sentences of `num_words` words in all, at least one; `name` says which text (its conversation and
+        turn).
+        """
         if num_words < 1:
             raise ConfigError(f"a message must have at least 1 word, got {num_words}")
         rng = random.Random(f"prompt/{self._seed}/{name}")

@@ -1,4 +1,6 @@
-"""Finished turns of a running server, as they come, to lines of a trace. Knows lengths, times and hashes; never servers, files or text."""
+"""Finished turns of a running server, as they come, to lines of a trace. Knows lengths, times and hashes;
+never servers, files or text.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,8 @@ class Recording:
 
         Args:
             conversation: whose turn it is.
-            arrival_s: since the recording began. Turns come as they end: one that arrived before another of its conversation that is
-                written already is told to have come with it.
+            arrival_s: since the recording began. Turns come as they end: one that arrived before another of
+                its conversation that is written already is told to have come with it.
             prompt_tokens: history and message.
             output_tokens: of the answer.
             blocks: a hash for each whole block of the prompt, of all tokens up to there.

@@ -1,8 +1,10 @@
-"""Who says how much and when: the plan of a whole run, made before it. Knows token counts and seconds; never words of its own, or servers.
+"""The plan of a whole run, made before it: what users send, how much and when.
 
-A script is one conversation, a player is a user with the scripts it plays one after the other. What makes a run
-closed (users who wait for answers and think) or open (conversations that arrive whatever the server does) is in the
-players alone, so whoever plays them, against a server or against a simulation, needs one loop.
+Knows token counts and seconds; never words or servers.
+
+A script is one conversation, a player is a user with the scripts it plays one after the other. What makes a
+run closed (users who wait for answers and think) or open (conversations that arrive whatever the server does)
+is in the players alone, so a server and a simulation are driven by the same loop.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class ScriptTurn:
 
     new_tokens: int | None  # of the user's message; None: `text` is the message
     output_tokens: int  # of the answer
-    think_s: float = 0.0  # after the answer before this turn; before turn 0: after the user's start, or its conversation before this one
+    # after the answer before this turn; before turn 0: after the user's start, or its conversation before
+    # this one
+    think_s: float = 0.0
     due_s: float | None = None  # not before this time of the run; None: at once after the think time
     text: str | None = None
     keep_turns: int | None = None  # how many turns of the history stay before this one; None: all of them
@@ -59,7 +63,8 @@ class Script:
     system: str | None = None  # the system prompt, if there is one
     prefix: tuple[
         Piece, ...
-    ] = ()  # or one whose length alone matters: what it begins with, shared with all that begin with the same pieces
+        # or one whose length alone matters: what it begins with, shared with all that begin with the same pieces
+    ] = ()
     where: str | None = field(
         default=None, compare=False
     )  # the entry of a file that it begins with, for messages
@@ -91,7 +96,8 @@ class SystemPrompts:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`4:500`: each conversation begins with one of 4 system prompts of 500 tokens; `4:500:0.3`: 3 in 10 do.
+        """`4:500`: each conversation begins with one of 4 system prompts of 500 tokens; `4:500:0.3`: 3 in 10
+        do.
 
         Raises:
             ConfigError: it is neither, or a number is out of range.
@@ -168,7 +174,8 @@ class Shape:
 
 
 def closed_loop(scripts: Sequence[Script], num_users: int, starts_s: float = 0.0) -> list[Player]:
-    """Users who share the scripts out: user u plays the scripts u, u + num_users, ...; their starts are spread evenly over `starts_s`.
+    """Users who share the scripts out: user u plays the scripts u, u + num_users, ...; their starts are
+    spread evenly over `starts_s`.
 
     Raises:
         ConfigError: there are no users, no scripts, or fewer scripts than users.
@@ -186,7 +193,8 @@ def closed_loop(scripts: Sequence[Script], num_users: int, starts_s: float = 0.0
 def open_loop(
     scripts: Iterable[Script], mean_turns: float, rate_per_s: float, duration_s: float, seed: int | str = 0
 ) -> list[Player]:
-    """Conversations that arrive as a Poisson process for `duration_s` seconds, so that turns come at `rate_per_s` on average.
+    """Conversations that arrive as a Poisson process for `duration_s` seconds, so that turns come at
+    `rate_per_s` on average.
 
     Args:
         scripts: as many as there are; the arrivals end with them.
@@ -196,7 +204,7 @@ def open_loop(
         seed: of the arrivals.
 
     Raises:
-        ConfigError: the rate or the duration is not positive, or nobody arrives in it.
+        ConfigError: the rate or the duration is not positive, or no conversation arrives in it.
     """
     if not duration_s > 0:
         raise ConfigError(f"the duration must be positive, got {duration_s}")
@@ -204,7 +212,8 @@ def open_loop(
     players = [_player(time_s, (script,)) for time_s, script in zip(times, scripts, strict=False)]
     if not players:
         raise ConfigError(
-            f"at {rate_per_s:g} requests a second (conversations of {mean_turns:g} turns) none begins in {duration_s:g} s: take a longer duration"
+            f"at {rate_per_s:g} requests a second (conversations of {mean_turns:g} turns) none begins in "
+            f"{duration_s:g} s: take a longer duration"
         )
     return players
 
@@ -243,7 +252,8 @@ def faster(script: Script, speed: float) -> Script:
 
 
 def fitting(script: Script, max_context: int, template_tokens: float = 0.0) -> Script | None:
-    """The script up to its last turn whose prompt and answer fit in `max_context` tokens, about; None if not even the first does.
+    """The script up to its last turn whose prompt and answer fit in `max_context` tokens, about; None if not
+    even the first does.
 
     Args:
         script: the conversation.
@@ -283,6 +293,7 @@ def check_contexts(scripts: Iterable[Script], max_context: int, template_tokens:
             if context > max_context:
                 where = f"{script.where}: " if script.where else ""
                 raise ConfigError(
-                    f"{where}turn {turn} of conversation {script.name!r} needs {math.ceil(context)} tokens with its answer, the model holds "
-                    f"{max_context}: --max-context {max_context} leaves such turns out"
+                    f"{where}turn {turn} of conversation {script.name!r} needs {math.ceil(context)} tokens "
+                    f"with its answer, the model holds {max_context}: --max-context {max_context} leaves "
+                    "such turns out"
                 )

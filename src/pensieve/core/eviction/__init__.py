@@ -1,4 +1,4 @@
-"""Which idle chunk goes first. One policy a module; `POLICIES` are those a server offers."""
+"""Which idle chunk is evicted first. One policy a module; a server offers those in `POLICIES`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pensieve.core.eviction.retention import MIN_IDLE_S, RetentionValue, Sharers
 from pensieve.core.eviction.returns import ReturnTimes
 from pensieve.core.eviction.tournament import KineticTournament
 
-# name -> cost -> what makes the policies of one cache
+# name -> cost of a chunk -> factory of one cache's policies
 POLICIES: dict[str, Callable[[CostOfChunk], PolicyFactory]] = {
     "retention": lambda cost: lambda: RetentionValue(cost),
     "lru": lambda cost: LRU,

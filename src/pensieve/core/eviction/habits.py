@@ -1,34 +1,37 @@
-"""What is known of one conversation's user, and in which contexts that puts them. Knows gaps, turns and lengths; never chances or worth."""
+"""One conversation's habits, and the contexts they put it in.
+
+Knows gaps, turns and lengths; never chances or worth.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-ContextKey = tuple[int, ...]  # of a context: which one it is, and the bins
+ContextKey = tuple[int, ...]  # the kind of context, then its bins
 
-_RECENT = 5  # gaps
-_UNKNOWN = -1  # the bin of what has not happened yet
+_RECENT = 5  # gaps that are remembered
+_UNKNOWN = -1  # bin of a gap that has not happened yet
 _LONG_S = 300.0
 _VERY_LONG_S = 1800.0
 
 
 @dataclass(slots=True)
 class Habits:
-    """Written by the policy that hears the conversation."""
+    """Written by the policy that is told what the conversation does."""
 
     turns: int = 0
     recent: list[float] = field(
         default_factory=list
-    )  # log2 of the last gaps, in seconds, at least 1; the latest last
-    mean_log: float = 3.3  # of all gaps, older ones counting less
-    num_long: float = 0.0  # gaps of more than five minutes, older ones counting less
-    num_very_long: int = 0  # of more than half an hour
-    first_chunks: int = 0  # of the history when the first answer had ended
+    )  # log2 of the last gaps in seconds, at least 1 s; latest last
+    mean_log: float = 3.3  # mean log2 of all gaps, older ones counting less
+    num_long: float = 0.0  # share of gaps over five minutes, older ones counting less
+    num_very_long: int = 0  # gaps over half an hour
+    first_chunks: int = 0  # chunks of the history after the first answer
     last_busy_s: float = 0.0
 
     def came_back(self, gap_s: float) -> None:
-        """After so long."""
+        """A request came after an idle time of `gap_s`."""
         log = math.log2(max(1.0, gap_s))
         self.recent.append(log)
         del self.recent[:-_RECENT]
@@ -37,11 +40,12 @@ class Habits:
         self.num_very_long += gap_s > _VERY_LONG_S
 
     def went_idle(self, busy_s: float, num_chunks: int, num_answered: int) -> tuple[ContextKey, ...]:
-        """The contexts it is in after a request of `busy_s` whose answer had `num_answered` tokens; the history has `num_chunks`.
+        """The contexts of a conversation whose request took `busy_s` and got `num_answered` tokens.
 
-        A context is a few things together, each cut into bins. The length of an answer tells a tool's call, after which an agent is back
-        in seconds, from words that somebody reads; how long it took tells who works on it; gaps tell who waits for whom. These were chosen
-        on sessions of agents (docs/simulator.md), by leaving out, one after the other, what did not help.
+        Its history has `num_chunks` chunks. A context combines a few features, each cut into bins. The length
+        of an answer separates a tool call, after which an agent is back in seconds, from text that a person
+        reads; gaps and durations separate kinds of users. The contexts were chosen on sessions of agents
+        (docs/simulator.md) by leaving out, one after the other, those that did not help.
         """
         recent = self.recent
         last, before, third = ([int(log) for log in recent[:-4:-1]] + [_UNKNOWN] * 3)[:3]
@@ -71,4 +75,4 @@ class Habits:
         return keys
 
 
-NUM_CONTEXTS = 12  # that a conversation is in at a time
+NUM_CONTEXTS = 12  # in which a conversation is at a time

@@ -1,4 +1,7 @@
-"""The retention value with a learned rate of return in place of 1 / T. Knows costs, gaps and turns; never slots, tiers or the future."""
+"""The retention value with a learned rate of return in place of 1 / T.
+
+Knows costs, gaps and turns; never slots or tiers.
+"""
 
 from __future__ import annotations
 
@@ -19,53 +22,54 @@ from pensieve.core.eviction.returns import (
     PRIOR,
     STARTS_S,
     WIDTHS_S,
-    Context,
+    ReturnContext,
     ReturnTimes,
     period_of,
     saving_rates,
 )
-from pensieve.core.sequence import Key, Sequence
+from pensieve.core.sequence import Key, Sequence, sequences_of
 
 MAX_KNOWN = 65_536  # conversations whose habits are remembered; the longest idle are forgotten first
-_ACTIVE_S = 1e-6  # 1 / rate of who is active: below that of anybody idle
+_ACTIVE_S = 1e-6  # 1 / rate of an active conversation: below that of every idle one
 
-Curve = tuple[float, ...]  # 1 / rate at the start of each period of idle time; a straight line between
+Curve = tuple[float, ...]  # 1 / rate at the start of each period of idle time; linear in between
 
 PRIOR_CURVE: Curve = tuple(1.0 / rate for rate in saving_rates(PRIOR))
 
 
 @dataclass(slots=True, eq=False)
 class _Known:
-    """One conversation."""
+    """What is known of one conversation."""
 
     habits: Habits = field(default_factory=Habits)
     busy_since_s: float = 0.0
-    idle_since_s: float | None = None  # None: a request of it is queued or running
-    contexts: list[Context] = field(default_factory=list)  # as it went idle
+    idle_since_s: float | None = None  # None while a request of it is queued or running
+    contexts: list[ReturnContext] = field(default_factory=list)  # as it went idle
     curve: Curve = PRIOR_CURVE
 
 
 class Hazard(PolicyFamily):
-    """V = n * Cost(l) * r, with r the rate at which holding on to a conversation's chunk pays, and n the conversations through it.
+    """V = n * Cost(l) * r, with n conversations through a chunk and r the rate at which keeping it pays.
 
-    r is a Gittins index (`saving_rates`) of when the conversation comes back, as learned from all that came back before and from all that
-    have not yet (`ReturnTimes`), given this one's habits: its last gaps, turns, length, how long the last answer was and took. For servers
-    whose users return at different paces: agents, whose tools answer in seconds, beside people who go to lunch. With nothing learned yet
-    r is near 1 / (2 T), so it begins as the paper's policy and departs from it as it learns. A shared chunk counts as n times its latest.
+    r is a Gittins index (`saving_rates`) of when the conversation comes back, learned from all returns so far
+    and from all conversations still idle (`ReturnTimes`), given this one's habits: its last gaps, turns,
+    length, and the length and duration of its last answer. For servers whose users return at different paces:
+    agents, whose tools answer in seconds, beside people who go to lunch. With nothing learned r is near 1 /
+    (2 T), so it starts as the paper's policy and departs from it as it learns. A shared chunk counts n times
+    the conversation that was active last.
     """
 
     def __init__(self, cost_of_chunk: CostOfChunk, times: ReturnTimes | None = None) -> None:
-        """`cost_of_chunk(index)` gives seconds, positive and monotone in the index; `times` may have learned elsewhere."""
+        """`cost_of_chunk(index)` is positive and monotone in the index; `times` may have learned before."""
         super().__init__(lambda: HazardValue(cost_of_chunk, self))
         self.times = times or ReturnTimes()
         self._known: OrderedDict[Key, _Known] = OrderedDict()
         self._order = itertools.count()
-        self._waits: list[
-            tuple[float, int, _Known, int, float]
-        ] = []  # when one outlasts a period, if idle since the time at the end
+        # A heap of (when it outlasts the period, tie-break, conversation, period, idle since): void if it
+        # came back.
+        self._waits: list[tuple[float, int, _Known, int, float]] = []
 
     def came_back(self, sequence: Sequence, now_s: float) -> None:
-        """See `PolicyFamily`."""
         self._outlast(now_s)
         known = self._known.setdefault(sequence.key, _Known())
         if known.idle_since_s is not None:
@@ -76,7 +80,6 @@ class Hazard(PolicyFamily):
         known.idle_since_s, known.busy_since_s = None, now_s
 
     def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
-        """See `PolicyFamily`."""
         self._outlast(now_s)
         known = self._known.setdefault(sequence.key, _Known(busy_since_s=now_s))
         self._known.move_to_end(sequence.key)
@@ -91,18 +94,13 @@ class Hazard(PolicyFamily):
         heapq.heappush(self._waits, (now_s + STARTS_S[1], next(self._order), known, 0, now_s))
 
     def curve_of(self, chunk: Chunk) -> Curve:
-        """That of the conversation through a chunk that was active last."""
-        owner = chunk.owner
-        latest = (
-            owner
-            if isinstance(owner, Sequence)
-            else max(owner.sequences(), key=lambda sequence: sequence.last_active_s)
-        )
+        """The curve of the conversation through a chunk that was active last."""
+        latest = max(sequences_of(chunk), key=lambda sequence: sequence.last_active_s)
         known = self._known.get(latest.key)
         return known.curve if known is not None else PRIOR_CURVE
 
     def _outlast(self, now_s: float) -> None:
-        """Learn from those that are idle still: each period that has gone by since the last call."""
+        """Learn from conversations still idle: each period that they outlasted since the last call."""
         waits = self._waits
         while waits and waits[0][0] <= now_s:
             _, _, known, period, since_s = heapq.heappop(waits)
@@ -117,7 +115,7 @@ class Hazard(PolicyFamily):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Candidate:
-    """A chunk as it is ordered while it is in: its worth is 1 / (scale * curve(idle time))."""
+    """What orders a candidate: its worth is 1 / (scale * curve(idle time))."""
 
     curve: Curve
     scale: float  # 1 / (n * cost)
@@ -125,7 +123,10 @@ class _Candidate:
 
 
 class HazardValue(ByLines[_Candidate]):
-    """The policy of one queue. Each candidate is a class of its own, whose line bends where periods meet: O(log) a victim and a bend."""
+    """The policy of one queue.
+
+    Each candidate is its own class, whose line bends where periods meet: O(log) a victim and a bend.
+    """
 
     def __init__(self, cost_of_chunk: CostOfChunk, family: Hazard) -> None:
         super().__init__()

@@ -1,8 +1,11 @@
-"""Policies whose 1/worth is a straight line in time, exactly, in O(log) a victim. Knows classes and lines; a subclass says which.
+"""Policies whose 1/worth is a straight line in time, exactly, in O(log) a victim.
 
-The worth of every chunk changes every second, so no one heap can hold the order. But chunks fall into classes within which the order never
-changes: a heap each. Between classes the lines of the tops meet at times that can be computed: a kinetic tournament keeps the highest line
-and redoes a match only when it is due.
+Knows classes and lines; never costs or tiers.
+
+The worth of every chunk changes every second, so no single heap can hold the order. But chunks fall into
+classes within which the order never changes: one heap each. Between classes the lines of the heaps' tops meet
+at times that can be computed: a kinetic tournament keeps the highest line and replays a match only when it is
+due.
 """
 
 from __future__ import annotations
@@ -22,25 +25,23 @@ ClassKey = TypeVar("ClassKey", bound=Hashable)
 
 
 class ByLines(ABC, Generic[ClassKey]):
-    """Chunks of a class are ordered by a key that never changes, smallest first; the smallest enters its line into the tournament."""
+    """Chunks of a class are ordered by a fixed key; the smallest enters its line into the tournament."""
 
     trailing = False
     whole = False
 
     def __init__(self) -> None:
         self._order = itertools.count()
-        self._leaf_of: dict[
-            ClassKey, int
-        ] = {}  # of classes with members, and of those without until their leaf is wanted by another
+        # Leaf of each class with members, and of empty classes until another class takes their leaf.
+        self._leaf_of: dict[ClassKey, int] = {}
         self._class_at: list[ClassKey] = []
         self._heaps: list[OldestFirst] = []
-        self._spare: dict[int, None] = {}  # leaves whose class has no member left, the longest empty first
+        self._spare: dict[int, None] = {}  # leaves whose class is empty, the longest empty one first
         self._tournament = KineticTournament()
         self._home: dict[Chunk, int] = {}
-        self._bends: list[
-            tuple[float, int]
-        ] = []  # when the line of a leaf ends, and a new one must be entered
-        self._bend_of: dict[int, float] = {}  # the one of a leaf that counts
+        # (when the line of a leaf ends and a new one must be entered, leaf): a heap
+        self._bends: list[tuple[float, int]] = []
+        self._bend_of: dict[int, float] = {}  # the entry of a leaf in `_bends` that counts
         self._now_s = -math.inf
 
     @abstractmethod
@@ -49,14 +50,15 @@ class ByLines(ABC, Generic[ClassKey]):
 
     @abstractmethod
     def _line(self, kind: ClassKey, key: float, now_s: float) -> tuple[float, float, float]:
-        """1/worth of a chunk as slope * t + offset, and the time until which that holds (from `now_s`, which may lag behind)."""
+        """1/worth of a chunk as slope * t + offset, and the time until which that holds.
+
+        It holds from `now_s` on, which may lag behind the current time.
+        """
 
     @abstractmethod
-    def worth(self, chunk: Chunk, now_s: float) -> float:
-        """See `EvictionPolicy`."""
+    def worth(self, chunk: Chunk, now_s: float) -> float: ...
 
     def add(self, chunk: Chunk) -> None:
-        """See `EvictionPolicy`."""
         kind, key = self._class_of(chunk)
         leaf = self._leaf_of.get(kind)
         if leaf is None:
@@ -68,13 +70,11 @@ class ByLines(ABC, Generic[ClassKey]):
         self._refresh(leaf)
 
     def remove(self, chunk: Chunk) -> None:
-        """See `EvictionPolicy`."""
         leaf = self._home.pop(chunk)
         self._heaps[leaf].remove(chunk)
         self._refresh(leaf)
 
     def worst(self, now_s: float) -> Chunk | None:
-        """See `EvictionPolicy`."""
         self._now_s = max(self._now_s, now_s)
         while self._bends and self._bends[0][0] <= self._now_s:
             until_s, leaf = heapq.heappop(self._bends)

@@ -27,22 +27,19 @@ class LRU:
         self._home: dict[Chunk, OldestFirst] = {}
 
     def add(self, chunk: Chunk) -> None:
-        """See `EvictionPolicy`."""
         home = self._active if chunk.owner.num_active else self._idle
         self._home[chunk] = home
         home.add(chunk, self._rank(chunk))
 
     def remove(self, chunk: Chunk) -> None:
-        """See `EvictionPolicy`."""
         self._home.pop(chunk).remove(chunk)
 
     def worst(self, now_s: float) -> Chunk | None:
-        """See `EvictionPolicy`."""
         top = self._idle.top() or self._active.top()
         return top[1] if top else None
 
     def worth(self, chunk: Chunk, now_s: float) -> float:
-        """Its rank, for LRU the time it was last active."""
+        """Its rank: for LRU the time when it was last active."""
         return math.inf if chunk.owner.num_active else self._rank(chunk)
 
     def _rank(self, chunk: Chunk) -> float:

@@ -1,7 +1,9 @@
-"""What an eviction policy is, and what the policies of one cache may hear. Knows costs and idle times; never slots, tiers or fates.
+"""What an eviction policy is, and what the policies of one cache are told.
 
-A policy orders candidates. The cache offers one private chunk of each sequence, the leading evictable one unless the policy wants the
-trailing one (where cost is monotone, the leading chunk is always worth least), and every shared chunk.
+Knows costs and idle times; never slots or tiers.
+
+A policy orders candidates. The cache offers every shared chunk, and one private chunk of each sequence: the
+leading evictable one (worth least where cost is monotone), or the trailing one if the policy wants that.
 """
 
 from __future__ import annotations
@@ -14,63 +16,68 @@ from typing import Protocol
 from pensieve.core.chunk import Chunk
 from pensieve.core.sequence import Sequence
 
-CostOfChunk = Callable[
-    [int], float
-]  # seconds to recompute the chunk at an index, positive and monotone (`CostProfile.of_chunk`)
+# Seconds to recompute the chunk at an index, positive and monotone (`CostProfile.of_chunk`).
+CostOfChunk = Callable[[int], float]
 
 
 class EvictionPolicy(Protocol):
-    """Orders candidates by worth; the worst is the victim. Time given to it never runs backwards."""
+    """Orders candidates by worth; the worst is the victim. The time it is given never runs backwards."""
 
     @property
     def trailing(self) -> bool:
-        """Of one conversation the trailing chunk goes first, not the leading one."""
+        """Whether a conversation's trailing chunk is evicted first, not its leading one."""
         ...
 
     @property
     def whole(self) -> bool:
-        """With a victim goes all of its conversation that could go, needed or not."""
+        """Whether all evictable chunks of a conversation are evicted together, needed or not."""
         ...
 
     def add(self, chunk: Chunk) -> None:
-        """Take a candidate in. Its owner's activity must not change while it is in."""
+        """Add a candidate. Its owner's activity must not change while it is in."""
         ...
 
     def remove(self, chunk: Chunk) -> None:
-        """Take a candidate out."""
+        """Remove a candidate."""
         ...
 
     def worst(self, now_s: float) -> Chunk | None:
-        """The candidate that goes first, which stays in; None if there is none."""
+        """The candidate to evict first, which stays in; None if there is none."""
         ...
 
     def worth(self, chunk: Chunk, now_s: float) -> float:
-        """What a chunk is worth now, to compare chunks of different queues."""
+        """A chunk's worth now, to compare chunks of different queues."""
         ...
 
 
 class PolicyFamily:
-    """The policies of one cache: makes one for each queue, and hears what conversations do. Those that learn override the hooks."""
+    """The policies of one cache: makes one for each queue, and is told what conversations do.
+
+    Override to learn.
+    """
 
     def __init__(self, make: Callable[[], EvictionPolicy]) -> None:
         self._make = make
 
     def __call__(self) -> EvictionPolicy:
-        """A policy for one more queue."""
+        """Make a policy for one more queue."""
         return self._make()
 
     def came_back(self, sequence: Sequence, now_s: float) -> None:
-        """A sequence, new or idle until now, has a request; its candidates are not offered during the call."""
+        """A sequence that was new or idle has a request. Its candidates are not offered during the call."""
 
     def went_idle(self, sequence: Sequence, now_s: float, num_answered: int) -> None:
-        """A sequence's last request has ended with an answer of so many tokens; its candidates are not offered during the call."""
+        """A sequence's last request ended; its answer has `num_answered` tokens.
+
+        Its candidates are not offered now.
+        """
 
 
-PolicyFactory = Callable[[], EvictionPolicy]  # a `PolicyFamily`, or any other maker: then nobody listens
+PolicyFactory = Callable[[], EvictionPolicy]  # a `PolicyFamily`, or a plain function if no policy learns
 
 
 class OldestFirst:
-    """Chunks by a fixed key, smallest first; at equal keys the leading one, or the trailing one if so asked.
+    """Chunks by a fixed key, smallest first; at equal keys the leading (or trailing) one.
 
     Removal is lazy: a heap entry counts only while it is the chunk's current one.
     """
@@ -84,20 +91,20 @@ class OldestFirst:
         self._sign = -1 if trailing else 1
 
     def add(self, chunk: Chunk, key: float) -> None:
-        """Take a chunk in."""
+        """Add a chunk."""
         ticket = next(self._order)
         self._current[chunk] = ticket
         heapq.heappush(self._heap, (key, self._sign * chunk.index, ticket, chunk))
 
     def remove(self, chunk: Chunk) -> None:
-        """Take a chunk out."""
+        """Remove a chunk."""
         del self._current[chunk]
         if len(self._heap) > 2 * len(self._current) + 16:
             self._heap = [entry for entry in self._heap if self._current.get(entry[3]) == entry[2]]
             heapq.heapify(self._heap)
 
     def top(self) -> tuple[float, Chunk] | None:
-        """The smallest key and its chunk, which stays in."""
+        """The smallest key and its chunk, which stays in; None if there is none."""
         heap, current = self._heap, self._current
         while heap:
             key, _, ticket, chunk = heap[0]

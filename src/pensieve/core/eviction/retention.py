@@ -1,4 +1,7 @@
-"""The paper's retention value, and the same weighed by sharers. Knows costs, idle times and how many conversations share a chunk."""
+"""The paper's retention value, and the same weighed by sharers.
+
+Knows costs, idle times and how many conversations share a chunk.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ from pensieve.core.eviction.lines import ByLines
 from pensieve.core.eviction.policy import CostOfChunk
 from pensieve.core.sequence import Sharers
 
-# T = idle time + 1 ms. The paper's V = Cost / T has a pole at T = 0; adding instead of clamping keeps 1/V linear in time.
+# T = idle time + 1 ms. The paper's V = Cost / T has a pole at T = 0; adding instead of clamping keeps 1/V
+# linear in time.
 MIN_IDLE_S = 1e-3
 
 
 class RetentionValue(ByLines[int]):
     """The paper's V = Cost(l) / T, exactly, in O(log) a victim (§4.3.1).
 
-    1/V = (now - last_active + 1 ms) / Cost(l) is a straight line in time. Chunks of one length class share its slope, so within a class
-    the oldest is the worst for ever.
+    1/V = (now - last_active + 1 ms) / Cost(l) is a straight line in time. Chunks of one length class share
+    its slope, so within a class the oldest is the worst for ever.
     """
 
     def __init__(self, cost_of_chunk: CostOfChunk) -> None:
@@ -42,10 +46,10 @@ class RetentionValue(ByLines[int]):
 
 
 class SharersValue(ByLines[tuple[int, int, bool]]):
-    """V weighed by who would miss a chunk: n * Cost(l) / T, with n the conversations through it and T since the latest of them was active.
+    """n * Cost(l) / T, with n conversations through a chunk and T since the last of them was active.
 
-    For servers whose conversations share system prompts or documents. A class is a length and a number of sharers, so it is as exact as
-    `RetentionValue`, and the same where nothing is shared.
+    For servers whose conversations share system prompts or documents. A class is a length and a number of
+    sharers, so it is as exact as `RetentionValue`, and equal to it where nothing is shared.
     """
 
     def __init__(self, cost_of_chunk: CostOfChunk) -> None:

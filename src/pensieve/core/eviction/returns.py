@@ -1,14 +1,16 @@
-"""How likely an idle conversation comes back, and when, learned as it happens. Knows contexts and time; never chunks, costs or policies.
+"""When an idle conversation comes back, learned online.
 
-Idle time falls into periods. How likely a conversation that has been idle up to the start of a period comes back within it is told by
-logistic mixing, as compressors predict the next bit (Mahoney, Adaptive Weighing of Context Models for Lossless Data Compression, 2005): the
-conversation is in several contexts, each of which has counted who came back and who did not. How far a context's odds lie from
-everybody's, times what such contexts have proved to be worth, is added to everybody's. A period that few have been seen to reach is taken to
-be like the one before it: long ones are reached late and by few, and hoping for them on no evidence would make who has been idle for
-longest worth most.
+Knows contexts and time; never chunks, costs or policies.
 
-A conversation teaches each period that it outlasts when it has, and the one in which it returns when it does: so those that have not come
-back (yet) count for exactly as long as they have been waited for.
+Idle time is cut into periods. For each period we estimate the hazard: P(returns in this period | still idle
+at its start), by logistic mixing of context models, as in PAQ (Mahoney, Adaptive Weighing of Context Models
+for Lossless Data Compression, 2005). The conversation is in several contexts, each of which has counted
+returns. A context's log odds relative to the average, weighted by how useful such contexts proved to be, are
+added to the average log odds. Long periods have few observations and would look best by chance, so a period
+with little evidence is taken to be like the one before it.
+
+Each conversation is one censored observation: it updates every period it outlasts, and the one in which it
+returns. So conversations that have not come back (yet) count for exactly as long as they have been idle.
 """
 
 from __future__ import annotations
@@ -24,54 +26,55 @@ from pensieve.core.eviction.habits import NUM_CONTEXTS, ContextKey
 # [0, 2.8 s), then half octaves up to an hour, then octaves: [4096, 8192), ... [131072, ...
 STARTS_S: tuple[float, ...] = (0.0, *(2.0 ** (k / 2) for k in range(3, 24)), *(2.0**k for k in range(12, 18)))
 NUM_PERIODS = len(STARTS_S)
-MAX_CONTEXTS = 32_768  # that are counted in; those met longest ago are forgotten first
+MAX_CONTEXTS = 32_768  # remembered; the one not met for longest is forgotten first
 
-ENDS_S = (
-    *STARTS_S[1:],
-    2.0 * STARTS_S[-1],
-)  # the last one is as long as what came before, where a length is needed
+# Where a length is needed, the last period is as long as all periods before it.
+ENDS_S = (*STARTS_S[1:], 2.0 * STARTS_S[-1])
 WIDTHS_S = tuple(end_s - start_s for start_s, end_s in zip(STARTS_S, ENDS_S, strict=True))
 
-# Of coming back within each, with nothing learned: the rate is 0.5 / idle time, in the shape of the paper's 1 / T.
+# Hazard of each period with nothing learned: a rate of 0.5 / idle time, in the shape of the paper's 1 / T.
 PRIOR = (
     0.3,
     *(1.0 - math.sqrt(start_s / end_s) for start_s, end_s in zip(STARTS_S[1:], ENDS_S[1:], strict=True)),
 )
 _LOG_STAYS = [math.log(1.0 - chance) for chance in PRIOR]
-# How many periods as the one before each is worth: 2 where octaves begin. (The first is no octave's part, and the second follows it as it is.)
+# Length of each period in periods like the one before it: 2 where octaves begin (1 for the first two
+# periods).
 _WORTH = [1.0, 1.0, *(after / before for before, after in itertools.pairwise(_LOG_STAYS[1:]))]
 
 _LEARNING_RATE = 0.05
-_FIRST_TRUST = 1.5 / NUM_CONTEXTS  # contexts overlap, so together they count for little more than one
-_DOUBT = 2.0  # conversations of everybody that a context's counts begin with
-_DOUBT_OF_ALL = 20.0  # conversations like those of the period before, that everybody's counts begin with
-_HOPE = 0.002  # share of `PRIOR` in these: no chance is ever nothing
-_RIPE = 1000.0  # conversations, after which those hardly matter
-_MEMORY = 1000.0  # conversations; beyond it older ones count half
+_FIRST_TRUST = 1.5 / NUM_CONTEXTS  # contexts overlap, so together they weigh little more than one
+_DOUBT = 2.0  # average conversations with which a context's counts begin
+_DOUBT_OF_ALL = 20.0  # conversations like those of the period before, with which the average's counts begin
+_HOPE = 0.002  # share of `PRIOR` in these, so that no hazard is ever 0
+_RIPE = 1000.0  # observed conversations after which those no longer matter
+_MEMORY = 1000.0  # conversations; beyond it the counts are halved
 _MEMORY_OF_ALL = 20_000.0
-_MOST_LOG_ODDS = 30.0  # either way: nothing is certain, and a rate of nothing would have no inverse
-_NUM_SIZES = 8  # octaves of how many a context has seen
+_MOST_LOG_ODDS = 30.0  # either way: a rate of 0 would have no inverse
+_NUM_SIZES = 8  # octaves of the number of conversations that a context has seen
 
 
 def period_of(idle_s: float) -> int:
-    """The period an idle time lies in."""
+    """The period in which an idle time lies."""
     return bisect_right(STARTS_S, idle_s) - 1 if idle_s > 0.0 else 0
 
 
-class Context:
-    """What conversations did that were alike in some respect. Written by `ReturnTimes`."""
+class ReturnContext:
+    """Counts of conversations that were alike in one respect. Written by `ReturnTimes`."""
 
     __slots__ = ("back", "kind", "lean", "seen", "size")
 
     def __init__(self, kind: int) -> None:
-        self.kind = kind  # in which respect
-        self.seen = [0.0] * NUM_PERIODS  # that were idle up to each period and have come back or outlasted it
-        self.back = [0.0] * NUM_PERIODS  # of these, that came back
-        self.lean = [0.0] * NUM_PERIODS  # log odds, less everybody's
+        self.kind = kind  # the respect
+        self.seen = [
+            0.0
+        ] * NUM_PERIODS  # conversations that reached each period and returned in it or outlasted it
+        self.back = [0.0] * NUM_PERIODS  # of these, those that returned in it
+        self.lean = [0.0] * NUM_PERIODS  # log odds relative to the average
         self.size = [0] * NUM_PERIODS  # octave of `seen`
 
     def count(self, period: int, returned: bool, odds: float) -> None:
-        """One more, where everybody's log odds are `odds`."""
+        """Count one more conversation, where the average log odds are `odds`."""
         seen, back = _counted(self.seen[period], self.back[period], returned, _MEMORY)
         self.seen[period], self.back[period] = seen, back
         self.size[period] = min(_NUM_SIZES, int(seen + 1.0).bit_length()) - 1
@@ -80,10 +83,10 @@ class Context:
 
 
 class ReturnTimes:
-    """What has been learned from everybody. Learns one observation at a time."""
+    """The hazards learned from all conversations, one observation at a time."""
 
     def __init__(self) -> None:
-        self._contexts: OrderedDict[ContextKey, Context] = OrderedDict()
+        self._contexts: OrderedDict[ContextKey, ReturnContext] = OrderedDict()
         self._seen = [0.0] * NUM_PERIODS
         self._back = [0.0] * NUM_PERIODS
         self._chance = list(PRIOR)
@@ -91,13 +94,13 @@ class ReturnTimes:
         self._trust = [[_FIRST_TRUST] * _NUM_SIZES for _ in range(NUM_CONTEXTS)]  # by kind and size
         self._steps = [[1.0] * _NUM_SIZES for _ in range(NUM_CONTEXTS)]  # squared gradients so far (AdaGrad)
 
-    def contexts(self, keys: Iterable[ContextKey]) -> list[Context]:
-        """Those that a conversation is in."""
+    def contexts(self, keys: Iterable[ContextKey]) -> list[ReturnContext]:
+        """The contexts of these keys, made if new."""
         contexts, found = self._contexts, []
         for key in keys:
             context = contexts.get(key)
             if context is None:
-                context = contexts[key] = Context(key[0])
+                context = contexts[key] = ReturnContext(key[0])
                 if len(contexts) > MAX_CONTEXTS:
                     contexts.popitem(last=False)
             else:
@@ -105,8 +108,8 @@ class ReturnTimes:
             found.append(context)
         return found
 
-    def chances(self, contexts: Sequence[Context]) -> list[float]:
-        """Of coming back within each period, if not before it."""
+    def chances(self, contexts: Sequence[ReturnContext]) -> list[float]:
+        """Hazard of each period for a conversation in these contexts."""
         log_odds = self._odds
         for context in contexts:
             trust = self._trust[context.kind]
@@ -116,7 +119,7 @@ class ReturnTimes:
             ]
         return [_chance(odds) for odds in log_odds]
 
-    def learn(self, contexts: Sequence[Context], period: int, returned: bool) -> None:
+    def learn(self, contexts: Sequence[ReturnContext], period: int, returned: bool) -> None:
         """A conversation that was idle up to a period came back within it, or outlasted it."""
         log_odds = self._odds[period]
         for context in contexts:
@@ -163,10 +166,11 @@ def _chance(log_odds: float) -> float:
 
 
 def saving_rates(chances: Sequence[float]) -> list[float]:
-    """For each period's start, the best ratio of the chance to come back within some time to the expected time held until then, in 1/s.
+    """For each period's start: max over horizons of P(returns) / expected time held, in 1/s.
 
-    That is the Gittins index of holding on: what a slot saves a second, of one unit of cost, if one stops holding at the best moment. It may
-    rise while a conversation is idle: whoever never comes back within seconds is worth more once those have gone by.
+    This is the Gittins index of keeping a chunk: the cost that a slot saves a second, in units of Cost, if
+    the chunk is evicted at the best moment. It may rise while a conversation is idle: one that never returns
+    within seconds is worth more once those have passed.
     """
     rates: list[float] = []
     for start in range(NUM_PERIODS):

@@ -1,4 +1,4 @@
-"""The highest of many straight lines as time moves on. Knows lines; never what they stand for."""
+"""The highest of many straight lines as time moves on. Knows lines; never their meaning."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ _OUT = -math.inf  # the offset of a leaf without a line
 class KineticTournament:
     """Which of many straight lines is the highest, as time moves on.
 
-    A complete binary tree of matches. Each remembers its winner and until when the matches at and below it stand: two lines meet at
-    most once, so that time is known. `highest(t)` replays only matches that are due, and those above the leaves set since it was last asked,
-    as far up as a result changes. Ties go to the lower index.
+    A complete binary tree of matches. Each remembers its winner and until when the matches at and below it
+    stand: two lines meet at most once, so that time is known. `highest(t)` replays only matches that are due,
+    and those above the leaves set since it was last asked, as far up as a result changes. Ties go to the
+    lower index.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class KineticTournament:
         self._set.update(range(size))
 
     def _set_due(self) -> None:
-        """A due match without a due one below it is replayed as if its winner had been set anew; those above it are due because it is."""
+        """Mark the winner of every due match without a due match below it, as if its line had been set."""
         until, now_s = self._until, self._now_s
         due = [1]
         while due:
@@ -67,7 +68,10 @@ class KineticTournament:
                 self._set.add(self._winner[node])
 
     def _replay(self) -> None:
-        """The matches above the leaves that were set, level by level: what neither changed its result nor was won by one of them ends its path."""
+        """Replay matches above the leaves that were set, level by level.
+
+        A path ends at a match that keeps its result and was not won by one of these leaves.
+        """
         size, winner, until = self._size, self._winner, self._until
         slopes, offsets, now_s = self._slope, self._offset, self._now_s
         changed, self._set = self._set, set()
@@ -89,7 +93,8 @@ class KineticTournament:
                     slope_a, slope_b, offset_a, offset_b = slope_b, slope_a, offset_b, offset_a
                 stands = until[left] if until[left] < until[right] else until[right]
                 if slope_b > slope_a and offset_b != _OUT:
-                    # the loser is steeper and will overtake; a meeting that rounding puts in the past is due at the next instant
+                    # the loser is steeper and will overtake; a meeting that rounding puts in the past is due
+                    # at the next instant
                     meet_s = (offset_a - offset_b) / (slope_b - slope_a)
                     if meet_s <= now_s:
                         meet_s = math.nextafter(now_s, math.inf)

@@ -1,7 +1,9 @@
-"""Requests of which nothing but arrival and lengths is known, as Azure published them. Knows that form; never conversations: none are told.
+"""Requests of which nothing but arrival and lengths is known, as Azure published them. Knows that form; never
+conversations: none are told.
 
-CSV with TIMESTAMP,ContextTokens,GeneratedTokens (Patel et al., Splitwise, ISCA '24; github.com/Azure/AzurePublicDataset, of 2023 and 2024). Each
-request is a conversation of one turn: nothing is reused.
+CSV with TIMESTAMP,ContextTokens,GeneratedTokens (Patel et al., Splitwise, ISCA '24;
+github.com/Azure/AzurePublicDataset, of 2023 and 2024). Each request is a conversation of one turn: nothing is
+reused.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def read_azure(file: TraceFile) -> tuple[Script, ...]:
         first = first or time
         if (time.tzinfo is None) != (first.tzinfo is None):
             raise ConfigError(
-                f"{where}: TIMESTAMP {cells[when]!r} must have a time zone exactly if the first line's has one"
+                f"{where}: TIMESTAMP {cells[when]!r} must have a time zone exactly if the first line's has "
+                "one"
             )
         arrival_s = (time - first).total_seconds()
         if arrival_s < before_s:

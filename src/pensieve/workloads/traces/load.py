@@ -1,8 +1,9 @@
 """Which form a trace has, and what is in it. Knows how forms look from outside; never their fields.
 
-The forms are told apart by the first entry: turns of conversations with times (ours), sessions of coding agents (token counts and think times,
-no words), requests with the hashes of their blocks (Mooncake), requests with nothing but their lengths (Azure), and chats with words (every
-form that `conversations.load_dataset` reads).
+The forms are told apart by the first entry: turns of conversations with times (ours), sessions of coding
+agents (token counts and think times, no words), requests with the hashes of their blocks (Mooncake), requests
+with nothing but their lengths (Azure), and chats with words (every form that `conversations.load_dataset`
+reads).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pensieve.workloads.traces.reading import FORMS, TraceFile, try_json
 from pensieve.workloads.traces.sessions import is_sessions, read_sessions
 from pensieve.workloads.traces.turns import is_turns, read_turns
 
-DEFAULT_OUTPUT_TOKENS = 64  # of an answer whose length nobody tells
+DEFAULT_OUTPUT_TOKENS = 64  # of an answer whose length the trace does not give
 NUM_MADE = 1000  # conversations of a trace that has no end
 
 
@@ -32,7 +33,7 @@ class Trace:
 
     form: str  # "turns", "sessions", "mooncake", "azure" or "texts"; or the name of what it is like
     scripts: tuple[Script, ...]
-    timed: bool  # it says when conversations begin; otherwise somebody else must
+    timed: bool  # whether it has the times at which conversations begin; else the caller gives them
     generator: Generator | None = None  # makes more of its conversations, without end
 
 
@@ -42,13 +43,16 @@ def load_trace(
     """Read a trace; `.gz` files are unpacked.
 
     Args:
-        path: the file, or a name of `LIKENESSES`, whatever files there are: its first `NUM_MADE` conversations and what makes more.
-        output_tokens: of the answers in chats with words; None: as many as the recorded answer has, or, without one, 64.
+        path: the file, or a name of `LIKENESSES`, whatever files there are: its first `NUM_MADE`
+            conversations and what makes more.
+        output_tokens: of the answers in chats with words; None: as many as the recorded answer has, or,
+            without one, 64.
         think: the time before turns whose gap it does not tell; None: no time at all.
         seed: of the think times, and of what is made.
 
     Raises:
-        ConfigError: the file cannot be read, or an entry is wrong; the message names file and line, and what is allowed.
+        ConfigError: the file cannot be read, or an entry is wrong; the message names file and line, and what
+            is allowed.
     """
     name, think = str(path), think or ThinkTime()
     if name in LIKENESSES:

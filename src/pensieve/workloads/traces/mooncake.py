@@ -1,8 +1,10 @@
-"""Requests with the hashes of their prompts' blocks, as Mooncake published them. Knows that form; never conversations' names: there are none.
+"""Requests with the hashes of their prompts' blocks, as Mooncake published them. Knows that form; never
+conversations' names: there are none.
 
-A line is `{"timestamp": ms, "input_length", "output_length", "hash_ids": [...]}`; a hash stands for 512 tokens and all before them (Qin et al.,
-FAST '25; github.com/kvcache-ai/Mooncake). Who said what is not told. A request goes on with the conversation whose latest prompt it begins with,
-if it is long enough to hold the answer too; what else it shares with others, a system prompt or an attempt that was given up, becomes what its
+A line is `{"timestamp": ms, "input_length", "output_length", "hash_ids": [...]}`; a hash stands for 512
+tokens and all before them (Qin et al., FAST '25; github.com/kvcache-ai/Mooncake). Who said what is not told.
+A request goes on with the conversation whose latest prompt it begins with, if it is long enough to hold the
+answer too; what else it shares with others, a system prompt or an attempt that was given up, becomes what its
 conversation begins with.
 """
 
@@ -42,7 +44,8 @@ def read_mooncake(file: TraceFile) -> tuple[Script, ...]:
         request = _request(record, line, file.where(line))
         if request.arrival_s < before_s:
             raise ConfigError(
-                f'{file.where(line)}: "timestamp" must not go back: it is {1e3 * request.arrival_s:g} ms after {1e3 * before_s:g} ms; '
+                f'{file.where(line)}: "timestamp" must not go back: it is {1e3 * request.arrival_s:g} ms '
+                f"after {1e3 * before_s:g} ms; "
                 "sort the file by it"
             )
         before_s = request.arrival_s
@@ -71,7 +74,8 @@ def _request(record: Mapping[str, object], line: int, where: str) -> _Request:
         raise ConfigError(f'{where}: "hash_ids" must be a list of whole numbers or texts, got {hashes!r:.40}')
     if len(hashes) != (due := -(-tokens // BLOCK)):
         raise ConfigError(
-            f'{where}: "hash_ids" must have a hash for each {BLOCK} tokens of "input_length", {due} for {tokens}, got {len(hashes)}'
+            f'{where}: "hash_ids" must have a hash for each {BLOCK} tokens of "input_length", {due} for '
+            f"{tokens}, got {len(hashes)}"
         )
     return _Request(line, arrival_s, tokens, output, hashes[: tokens // BLOCK])
 
@@ -88,7 +92,7 @@ def _chained(requests: Sequence[_Request]) -> list[list[_Request]]:
         which: int | None = None
         if (
             end is not None and users[end] is not None
-        ):  # (where several begin alike, nobody knows whose it is)
+        ):  # (of several with the same beginning, none can be told)
             last = conversations[ends[end][-1]][-1]
             if last.input_tokens + last.output_tokens < request.input_tokens:
                 which = ends[end].pop()

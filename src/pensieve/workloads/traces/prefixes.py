@@ -1,4 +1,6 @@
-"""What prompts have in common at their beginnings, from hashes of their blocks. Knows hashes and their order; never texts, files or times."""
+"""What prompts have in common at their beginnings, from hashes of their blocks. Knows hashes and their order;
+never texts, files or times.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class Tree:
 
 
 def shared_beginnings(prompts: Sequence[Sequence[Block]]) -> list[list[tuple[str, int]]]:
-    """For each prompt, what it shares with others at its beginning: stretches (name, tokens), as few as tell who shares what.
+    """For each prompt, what it shares with others at its beginning: stretches (name, tokens), as few as tell
+    who shares what.
 
     A stretch that two prompts share has the same name in both, and stands after the same stretches.
     """

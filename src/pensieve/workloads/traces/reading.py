@@ -12,9 +12,11 @@ from pathlib import Path
 from pensieve.errors import ConfigError
 
 FORMS = (
-    'one JSON object a line, either {"conversation", "turn", "arrival_s" or "gap_s", "new_tokens", "output_tokens"}, '
+    'one JSON object a line, either {"conversation", "turn", "arrival_s" or "gap_s", "new_tokens", '
+    '"output_tokens"}, '
     'or {"id", "turns": [[input, output, shared with the turn before, think s, server s], ...]}, '
-    'or {"timestamp", "input_length", "output_length", "hash_ids"} (Mooncake), or a conversation with its texts (ShareGPT); '
+    'or {"timestamp", "input_length", "output_length", "hash_ids"} (Mooncake), or a conversation with its '
+    "texts (ShareGPT); "
     "or CSV with TIMESTAMP,ContextTokens,GeneratedTokens (Azure)"
 )
 
@@ -73,7 +75,8 @@ class TraceFile:
                 ) from error
             if not isinstance(record, dict):
                 raise ConfigError(
-                    f"{self.where(number)}: must be a JSON object, got {record!r:.40}; the file must be {FORMS}"
+                    f"{self.where(number)}: must be a JSON object, got {record!r:.40}; the file must be "
+                    f"{FORMS}"
                 )
             yield number, record
 
@@ -87,7 +90,7 @@ def try_json(text: str) -> object:
 
 
 def check_fields(record: Mapping[str, object], allowed: frozenset[str], where: str) -> None:
-    """Refuse what nobody would read: it may be a misspelt field.
+    """Refuse unknown fields: one may be a misspelt field.
 
     Raises:
         ConfigError: a field is not `allowed`.

@@ -1,4 +1,6 @@
-"""Sessions of coding agents: token counts, shared prefixes and think times, no words. Knows that form; never when sessions begin."""
+"""Sessions of coding agents: token counts, shared prefixes and think times, no words. Knows that form; never
+when sessions begin.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,8 @@ from pensieve.errors import ConfigError
 from pensieve.workloads.scripts import Script, ScriptTurn
 from pensieve.workloads.traces.reading import TraceFile, count, seconds
 
-_BLOCK = (
-    128  # a prefix shared up to this many tokens less than all of it is shared: recorders count whole blocks
-)
+# a prefix shared up to this many tokens less than all of it is shared: recorders count whole blocks
+_BLOCK = 128
 
 
 def is_sessions(entry: object) -> bool:
@@ -25,10 +26,11 @@ def read_sessions(file: TraceFile) -> tuple[Script, ...]:
 
 
 def _session(record: Mapping[str, object], where: str) -> Script:
-    """A session: each turn is (input tokens, output tokens, tokens shared with the turn before, think s, server s); the last is not used.
+    """A session: each turn is (input tokens, output tokens, tokens shared with the turn before, think s,
+    server s); the last is not used.
 
-    What a turn adds is what its input has beyond the history. A turn that shares less than the whole history had it rewritten: the history
-    is cut back to the last turn that is shared whole.
+    What a turn adds is what its input has beyond the history. A turn that shares less than the whole history
+    had it rewritten: the history is cut back to the last turn that is shared whole.
     """
     rows = record.get("turns")
     if not isinstance(rows, list) or not rows:
@@ -40,7 +42,8 @@ def _session(record: Mapping[str, object], where: str) -> Script:
         here = f"{where}: turns[{index}]"
         if not isinstance(row, list) or len(row) < 4:
             raise ConfigError(
-                f"{here} must be a list of at least 4 numbers: input, output and shared tokens, think time in seconds"
+                f"{here} must be a list of at least 4 numbers: input, output and shared tokens, think time "
+                "in seconds"
             )
         prompt = count(row[0], f"{here}: input tokens")
         output = max(

@@ -1,4 +1,6 @@
-"""Turns of conversations with their times, our own form, which `pensieve record` writes. Knows that form; never who wrote it."""
+"""Turns of conversations with their times, our own form, which `pensieve record` writes. Knows that form;
+never who wrote it.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def _add(conversation: _Conversation, record: Mapping[str, object], key: str, wh
     turns = conversation.turns
     if (turn := count(record.get("turn"), f'{where}: "turn"', least=0)) != len(turns):
         raise ConfigError(
-            f"{where}: turn {turn} of conversation {key!r} follows {len(turns)} turn(s): they must be numbered 0, 1, 2, ..."
+            f"{where}: turn {turn} of conversation {key!r} follows {len(turns)} turn(s): they must be "
+            "numbered 0, 1, 2, ..."
         )
     if ("arrival_s" in record) == ("gap_s" in record):
         raise ConfigError(f'{where}: exactly one of "arrival_s" and "gap_s" must be there')
@@ -59,7 +62,8 @@ def _add(conversation: _Conversation, record: Mapping[str, object], key: str, wh
     if due_s is not None:
         if conversation.last_s > due_s:
             raise ConfigError(
-                f"{where}: turn {turn} of conversation {key!r} arrives at {due_s:g} s, before an earlier turn's {conversation.last_s:g} s"
+                f"{where}: turn {turn} of conversation {key!r} arrives at {due_s:g} s, before an earlier "
+                f"turn's {conversation.last_s:g} s"
             )
         conversation.last_s = due_s
     gap_s = seconds(record["gap_s"], f'{where}: "gap_s"') if "gap_s" in record else 0.0
@@ -69,7 +73,8 @@ def _add(conversation: _Conversation, record: Mapping[str, object], key: str, wh
         keep = count(record["keep_turns"], f'{where}: "keep_turns"', least=0)
         if keep > conversation.history:
             raise ConfigError(
-                f'{where}: "keep_turns" must be at most {conversation.history}, the turns before this one, got {keep}'
+                f'{where}: "keep_turns" must be at most {conversation.history}, the turns before this one, '
+                f"got {keep}"
             )
         conversation.history = keep
     conversation.history += 1
@@ -92,7 +97,8 @@ def _blocks(record: Mapping[str, object], turn: int, new: int, where: str) -> li
     size = count(record.get("block_tokens"), f'{where}: "block_tokens"')
     if len(hashes) * size > new:
         raise ConfigError(
-            f'{where}: {len(hashes)} "blocks" of {size} tokens are more than the {new} "new_tokens" that they are of'
+            f'{where}: {len(hashes)} "blocks" of {size} tokens are more than the {new} "new_tokens" that '
+            "they are of"
         )
     return [((size, one), size) for one in hashes[: (new - 1) // size]]  # (a message has a token of its own)
 
