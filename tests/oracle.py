@@ -114,7 +114,8 @@ class Lab(World):
 def eager_logits(reference: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
     """(S, V) of a fresh, stateless forward."""
     with torch.inference_mode():
-        return reference(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
+        logits: torch.Tensor = reference(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    return logits.float()
 
 
 def assert_answer_is_stateless(reference: torch.nn.Module, request: Request) -> int:

@@ -34,15 +34,15 @@ class World:
         chunk_tokens: int = CHUNK,
         max_context: int = 400,
         pace: Pace | None = None,
-        **config: float | str,
+        **config: Any,
     ) -> None:
         tiers = tuple(TierConfig(name, count) for name, count in zip(names.split(), slots, strict=False))
         cost = CostProfile([(chunk_tokens, 1.0), (16 * chunk_tokens, 2.0)], chunk_tokens)
         self.cache = TieredCache(CacheConfig(tiers, chunk_tokens), POLICIES[policy](cost.of_chunk))
         settings = {"max_batch_tokens": 64, "max_running": 8, **config}
-        self.scheduler = Scheduler(SchedulerConfig(**settings), self.cache, max_context, pace=pace)  # type: ignore[arg-type]
-        self.worker = worker or FakeWorker(list(slots), chunk_tokens)
-        self.late = BegunWorker(self.worker) if ahead else LateWorker(self.worker, lag)
+        self.scheduler = Scheduler(SchedulerConfig(**settings), self.cache, max_context, pace=pace)
+        self.worker: Any = worker or FakeWorker(list(slots), chunk_tokens)
+        self.late = BegunWorker(worker) if ahead else LateWorker(self.worker, lag)
         self.timing = getattr(self.worker, "timing", None)
         self.now_s = 0.0
         self.tick_s = 1.0  # between steps, unless the worker tells how long they take
@@ -182,7 +182,7 @@ class TimedWorld(World):
         step_s: float = 0.1,
         slowness: float = 1.0,
         max_context: int = 40_000,
-        **config: float | str,
+        **config: Any,
     ) -> None:
         worker = QuickWorker(list(slots), CHUNK)
         worker.timing = lambda plan: slowness * self.seconds(Load.of(plan.spans))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from chat_fakes import FakeSystem, shifted, with_token
@@ -65,7 +66,7 @@ def test_a_near_tie_is_equal_and_shown() -> None:
     assert verdict(found) is Verdict.NEAR_TIE
     assert found.equal is True
     assert found.example is not None
-    assert (found.example.position, found.example.gap) == (2, pytest.approx(0.0005))
+    assert found.example.position == 2 and found.example.gap == pytest.approx(0.0005)
     assert "5 identical, 1 near tie" in found.verdict_line()
 
 
@@ -206,8 +207,9 @@ def test_a_system_that_tells_no_tokens_cannot_be_compared() -> None:
     first = run_users(FakeSystem(), TALKS, SETTINGS)
 
     def untold(run: Run) -> Run:
-        bare = lambda r: replace(r, result=replace(r.result, prompt_path=(), output=(), logprobs=(), tops=()))  # noqa: E731
-        return replace(run, records=tuple(bare(record) for record in run.records))
+        bare: dict[str, Any] = {"prompt_path": (), "output": (), "logprobs": (), "tops": ()}
+        records = [replace(record, result=replace(record.result, **bare)) for record in run.records]
+        return replace(run, records=tuple(records))
 
     found = compare_outputs(first, untold(first), "float32")
     assert found.equal is None

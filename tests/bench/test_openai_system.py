@@ -188,7 +188,11 @@ def test_a_failed_turn_is_not_part_of_the_history(server: Server, system: OpenAI
 
 def test_a_silent_server_times_out(server: Server) -> None:
     release = threading.Event()
-    server.reply = lambda _handler, _body: release.wait(WAIT_S) and None
+
+    def reply(_handler: BaseHTTPRequestHandler, _body: dict[str, Any]) -> None:
+        release.wait(WAIT_S)
+
+    server.reply = reply
     system = OpenAISystem(server.url, "tiny", read_timeout_s=0.05)
     try:
         assert system.start_turn(turn(0)).result(WAIT_S).error_code == "timeout"

@@ -24,9 +24,9 @@ def test_a_conversation_in_both_tiers_is_gone_from_both() -> None:
     other = world.turn("b", list(range(2000, 2010)), 3).tokens
     world.settle()
     assert "b" in world.places("a") and world.remains(log) > len(SECRET)
-    slots = sum(
-        sum(s is not None for s in chunk.slots) for chunk in world.cache.find("n", "a").chunks if chunk
-    )  # type: ignore[union-attr]
+    sequence = world.cache.find("n", "a")
+    assert sequence is not None
+    slots = sum(slot is not None for chunk in sequence.chunks if chunk for slot in chunk.slots)
     erasure = world.erase("a")
     assert not erasure.done and world.remains(log), "nothing is zero before a worker has run"
     assert world.finish(erasure) == 1

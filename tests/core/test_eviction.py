@@ -59,6 +59,7 @@ def test_retention_value_finds_what_brute_force_finds(seed: int) -> None:
                 present.remove(victim)
     while present:
         victim = policy.worst(now_s)
+        assert victim is not None
         policy.remove(victim)
         present.remove(victim)
     assert policy.worst(now_s) is None

@@ -30,7 +30,7 @@ def test_however_many_copies_of_one_step_fail_that_is_one_failure() -> None:
     for name in ("a", "b"):
         world.submit(name, [ord(name) % 7 + i % 5 for i in range(45)], 3)
         world.run()
-    failed = []
+    failed: list[CopyFailure] = []
 
     def fail_swap_ins(plan: StepPlan, result: StepResult) -> StepResult:
         lost = tuple(CopyFailure(copy.copy_id, False, "a hiccup") for copy in plan.swap_in)

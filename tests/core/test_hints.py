@@ -133,9 +133,10 @@ def test_a_shared_chunk_goes_first_only_when_all_are_done(policy: str) -> None:
 
 def test_hints_for_what_is_not_cached_are_refused() -> None:
     world = World(8, 0)
-    for hint in (lambda: world.scheduler.warm("n", "x", 0.0), lambda: world.scheduler.idle("n", "x")):
-        with pytest.raises(ConversationNotFound, match="nothing is cached for conversation 'x'"):
-            hint()
+    with pytest.raises(ConversationNotFound, match="nothing is cached for conversation 'x'"):
+        world.scheduler.warm("n", "x", 0.0)
+    with pytest.raises(ConversationNotFound, match="nothing is cached for conversation 'x'"):
+        world.scheduler.idle("n", "x")
     world.submit("x", [1, 2, 3])  # queued, nothing computed yet
     with pytest.raises(ConversationNotFound):
         world.scheduler.warm("n", "x", 0.0)

@@ -236,14 +236,13 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
         if rng.random() < 0.15 and retain:
             world.erase(rng.choice(sorted(logs)))
         if rng.random() < 0.3:
-            hint = rng.choice(
-                [
-                    lambda name: world.scheduler.warm("n", name, world.now_s),
-                    lambda name: world.scheduler.idle("n", name),
-                ]
-            )
+            warm = rng.choice([True, False])
             with contextlib.suppress(PensieveError):
-                hint(rng.choice(sorted(logs)))
+                name = rng.choice(sorted(logs))
+                if warm:
+                    world.scheduler.warm("n", name, world.now_s)
+                else:
+                    world.scheduler.idle("n", name)
         if rng.random() < 0.2:
             with contextlib.suppress(PensieveError):
                 world.scheduler.set_keep("n", rng.choice(sorted(logs)), rng.random() < 0.7)

@@ -18,16 +18,24 @@ def rows(world: World, quote: ResumeQuote | None = None, **which: object) -> dic
     return {row.sequence_id: row for row in found.rows}
 
 
+def drop_first_tier_copy(world: World) -> None:
+    """Take the second chunk of conversation `a` out of the first tier."""
+    places, sequence = world.cache.places, world.cache.find("n", "a")
+    assert sequence is not None
+    chunk = sequence.chunks[1]
+    assert chunk is not None
+    slot = places.reclaim(chunk, 0)
+    places.pools[0].release(slot)
+    places.wipes.released(0, slot, erase=False)
+
+
 def test_every_letter() -> None:
     world = World(8, 8, copy_ahead_share=0.6)
     log = world.turn("a", list(range(22)), 1).tokens
     world.settle(1)
     assert rows(world)["a"].cells == "bbbggg"
     world.drop("a", 0, 4)
-    world.cache.places.pools[0].release(
-        slot := world.cache.places.reclaim(world.cache.find("n", "a").chunks[1], 0)
-    )  # type: ignore
-    world.cache.places.wipes.released(0, slot, erase=False)
+    drop_first_tier_copy(world)
     assert rows(world)["a"].cells == ".cbg.g"
     world.submit("a2", [*log, 1], conversation="a")
     world.scheduler.schedule(world.now_s)
@@ -97,10 +105,7 @@ def test_what_resuming_takes() -> None:
     assert rows(world)["a"].resume_s is None
     assert rows(world, quote)["a"].resume_s == 0.0
     world.drop("a", 0, 3)
-    world.cache.places.pools[0].release(
-        slot := world.cache.places.reclaim(world.cache.find("n", "a").chunks[1], 0)
-    )  # type: ignore
-    world.cache.places.wipes.released(0, slot, erase=False)
+    drop_first_tier_copy(world)
     assert rows(world, quote)["a"].resume_s == pytest.approx(1.0 + 4.0 + 0.1)
     with pytest.raises(ConfigError, match="must be positive, got 0"):
         ResumeQuote(cost, 100, 0.0)

@@ -92,9 +92,9 @@ def test_first_come_first_served_and_all_or_nothing() -> None:
     plan = world.step()
     assert {span.request_id for span in plan.spans} == {"running"}
     assert world.scheduler.requests["large"].state is RequestState.WAITING
-    assert all(
-        chunk is None or not chunk.leases for chunk in world.scheduler.requests["large"].sequence.chunks
-    )  # type: ignore[union-attr]
+    sequence = world.scheduler.requests["large"].sequence
+    assert sequence is not None
+    assert all(chunk is None or not chunk.leases for chunk in sequence.chunks)
     world.run()
     assert list(world.done) == ["running", "large", "small"]
 

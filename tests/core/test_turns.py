@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -119,7 +120,7 @@ def test_two_long_prompts_and_a_flood_of_short_ones_all_end() -> None:
 
 
 def beside(
-    decoding: Callable[[TimedWorld], Request], long_tokens: int, **config: float
+    decoding: Callable[[TimedWorld], Request], long_tokens: int, **config: Any
 ) -> tuple[float, float, TimedWorld]:
     """Seconds a token of a request that decodes while a long prompt is computed, and seconds of that prompt."""
     world = TimedWorld(14_000, **config)
@@ -133,7 +134,7 @@ def beside(
     return (world.now_s - begin_s) / (request.num_output - begin_tokens), world.now_s - begin_s, world
 
 
-def alone_s(long_tokens: int, **config: float) -> float:
+def alone_s(long_tokens: int, **config: Any) -> float:
     world = TimedWorld(14_000, **config)
     world.submit("warm", prompt(600, 3), 1)
     world.run()

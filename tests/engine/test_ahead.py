@@ -75,7 +75,7 @@ def test_the_next_step_is_begun_before_tokens_are_known() -> None:
         known.extend(span.token_ids is not None for span in plan.spans)
         begin(plan)
 
-    lab.worker.begin = spy  # type: ignore[method-assign]
+    lab.worker.begin = spy
     lab.run()
     assert known == [True, *[False] * 5]
     assert_answer_is_stateless(reference, lab.done["a"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -187,10 +187,13 @@ def test_an_engine_that_cannot_wipe_says_so_to_all_and_stops() -> None:
     desk.turn("a", list(range(10)))
     desk.post(Forget("a", "n", erase=True, tag="t"))
     told = threading.Event()
-    desk.engine._emit = lambda events: (
-        desk.take(events),
-        told.set() if any(isinstance(e, Forgotten) for e in events) else None,
-    )
+
+    def take(events: list[Any]) -> None:
+        desk.take(events)
+        if any(isinstance(event, Forgotten) for event in events):
+            told.set()
+
+    desk.engine._emit = take
     desk.engine.start()
     assert told.wait(20)
     desk.post(Warm("a", "n", "w"), Check("c"), GetMap("m"), Idle("a", "n", "i"), Forget("a", "n", True, "f"))

@@ -117,11 +117,12 @@ def test_commands_posted_before_it_is_ready_are_held_and_tokens_flow() -> None:
     with process(fake, 0.0, 0.3) as (engine, events):
         for i in range(4):
             engine.post(submit(f"r{i}", PROMPT[i:]))
-        assert engine.state == "starting"
+        states = [engine.state]
         info = engine.ready(30)
         assert (info.model, info.vocab_size, info.tiers) == ("fake", VOCAB, engine_children.TIERS)
         assert info.pid != os.getpid()
-        assert engine.state == "ready"
+        states.append(engine.state)
+        assert states == ["starting", "ready"]
         for i in range(4):
             end = events.end_of(f"r{i}")
             assert isinstance(end, Finished)
@@ -313,7 +314,7 @@ def test_an_exit_that_another_thread_was_told_of_first_is_waited_for(monkeypatch
         exitcode = property(late)
 
     child = ChildProcess.__new__(ChildProcess)
-    child.process = Ended()
+    child.process = Ended()  # type: ignore[assignment]
     assert child._exit_code() == 3
     monkeypatch.setattr("pensieve.engine.child_process.REAPED_WITHIN_S", 0.0)
     asked.clear()

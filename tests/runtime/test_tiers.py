@@ -264,7 +264,7 @@ def test_the_words_of_a_context_that_was_told() -> None:
 def test_slots_that_others_keep_are_counted_in() -> None:
     limit = sizes(gpu_cache_gb=0.001).limit
     full = scheduler(limit)
-    full._first_tier_limit = lambda sequence, digests: 10  # type: ignore[method-assign]  # 51 of 61 are kept
+    full.cache.slots_for_one = lambda sequence, digests: 10  # type: ignore[method-assign]  # 51 of 61 are kept
     with pytest.raises(
         RequestTooLarge,
         match=r"the first tier has 10 for one request: shorten it, or start with --gpu-cache 0\.00117 \(GB\) or more",

@@ -407,6 +407,7 @@ class Handler(BaseHTTPRequestHandler):
             ):
                 raise Refused(401, "an API key is needed: Authorization: Bearer KEY")
             if (self.command, path) == ("POST", "/v1/responses"):
+                assert body is not None
                 self.stream(body)
                 return
             with self.mock.lock:

@@ -53,7 +53,7 @@ def test_what_is_open_is_said_at_the_start() -> None:
 def test_names_and_limits() -> None:
     assert made().rules.hosts is None and made().rules.shared
     bare = made(api_key_file=None, host="LocalHost")
-    assert bare.rules.hosts == {"localhost", "127.0.0.1", "[::1]"} and not bare.rules.shared
+    assert bare.rules.hosts == frozenset(("localhost", "127.0.0.1", "[::1]")) and not bare.rules.shared
     assert made(origins=("https://App.Example/",)).rules.origins == {"https://app.example"}
     assert made().rules.total_bytes == 128 << 20 and made(max_bodies_mb=20.0).rules.total_bytes == 20 << 20
     for wrong in (

@@ -110,10 +110,11 @@ def test_the_map_tells_a_tenant_nothing_of_the_others_requests(keys: tuple[Path,
         assert usage["prompt_tokens"] + usage["completion_tokens"] > 8
         after = shown()
         assert after["stats"] == before["stats"]
+        tiers = after["tiers"]
+        assert isinstance(tiers, list)
         assert all(
-            tier["used"] % 4 == 0 and tier["used"] + tier["free"] == tier["num_slots"]
-            for tier in after["tiers"]
-        )  # type: ignore[attr-defined]
+            tier["used"] % 4 == 0 and tier["used"] + tier["free"] == tier["num_slots"] for tier in tiers
+        )
         stats = after["stats"]
         assert isinstance(stats, dict)
         assert stats["output_tokens"] == mine["completion_tokens"] and stats["sequences"] == 1

@@ -137,7 +137,8 @@ def test_a_call_that_is_required_of_one_function_is_a_call_of_that_one(caller: S
         ]
         assert [call["function"]["name"] for call in message["tool_calls"]] == [name]
     flat = {"type": "function", **tool(name)["function"]}
-    for choice in ("required", {"type": "function", "name": name}):
+    flat_choices: tuple[Any, ...] = ("required", {"type": "function", "name": name})
+    for choice in flat_choices:
         body = {
             "model": "tiny",
             "input": "say hello",

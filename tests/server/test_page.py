@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from page_mock import PageMock
@@ -455,7 +455,12 @@ def test_a_restart_and_an_outage_are_told_and_waited_for(page: Page, watch: Watc
 @browser_test
 def test_what_others_wrote_is_shown_literally(page: Page, mock: PageMock) -> None:
     dialogs: list[str] = []
-    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+
+    def dismiss(dialog: Any) -> None:
+        dialogs.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", dismiss)
     conversation = mock.world.conversations["conv_0003"]
     conversation.title = XSS
     conversation.messages = [{"role": "user", "content": XSS}, {"role": XSS, "content": XSS}]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -137,9 +138,7 @@ def test_operations_end_when_their_time_is_up() -> None:
         conversation = server.ask("hello")["pensieve"]["conversation"]
         hold.stop(server)
         for method, path in OPERATIONS:
-            response = soon(
-                lambda method=method, path=path: server.client.request(method, path.format(conversation))
-            )  # type: ignore[misc]
+            response = soon(partial(server.client.request, method, path.format(conversation)))
             assert code(response) == (503, "engine_timeout") and response.headers["retry-after"], path
         assert soon(lambda: server.client.get("/metrics")).status_code == 200
         hold.release()

@@ -264,7 +264,7 @@ def check_retried(server: RealServer, client: Client) -> bool:
     if client.named:
         text, usage, conversation = text_of(told), told["usage"]["output_tokens"], told["conversation"]["id"]
         assert told["status"] == "completed" or told["incomplete_details"] == {"reason": "max_output_tokens"}
-        anew = told["id"] != fragment
+        anew = bool(told["id"] != fragment)
     else:
         choice = told["choices"][0]
         text, usage, conversation = (

@@ -208,7 +208,8 @@ def test_what_belongs_to_another_tenant_looks_like_what_does_not_exist(keys: Any
 
         def ask(id: str, method: str = method, path: str = path, body: Any = body) -> httpx.Response:
             sent = {name: id if value == "{}" else value for name, value in body.items()} if body else None
-            return server.client.request(method, path.format(id), json=sent, headers=bob)
+            response: httpx.Response = server.client.request(method, path.format(id), json=sent, headers=bob)
+            return response
 
         same(ask(conversation), ask(stranger), conversation, stranger)
     for method, path in (
@@ -266,9 +267,8 @@ def test_without_a_key_nothing_is_read(keys: Any) -> None:
             ("POST", "/nowhere", ""),
             ("PUT", "/v1/models", ""),
         ):
-            sent = {name: value.encode("latin-1") for name, value in headers.items()} | {
-                "Content-Type": b"application/json"
-            }
+            sent = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+            sent.append((b"Content-Type", b"application/json"))
             answer = httpx.request(method, server.url + path, content=body, headers=sent)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", (
                 method,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from text_tokenizers import HERMES, chat
 
 from pensieve.core.request import SamplingParams
@@ -15,7 +17,7 @@ TOOLS = ({"type": "function", "function": {"name": "now", "description": "", "pa
 CALL = '<tool_call>\n{"name": "now", "arguments": {"zone": "UTC"}}\n</tool_call>'
 
 
-def answered(text: ChatText, form: AnswerForm, said: str, **sampling: int) -> PendingTurn:
+def answered(text: ChatText, form: AnswerForm, said: str, **sampling: Any) -> PendingTurn:
     """A turn whose answer is `said`, taken token by token until the text ends it."""
     spec = TurnSpec("n", "c", (), SamplingParams(**sampling), ignore_eos=True, form=form, turn_id="t")
     turn, answers = PendingTurn(spec, 0.0), AnswerText(text)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from text_tokenizers import CHATML, THINKING, chat
@@ -62,7 +62,7 @@ def running(
     *,
     slots: tuple[int, int] = (64, 64),
     max_context: int = 400,
-    overflow: str = "refuse",
+    overflow: Literal["refuse", "truncate"] = "refuse",
     pause_s: float = 0.0,
     runner: TextRunner | None = None,
 ) -> Iterator[ConversationService]:
@@ -99,7 +99,7 @@ def store() -> Iterator[SqliteStore]:
 
 
 def ask(
-    service: ConversationService, text: str, conversation: str = "c", n: int = 12, **options: object
+    service: ConversationService, text: str, conversation: str = "c", n: int = 12, **options: Any
 ) -> TurnDone:
     return service.send(
         conversation, [Message("user", text)], SamplingParams(max_new_tokens=n), **options
@@ -239,7 +239,7 @@ def test_overflow_truncate_keeps_the_system_prompt_and_says_what_it_cost(store: 
     assert cut
     assert len(cut) < len(done) // 2, "after a cut the next turns append again"
     first = cut[0]
-    assert "left out" in first.warning
+    assert first.warning is not None and "left out" in first.warning
     assert len(first.prompt) < 160
     assert chat(CHATML).decode_all(first.prompt).startswith("<|im_start|>system\nbe brief")
     assert first.receipt.recomputed_tokens > 0
@@ -267,10 +267,11 @@ def test_a_keep_is_answered_and_a_delete_frees_everything(store: SqliteStore) ->
         kept = service.engine.keep("c", True).result(20)
         assert isinstance(kept, KeepAnswer)
         assert kept.error is None
-        assert service.engine.keep("nobody", True).result(20).error is not None
+        refused = service.engine.keep("nobody", True).result(20)
+        assert isinstance(refused, KeepAnswer) and refused.error is not None
         service.delete("c").result(20)
         stats = service.engine.stats().result(20)
-        assert [tier.used for tier in stats.tiers] == [0, 0]
+        assert isinstance(stats, Stats) and [tier.used for tier in stats.tiers] == [0, 0]
         with pytest.raises(PensieveError):
             store.get("default", "c")
 
@@ -324,7 +325,8 @@ def test_an_engine_that_breaks_fails_open_turns_and_later_ones(
         for _ in range(2):
             with pytest.raises(EngineClosed, match="planted"):
                 ask(service, "again")
-        assert service.engine.keep("c", True).result(20).error is not None
+        kept = service.engine.keep("c", True).result(20)
+        assert isinstance(kept, KeepAnswer) and kept.error is not None
 
 
 def test_after_closing_everything_is_refused_at_once(store: SqliteStore) -> None:
@@ -345,7 +347,9 @@ def test_two_keeps_in_a_row_are_both_answered(store: SqliteStore) -> None:
             service.engine.keep("c", True),
             service.engine.keep("c", False),
         ]
-        assert all(answer.result(20).error is None for answer in answers)
+        for answer in answers:
+            kept = answer.result(20)
+            assert isinstance(kept, KeepAnswer) and kept.error is None
 
 
 def test_a_turn_answered_elsewhere_meanwhile_is_a_conflict_and_nothing_is_lost(tmp_path: FilePath) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,9 +18,10 @@ from pensieve.reporting.spread import Spread
 from pensieve.simulator.answer import make_plan
 from pensieve.simulator.case import Case, Machine, Outcome
 from pensieve.simulator.demand import alone, demand_of, room_gb
+from pensieve.simulator.goal import Goal
 from pensieve.simulator.margins import held_loads
 from pensieve.simulator.plan_output import sentences, to_json
-from pensieve.simulator.planner import Goal, Prices, Space, Trials, at_load, rounded, search
+from pensieve.simulator.planner import Prices, Space, Trials, at_load, rounded, search
 from pensieve.simulator.records import Summary
 from pensieve.workloads.arrivals import ThinkTime
 from pensieve.workloads.load_plan import LoadOptions
@@ -68,7 +70,7 @@ def outcome_of(
 class Fake:
     """Runs cases by a formula of the machine and the rate, and keeps the batches."""
 
-    def __init__(self, latency: Latency, **more: float) -> None:
+    def __init__(self, latency: Latency, **more: Any) -> None:
         self.latency, self.more = latency, more
         self.batches: list[list[Case]] = []
 
@@ -77,7 +79,7 @@ class Fake:
         self.batches.append(list(cases))
         return [
             outcome_of(case, self.latency(case.machine, case.load.rates[0]), **self.more) for case in cases
-        ]  # type: ignore[arg-type]
+        ]
 
     @property
     def count(self) -> int:

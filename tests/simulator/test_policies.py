@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from pensieve.simulator.policies import Setting, make_policy
 from policy_worlds import ALL_POLICIES, COST, TinyCache, policy_of
 
 
-def three(policy: str, *slots: int, **setting: int) -> TinyCache:
+def three(policy: str, *slots: int, **setting: Any) -> TinyCache:
     """a was active at 10 s, b at 20 s, c at 30 s, four chunks each, in twelve slots."""
     world = TinyCache(policy_of(policy, **setting), *(slots or (12,)))
     for number, name in enumerate("abc"):

@@ -59,7 +59,7 @@ def test_a_point_is_the_mean_over_its_seeds() -> None:
     one, other = (pretend(case) for case in cases)
     other = replace(other, summary=replace(other.summary, finished_per_s=one.summary.finished_per_s + 1.0))
     assert mean_curve([one, other]) == [
-        (pytest.approx(one.summary.finished_per_s + 0.5), pytest.approx(one.summary.normalized_s.p90))
+        pytest.approx((one.summary.finished_per_s + 0.5, one.summary.normalized_s.p90))
     ]
 
 
