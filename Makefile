@@ -55,7 +55,7 @@ check-clients: $(VENV)/.dev-ready model ## real OpenAI clients, each in an envir
 check-gguf: $(VENV)/.dev-ready ## GGUF files of every architecture that is read: as Pensieve, llama.cpp and the model they were made from compute them
 	$(BIN)/python tests/llama_cpp/run.py $(ARGS)
 
-check-attack: $(VENV)/.dev-ready model ## hostile and broken clients, disks, models and processes against real servers (up to 20 minutes; the last line is JSON)
+check-attack: $(VENV)/.dev-ready model ## hostile and broken clients, disks, models and processes against real servers (half an hour; the last line is JSON)
 	$(BIN)/python tests/attack/run.py $(ARGS)
 
 bench: $(VENV)/.dev-ready model ## measure the engine; the last line is JSON

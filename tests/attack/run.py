@@ -49,7 +49,7 @@ KINDS = (
     engines,
     templates,
 )  # imported: they register their checks
-LIMIT_S = 1800.0  # of a whole run; checks that were not begun by then fail
+LIMIT_S = 3600.0  # of a whole run; checks that were not begun by then fail
 
 
 def chosen(words: list[str], quick: bool) -> list[Check]:
