@@ -7,7 +7,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fake_worker import FakeWorker, LateWorker, cells_of, expected_answer
@@ -266,6 +266,7 @@ def play(seed: int, tiers: list[int], policy: str, lag: int, *, failures: bool, 
 
 
 @settings(max_examples=300, deadline=None)
+@example(seed=19419, gpu=15, cpu=40, policy="arc", lag=0, failures=True)  # a swap-in failed, no span named it
 @given(
     seed=st.integers(0, 1 << 32),
     gpu=st.integers(1, 20),

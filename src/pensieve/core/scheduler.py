@@ -360,9 +360,11 @@ class Scheduler:
             for sequence in self.cache.fail_copy(failure.copy_id, failure.source_lost, now_s):
                 affected.setdefault(sequence, failure.message)
         if affected:
-            for request in self.running:
+            for request in list(self.running):
                 if request.sequence in affected:
                     self._lifecycle.fail(request, f"a copy of its cache failed: {affected[request.sequence]}")
+                    if request.in_flight == 0:  # its swap-in ran in a step of copies alone: no span names it
+                        self._lifecycle.settle(request, now_s)
 
     def _fail_forward(self, plan: StepPlan, message: str, now_s: float) -> None:
         """Nothing a plan computed is valid. A request whose forward fails again, alone, is given up."""
