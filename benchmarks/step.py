@@ -63,7 +63,9 @@ class FreeForward(ModelWorker):
 
     def __init__(self, tiers: tuple[TierConfig, ...], rows: int) -> None:
         geometry = KVGeometry(num_layers=1, num_kv_heads=1, head_dim=16, dtype=torch.bfloat16)
-        model: Any = SimpleNamespace(geometry=geometry, device=torch.device("cpu"), attention_args=())
+        model: Any = SimpleNamespace(
+            geometry=geometry, device=torch.device("cpu"), attention_args=(), library_bytes=0
+        )
         super().__init__(model, tiers, CHUNK, attention="reference")
         self._fixed = logits(rows)
         self.read: torch.Tensor | None = None  # what a forward reads
