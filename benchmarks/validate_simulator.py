@@ -555,7 +555,7 @@ def main() -> None:
     clock = Clock(base_clock)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PENSIEVE_CACHE"] = (
-            folder  # (the model is loaded) the engine finds this run's profile there, and nobody else does
+            folder  # (the model is loaded) only this run's engine finds its profile there
         )
         calibrate = Calibration(loaded.model, base_clock)
         rounds: list[dict[str, Any]] = []

@@ -129,7 +129,7 @@ class RunningServer:
         table = _processes()
         known = {
             pid: table[pid].began for pid in self._members(table)
-        }  # children of a process that has ended are nobody's any more
+        }  # children of a process that has ended have lost their parent
         _signal({self.pid} & known.keys(), signal.SIGTERM)
         self._wait(lambda left: self.pid not in left, known, limit_s)
         for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_S)):

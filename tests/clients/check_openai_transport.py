@@ -96,9 +96,9 @@ def test_errors_are_the_client_s_own(client: OpenAI) -> None:
     assert refused.value.status_code == 405
     with (
         pytest.raises(APIConnectionError),
-        OpenAI(base_url="http://127.0.0.1:9/v1", api_key=KEY, max_retries=0) as nobody,
+        OpenAI(base_url="http://127.0.0.1:9/v1", api_key=KEY, max_retries=0) as unanswered,
     ):
-        nobody.models.list()
+        unanswered.models.list()
 
 
 def test_a_full_server_says_so_and_a_retry_gets_through() -> None:

@@ -44,9 +44,8 @@ class Hold:
 
     def stop(self, server: Serving) -> None:
         self._go_on.clear()
-        server.context.service.engine.warm(
-            "nobody's", namespace="nobody"
-        )  # the loop goes into a step that does not end
+        # the loop goes into a step that does not end
+        server.context.service.engine.warm("unknown", namespace="unknown")
         time.sleep(0.05)
 
     def release(self) -> None:

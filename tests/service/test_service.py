@@ -267,7 +267,7 @@ def test_a_keep_is_answered_and_a_delete_frees_everything(store: SqliteStore) ->
         kept = service.engine.keep("c", True).result(20)
         assert isinstance(kept, KeepAnswer)
         assert kept.error is None
-        refused = service.engine.keep("nobody", True).result(20)
+        refused = service.engine.keep("unknown", True).result(20)
         assert isinstance(refused, KeepAnswer) and refused.error is not None
         service.delete("c").result(20)
         stats = service.engine.stats().result(20)
